@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+FOLDERS := common kernels data data/store models precompute distill
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo "make demo   train teachers, precompute them, distil students, print two tables (about 2 minutes)"
+	@echo "make test   lint, types and tests"
+	@echo "make lint   ruff and mypy only"
+	@echo "make bench  every benchmark at full size"
+
+# Folders are prerequisites because the strict install links file by file: a new file needs a new install.
+.venv/installed: setup.cfg pyproject.toml $(FOLDERS)
+	@$(PYTHON) -c 'import sys; sys.exit("coursepack needs Python 3.11 or later, this is " + sys.version.split()[0] + ": make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -C editable_mode=strict
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+bench: .venv/installed
+	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+
+clean:
+	rm -rf .venv build demo *.egg-info

@@ -1,0 +1,77 @@
+"""Canonical JSON: one spelling per value, so that equal things have equal bytes and equal fingerprints.
+
+Keys are sorted, `None` members of mappings are left out (an optional field added later with the default
+`None` does not change old fingerprints), and floats are written in Python's shortest exact form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+_ABSENT = object()
+
+
+def canonical_json(value: Any, *, indent: int | None = None) -> str:
+    """The canonical text of a JSON-able value.
+
+    Raises:
+        ValueError: the value holds NaN or infinity, which JSON cannot carry.
+
+    >>> canonical_json({"b": 1, "a": None})
+    '{"b":1}'
+    """
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(
+        _without_none(value), sort_keys=True, indent=indent, separators=separators, allow_nan=False
+    )
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, str]]:
+    """Where two JSON-able values differ: `(path, left, right)` per leaf, with `-` for an absent one.
+
+    >>> differences({"seed": 0, "ops": [1]}, {"seed": 1, "ops": [1, 2]})
+    [('ops[1]', '-', '2'), ('seed', '0', '1')]
+    """
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = sorted({*left, *right})
+        pairs = [(left.get(k, _ABSENT), right.get(k, _ABSENT), f"{path}.{k}" if path else k) for k in keys]
+    elif isinstance(left, list) and isinstance(right, list):
+        length = max(len(left), len(right))
+        pairs = [
+            (left[i] if i < len(left) else _ABSENT, right[i] if i < len(right) else _ABSENT, f"{path}[{i}]")
+            for i in range(length)
+        ]
+    elif left == right:
+        return []
+    else:
+        return [(path, _shown(left), _shown(right))]
+    return [row for a, b, where in pairs for row in differences(a, b, where)]
+
+
+def difference_table(left: Any, right: Any, left_name: str, right_name: str) -> str:
+    """`differences` as aligned lines, one per leaf, for the text of an error."""
+    rows = differences(_without_none(left), _without_none(right))
+    path_width = max((len(path) for path, _, _ in rows), default=0)
+    left_width = max((len(a) for _, a, _ in rows), default=0)
+    return "\n".join(
+        f"  {path:<{path_width}}   {left_name}: {a:<{left_width}}   {right_name}: {b}" for path, a, b in rows
+    )
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is _ABSENT else canonical_json(value).strip('"')
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(v) for v in value]
+    return value

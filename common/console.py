@@ -1,0 +1,130 @@
+"""What commands share: progress on stderr, results on stdout, and one place that turns errors into text.
+
+On a terminal, progress is a rich bar with rate and time left. Elsewhere it is a plain line every
+`LOG_SECONDS`, so that a log file stays readable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from coursepack.errors import CoursepackError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LOG_SECONDS = 10.0
+
+
+class Commands(click.Group):
+    """A click group whose commands print an error as one message and exit with status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that `ctx` names."""
+        try:
+            return super().invoke(ctx)
+        except CoursepackError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}") from error
+
+
+def say(text: str) -> None:
+    """A line about the work itself, on stderr."""
+    click.echo(text, err=True)
+
+
+class Meter(Protocol):
+    """Counts work done; what `progress` gives."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Say that `amount` more units are done; `note` is shown beside the count."""
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Meter]:
+    """Show progress through `total` units of work, of which `done` were done before."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            yield _Bar(bar, title, total, unit, done)
+    else:
+        lines = _Lines(title, total, unit, done)
+        yield lines
+        lines.close()
+
+
+class _Bar:
+    def __init__(self, bar: Progress, title: str, total: int, unit: str, done: int) -> None:
+        self._bar, self._unit, self._started, self._fresh = bar, unit, time.monotonic(), 0
+        self._task = bar.add_task(title, total=total, completed=done, rate="", note="")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._fresh += amount
+        rate = self._fresh / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, advance=amount, rate=f"{rate:,.0f} {self._unit}/s", note=note)
+
+
+class _Lines:
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._done, self._fresh, self._note = done, 0, ""
+        self._started = self._spoken = time.monotonic()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._done, self._fresh, self._note = self._done + amount, self._fresh + amount, note
+        if time.monotonic() - self._spoken >= LOG_SECONDS:
+            self._say()
+
+    def close(self) -> None:
+        if self._fresh:
+            self._say()
+
+    def _say(self) -> None:
+        self._spoken = time.monotonic()
+        rate = self._fresh / max(self._spoken - self._started, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        note = f", {self._note}" if self._note else ""
+        say(
+            f"{self._title}: {self._done:,} of {self._total:,} {self._unit}, "
+            f"{rate:,.0f} {self._unit}/s, {left:.0f} s left{note}"
+        )
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, markup=False).print(table)
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes for people to read, in powers of 1000.
+
+    >>> byte_size(1_234_567)
+    '1.2 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

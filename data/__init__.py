@@ -1,0 +1,27 @@
+"""What both stages see: sources, views, batches, encodings, and the store format in `data.store`."""
+
+from coursepack.data.batches import Batch as Batch
+from coursepack.data.batches import epoch_batches as epoch_batches
+from coursepack.data.batches import plain_batches as plain_batches
+from coursepack.data.encodings import ENCODINGS as ENCODINGS
+from coursepack.data.sources import SOURCES as SOURCES
+from coursepack.data.sources import Source as Source
+from coursepack.data.sources import open_source as open_source
+from coursepack.data.views import PRESETS as PRESETS
+from coursepack.data.views import ViewRecipe as ViewRecipe
+from coursepack.data.views import view_fingerprint as view_fingerprint
+from coursepack.data.views import view_recipe as view_recipe
+
+__all__ = [
+    "ENCODINGS",
+    "PRESETS",
+    "SOURCES",
+    "Batch",
+    "Source",
+    "ViewRecipe",
+    "epoch_batches",
+    "open_source",
+    "plain_batches",
+    "view_fingerprint",
+    "view_recipe",
+]

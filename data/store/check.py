@@ -1,0 +1,91 @@
+"""Is every byte of a store what its manifest vouches for?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.data.store.layout import array_metadata, block_count
+from coursepack.data.store.manifest import LABELS, load_manifest
+from coursepack.data.store.shards import checksum
+from coursepack.data.views import ViewRecipe, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from coursepack.data.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What `verify` found."""
+
+    files: int
+    """Files checked."""
+    size: int
+    """Their bytes in all, as the manifest gives them."""
+    problems: tuple[str, ...]
+    """One line per thing that is wrong; empty for a sound store."""
+
+
+def verify(path: Path, *, on_file: Any = None) -> StoreReport:
+    """Check sizes and checksums of all files, the Zarr metadata, and that views are drawn as they were.
+
+    Args:
+        path: the store.
+        on_file: called with the number of bytes after each file, for progress.
+
+    Raises:
+        StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
+    """
+    manifest = load_manifest(path)
+    problems = [*_file_problems(path, manifest, on_file), *_metadata_problems(path, manifest)]
+    problems += _draw_problems(manifest)
+    size = sum(size for size, _ in manifest.files.values())
+    return StoreReport(len(manifest.files), size, tuple(problems))
+
+
+def _file_problems(path: Path, manifest: Manifest, on_file: Any) -> Iterator[str]:
+    for key, (size, crc) in manifest.files.items():
+        file = path / key
+        if not file.is_file():
+            yield f"{key}: missing"
+        elif file.stat().st_size != size:
+            yield f"{key}: {file.stat().st_size} bytes, expected {size}"
+        elif checksum(np.fromfile(file, dtype=np.uint8)) != crc:
+            yield f"{key}: content does not match its checksum"
+        if on_file is not None:
+            on_file(size)
+
+
+def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[str]:
+    """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
+    import json
+
+    expected = {f"{LABELS}/zarr.json": array_metadata(manifest.labels, (manifest.samples,))}
+    for name, array in manifest.arrays.items():
+        for component, layout in array.components.items():
+            shape = (manifest.views, manifest.samples, *layout.row_shape)
+            expected[f"{name}/{component}/zarr.json"] = array_metadata(layout, shape)
+    for key, metadata in expected.items():
+        try:
+            found = json.loads((path / key).read_text())
+        except (OSError, ValueError):
+            yield f"{key}: missing or not JSON"
+            continue
+        if found != metadata:
+            yield f"{key}: does not describe the array that the manifest does"
+
+
+def _draw_problems(manifest: Manifest) -> Iterator[str]:
+    recipe = ViewRecipe.model_validate(manifest.identity["view"]["recipe"])
+    blocks = block_count(manifest.samples, manifest.block_rows)
+    for view, record in sorted(manifest.view_records.items(), key=lambda item: int(item[0])):
+        for index in range(blocks):
+            start = index * manifest.block_rows
+            samples = np.arange(start, min(start + manifest.block_rows, manifest.samples))
+            if draw(recipe, samples, int(view)).digest() != record["draws"][index]:
+                yield f"view {view}, block {index}: this version draws other view parameters"

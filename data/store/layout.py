@@ -1,0 +1,149 @@
+"""How rows are cut into blocks, shards and chunks, and the Zarr v3 metadata that says so.
+
+A block is B consecutive rows of one view: the unit of work and of resuming. A shard is one file; shard rows
+divide B. A chunk is the unit of checksum; chunk rows divide shard rows. All three divide N as evenly as they
+can, so that the padding of the last chunk stays small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coursepack.data.encodings import Component
+
+BLOCK_ROWS = 65_536
+"""A killed worker repeats at most this many forward passes."""
+BLOCK_BYTES = 1 << 30
+"""Most bytes of the widest array in one block."""
+NARROW_BYTES = 32 << 20
+"""A block is no longer than this many bytes of the narrowest array need."""
+SHARD_BYTES = 128 << 20
+CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """Shape and cutting of one stored array `(V, N, *row_shape)`."""
+
+    dtype: str
+    row_shape: tuple[int, ...]
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+
+    def shard_count(self, rows: int) -> int:
+        """Shards of one view of `rows` rows."""
+        return -(-rows // self.shard_rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return asdict(self) | {"row_shape": list(self.row_shape)}
+
+
+def layout_from_dict(values: Mapping[str, Any]) -> ArrayLayout:
+    """The layout that `to_dict` described."""
+    return ArrayLayout(
+        dtype=str(np.dtype(values["dtype"])),
+        row_shape=tuple(int(side) for side in values["row_shape"]),
+        shard_rows=int(values["shard_rows"]),
+        chunk_rows=int(values["chunk_rows"]),
+    )
+
+
+def plan_block_rows(rows: int, row_bytes: list[int]) -> int:
+    """Rows of a block, fixed for a store's life, from the rows' widths at its creation.
+
+    Args:
+        rows: N.
+        row_bytes: bytes per row of every array.
+    """
+    widest, narrowest = max(row_bytes), min(row_bytes)
+    most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // widest, max(1, NARROW_BYTES // narrowest)))
+    blocks = -(-rows // most)
+    chunks = _power_of_two(-(-min(most, rows) * widest // CHUNK_BYTES))
+    return max(1, -(-rows // (blocks * chunks))) * chunks
+
+
+def plan_array(component: Component, block_rows: int) -> ArrayLayout:
+    """Cut one component's rows so that its shards divide blocks of `block_rows` and its chunks its shards."""
+    width = max(1, component.row_bytes)
+    shard_rows = block_rows // _divisor_near(block_rows, -(-block_rows * width // SHARD_BYTES))
+    chunk_rows = shard_rows // _divisor_near(shard_rows, -(-shard_rows * width // CHUNK_BYTES))
+    return ArrayLayout(component.dtype, component.row_shape, shard_rows, chunk_rows)
+
+
+def plan_labels(rows: int) -> ArrayLayout:
+    """Labels `(N,)` int64: one shard."""
+    chunks = _power_of_two(-(-rows * 8 // CHUNK_BYTES))
+    chunk_rows = -(-rows // chunks)
+    return ArrayLayout("int64", (), chunk_rows * chunks, chunk_rows)
+
+
+def block_count(rows: int, block_rows: int) -> int:
+    """Blocks of one view."""
+    return -(-rows // block_rows)
+
+
+def shard_key(array: str, view: int, shard: int, layout: ArrayLayout) -> str:
+    """Key of one shard file: every shard of an array lies in the array's own folder."""
+    return f"{array}/c.{view}.{shard}" + ".0" * len(layout.row_shape)
+
+
+def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Zarr v3 metadata of an array: sharded, chunks `[bytes, crc32c]`, never compressed.
+
+    Args:
+        layout: how rows are cut.
+        shape: `(V, N, *row_shape)`, or `(N,)` for an array without views.
+    """
+    lead = (1,) * (len(shape) - 1 - len(layout.row_shape))
+    floating = np.dtype(layout.dtype).kind == "f"
+    little = {"name": "bytes"}
+    if np.dtype(layout.dtype).itemsize > 1:
+        little = {"name": "bytes", "configuration": {"endian": "little"}}  # type: ignore[dict-item]
+    sharding = {
+        "chunk_shape": [*lead, layout.chunk_rows, *layout.row_shape],
+        "codecs": [little, {"name": "crc32c"}],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": layout.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [*lead, layout.shard_rows, *layout.row_shape]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if floating else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+    }
+
+
+def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Zarr v3 metadata of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    """A divisor of `number` from `wanted` to four times that, else the largest one below `wanted`."""
+    above = (d for d in range(wanted, min(4 * wanted, number) + 1) if number % d == 0)
+    below = (d for d in range(min(wanted, number), 0, -1) if number % d == 0)
+    return next(above, None) or next(below)

@@ -1,0 +1,173 @@
+"""The manifest: the one file that says what a store holds. Readers believe it and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from coursepack.canonical import canonical_json, fingerprint
+from coursepack.data.encodings import Encoding, encoding_from_dict
+from coursepack.data.store.layout import ArrayLayout, layout_from_dict
+from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMAT = "coursepack store"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One quantity, `logits` or `features/<tap>`: its encoding and the arrays that it is made of."""
+
+    encoding: Encoding
+    row_shape: tuple[int, ...]
+    components: dict[str, ArrayLayout]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "encoding": self.encoding.to_dict(),
+            "row_shape": list(self.row_shape),
+            "components": {name: layout.to_dict() for name, layout in self.components.items()},
+        }
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all components."""
+        return sum(layout.row_bytes for layout in self.components.values())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader or a resuming writer needs to know."""
+
+    identity: dict[str, Any]
+    """What determines the stored values: teacher, view recipe, source, precision."""
+    origin: dict[str, Any]
+    """Where the teacher's weights were."""
+    samples: int
+    class_names: tuple[str, ...]
+    views: int
+    """Views planned so far; `committed` says which are there."""
+    block_rows: int
+    arrays: dict[str, StoredArray]
+    labels: ArrayLayout
+    committed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Views that are complete, per array."""
+    view_records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per view: statistics, digests of the drawn parameters per block, and library versions."""
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Size in bytes and crc32c of every data file that is vouched for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what determines the stored values."""
+        return fingerprint(self.identity)
+
+    @property
+    def view_fingerprint(self) -> str:
+        """sha256 of view recipe and source."""
+        return str(self.identity["view"]["fingerprint"])
+
+    def committed_views(self, arrays: list[str] | None = None) -> tuple[int, ...]:
+        """Views for which all the given arrays (by default all there are) are committed."""
+        names = list(self.arrays) if arrays is None else arrays
+        common = set.intersection(*(set(self.committed.get(name, ())) for name in names))
+        return tuple(sorted(common))
+
+    def with_files(self, files: dict[str, tuple[int, int]]) -> Manifest:
+        """A manifest that vouches for more files."""
+        return replace(self, files={**self.files, **files})
+
+    def to_json(self) -> str:
+        """The canonical text that is stored."""
+        return canonical_json(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "origin": self.origin,
+                "samples": self.samples,
+                "class_names": list(self.class_names),
+                "views": self.views,
+                "block_rows": self.block_rows,
+                "arrays": {name: array.to_dict() for name, array in self.arrays.items()},
+                "labels": self.labels.to_dict(),
+                "committed": {name: list(views) for name, views in self.committed.items()},
+                "view_records": self.view_records,
+                "files": {key: list(value) for key, value in self.files.items()},
+            },
+            indent=1,
+        )
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """The manifest in canonical text.
+
+    Raises:
+        StoreDamaged: the text is not a manifest.
+        StoreMismatch: it is one of a format version that this release cannot read.
+    """
+    try:
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise StoreDamaged(f"{where!r} is not the manifest of a coursepack store")
+        if values["format_version"] != FORMAT_VERSION:
+            raise StoreMismatch(
+                f"store {where!r} has format version {values['format_version']}, this release reads "
+                f"{FORMAT_VERSION}. Install a newer coursepack."
+            )
+        manifest = Manifest(
+            identity=values["identity"],
+            origin=values["origin"],
+            samples=int(values["samples"]),
+            class_names=tuple(values["class_names"]),
+            views=int(values["views"]),
+            block_rows=int(values["block_rows"]),
+            arrays={name: _stored_array(array) for name, array in values["arrays"].items()},
+            labels=layout_from_dict(values["labels"]),
+            committed={name: tuple(views) for name, views in values["committed"].items()},
+            view_records=values["view_records"],
+            files={key: (int(size), int(crc)) for key, (size, crc) in values["files"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, StoreMismatch):
+            raise
+        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r}") from error
+    if manifest.fingerprint != values.get("fingerprint"):
+        raise StoreDamaged(f"the manifest of {where!r} does not match its own fingerprint")
+    return manifest
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a store's manifest.
+
+    Raises:
+        StoreNotFound: there is no store at `path`.
+        StoreIncomplete: a writer stopped before the manifest existed.
+        StoreDamaged, StoreMismatch: as `parse_manifest`.
+    """
+    if not (path / MANIFEST).is_file():
+        if (path / "zarr.json").is_file():
+            raise StoreIncomplete(
+                f"{str(path)!r} has no {MANIFEST}: it is not a coursepack store, or writing it stopped at "
+                "once. Run the same `precompute run` again."
+            )
+        raise StoreNotFound(
+            f"there is no store at {str(path)!r}. Make one with `precompute run ... --store {path}`."
+        )
+    return parse_manifest((path / MANIFEST).read_text(), str(path))
+
+
+def _stored_array(values: dict[str, Any]) -> StoredArray:
+    return StoredArray(
+        encoding=encoding_from_dict(values["encoding"]),
+        row_shape=tuple(int(side) for side in values["row_shape"]),
+        components={name: layout_from_dict(layout) for name, layout in values["components"].items()},
+    )

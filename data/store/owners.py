@@ -1,0 +1,114 @@
+"""Who writes what: every writing process owns one part of a store's blocks for as long as it lives.
+
+A process says which part it owns in a file under `runs/` and holds a lock on that file; the lock vanishes
+with the process, however that ends. The file stays as a record of when and where the run was: the only place
+for times, hosts and pids, and nothing compares it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from coursepack.errors import StoreBusy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RUNS = "runs"
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A worker's share of the blocks: those whose number leaves `index` when divided by `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, block: int) -> bool:
+        """Whether this part does that block."""
+        return block % self.count == self.index
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether some block belongs to both."""
+        return (self.index - other.index) % math.gcd(self.count, other.count) == 0
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@contextmanager
+def store_lock(root: Path) -> Iterator[None]:
+    """Be the only process that changes the manifest or claims a part."""
+    with (root / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def owning(root: Path, part: Part) -> Iterator[None]:
+    """Own a part of the store's blocks.
+
+    Raises:
+        StoreBusy: a live process owns a part that shares blocks with this one.
+    """
+    started = time.time()
+    folder = root / RUNS
+    folder.mkdir(exist_ok=True)
+    with store_lock(root):
+        for other in live_runs(root):
+            if part.overlaps(Part(other["part_index"], other["part_count"])):
+                raise StoreBusy(
+                    f"process {other['pid']} on {other['host']} is writing part {other['part_index']}/"
+                    f"{other['part_count']} of store {str(root)!r} since {other['started']}. Wait for "
+                    "it, stop it, or share the work: `--part I/COUNT` in both."
+                )
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
+        path = folder / f"{stamp}-{socket.gethostname()}-{os.getpid()}.json"
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _record(file, part, started, ended=None)
+    with file:
+        try:
+            yield
+        finally:
+            _record(file, part, started, ended=time.time())
+
+
+def live_runs(root: Path) -> list[dict[str, Any]]:
+    """Records of the processes that write to the store now."""
+    live = []
+    for path in sorted((root / RUNS).glob("*.json")):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                live.append(json.loads(file.read()))
+    return live
+
+
+def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
+    def spelled(moment: float | None) -> str | None:
+        return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+    file.seek(0)
+    file.truncate()
+    record = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "part_index": part.index,
+        "part_count": part.count,
+        "started": spelled(started),
+        "ended": spelled(ended),
+    }
+    json.dump(record, file)
+    file.flush()

@@ -1,0 +1,99 @@
+"""The bytes of one shard file: chunks of raw rows, each with its crc32c, then an index of them.
+
+    chunk 0 | crc32c | chunk 1 | crc32c | ... | (offset, bytes) per chunk, uint64 | crc32c of the index
+
+This is Zarr v3's `sharding_indexed` over `[bytes, crc32c]`, so a chunk is a table of rows at a known place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import google_crc32c
+import numpy as np
+
+from coursepack.errors import StoreDamaged
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.store.layout import ArrayLayout
+
+CHECKSUM_BYTES = 4
+ABSENT = (1 << 64) - 1
+"""Offset and size of a chunk that lies wholly beyond the array's end."""
+
+
+def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[bytes]:
+    """The file of one shard, in pieces to be written one after another.
+
+    Args:
+        rows: `(n, *row_shape)`, n at most `layout.shard_rows`; fewer only in the last shard of a view. The
+            last chunk is filled up with the array's fill value.
+        layout: the array's.
+    """
+    chunk_rows = layout.chunk_rows
+    stored = np.ascontiguousarray(rows, dtype=np.dtype(layout.dtype).newbyteorder("<"))
+    index = np.full((layout.shard_rows // chunk_rows, 2), ABSENT, dtype="<u8")
+    pieces: list[bytes] = []
+    offset = 0
+    for place, start in enumerate(range(0, len(stored), chunk_rows)):
+        chunk = stored[start : start + chunk_rows]
+        if len(chunk) < chunk_rows:
+            fill = np.nan if chunk.dtype.kind == "f" else 0
+            padding = np.full((chunk_rows - len(chunk), *chunk.shape[1:]), fill, dtype=chunk.dtype)
+            chunk = np.concatenate([chunk, padding])
+        data = chunk.tobytes()
+        index[place] = offset, len(data) + CHECKSUM_BYTES
+        offset += len(data) + CHECKSUM_BYTES
+        pieces += [data, checksum_bytes(data)]
+    footer = index.tobytes()
+    return [*pieces, footer, checksum_bytes(footer)]
+
+
+def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where: str) -> NDArray[np.int64]:
+    """Where the rows of each chunk start in a shard file.
+
+    Args:
+        file: the file's bytes, usually a memory map.
+        rows: rows of the view that lie in this shard.
+        layout: the array's.
+        where: the file's key, for errors.
+
+    Raises:
+        StoreDamaged: the index does not describe rows of this layout inside this file.
+    """
+    count = layout.shard_rows // layout.chunk_rows
+    footer_bytes = 16 * count + CHECKSUM_BYTES
+    if len(file) < footer_bytes:
+        raise StoreDamaged(f"{where!r} has {len(file)} bytes, too few for its index of {count} chunks")
+    footer = file[len(file) - footer_bytes :]
+    if checksum_bytes(footer[:-CHECKSUM_BYTES].tobytes()) != footer[-CHECKSUM_BYTES:].tobytes():
+        raise StoreDamaged(f"the index of {where!r} does not match its checksum")
+    index = footer[:-CHECKSUM_BYTES].copy().view("<u8").reshape(count, 2)[: -(-rows // layout.chunk_rows)]
+    offsets, sizes = index[:, 0], index[:, 1]
+    expected = layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES
+    last = len(file) - footer_bytes
+    if bool((sizes != expected).any() or last < expected or (offsets > last - expected).any()):
+        raise StoreDamaged(f"the index of {where!r} points outside its chunks of {expected} bytes")
+    return offsets.astype(np.int64)
+
+
+def checksum(data: bytes | NDArray[np.uint8]) -> int:
+    """crc32c of some bytes."""
+    return int(google_crc32c.value(data))
+
+
+def checksum_of(pieces: list[bytes]) -> int:
+    """crc32c of a file in pieces."""
+    crc = 0
+    for piece in pieces:
+        crc = google_crc32c.extend(crc, piece)
+    return int(crc)
+
+
+def checksum_bytes(data: bytes) -> bytes:
+    """crc32c of some bytes as it is stored, four bytes little-endian."""
+    return checksum(data).to_bytes(CHECKSUM_BYTES, "little")

@@ -1,0 +1,180 @@
+"""The command `distill`: train students, evaluate and compare them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coursepack.config import parse_config
+from coursepack.console import Commands, print_table
+from coursepack.data import open_source, view_recipe
+from coursepack.data.sources import evaluation_spec
+from coursepack.distill.compare import compare, table_rows
+from coursepack.distill.evaluate import evaluate
+from coursepack.distill.learner import Learner
+from coursepack.distill.objective import Objective
+from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_values
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.targets import open_stores
+from coursepack.distill.train import train
+from coursepack.errors import RecipeError
+from coursepack.models import load_teacher
+from coursepack.models.runner import pick_device
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Train students from precomputed stores, evaluate them and compare their runs."""
+
+
+def _parse_numbers(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
+
+
+EXAMPLES_TRAIN = """\b
+Examples:
+  distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
+  distill train --student digits-linear --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
+  distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
+"""
+
+
+@main.command("train", epilog=EXAMPLES_TRAIN)
+@click.argument("recipe_file", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+@click.option("--student", help="A network's name.")
+@click.option("--store", "stores", multiple=True, help="A teacher's store. Repeatable.")
+@click.option("--method", help="supervised, kd.  [default: kd with stores, else supervised]")
+@click.option("--online", is_flag=True, default=None, help="Run the stores' teachers live instead.")
+@click.option("--source", help="NAME or NAME:SPLIT.  [default: the stores']")
+@click.option("--root", help="Folder of the source's files, if it has any.")
+@click.option("--view", "view", help="View recipe: a preset's name or a YAML file.  [default: the stores']")
+@click.option("--views", type=click.IntRange(1), help="Views to take in turn, one per epoch.")
+@click.option("--limit", type=click.IntRange(1), help="Train on this many samples, evenly over classes.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the samples.  [default: 40]")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples per step.  [default: 64]")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.05]")
+@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), help="Momentum.  [default: 0.9]")
+@click.option("--weight-decay", type=click.FloatRange(0), help="L2 penalty.  [default: 0.0005]")
+@click.option("--seed", type=click.IntRange(0), help="Of initial weights and order.  [default: 0]")
+@click.option("--temperature", type=click.FloatRange(0, 100, min_open=True), help="T of the soft targets.")
+@click.option("--soft-weight", type=click.FloatRange(0), help="Factor of the soft-target term.")
+@click.option("--hard-weight", type=click.FloatRange(0), help="Factor of the cross-entropy.")
+@click.option(
+    "--teacher-weights", callback=_parse_numbers, metavar="X,X,...", help="One per store.  [default: equal]"
+)
+@click.option(
+    "--set", "assignments", multiple=True, help="Any recipe field, as key.subkey=value. Repeatable."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def train_command(
+    recipe_file: Path | None,
+    out: Path,
+    overwrite: bool,
+    device: str,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Train one student: from stores, from their teachers run live, or alone.
+
+    Flags replace what a RECIPE_FILE says. The recipe as used is kept in the run's folder.
+    """
+    values = {} if recipe_file is None else load_recipe(recipe_file)
+    _apply_flags(values, flags)
+    set_values(values, assignments)
+    where = "the recipe" if recipe_file is None else str(recipe_file)
+    recipe = _complete(values, where)
+    metrics = train(recipe, out, device=pick_device(device), overwrite=overwrite)
+    evaluation = metrics["evaluation"]
+    click.echo(
+        f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
+        f"after {recipe.epochs} epochs"
+    )
+
+
+@main.command("eval", epilog="\b\nExample:\n  distill eval runs/kd")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--source", help="NAME:SPLIT.  [default: what the run was evaluated on]")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool, device: str) -> None:
+    """Evaluate the student of a finished run."""
+    finished = load_run(run)
+    recipe = finished.recipe
+    data = open_source(source or recipe.evaluation, root or (Path(recipe.root) if recipe.root else None))
+    network = load_teacher(f"run:{run}", data.class_names)
+    chosen = pick_device(device)
+    facts = evaluate(Learner(network, Objective(recipe.objective)).to(chosen), data, chosen)
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "source": data.name, **facts}, indent=1))
+    else:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
+        click.echo(f"{run}: {numbers} on {data.name}, {len(data.labels):,} samples")
+
+
+@main.command("compare", epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare_command(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Put finished runs side by side; runs that differ only in their seed are one row."""
+    groups = compare([load_run(path) for path in runs])
+    if as_json:
+        click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
+    else:
+        print_table("", *table_rows(groups))
+
+
+_OBJECTIVE_FLAGS = ("temperature", "soft_weight", "hard_weight", "teacher_weights")
+_OPTIMISER_FLAGS = ("lr", "momentum", "weight_decay")
+
+
+def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Put the flags that were given into a recipe's plain values."""
+    for name, value in flags.items():
+        if value is None or value == ():
+            continue
+        if name in _OBJECTIVE_FLAGS:
+            values.setdefault("objective", {})[name] = value
+        elif name in _OPTIMISER_FLAGS:
+            values.setdefault("optimiser", {})[name] = value
+        elif name == "view":
+            values["view"] = view_recipe(value).model_dump(mode="json")
+        else:
+            values[name] = value
+
+
+def _complete(values: dict[str, Any], where: str) -> TrainRecipe:
+    """Fill in what the stores and the method say, and check the whole.
+
+    Raises:
+        RecipeError: something is missing, unknown or out of range.
+    """
+    if "student" not in values:
+        raise RecipeError("there is no student: give --student NAME, or a recipe file")
+    stores = values.get("stores") or ()
+    values.setdefault("method", "kd" if stores else "supervised")
+    values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
+    if stores:
+        identity = open_stores(stores)[0].manifest.identity
+        values.setdefault("source", identity["source"]["name"])
+        values.setdefault("view", identity["view"]["recipe"])
+    if "source" not in values:
+        raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
+    root = Path(values["root"]) if values.get("root") else None
+    values["source"] = open_source(values["source"], root).name
+    values.setdefault("evaluation", evaluation_spec(values["source"]))
+    if "view" not in values:
+        raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
+    if isinstance(values["view"], str):
+        values["view"] = view_recipe(values["view"])
+    return parse_config(TrainRecipe, values, where)

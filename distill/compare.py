@@ -1,0 +1,142 @@
+"""Runs side by side: runs that differ only in their seed form a group, groups form a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coursepack.canonical import canonical_json, differences
+from coursepack.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.distill.run_folder import FinishedRun
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe under several seeds."""
+
+    label: str
+    """The recipe fields in which the groups of a comparison differ."""
+    accuracy: dict[int, float]
+    """Accuracy on the evaluation split after the last epoch, per seed, in [0, 1]."""
+    nll: dict[int, float]
+    """Negative log-likelihood in nats, per seed."""
+    epoch_seconds: float
+    """Median over all epochs of all runs, without evaluation."""
+    wins: int | None
+    """Seeds on which it beats the first group; None for the first group itself."""
+    paired: int
+    """Seeds it shares with the first group."""
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracy.values())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the accuracy over seeds; NaN for one run."""
+        return statistics.stdev(self.accuracy.values()) if len(self.accuracy) > 1 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "label": self.label,
+            "runs": len(self.accuracy),
+            "accuracy_mean": self.mean,
+            "accuracy_sd": None if math.isnan(self.spread) else self.spread,
+            "nll_mean": statistics.fmean(self.nll.values()),
+            "epoch_seconds": self.epoch_seconds,
+            "wins": self.wins,
+            "paired": self.paired,
+            "accuracy": {str(seed): value for seed, value in self.accuracy.items()},
+        }
+
+
+def compare(runs: Sequence[FinishedRun]) -> list[Group]:
+    """Group runs by recipe, in the order in which the groups appear.
+
+    Raises:
+        RunError: no run, two runs of one recipe and seed, or runs evaluated on different data.
+    """
+    if not runs:
+        raise RunError("there is nothing to compare: name at least one run")
+    evaluations = {run.recipe.evaluation for run in runs}
+    if len(evaluations) > 1:
+        raise RunError(f"the runs were evaluated on different data: {', '.join(sorted(evaluations))}")
+    grouped: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        grouped.setdefault(canonical_json(_shared_fields(run)), []).append(run)
+    for members in grouped.values():
+        seeds = [run.recipe.seed for run in members]
+        repeated = {seed for seed in seeds if seeds.count(seed) > 1}
+        if repeated:
+            paths = [str(run.path) for run in members if run.recipe.seed in repeated]
+            raise RunError(f"these runs have the same recipe and seed, keep one of each: {', '.join(paths)}")
+    recipes = [_shared_fields(members[0]) for members in grouped.values()]
+    first = {run.recipe.seed: _final(run)["accuracy"] for run in next(iter(grouped.values()))}
+    return [
+        _group(members, _label(recipe, recipes), first, is_first=place == 0)
+        for place, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
+    ]
+
+
+def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for `print_table`."""
+    header = ["recipe", "runs", "accuracy", "+- sd", "nll", "epoch", "beats first"]
+    rows = []
+    for group in groups:
+        spread = "-" if math.isnan(group.spread) else f"{group.spread:.2%}"
+        wins = "-" if group.wins is None else f"{group.wins} of {group.paired}"
+        nll = statistics.fmean(group.nll.values())
+        runs, epoch = str(len(group.accuracy)), f"{group.epoch_seconds * 1000:.1f} ms"
+        rows.append([group.label, runs, f"{group.mean:.2%}", spread, f"{nll:.3f}", epoch, wins])
+    return header, rows
+
+
+def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, is_first: bool) -> Group:
+    accuracy = {run.recipe.seed: float(_final(run)["accuracy"]) for run in members}
+    paired = accuracy.keys() & first.keys()
+    return Group(
+        label=label,
+        accuracy=accuracy,
+        nll={run.recipe.seed: float(_final(run)["nll"]) for run in members},
+        epoch_seconds=statistics.median(line["seconds"] for run in members for line in run.metrics),
+        wins=None if is_first else sum(accuracy[seed] > first[seed] for seed in paired),
+        paired=len(paired),
+    )
+
+
+def _final(run: FinishedRun) -> dict[str, Any]:
+    evaluation: dict[str, Any] = run.metrics[-1]["evaluation"]
+    return evaluation
+
+
+def _shared_fields(run: FinishedRun) -> dict[str, Any]:
+    return run.recipe.model_dump(mode="json", exclude={"seed"})
+
+
+def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
+    """What sets a recipe apart, in few words: student, method, teachers, then other fields that differ."""
+    words = [recipe["method"], recipe["student"]]
+    if recipe["stores"]:
+        names = ", ".join(Path(store).name.removesuffix(".zarr") for store in recipe["stores"])
+        words.append(f"from {names}" + (" live" if recipe["online"] else ""))
+    told = {"method", "student", "online"}
+    for other in recipes:
+        for path, mine, _ in differences(recipe, other):
+            top = path.partition(".")[0].partition("[")[0]
+            # A method's defaults and a store's view go without saying.
+            implied = top in ("stores", "view") or (
+                top == "objective" and other["method"] != recipe["method"]
+            )
+            if path not in told and not implied:
+                told.add(path)
+                words.append(f"{path}={mine}")
+    return " ".join(words)

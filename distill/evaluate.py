@@ -1,0 +1,37 @@
+"""How well a network does on a source, without augmentation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coursepack.data import ViewRecipe, plain_batches
+
+if TYPE_CHECKING:
+    from coursepack.data import Source
+    from coursepack.distill.learner import Learner
+
+BATCH_SIZE = 512
+
+
+@torch.inference_mode()
+def evaluate(learner: Learner, source: Source, device: torch.device) -> dict[str, float]:
+    """Accuracy (top-1, and top-5 where there are more than five classes) and NLL in nats per sample."""
+    was_training = learner.training
+    learner.eval()
+    samples = np.arange(len(source.labels))
+    sums = {"accuracy": 0.0, "nll": 0.0}
+    if len(source.class_names) > 5:
+        sums["accuracy_top5"] = 0.0
+    for batch in plain_batches(source, ViewRecipe(), samples, view=0, batch_size=BATCH_SIZE, device=device):
+        logits, labels = learner.predict(batch).float(), batch.labels
+        sums["accuracy"] += float((logits.argmax(1) == labels).sum())
+        sums["nll"] += float(F.cross_entropy(logits, labels, reduction="sum"))
+        if "accuracy_top5" in sums:
+            top = logits.topk(5, dim=1).indices
+            sums["accuracy_top5"] += float((top == labels[:, None]).any(1).sum())
+    learner.train(was_training)
+    return {name: value / len(samples) for name, value in sums.items()}

@@ -1,0 +1,117 @@
+"""The recipe of a training run: everything that determines it, and how flags and files become one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from coursepack.config import Config, parse_config, read_yaml
+from coursepack.data import ViewRecipe
+from coursepack.distill.methods import METHODS
+from coursepack.distill.objective import ObjectiveConfig
+from coursepack.errors import RecipeError, UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class OptimiserConfig(Config):
+    """Stochastic gradient descent."""
+
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """Learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum; Nesterov's where it is not zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 penalty."""
+
+
+class TrainRecipe(Config):
+    """A config that fully determines a training run, but for the hardware."""
+
+    student: str
+    """A network's name."""
+    student_size: Count | None = None
+    """Side in pixels to render views at for the student; none means its own."""
+    method: str = "supervised"
+    """A name in `METHODS`."""
+    objective: ObjectiveConfig
+    """The method's numbers, all spelled out."""
+    stores: tuple[str, ...] = ()
+    """Stores of the teachers, in the order of `teacher_weights`."""
+    online: bool = False
+    """Run the stores' teachers live instead of reading what they said."""
+    source: str
+    """NAME:SPLIT to train on."""
+    evaluation: str
+    """NAME:SPLIT to evaluate on."""
+    root: str | None = None
+    """Folder of the source's files, if it has any."""
+    view: ViewRecipe
+    """The view recipe; that of the stores where there are any."""
+    views: Count | None = None
+    """Views to take in turn, one per epoch; none means all that the stores have, or a new one each epoch."""
+    limit: Count | None = None
+    """Train on this many samples only."""
+    epochs: Count = 40
+    """Passes over the samples."""
+    batch_size: Count = 64
+    """Samples per step."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """How the student is updated."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Of initial weights and order."""
+
+
+def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> ObjectiveConfig:
+    """A method's objective with some of its fields replaced.
+
+    Raises:
+        UnknownName: no such method.
+        RecipeError: a field that does not exist or a value out of range.
+    """
+    if method not in METHODS:
+        raise UnknownName("method", method, METHODS)
+    values = METHODS[method].objective.model_dump() | dict(overrides)
+    return parse_config(ObjectiveConfig, values, where)
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file.
+
+    Raises:
+        RecipeError: missing, not YAML, or not a mapping.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{str(path)!r} holds a {type(values).__name__}, expected a mapping of recipe fields"
+        )
+    return values
+
+
+def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply `key.subkey=value` assignments in place; values are YAML.
+
+    Raises:
+        RecipeError: an assignment without `=`, or into something that is no mapping.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {assignment!r} is not key=value")
+        *parents, leaf = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"--set {assignment!r}: {parent!r} is a value, not a group of fields")
+        try:
+            place[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {assignment!r}: the value is not YAML") from error

@@ -1,0 +1,118 @@
+"""What teachers say about a batch: read from stores, or asked of the teachers live.
+
+Both kinds have one method, `fetch(batch, teachers=None)`, and give the same answers on the same views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from coursepack.canonical import difference_table
+from coursepack.data.store import StoreReader
+from coursepack.errors import StoreMismatch, TeacherMismatch
+from coursepack.models import Preprocessing, TeacherRunner, load_teacher
+from coursepack.models.build import weights_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from coursepack.data import Batch
+    from coursepack.kernels import Rows
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Answers of the teachers to one batch."""
+
+    logits: list[Tensor | Rows]
+    """Per teacher `(N, C)`."""
+
+
+class TargetsKind(Protocol):
+    """Where targets come from."""
+
+    def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
+        """Targets of a batch, from all teachers or from those at the given places."""
+
+
+class CachedTargets:
+    """Targets read from stores."""
+
+    def __init__(self, readers: Sequence[StoreReader], device: torch.device) -> None:
+        self.readers = list(readers)
+        self.device = device
+
+    def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
+        """Rows of the batch's samples and views, still encoded.
+
+        Raises:
+            StoreIncomplete: a view that is not committed.
+            StoreDamaged: a file is not what its manifest vouches for.
+        """
+        chosen = self.readers if teachers is None else [self.readers[place] for place in teachers]
+        rows = [reader.rows("logits", batch.views, batch.samples) for reader in chosen]
+        return Targets([part.to(self.device, non_blocking=True) for part in rows])
+
+
+class OnlineTargets:
+    """Targets asked of teachers that run beside the student: the baseline, and the proof."""
+
+    def __init__(self, runners: Sequence[TeacherRunner]) -> None:
+        self.runners = list(runners)
+
+    def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
+        """The teachers' answers to the batch's own views, rendered at each teacher's size."""
+        chosen = self.runners if teachers is None else [self.runners[place] for place in teachers]
+        return Targets([r.run(batch.pixels(r.network.preprocessing.size)).logits.clone() for r in chosen])
+
+
+def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
+    """Open stores that belong together.
+
+    Raises:
+        StoreNotFound, StoreIncomplete, StoreDamaged: one of them cannot be read.
+        StoreMismatch: they were written from different sources or views; the text shows what differs.
+    """
+    readers = [StoreReader(Path(path)) for path in paths]
+    first = readers[0]
+    for other in readers[1:]:
+        if other.manifest.view_fingerprint == first.manifest.view_fingerprint:
+            continue
+        left, right = (
+            {"view": reader.manifest.identity["view"]["recipe"], "source": reader.manifest.identity["source"]}
+            for reader in (first, other)
+        )
+        table = difference_table(left, right, first.path.name, other.path.name)
+        raise StoreMismatch(
+            f"stores {str(first.path)!r} and {str(other.path)!r} do not belong together: their teachers saw "
+            f"different pixels.\n{table}\nUse stores of one source and one view recipe."
+        )
+    return readers
+
+
+def live_teachers(readers: Sequence[StoreReader], device: torch.device) -> list[TeacherRunner]:
+    """The stores' teachers themselves, loaded from where their weights were when the stores were written.
+
+    Raises:
+        TeacherMismatch: the weights there are not the ones that wrote the store.
+    """
+    runners = []
+    for reader in readers:
+        manifest = reader.manifest
+        teacher = manifest.identity["teacher"]
+        network = load_teacher(
+            teacher["network"], manifest.class_names, weights=manifest.origin["weights_file"]
+        )
+        if weights_fingerprint(network.module) != teacher["weights"]:
+            raise TeacherMismatch(
+                f"the weights in {manifest.origin['weights_file']!r} are not the ones that wrote store "
+                f"{str(reader.path)!r}: put the old weights back, or write the store again"
+            )
+        preprocessing = Preprocessing.model_validate(teacher["preprocessing"])
+        runners.append(TeacherRunner(replace(network, preprocessing=preprocessing), device=device))
+    return runners

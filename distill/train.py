@@ -1,0 +1,267 @@
+"""The training loop: learners on one stream of batches, with targets or without."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coursepack.console import progress, say
+from coursepack.data import open_source, view_fingerprint
+from coursepack.data.batches import epoch_batches
+from coursepack.data.sources import subset
+from coursepack.distill.evaluate import evaluate
+from coursepack.distill.learner import Learner
+from coursepack.distill.objective import Objective
+from coursepack.distill.run_folder import RunFolder, check_free
+from coursepack.distill.targets import CachedTargets, OnlineTargets, live_teachers, open_stores
+from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+from coursepack.models import build_network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from coursepack.data import Batch, Source
+    from coursepack.data.randomness import Samples
+    from coursepack.data.store import StoreReader
+    from coursepack.distill.recipe import OptimiserConfig, TrainRecipe
+    from coursepack.distill.targets import TargetsKind
+
+
+@dataclass
+class Trainee:
+    """A learner and what updates it."""
+
+    learner: Learner
+    optimiser: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a recipe describes, opened and checked, before the first step."""
+
+    recipe: TrainRecipe
+    source: Source
+    evaluation: Source
+    samples: Samples
+    views: tuple[int, ...] | None
+    """Views taken in turn, one per epoch; None means epoch e takes view e."""
+    targets: TargetsKind | None
+    readers: tuple[StoreReader, ...]
+    device: torch.device
+
+    def view_of_epoch(self, epoch: int) -> int:
+        """The view that every sample of an epoch is seen under."""
+        return epoch if self.views is None else self.views[epoch % len(self.views)]
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        return epoch_batches(
+            self.source,
+            self.recipe.view,
+            self.samples,
+            view=self.view_of_epoch(epoch),
+            epoch=epoch,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.batch_size,
+            device=self.device,
+        )
+
+    def trainee(self) -> Trainee:
+        """A fresh student of the recipe."""
+        recipe = self.recipe
+        classes = len(self.source.class_names)
+        network = build_network(recipe.student, classes, seed=recipe.seed, size=recipe.student_size)
+        learner = Learner(network, Objective(recipe.objective)).to(self.device)
+        return Trainee(learner, make_optimiser(learner, recipe.optimiser))
+
+
+def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
+    """Open what a recipe names, and refuse what cannot be trained.
+
+    Raises:
+        StoreMismatch: stores of different views or sources, or of another source than the recipe's.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
+        RecipeError, UnknownName: fields that do not fit together.
+    """
+    root = None if recipe.root is None else Path(recipe.root)
+    source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
+    objective = recipe.objective
+    if objective.arrays and not recipe.stores:
+        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
+    if recipe.stores and not objective.arrays:
+        raise RecipeError(
+            f"method {recipe.method!r} does not use teachers, but {len(recipe.stores)} stores are given: "
+            "leave --store out, or choose a method that learns from them, as --method kd"
+        )
+    readers = open_stores(recipe.stores) if recipe.stores else []
+    views = None if recipe.views is None else tuple(range(recipe.views))
+    if readers:
+        _check_stores(recipe, source, readers)
+        views = _common_views(recipe, readers)
+    weights = objective.teacher_weights
+    if weights is not None and len(weights) != len(readers):
+        raise RecipeError(
+            f"{len(weights)} teacher weights are given for {len(readers)} stores: one per store"
+        )
+    targets: TargetsKind | None = None
+    if readers and recipe.online:
+        targets = OnlineTargets(live_teachers(readers, device))
+    elif readers:
+        targets = CachedTargets(readers, device)
+    elif recipe.online:
+        raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+    samples = subset(source, recipe.limit)
+    return Run(recipe, source, evaluation, samples, views, targets, tuple(readers), device)
+
+
+def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bool = False) -> dict[str, Any]:
+    """Train one student into a run folder.
+
+    Everything that can be refused is refused before the folder is made.
+
+    Returns:
+        The metrics of the last epoch.
+
+    Raises:
+        RunError: the folder is not free.
+        Otherwise as `prepare`.
+    """
+    run = prepare(recipe, device)
+    trainee = run.trainee()
+    check_free(out, overwrite=overwrite)
+    folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
+    say(_opening(run))
+    metrics: dict[str, Any] = {}
+    with progress(f"train {out.name}", recipe.epochs * len(run.samples), "samples") as meter:
+        for epoch in range(recipe.epochs):
+            started = time.perf_counter()
+            train_metrics = train_epoch([trainee], run.batches(epoch), run.targets)[0]
+            seconds = time.perf_counter() - started
+            evaluation = evaluate(trainee.learner, run.evaluation, device)
+            metrics = {
+                "epoch": epoch,
+                "view": run.view_of_epoch(epoch),
+                "seconds": round(seconds, 6),
+                "train": train_metrics,
+                "evaluation": evaluation,
+            }
+            folder.log(metrics)
+            meter.advance(len(run.samples), f"accuracy {evaluation['accuracy']:.2%}")
+    folder.finish(trainee.learner.network)
+    return metrics
+
+
+def train_epoch(
+    trainees: Sequence[Trainee], batches: Iterable[Batch], targets: TargetsKind | None
+) -> list[dict[str, float]]:
+    """One pass of every trainee over the same batches; returns each one's mean loss, terms and accuracy."""
+    logs = [_EpochLog() for _ in trainees]
+    for trainee in trainees:
+        trainee.learner.train()
+    for batch in batches:
+        fetched = None if targets is None else targets.fetch(batch)
+        for trainee, log in zip(trainees, logs, strict=True):
+            output = trainee.learner(batch, fetched)
+            trainee.optimiser.zero_grad(set_to_none=True)
+            output.value.loss.backward()
+            trainee.optimiser.step()
+            log.add(output, batch)
+    return [log.means() for log in logs]
+
+
+def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Optimizer:
+    """SGD over everything the learner trains."""
+    return torch.optim.SGD(
+        learner.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where a run's targets came from, and what ran it."""
+    stores = [
+        {
+            "path": str(reader.path.resolve()),
+            "fingerprint": reader.manifest.fingerprint,
+            "views": list(reader.views),
+            "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
+        }
+        for reader in run.readers
+    ]
+    return {
+        "stores": stores,
+        "view_fingerprint": view_fingerprint(run.recipe.view, run.source),
+        "source_fingerprint": run.source.fingerprint,
+        "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
+        "device": str(run.device),
+    }
+
+
+class _EpochLog:
+    """Means over an epoch, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, output: Any, batch: Batch) -> None:
+        count = len(batch)
+        correct = (output.student_logits.detach().argmax(1) == batch.labels).sum()
+        values = {"loss": output.value.loss.detach() * count, "accuracy": correct}
+        values |= {name: value * count for name, value in output.value.terms.items()}
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._samples += count
+
+    def means(self) -> dict[str, float]:
+        return {name: float(value) / self._samples for name, value in self._sums.items()}
+
+
+def _check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> None:
+    for reader in readers:
+        identity = reader.manifest.identity
+        if identity["source"]["fingerprint"] != source.fingerprint:
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written from source {identity['source']['name']!r} "
+                f"({identity['source']['fingerprint'][:12]}), but {source.name!r} here is "
+                f"{source.fingerprint[:12]}: train on the source that the teachers saw"
+            )
+        if identity["view"]["fingerprint"] != view_fingerprint(recipe.view, source):
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written with another view recipe than this run's: leave the "
+                "view out, and the store's own is used"
+            )
+        if len(reader.manifest.class_names) != len(source.class_names):
+            raise TeacherMismatch(
+                f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
+                f"{source.name!r} has {len(source.class_names)}"
+            )
+
+
+def _common_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> tuple[int, ...]:
+    common = sorted(set.intersection(*(set(reader.views) for reader in readers)))
+    if not common:
+        raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
+    if recipe.views is not None and recipe.views > len(common):
+        raise RecipeError(f"views is {recipe.views}, but the stores have {len(common)} in common")
+    return tuple(common[: recipe.views])
+
+
+def _opening(run: Run) -> str:
+    recipe = run.recipe
+    teachers = ", ".join(reader.name for reader in run.readers)
+    said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
+    if run.readers:
+        said += f", teachers {teachers} {'live' if recipe.online else 'from their stores'}"
+    if run.views is None:
+        return f"{said}; a new view every epoch"
+    repeats = "" if recipe.epochs <= len(run.views) else f", each seen again after {len(run.views)} epochs"
+    return f"{said}; {len(run.views)} views in turn, one per epoch{repeats}"

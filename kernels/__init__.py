@@ -1,0 +1,21 @@
+"""Fused maths on tensors, and the encoded rows it reads. Imports nothing else of coursepack."""
+
+from coursepack.kernels.labels import MixedLabels as MixedLabels
+from coursepack.kernels.loss import soft_target_loss as soft_target_loss
+from coursepack.kernels.loss import soft_targets as soft_targets
+from coursepack.kernels.rows import DenseRows as DenseRows
+from coursepack.kernels.rows import Rows as Rows
+from coursepack.kernels.rows import decode as decode
+from coursepack.kernels.stats import TeacherStats as TeacherStats
+from coursepack.kernels.stats import teacher_stats as teacher_stats
+
+__all__ = [
+    "DenseRows",
+    "MixedLabels",
+    "Rows",
+    "TeacherStats",
+    "decode",
+    "soft_target_loss",
+    "soft_targets",
+    "teacher_stats",
+]

@@ -1,0 +1,129 @@
+"""The fused multi-teacher soft-target loss: the one door to every path that computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels.analytic import SoftTargetLoss
+from coursepack.kernels.arguments import Teachers, check_arguments, check_weights
+from coursepack.kernels.reference import teacher_probs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.kernels.labels import MixedLabels
+
+
+def soft_target_loss(
+    student_logits: Tensor,
+    teachers: Teachers,
+    labels: Tensor | MixedLabels | None = None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: Tensor | Sequence[float] | None = None,
+    adjustment: str | Sequence[str] = "none",
+    smoothing: float = 0.1,
+    divergence: str = "kl",
+    combine: str = "mixture",
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Distillation loss of each sample: `row_weight (soft_weight T² D + hard_weight CE)`.
+
+    D compares the teachers' softened probabilities with the student's, q = softmax(z / T). The factor T²
+    (Hinton et al. 2015, section 2) is applied here, per sample, and nowhere else. Reduction is the caller's:
+    the mean over `(N,)` is the field's `batchmean`.
+
+    Args:
+        student_logits: `(N, C)` float32, bfloat16 or float16; receives the gradient. float64 computes and
+            returns float64.
+        teachers: `(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`; never given a gradient.
+        labels: class ids `(N,)` int64, or `MixedLabels`. Needed by `adjustment` and `hard_weight`.
+        weights: one per teacher `(K,)`, or per sample and teacher `(N, K)`; None means 1/K. Not negative;
+            they need not sum to one. May receive a gradient. Where every teacher that supports a class has
+            weight zero, that gradient has no finite value: log p is floored at the smallest normal number.
+        temperature: T, a number or `(N,)`, 0 < T <= 100; no gradient.
+        teacher_temperature: K numbers, or `(K,)` or `(K, N)`; None means `temperature`.
+        adjustment: what to do with a wrong teacher (its top class is not the label), one name or one per
+            teacher: "none"; "shift", swap its probabilities of the label and of its top class, ties to the
+            lowest class (KA-PS); "smooth", `(1 - smoothing) onehot + smoothing / C`, not tempered (KA-LSR).
+            Both from Wen et al., arXiv 1911.07471. Refused for `MixedLabels`.
+        smoothing: epsilon of "smooth", 0 to 1.
+        divergence: "kl", KL(teachers || student).
+        combine: "mixture", D(sum_k w_k P_k || q); or "sum", sum_k w_k D(P_k || q). The gradient to the
+            student is the same; the value and the gradient to the weights are not.
+        soft_weight: factor of D.
+        hard_weight: factor of the cross-entropy to `labels` at T = 1.
+        row_weight: `(N,)`; a row of weight zero gives zero and no gradient, even if it holds NaN.
+        ignore_index: a label that adds no cross-entropy and leaves its row unadjusted.
+
+    Returns:
+        `(N,)` float32 in nats. A NaN stays in its own row.
+
+    Raises:
+        ValueError: a shape, name or value that is not allowed. Values are checked on the CPU only; on CUDA a
+            bad row turns to NaN, so that nothing waits for the device.
+        TypeError: a tensor of the wrong dtype.
+        RuntimeError: a second backward pass (the gradient is made in the forward pass and used once).
+
+    >>> z = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> float(soft_target_loss(z, z[None], temperature=4.0))
+    0.0
+    """
+    arguments = check_arguments(
+        student_logits,
+        teachers,
+        labels,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        adjustment=adjustment,
+        smoothing=smoothing,
+        divergence=divergence,
+        combine=combine,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        row_weight=row_weight,
+        ignore_index=ignore_index,
+    )
+    full_weights = check_weights(weights, arguments, student_logits.shape[0])
+    loss: Tensor = SoftTargetLoss.apply(student_logits, full_weights, arguments)
+    return loss
+
+
+def soft_targets(
+    teachers: Teachers,
+    labels: Tensor | None = None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: Tensor | Sequence[float] | None = None,
+    adjustment: str | Sequence[str] = "none",
+    smoothing: float = 0.1,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The mixture `sum_k w_k P_k` itself, `(N, C)` float32: what `soft_target_loss` compares with.
+
+    Arguments and errors are those of `soft_target_loss`. Differentiable in `weights`.
+    """
+    arguments = check_arguments(
+        None,
+        teachers,
+        labels,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        adjustment=adjustment,
+        smoothing=smoothing,
+        ignore_index=ignore_index,
+        dtype=torch.float64 if isinstance(teachers, Tensor) and teachers.dtype == torch.float64 else None,
+    )
+    full_weights = check_weights(weights, arguments, arguments.temperature.shape[0]).to(arguments.dtype)
+    mixture = full_weights[:, :1] * teacher_probs(arguments, 0)
+    for k in range(1, len(arguments.teachers)):
+        mixture = mixture + full_weights[:, k, None] * teacher_probs(arguments, k)
+    return mixture

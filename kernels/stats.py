@@ -1,0 +1,95 @@
+"""What teachers say about each sample: what adaptive weights and dynamic temperatures read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from coursepack.kernels.arguments import BadRows, class_ids, teacher_list
+from coursepack.kernels.reference import log_softmax
+from coursepack.kernels.rows import decode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coursepack.kernels.arguments import Teachers
+
+
+@dataclass(frozen=True)
+class TeacherStats:
+    """Facts per teacher and sample, all `(K, N)`, at temperature 1, without gradient."""
+
+    argmax: Tensor
+    """Top class, int64; ties go to the lowest class."""
+    entropy: Tensor
+    """Entropy of the teacher's probabilities, float32, nats."""
+    norm: Tensor
+    """Euclidean norm of the logits, float32."""
+    correct: Tensor | None
+    """Whether no class scores above the label, bool; None without labels. False for an ignored label."""
+    cross_entropy: Tensor | None
+    """Cross-entropy to the label, float32, nats; None without labels. 0 for an ignored label."""
+    cosine: Tensor | None
+    """Cosine between the teacher's and the given logits, float32; None without `student_logits`."""
+
+
+def teacher_stats(
+    teachers: Teachers,
+    labels: Tensor | None = None,
+    *,
+    student_logits: Tensor | None = None,
+    ignore_index: int = -100,
+) -> TeacherStats:
+    """Facts about each teacher's answer to each sample.
+
+    Args:
+        teachers: `(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`.
+        labels: class ids `(N,)` int64.
+        student_logits: `(N, C)`, to compare directions with.
+        ignore_index: a label that stands for none.
+
+    Raises:
+        ValueError: shapes that do not fit, or a label outside the classes (on CUDA its cross-entropy is NaN and
+            it is not correct).
+        TypeError: labels that are not int64.
+    """
+    listed = teacher_list(teachers, None if student_logits is None else tuple(student_logits.shape))
+    rows, classes = listed[0].shape
+    checked = None
+    if labels is not None:
+        bad = BadRows(rows, labels.device)
+        ids, valid = class_ids("labels", labels, rows, classes, listed[0].device, ignore_index, bad)
+        checked = (ids, valid, bad.mask)
+    each = [_one_teacher(decode(t).detach(), checked, student_logits) for t in listed]
+    columns = {
+        name: None if each[0][name] is None else torch.stack([row[name] for row in each])  # type: ignore[misc]
+        for name in each[0]
+    }
+    return TeacherStats(**columns)  # type: ignore[arg-type]
+
+
+def _one_teacher(
+    logits: Tensor, labels: tuple[Tensor, Tensor, Tensor | None] | None, student_logits: Tensor | None
+) -> dict[str, Tensor | None]:
+    log_probs = log_softmax(logits)
+    facts: dict[str, Tensor | None] = {
+        "argmax": logits.argmax(1),
+        "entropy": torch.special.entr(log_probs.exp()).sum(1),
+        "norm": torch.linalg.vector_norm(logits, dim=1),
+        "correct": None,
+        "cross_entropy": None,
+        "cosine": None,
+    }
+    if labels is not None:
+        ids, valid, bad_rows = labels
+        valid = valid if bad_rows is None else valid & ~bad_rows
+        facts["correct"] = valid & (logits.gather(1, ids[:, None])[:, 0] >= logits.amax(1))
+        cross_entropy = torch.where(valid, -log_probs.gather(1, ids[:, None])[:, 0], 0)
+        if bad_rows is not None:
+            cross_entropy = cross_entropy.masked_fill(bad_rows, float("nan"))
+        facts["cross_entropy"] = cross_entropy
+    if student_logits is not None:
+        facts["cosine"] = torch.cosine_similarity(logits, student_logits.detach().float(), dim=1)
+    return facts

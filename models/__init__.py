@@ -1,0 +1,10 @@
+"""Any network by name: build it, prepare its pixels, tap its layers, run it frozen."""
+
+from coursepack.models.build import Network as Network
+from coursepack.models.build import build_network as build_network
+from coursepack.models.build import load_teacher as load_teacher
+from coursepack.models.preprocessing import Preprocessing as Preprocessing
+from coursepack.models.runner import TeacherOutput as TeacherOutput
+from coursepack.models.runner import TeacherRunner as TeacherRunner
+
+__all__ = ["Network", "Preprocessing", "TeacherOutput", "TeacherRunner", "build_network", "load_teacher"]

@@ -1,0 +1,85 @@
+"""Small networks for 8x8 grey digits, of clearly different sizes and shapes."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DigitsLinear(nn.Module):
+    """One hidden layer of nine units: 64-9-C, 685 parameters for ten classes. Meant as a student."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 9)
+        self.head = nn.Linear(9, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        return self.head(F.relu(self.hidden(images.flatten(1))))  # type: ignore[no-any-return]
+
+
+class DigitsMLP(nn.Module):
+    """Two wide hidden layers without any notion of space: 64-256-128-C."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.hidden1 = nn.Linear(64, 256)
+        self.hidden2 = nn.Linear(256, 128)
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        hidden = F.relu(self.hidden1(images.flatten(1)))
+        return self.head(F.relu(self.hidden2(hidden)))  # type: ignore[no-any-return]
+
+
+class DigitsCNN(nn.Module):
+    """Two convolutions with pooling: the shape of LeNet."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 2 * 2, 64)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        maps = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        maps = F.max_pool2d(F.relu(self.conv2(maps)), 2)
+        return self.head(F.relu(self.hidden(maps.flatten(1))))  # type: ignore[no-any-return]
+
+
+class DigitsResNet(nn.Module):
+    """Four residual blocks with batch normalisation and global average pooling."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 32, 3, padding=1, bias=False)
+        self.layer1 = nn.Sequential(_Residual(32, 32, 1), _Residual(32, 32, 1))
+        self.layer2 = nn.Sequential(_Residual(32, 64, 2), _Residual(64, 64, 1))
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        maps = self.layer2(self.layer1(self.stem(images)))
+        return self.head(maps.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class _Residual(nn.Module):
+    """Pre-activation block: BN, ReLU, convolution, twice, beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        same = stride == 1 and channels_in == channels_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(maps)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + self.shortcut(maps)  # type: ignore[no-any-return]

@@ -1,0 +1,156 @@
+"""One teacher over one source: the work behind `precompute run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coursepack.console import progress
+from coursepack.data.encodings import ENCODINGS
+from coursepack.data.store import StorePlan, StoreWriter
+from coursepack.data.store.owners import Part
+from coursepack.data.views import ViewParams, draw, render, view_fingerprint
+from coursepack.errors import RecipeError, UnknownName
+from coursepack.kernels import teacher_stats
+from coursepack.models.build import weights_fingerprint
+from coursepack.models.runner import check_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+
+    from coursepack.data.sources import Source
+    from coursepack.data.store import Block, Manifest
+    from coursepack.data.views import ViewRecipe
+    from coursepack.models import TeacherRunner
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, and where to write it."""
+
+    store: Path
+    source: Source
+    recipe: ViewRecipe
+    runner: TeacherRunner
+    views: int
+    """Views of every sample, V."""
+    encoding: str = "float16"
+    """Of logits and features; a name in `ENCODINGS`."""
+    batch_size: int = 256
+    """Images per forward pass. Batches are laid out from each block's start."""
+    block_rows: int | None = None
+    """Rows of a block; None leaves it to the width of the rows."""
+    part: Part = field(default_factory=Part)
+    """Which of the blocks this process does."""
+
+    def plan(self) -> StorePlan:
+        """What the store is to hold.
+
+        Raises:
+            UnknownName: no such encoding.
+            RecipeError: a number out of range.
+        """
+        if self.encoding not in ENCODINGS:
+            raise UnknownName("encoding", self.encoding, ENCODINGS)
+        for name in ("views", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}, expected at least 1")
+        network = self.runner.network
+        encoding = ENCODINGS[self.encoding]()
+        shapes = self.runner.row_shapes(self.source.channels)
+        return StorePlan(
+            identity={
+                "teacher": {
+                    "network": network.spec,
+                    "weights": weights_fingerprint(network.module),
+                    "preprocessing": network.preprocessing.model_dump(mode="json"),
+                },
+                "view": {
+                    "recipe": self.recipe.model_dump(mode="json"),
+                    "fingerprint": view_fingerprint(self.recipe, self.source),
+                },
+                "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+                "precision": "float32",
+            },
+            origin={"weights_file": network.weights_file},
+            labels=self.source.labels,
+            class_names=self.source.class_names,
+            views=self.views,
+            arrays={name: (encoding, shape) for name, shape in shapes.items()},
+            block_rows=self.block_rows,
+        )
+
+    def environment(self) -> dict[str, Any]:
+        """What may change the last bits of a teacher's answer without being part of its identity."""
+        libraries = {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")}
+        return {**libraries, "device": self.runner.device.type, "batch_size": self.batch_size}
+
+
+def run_job(job: Job, *, block_order: Iterator[int] | None = None) -> Manifest:
+    """Write whatever of the store's part is not there yet, and commit every view that is complete.
+
+    Args:
+        job: what to run.
+        block_order: numbers `view * blocks + block` in the order to do them; by default ascending.
+
+    Returns:
+        The manifest as it is when this process is done.
+
+    Raises:
+        StoreMismatch: the store was written by another recipe; nothing is changed.
+        StoreBusy: a live process writes this part.
+        NonFiniteOutput, EncodingRange: the teacher's answer cannot be stored; done blocks stay done.
+    """
+    plan = job.plan()
+    environment = job.environment()
+    with StoreWriter(job.store, plan, job.part) as writer:
+        writer.commit()
+        title = f"precompute {job.store.name}"
+        with progress(title, writer.owned_rows(), "images", done=writer.done_rows()) as meter:
+            for block in writer.pending(block_order):
+                params = draw(job.recipe, block.samples, block.view)
+                record = {"draws": params.digest(), "environment": environment}
+                files = writer.write(block, record)
+                sums = _Sums()
+                for samples, arrays in _answers(job, block, params):
+                    files.add(arrays)
+                    sums.add(arrays["logits"], job.source.labels[samples])
+                    meter.advance(len(samples), f"view {block.view + 1} of {writer.manifest.views}")
+                files.finish(sums.total)
+                if writer.is_complete(block.view):
+                    writer.commit()
+        writer.commit()
+        return writer.manifest
+
+
+def _answers(
+    job: Job, block: Block, params: ViewParams
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The teacher's answers to a block, batch by batch from the block's start."""
+    size = job.runner.network.preprocessing.size
+    for start in range(0, len(block), job.batch_size):
+        samples = block.samples[start : start + job.batch_size]
+        boxes = ViewParams(params.boxes[start : start + job.batch_size])
+        pixels = torch.from_numpy(render(job.source, samples, boxes, size))
+        output = job.runner.run(pixels)
+        check_finite(output, samples.tolist(), job.runner.network.spec)
+        yield samples, {name: value.cpu().numpy() for name, value in output.arrays().items()}
+
+
+class _Sums:
+    """Sums over the rows of a block, of facts about the teacher."""
+
+    def __init__(self) -> None:
+        self.total = {"rows": 0.0, "correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}
+
+    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        stats = teacher_stats([torch.from_numpy(logits)], torch.from_numpy(labels))
+        self.total["rows"] += len(labels)
+        for name in ("correct", "cross_entropy", "entropy"):
+            self.total[name] += float(getattr(stats, name).double().sum())
