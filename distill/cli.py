@@ -42,7 +42,7 @@ def _parse_numbers(
 EXAMPLES_TRAIN = """\b
 Examples:
   distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
-  distill train --student digits-linear --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
+  distill train --student digits-small --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
   distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
 """
 

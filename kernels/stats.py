@@ -51,8 +51,8 @@ def teacher_stats(
         ignore_index: a label that stands for none.
 
     Raises:
-        ValueError: shapes that do not fit, or a label outside the classes (on CUDA its cross-entropy is NaN and
-            it is not correct).
+        ValueError: shapes that do not fit, or a label outside the classes (on CUDA its cross-entropy is NaN
+            and it is not correct).
         TypeError: labels that are not int64.
     """
     listed = teacher_list(teachers, None if student_logits is None else tuple(student_logits.shape))

@@ -18,7 +18,7 @@ from torch import nn
 
 from coursepack.config import parse_config, read_yaml
 from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
-from coursepack.models.digits import DigitsCNN, DigitsLinear, DigitsMLP, DigitsResNet
+from coursepack.models.digits import DigitsCNN, DigitsSmall, DigitsMLP, DigitsResNet
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Network:
 
 
 NETWORKS = {
-    "digits-linear": NetworkKind(DigitsLinear, _DIGITS),
+    "digits-small": NetworkKind(DigitsSmall, _DIGITS),
     "digits-mlp": NetworkKind(DigitsMLP, _DIGITS),
     "digits-cnn": NetworkKind(DigitsCNN, _DIGITS),
     "digits-resnet": NetworkKind(DigitsResNet, _DIGITS),

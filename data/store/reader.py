@@ -1,9 +1,9 @@
 """Reading a store: rows of a committed view, copied straight from the memory map.
 
 No asyncio, no codec pipeline, no worker processes. A view is opened by mapping its shard files, checking
-their sizes and checksums against the manifest, and noting the address of every chunk; from then on a batch is one
-serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this one refuses
-everything that the manifest does not vouch for.
+their sizes and checksums against the manifest, and noting the address of every chunk; from then on a batch
+is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this one
+refuses everything that the manifest does not vouch for.
 """
 
 from __future__ import annotations
