@@ -60,7 +60,7 @@ def _evaluate(
     grad_student = torch.zeros_like(logits) if wants_student else None
     grad_weights = None
     if a.soft_weight != 0:
-        soft, grad_student, grad_weights = _soft(logits, weights.to(a.dtype), a, wants_student, wants_weights)
+        soft, grad_student, grad_weights = _soft(logits, weights, a, wants_student, wants_weights)
         total = total + soft
     elif wants_weights:
         grad_weights = torch.zeros_like(weights, dtype=a.dtype)
@@ -88,7 +88,7 @@ def _soft(
     weight_sum = weights.double().sum(1, keepdim=True)
     kept = []
     if a.combine == "mixture":
-        share = torch.where(weight_sum > 0, weights / weight_sum, weights * 0).to(a.dtype)
+        share = torch.where(weight_sum > 0, weights.double() / weight_sum, weights * 0).to(a.dtype)
         mixture = torch.zeros_like(q)
         for k in range(len(a.teachers)):
             probs = reference.teacher_probs(a, k)
@@ -100,6 +100,7 @@ def _soft(
         mixture.mul_(weight_sum)
         grad_weights = _mixture_weight_gradient(kept, mixture, log_q, a) if kept else None
     else:
+        weights = weights.to(a.dtype)
         mixture = torch.zeros_like(q)
         divergence = torch.zeros_like(weight_sum[:, 0])
         for k in range(len(a.teachers)):

@@ -154,6 +154,11 @@ def check_arguments(
     if teacher_temperature is None:
         teacher_temperatures = [student_temperature] * len(listed)
     else:
+        if not isinstance(teacher_temperature, (Tensor, Sequence)):
+            raise TypeError(
+                f"teacher_temperature is {teacher_temperature!r}, expected one number per teacher "
+                f"({len(listed)})"
+            )
         if len(teacher_temperature) != len(listed):
             raise ValueError(
                 f"teacher_temperature has {len(teacher_temperature)} entries, expected one per teacher "
@@ -188,7 +193,8 @@ def check_weights(weights: Tensor | Sequence[float] | None, like: Arguments, row
     count = len(like.teachers)
     device = like.temperature.device
     if weights is None:
-        return torch.full((1, 1), 1 / count, dtype=like.dtype, device=device).expand(rows, count)
+        # float64, so that K times 1/K is one and the divergence of equals is zero at any temperature.
+        return torch.full((1, 1), 1 / count, dtype=torch.float64, device=device).expand(rows, count)
     if not isinstance(weights, Tensor):
         if len(weights) != count:
             raise ValueError(f"weights has {len(weights)} entries, expected one per teacher ({count})")
