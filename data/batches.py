@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Batch:
     """Where labels and pixels are given."""
     _pixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def labels(self) -> Tensor:
         """Class ids `(N,)` int64."""
         return torch.from_numpy(self.source.labels[self.samples]).to(self.device)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from coursepack.config import parse_config
-from coursepack.console import Commands, print_table
+from coursepack.console import Commands, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec
 from coursepack.distill.compare import compare, table_rows
@@ -114,7 +114,9 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
     data = open_source(source or recipe.evaluation, root or (Path(recipe.root) if recipe.root else None))
     network = load_teacher(f"run:{run}", data.class_names)
     chosen = pick_device(device)
-    facts = evaluate(Learner(network, Objective(recipe.objective)).to(chosen), data, chosen)
+    learner = Learner(network, Objective(recipe.objective)).to(chosen)
+    with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
+        facts = evaluate(learner, data, chosen, meter=meter)
     if as_json:
         click.echo(json.dumps({"run": str(run), "source": data.name, **facts}, indent=1))
     else:

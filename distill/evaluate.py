@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from coursepack.data import ViewRecipe, plain_batches
 
 if TYPE_CHECKING:
+    from coursepack.console import Meter
     from coursepack.data import Source
     from coursepack.distill.learner import Learner
 
@@ -18,7 +19,9 @@ BATCH_SIZE = 512
 
 
 @torch.inference_mode()
-def evaluate(learner: Learner, source: Source, device: torch.device) -> dict[str, float]:
+def evaluate(
+    learner: Learner, source: Source, device: torch.device, *, meter: Meter | None = None
+) -> dict[str, float]:
     """Accuracy (top-1, and top-5 where there are more than five classes) and NLL in nats per sample."""
     was_training = learner.training
     learner.eval()
@@ -33,5 +36,7 @@ def evaluate(learner: Learner, source: Source, device: torch.device) -> dict[str
         if "accuracy_top5" in sums:
             top = logits.topk(5, dim=1).indices
             sums["accuracy_top5"] += float((top == labels[:, None]).any(1).sum())
+        if meter is not None:
+            meter.advance(len(batch))
     learner.train(was_training)
     return {name: value / len(samples) for name, value in sums.items()}

@@ -95,7 +95,7 @@ class CrossEntropyTerm(nn.Module):
         super().__init__()
         self.weight = config.hard_weight
 
-    def forward(self, student_logits: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:  # noqa: ARG002 - terms share one signature
+    def forward(self, student_logits: Tensor, labels: Tensor, _targets: Targets | None) -> Tensor:
         """Loss `(N,)`."""
         return self.weight * F.cross_entropy(student_logits.float(), labels, reduction="none")
 

@@ -151,6 +151,7 @@ def plot(groups: list[Group], path: Path) -> None:
         axes.scatter(100 * statistics.fmean(values), place, marker="|", s=400, color=color)
     labels = [group.label.replace(" from ", "\nfrom ") for group in reversed(groups)]
     axes.set_yticks(range(len(groups)), labels)
+    axes.margins(y=0.15)
     axes.set_xlabel(f"test accuracy, % (dots: seeds, bar: mean), {SAMPLES} training samples")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -63,33 +63,41 @@ def teacher_stats(
         ids, valid = class_ids("labels", labels, rows, classes, listed[0].device, ignore_index, bad)
         checked = (ids, valid, bad.mask)
     each = [_one_teacher(decode(t).detach(), checked, student_logits) for t in listed]
-    columns = {
-        name: None if each[0][name] is None else torch.stack([row[name] for row in each])  # type: ignore[misc]
-        for name in each[0]
-    }
-    return TeacherStats(**columns)  # type: ignore[arg-type]
+    return TeacherStats(
+        argmax=torch.stack([stats.argmax for stats in each]),
+        entropy=torch.stack([stats.entropy for stats in each]),
+        norm=torch.stack([stats.norm for stats in each]),
+        correct=_stack([stats.correct for stats in each]),
+        cross_entropy=_stack([stats.cross_entropy for stats in each]),
+        cosine=_stack([stats.cosine for stats in each]),
+    )
+
+
+def _stack(columns: list[Tensor | None]) -> Tensor | None:
+    known = [column for column in columns if column is not None]
+    return torch.stack(known) if known else None
 
 
 def _one_teacher(
     logits: Tensor, labels: tuple[Tensor, Tensor, Tensor | None] | None, student_logits: Tensor | None
-) -> dict[str, Tensor | None]:
+) -> TeacherStats:
+    """The facts of one teacher, each `(N,)`."""
     log_probs = log_softmax(logits)
-    facts: dict[str, Tensor | None] = {
-        "argmax": logits.argmax(1),
-        "entropy": torch.special.entr(log_probs.exp()).sum(1),
-        "norm": torch.linalg.vector_norm(logits, dim=1),
-        "correct": None,
-        "cross_entropy": None,
-        "cosine": None,
-    }
+    correct = cross_entropy = cosine = None
     if labels is not None:
         ids, valid, bad_rows = labels
         valid = valid if bad_rows is None else valid & ~bad_rows
-        facts["correct"] = valid & (logits.gather(1, ids[:, None])[:, 0] >= logits.amax(1))
+        correct = valid & (logits.gather(1, ids[:, None])[:, 0] >= logits.amax(1))
         cross_entropy = torch.where(valid, -log_probs.gather(1, ids[:, None])[:, 0], 0)
         if bad_rows is not None:
             cross_entropy = cross_entropy.masked_fill(bad_rows, float("nan"))
-        facts["cross_entropy"] = cross_entropy
     if student_logits is not None:
-        facts["cosine"] = torch.cosine_similarity(logits, student_logits.detach().float(), dim=1)
-    return facts
+        cosine = torch.cosine_similarity(logits, student_logits.detach().float(), dim=1)
+    return TeacherStats(
+        argmax=logits.argmax(1),
+        entropy=torch.special.entr(log_probs.exp()).sum(1),
+        norm=torch.linalg.vector_norm(logits, dim=1),
+        correct=correct,
+        cross_entropy=cross_entropy,
+        cosine=cosine,
+    )

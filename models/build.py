@@ -18,7 +18,7 @@ from torch import nn
 
 from coursepack.config import parse_config, read_yaml
 from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
-from coursepack.models.digits import DigitsCNN, DigitsSmall, DigitsMLP, DigitsResNet
+from coursepack.models.digits import DigitsCNN, DigitsMLP, DigitsResNet, DigitsSmall
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ class DigitsSmall(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
-        return self.head(F.relu(self.hidden(images.flatten(1))))  # type: ignore[no-any-return]
+        out: Tensor = self.head(F.relu(self.hidden(images.flatten(1))))
+        return out
 
 
 class DigitsMLP(nn.Module):
@@ -31,7 +32,8 @@ class DigitsMLP(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
         hidden = F.relu(self.hidden1(images.flatten(1)))
-        return self.head(F.relu(self.hidden2(hidden)))  # type: ignore[no-any-return]
+        out: Tensor = self.head(F.relu(self.hidden2(hidden)))
+        return out
 
 
 class DigitsCNN(nn.Module):
@@ -48,7 +50,8 @@ class DigitsCNN(nn.Module):
         """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
         maps = F.max_pool2d(F.relu(self.conv1(images)), 2)
         maps = F.max_pool2d(F.relu(self.conv2(maps)), 2)
-        return self.head(F.relu(self.hidden(maps.flatten(1))))  # type: ignore[no-any-return]
+        out: Tensor = self.head(F.relu(self.hidden(maps.flatten(1))))
+        return out
 
 
 class DigitsResNet(nn.Module):
@@ -64,7 +67,8 @@ class DigitsResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
         maps = self.layer2(self.layer1(self.stem(images)))
-        return self.head(maps.mean((2, 3)))  # type: ignore[no-any-return]
+        out: Tensor = self.head(maps.mean((2, 3)))
+        return out
 
 
 class _Residual(nn.Module):
@@ -80,6 +84,6 @@ class _Residual(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(maps)))
-        out = self.conv2(F.relu(self.bn2(out)))
-        return out + self.shortcut(maps)  # type: ignore[no-any-return]
+        inner = self.conv1(F.relu(self.bn1(maps)))
+        out: Tensor = self.conv2(F.relu(self.bn2(inner))) + self.shortcut(maps)
+        return out

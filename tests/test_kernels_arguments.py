@@ -111,6 +111,7 @@ TYPE_ERRORS = [
     ({"labels": torch.zeros(3)}, "labels has dtype torch.float32, expected int64 class ids"),
     ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels has dtype torch.int32, expected int64 class ids"),
     ({"labels": mixed(first=torch.zeros(3))}, "labels.first has dtype torch.float32"),
+    ({"teacher_temperature": 4.0}, "teacher_temperature is 4.0, expected one number per teacher (2)"),
     ({"weights": torch.tensor([1, 1])}, "weights has dtype torch.int64, expected a floating-point dtype"),
 ]
 

@@ -108,9 +108,9 @@ def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any
     """
     lead = (1,) * (len(shape) - 1 - len(layout.row_shape))
     floating = np.dtype(layout.dtype).kind == "f"
-    little = {"name": "bytes"}
+    little: dict[str, Any] = {"name": "bytes"}
     if np.dtype(layout.dtype).itemsize > 1:
-        little = {"name": "bytes", "configuration": {"endian": "little"}}  # type: ignore[dict-item]
+        little["configuration"] = {"endian": "little"}
     sharding = {
         "chunk_shape": [*lead, layout.chunk_rows, *layout.row_shape],
         "codecs": [little, {"name": "crc32c"}],

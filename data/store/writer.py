@@ -199,20 +199,20 @@ class StoreWriter:
         self._put_manifest(manifest)
 
     def _sweep(self) -> None:
-        """Remove done-objects of committed views, and what killed writers left of them."""
+        """Remove done-objects that the manifest has taken in, and what killed writers left behind."""
+        for path in sorted((self.root / BLOCKS).glob("*.json")):
+            view = int(path.name.partition(".")[0])
+            arrays = json.loads(path.read_text())["arrays"]
+            if all(view in self.manifest.committed.get(name, ()) for name in arrays):
+                path.unlink()
         for view in range(self.manifest.views):
-            if self._missing(view):
-                continue
-            for path in (self.root / BLOCKS).glob(f"{view}.*"):
-                path.unlink(missing_ok=True)
-            for name, array in self.manifest.arrays.items():
-                for component in array.components:
-                    for path in partials(self.root / name / component):
-                        if path.name.startswith(f"c.{view}."):
-                            path.unlink(missing_ok=True)
-        for folder in (self.root, self.root / LABELS):
-            for path in partials(folder):
-                path.unlink(missing_ok=True)
+            if not self._missing(view):
+                _remove_partials(self.root / BLOCKS, f"{view}.")
+                for name in self._plan.arrays:
+                    for component in self.manifest.arrays[name].components:
+                        _remove_partials(self.root / name / component, f"c.{view}.")
+        _remove_partials(self.root)
+        _remove_partials(self.root / LABELS)
 
     def _create_or_extend(self) -> None:
         if (self.root / MANIFEST).is_file():
@@ -365,6 +365,12 @@ class BlockFiles:
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []
+
+
+def _remove_partials(folder: Path, prefix: str = "") -> None:
+    for path in partials(folder):
+        if path.name.startswith(prefix):
+            path.unlink(missing_ok=True)
 
 
 def _reduce(records: list[dict[str, Any]]) -> dict[str, Any]:
