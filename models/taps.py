@@ -41,7 +41,8 @@ def tapped(module: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]
                 raise TeacherMismatch(
                     f"layer {tap!r} gives a {type(output).__name__}, expected one tensor: tap another layer"
                 )
-            caught[tap] = output
+            # A copy: the next layer may work in place, as torchvision's ReLUs do.
+            caught[tap] = output.clone()
 
         handles.append(modules[tap].register_forward_hook(catch))
     try:
