@@ -3,17 +3,23 @@
 from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
+from coursepack.kernels.rows import BitRows as BitRows
 from coursepack.kernels.rows import DenseRows as DenseRows
+from coursepack.kernels.rows import Int8Rows as Int8Rows
 from coursepack.kernels.rows import Rows as Rows
+from coursepack.kernels.rows import TopKRows as TopKRows
 from coursepack.kernels.rows import decode as decode
 from coursepack.kernels.stats import TeacherStats as TeacherStats
 from coursepack.kernels.stats import teacher_stats as teacher_stats
 
 __all__ = [
+    "BitRows",
     "DenseRows",
+    "Int8Rows",
     "MixedLabels",
     "Rows",
     "TeacherStats",
+    "TopKRows",
     "decode",
     "soft_target_loss",
     "soft_targets",

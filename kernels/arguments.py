@@ -72,7 +72,7 @@ class Arguments:
         teacher = self.teachers[index]
         if isinstance(teacher, Tensor):
             return teacher.detach().to(self.dtype)
-        return decode(teacher).detach().to(self.dtype)
+        return decode(teacher, self.teacher_temperatures[index]).detach().to(self.dtype)
 
 
 def teacher_list(teachers: Teachers, shape: tuple[int, ...] | None = None) -> list[Tensor | Rows]:

@@ -1,21 +1,26 @@
-"""Encoded rows: a batch of teachers' logits in the form they are stored in.
+"""Encoded rows: a batch of teachers' values in the form they are stored in.
 
-The loss takes them as they are, so that nothing wider than the encoding travels or is kept.
+The loss takes them as they are, so that nothing wider than the encoding travels or is kept. `decode` gives
+float32; what a sparse encoding says about the classes it dropped depends on the temperature, so that is an
+argument.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import math
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from torch import Tensor
-
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+"""Temperatures at which `TopKRows` knows the mass of the classes it dropped."""
 
 
 @runtime_checkable
@@ -33,8 +38,11 @@ class Rows(Protocol):
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same rows on another device."""
 
-    def decode(self) -> Tensor:
-        """The values, float32."""
+    def decode(self, temperature: Tensor | None = None) -> Tensor:
+        """The values, float32, as they are to be read at a temperature per row `(N,)`; None means 1."""
+
+
+R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | BitRows")
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,201 @@ class DenseRows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DenseRows:
         """The same rows on another device."""
-        return DenseRows(self.values.to(device, non_blocking=non_blocking))
+        return _moved(self, device, non_blocking)
 
-    def decode(self) -> Tensor:
+    def decode(self, temperature: Tensor | None = None) -> Tensor:
         """The values, float32; a view of the stored tensor where that is float32 already."""
         return self.values.float()
 
 
-def decode(rows: Rows | Tensor) -> Tensor:
-    """Teacher logits `(N, C)` float32 from encoded rows or from a floating-point tensor."""
-    return rows.float() if isinstance(rows, torch.Tensor) else rows.decode()
+@dataclass(frozen=True)
+class Int8Rows:
+    """One byte per value, affine per row: `minimum + scale * q`."""
+
+    q: Tensor
+    """`(N, ...)` uint8."""
+    affine: Tensor
+    """Scale and minimum of each row `(N, 2)` float16."""
+
+    def __post_init__(self) -> None:
+        _check_dtype("q", self.q, torch.uint8)
+        _check_dtype("affine", self.affine, torch.float16)
+        _check_shape("affine", self.affine, (len(self.q), 2))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded rows."""
+        return tuple(self.q.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.q.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Int8Rows:
+        """The same rows on another device."""
+        return _moved(self, device, non_blocking)
+
+    def decode(self, temperature: Tensor | None = None) -> Tensor:
+        """The values, float32."""
+        affine = self.affine.float()
+        if self.device.type == "cpu":
+            from coursepack.kernels.jit_decode import int8_decode
+
+            out = torch.empty(self.shape, dtype=torch.float32)
+            flat = (len(self.q), -1)
+            int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
+            return out
+        scale, minimum = (affine[:, column].reshape(-1, *[1] * (self.q.ndim - 1)) for column in (0, 1))
+        return self.q.float().mul_(scale).add_(minimum)
+
+
+@dataclass(frozen=True)
+class TopKRows:
+    """The largest logits with their class ids, and the mass of all others at a few temperatures.
+
+    The classes that were dropped share their mass evenly: each is given the one logit that makes the mass
+    right at the temperature asked for. The mass is interpolated in 1/T, where its logarithm is convex.
+    """
+
+    ids: Tensor
+    """Class ids `(N, k)` uint16 or uint32, each once, the label among them."""
+    values: Tensor
+    """Their logits `(N, k)` float16."""
+    tail: Tensor
+    """Log of `sum exp((z - max z) / T)` over dropped classes, `(N, 4)` float16, at `TAIL_TEMPERATURES`."""
+    classes: int
+    """C."""
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype not in (torch.uint16, torch.uint32):
+            raise TypeError(f"ids have dtype {self.ids.dtype}, expected uint16 or uint32")
+        _check_dtype("values", self.values, torch.float16)
+        _check_dtype("tail", self.tail, torch.float16)
+        _check_shape("values", self.values, tuple(self.ids.shape))
+        _check_shape("tail", self.tail, (len(self.ids), len(TAIL_TEMPERATURES)))
+        if self.ids.shape[1] > self.classes:
+            raise ValueError(f"ids has {self.ids.shape[1]} columns, expected at most {self.classes} classes")
+        # The decoder writes at these places: on the CPU they are checked, on CUDA they are clamped.
+        highest = int(self.ids.to(torch.int64).max()) if self.device.type == "cpu" and len(self.ids) else 0
+        if highest >= self.classes:
+            raise ValueError(f"ids holds {highest}, expected class ids 0..{self.classes - 1}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded rows."""
+        return (len(self.ids), self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.ids.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TopKRows:
+        """The same rows on another device."""
+        return _moved(self, device, non_blocking)
+
+    def decode(self, temperature: Tensor | None = None) -> Tensor:
+        """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
+        values = self.values.float()
+        fill = self.tail_logit(values, temperature)
+        if self.device.type == "cpu":
+            from coursepack.kernels.jit_decode import topk_decode
+
+            out = torch.empty(self.shape, dtype=torch.float32)
+            topk_decode(self.ids.numpy(), values.numpy(), fill.numpy(), out.numpy())
+            return out
+        dense = fill[:, None].expand(self.shape).clone()
+        return dense.scatter_(1, self.ids.to(torch.int64).clamp_(max=self.classes - 1), values)
+
+    def tail_logit(self, values: Tensor, temperature: Tensor | None) -> Tensor:
+        """The logit `(N,)` float32 of every dropped class: `max z + T (log mass(T) - log count)`."""
+        top = values.amax(1)
+        dropped = self.classes - self.ids.shape[1]
+        if dropped == 0:
+            return top
+        tail = self.tail.float()
+        limit = math.log(dropped)
+        if temperature is None:
+            return top + tail[:, 0] - limit
+        temperature = temperature.to(torch.float32)
+        # Knots in 1/T, from the limit at 0; beyond T = 1 the last segment goes on.
+        knots = torch.tensor([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], device=tail.device)
+        masses = torch.cat([torch.full_like(tail[:, :1], limit), tail.flip(1)], dim=1)
+        inverse = 1 / temperature
+        segment = torch.bucketize(inverse, knots[1:-1])[:, None]
+        low, high = masses.gather(1, segment)[:, 0], masses.gather(1, segment + 1)[:, 0]
+        start, stop = knots[segment[:, 0]], knots[segment[:, 0] + 1]
+        mass = low + (high - low) * (inverse - start) / (stop - start)
+        # No dropped class scores above the top one, so neither may their common logit.
+        return top + (temperature * (mass - limit)).clamp_(max=0)
+
+
+@dataclass(frozen=True)
+class BitRows:
+    """The sign of every value, eight to a byte."""
+
+    bits: Tensor
+    """`(N, ceil(D / 8))` uint8, the first value in the highest bit; 1 where it is positive."""
+    row_shape: tuple[int, ...]
+    """Shape of a decoded row, of D values."""
+
+    def __post_init__(self) -> None:
+        _check_dtype("bits", self.bits, torch.uint8)
+        _check_shape("bits", self.bits, (len(self.bits), -(-math.prod(self.row_shape) // 8)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the decoded rows."""
+        return (len(self.bits), *self.row_shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.bits.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BitRows:
+        """The same rows on another device."""
+        return _moved(self, device, non_blocking)
+
+    def decode(self, temperature: Tensor | None = None) -> Tensor:
+        """+1 where the value was positive, -1 elsewhere, float32."""
+        count = math.prod(self.row_shape)
+        if self.device.type == "cpu":
+            from coursepack.kernels.jit_decode import bit_decode
+
+            out = torch.empty(self.shape, dtype=torch.float32)
+            bit_decode(self.bits.numpy(), out.view(len(self.bits), -1).numpy())
+            return out
+        shifts = torch.arange(7, -1, -1, device=self.device, dtype=torch.uint8)
+        ones = (self.bits[:, :, None] >> shifts & 1).flatten(1)[:, :count]
+        return ones.float().mul_(2).sub_(1).reshape(self.shape)
+
+
+def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
+    """Teacher logits `(N, C)` float32 from encoded rows or from a floating-point tensor.
+
+    Args:
+        rows: encoded rows, or a tensor.
+        temperature: the temperature `(N,)` they will be read at; None means 1. Matters to `TopKRows` only.
+    """
+    return rows.float() if isinstance(rows, Tensor) else rows.decode(temperature)
+
+
+def _moved(rows: R, device: torch.device | str, non_blocking: bool) -> R:
+    tensors = {
+        field.name: getattr(rows, field.name).to(device, non_blocking=non_blocking)
+        for field in fields(rows)
+        if isinstance(getattr(rows, field.name), Tensor)
+    }
+    return replace(rows, **tensors)
+
+
+def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype}")
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")

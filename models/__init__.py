@@ -6,5 +6,16 @@ from coursepack.models.build import load_teacher as load_teacher
 from coursepack.models.preprocessing import Preprocessing as Preprocessing
 from coursepack.models.runner import TeacherOutput as TeacherOutput
 from coursepack.models.runner import TeacherRunner as TeacherRunner
+from coursepack.models.taps import Tap as Tap
+from coursepack.models.taps import parse_tap as parse_tap
 
-__all__ = ["Network", "Preprocessing", "TeacherOutput", "TeacherRunner", "build_network", "load_teacher"]
+__all__ = [
+    "Network",
+    "Preprocessing",
+    "Tap",
+    "TeacherOutput",
+    "TeacherRunner",
+    "build_network",
+    "load_teacher",
+    "parse_tap",
+]

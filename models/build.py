@@ -22,7 +22,7 @@ from coursepack.models.digits import DigitsCNN, DigitsMLP, DigitsResNet, DigitsS
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -102,7 +102,12 @@ def build_network(spec: str, classes: int, *, seed: int = 0, size: int | None = 
 
 
 def load_teacher(
-    spec: str, class_names: tuple[str, ...], *, weights: str | None = None, size: int | None = None
+    spec: str,
+    class_names: tuple[str, ...],
+    *,
+    weights: str | None = None,
+    size: int | None = None,
+    columns: Sequence[int] | None = None,
 ) -> Network:
     """A trained network, checked against the classes of the source it will look at.
 
@@ -111,9 +116,11 @@ def load_teacher(
         class_names: the source's.
         weights: a .safetensors or .pt file, or (for torchvision) the name of weights, as `IMAGENET1K_V2`.
         size: side in pixels to render views at, instead of the network's own.
+        columns: for each class of the source the teacher's own class; None means they are the same.
 
     Raises:
-        TeacherMismatch: another class count, or weights that do not fit the network.
+        TeacherMismatch: another class count, a column that the teacher does not have, or weights that do not
+            fit the network.
         RecipeError: no weights given.
         RunError: the run folder is missing or unfinished.
     """
@@ -128,15 +135,23 @@ def load_teacher(
             + (", or the name of torchvision's weights" if spec.startswith("torchvision:") else "")
         )
     elif Path(weights).suffix in (".safetensors", ".pt", ".pth"):
+        state = _read_weights(Path(weights))
         network = build_network(spec, classes)
-        _load_weights(network, _read_weights(Path(weights)), weights)
+        if columns is not None:
+            network = build_network(spec, _class_count(network, state))
+        _load_weights(network, state, weights)
         network = replace(network, weights_file=str(Path(weights).resolve()))
     else:
         network = _torchvision_pretrained(spec, weights)
-    if network.classes != classes:
+    if columns is None and network.classes != classes:
         raise TeacherMismatch(
             f"teacher {spec!r} tells {network.classes} classes apart, but the source has {classes} "
-            f"({', '.join(class_names[:3])}, ...): use a teacher trained on the source's classes"
+            f"({', '.join(class_names[:3])}, ...): use a teacher trained on the source's classes, or say "
+            "which of its classes they are with --classes"
+        )
+    if columns is not None and max(columns) >= network.classes:
+        raise TeacherMismatch(
+            f"--classes names class {max(columns)}, but teacher {spec!r} has classes 0..{network.classes - 1}"
         )
     if size is not None:
         network = replace(network, preprocessing=network.preprocessing.model_copy(update={"size": size}))
@@ -172,6 +187,15 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
         return load_file(path)
     state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def _class_count(network: Network, state: Mapping[str, Tensor]) -> int:
+    """Classes that weights were trained on: rows of whatever has one row per class in the network."""
+    for name, value in network.module.state_dict().items():
+        stored = state.get(name)
+        if stored is not None and stored.shape != value.shape and value.shape[:1] == (network.classes,):
+            return int(stored.shape[0])
+    return network.classes
 
 
 def _load_weights(network: Network, state: Mapping[str, Tensor], where: str) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from coursepack.errors import NonFiniteOutput, RecipeError, TeacherMismatch
-from coursepack.models.taps import tapped
+from coursepack.models.taps import tap_margins, tapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.models.build import Network
+    from coursepack.models.taps import Tap
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,7 +40,7 @@ class TeacherOutput:
     logits: Tensor
     """`(N, C)` float32."""
     features: dict[str, Tensor]
-    """Per tap `(N, ...)` float32."""
+    """Per tap's name `(N, ...)` float32."""
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything by the name of its array in a store."""
@@ -49,32 +51,46 @@ class TeacherRunner:
     """A teacher in evaluation mode, without gradients, on one device."""
 
     def __init__(
-        self, network: Network, taps: Sequence[str] = (), device: torch.device | None = None
+        self,
+        network: Network,
+        taps: Sequence[Tap] = (),
+        device: torch.device | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         """Freeze the network.
 
+        Args:
+            network: the teacher.
+            taps: what to keep of its inside.
+            device: where it runs; None means the CPU.
+            columns: for each class of the source the teacher's own class; None means they are the same.
+
         Raises:
-            UnknownName: a tap that is no layer of the network.
+            UnknownName: a tap of a layer that the network does not have.
+            TeacherMismatch: a `margin` tap of something other than a batch normalisation.
         """
         self.network = network
         self.taps = tuple(taps)
         self.device = device or torch.device("cpu")
+        self.columns = None if columns is None else tuple(columns)
         self._module = network.module.to(self.device).eval().requires_grad_(False)
-        with tapped(self._module, self.taps):
+        self._layers = sorted({layer for tap in self.taps for layer in tap.layers})
+        with tapped(self._module, self._layers):
             pass
+        self._margins = {tap: tap_margins(self._module, tap) for tap in self.taps}
 
     @torch.inference_mode()
     def run(self, pixels: Tensor) -> TeacherOutput:
-        """Logits and features of rendered views.
+        """Logits and features of rendered views, all from one forward pass.
 
         Args:
             pixels: `(N, size, size, channels)` uint8, at the size of the network's preprocessing.
 
         Raises:
-            TeacherMismatch: the network gives another shape than `(N, C)`.
+            TeacherMismatch: the network gives another shape than `(N, C)`, or a tap cannot be reduced.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
-        with tapped(self._module, self.taps) as features:
+        with tapped(self._module, self._layers) as outputs:
             logits = self._module(images)
         expected = (len(pixels), self.network.classes)
         if tuple(logits.shape) != expected:
@@ -82,7 +98,30 @@ class TeacherRunner:
                 f"teacher {self.network.spec!r} gives logits of shape {tuple(logits.shape)}, "
                 f"expected {expected} (N, C)"
             )
-        return TeacherOutput(logits.float(), {tap: features[tap].float() for tap in self.taps})
+        if self.columns is not None:
+            logits = logits[:, list(self.columns)]
+        features = {}
+        for tap in self.taps:
+            try:
+                kept = tap.reduce([outputs[layer].float() for layer in tap.layers], self._margins[tap])
+            except ValueError as error:
+                raise TeacherMismatch(f"tap {tap.name!r}: {error}") from error
+            features[tap.name] = kept
+        return TeacherOutput(logits.float(), features)
+
+    def static(self) -> dict[str, Tensor]:
+        """What belongs to the teacher and not to samples: its head's weights, and margins; float32, CPU."""
+        kept = {}
+        heads = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]
+        if heads and heads[-1].out_features == self.network.classes:
+            rows = slice(None) if self.columns is None else list(self.columns)
+            kept["head_weight"] = heads[-1].weight[rows]
+            if heads[-1].bias is not None:
+                kept["head_bias"] = heads[-1].bias[rows]
+        for tap, margins in self._margins.items():
+            if margins is not None:
+                kept[tap.name] = margins
+        return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
 
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of every array, by running one black image."""

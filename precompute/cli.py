@@ -11,11 +11,11 @@ import click
 
 from coursepack.console import Commands, byte_size, print_table, progress, say
 from coursepack.data import open_source, view_recipe
-from coursepack.data.encodings import ENCODINGS
 from coursepack.data.store import load_manifest, verify
 from coursepack.data.store.owners import Part, live_runs
 from coursepack.data.store.writer import BLOCKS
-from coursepack.models import TeacherRunner, load_teacher
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.models.classes import load_columns
 from coursepack.models.runner import pick_device
 from coursepack.precompute.job import Job, run_job
 
@@ -52,10 +52,18 @@ Examples:
 @click.option("--view-seed", type=click.IntRange(0), help="Seed of the view recipe.  [default: the recipe's]")
 @click.option("--views", type=click.IntRange(1), required=True, help="Views of every sample.")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
-@click.option("--tap", "taps", multiple=True, help="A layer whose output is stored too. Repeatable.")
+@click.option("--tap", "taps", multiple=True, help="LAYER[:REDUCTION[:SIZE]] to store too. Repeatable.")
 @click.option(
-    "--encoding", type=click.Choice(list(ENCODINGS)), default="float16", show_default=True,
-    help="How values are stored.",
+    "--encoding", default="float16", show_default=True,
+    help="How logits are stored: float32, float16, bfloat16, int8, topk:K.",
+)  # fmt: skip
+@click.option(
+    "--feature-encoding", default="float16", show_default=True,
+    help="How features are stored: float32, float16, bfloat16, int8, bits.",
+)  # fmt: skip
+@click.option(
+    "--classes", "class_map", type=click.Path(path_type=Path),
+    help="YAML: for each class of the source the teacher's own class.",
 )  # fmt: skip
 @click.option(
     "--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Images at a time."
@@ -78,6 +86,8 @@ def run(
     store: Path,
     taps: tuple[str, ...],
     encoding: str,
+    feature_encoding: str,
+    class_map: Path | None,
     batch_size: int,
     block_rows: int | None,
     part: Part,
@@ -90,9 +100,21 @@ def run(
     """
     source = open_source(source_spec, root)
     recipe = view_recipe(view, view_seed)
-    network = load_teacher(teacher, source.class_names, weights=weights, size=size)
-    runner = TeacherRunner(network, taps, pick_device(device))
-    job = Job(store, source, recipe, runner, views, encoding, batch_size, block_rows, part)
+    columns = None if class_map is None else load_columns(class_map, source.class_names)
+    network = load_teacher(teacher, source.class_names, weights=weights, size=size, columns=columns)
+    runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
+    job = Job(
+        store=store,
+        source=source,
+        recipe=recipe,
+        runner=runner,
+        views=views,
+        encoding=encoding,
+        feature_encoding=feature_encoding,
+        batch_size=batch_size,
+        block_rows=block_rows,
+        part=part,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         manifest = run_job(job)

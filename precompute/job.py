@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coursepack.console import progress
-from coursepack.data.encodings import ENCODINGS
+from coursepack.console import progress, say
+from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
 from coursepack.data.store import StorePlan, StoreWriter
+from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
 from coursepack.data.views import ViewParams, draw, render, view_fingerprint
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import RecipeError
 from coursepack.kernels import teacher_stats
 from coursepack.models.build import weights_fingerprint
 from coursepack.models.runner import check_finite
@@ -41,7 +42,9 @@ class Job:
     views: int
     """Views of every sample, V."""
     encoding: str = "float16"
-    """Of logits and features; a name in `ENCODINGS`."""
+    """Of logits: `float32`, `float16`, `bfloat16`, `int8`, `topk:K`."""
+    feature_encoding: str = "float16"
+    """Of tapped features: `float32`, `float16`, `bfloat16`, `int8`, `bits`."""
     batch_size: int = 256
     """Images per forward pass. Batches are laid out from each block's start."""
     block_rows: int | None = None
@@ -56,20 +59,26 @@ class Job:
             UnknownName: no such encoding.
             RecipeError: a number out of range.
         """
-        if self.encoding not in ENCODINGS:
-            raise UnknownName("encoding", self.encoding, ENCODINGS)
         for name in ("views", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}, expected at least 1")
         network = self.runner.network
-        encoding = ENCODINGS[self.encoding]()
+        logits = parse_encoding(self.encoding, FOR_LOGITS)
+        features = parse_encoding(self.feature_encoding, FOR_FEATURES)
         shapes = self.runner.row_shapes(self.source.channels)
+        fitting = smaller_encoding(logits, shapes[LOGITS])
+        if fitting != logits:
+            say(
+                f"encoding {logits.name} would not be smaller than {fitting.name} for {shapes[LOGITS][0]} "
+                f"classes: logits are stored as {fitting.name}"
+            )
         return StorePlan(
             identity={
                 "teacher": {
                     "network": network.spec,
                     "weights": weights_fingerprint(network.module),
                     "preprocessing": network.preprocessing.model_dump(mode="json"),
+                    "columns": self.runner.columns,
                 },
                 "view": {
                     "recipe": self.recipe.model_dump(mode="json"),
@@ -82,7 +91,17 @@ class Job:
             labels=self.source.labels,
             class_names=self.source.class_names,
             views=self.views,
-            arrays={name: (encoding, shape) for name, shape in shapes.items()},
+            arrays={
+                LOGITS: (fitting, shapes[LOGITS]),
+                **{
+                    f"features/{tap.name}": (
+                        parse_encoding("bits") if tap.reduction == "sign" else features,
+                        shapes[f"features/{tap.name}"],
+                    )
+                    for tap in self.runner.taps
+                },
+            },
+            static={name: value.numpy() for name, value in self.runner.static().items()},
             block_rows=self.block_rows,
         )
 

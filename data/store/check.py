@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coursepack.data.store.layout import array_metadata, block_count
-from coursepack.data.store.manifest import LABELS, load_manifest
+from coursepack.data.store.manifest import load_manifest
 from coursepack.data.store.shards import checksum
 from coursepack.data.views import ViewRecipe, draw
 
@@ -63,14 +64,8 @@ def _file_problems(path: Path, manifest: Manifest, on_file: Any) -> Iterator[str
 
 def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[str]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
-    import json
-
-    expected = {f"{LABELS}/zarr.json": array_metadata(manifest.labels, (manifest.samples,))}
-    for name, array in manifest.arrays.items():
-        for component, layout in array.components.items():
-            shape = (manifest.views, manifest.samples, *layout.row_shape)
-            expected[f"{name}/{component}/zarr.json"] = array_metadata(layout, shape)
-    for key, metadata in expected.items():
+    for array, (layout, shape) in manifest.zarr_arrays().items():
+        key, metadata = f"{array}/zarr.json", array_metadata(layout, shape)
         try:
             found = json.loads((path / key).read_text())
         except (OSError, ValueError):

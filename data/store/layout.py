@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coursepack.data.encodings import Component
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from coursepack.data.encodings import Component
 
 BLOCK_ROWS = 65_536
 """A killed worker repeats at most this many forward passes."""
@@ -82,11 +82,12 @@ def plan_array(component: Component, block_rows: int) -> ArrayLayout:
     return ArrayLayout(component.dtype, component.row_shape, shard_rows, chunk_rows)
 
 
-def plan_labels(rows: int) -> ArrayLayout:
-    """Labels `(N,)` int64: one shard."""
-    chunks = _power_of_two(-(-rows * 8 // CHUNK_BYTES))
+def plan_table(rows: int, dtype: str, row_shape: tuple[int, ...]) -> ArrayLayout:
+    """An array without views, `(rows, *row_shape)`: one shard."""
+    row_bytes = Component(dtype, row_shape).row_bytes
+    chunks = _power_of_two(-(-rows * row_bytes // CHUNK_BYTES))
     chunk_rows = -(-rows // chunks)
-    return ArrayLayout("int64", (), chunk_rows * chunks, chunk_rows)
+    return ArrayLayout(dtype, row_shape, chunk_rows * chunks, chunk_rows)
 
 
 def block_count(rows: int, block_rows: int) -> int:
@@ -97,6 +98,11 @@ def block_count(rows: int, block_rows: int) -> int:
 def shard_key(array: str, view: int, shard: int, layout: ArrayLayout) -> str:
     """Key of one shard file: every shard of an array lies in the array's own folder."""
     return f"{array}/c.{view}.{shard}" + ".0" * len(layout.row_shape)
+
+
+def table_key(name: str, layout: ArrayLayout) -> str:
+    """Key of the one shard of an array without views."""
+    return f"{name}/c.0" + ".0" * len(layout.row_shape)
 
 
 def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any]:

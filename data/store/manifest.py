@@ -18,6 +18,8 @@ FORMAT = "coursepack store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LABELS = "labels"
+LOGITS = "logits"
+STATIC = "static"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,19 @@ class StoredArray:
 
 
 @dataclass(frozen=True)
+class Table:
+    """An array without views: `labels`, and what belongs to the teacher under `static/`."""
+
+    rows: int
+    layout: ArrayLayout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return (self.rows, *self.layout.row_shape)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a reader or a resuming writer needs to know."""
 
@@ -56,7 +71,7 @@ class Manifest:
     """Views planned so far; `committed` says which are there."""
     block_rows: int
     arrays: dict[str, StoredArray]
-    labels: ArrayLayout
+    tables: dict[str, Table]
     committed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Views that are complete, per array."""
     view_records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -80,6 +95,14 @@ class Manifest:
         common = set.intersection(*(set(self.committed.get(name, ())) for name in names))
         return tuple(sorted(common))
 
+    def zarr_arrays(self) -> dict[str, tuple[ArrayLayout, tuple[int, ...]]]:
+        """Layout and shape of every Zarr array of the store, by its path."""
+        arrays = {name: (table.layout, table.shape) for name, table in self.tables.items()}
+        for name, array in self.arrays.items():
+            for component, layout in array.components.items():
+                arrays[f"{name}/{component}"] = (layout, (self.views, self.samples, *layout.row_shape))
+        return arrays
+
     def with_files(self, files: dict[str, tuple[int, int]]) -> Manifest:
         """A manifest that vouches for more files."""
         return replace(self, files={**self.files, **files})
@@ -98,7 +121,10 @@ class Manifest:
                 "views": self.views,
                 "block_rows": self.block_rows,
                 "arrays": {name: array.to_dict() for name, array in self.arrays.items()},
-                "labels": self.labels.to_dict(),
+                "tables": {
+                    name: {"rows": table.rows, "layout": table.layout.to_dict()}
+                    for name, table in self.tables.items()
+                },
                 "committed": {name: list(views) for name, views in self.committed.items()},
                 "view_records": self.view_records,
                 "files": {key: list(value) for key, value in self.files.items()},
@@ -131,7 +157,10 @@ def parse_manifest(text: str, where: str) -> Manifest:
             views=int(values["views"]),
             block_rows=int(values["block_rows"]),
             arrays={name: _stored_array(array) for name, array in values["arrays"].items()},
-            labels=layout_from_dict(values["labels"]),
+            tables={
+                name: Table(int(table["rows"]), layout_from_dict(table["layout"]))
+                for name, table in values["tables"].items()
+            },
             committed={name: tuple(views) for name, views in values["committed"].items()},
             view_records=values["view_records"],
             files={key: (int(size), int(crc)) for key, (size, crc) in values["files"].items()},

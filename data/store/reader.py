@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.store.layout import shard_key
-from coursepack.data.store.manifest import LABELS, load_manifest
+from coursepack.data.store.layout import shard_key, table_key
+from coursepack.data.store.manifest import LABELS, STATIC, load_manifest
 from coursepack.data.store.shards import checksum, chunk_offsets
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
@@ -64,10 +64,24 @@ class StoreReader:
 
     def labels(self) -> NDArray[np.int64]:
         """Class ids `(N,)`."""
-        layout, key = self.manifest.labels, f"{LABELS}/c.0"
-        view = _map_shards(self, [key], layout)
-        samples = np.arange(self.manifest.samples)
-        return _gather(view, layout, samples).view(np.int64)[:, 0]
+        return self.table(LABELS)
+
+    def static(self, name: str) -> NDArray[np.float32]:
+        """What belongs to the teacher: `head_weight (C, D)`, `head_bias (C,)`, margins by their tap's name.
+
+        Raises:
+            UnknownName: the store keeps nothing of that name.
+        """
+        return self.table(f"{STATIC}/{name}")
+
+    def table(self, name: str) -> NDArray[Any]:
+        """An array without views, whole."""
+        if name not in self.manifest.tables:
+            raise UnknownName(f"table of store {str(self.path)!r}", name, self.manifest.tables)
+        table = self.manifest.tables[name]
+        mapped = _map_shards(self, [table_key(name, table.layout)], table.layout, table.rows)
+        raw = _gather(mapped, table.layout, np.arange(table.rows))
+        return raw.view(np.dtype(table.layout.dtype)).reshape(table.shape)
 
     def components(self, array: str, view: int, samples: Samples) -> dict[str, NDArray[Any]]:
         """Stored components `(n, *row_shape)` of one array for the given samples of one view.
@@ -112,15 +126,16 @@ class StoreReader:
                 chosen = views == view
                 for name, part in self.components(array, int(view), samples[chosen]).items():
                     parts[name][chosen] = part
-        encoding = self.manifest.arrays[array].encoding
-        return encoding.rows({name: torch.from_numpy(part) for name, part in parts.items()})
+        stored = self.manifest.arrays[array]
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        return stored.encoding.rows(tensors, stored.row_shape)
 
     def _mapped(self, array: str, component: str, view: int, layout: ArrayLayout) -> _MappedView:
         place = (array, component, view)
         if place not in self._open:
             count = layout.shard_count(self.manifest.samples)
             keys = [shard_key(f"{array}/{component}", view, shard, layout) for shard in range(count)]
-            self._open[place] = _map_shards(self, keys, layout)
+            self._open[place] = _map_shards(self, keys, layout, self.manifest.samples)
             while len(self._open) > OPEN_VIEWS:
                 self._open.popitem(last=False)
         self._open.move_to_end(place)
@@ -137,9 +152,9 @@ class _MappedView:
     """Address of the first row of every chunk."""
 
 
-def _map_shards(reader: StoreReader, keys: list[str], layout: ArrayLayout) -> _MappedView:
+def _map_shards(reader: StoreReader, keys: list[str], layout: ArrayLayout, rows: int) -> _MappedView:
     files, addresses = [], []
-    rows_left = reader.manifest.samples
+    rows_left = rows
     for key in keys:
         file = _map_file(reader, key)
         offsets = chunk_offsets(file, min(layout.shard_rows, rows_left), layout, key)

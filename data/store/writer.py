@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from coursepack.canonical import canonical_json, difference_table, fingerprint
 from coursepack.data.store.layout import (
@@ -22,18 +23,23 @@ from coursepack.data.store.layout import (
     group_metadata,
     plan_array,
     plan_block_rows,
-    plan_labels,
+    plan_table,
     shard_key,
+    table_key,
 )
 from coursepack.data.store.manifest import (
     FORMAT_VERSION,
     LABELS,
+    LOGITS,
     MANIFEST,
+    STATIC,
     Manifest,
     StoredArray,
+    Table,
     load_manifest,
 )
 from coursepack.data.store.owners import Part, owning, store_lock
+from coursepack.data.store.records import fidelity, merge_fidelity, reduce_records
 from coursepack.data.store.shards import checksum_of, shard_pieces
 from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.files import partials, write_whole
@@ -63,6 +69,8 @@ class StorePlan:
     views: int
     arrays: dict[str, tuple[Encoding, tuple[int, ...]]]
     """Encoding and row shape of each quantity."""
+    static: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What belongs to the teacher and not to samples, at least one-dimensional."""
     block_rows: int | None = None
     """Rows of a block; None leaves it to the rows' widths (or to the store, if it exists)."""
 
@@ -94,6 +102,7 @@ class StoreWriter:
         self.root = root
         self.part = part or Part()
         self._plan = plan
+        self.labels = plan.labels
         self._stack = ExitStack()
         self.manifest: Manifest
 
@@ -188,7 +197,7 @@ class StoreWriter:
         }
         records = dict(self.manifest.view_records)
         # Statistics come from the logits: arrays that are added later leave them as they are.
-        records.setdefault(str(view), _reduce([entry["record"] for entry in done]))
+        records.setdefault(str(view), reduce_records([entry["record"] for entry in done]))
         files = {
             key: (size, crc)
             for entry in done
@@ -212,24 +221,20 @@ class StoreWriter:
                     for component in self.manifest.arrays[name].components:
                         _remove_partials(self.root / name / component, f"c.{view}.")
         _remove_partials(self.root)
-        _remove_partials(self.root / LABELS)
+        for name in self.manifest.tables:
+            _remove_partials(self.root / name)
 
     def _create_or_extend(self) -> None:
         if (self.root / MANIFEST).is_file():
             stored = load_manifest(self.root)
             manifest = self._extended(stored)
+            self.manifest = manifest
             if manifest != stored:
                 self._put_metadata(manifest)
-                self._put_manifest(manifest)
-            self.manifest = manifest
+                self._put_manifest(self._put_tables(manifest))
             return
-        manifest = self._fresh()
-        pieces = shard_pieces(self._plan.labels, manifest.labels)
-        key = f"{LABELS}/c.0"
-        (self.root / LABELS).mkdir(exist_ok=True)
-        write_whole(self.root / key, *pieces)
-        self._put_metadata(manifest)
-        self._put_manifest(manifest.with_files({key: (sum(map(len, pieces)), checksum_of(pieces))}))
+        self._put_metadata(self._fresh())
+        self._put_manifest(self._put_tables(self._fresh()))
 
     def _fresh(self) -> Manifest:
         plan, rows = self._plan, len(self._plan.labels)
@@ -244,8 +249,29 @@ class StoreWriter:
             views=plan.views,
             block_rows=block_rows,
             arrays=self._planned_arrays(block_rows),
-            labels=plan_labels(rows),
+            tables=self._planned_tables(),
         )
+
+    def _tables(self) -> dict[str, NDArray[Any]]:
+        return {LABELS: self._plan.labels, **{f"{STATIC}/{k}": v for k, v in self._plan.static.items()}}
+
+    def _planned_tables(self) -> dict[str, Table]:
+        return {
+            name: Table(len(values), plan_table(len(values), str(values.dtype), values.shape[1:]))
+            for name, values in self._tables().items()
+        }
+
+    def _put_tables(self, manifest: Manifest) -> Manifest:
+        """Write the tables that the manifest does not vouch for yet, and let it."""
+        files = {}
+        for name, values in self._tables().items():
+            layout = manifest.tables[name].layout
+            key = table_key(name, layout)
+            if key not in manifest.files:
+                pieces = shard_pieces(values, layout)
+                write_whole(self.root / key, *pieces)
+                files[key] = (sum(map(len, pieces)), checksum_of(pieces))
+        return manifest.with_files(files)
 
     def _planned_arrays(self, block_rows: int) -> dict[str, StoredArray]:
         return {
@@ -280,19 +306,20 @@ class StoreWriter:
                 raise StoreMismatch(
                     f"store {str(self.root)!r} holds {name!r} in another form.\n{table}\nUse another --store."
                 )
-        arrays = {**planned, **stored.arrays}
-        return replace(stored, arrays=arrays, views=max(plan.views, stored.views))
+        return replace(
+            stored,
+            arrays={**planned, **stored.arrays},
+            tables={**self._planned_tables(), **stored.tables},
+            views=max(plan.views, stored.views),
+        )
 
     def _put_metadata(self, manifest: Manifest) -> None:
         """Zarr metadata, innermost first: the group's own file comes last."""
         groups = {""}
-        for name, array in manifest.arrays.items():
-            parts = name.split("/")
-            groups |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
-            for component, layout in array.components.items():
-                shape = (manifest.views, manifest.samples, *layout.row_shape)
-                self._put_json(f"{name}/{component}/zarr.json", array_metadata(layout, shape))
-        self._put_json(f"{LABELS}/zarr.json", array_metadata(manifest.labels, (manifest.samples,)))
+        for array, (layout, shape) in manifest.zarr_arrays().items():
+            parents = array.split("/")[:-1]
+            groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
+            self._put_json(f"{array}/zarr.json", array_metadata(layout, shape))
         for group in sorted(groups, reverse=True):
             attributes = {} if group else {"coursepack": {"format_version": FORMAT_VERSION}}
             self._put_json(f"{group}/zarr.json" if group else "zarr.json", group_metadata(attributes))
@@ -313,6 +340,7 @@ class BlockFiles:
     def __init__(self, writer: StoreWriter, block: Block, record: dict[str, Any]) -> None:
         self._writer, self._block, self._record = writer, block, record
         self._files: dict[str, tuple[int, int]] = {}
+        self._fidelity: dict[str, Any] = {}
         self._held: dict[tuple[str, str], list[NDArray[Any]]] = {}
         self._written: dict[tuple[str, str], int] = {}
         for name in block.arrays:
@@ -331,7 +359,13 @@ class BlockFiles:
         for name in self._block.arrays:
             rows = values[name]
             samples = np.arange(first, first + len(rows))
-            for component, part in manifest.arrays[name].encoding.encode(rows, samples).items():
+            encoding = manifest.arrays[name].encoding
+            encoded = encoding.encode(rows, samples, self._writer.labels[samples])
+            if name == LOGITS and not encoding.exact:
+                tensors = {component: torch.from_numpy(part) for component, part in encoded.items()}
+                decoded = encoding.rows(tensors, rows.shape[1:])
+                self._fidelity = merge_fidelity(self._fidelity, fidelity(torch.from_numpy(rows), decoded))
+            for component, part in encoded.items():
                 self._held[name, component].append(part)
                 self._flush(name, component, full_only=True)
 
@@ -342,7 +376,7 @@ class BlockFiles:
         entry = {
             "arrays": list(self._block.arrays),
             "files": {key: list(value) for key, value in self._files.items()},
-            "record": {**self._record, "sums": dict(statistics)},
+            "record": {**self._record, "sums": dict(statistics), "fidelity": self._fidelity},
         }
         path = self._writer._done_path(self._block.view, self._block.index)
         write_whole(path, canonical_json(entry).encode())
@@ -371,20 +405,3 @@ def _remove_partials(folder: Path, prefix: str = "") -> None:
     for path in partials(folder):
         if path.name.startswith(prefix):
             path.unlink(missing_ok=True)
-
-
-def _reduce(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One view's record from those of its blocks, in block order."""
-    sums: dict[str, float] = {}
-    for record in records:
-        for name, value in record["sums"].items():
-            sums[name] = sums.get(name, 0.0) + value
-    environments = []
-    for record in records:
-        if record["environment"] not in environments:
-            environments.append(record["environment"])
-    return {
-        "sums": sums,
-        "draws": [record["draws"] for record in records],
-        "environments": environments,
-    }

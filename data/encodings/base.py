@@ -1,0 +1,85 @@
+"""What an encoding is: how float32 values are represented in a store, and how they come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from coursepack.errors import EncodingRange
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from coursepack.data.randomness import Samples
+    from coursepack.kernels import Rows
+
+
+@dataclass(frozen=True)
+class Component:
+    """One stored array of an encoding: the shape and dtype of its rows."""
+
+    dtype: str
+    """NumPy's name, little-endian when stored."""
+    row_shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+
+
+class Encoding(Protocol):
+    """A frozen object that turns float32 rows into components and components into `Rows`."""
+
+    @property
+    def name(self) -> str:
+        """How it is asked for: its key in `ENCODINGS`, with its parameter where it has one (`topk:10`)."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether values come back as they were."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `encoding_from_dict` turns back into an equal object."""
+
+    def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
+        """What is stored for rows of the given shape."""
+
+    def encode(
+        self, values: NDArray[np.float32], samples: Samples, labels: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Components `(n, ...)` of values `(n, ...)`.
+
+        Args:
+            values: what to store.
+            samples: their indices `(n,)`, named in errors.
+            labels: class ids `(n,)`, for encodings that keep the label's entry.
+
+        Raises:
+            EncodingRange: a finite value that cannot be represented; the text names sample and way out.
+        """
+
+    def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Rows:
+        """Encoded rows for the loss from gathered components."""
+
+
+def check_range(
+    values: NDArray[np.float32], lost: NDArray[np.bool_], samples: Samples, what: str, limit: float
+) -> None:
+    """Refuse values that an encoding cannot hold.
+
+    Raises:
+        EncodingRange: names the first sample, its value and the encoding to use instead.
+    """
+    if lost.any():
+        row = int(np.flatnonzero(lost.reshape(len(values), -1).any(1))[0])
+        worst = float(values[row].reshape(-1)[lost[row].reshape(-1)][0])
+        raise EncodingRange(
+            f"sample {int(samples[row])} has the value {worst:g}, outside the range of {what} "
+            f"(+-{limit:g}). Use --encoding float32 or bfloat16."
+        )

@@ -1,0 +1,49 @@
+"""The sign of every value, eight to a byte: what activation-boundary hints need (Heo et al., AAAI 2019)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.data.encodings.base import Component
+from coursepack.kernels import BitRows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from coursepack.data.randomness import Samples
+
+
+@dataclass(frozen=True)
+class Bits:
+    """1 where a value is positive."""
+
+    name: str = "bits"
+    exact: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name}
+
+    def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
+        """`bits`, the row flattened and filled up with zeros to whole bytes."""
+        return {"bits": Component("uint8", (-(-math.prod(row_shape) // 8),))}
+
+    def encode(
+        self,
+        values: NDArray[np.float32],
+        samples: Samples,
+        labels: NDArray[np.int64],
+    ) -> dict[str, NDArray[Any]]:
+        """Pack the signs."""
+        return {"bits": np.packbits(values.reshape(len(values), -1) > 0, axis=1)}
+
+    def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> BitRows:
+        """Bits as they are stored."""
+        return BitRows(components["bits"], row_shape)

@@ -1,0 +1,62 @@
+"""Encodings that keep every value as one floating-point number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data.encodings.base import Component, check_range
+from coursepack.kernels import DenseRows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.randomness import Samples
+
+
+@dataclass(frozen=True)
+class Dense:
+    """`float32` (exact), `float16` (11 bits, |value| <= 65504) or `bfloat16` (8 bits, float32's range)."""
+
+    name: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether values come back as they were."""
+        return self.name == "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name}
+
+    def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
+        """One component, `values`; bfloat16 as the uint16 of its bits, as NumPy has no such type."""
+        return {"values": Component("uint16" if self.name == "bfloat16" else self.name, row_shape)}
+
+    def encode(
+        self,
+        values: NDArray[np.float32],
+        samples: Samples,
+        labels: NDArray[np.int64],
+    ) -> dict[str, NDArray[Any]]:
+        """Round to the stored type, to nearest even."""
+        if self.name == "bfloat16":
+            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+            lost = (~torch.isfinite(rounded)).numpy() & np.isfinite(values)
+            check_range(values, lost, samples, self.name, float(torch.finfo(torch.bfloat16).max))
+            return {"values": rounded.view(torch.uint16).numpy()}
+        with np.errstate(over="ignore"):
+            stored = values.astype(self.name)
+        lost = np.isinf(stored) & np.isfinite(values)
+        check_range(values, lost, samples, self.name, float(np.finfo(self.name).max))
+        return {"values": stored}
+
+    def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> DenseRows:
+        """The values as they are stored."""
+        values = components["values"]
+        return DenseRows(values.view(torch.bfloat16) if self.name == "bfloat16" else values)

@@ -1,0 +1,71 @@
+"""One byte per value, affine per row: bfloat16's fidelity at half the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.data.encodings.base import Component, check_range
+from coursepack.kernels import Int8Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from coursepack.data.randomness import Samples
+
+LEVELS = 255
+_LIMIT = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """`minimum + scale * q`, scale and minimum float16 per row, q rounded against them as they are stored.
+
+    A value comes back within half a scale. The minimum is rounded down and the scale up, so that no value of
+    the row lies outside.
+    """
+
+    name: str = "int8"
+    exact: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name}
+
+    def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
+        """`q`, a byte per value, and `affine`, scale and minimum per row."""
+        return {"q": Component("uint8", row_shape), "affine": Component("float16", (2,))}
+
+    def encode(
+        self,
+        values: NDArray[np.float32],
+        samples: Samples,
+        labels: NDArray[np.int64],
+    ) -> dict[str, NDArray[Any]]:
+        """Quantise each row over its own range."""
+        check_range(values, np.abs(values) > _LIMIT / 2, samples, self.name, _LIMIT / 2)
+        flat = values.reshape(len(values), -1).astype(np.float32)
+        minimum = _rounded(flat.min(1), -np.inf)
+        scale = _rounded((flat.max(1) - minimum.astype(np.float32)) / LEVELS, np.inf)
+        width = np.where(scale == 0, 1, scale).astype(np.float32)
+        q = np.rint((flat - minimum.astype(np.float32)[:, None]) / width[:, None])
+        return {
+            "q": np.clip(q, 0, LEVELS).astype(np.uint8).reshape(values.shape),
+            "affine": np.stack([scale, minimum], axis=1),
+        }
+
+    def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Int8Rows:
+        """Bytes, scales and minima as they are stored."""
+        return Int8Rows(components["q"], components["affine"])
+
+
+def _rounded(values: NDArray[np.float32], toward: float) -> NDArray[np.float16]:
+    """float16 on the given side of each value."""
+    stored = values.astype(np.float16)
+    beyond = stored.astype(np.float32) > values if toward < 0 else stored.astype(np.float32) < values
+    return np.where(beyond, np.nextafter(stored, np.float16(toward)), stored)

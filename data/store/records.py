@@ -1,0 +1,111 @@
+"""What is recorded about a view: sums over its rows, checksums of its draws, fidelity of its encoding.
+
+Every block brings its own record; a view's is reduced from them in block order, so it does not depend on who
+wrote which block when.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.kernels import soft_target_loss
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from coursepack.kernels import Rows
+
+FIDELITY_TEMPERATURES = (1.0, 4.0)
+_PER_DECADE = 16
+_LOWEST_DECADE = -14
+
+
+def fidelity(exact: Tensor, rows: Rows) -> dict[str, Any]:
+    """How far encoded logits are from the float32 ones: KL(exact || decoded) in nats at T = 1 and 4.
+
+    Args:
+        exact: `(N, C)` float32.
+        rows: the same logits, encoded.
+
+    Returns:
+        Per temperature the sum, the largest, and a histogram over logarithmic bins: things that add up.
+    """
+    record = {}
+    for temperature in FIDELITY_TEMPERATURES:
+        decoded = rows.decode(torch.full((len(exact),), temperature))
+        scaled = soft_target_loss(decoded, [exact], temperature=temperature)
+        kl = scaled.double().numpy() / temperature**2
+        bins, counts = np.unique(_bin(kl), return_counts=True)
+        record[f"T={temperature:g}"] = {
+            "rows": len(kl),
+            "sum": float(kl.sum()),
+            "largest": float(kl.max(initial=0.0)),
+            "histogram": {str(place): int(count) for place, count in zip(bins, counts, strict=True)},
+        }
+    return record
+
+
+def merge_fidelity(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Fidelity over two sets of rows."""
+    if not total:
+        return more
+    merged = {}
+    for name, first in total.items():
+        second = more[name]
+        counts = Counter(first["histogram"]) + Counter(second["histogram"])
+        merged[name] = {
+            "rows": first["rows"] + second["rows"],
+            "sum": first["sum"] + second["sum"],
+            "largest": max(first["largest"], second["largest"]),
+            "histogram": dict(counts),
+        }
+    return merged
+
+
+def fidelity_summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean, 99th percentile (the upper edge of its bin, at most 16 % too high) and largest KL, in nats."""
+    summary = {}
+    for name, entry in record.items():
+        left = 0.01 * entry["rows"]
+        percentile = 0.0
+        for place in sorted(map(int, entry["histogram"]), reverse=True):
+            percentile = 10 ** ((place + 1) / _PER_DECADE + _LOWEST_DECADE)
+            left -= entry["histogram"][str(place)]
+            if left < 0:
+                break
+        summary[name] = {
+            "mean": entry["sum"] / max(entry["rows"], 1),
+            "p99": min(percentile, entry["largest"]),
+            "largest": entry["largest"],
+        }
+    return summary
+
+
+def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One view's record from those of its blocks, in block order."""
+    sums: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    environments: list[Any] = []
+    for record in records:
+        for name, value in record["sums"].items():
+            sums[name] = sums.get(name, 0.0) + value
+        measured = merge_fidelity(measured, record["fidelity"]) if record["fidelity"] else measured
+        if record["environment"] not in environments:
+            environments.append(record["environment"])
+    return {
+        "sums": sums,
+        "fidelity": measured,
+        "draws": [record["draws"] for record in records],
+        "environments": environments,
+    }
+
+
+def _bin(kl: NDArray[np.float64]) -> NDArray[np.int64]:
+    decades = np.log10(np.maximum(kl, 10.0**_LOWEST_DECADE)) - _LOWEST_DECADE
+    bins: NDArray[np.int64] = np.floor(decades * _PER_DECADE).astype(np.int64)
+    return bins

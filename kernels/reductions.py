@@ -1,0 +1,92 @@
+"""What is kept of a layer's activation: the map itself, or as little of it as a method needs.
+
+All take feature maps `(N, C, H, W)` and give one tensor per sample; all are differentiable, so that a
+student's features can be reduced in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+def resized(features: Tensor, size: int) -> Tensor:
+    """Maps averaged down (or repeated up) to `(N, C, size, size)`."""
+    _need_map("an output size", features)
+    return F.adaptive_avg_pool2d(features, size)
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Mean over places `(N, C)`."""
+    _need_map("pooled", features)
+    return features.mean((2, 3))
+
+
+def attention(features: Tensor) -> Tensor:
+    """Mean of squares over channels `(N, H * W)`, not normalised: Zagoruyko and Komodakis 2017, p = 2."""
+    _need_map("attention", features)
+    return features.square().mean(1).flatten(1)
+
+
+def gram(features: Tensor) -> Tensor:
+    """Similarity of places `(N, H * W, H * W)`, mean over channels of normalised maps: all that NST needs.
+
+    Each channel is scaled to unit length over its places first. The squared distance between a teacher's
+    matrix and a student's is the loss of Huang and Wang 2017 (polynomial kernel, d = 2, c = 0).
+    """
+    _need_map("gram", features)
+    flat = F.normalize(features.flatten(2), dim=2)
+    return flat.transpose(1, 2) @ flat / flat.shape[1]
+
+
+def pair_gram(first: Tensor, second: Tensor) -> Tensor:
+    """Flow between two layers `(N, C1, C2)`, mean over places: Yim et al. 2017, equation 1 (FSP).
+
+    The larger map is averaged down to the smaller.
+    """
+    _need_map("gram", first)
+    _need_map("gram", second)
+    size = min(first.shape[2], second.shape[2])
+    first, second = (F.adaptive_avg_pool2d(features, size).flatten(2) for features in (first, second))
+    return first @ second.transpose(1, 2) / first.shape[2]
+
+
+def above_margin(features: Tensor, margins: Tensor) -> Tensor:
+    """`max(t, m)` with one margin per channel: the target of Heo et al., ICCV 2019 (OFD), section 3.1."""
+    return torch.maximum(features, margins.reshape(-1, *[1] * (features.ndim - 2)))
+
+
+def margins(bias: Tensor, weight: Tensor) -> Tensor:
+    """Expected value of a batch normalisation's negative outputs, per channel `(C,)`.
+
+    With mean mu = bias and deviation s = |weight|: `mu - s phi(mu / s) / Phi(-mu / s)`, or -3 s where hardly
+    anything is negative (Heo et al., ICCV 2019, appendix).
+    """
+    mu, s = bias.double(), weight.double().abs().clamp_min(1e-12)
+    below = 0.5 * torch.erfc(mu / s / math.sqrt(2))
+    density = torch.exp(-0.5 * (mu / s) ** 2) / math.sqrt(2 * math.pi)
+    expected = mu - s * density / below.clamp_min(1e-12)
+    return torch.where(below > 0.001, expected, -3 * s).float()
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "map": lambda features: features,
+    "pooled": pooled,
+    "attention": attention,
+    "gram": gram,
+    "sign": lambda features: features,
+}
+"""Reductions of one layer; `margin` needs margins and a pair's `gram` two layers."""
+
+
+def _need_map(name: str, features: Tensor) -> None:
+    if features.ndim != 4:
+        raise ValueError(f"{name} needs feature maps (N, C, H, W), got {tuple(features.shape)}")
