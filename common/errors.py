@@ -65,6 +65,10 @@ class StoreDamaged(CoursepackError, OSError):
     """A store's files are not what its manifest vouches for."""
 
 
+class StoreFull(CoursepackError, OSError):
+    """There is not enough free space for a store."""
+
+
 class StoreBusy(CoursepackError, RuntimeError):
     """Another process is writing the same part of a store."""
 

@@ -90,6 +90,48 @@ class InMemory:
         return self.images[samples]
 
 
+@dataclass(frozen=True)
+class FirstSamples:
+    """The first few samples of a source: only to try something out, never to be stored for good."""
+
+    whole: Source
+    limit: int
+
+    @property
+    def name(self) -> str:
+        """Tells that it is a part."""
+        return f"{self.whole.name}[:{self.limit}]"
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class ids `(limit,)`."""
+        return self.whole.labels[: self.limit]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the whole."""
+        return self.whole.class_names
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels."""
+        return self.whole.channels
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.whole.size
+
+    @property
+    def fingerprint(self) -> str:
+        """Not the whole's, so that nothing takes one for the other."""
+        return fingerprint({"whole": self.whole.fingerprint, "limit": self.limit})
+
+    def pixels(self, samples: Samples) -> NDArray[np.uint8]:
+        """Images `(n, H, W, channels)`."""
+        return self.whole.pixels(samples)
+
+
 TEST_SHARE = 5
 """One digit in this many is a test sample, class by class."""
 

@@ -5,15 +5,15 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from coursepack.canonical import difference_table
 from coursepack.data.store import StoreReader
-from coursepack.errors import StoreMismatch, TeacherMismatch
-from coursepack.models import Preprocessing, TeacherRunner, load_teacher
-from coursepack.models.build import weights_fingerprint
+from coursepack.errors import StoreMismatch
+from coursepack.models import TeacherRunner
+from coursepack.models.build import reload_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,14 +105,6 @@ def live_teachers(readers: Sequence[StoreReader], device: torch.device) -> list[
     for reader in readers:
         manifest = reader.manifest
         teacher = manifest.identity["teacher"]
-        network = load_teacher(
-            teacher["network"], manifest.class_names, weights=manifest.origin["weights_file"]
-        )
-        if weights_fingerprint(network.module) != teacher["weights"]:
-            raise TeacherMismatch(
-                f"the weights in {manifest.origin['weights_file']!r} are not the ones that wrote store "
-                f"{str(reader.path)!r}: put the old weights back, or write the store again"
-            )
-        preprocessing = Preprocessing.model_validate(teacher["preprocessing"])
-        runners.append(TeacherRunner(replace(network, preprocessing=preprocessing), device=device))
+        network = reload_teacher(teacher, manifest.class_names, manifest.origin.get("weights_file"))
+        runners.append(TeacherRunner(network, device=device, columns=teacher.get("columns")))
     return runners

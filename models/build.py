@@ -158,6 +158,27 @@ def load_teacher(
     return network
 
 
+def reload_teacher(identity: Mapping[str, Any], class_names: tuple[str, ...], weights: str | None) -> Network:
+    """The teacher that wrote a store, from what the store's manifest says of it.
+
+    Args:
+        identity: the manifest's `identity["teacher"]`.
+        class_names: the source's.
+        weights: where its weights are.
+
+    Raises:
+        TeacherMismatch: the weights there are not the ones that wrote the store.
+        Otherwise as `load_teacher`.
+    """
+    network = load_teacher(identity["network"], class_names, weights=weights, columns=identity.get("columns"))
+    if weights_fingerprint(network.module) != identity["weights"]:
+        raise TeacherMismatch(
+            f"the weights in {weights!r} are not the ones that wrote the store: "
+            "give the old weights, or write the store again"
+        )
+    return replace(network, preprocessing=Preprocessing.model_validate(identity["preprocessing"]))
+
+
 def weights_fingerprint(module: nn.Module) -> str:
     """sha256 over the names, shapes and values of all weights and buffers."""
     digest = hashlib.sha256()

@@ -75,6 +75,14 @@ def parse_tap(text: str) -> Tap:
     return Tap(layers, reduction, int(rest[1]) if len(rest) == 2 else None)
 
 
+def tap_from_name(name: str) -> Tap:
+    """The tap that has this name in a store."""
+    layers, _, reduction = name.partition("@")
+    kept = reduction.rstrip("0123456789")
+    size = reduction.removeprefix(kept)
+    return Tap(tuple(layers.split("+")), kept or "map", int(size) if size else None)
+
+
 def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:
     """Margins `(C,)` of a `margin` tap, from its batch normalisation; None for other taps.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coursepack.console import progress, say
+from coursepack.console import progress
 from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
+from coursepack.data.sources import FirstSamples
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from coursepack.console import Meter
     from coursepack.data.sources import Source
     from coursepack.data.store import Block, Manifest
+    from coursepack.data.store.writer import BlockFiles
     from coursepack.data.views import ViewRecipe
     from coursepack.models import TeacherRunner
 
@@ -63,15 +67,9 @@ class Job:
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}, expected at least 1")
         network = self.runner.network
-        logits = parse_encoding(self.encoding, FOR_LOGITS)
         features = parse_encoding(self.feature_encoding, FOR_FEATURES)
         shapes = self.runner.row_shapes(self.source.channels)
-        fitting = smaller_encoding(logits, shapes[LOGITS])
-        if fitting != logits:
-            say(
-                f"encoding {logits.name} would not be smaller than {fitting.name} for {shapes[LOGITS][0]} "
-                f"classes: logits are stored as {fitting.name}"
-            )
+        logits = smaller_encoding(parse_encoding(self.encoding, FOR_LOGITS), shapes[LOGITS])
         return StorePlan(
             identity={
                 "teacher": {
@@ -92,7 +90,7 @@ class Job:
             class_names=self.source.class_names,
             views=self.views,
             arrays={
-                LOGITS: (fitting, shapes[LOGITS]),
+                LOGITS: (logits, shapes[LOGITS]),
                 **{
                     f"features/{tap.name}": (
                         parse_encoding("bits") if tap.reduction == "sign" else features,
@@ -111,12 +109,13 @@ class Job:
         return {**libraries, "device": self.runner.device.type, "batch_size": self.batch_size}
 
 
-def run_job(job: Job, *, block_order: Iterator[int] | None = None) -> Manifest:
+def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool = False) -> Manifest:
     """Write whatever of the store's part is not there yet, and commit every view that is complete.
 
     Args:
         job: what to run.
         block_order: numbers `view * blocks + block` in the order to do them; by default ascending.
+        quiet: show no progress.
 
     Returns:
         The manifest as it is when this process is done.
@@ -126,26 +125,40 @@ def run_job(job: Job, *, block_order: Iterator[int] | None = None) -> Manifest:
         StoreBusy: a live process writes this part.
         NonFiniteOutput, EncodingRange: the teacher's answer cannot be stored; done blocks stay done.
     """
-    plan = job.plan()
-    environment = job.environment()
-    with StoreWriter(job.store, plan, job.part) as writer:
+    with StoreWriter(job.store, job.plan(), job.part) as writer:
         writer.commit()
         title = f"precompute {job.store.name}"
-        with progress(title, writer.owned_rows(), "images", done=writer.done_rows()) as meter:
+        shown = progress(title, writer.owned_rows(), "images", done=writer.done_rows())
+        with nullcontext() if quiet else shown as meter:
             for block in writer.pending(block_order):
-                params = draw(job.recipe, block.samples, block.view)
-                record = {"draws": params.digest(), "environment": environment}
-                files = writer.write(block, record)
-                sums = _Sums()
-                for samples, arrays in _answers(job, block, params):
-                    files.add(arrays)
-                    sums.add(arrays["logits"], job.source.labels[samples])
-                    meter.advance(len(samples), f"view {block.view + 1} of {writer.manifest.views}")
-                files.finish(sums.total)
+                files, sums = write_block(job, writer, block, meter)
+                files.finish(sums)
                 if writer.is_complete(block.view):
                     writer.commit()
         writer.commit()
         return writer.manifest
+
+
+def write_block(
+    job: Job, writer: StoreWriter, block: Block, meter: Meter | None = None
+) -> tuple[BlockFiles, dict[str, float]]:
+    """Run the teacher over one block; gives its files, not finished yet, and sums over its rows."""
+    params = draw(job.recipe, block.samples, block.view)
+    files = writer.write(block, {"draws": params.digest(), "environment": job.environment()})
+    sums = _Sums()
+    for samples, arrays in _answers(job, block, params):
+        files.add(arrays)
+        sums.add(arrays[LOGITS], job.source.labels[samples])
+        if meter is not None:
+            meter.advance(len(samples), f"view {block.view + 1} of {writer.manifest.views}")
+    return files, sums.total
+
+
+def with_limit(job: Job, store: Path, limit: int) -> Job:
+    """The same job on one view of the first `limit` samples, into another store: to try it out."""
+    return replace(
+        job, store=store, source=FirstSamples(job.source, limit), views=1, part=Part(), block_rows=None
+    )
 
 
 def _answers(

@@ -64,8 +64,31 @@ class Encoding(Protocol):
             EncodingRange: a finite value that cannot be represented; the text names sample and way out.
         """
 
+    def agrees(
+        self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
+    ) -> NDArray[np.bool_]:
+        """Whether stored rows are what encoding these values gives, `(n,)`, up to rounding.
+
+        Args:
+            values: freshly computed `(n, ...)`.
+            stored: components `(n, ...)`.
+            slack: how far the values themselves may be off, as a share of each row's largest.
+        """
+
     def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Rows:
         """Encoded rows for the loss from gathered components."""
+
+
+def within(
+    decoded: NDArray[np.float32], values: NDArray[np.float32], bound: Any, slack: float
+) -> NDArray[np.bool_]:
+    """Rows `(n,)` in which every `|decoded - values| <= bound + slack * largest |value| of the row`."""
+    wide = values.reshape(len(values), -1).astype(np.float64)
+    distance = np.abs(decoded.reshape(len(decoded), -1) - wide)
+    close: NDArray[np.bool_] = (
+        distance <= bound + slack * np.abs(wide).max(1, keepdims=True, initial=0)
+    ).all(1)
+    return close
 
 
 def check_range(

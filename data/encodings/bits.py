@@ -44,6 +44,16 @@ class Bits:
         """Pack the signs."""
         return {"bits": np.packbits(values.reshape(len(values), -1) > 0, axis=1)}
 
+    def agrees(
+        self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
+    ) -> NDArray[np.bool_]:
+        """Same signs, but for values next to nothing."""
+        flat = values.reshape(len(values), -1)
+        signs = np.unpackbits(stored["bits"], axis=1, count=flat.shape[1]).astype(bool)
+        near_zero = np.abs(flat) <= slack * np.abs(flat).max(1, keepdims=True, initial=0)
+        same: NDArray[np.bool_] = ((signs == (flat > 0)) | near_zero).all(1)
+        return same
+
     def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> BitRows:
         """Bits as they are stored."""
         return BitRows(components["bits"], row_shape)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from coursepack.data.encodings.base import Component, check_range
+from coursepack.data.encodings.base import Component, check_range, within
 from coursepack.kernels import Int8Rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from coursepack.data.randomness import Samples
 
@@ -59,7 +59,15 @@ class Int8:
             "affine": np.stack([scale, minimum], axis=1),
         }
 
-    def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Int8Rows:
+    def agrees(
+        self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
+    ) -> NDArray[np.bool_]:
+        """Within half a step of the row's own scale."""
+        tensors = {name: torch.from_numpy(part) for name, part in stored.items()}
+        decoded = self.rows(tensors, values.shape[1:]).decode()
+        return within(decoded.numpy(), values, 0.501 * stored["affine"][:, :1].astype(np.float64), slack)
+
+    def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> Int8Rows:
         """Bytes, scales and minima as they are stored."""
         return Int8Rows(components["q"], components["affine"])
 

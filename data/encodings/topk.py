@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range
+from coursepack.data.encodings.base import Component, check_range, within
 from coursepack.errors import RecipeError
 from coursepack.kernels import TopKRows
 from coursepack.kernels.rows import TAIL_TEMPERATURES
@@ -88,6 +88,19 @@ class TopK:
             "values": kept.numpy().astype(np.float16),
             "tail": tail.numpy().astype(np.float16),
         }
+
+    def agrees(
+        self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
+    ) -> NDArray[np.bool_]:
+        """Kept logits within half a float16 unit, and none of them below what a fresh choice would keep."""
+        ids = stored["ids"].astype(np.int64)
+        kept = np.take_along_axis(values, ids, axis=1)
+        close = within(stored["values"].astype(np.float32), kept, 2.0**-11 * np.abs(kept) + 2.0**-25, slack)
+        # The last entry may be the label's; every other one has to be among the k largest.
+        least = -np.sort(-values, axis=1)[:, self.k - 1]
+        second_lowest = np.sort(kept, axis=1)[:, 1]
+        chosen: NDArray[np.bool_] = second_lowest >= least - slack * np.abs(values).max(1)
+        return close & chosen
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> TopKRows:
         """Ids, logits and tail as they are stored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +14,22 @@ from coursepack.data.store.shards import checksum
 from coursepack.data.views import ViewRecipe, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coursepack.data.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a store."""
+
+    key: str
+    """The file it is wrong with; for view parameters the view and block."""
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -28,54 +40,59 @@ class StoreReport:
     """Files checked."""
     size: int
     """Their bytes in all, as the manifest gives them."""
-    problems: tuple[str, ...]
-    """One line per thing that is wrong; empty for a sound store."""
+    problems: tuple[Problem, ...]
+    """Empty for a sound store."""
 
 
-def verify(path: Path, *, on_file: Any = None) -> StoreReport:
+def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
     """Check sizes and checksums of all files, the Zarr metadata, and that views are drawn as they were.
 
     Args:
         path: the store.
-        on_file: called with the number of bytes after each file, for progress.
+        on_file: called with a file's number of bytes after each, for progress.
 
     Raises:
         StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
     """
     manifest = load_manifest(path)
-    problems = [*_file_problems(path, manifest, on_file), *_metadata_problems(path, manifest)]
-    problems += _draw_problems(manifest)
+    problems = [
+        *_file_problems(path, manifest, on_file),
+        *_metadata_problems(path, manifest),
+        *_draw_problems(manifest),
+    ]
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 
 
-def _file_problems(path: Path, manifest: Manifest, on_file: Any) -> Iterator[str]:
+def _file_problems(
+    path: Path, manifest: Manifest, on_file: Callable[[int], None] | None
+) -> Iterator[Problem]:
     for key, (size, crc) in manifest.files.items():
         file = path / key
         if not file.is_file():
-            yield f"{key}: missing"
+            yield Problem(key, "missing")
         elif file.stat().st_size != size:
-            yield f"{key}: {file.stat().st_size} bytes, expected {size}"
-        elif checksum(np.fromfile(file, dtype=np.uint8)) != crc:
-            yield f"{key}: content does not match its checksum"
+            yield Problem(key, f"{file.stat().st_size} bytes, expected {size}")
+        elif checksum(np.memmap(file, dtype=np.uint8, mode="r")) != crc:
+            yield Problem(key, "content does not match its checksum")
         if on_file is not None:
             on_file(size)
 
 
-def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[str]:
+def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     for array, (layout, shape) in manifest.zarr_arrays().items():
-        key, metadata = f"{array}/zarr.json", array_metadata(layout, shape)
+        key = f"{array}/zarr.json"
         try:
             found = json.loads((path / key).read_text())
         except (OSError, ValueError):
-            yield f"{key}: missing or not JSON"
+            yield Problem(key, "missing or not JSON")
             continue
-        if found != metadata:
-            yield f"{key}: does not describe the array that the manifest does"
+        if found != array_metadata(layout, shape):
+            yield Problem(key, "does not describe the array that the manifest does")
 
 
-def _draw_problems(manifest: Manifest) -> Iterator[str]:
+def _draw_problems(manifest: Manifest) -> Iterator[Problem]:
     recipe = ViewRecipe.model_validate(manifest.identity["view"]["recipe"])
     blocks = block_count(manifest.samples, manifest.block_rows)
     for view, record in sorted(manifest.view_records.items(), key=lambda item: int(item[0])):
@@ -83,4 +100,4 @@ def _draw_problems(manifest: Manifest) -> Iterator[str]:
             start = index * manifest.block_rows
             samples = np.arange(start, min(start + manifest.block_rows, manifest.samples))
             if draw(recipe, samples, int(view)).digest() != record["draws"][index]:
-                yield f"view {view}, block {index}: this version draws other view parameters"
+                yield Problem(f"view {view}, block {index}", "this version draws other view parameters")

@@ -45,7 +45,7 @@ from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.files import partials, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -114,8 +114,7 @@ class StoreWriter:
             StoreBusy: a live process owns blocks of this part.
         """
         # Refuse before anything is touched; the check is repeated under the lock.
-        if (self.root / MANIFEST).is_file():
-            self._extended(load_manifest(self.root))
+        self.planned()
         for folder in (self.root, self.root / BLOCKS):
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:
@@ -129,6 +128,20 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def planned(self) -> Manifest:
+        """The manifest as `__enter__` would make it; nothing is written.
+
+        Raises:
+            StoreMismatch: the store was written by another recipe, source or teacher.
+        """
+        exists = (self.root / MANIFEST).is_file()
+        return self._extended(load_manifest(self.root)) if exists else self._fresh()
+
+    def rows_left(self) -> int:
+        """Rows of this part that are not done, found without writing anything."""
+        self.manifest = self.planned()
+        return sum(len(block) for block in self.pending())
 
     @property
     def blocks(self) -> int:
@@ -144,9 +157,7 @@ class StoreWriter:
             view, index = divmod(number, self.blocks)
             missing = self._missing(view)
             if missing and not self._is_done(view, index, missing):
-                start = index * self.manifest.block_rows
-                stop = min(start + self.manifest.block_rows, self.manifest.samples)
-                yield Block(view, index, start, stop, missing)
+                yield self.block(view, index, missing)
 
     def done_rows(self) -> int:
         """Rows of this part that need no more work."""
@@ -176,6 +187,21 @@ class StoreWriter:
         """Whether a view waits for nothing but `commit`."""
         missing = self._missing(view)
         return bool(missing) and all(self._is_done(view, index, missing) for index in range(self.blocks))
+
+    def block(self, view: int, index: int, arrays: tuple[str, ...]) -> Block:
+        """One block by its place."""
+        start = index * self.manifest.block_rows
+        return Block(view, index, start, min(start + self.manifest.block_rows, self.manifest.samples), arrays)
+
+    def replace_files(self, files: dict[str, tuple[int, int]]) -> None:
+        """Vouch for files that were written again."""
+        with store_lock(self.root):
+            self._put_manifest(load_manifest(self.root).with_files(files))
+
+    def repair_tables(self, keys: set[str]) -> dict[str, tuple[int, int]]:
+        """Write tables among `keys` again, and all metadata; returns size and crc32c of the tables' files."""
+        self._put_metadata(self.manifest)
+        return self._put_tables(self.manifest, lambda key: key in keys)
 
     def _missing(self, view: int) -> tuple[str, ...]:
         """Quantities of the plan that are not committed for a view; others in the store are not our work."""
@@ -231,10 +257,10 @@ class StoreWriter:
             self.manifest = manifest
             if manifest != stored:
                 self._put_metadata(manifest)
-                self._put_manifest(self._put_tables(manifest))
+                self._put_manifest(self._put_missing_tables(manifest))
             return
         self._put_metadata(self._fresh())
-        self._put_manifest(self._put_tables(self._fresh()))
+        self._put_manifest(self._put_missing_tables(self._fresh()))
 
     def _fresh(self) -> Manifest:
         plan, rows = self._plan, len(self._plan.labels)
@@ -261,17 +287,20 @@ class StoreWriter:
             for name, values in self._tables().items()
         }
 
-    def _put_tables(self, manifest: Manifest) -> Manifest:
-        """Write the tables that the manifest does not vouch for yet, and let it."""
+    def _put_tables(self, manifest: Manifest, wanted: Callable[[str], bool]) -> dict[str, tuple[int, int]]:
+        """Write the tables whose keys are wanted; returns size and crc32c of their files."""
         files = {}
         for name, values in self._tables().items():
             layout = manifest.tables[name].layout
             key = table_key(name, layout)
-            if key not in manifest.files:
+            if wanted(key):
                 pieces = shard_pieces(values, layout)
                 write_whole(self.root / key, *pieces)
                 files[key] = (sum(map(len, pieces)), checksum_of(pieces))
-        return manifest.with_files(files)
+        return files
+
+    def _put_missing_tables(self, manifest: Manifest) -> Manifest:
+        return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.files))
 
     def _planned_arrays(self, block_rows: int) -> dict[str, StoredArray]:
         return {
@@ -298,13 +327,15 @@ class StoreWriter:
                 f"{stored.block_rows} and keeps them: leave --block-rows out"
             )
         planned = self._planned_arrays(stored.block_rows)
-        for name in planned.keys() & stored.arrays.keys():
-            if planned[name] != stored.arrays[name]:
-                table = difference_table(
-                    stored.arrays[name].to_dict(), planned[name].to_dict(), "store", "recipe"
-                )
+        for name in sorted(planned.keys() & stored.arrays.keys()):
+            forms = [
+                {"encoding": array.encoding.to_dict(), "row_shape": list(array.row_shape)}
+                for array in (stored.arrays[name], planned[name])
+            ]
+            if forms[0] != forms[1]:
                 raise StoreMismatch(
-                    f"store {str(self.root)!r} holds {name!r} in another form.\n{table}\nUse another --store."
+                    f"store {str(self.root)!r} holds {name!r} in another form.\n"
+                    f"{difference_table(*forms, 'store', 'recipe')}\nUse another --store."
                 )
         return replace(
             stored,
@@ -371,15 +402,19 @@ class BlockFiles:
 
     def finish(self, statistics: Mapping[str, float]) -> None:
         """Write what is left, then the done-object. `statistics` are sums over the block's rows."""
-        for name, component in self._held:
-            self._flush(name, component, full_only=False)
         entry = {
             "arrays": list(self._block.arrays),
-            "files": {key: list(value) for key, value in self._files.items()},
+            "files": {key: list(value) for key, value in self.flush().items()},
             "record": {**self._record, "sums": dict(statistics), "fidelity": self._fidelity},
         }
         path = self._writer._done_path(self._block.view, self._block.index)
         write_whole(path, canonical_json(entry).encode())
+
+    def flush(self) -> dict[str, tuple[int, int]]:
+        """Write what is left; returns size and crc32c of every file of the block."""
+        for name, component in self._held:
+            self._flush(name, component, full_only=False)
+        return self._files
 
     def _rows_seen(self) -> int:
         name, component = next(iter(self._held))

@@ -1,0 +1,143 @@
+"""Does a store still hold what its teacher says? And if not, write that part again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from coursepack.data import open_source
+from coursepack.data.randomness import below, random_words
+from coursepack.data.store import StoreReader, StoreWriter
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.views import ViewRecipe, draw, render
+from coursepack.errors import StoreMismatch
+from coursepack.models import TeacherRunner
+from coursepack.models.build import reload_teacher
+from coursepack.models.taps import tap_from_name
+from coursepack.precompute.job import Job, write_block
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from coursepack.data.store import Manifest, StorePlan
+    from coursepack.data.store.check import Problem
+
+SLACK = 1e-4
+"""How far a teacher's answer may move with batch size and threads, as a share of its largest value."""
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class DeepReport:
+    """What running the teacher again showed."""
+
+    rows: int
+    """Rows (sample, view) compared, all arrays of each."""
+    wrong: tuple[str, ...]
+    """Rows that differ by more than their encoding allows."""
+
+
+def job_of_store(
+    path: Path, manifest: Manifest, *, weights: str | None, root: Path | None, device: torch.device
+) -> Job:
+    """The job that wrote a store, from its manifest.
+
+    Raises:
+        StoreMismatch: the source is not the one that the teacher saw.
+        TeacherMismatch, RecipeError: the teacher's weights are not where they were, or are others.
+    """
+    identity = manifest.identity
+    source = open_source(identity["source"]["name"], root)
+    if source.fingerprint != identity["source"]["fingerprint"]:
+        raise StoreMismatch(
+            f"source {source.name!r} is {source.fingerprint[:12]} here, but store {str(path)!r} was "
+            f"written from {identity['source']['fingerprint'][:12]}: give the --root that the teacher saw"
+        )
+    teacher = identity["teacher"]
+    network = reload_teacher(teacher, manifest.class_names, weights or manifest.origin.get("weights_file"))
+    taps = [tap_from_name(name.removeprefix("features/")) for name in manifest.arrays if name != LOGITS]
+    runner = TeacherRunner(network, taps, device, teacher.get("columns"))
+    environments = [e for record in manifest.view_records.values() for e in record["environments"]]
+    return Job(
+        store=path,
+        source=source,
+        recipe=ViewRecipe.model_validate(identity["view"]["recipe"]),
+        runner=runner,
+        views=manifest.views,
+        batch_size=environments[0]["batch_size"] if environments else BATCH_SIZE,
+    )
+
+
+def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = None) -> DeepReport:
+    """Run the teacher again on some rows of every committed view and compare with what is stored.
+
+    Args:
+        job: from `job_of_store`.
+        rows: how many rows (sample, view) in all, drawn at random but the same each time.
+        on_rows: called with the number of rows after each batch, for progress.
+    """
+    reader = StoreReader(job.store)
+    numbers = np.arange(rows)
+    words = random_words(0, numbers, 0, 0)
+    samples = below(words[:, 0], reader.manifest.samples)
+    views = np.asarray(reader.views)[below(words[:, 1], len(reader.views))]
+    size = job.runner.network.preprocessing.size
+    wrong = []
+    for view in np.unique(views):
+        chosen = samples[views == view]
+        for start in range(0, len(chosen), job.batch_size):
+            part = chosen[start : start + job.batch_size]
+            pixels = torch.from_numpy(render(job.source, part, draw(job.recipe, part, int(view)), size))
+            answers = job.runner.run(pixels).arrays()
+            for name, array in reader.manifest.arrays.items():
+                if view not in reader.manifest.committed.get(name, ()):
+                    continue
+                stored = reader.components(name, int(view), part)
+                agrees = array.encoding.agrees(answers[name].cpu().numpy(), stored, SLACK)
+                wrong += [f"{name}: sample {sample}, view {view}" for sample in part[~agrees]]
+            if on_rows is not None:
+                on_rows(len(part))
+    return DeepReport(rows, tuple(wrong))
+
+
+def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
+    """Write the files with problems again, and nothing else.
+
+    Returns:
+        The files whose new content has another checksum than before (another machine rounds differently); the
+        manifest vouches for the new ones.
+
+    Raises:
+        StoreBusy: a live process writes to the store.
+    """
+    keys = {problem.key for problem in problems}
+    with StoreWriter(job.store, _same_arrays(job)) as writer:
+        before = writer.manifest.files
+        after = writer.repair_tables(keys)
+        blocks: dict[tuple[int, int], set[str]] = {}
+        for key in keys & before.keys() - after.keys():
+            array, _, file = key.rpartition("/")
+            name = array.rpartition("/")[0]
+            view, shard = (int(number) for number in file.split(".")[1:3])
+            layout = writer.manifest.arrays[name].components[array.rpartition("/")[2]]
+            blocks.setdefault((view, shard * layout.shard_rows // writer.manifest.block_rows), set()).add(
+                name
+            )
+        for (view, index), names in sorted(blocks.items()):
+            block = writer.block(view, index, tuple(sorted(names)))
+            written, _ = write_block(job, writer, block)
+            after |= written.flush()
+        writer.replace_files(after)
+        return tuple(sorted(key for key, value in after.items() if before.get(key, value) != value))
+
+
+def _same_arrays(job: Job) -> StorePlan:
+    """The job's plan with the encodings that the store has."""
+    plan = job.plan()
+    manifest = StoreReader(job.store).manifest
+    arrays = {name: (array.encoding, array.row_shape) for name, array in manifest.arrays.items()}
+    return replace(plan, arrays=arrays, origin=manifest.origin)

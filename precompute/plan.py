@@ -1,0 +1,161 @@
+"""What a store will cost, before anything runs: bytes, files, time, and when the cost is paid back."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.console import byte_size
+from coursepack.data.store import StoreReader, StoreWriter
+from coursepack.data.store.layout import block_count
+from coursepack.data.views import draw, render
+from coursepack.errors import StoreFull
+from coursepack.precompute.job import run_job, with_limit
+
+if TYPE_CHECKING:
+    from coursepack.data.store.manifest import Manifest
+    from coursepack.precompute.job import Job
+
+PROBE_BATCHES = 4
+PROBE_READS = 20
+OVERHEAD = 1.001
+"""Files on disk over payload, at most: checksums, indices, metadata."""
+
+
+@dataclass(frozen=True)
+class ArrayCost:
+    """One stored quantity."""
+
+    name: str
+    encoding: str
+    row_bytes: int
+    total_bytes: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is still to be written, and what it takes."""
+
+    rows: int
+    """Rows (sample, view) of the whole store."""
+    rows_left: int
+    """Rows that are not done yet."""
+    blocks: int
+    block_rows: int
+    arrays: tuple[ArrayCost, ...]
+    free_bytes: int
+    """Free space where the store will be."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole store."""
+        return sum(array.total_bytes for array in self.arrays)
+
+    @property
+    def bytes_left(self) -> int:
+        """Bytes still to be written."""
+        return int(OVERHEAD * self.total_bytes * self.rows_left / max(self.rows, 1))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few batches took, in seconds per image."""
+
+    teacher: float
+    """Render a view and run the teacher."""
+    read: float
+    """Read a row back from a store."""
+
+    def break_even(self, views: int) -> float:
+        """Student epochs after which writing V views and reading them is cheaper than running live."""
+        saved = self.teacher - self.read
+        return views * self.teacher / saved if saved > 0 else float("inf")
+
+
+def costs(job: Job) -> Costs:
+    """Count rows, bytes and files; nothing is written and the teacher runs on one image only.
+
+    Raises:
+        StoreMismatch: the store is there and was written by another recipe.
+    """
+    manifest, rows_left = _planned(job)
+    rows = manifest.samples * manifest.views
+    arrays = [
+        ArrayCost(
+            name,
+            array.encoding.name,
+            array.row_bytes,
+            array.row_bytes * rows,
+            manifest.views
+            * sum(layout.shard_count(manifest.samples) for layout in array.components.values()),
+        )
+        for name, array in manifest.arrays.items()
+    ]
+    blocks = manifest.views * block_count(manifest.samples, manifest.block_rows)
+    return Costs(rows, rows_left, blocks, manifest.block_rows, tuple(arrays), free_space(job.store))
+
+
+def check_space(job: Job) -> None:
+    """Refuse a job whose store will not fit.
+
+    Raises:
+        StoreFull: says how much is needed and how much is free.
+    """
+    cost = costs(job)
+    if cost.bytes_left > cost.free_bytes:
+        raise StoreFull(
+            f"store {str(job.store)!r} needs {byte_size(cost.bytes_left)} more, but "
+            f"{byte_size(cost.free_bytes)} are free there. Choose a smaller --encoding, fewer --views, another disk, or --ignore-space."
+        )
+
+
+def free_space(path: Path) -> int:
+    """Free bytes of the file system on which `path` is or will be."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def probe(job: Job) -> Probe:
+    """Time the teacher on a few batches, and reading what it wrote from a small temporary store."""
+    samples = np.arange(min(len(job.source.labels), PROBE_BATCHES * job.batch_size))
+    size = job.runner.network.preprocessing.size
+    _forward(job, samples[: job.batch_size], size)
+    started = time.perf_counter()
+    for start in range(0, len(samples), job.batch_size):
+        _forward(job, samples[start : start + job.batch_size], size)
+    teacher = (time.perf_counter() - started) / len(samples)
+    with tempfile.TemporaryDirectory() as folder:
+        small = with_limit(job, Path(folder) / "probe.zarr", len(samples))
+        run_job(small, quiet=True)
+        reader = StoreReader(small.store)
+        order = np.random.default_rng(0).permutation(samples)[: job.batch_size]
+        for array in reader.manifest.arrays:
+            reader.rows(array, np.zeros(len(order), dtype=np.int64), order)
+        started = time.perf_counter()
+        for _ in range(PROBE_READS):
+            for array in reader.manifest.arrays:
+                reader.rows(array, np.zeros(len(order), dtype=np.int64), order)
+        read = (time.perf_counter() - started) / PROBE_READS / len(order)
+    return Probe(teacher, read)
+
+
+def _forward(job: Job, samples: np.ndarray[Any, Any], size: int) -> None:
+    pixels = torch.from_numpy(render(job.source, samples, draw(job.recipe, samples, 0), size))
+    output = job.runner.run(pixels)
+    output.logits.sum().item()
+
+
+def _planned(job: Job) -> tuple[Manifest, int]:
+    """The manifest as it will be, and the rows that are not done; neither creates anything."""
+    writer = StoreWriter(job.store, job.plan(), job.part)
+    return writer.planned(), writer.rows_left()
