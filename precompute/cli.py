@@ -140,8 +140,8 @@ def _job(
     stored = job.plan().arrays[LOGITS][0].name
     if stored != job.encoding:
         say(
-            f"encoding {job.encoding} would not be smaller than {stored} for {len(source.class_names)} classes: "
-            f"logits are stored as {stored}"
+            f"encoding {job.encoding} would not be smaller than {stored} for {len(source.class_names)} "
+            f"classes: logits are stored as {stored}"
         )
     return job
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from coursepack.console import Meter
     from coursepack.data.sources import Source
     from coursepack.data.store import Block, Manifest
-    from coursepack.data.store.writer import BlockFiles
+    from coursepack.data.store.block import BlockFiles
     from coursepack.data.views import ViewRecipe
     from coursepack.models import TeacherRunner
 

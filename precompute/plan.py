@@ -113,7 +113,8 @@ def check_space(job: Job) -> None:
     if cost.bytes_left > cost.free_bytes:
         raise StoreFull(
             f"store {str(job.store)!r} needs {byte_size(cost.bytes_left)} more, but "
-            f"{byte_size(cost.free_bytes)} are free there. Choose a smaller --encoding, fewer --views, another disk, or --ignore-space."
+            f"{byte_size(cost.free_bytes)} are free there. Choose a smaller --encoding, fewer --views, "
+            "another disk, or --ignore-space."
         )
 
 

@@ -1,0 +1,138 @@
+"""One block of a store: which rows it is, and its files as they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.canonical import canonical_json
+from coursepack.data.store.layout import shard_key
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.records import fidelity, merge_fidelity
+from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.files import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.store.manifest import Manifest
+
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of one view: the unit of work and of resuming."""
+
+    view: int
+    index: int
+    start: int
+    stop: int
+    arrays: tuple[str, ...]
+    """The quantities that are still to be written for it."""
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Sample indices of its rows."""
+        return np.arange(self.start, self.stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class BlockFiles:
+    """The files of one block, written as their shards fill, so that memory is bounded by a shard."""
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        labels: NDArray[np.int64],
+        block: Block,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Start a block.
+
+        Args:
+            root: the store's folder.
+            manifest: the store's.
+            labels: class ids of all samples `(N,)`.
+            block: which one.
+            record: what the done-object says besides sums and fidelity: `draws` and `environment`.
+        """
+        self._root, self._manifest, self._labels = root, manifest, labels
+        self._block, self._record = block, record
+        self._files: dict[str, tuple[int, int]] = {}
+        self._fidelity: dict[str, Any] = {}
+        self._held: dict[tuple[str, str], list[NDArray[Any]]] = {}
+        self._written: dict[tuple[str, str], int] = {}
+        for name in block.arrays:
+            for component in manifest.arrays[name].components:
+                self._held[name, component] = []
+                self._written[name, component] = 0
+
+    def add(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Append the next rows of every array of the block, in the order of samples.
+
+        Raises:
+            EncodingRange: a value that the array's encoding cannot hold.
+        """
+        first = self._block.start + self._rows_seen()
+        for name in self._block.arrays:
+            rows = values[name]
+            samples = np.arange(first, first + len(rows))
+            encoding = self._manifest.arrays[name].encoding
+            encoded = encoding.encode(rows, samples, self._labels[samples])
+            if name == LOGITS and not encoding.exact:
+                tensors = {component: torch.from_numpy(part) for component, part in encoded.items()}
+                decoded = encoding.rows(tensors, rows.shape[1:])
+                self._fidelity = merge_fidelity(self._fidelity, fidelity(torch.from_numpy(rows), decoded))
+            for component, part in encoded.items():
+                self._held[name, component].append(part)
+                self._flush(name, component, full_only=True)
+
+    def finish(self, statistics: Mapping[str, float]) -> None:
+        """Write what is left, then the done-object. `statistics` are sums over the block's rows."""
+        entry = {
+            "arrays": list(self._block.arrays),
+            "files": {key: list(value) for key, value in self.flush().items()},
+            "record": {**self._record, "sums": dict(statistics), "fidelity": self._fidelity},
+        }
+        path = done_path(self._root, self._block.view, self._block.index)
+        write_whole(path, canonical_json(entry).encode())
+
+    def flush(self) -> dict[str, tuple[int, int]]:
+        """Write what is left; returns size and crc32c of every file of the block."""
+        for name, component in self._held:
+            self._flush(name, component, full_only=False)
+        return self._files
+
+    def _rows_seen(self) -> int:
+        name, component = next(iter(self._held))
+        return self._written[name, component] + sum(map(len, self._held[name, component]))
+
+    def _flush(self, name: str, component: str, *, full_only: bool) -> None:
+        layout = self._manifest.arrays[name].components[component]
+        held = self._held[name, component]
+        while held and (sum(map(len, held)) >= layout.shard_rows or not full_only):
+            rows = np.concatenate(held) if len(held) > 1 else held[0]
+            written = self._written[name, component]
+            shard = (self._block.start + written) // layout.shard_rows
+            key = shard_key(f"{name}/{component}", self._block.view, shard, layout)
+            pieces = shard_pieces(rows[: layout.shard_rows], layout)
+            write_whole(self._root / key, *pieces)
+            self._files[key] = (sum(map(len, pieces)), checksum_of(pieces))
+            self._written[name, component] = written + min(len(rows), layout.shard_rows)
+            rest = rows[layout.shard_rows :]
+            held[:] = [rest] if len(rest) else []
+
+
+def done_path(root: Path, view: int, index: int) -> Path:
+    """Where the done-object of a block is."""
+    return root / BLOCKS / f"{view}.{index}.json"

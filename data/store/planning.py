@@ -1,0 +1,115 @@
+"""What a store is to hold, and the manifest that follows: of a new store, or of one that is extended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.canonical import difference_table, fingerprint
+from coursepack.data.store.layout import plan_array, plan_block_rows, plan_table
+from coursepack.data.store.manifest import LABELS, STATIC, Manifest, StoredArray, Table
+from coursepack.errors import RecipeError, StoreMismatch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.encodings import Encoding
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What a store is to hold, before any of it exists."""
+
+    identity: dict[str, Any]
+    """See `Manifest.identity`."""
+    origin: dict[str, Any]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    views: int
+    arrays: dict[str, tuple[Encoding, tuple[int, ...]]]
+    """Encoding and row shape of each quantity."""
+    static: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What belongs to the teacher and not to samples, at least one-dimensional."""
+    block_rows: int | None = None
+    """Rows of a block; None leaves it to the rows' widths (or to the store, if it exists)."""
+
+    def tables(self) -> dict[str, NDArray[Any]]:
+        """Arrays without views, by their path in the store."""
+        return {LABELS: self.labels, **{f"{STATIC}/{name}": value for name, value in self.static.items()}}
+
+
+def fresh_manifest(plan: StorePlan) -> Manifest:
+    """The manifest of a new store; it vouches for nothing yet."""
+    rows = len(plan.labels)
+    components = {name: encoding.components(shape) for name, (encoding, shape) in plan.arrays.items()}
+    widths = [part.row_bytes for parts in components.values() for part in parts.values()]
+    block_rows = plan_block_rows(rows, widths) if plan.block_rows is None else min(plan.block_rows, rows)
+    return Manifest(
+        identity=plan.identity,
+        origin=plan.origin,
+        samples=rows,
+        class_names=plan.class_names,
+        views=plan.views,
+        block_rows=block_rows,
+        arrays=_planned_arrays(plan, block_rows),
+        tables=_planned_tables(plan),
+    )
+
+
+def extended_manifest(plan: StorePlan, stored: Manifest, root: Path) -> Manifest:
+    """A store's manifest with the views and arrays that the plan adds; it vouches for what it did.
+
+    Raises:
+        StoreMismatch: the store was written by another recipe, or holds an array in another form.
+        RecipeError: other block rows than the store's.
+    """
+    if fingerprint(plan.identity) != stored.fingerprint:
+        table = difference_table(stored.identity, plan.identity, "store", "recipe")
+        raise StoreMismatch(
+            f"store {str(root)!r} was written by another recipe.\n{table}\n"
+            "Use another --store, or the recipe that wrote this one."
+        )
+    if plan.block_rows is not None and min(plan.block_rows, stored.samples) != stored.block_rows:
+        raise RecipeError(
+            f"block rows are {plan.block_rows}, but store {str(root)!r} was made with {stored.block_rows} "
+            "and keeps them: leave --block-rows out"
+        )
+    planned = _planned_arrays(plan, stored.block_rows)
+    for name in sorted(planned.keys() & stored.arrays.keys()):
+        held, wanted = (
+            {"encoding": array.encoding.to_dict(), "row_shape": list(array.row_shape)}
+            for array in (stored.arrays[name], planned[name])
+        )
+        if held != wanted:
+            raise StoreMismatch(
+                f"store {str(root)!r} holds {name!r} in another form.\n"
+                f"{difference_table(held, wanted, 'store', 'recipe')}\nUse another --store."
+            )
+    return replace(
+        stored,
+        arrays={**planned, **stored.arrays},
+        tables={**_planned_tables(plan), **stored.tables},
+        views=max(plan.views, stored.views),
+    )
+
+
+def _planned_arrays(plan: StorePlan, block_rows: int) -> dict[str, StoredArray]:
+    return {
+        name: StoredArray(
+            encoding,
+            shape,
+            {part: plan_array(spec, block_rows) for part, spec in encoding.components(shape).items()},
+        )
+        for name, (encoding, shape) in plan.arrays.items()
+    }
+
+
+def _planned_tables(plan: StorePlan) -> dict[str, Table]:
+    return {
+        name: Table(len(values), plan_table(len(values), str(values.dtype), values.shape[1:]))
+        for name, values in plan.tables().items()
+    }
