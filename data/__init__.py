@@ -1,8 +1,8 @@
 """What both stages see: sources, views, batches, encodings, and the store format in `data.store`."""
 
 from coursepack.data.batches import Batch as Batch
-from coursepack.data.batches import epoch_batches as epoch_batches
-from coursepack.data.batches import plain_batches as plain_batches
+from coursepack.data.batches import batches as batches
+from coursepack.data.batches import epoch_order as epoch_order
 from coursepack.data.encodings import ENCODINGS as ENCODINGS
 from coursepack.data.sources import SOURCES as SOURCES
 from coursepack.data.sources import Source as Source
@@ -19,9 +19,9 @@ __all__ = [
     "Batch",
     "Source",
     "ViewRecipe",
-    "epoch_batches",
+    "batches",
+    "epoch_order",
     "open_source",
-    "plain_batches",
     "view_fingerprint",
     "view_recipe",
 ]

@@ -59,34 +59,45 @@ class Batch:
         return len(self.samples)
 
 
-def epoch_batches(
+def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | None = None) -> Samples:
+    """The samples in the order of an epoch: random, by seed, epoch and each sample's own draw alone.
+
+    With a window, chunks come in random order and samples are mixed within a window of several chunks, so that
+    only one window has to be in memory. The order does not depend on any teacher, so all of them share it.
+    """
+    order = shuffled(samples, seed, epoch, Purpose.ORDER)
+    if window is None:
+        return order
+    chunks = order // window.chunk_rows
+    distinct = shuffled(np.unique(chunks), seed, epoch, Purpose.CHUNK_ORDER)
+    rank = np.empty(int(distinct.max(initial=0)) + 1, dtype=np.int64)
+    rank[distinct] = np.arange(len(distinct)) // window.chunks
+    return order[np.argsort(rank[chunks], kind="stable")]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much of a store is in memory at a time when it does not fit."""
+
+    chunk_rows: int
+    chunks: int
+
+    @property
+    def rows(self) -> int:
+        """Samples that are mixed with each other."""
+        return self.chunk_rows * self.chunks
+
+
+def batches(
     source: Source,
     recipe: ViewRecipe,
-    samples: Samples,
+    order: Samples,
     *,
     view: int,
-    epoch: int,
-    seed: int,
     batch_size: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """One epoch, ordered by seed, epoch and each sample alone; the last batch may be short."""
-    order = shuffled(samples, seed, epoch, Purpose.ORDER)
+    """Batches of the samples in the order given; the last may be short."""
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        yield Batch(source, recipe, chosen, np.full(len(chosen), view), device)
-
-
-def plain_batches(
-    source: Source,
-    recipe: ViewRecipe,
-    samples: Samples,
-    *,
-    view: int,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """The samples in their own order: for evaluation and for teachers."""
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
         yield Batch(source, recipe, chosen, np.full(len(chosen), view), device)

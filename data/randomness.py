@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     SPLIT = 1
     SUBSET = 2
     ORDER = 3
+    CHUNK_ORDER = 4
     VIEW = 16
     """The first op of a view recipe; op number i uses `VIEW + i`."""
 

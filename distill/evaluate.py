@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coursepack.data import ViewRecipe, plain_batches
+from coursepack.data import ViewRecipe, batches
 
 if TYPE_CHECKING:
     from coursepack.console import Meter
@@ -29,7 +29,7 @@ def evaluate(
     sums = {"accuracy": 0.0, "nll": 0.0}
     if len(source.class_names) > 5:
         sums["accuracy_top5"] = 0.0
-    for batch in plain_batches(source, ViewRecipe(), samples, view=0, batch_size=BATCH_SIZE, device=device):
+    for batch in batches(source, ViewRecipe(), samples, view=0, batch_size=BATCH_SIZE, device=device):
         logits, labels = learner.predict(batch).float(), batch.labels
         sums["accuracy"] += float((logits.argmax(1) == labels).sum())
         sums["nll"] += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -44,6 +44,8 @@ class TrainRecipe(Config):
     """The method's numbers, all spelled out."""
     stores: tuple[str, ...] = ()
     """Stores of the teachers, in the order of `teacher_weights`."""
+    reading: Literal["auto", "resident", "mapped", "windowed"] = "auto"
+    """Whole views in memory, memory maps, or windows of chunks; auto chooses by size and free memory."""
     online: bool = False
     """Run the stores' teachers live instead of reading what they said."""
     source: str

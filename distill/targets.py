@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from coursepack.canonical import difference_table
 from coursepack.data.store import StoreReader
+from coursepack.data.store.manifest import LOGITS
 from coursepack.errors import StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.data import Batch
+    from coursepack.data.randomness import Samples
+    from coursepack.data.store.reader import Reading
     from coursepack.kernels import Rows
 
 
@@ -39,6 +42,12 @@ class TargetsKind(Protocol):
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """Targets of a batch, from all teachers or from those at the given places."""
 
+    def prefetch(self, view: int) -> None:
+        """Say which view will be asked for next."""
+
+    def will_need(self, view: int, samples: Samples) -> None:
+        """Say which rows will be asked for soon."""
+
 
 class CachedTargets:
     """Targets read from stores."""
@@ -55,8 +64,18 @@ class CachedTargets:
             StoreDamaged: a file is not what its manifest vouches for.
         """
         chosen = self.readers if teachers is None else [self.readers[place] for place in teachers]
-        rows = [reader.rows("logits", batch.views, batch.samples) for reader in chosen]
+        rows = [reader.rows(LOGITS, batch.views, batch.samples) for reader in chosen]
         return Targets([part.to(self.device, non_blocking=True) for part in rows])
+
+    def prefetch(self, view: int) -> None:
+        """Open the view's files in the background and check them."""
+        for reader in self.readers:
+            reader.prefetch(LOGITS, view)
+
+    def will_need(self, view: int, samples: Samples) -> None:
+        """Have the rows read from the disk in the background."""
+        for reader in self.readers:
+            reader.will_need(LOGITS, view, samples)
 
 
 class OnlineTargets:
@@ -69,6 +88,12 @@ class OnlineTargets:
         """The teachers' answers to the batch's own views, rendered at each teacher's size."""
         chosen = self.runners if teachers is None else [self.runners[place] for place in teachers]
         return Targets([r.run(batch.pixels(r.network.preprocessing.size)).logits.clone() for r in chosen])
+
+    def prefetch(self, view: int) -> None:
+        """Nothing to do: live teachers answer when asked."""
+
+    def will_need(self, view: int, samples: Samples) -> None:
+        """Nothing to do: live teachers answer when asked."""
 
 
 def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
@@ -93,6 +118,28 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
             f"different pixels.\n{table}\nUse stores of one source and one view recipe."
         )
     return readers
+
+
+def choose_reading(readers: Sequence[StoreReader], free_bytes: int) -> Reading:
+    """How to read stores together, from the size of a view and the memory that is free.
+
+    Two views of every store in half of the memory: `resident`. One in four fifths of it: `mapped`, which the
+    page cache serves. More than that: `windowed`.
+    """
+    view_bytes = sum(reader.view_bytes([LOGITS]) for reader in readers)
+    if 2 * view_bytes <= free_bytes // 2:
+        return "resident"
+    return "mapped" if view_bytes <= free_bytes * 4 // 5 else "windowed"
+
+
+def free_memory() -> int:
+    """Bytes of memory that could be used without swapping, within the limit of the control group."""
+    info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(info["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def live_teachers(readers: Sequence[StoreReader], device: torch.device) -> list[TeacherRunner]:

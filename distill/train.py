@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coursepack.console import progress, say
-from coursepack.data import open_source, view_fingerprint
-from coursepack.data.batches import epoch_batches
+from coursepack.data import batches, epoch_order, open_source, view_fingerprint
+from coursepack.data.batches import Window
 from coursepack.data.sources import subset
+from coursepack.data.store import StoreReader
+from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.evaluate import evaluate
 from coursepack.distill.learner import Learner
 from coursepack.distill.objective import Objective
 from coursepack.distill.run_folder import RunFolder, check_free
-from coursepack.distill.targets import CachedTargets, OnlineTargets, live_teachers, open_stores
+from coursepack.distill.targets import (
+    CachedTargets,
+    OnlineTargets,
+    choose_reading,
+    free_memory,
+    live_teachers,
+    open_stores,
+)
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 from coursepack.models import build_network
 
@@ -27,9 +36,13 @@ if TYPE_CHECKING:
 
     from coursepack.data import Batch, Source
     from coursepack.data.randomness import Samples
-    from coursepack.data.store import StoreReader
     from coursepack.distill.recipe import OptimiserConfig, TrainRecipe
     from coursepack.distill.targets import TargetsKind
+
+
+WINDOW_CHUNKS = 16
+WINDOW_ROWS = 8192
+"""A window holds at least this many chunks and rows, so that batches are well mixed."""
 
 
 @dataclass
@@ -52,6 +65,8 @@ class Run:
     """Views taken in turn, one per epoch; None means epoch e takes view e."""
     targets: TargetsKind | None
     readers: tuple[StoreReader, ...]
+    window: Window | None
+    """How samples are ordered when the stores do not fit into memory."""
     device: torch.device
 
     def view_of_epoch(self, epoch: int) -> int:
@@ -59,17 +74,25 @@ class Run:
         return epoch if self.views is None else self.views[epoch % len(self.views)]
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch."""
-        return epoch_batches(
+        """The batches of one epoch; tells the targets what will be needed next."""
+        view = self.view_of_epoch(epoch)
+        order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
+        done, announced = 0, 0
+        for batch in batches(
             self.source,
             self.recipe.view,
-            self.samples,
-            view=self.view_of_epoch(epoch),
-            epoch=epoch,
-            seed=self.recipe.seed,
+            order,
+            view=view,
             batch_size=self.recipe.batch_size,
             device=self.device,
-        )
+        ):
+            if self.targets is not None and self.window is not None and done >= announced:
+                announced = done + self.window.rows
+                self.targets.will_need(view, order[announced : announced + self.window.rows])
+            if self.targets is not None and done == 0:
+                self.targets.prefetch(self.view_of_epoch(epoch + 1))
+            yield batch
+            done += len(batch)
 
     def trainee(self) -> Trainee:
         """A fresh student of the recipe."""
@@ -103,6 +126,8 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     if readers:
         _check_stores(recipe, source, readers)
         views = _common_views(recipe, readers)
+        reading = choose_reading(readers, free_memory()) if recipe.reading == "auto" else recipe.reading
+        readers = [StoreReader(reader.path, reading) for reader in readers]
     weights = objective.teacher_weights
     if weights is not None and len(weights) != len(readers):
         raise RecipeError(
@@ -115,8 +140,12 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
         targets = CachedTargets(readers, device)
     elif recipe.online:
         raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+    window = None
+    if readers and readers[0].reading == "windowed":
+        chunk_rows = max(reader.chunk_rows([LOGITS]) for reader in readers)
+        window = Window(chunk_rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // chunk_rows)))
     samples = subset(source, recipe.limit)
-    return Run(recipe, source, evaluation, samples, views, targets, tuple(readers), device)
+    return Run(recipe, source, evaluation, samples, views, targets, tuple(readers), window, device)
 
 
 def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bool = False) -> dict[str, Any]:
@@ -260,7 +289,7 @@ def _opening(run: Run) -> str:
     teachers = ", ".join(reader.name for reader in run.readers)
     said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
     if run.readers:
-        said += f", teachers {teachers} {'live' if recipe.online else 'from their stores'}"
+        said += f", teachers {teachers} {'live' if recipe.online else f'from their stores ({run.readers[0].reading})'}"
     if run.views is None:
         return f"{said}; a new view every epoch"
     repeats = "" if recipe.epochs <= len(run.views) else f", each seen again after {len(run.views)} epochs"

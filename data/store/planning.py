@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from coursepack.canonical import difference_table, fingerprint
 from coursepack.data.store.layout import plan_array, plan_block_rows, plan_table
 from coursepack.data.store.manifest import LABELS, STATIC, Manifest, StoredArray, Table
@@ -15,6 +13,7 @@ from coursepack.errors import RecipeError, StoreMismatch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from coursepack.data.encodings import Encoding

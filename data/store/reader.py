@@ -1,29 +1,30 @@
-"""Reading a store: rows of a committed view, copied straight from the memory map.
+"""Reading a store: rows of a committed view, copied straight from memory or from the memory map.
 
-No asyncio, no codec pipeline, no worker processes. A view is opened by mapping its shard files, checking
-their sizes and checksums against the manifest, and noting the address of every chunk; from then on a batch
-is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this one
+No asyncio, no codec pipeline, no worker processes. A view is opened once: its shard files are mapped (or read),
+their sizes and checksums compared with the manifest, and the address of every chunk noted. From then on a
+batch is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this one
 refuses everything that the manifest does not vouch for.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.manifest import LABELS, STATIC, load_manifest
-from coursepack.data.store.shards import checksum, chunk_offsets
+from coursepack.data.store.mapping import OpenView, ShardFile
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
     from coursepack.kernels import Rows
 
 OPEN_VIEWS = 8
-"""Views of components kept mapped at a time; the least recently read is unmapped first."""
+"""Views of components kept open at a time; the least recently read is closed first."""
+
+Reading = Literal["resident", "mapped", "windowed"]
+"""`resident`: whole views in memory. `mapped`: memory maps, for views that fit into memory beside the rest.
+`windowed`: memory maps whose chunks are checked as they are first read, for views that do not fit."""
 
 
 class StoreReader:
     """A committed store, open for reading. Safe to pickle and to carry into a forked process."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, reading: Reading = "mapped") -> None:
         """Read the manifest.
 
         Raises:
@@ -45,6 +50,7 @@ class StoreReader:
             StoreIncomplete: no view is committed.
         """
         self.path = Path(path)
+        self.reading = reading
         self.manifest = load_manifest(self.path)
         self.views = self.manifest.committed_views(["logits"])
         if not self.views:
@@ -52,15 +58,25 @@ class StoreReader:
                 f"store {str(path)!r} has committed none of its {self.manifest.views} views. "
                 "Run the same `precompute run` again; it goes on where it stopped."
             )
-        self._open: OrderedDict[tuple[str, str, int], _MappedView] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str, int], OpenView] = OrderedDict()
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
-    def __reduce__(self) -> tuple[type[StoreReader], tuple[Path]]:
-        return StoreReader, (self.path,)
+    def __reduce__(self) -> tuple[type[StoreReader], tuple[Path, Reading]]:
+        return StoreReader, (self.path, self.reading)
 
     @property
     def name(self) -> str:
         """The store's name for tables and errors: its folder without the ending."""
         return self.path.name.removesuffix(".zarr")
+
+    def view_bytes(self, arrays: Iterable[str]) -> int:
+        """Bytes of one view of the given arrays."""
+        return self.manifest.samples * sum(self.manifest.arrays[name].row_bytes for name in arrays)
+
+    def chunk_rows(self, arrays: Iterable[str]) -> int:
+        """Rows of the longest chunk among the given arrays."""
+        components = (self.manifest.arrays[name].components.values() for name in arrays)
+        return max(layout.chunk_rows for layouts in components for layout in layouts)
 
     def labels(self) -> NDArray[np.int64]:
         """Class ids `(N,)`."""
@@ -75,12 +91,18 @@ class StoreReader:
         return self.table(f"{STATIC}/{name}")
 
     def table(self, name: str) -> NDArray[Any]:
-        """An array without views, whole."""
+        """An array without views, whole.
+
+        Raises:
+            UnknownName: no such table.
+            StoreDamaged: its file is not what the manifest vouches for.
+        """
         if name not in self.manifest.tables:
             raise UnknownName(f"table of store {str(self.path)!r}", name, self.manifest.tables)
         table = self.manifest.tables[name]
-        mapped = _map_shards(self, [table_key(name, table.layout)], table.layout, table.rows)
-        raw = _gather(mapped, table.layout, np.arange(table.rows))
+        shards = [self._vouched(table_key(name, table.layout))]
+        opened = OpenView(table.layout, table.rows, shards, resident=True, whole=True)
+        raw = opened.gather(np.arange(table.rows))
         return raw.view(np.dtype(table.layout.dtype)).reshape(table.shape)
 
     def components(self, array: str, view: int, samples: Samples) -> dict[str, NDArray[Any]]:
@@ -107,8 +129,7 @@ class StoreReader:
             )
         out = {}
         for component, layout in self.manifest.arrays[array].components.items():
-            mapped = self._mapped(array, component, view, layout)
-            raw = _gather(mapped, layout, samples)
+            raw = self._opened(array, component, view, layout).gather(samples)
             out[component] = raw.view(np.dtype(layout.dtype)).reshape(len(samples), *layout.row_shape)
         return out
 
@@ -130,64 +151,50 @@ class StoreReader:
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
         return stored.encoding.rows(tensors, stored.row_shape)
 
-    def _mapped(self, array: str, component: str, view: int, layout: ArrayLayout) -> _MappedView:
+    def prefetch(self, array: str, view: int) -> threading.Thread:
+        """Open a view in the background, its checksums included; a later read waits for it if it must."""
+        thread = threading.Thread(target=self._open_all, args=(array, view), daemon=True)
+        thread.start()
+        return thread
+
+    def will_need(self, array: str, view: int, samples: Samples) -> None:
+        """Ask the system to read these rows' chunks in the background."""
+        for component, layout in self.manifest.arrays[array].components.items():
+            self._opened(array, component, view, layout).will_need(samples)
+
+    def _open_all(self, array: str, view: int) -> None:
+        try:
+            for component, layout in self.manifest.arrays[array].components.items():
+                self._opened(array, component, view, layout)
+        except StoreDamaged:
+            return  # The read that needs the view meets the same error, and reports it.
+
+    def _opened(self, array: str, component: str, view: int, layout: ArrayLayout) -> OpenView:
         place = (array, component, view)
-        if place not in self._open:
-            count = layout.shard_count(self.manifest.samples)
-            keys = [shard_key(f"{array}/{component}", view, shard, layout) for shard in range(count)]
-            self._open[place] = _map_shards(self, keys, layout, self.manifest.samples)
-            while len(self._open) > OPEN_VIEWS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(place)
-        return self._open[place]
+        found = self._open.get(place)
+        if found is not None:
+            return found
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            if place not in self._open:
+                count = layout.shard_count(self.manifest.samples)
+                keys = [shard_key(f"{array}/{component}", view, shard, layout) for shard in range(count)]
+                self._open[place] = OpenView(
+                    layout,
+                    self.manifest.samples,
+                    [self._vouched(key) for key in keys],
+                    resident=self.reading == "resident",
+                    whole=self.reading != "windowed",
+                )
+                while len(self._open) > OPEN_VIEWS:
+                    self._open.popitem(last=False)
+            return self._open[place]
 
-
-@dataclass(frozen=True)
-class _MappedView:
-    """The shards of one component and view, mapped and checked."""
-
-    files: list[NDArray[np.uint8]]
-    """Kept so that the maps stay."""
-    chunks: NDArray[np.int64]
-    """Address of the first row of every chunk."""
-
-
-def _map_shards(reader: StoreReader, keys: list[str], layout: ArrayLayout, rows: int) -> _MappedView:
-    files, addresses = [], []
-    rows_left = rows
-    for key in keys:
-        file = _map_file(reader, key)
-        offsets = chunk_offsets(file, min(layout.shard_rows, rows_left), layout, key)
-        files.append(file)
-        addresses.append(offsets + file.ctypes.data)
-        rows_left -= layout.shard_rows
-    return _MappedView(files, np.concatenate(addresses))
-
-
-def _map_file(reader: StoreReader, key: str) -> NDArray[np.uint8]:
-    """Map a file whose size and checksum are what the manifest says."""
-    path = reader.path / key
-    advice = f"Run `precompute verify --store {reader.path}`."
-    if key not in reader.manifest.files:
-        raise StoreDamaged(f"the manifest of {str(reader.path)!r} does not vouch for {key!r}. {advice}")
-    size, crc = reader.manifest.files[key]
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise StoreDamaged(f"{str(path)!r} has {found} bytes, expected {size}. {advice}")
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), dtype=np.uint8)
-    except FileNotFoundError as error:
-        raise StoreDamaged(f"{str(path)!r} is missing. {advice}") from error
-    if checksum(content) != crc:
-        raise StoreDamaged(f"the content of {str(path)!r} does not match its checksum. {advice}")
-    return content
-
-
-def _gather(view: _MappedView, layout: ArrayLayout, samples: Samples) -> NDArray[np.uint8]:
-    """Raw rows `(n, row_bytes)`."""
-    from coursepack.data.store.jit_gather import gather_rows
-
-    out = np.empty((len(samples), layout.row_bytes), dtype=np.uint8)
-    gather_rows(view.chunks, layout.chunk_rows, layout.row_bytes, samples, out.ctypes.data)
-    return out
+    def _vouched(self, key: str) -> ShardFile:
+        if key not in self.manifest.files:
+            raise StoreDamaged(
+                f"the manifest of {str(self.path)!r} does not vouch for {key!r}. "
+                f"Run `precompute verify --store {self.path}`."
+            )
+        return ShardFile(self.path, key, *self.manifest.files[key])
