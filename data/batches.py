@@ -62,8 +62,8 @@ class Batch:
 def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | None = None) -> Samples:
     """The samples in the order of an epoch: random, by seed, epoch and each sample's own draw alone.
 
-    With a window, chunks come in random order and samples are mixed within a window of several chunks, so that
-    only one window has to be in memory. The order does not depend on any teacher, so all of them share it.
+    With a window, chunks come in random order and samples are mixed within a window of several chunks, so
+    that only one window has to be in memory. The order is one for all teachers.
     """
     order = shuffled(samples, seed, epoch, Purpose.ORDER)
     if window is None:

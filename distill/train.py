@@ -221,6 +221,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "path": str(reader.path.resolve()),
             "fingerprint": reader.manifest.fingerprint,
             "views": list(reader.views),
+            "reading": reader.reading,
             "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
         }
         for reader in run.readers
@@ -289,7 +290,8 @@ def _opening(run: Run) -> str:
     teachers = ", ".join(reader.name for reader in run.readers)
     said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
     if run.readers:
-        said += f", teachers {teachers} {'live' if recipe.online else f'from their stores ({run.readers[0].reading})'}"
+        how = "live" if recipe.online else f"from their stores ({run.readers[0].reading})"
+        said += f", teachers {teachers} {how}"
     if run.views is None:
         return f"{said}; a new view every epoch"
     repeats = "" if recipe.epochs <= len(run.views) else f", each seen again after {len(run.views)} epochs"

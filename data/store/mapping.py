@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PAGE = mmap.PAGESIZE
 
+Check = Literal["files", "chunks", "nothing"]
+
 
 @dataclass(frozen=True)
 class ShardFile:
@@ -37,7 +39,7 @@ class OpenView:
     """Rows of one view, wherever they are: in the files (mapped), or in memory (resident)."""
 
     def __init__(
-        self, layout: ArrayLayout, rows: int, shards: list[ShardFile], *, resident: bool, whole: bool
+        self, layout: ArrayLayout, rows: int, shards: list[ShardFile], *, resident: bool, check: Check
     ) -> None:
         """Open and check all shards.
 
@@ -46,8 +48,9 @@ class OpenView:
             rows: rows of the view.
             shards: its files in order.
             resident: read the files into memory instead of mapping them.
-            whole: check each file as a whole now; otherwise each chunk before its first row is served, which
-                suits files that are too large to read through first.
+            check: what to compare with its checksum: whole files now; each chunk before its first row is
+                served, which suits files too large to read through first; or nothing, for files that this
+                process has checked before.
 
         Raises:
             StoreDamaged: a file is missing, has another size, or does not match its checksum.
@@ -59,7 +62,7 @@ class OpenView:
         addresses = []
         for place, shard in enumerate(shards):
             content = self._content(shard, resident=resident)
-            if whole and checksum(content) != shard.crc:
+            if check == "files" and checksum(content) != shard.crc:
                 raise StoreDamaged(
                     f"the content of {shard.key!r} in {str(shard.root)!r} does not match its checksum. "
                     f"{_advice(shard)}"
@@ -68,7 +71,7 @@ class OpenView:
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
             self._files.append(content)
         self._chunks = np.concatenate(addresses)
-        self._checked = np.full(len(self._chunks), whole)
+        self._checked = np.full(len(self._chunks), check != "chunks")
 
     def gather(self, samples: Samples) -> NDArray[np.uint8]:
         """Raw rows `(n, row_bytes)` of samples that are known to be inside.

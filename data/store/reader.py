@@ -1,16 +1,15 @@
 """Reading a store: rows of a committed view, copied straight from memory or from the memory map.
 
-No asyncio, no codec pipeline, no worker processes. A view is opened once: its shard files are mapped (or read),
-their sizes and checksums compared with the manifest, and the address of every chunk noted. From then on a
-batch is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this one
-refuses everything that the manifest does not vouch for.
+No asyncio, no codec pipeline, no worker processes. A view is opened once: its shard files are mapped (or
+read), their sizes and checksums compared with the manifest, and the address of every chunk noted. From then on
+a batch is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this
+one refuses everything that the manifest does not vouch for.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.manifest import LABELS, STATIC, load_manifest
-from coursepack.data.store.mapping import OpenView, ShardFile
+from coursepack.data.store.mapping import Check, OpenView, ShardFile
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.kernels import Rows
 
-OPEN_VIEWS = 8
-"""Views of components kept open at a time; the least recently read is closed first."""
+OPEN_VIEWS = {"resident": 2, "mapped": 64, "windowed": 64}
+"""Views of a component kept open at a time; the one opened first is closed first."""
 
 Reading = Literal["resident", "mapped", "windowed"]
 """`resident`: whole views in memory. `mapped`: memory maps, for views that fit into memory beside the rest.
@@ -58,7 +57,8 @@ class StoreReader:
                 f"store {str(path)!r} has committed none of its {self.manifest.views} views. "
                 "Run the same `precompute run` again; it goes on where it stopped."
             )
-        self._open: OrderedDict[tuple[str, str, int], OpenView] = OrderedDict()
+        self._open: dict[tuple[str, str, int], OpenView] = {}
+        self._verified: set[str] = set()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __reduce__(self) -> tuple[type[StoreReader], tuple[Path, Reading]]:
@@ -101,7 +101,7 @@ class StoreReader:
             raise UnknownName(f"table of store {str(self.path)!r}", name, self.manifest.tables)
         table = self.manifest.tables[name]
         shards = [self._vouched(table_key(name, table.layout))]
-        opened = OpenView(table.layout, table.rows, shards, resident=True, whole=True)
+        opened = OpenView(table.layout, table.rows, shards, resident=True, check="files")
         raw = opened.gather(np.arange(table.rows))
         return raw.view(np.dtype(table.layout.dtype)).reshape(table.shape)
 
@@ -185,11 +185,18 @@ class StoreReader:
                     self.manifest.samples,
                     [self._vouched(key) for key in keys],
                     resident=self.reading == "resident",
-                    whole=self.reading != "windowed",
+                    check=self._check(keys),
                 )
-                while len(self._open) > OPEN_VIEWS:
-                    self._open.popitem(last=False)
+                self._verified.update(keys)
+                same = [other for other in self._open if other[:2] == place[:2]]
+                for other in same[: max(0, len(same) - OPEN_VIEWS[self.reading])]:
+                    del self._open[other]
             return self._open[place]
+
+    def _check(self, keys: list[str]) -> Check:
+        if self.reading == "windowed":
+            return "chunks"
+        return "nothing" if self.reading == "mapped" and self._verified.issuperset(keys) else "files"
 
     def _vouched(self, key: str) -> ShardFile:
         if key not in self.manifest.files:
