@@ -128,6 +128,8 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
         views = _common_views(recipe, readers)
         reading = choose_reading(readers, free_memory()) if recipe.reading == "auto" else recipe.reading
         readers = [StoreReader(reader.path, reading) for reader in readers]
+        for reader in readers:
+            reader.pinned = device.type == "cuda"
     weights = objective.teacher_weights
     if weights is not None and len(weights) != len(readers):
         raise RecipeError(

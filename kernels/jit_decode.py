@@ -20,12 +20,48 @@ def int8_decode(q: np.ndarray, affine: np.ndarray, out: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def topk_decode(ids: np.ndarray, values: np.ndarray, fill: np.ndarray, out: np.ndarray) -> None:
-    """`fill[n]` everywhere but `values (N, k)` at `ids (N, k)`, into `out (N, C)` float32."""
+def topk_decode(
+    ids: np.ndarray,
+    values: np.ndarray,
+    tail: np.ndarray,
+    inverse: np.ndarray,
+    knots: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """`TopKRows.decode` on the CPU.
+
+    Args:
+        ids: `(N, k)` unsigned.
+        values: `(N, k)` float32.
+        tail: `(N, J)` float32, log masses at 1/T = `knots[J], ..., knots[1]`.
+        inverse: 1/T of each row `(N,)` float32.
+        knots: `(J + 1,)` float32, from 0 upwards.
+        out: `(N, C)` float32.
+
+    Returns:
+        -1, or the first row with an id outside: then nothing of that row was written at it.
+    """
+    classes = out.shape[1]
+    dropped = classes - ids.shape[1]
+    limit = np.log(np.float32(dropped)) if dropped > 0 else np.float32(0)
+    last = tail.shape[1]
     for n in range(out.shape[0]):
-        out[n, :] = fill[n]
+        top = values[n, 0]
+        for i in range(1, ids.shape[1]):
+            top = max(top, values[n, i])
+        segment = 0
+        while segment < last - 1 and knots[segment + 1] < inverse[n]:
+            segment += 1
+        low = limit if segment == 0 else tail[n, last - segment]
+        high = tail[n, last - segment - 1]
+        share = (inverse[n] - knots[segment]) / (knots[segment + 1] - knots[segment])
+        excess = (low + (high - low) * share - limit) / inverse[n]
+        out[n, :] = top + min(excess, np.float32(0))
         for i in range(ids.shape[1]):
+            if ids[n, i] >= classes:
+                return n
             out[n, ids[n, i]] = values[n, i]
+    return -1
 
 
 @njit(cache=True, nogil=True)

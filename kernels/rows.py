@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,10 +147,6 @@ class TopKRows:
         _check_shape("tail", self.tail, (len(self.ids), len(TAIL_TEMPERATURES)))
         if self.ids.shape[1] > self.classes:
             raise ValueError(f"ids has {self.ids.shape[1]} columns, expected at most {self.classes} classes")
-        # The decoder writes at these places: on the CPU they are checked, on CUDA they are clamped.
-        highest = int(self.ids.to(torch.int64).max()) if self.device.type == "cpu" and len(self.ids) else 0
-        if highest >= self.classes:
-            raise ValueError(f"ids holds {highest}, expected class ids 0..{self.classes - 1}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,16 +164,33 @@ class TopKRows:
 
     def decode(self, temperature: Tensor | None = None) -> Tensor:
         """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
+        if self.device.type == "cpu":
+            return self._decode_cpu(temperature)
         values = self.values.float()
         fill = self.tail_logit(values, temperature)
-        if self.device.type == "cpu":
-            from coursepack.kernels.jit_decode import topk_decode
-
-            out = torch.empty(self.shape, dtype=torch.float32)
-            topk_decode(self.ids.numpy(), values.numpy(), fill.numpy(), out.numpy())
-            return out
         dense = fill[:, None].expand(self.shape).clone()
+        # A bad id would need the device to be waited for: it is clamped, as everywhere on CUDA.
         return dense.scatter_(1, self.ids.to(torch.int64).clamp_(max=self.classes - 1), values)
+
+    def _decode_cpu(self, temperature: Tensor | None) -> Tensor:
+        from coursepack.kernels.jit_decode import topk_decode
+
+        rows = len(self.ids)
+        inverse = torch.ones(rows) if temperature is None else 1 / temperature.to(torch.float32)
+        out = torch.empty(self.shape, dtype=torch.float32)
+        knots = np.array([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], dtype=np.float32)
+        bad = topk_decode(
+            self.ids.numpy(),
+            self.values.float().numpy(),
+            self.tail.float().numpy(),
+            inverse.numpy(),
+            knots,
+            out.numpy(),
+        )
+        if bad >= 0:
+            highest = int(self.ids[bad].to(torch.int64).max())
+            raise ValueError(f"ids holds {highest} in row {bad}, expected class ids 0..{self.classes - 1}")
+        return out
 
     def tail_logit(self, values: Tensor, temperature: Tensor | None) -> Tensor:
         """The logit `(N,)` float32 of every dropped class: `max z + T (log mass(T) - log count)`."""

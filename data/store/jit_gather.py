@@ -1,6 +1,6 @@
 """Copying rows from memory-mapped chunks, compiled. Loaded at first use: importing numba is slow.
 
-The functions take raw addresses and check nothing: `reader` checks every index and every file first.
+The functions read and write raw addresses: `mapping` has checked every file, and samples are checked here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from numba.extending import intrinsic
 if TYPE_CHECKING:
     import numpy as np
 
+ALIGNMENT = 64
+"""Every component's rows begin at a multiple of this many bytes."""
+
 
 @intrinsic
-def _copy_bytes(typingctx: Any, target: Any, origin: Any, count: Any) -> Any:  # noqa: ARG001 - numba's protocol
+def _copy_bytes(typingctx: Any, target: Any, origin: Any, count: Any) -> Any:
     """memcpy between two addresses."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001 - numba's protocol
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = context.get_value_type(types.voidptr)
         target, origin = (builder.inttoptr(address, byte) for address in args[:2])
         cgutils.raw_memcpy(builder, target, origin, args[2], 1)
@@ -29,10 +32,28 @@ def _copy_bytes(typingctx: Any, target: Any, origin: Any, count: Any) -> Any:  #
 
 
 @njit(cache=True, nogil=True)
-def gather_rows(
-    chunks: np.ndarray, chunk_rows: int, row_bytes: int, samples: np.ndarray, target: int
-) -> None:
-    """Copy row `samples[i]` to `target + i * row_bytes`, where chunk j starts at address `chunks[j]`."""
+def gather_rows(chunks: np.ndarray, table: np.ndarray, rows: int, samples: np.ndarray, target: int) -> int:
+    """Copy the samples' rows of several components, one component after another.
+
+    Args:
+        chunks: address of the first row of every chunk, int64, component after component.
+        table: `(components, 3)` int64: place of the component's first chunk, chunk rows, bytes of a row.
+        rows: samples are 0 to rows - 1.
+        samples: `(n,)` int64.
+        target: address of the first component's rows; the next begins at the next multiple of `ALIGNMENT`.
+
+    Returns:
+        -1, or the place of the first sample that is outside: then nothing was copied.
+    """
     for i in range(len(samples)):
-        chunk, row = divmod(samples[i], chunk_rows)
-        _copy_bytes(target + i * row_bytes, chunks[chunk] + row * row_bytes, row_bytes)
+        if samples[i] < 0 or samples[i] >= rows:
+            return i
+    for component in range(len(table)):
+        first, chunk_rows, row_bytes = table[component, 0], table[component, 1], table[component, 2]
+        for i in range(len(samples)):
+            chunk = samples[i] // chunk_rows
+            origin = chunks[first + chunk] + (samples[i] - chunk * chunk_rows) * row_bytes
+            _copy_bytes(target + i * row_bytes, origin, row_bytes)
+        size = len(samples) * row_bytes
+        target += (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return -1

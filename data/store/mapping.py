@@ -1,13 +1,14 @@
-"""Opening one view of one stored array: every shard checked, every chunk's address known."""
+"""One view of one stored quantity, open: every shard checked, every chunk's address known."""
 
 from __future__ import annotations
 
 import mmap
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from coursepack.data.store.shards import CHECKSUM_BYTES, checksum, checksum_bytes, chunk_offsets
 from coursepack.errors import StoreDamaged
@@ -34,82 +35,155 @@ class ShardFile:
     size: int
     crc: int
 
+    @property
+    def advice(self) -> str:
+        """What to do about a bad one."""
+        return f"Run `precompute verify --store {self.root}`."
+
 
 class OpenView:
     """Rows of one view, wherever they are: in the files (mapped), or in memory (resident)."""
 
     def __init__(
-        self, layout: ArrayLayout, rows: int, shards: list[ShardFile], *, resident: bool, check: Check
+        self,
+        components: dict[str, tuple[ArrayLayout, list[ShardFile]]],
+        rows: int,
+        *,
+        resident: bool,
+        check: Check,
+        pinned: bool = False,
     ) -> None:
         """Open and check all shards.
 
         Args:
-            layout: the array's.
+            components: layout and files, in order, of everything that a row is made of.
             rows: rows of the view.
-            shards: its files in order.
             resident: read the files into memory instead of mapping them.
             check: what to compare with its checksum: whole files now; each chunk before its first row is
                 served, which suits files too large to read through first; or nothing, for files that this
                 process has checked before.
+            pinned: gather into page-locked memory, from which a GPU copies in the background.
 
         Raises:
             StoreDamaged: a file is missing, has another size, or does not match its checksum.
         """
-        self.layout = layout
-        self._keys = [shard.key for shard in shards]
+        self._rows, self._pinned = rows, pinned
+        self._parts: list[_Component] = []
+        addresses: list[NDArray[np.int64]] = []
+        first = 0
+        for name, (layout, shards) in components.items():
+            part = _Component(name, layout, first, shards, rows, resident=resident, whole=check == "files")
+            addresses.append(part.addresses)
+            first += len(part.addresses)
+            self._parts.append(part)
+        self._chunks = np.concatenate(addresses)
+        self._table = np.array(
+            [(part.first, part.layout.chunk_rows, part.row_bytes) for part in self._parts],
+            dtype=np.int64,
+        )
+        self._unchecked = {part.name: np.full(len(part.addresses), check == "chunks") for part in self._parts}
+        self._trusted = check != "chunks"
+
+    def gather(self, samples: Samples) -> dict[str, NDArray[Any]]:
+        """Rows `(n, *row_shape)` of every component.
+
+        Raises:
+            IndexError: a sample outside the view.
+            StoreDamaged: a chunk that is served for the first time does not match its checksum.
+        """
+        from coursepack.data.store.jit_gather import ALIGNMENT, gather_rows
+
+        samples = np.ascontiguousarray(samples, dtype=np.int64)
+        count = len(samples)
+        if not self._trusted:
+            self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
+        starts, total = [], 0
+        for part in self._parts:
+            starts.append(total)
+            total += -(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT
+        out = (
+            torch.empty(total, dtype=torch.uint8, pin_memory=True).numpy()
+            if self._pinned
+            else np.empty(total, np.uint8)
+        )
+        outside = gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
+        if outside >= 0:
+            raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {self._rows - 1}")
+        return {
+            part.name: out[start : start + count * part.row_bytes]
+            .view(part.dtype)
+            .reshape(count, *part.layout.row_shape)
+            for part, start in zip(self._parts, starts, strict=True)
+        }
+
+    def will_need(self, samples: Samples) -> None:
+        """Ask the system to read the chunks of these samples in the background."""
+        for part in self._parts:
+            for chunk in np.unique(samples // part.layout.chunk_rows):
+                part.advise(int(chunk))
+
+    def _check_chunks(self, samples: Samples) -> None:
+        for part in self._parts:
+            unchecked = self._unchecked[part.name]
+            chunks = np.unique(samples // part.layout.chunk_rows)
+            for chunk in chunks[unchecked[chunks]]:
+                part.check_chunk(int(chunk))
+                unchecked[chunk] = False
+
+
+class _Component:
+    """One array's shards of one view."""
+
+    def __init__(
+        self,
+        name: str,
+        layout: ArrayLayout,
+        first: int,
+        shards: list[ShardFile],
+        rows: int,
+        *,
+        resident: bool,
+        whole: bool,
+    ) -> None:
+        self.name, self.layout, self.first = name, layout, first
+        self.dtype, self.row_bytes = np.dtype(layout.dtype), layout.row_bytes
+        self._shards = shards
         self._maps: list[mmap.mmap] = []
         self._files: list[NDArray[np.uint8]] = []
         addresses = []
         for place, shard in enumerate(shards):
             content = self._content(shard, resident=resident)
-            if check == "files" and checksum(content) != shard.crc:
+            if whole and checksum(content) != shard.crc:
                 raise StoreDamaged(
-                    f"the content of {shard.key!r} in {str(shard.root)!r} does not match its checksum. "
-                    f"{_advice(shard)}"
+                    f"the content of {str(shard.root / shard.key)!r} does not match its checksum. {shard.advice}"
                 )
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
             self._files.append(content)
-        self._chunks = np.concatenate(addresses)
-        self._checked = np.full(len(self._chunks), check != "chunks")
+        self.addresses = np.concatenate(addresses)
 
-    def gather(self, samples: Samples) -> NDArray[np.uint8]:
-        """Raw rows `(n, row_bytes)` of samples that are known to be inside.
+    def advise(self, chunk: int) -> None:
+        """Have a mapped chunk read in the background."""
+        place, start = self._place(chunk)
+        if place < len(self._maps):
+            aligned = start - start % PAGE
+            length = self.layout.chunk_rows * self.row_bytes + start - aligned
+            self._maps[place].madvise(mmap.MADV_WILLNEED, aligned, length)
 
-        Raises:
-            StoreDamaged: a chunk that is served for the first time does not match its checksum.
-        """
-        from coursepack.data.store.jit_gather import gather_rows
+    def check_chunk(self, chunk: int) -> None:
+        """Compare one chunk with its checksum."""
+        place, start = self._place(chunk)
+        end = start + self.layout.chunk_rows * self.row_bytes
+        file, shard = self._files[place], self._shards[place]
+        if checksum_bytes(file[start:end]) != file[end : end + CHECKSUM_BYTES].tobytes():
+            raise StoreDamaged(
+                f"chunk {chunk} in {str(shard.root / shard.key)!r} does not match its checksum. {shard.advice}"
+            )
 
-        if not self._checked.all():
-            self._check_chunks(np.unique(samples // self.layout.chunk_rows))
-        out = np.empty((len(samples), self.layout.row_bytes), dtype=np.uint8)
-        gather_rows(self._chunks, self.layout.chunk_rows, self.layout.row_bytes, samples, out.ctypes.data)
-        return out
-
-    def will_need(self, samples: Samples) -> None:
-        """Ask the system to read the chunks of these samples in the background."""
-        for chunk in np.unique(samples // self.layout.chunk_rows):
-            place = int(chunk) * self.layout.chunk_rows // self.layout.shard_rows
-            if place < len(self._maps):
-                start = int(self._chunks[chunk]) - self._files[place].ctypes.data
-                aligned = start - start % PAGE
-                length = self.layout.chunk_rows * self.layout.row_bytes + start - aligned
-                self._maps[place].madvise(mmap.MADV_WILLNEED, aligned, length)
-
-    def _check_chunks(self, chunks: NDArray[np.int64]) -> None:
-        size = self.layout.chunk_rows * self.layout.row_bytes
-        for chunk in chunks[~self._checked[chunks]]:
-            place = int(chunk) * self.layout.chunk_rows // self.layout.shard_rows
-            file = self._files[place]
-            start = int(self._chunks[chunk]) - file.ctypes.data
-            data = file[start : start + size].tobytes()
-            if checksum_bytes(data) != file[start + size : start + size + CHECKSUM_BYTES].tobytes():
-                raise StoreDamaged(
-                    f"chunk {int(chunk)} of {self._keys[place]!r} does not match its checksum. "
-                    "Run `precompute verify` on the store."
-                )
-            self._checked[chunk] = True
+    def _place(self, chunk: int) -> tuple[int, int]:
+        """Shard of a chunk, and where in its file the chunk starts."""
+        place = chunk * self.layout.chunk_rows // self.layout.shard_rows
+        return place, int(self.addresses[chunk]) - self._files[place].ctypes.data
 
     def _content(self, shard: ShardFile, *, resident: bool) -> NDArray[np.uint8]:
         path = shard.root / shard.key
@@ -118,15 +192,11 @@ class OpenView:
                 found = os.fstat(file.fileno()).st_size
                 if found != shard.size:
                     raise StoreDamaged(
-                        f"{str(path)!r} has {found} bytes, expected {shard.size}. {_advice(shard)}"
+                        f"{str(path)!r} has {found} bytes, expected {shard.size}. {shard.advice}"
                     )
                 if resident:
                     return np.fromfile(file, dtype=np.uint8)
                 self._maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
                 return np.frombuffer(self._maps[-1], dtype=np.uint8)
         except FileNotFoundError as error:
-            raise StoreDamaged(f"{str(path)!r} is missing. {_advice(shard)}") from error
-
-
-def _advice(shard: ShardFile) -> str:
-    return f"Run `precompute verify --store {shard.root}`."
+            raise StoreDamaged(f"{str(path)!r} is missing. {shard.advice}") from error

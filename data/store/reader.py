@@ -1,13 +1,14 @@
 """Reading a store: rows of a committed view, copied straight from memory or from the memory map.
 
 No asyncio, no codec pipeline, no worker processes. A view is opened once: its shard files are mapped (or
-read), their sizes and checksums compared with the manifest, and the address of every chunk noted. From then on
+read), their sizes and checksums compared with the manifest, the address of every chunk noted. From then on
 a batch is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this
 one refuses everything that the manifest does not vouch for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from coursepack.kernels import Rows
 
 OPEN_VIEWS = {"resident": 2, "mapped": 64, "windowed": 64}
-"""Views of a component kept open at a time; the one opened first is closed first."""
+"""Views of an array kept open at a time; the one opened first is closed first."""
 
 Reading = Literal["resident", "mapped", "windowed"]
 """`resident`: whole views in memory. `mapped`: memory maps, for views that fit into memory beside the rest.
@@ -57,7 +58,8 @@ class StoreReader:
                 f"store {str(path)!r} has committed none of its {self.manifest.views} views. "
                 "Run the same `precompute run` again; it goes on where it stopped."
             )
-        self._open: dict[tuple[str, str, int], OpenView] = {}
+        self.pinned = False
+        self._open: dict[tuple[str, int], OpenView] = {}
         self._verified: set[str] = set()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
@@ -101,9 +103,8 @@ class StoreReader:
             raise UnknownName(f"table of store {str(self.path)!r}", name, self.manifest.tables)
         table = self.manifest.tables[name]
         shards = [self._vouched(table_key(name, table.layout))]
-        opened = OpenView(table.layout, table.rows, shards, resident=True, check="files")
-        raw = opened.gather(np.arange(table.rows))
-        return raw.view(np.dtype(table.layout.dtype)).reshape(table.shape)
+        opened = OpenView({name: (table.layout, shards)}, table.rows, resident=True, check="files")
+        return opened.gather(np.arange(table.rows))[name]
 
     def components(self, array: str, view: int, samples: Samples) -> dict[str, NDArray[Any]]:
         """Stored components `(n, *row_shape)` of one array for the given samples of one view.
@@ -121,56 +122,46 @@ class StoreReader:
                 f"view {view} of {array!r} is not committed in store {str(self.path)!r} "
                 f"(committed: {list(self.manifest.committed.get(array, ()))})"
             )
-        samples = np.ascontiguousarray(samples, dtype=np.int64)
-        if len(samples) and not 0 <= samples.min() <= samples.max() < self.manifest.samples:
-            raise IndexError(
-                f"samples {samples.min()} to {samples.max()} were asked of store {str(self.path)!r}, "
-                f"which has 0 to {self.manifest.samples - 1}"
-            )
-        out = {}
-        for component, layout in self.manifest.arrays[array].components.items():
-            raw = self._opened(array, component, view, layout).gather(samples)
-            out[component] = raw.view(np.dtype(layout.dtype)).reshape(len(samples), *layout.row_shape)
-        return out
+        return self._opened(array, view).gather(samples)
 
     def rows(self, array: str, views: Samples, samples: Samples) -> Rows:
         """Encoded rows `(n, *row_shape)`, each of its own view `(n,)`; errors as `components`."""
-        distinct = np.unique(views)
-        if len(distinct) == 1:
-            parts = self.components(array, int(distinct[0]), samples)
+        if len(views) == 0 or bool((views == views[0]).all()):
+            parts = self.components(array, int(views[0]) if len(views) else self.views[0], samples)
         else:
-            parts = {
-                name: np.empty((len(samples), *layout.row_shape), dtype=np.dtype(layout.dtype))
-                for name, layout in self.manifest.arrays[array].components.items()
-            }
-            for view in distinct:
-                chosen = views == view
-                for name, part in self.components(array, int(view), samples[chosen]).items():
-                    parts[name][chosen] = part
+            parts = self._mixed(array, views, samples)
         stored = self.manifest.arrays[array]
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
         return stored.encoding.rows(tensors, stored.row_shape)
 
+    def _mixed(self, array: str, views: Samples, samples: Samples) -> dict[str, NDArray[Any]]:
+        parts = {
+            name: np.empty((len(samples), *layout.row_shape), dtype=np.dtype(layout.dtype))
+            for name, layout in self.manifest.arrays[array].components.items()
+        }
+        for view in np.unique(views):
+            chosen = views == view
+            for name, part in self.components(array, int(view), samples[chosen]).items():
+                parts[name][chosen] = part
+        return parts
+
     def prefetch(self, array: str, view: int) -> threading.Thread:
         """Open a view in the background, its checksums included; a later read waits for it if it must."""
-        thread = threading.Thread(target=self._open_all, args=(array, view), daemon=True)
+        thread = threading.Thread(target=self._open_quietly, args=(array, view), daemon=True)
         thread.start()
         return thread
 
     def will_need(self, array: str, view: int, samples: Samples) -> None:
         """Ask the system to read these rows' chunks in the background."""
-        for component, layout in self.manifest.arrays[array].components.items():
-            self._opened(array, component, view, layout).will_need(samples)
+        self._opened(array, view).will_need(samples)
 
-    def _open_all(self, array: str, view: int) -> None:
-        try:
-            for component, layout in self.manifest.arrays[array].components.items():
-                self._opened(array, component, view, layout)
-        except StoreDamaged:
-            return  # The read that needs the view meets the same error, and reports it.
+    def _open_quietly(self, array: str, view: int) -> None:
+        # The read that needs the view meets the same error, and reports it.
+        with contextlib.suppress(StoreDamaged):
+            self._opened(array, view)
 
-    def _opened(self, array: str, component: str, view: int, layout: ArrayLayout) -> OpenView:
-        place = (array, component, view)
+    def _opened(self, array: str, view: int) -> OpenView:
+        place = (array, view)
         found = self._open.get(place)
         if found is not None:
             return found
@@ -178,22 +169,29 @@ class StoreReader:
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
             if place not in self._open:
-                count = layout.shard_count(self.manifest.samples)
-                keys = [shard_key(f"{array}/{component}", view, shard, layout) for shard in range(count)]
+                components = {
+                    name: (layout, self._shards(f"{array}/{name}", view, layout))
+                    for name, layout in self.manifest.arrays[array].components.items()
+                }
+                keys = {shard.key for _, shards in components.values() for shard in shards}
                 self._open[place] = OpenView(
-                    layout,
+                    components,
                     self.manifest.samples,
-                    [self._vouched(key) for key in keys],
                     resident=self.reading == "resident",
                     check=self._check(keys),
+                    pinned=self.pinned,
                 )
-                self._verified.update(keys)
-                same = [other for other in self._open if other[:2] == place[:2]]
+                self._verified |= keys
+                same = [other for other in self._open if other[0] == array]
                 for other in same[: max(0, len(same) - OPEN_VIEWS[self.reading])]:
                     del self._open[other]
             return self._open[place]
 
-    def _check(self, keys: list[str]) -> Check:
+    def _shards(self, path: str, view: int, layout: ArrayLayout) -> list[ShardFile]:
+        count = layout.shard_count(self.manifest.samples)
+        return [self._vouched(shard_key(path, view, shard, layout)) for shard in range(count)]
+
+    def _check(self, keys: set[str]) -> Check:
         if self.reading == "windowed":
             return "chunks"
         return "nothing" if self.reading == "mapped" and self._verified.issuperset(keys) else "files"

@@ -94,6 +94,6 @@ def checksum_of(pieces: list[bytes]) -> int:
     return int(crc)
 
 
-def checksum_bytes(data: bytes) -> bytes:
+def checksum_bytes(data: bytes | NDArray[np.uint8]) -> bytes:
     """crc32c of some bytes as it is stored, four bytes little-endian."""
     return checksum(data).to_bytes(CHECKSUM_BYTES, "little")

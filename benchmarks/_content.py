@@ -1,0 +1,64 @@
+"""Made-up teachers' logits, and stores of them, for benchmarks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coursepack.data import ViewRecipe
+from coursepack.data.encodings import parse_encoding
+from coursepack.data.store import StorePlan, StoreReader, StoreWriter
+from coursepack.data.views import draw
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROWS_AT_A_TIME = 4096
+RANK = 64
+
+
+def logits(rows: int, classes: int, *, seed: int = 0, scale: float = 1.5) -> np.ndarray:
+    """Low-rank logits `(rows, classes)` float32 with a clear winner in most rows, as a trained head gives."""
+    rng = np.random.default_rng(seed)
+    head = rng.standard_normal((classes, RANK), dtype=np.float32)
+    features = rng.standard_normal((rows, RANK), dtype=np.float32)
+    labels = made_labels(rows, classes)
+    features += 0.25 * head[labels]
+    return scale / 8 * features @ head.T * np.float32(1.6)
+
+
+def made_labels(rows: int, classes: int) -> np.ndarray:
+    """Class ids `(rows,)` int64."""
+    return np.random.default_rng(1).integers(0, classes, rows)
+
+
+def write_store(
+    path: Path, values: np.ndarray, *, encoding: str, views: int = 1, block_rows: int | None = None
+) -> StoreReader:
+    """A store of the same logits in every view."""
+    rows, classes = values.shape
+    recipe = ViewRecipe()
+    identity = {
+        "teacher": {"network": "made up", "weights": path.name},
+        "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": "made up"},
+        "source": {"name": "made up", "fingerprint": "made up"},
+    }
+    plan = StorePlan(
+        identity=identity,
+        origin={},
+        labels=made_labels(rows, classes),
+        class_names=tuple(map(str, range(classes))),
+        views=views,
+        arrays={"logits": (parse_encoding(encoding), (classes,))},
+        block_rows=block_rows,
+    )
+    with StoreWriter(path, plan) as writer:
+        for block in writer.pending():
+            digest = draw(recipe, block.samples, block.view).digest()
+            files = writer.write(block, {"draws": digest, "environment": {}})
+            for start in range(block.start, block.stop, ROWS_AT_A_TIME):
+                files.add({"logits": values[start : min(start + ROWS_AT_A_TIME, block.stop)]})
+            files.finish({"rows": len(block)})
+        writer.commit()
+    return StoreReader(path)

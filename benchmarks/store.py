@@ -1,0 +1,455 @@
+"""Reading and writing stores, beside memory, plain files, zarr-python and the formats of other projects.
+
+    python benchmarks/store.py [--json FILE] [--quick]
+
+C = 1000 float16 unless a row says otherwise. Ratios are of runs alternated within this process; everything is
+in the page cache. `a / b` is time a over time b; a speed relative to b is written `speed vs b`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import zarr
+from _content import logits, made_labels, write_store
+from _harness import alternate, arguments, report, row
+from torch import nn
+
+from coursepack.data.encodings import parse_encoding
+from coursepack.data.store import StoreReader
+from coursepack.data.store.layout import plan_array, plan_block_rows
+from coursepack.data.store.records import fidelity, fidelity_summary
+from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.files import write_whole
+from coursepack.kernels import soft_target_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH = 256
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    rows: int = 65_536
+    peer_rows: int = 8_192
+    batches: int = 32
+    rounds: int = 15
+    step_rounds: int = 60
+
+
+FULL = Size()
+QUICK = Size(rows=2_048, peer_rows=512, batches=4, rounds=2, step_rounds=3)
+
+
+class Shuffle:
+    """Batches of a random permutation, one after another for ever."""
+
+    def __init__(self, rows: int, batches: int) -> None:
+        self._order, self._batches, self._place = np.random.default_rng(2).permutation(rows), batches, 0
+
+    def each(self, use: Callable[[np.ndarray], Any]) -> Callable[[], None]:
+        """A function that gives the next few batches to `use`."""
+
+        def run() -> None:
+            for _ in range(self._batches):
+                if self._place + BATCH > len(self._order):
+                    self._place = 0
+                use(self._order[self._place : self._place + BATCH])
+                self._place += BATCH
+
+        return run
+
+
+def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
+    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+
+
+def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    half = torch.from_numpy(values).half()
+    raw = folder / "raw.bin"
+    half.numpy().tofile(raw)
+    memmap = np.memmap(raw, dtype=np.float16, mode="r", shape=values.shape)
+    reader = write_store(folder / "float16.zarr", values, encoding="float16")
+    views = np.zeros(BATCH, dtype=np.int64)
+    out = torch.empty(BATCH, values.shape[1], dtype=torch.float16)
+    foreign = zarr.open_group(folder / "float16.zarr", mode="r")["logits/values"]
+    shuffle = Shuffle(len(values), size.batches)
+    variants = {
+        "store": shuffle.each(lambda samples: reader.rows(LOGITS, views, samples)),
+        "memory": shuffle.each(
+            lambda samples: torch.index_select(half, 0, torch.from_numpy(samples), out=out)
+        ),
+        "memmap": shuffle.each(lambda samples: memmap[samples]),
+    }
+    with Threads(1):
+        seconds = alternate(variants, size.rounds)
+    config = {"rows": len(values), "classes": values.shape[1], "batch": BATCH, "torch threads": 1}
+    rows = [
+        row("store, shuffled batch", [1e6 * s / size.batches for s in seconds["store"]], "us", config),
+        row("speed vs memory index_select", ratios(seconds, "memory", "store"), "x", config, ">= 0.90"),
+        row("speed vs np.memmap[idx]", ratios(seconds, "memmap", "store"), "x", config, ">= 1.8"),
+    ]
+    few = Shuffle(len(values), 1)
+    slow = {
+        "store": few.each(lambda samples: reader.rows(LOGITS, views, samples)),
+        "zarr": few.each(lambda samples: foreign.oindex[0, np.sort(samples)]),
+    }
+    seconds = alternate(slow, max(3, size.rounds // 3))
+    rows.append(row("speed vs zarr-python", ratios(seconds, "zarr", "store"), "x", config, ">= 100"))
+    return rows + first_epoch(folder, half, size, config)
+
+
+def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every row once on a fresh mapping; opening it, checksums included, is timed apart."""
+    order = np.random.default_rng(3).permutation(len(half))
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    out = torch.empty(BATCH, half.shape[1], dtype=torch.float16)
+    opening, speed = [], []
+    for _ in range(max(3, size.rounds // 3)):
+        started = time.perf_counter()
+        reader = StoreReader(folder / "float16.zarr")
+        reader.components(LOGITS, 0, order[:1])
+        opening.append(1000 * (time.perf_counter() - started))
+        # A second mapping of the same files: checked, but with no page of it touched yet.
+        reader._open.clear()
+        reader.components(LOGITS, 0, order[:1])
+        started = time.perf_counter()
+        for batch in batches:
+            reader.rows(LOGITS, np.zeros(len(batch), dtype=np.int64), batch)
+        ours = time.perf_counter() - started
+        started = time.perf_counter()
+        for batch in batches:
+            torch.index_select(half, 0, torch.from_numpy(batch), out=out[: len(batch)])
+        speed.append((time.perf_counter() - started) / ours)
+    return [
+        row("first epoch, speed vs memory", speed, "x", config, ">= 0.6"),
+        row("opening a view, checksums included", opening, "ms", config),
+    ]
+
+
+def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    readers = [write_store(folder / f"t{k}.zarr", values, encoding="float16") for k in range(4)]
+    views = np.zeros(BATCH, dtype=np.int64)
+    shuffle = Shuffle(len(values), size.batches)
+    variants = {
+        "four": shuffle.each(lambda samples: [reader.rows(LOGITS, views, samples) for reader in readers]),
+        "one": shuffle.each(lambda samples: readers[0].rows(LOGITS, views, samples)),
+    }
+    seconds = alternate(variants, size.rounds)
+    config = {"rows": len(values), "classes": values.shape[1]}
+    each = [ratio / 4 for ratio in ratios(seconds, "four", "one")]
+    return [
+        row("four teachers / 4 x one", each, "ratio", config, "<= 1.2"),
+        *student_step(readers, values, size),
+    ]
+
+
+def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    """A step of about 50 ms on the CPU, targets from four stores or from tensors in memory."""
+    torch.manual_seed(0)
+    student = nn.Sequential(
+        nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 1000)
+    )
+    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
+    images = torch.randn(BATCH, 1024)
+    held = [torch.from_numpy(values).half() for _ in readers]
+    views = np.zeros(BATCH, dtype=np.int64)
+
+    def step(teachers: list[Any]) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        soft_target_loss(student(images), teachers, temperature=4.0).mean().backward()
+        optimiser.step()
+
+    shuffle = Shuffle(len(values), 1)
+    variants = {
+        "stores": shuffle.each(
+            lambda samples: step([reader.rows(LOGITS, views, samples) for reader in readers])
+        ),
+        "memory": shuffle.each(lambda samples: step([t[torch.from_numpy(samples)] for t in held])),
+    }
+    seconds = alternate(variants, size.step_rounds)
+    config = {"student": "mlp 1024-2048-2048-1000", "teachers": 4}
+    return [
+        row("student step from memory", [1000 * s for s in seconds["memory"]], "ms", config),
+        row("student step, stores / memory", ratios(seconds, "stores", "memory"), "ratio", config, "<= 1.01"),
+    ]
+
+
+def decoding(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    full = torch.from_numpy(values)
+    out = torch.empty(BATCH, values.shape[1])
+    views = np.zeros(BATCH, dtype=np.int64)
+    readers = {
+        name: write_store(folder / f"{name[:4]}.zarr", values, encoding=name) for name in ("int8", "topk:10")
+    }
+    shuffle = Shuffle(len(values), size.batches)
+    variants = {
+        "memory": shuffle.each(
+            lambda samples: torch.index_select(full, 0, torch.from_numpy(samples), out=out)
+        ),
+        **{
+            name: shuffle.each(lambda samples, reader=reader: reader.rows(LOGITS, views, samples).decode())
+            for name, reader in readers.items()
+        },
+    }
+    with Threads(1):
+        seconds = alternate(variants, size.rounds)
+    config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
+    return [
+        row(
+            "int8 gather and decode / float32 memory",
+            ratios(seconds, "int8", "memory"),
+            "ratio",
+            config,
+            "<= 1.1",
+        ),
+        row(
+            "topk:10 to dense / float32 memory",
+            ratios(seconds, "topk:10", "memory"),
+            "ratio",
+            config,
+            "<= 0.5",
+        ),
+    ]
+
+
+def loading(folder: Path, size: Size) -> list[dict[str, Any]]:
+    raw = folder / "raw.bin"
+    variants = {
+        "store": lambda: StoreReader(folder / "float16.zarr", "resident").components(LOGITS, 0, np.arange(1)),
+        "fromfile": lambda: np.fromfile(raw, dtype=np.uint8),
+    }
+    seconds = alternate(variants, size.rounds)
+    config = {"bytes": raw.stat().st_size}
+    return [
+        row(
+            "whole view into memory / np.fromfile",
+            ratios(seconds, "store", "fromfile"),
+            "ratio",
+            config,
+            "<= 1.3",
+        )
+    ]
+
+
+def writing(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    half = values.astype(np.float16)
+    component = parse_encoding("float16").components(half.shape[1:])["values"]
+    layout = plan_array(component, plan_block_rows(len(half), [component.row_bytes]))
+    parts = [half[start : start + layout.shard_rows] for start in range(0, len(half), layout.shard_rows)]
+    target = folder / "write"
+    target.mkdir()
+
+    def ours() -> None:
+        for place, part in enumerate(parts):
+            pieces = shard_pieces(part, layout)
+            checksum_of(pieces)
+            write_whole(target / f"ours-{place}", *pieces)
+
+    def plain() -> None:
+        for place, part in enumerate(parts):
+            with (target / "raw.tmp").open("wb") as file:
+                file.write(memoryview(part).cast("B"))
+                os.fsync(file.fileno())
+            (target / "raw.tmp").replace(target / f"raw-{place}")
+
+    seconds = alternate({"ours": ours, "plain": plain}, max(3, size.rounds // 2))
+    config = {"bytes": half.nbytes, "shards": len(parts)}
+    return [
+        row(
+            "write, speed vs raw write + fsync + rename",
+            ratios(seconds, "plain", "ours"),
+            "x",
+            config,
+            ">= 0.75",
+        )
+    ]
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Bytes on disk over payload, from the layout: chunks with their checksums, indices, padding."""
+    rows = []
+    for samples, classes in ((50_000, 100), (50_000, 1000), (1_281_167, 100), (1_281_167, 1000), (1_442, 10)):
+        component = parse_encoding("float16").components((classes,))["values"]
+        layout = plan_array(component, plan_block_rows(samples, [component.row_bytes]))
+        chunks = -(-samples // layout.chunk_rows)
+        index = 16 * (layout.shard_rows // layout.chunk_rows) + 4
+        total = chunks * (layout.chunk_rows * layout.row_bytes + 4) + layout.shard_count(samples) * index
+        config = {"rows": samples, "classes": classes, "shard rows": layout.shard_rows}
+        ratio = total / (samples * layout.row_bytes)
+        rows.append(row(f"size / payload, N={samples} C={classes}", [ratio], "ratio", config, "<= 1.001"))
+    return rows
+
+
+def peers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    """The formats of other projects, written here with the same content, read as their loaders do."""
+    k, views = 10, 4
+    rows, classes = values.shape
+    probs = torch.softmax(torch.from_numpy(values), dim=1)
+    top_probs, top_ids = probs.topk(k, dim=1)
+    ids, halves = top_ids.numpy().astype(np.int16), top_probs.half().numpy()
+    records = folder / "records.bin"
+    with records.open("wb") as file:
+        for sample in range(rows):
+            file.write(struct.pack("<i", sample) + ids[sample].tobytes() + halves[sample].tobytes())
+    record_bytes = 4 + 4 * k
+    singles = folder / "singles"
+    singles.mkdir()
+    for sample in range(rows):
+        torch.save([top_probs[sample].half(), top_ids[sample].to(torch.int16)], singles / f"{sample}.pt")
+    images = folder / "images"
+    images.mkdir()
+    for image in range(rows // views):
+        chosen = slice(image * views, (image + 1) * views)
+        torch.save([top_probs[chosen].half(), top_ids[chosen].to(torch.int16)], images / f"{image}.pt")
+    reader = write_store(folder / "peer-topk.zarr", values, encoding=f"topk:{k}")
+    zero = np.zeros(BATCH, dtype=np.int64)
+
+    def seek(samples: np.ndarray) -> np.ndarray:
+        with records.open("rb") as file:
+            parts = []
+            for sample in samples:
+                file.seek(int(sample) * record_bytes)
+                parts.append(file.read(record_bytes))
+        return np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, record_bytes)
+
+    def one_by_one(samples: np.ndarray) -> list[torch.Tensor]:
+        return [torch.load(singles / f"{sample}.pt", weights_only=True)[0] for sample in samples]
+
+    def by_image(samples: np.ndarray) -> list[torch.Tensor]:
+        return [torch.load(images / f"{sample // views}.pt", weights_only=True)[0] for sample in samples]
+
+    shuffle = Shuffle(rows, 1)
+    variants: dict[str, Callable[[], None]] = {
+        "ours": shuffle.each(lambda samples: reader.rows(LOGITS, zero, samples)),
+        "records with a seek each (TinyViT)": shuffle.each(seek),
+        "a file per sample": shuffle.each(one_by_one),
+        "a file per image with its views (FKD)": shuffle.each(by_image),
+    }
+    sizes_on_disk = {
+        "ours": sum(size for key, (size, _) in reader.manifest.files.items() if key.startswith(LOGITS)),
+        "records with a seek each (TinyViT)": records.stat().st_size,
+        "a file per sample": sum(path.stat().st_size for path in singles.iterdir()),
+        "a file per image with its views (FKD)": sum(path.stat().st_size for path in images.iterdir()),
+    }
+    lit = litdata_reader(folder, halves, ids)
+    if lit is not None:
+        variants["litdata"], sizes_on_disk["litdata"] = shuffle.each(lit[0]), lit[1]
+    seconds = alternate(variants, max(3, size.rounds // 3))
+    config = {"rows": rows, "classes": classes, "k": k, "batch": BATCH}
+    result = []
+    for name, values_ in seconds.items():
+        result.append(row(f"{name}: batch", [1e6 * s for s in values_], "us", config))
+        result.append(row(f"{name}: bytes a view", [sizes_on_disk[name] / rows], "bytes", config))
+        if name != "ours":
+            result.append(row(f"speed vs {name}", ratios(seconds, name, "ours"), "x", config, ">= 1.0"))
+    return result
+
+
+def litdata_reader(
+    folder: Path, halves: np.ndarray, ids: np.ndarray
+) -> tuple[Callable[[np.ndarray], Any], int] | None:
+    """litdata's streaming data set over the same content, where litdata is installed."""
+    try:
+        from litdata import StreamingDataset
+        from litdata.streaming import BinaryWriter
+    except ImportError:
+        return None
+    target = folder / "litdata"
+    target.mkdir()
+    writer = BinaryWriter(str(target), chunk_bytes="64MB")
+    for sample in range(len(halves)):
+        writer[sample] = {"probs": halves[sample], "ids": ids[sample]}
+    writer.done()
+    writer.merge(1)
+    dataset = StreamingDataset(str(target))
+    total = sum(path.stat().st_size for path in target.iterdir())
+    return lambda samples: [dataset[int(sample)] for sample in samples], total
+
+
+def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[str, Any]]:
+    rows = []
+    exact = torch.from_numpy(values)
+    for name in ("float16", "bfloat16", "int8", "topk:10", "topk:50", "topk:100"):
+        encoding = parse_encoding(name)
+        if name.startswith("topk") and 4 * int(name[5:]) + 8 >= 2 * values.shape[1]:
+            continue
+        parts = encoding.encode(values, np.arange(len(values)), labels)
+        decoded = encoding.rows(
+            {key: torch.from_numpy(part) for key, part in parts.items()}, values.shape[1:]
+        )
+        size = sum(part.row_bytes for part in encoding.components(values.shape[1:]).values())
+        for temperature, entry in fidelity_summary(fidelity(exact, decoded)).items():
+            config = {"bytes a view": size, "p99": entry["p99"], "logits": what}
+            rows.append(row(f"KL {what} {name} ({size} B) {temperature}", [entry["mean"]], "nats", config))
+    return rows
+
+
+def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
+    """A real teacher's answers to the test digits, after a short training."""
+    from epoch import DEVICE, recipe
+
+    from coursepack.data import open_source
+    from coursepack.data.batches import Batch
+    from coursepack.distill.train import prepare, train_epoch
+
+    run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
+    trainee = run.trainee()
+    for epoch in range(8):
+        train_epoch([trainee], run.batches(epoch), None)
+    source = open_source("digits:test")
+    samples = np.arange(len(source.labels))
+    batch = Batch(source, run.recipe.view, samples, np.zeros_like(samples), DEVICE)
+    trainee.learner.eval()
+    with torch.inference_mode():
+        answers = trainee.learner.predict(batch).float().cpu().numpy()
+    return answers, "digits", source.labels
+
+
+class Threads:
+    """A number of torch threads for a while: a gather is serial, and the floor beside it should be too."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+def main() -> None:
+    chosen = arguments("Reading and writing stores.").parse_args()
+    size = QUICK if chosen.quick else FULL
+    values = logits(size.rows, 1000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = reading(folder, values, size)
+        rows += four_teachers(folder, values, size)
+        rows += decoding(folder, values, size)
+        rows += loading(folder, size)
+        rows += writing(folder, values, size)
+        rows += sizes()
+        rows += peers(folder, values[: size.peer_rows], size)
+        rows += fidelities(
+            values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
+        )
+        rows += fidelities(*digit_logits())
+    report("Stores", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
