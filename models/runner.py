@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to run on: `cpu`, `cuda`, or `auto` for a CUDA device where there is one.
+    """The device to run on: `cpu`, `cuda`, `cuda:1`, or `auto` for a CUDA device where there is one.
 
     Raises:
-        RecipeError: `cuda` was asked for and there is none.
+        RecipeError: another name, or `cuda` was asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise RecipeError(f"device is {name!r}, expected cpu, cuda, cuda:NUMBER or auto")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"device is {name!r}, but torch sees no CUDA device: use --device cpu")
     return torch.device(name)
@@ -85,9 +88,19 @@ class TeacherRunner:
         return TeacherOutput(logits.float(), {tap: features[tap].float() for tap in self.taps})
 
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of every array, by running one black image."""
+        """Shape of one row of every array, by running one black image.
+
+        Raises:
+            TeacherMismatch: the network cannot take views of its size.
+        """
         size = self.network.preprocessing.size
-        output = self.run(torch.zeros(1, size, size, channels, dtype=torch.uint8))
+        try:
+            output = self.run(torch.zeros(1, size, size, channels, dtype=torch.uint8))
+        except RuntimeError as error:
+            raise TeacherMismatch(
+                f"teacher {self.network.spec!r} cannot take views of {size} x {size} pixels: {error}. "
+                "Choose another --size, or leave it out"
+            ) from error
         return {name: tuple(value.shape[1:]) for name, value in output.arrays().items()}
 
 
