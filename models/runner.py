@@ -74,7 +74,7 @@ class TeacherRunner:
             pixels: `(N, size, size, channels)` uint8, at the size of the network's preprocessing.
 
         Raises:
-            TeacherMismatch: the network gives another shape than `(N, C)`.
+            TeacherMismatch: the network gives another shape than `(N, C)`, or never runs a tapped layer.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
         with tapped(self._module, self.taps) as features:
@@ -84,6 +84,10 @@ class TeacherRunner:
             raise TeacherMismatch(
                 f"teacher {self.network.spec!r} gives logits of shape {tuple(logits.shape)}, "
                 f"expected {expected} (N, C)"
+            )
+        if unused := [tap for tap in self.taps if tap not in features]:
+            raise TeacherMismatch(
+                f"teacher {self.network.spec!r} never runs its layer {unused[0]!r}: tap another layer"
             )
         return TeacherOutput(logits.float(), {tap: features[tap].float() for tap in self.taps})
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coursepack.data.store.layout import array_metadata, block_count
-from coursepack.data.store.manifest import LABELS, load_manifest
-from coursepack.data.store.shards import checksum
+from coursepack.data.store.layout import block_count
+from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.shards import file_checksum
 from coursepack.data.views import ViewRecipe, draw
 
 if TYPE_CHECKING:
@@ -49,13 +49,14 @@ def verify(path: Path, *, on_file: Any = None) -> StoreReport:
 
 
 def _file_problems(path: Path, manifest: Manifest, on_file: Any) -> Iterator[str]:
+    layouts = manifest.layouts()
     for key, (size, crc) in manifest.files.items():
         file = path / key
         if not file.is_file():
             yield f"{key}: missing"
         elif file.stat().st_size != size:
             yield f"{key}: {file.stat().st_size} bytes, expected {size}"
-        elif checksum(np.fromfile(file, dtype=np.uint8)) != crc:
+        elif file_checksum(np.fromfile(file, dtype=np.uint8), layouts[key.rpartition("/")[0]]) != crc:
             yield f"{key}: content does not match its checksum"
         if on_file is not None:
             on_file(size)
@@ -65,19 +66,14 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[str]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     import json
 
-    expected = {f"{LABELS}/zarr.json": array_metadata(manifest.labels, (manifest.samples,))}
-    for name, array in manifest.arrays.items():
-        for component, layout in array.components.items():
-            shape = (manifest.views, manifest.samples, *layout.row_shape)
-            expected[f"{name}/{component}/zarr.json"] = array_metadata(layout, shape)
-    for key, metadata in expected.items():
+    for key, metadata in zarr_metadata(manifest).items():
         try:
             found = json.loads((path / key).read_text())
         except (OSError, ValueError):
             yield f"{key}: missing or not JSON"
             continue
         if found != metadata:
-            yield f"{key}: does not describe the array that the manifest does"
+            yield f"{key}: does not describe what the manifest does"
 
 
 def _draw_problems(manifest: Manifest) -> Iterator[str]:

@@ -20,7 +20,7 @@ import torch
 
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LABELS, load_manifest
-from coursepack.data.store.shards import checksum, chunk_offsets
+from coursepack.data.store.shards import chunk_offsets, file_checksum
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _map_shards(reader: StoreReader, keys: list[str], layout: ArrayLayout) -> _M
     files, addresses = [], []
     rows_left = reader.manifest.samples
     for key in keys:
-        file = _map_file(reader, key)
+        file = _map_file(reader, key, layout)
         offsets = chunk_offsets(file, min(layout.shard_rows, rows_left), layout, key)
         files.append(file)
         addresses.append(offsets + file.ctypes.data)
@@ -149,7 +149,7 @@ def _map_shards(reader: StoreReader, keys: list[str], layout: ArrayLayout) -> _M
     return _MappedView(files, np.concatenate(addresses))
 
 
-def _map_file(reader: StoreReader, key: str) -> NDArray[np.uint8]:
+def _map_file(reader: StoreReader, key: str, layout: ArrayLayout) -> NDArray[np.uint8]:
     """Map a file whose size and checksum are what the manifest says."""
     path = reader.path / key
     advice = f"Run `precompute verify --store {reader.path}`."
@@ -164,7 +164,7 @@ def _map_file(reader: StoreReader, key: str) -> NDArray[np.uint8]:
             content = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), dtype=np.uint8)
     except FileNotFoundError as error:
         raise StoreDamaged(f"{str(path)!r} is missing. {advice}") from error
-    if checksum(content) != crc:
+    if file_checksum(content, layout) != crc:
         raise StoreDamaged(f"the content of {str(path)!r} does not match its checksum. {advice}")
     return content
 

@@ -66,7 +66,7 @@ def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where
         StoreDamaged: the index does not describe rows of this layout inside this file.
     """
     count = layout.shard_rows // layout.chunk_rows
-    footer_bytes = 16 * count + CHECKSUM_BYTES
+    footer_bytes = _footer_bytes(layout)
     if len(file) < footer_bytes:
         raise StoreDamaged(f"{where!r} has {len(file)} bytes, too few for its index of {count} chunks")
     footer = file[len(file) - footer_bytes :]
@@ -86,14 +86,32 @@ def checksum(data: bytes | NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(data))
 
 
-def checksum_of(pieces: list[bytes]) -> int:
-    """crc32c of a file in pieces."""
-    crc = 0
-    for piece in pieces:
-        crc = google_crc32c.extend(crc, piece)
-    return int(crc)
+def shard_checksum(pieces: list[bytes]) -> int:
+    """crc32c over the checksums in a shard, which tells it from every other one.
+
+    Not over the whole file: data followed by its own crc32c has the same crc32c whatever the data, so all
+    shards of an array would agree.
+    """
+    return checksum(b"".join(pieces[1::2]))
 
 
-def checksum_bytes(data: bytes) -> bytes:
+def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
+    """`shard_checksum` of a file's bytes, or None where data does not match the checksum beside it."""
+    footer = len(file) - _footer_bytes(layout)
+    starts = [*range(0, footer, layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES), footer]
+    found = b""
+    for start, stop in zip(starts, [*starts[1:], len(file)], strict=True):
+        made = checksum_bytes(file[start : stop - CHECKSUM_BYTES])
+        if made != file[stop - CHECKSUM_BYTES : stop].tobytes():
+            return None
+        found += made
+    return checksum(found)
+
+
+def checksum_bytes(data: bytes | NDArray[np.uint8]) -> bytes:
     """crc32c of some bytes as it is stored, four bytes little-endian."""
     return checksum(data).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _footer_bytes(layout: ArrayLayout) -> int:
+    return 16 * (layout.shard_rows // layout.chunk_rows) + CHECKSUM_BYTES

@@ -16,25 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coursepack.canonical import canonical_json, difference_table, fingerprint
-from coursepack.data.store.layout import (
-    array_metadata,
-    block_count,
-    group_metadata,
-    plan_array,
-    plan_block_rows,
-    plan_labels,
-    shard_key,
-)
+from coursepack.data.store.layout import block_count, plan_array, plan_block_rows, plan_labels, shard_key
 from coursepack.data.store.manifest import (
-    FORMAT_VERSION,
     LABELS,
     MANIFEST,
     Manifest,
     StoredArray,
+    check_not_foreign,
     load_manifest,
+    zarr_metadata,
 )
 from coursepack.data.store.owners import Part, owning, store_lock
-from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.files import partials, write_whole
 
@@ -107,6 +100,8 @@ class StoreWriter:
         # Refuse before anything is touched; the check is repeated under the lock.
         if (self.root / MANIFEST).is_file():
             self._extended(load_manifest(self.root))
+        else:
+            check_not_foreign(self.root)
         for folder in (self.root, self.root / BLOCKS):
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:
@@ -133,8 +128,11 @@ class StoreWriter:
             if not self.part.owns(number):
                 continue
             view, index = divmod(number, self.blocks)
-            missing = self._missing(view)
-            if missing and not self._is_done(view, index, missing):
+            if self._is_done(view, index, self._missing(view)):
+                continue
+            # Not done, or committed by another process that swept the done-object: the manifest knows.
+            self.manifest = load_manifest(self.root)
+            if missing := self._missing(view):
                 start = index * self.manifest.block_rows
                 stop = min(start + self.manifest.block_rows, self.manifest.samples)
                 yield Block(view, index, start, stop, missing)
@@ -177,8 +175,13 @@ class StoreWriter:
         return self.root / BLOCKS / f"{view}.{index}.json"
 
     def _is_done(self, view: int, index: int, arrays: tuple[str, ...]) -> bool:
-        path = self._done_path(view, index)
-        return path.is_file() and set(arrays) <= set(json.loads(path.read_text())["arrays"])
+        if not arrays:
+            return True
+        try:
+            entry = json.loads(self._done_path(view, index).read_text())
+        except FileNotFoundError:
+            return False
+        return set(arrays) <= set(entry["arrays"])
 
     def _commit_view(self, view: int, arrays: tuple[str, ...]) -> None:
         done = [json.loads(self._done_path(view, index).read_text()) for index in range(self.blocks)]
@@ -229,13 +232,13 @@ class StoreWriter:
         (self.root / LABELS).mkdir(exist_ok=True)
         write_whole(self.root / key, *pieces)
         self._put_metadata(manifest)
-        self._put_manifest(manifest.with_files({key: (sum(map(len, pieces)), checksum_of(pieces))}))
+        self._put_manifest(manifest.with_files({key: (sum(map(len, pieces)), shard_checksum(pieces))}))
 
     def _fresh(self) -> Manifest:
         plan, rows = self._plan, len(self._plan.labels)
         components = {name: encoding.components(shape) for name, (encoding, shape) in plan.arrays.items()}
         widths = [part.row_bytes for parts in components.values() for part in parts.values()]
-        block_rows = plan_block_rows(rows, widths) if plan.block_rows is None else min(plan.block_rows, rows)
+        block_rows = self._asked_block_rows() or plan_block_rows(rows, widths)
         return Manifest(
             identity=plan.identity,
             origin=plan.origin,
@@ -246,6 +249,11 @@ class StoreWriter:
             arrays=self._planned_arrays(block_rows),
             labels=plan_labels(rows),
         )
+
+    def _asked_block_rows(self) -> int | None:
+        """Rows of a block if the plan says so, at most all."""
+        asked = self._plan.block_rows
+        return None if asked is None else min(asked, len(self._plan.labels))
 
     def _planned_arrays(self, block_rows: int) -> dict[str, StoredArray]:
         return {
@@ -266,7 +274,7 @@ class StoreWriter:
                 f"store {str(self.root)!r} was written by another recipe.\n{table}\n"
                 "Use another --store, or the recipe that wrote this one."
             )
-        if plan.block_rows not in (None, stored.block_rows):
+        if self._asked_block_rows() not in (None, stored.block_rows):
             raise RecipeError(
                 f"block rows are {plan.block_rows}, but store {str(self.root)!r} was made with "
                 f"{stored.block_rows} and keeps them: leave --block-rows out"
@@ -284,23 +292,11 @@ class StoreWriter:
         return replace(stored, arrays=arrays, views=max(plan.views, stored.views))
 
     def _put_metadata(self, manifest: Manifest) -> None:
-        """Zarr metadata, innermost first: the group's own file comes last."""
-        groups = {""}
-        for name, array in manifest.arrays.items():
-            parts = name.split("/")
-            groups |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
-            for component, layout in array.components.items():
-                shape = (manifest.views, manifest.samples, *layout.row_shape)
-                self._put_json(f"{name}/{component}/zarr.json", array_metadata(layout, shape))
-        self._put_json(f"{LABELS}/zarr.json", array_metadata(manifest.labels, (manifest.samples,)))
-        for group in sorted(groups, reverse=True):
-            attributes = {} if group else {"coursepack": {"format_version": FORMAT_VERSION}}
-            self._put_json(f"{group}/zarr.json" if group else "zarr.json", group_metadata(attributes))
-
-    def _put_json(self, key: str, values: Any) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, canonical_json(values, indent=1).encode())
+        """Zarr metadata; the group's own file comes last."""
+        for key, values in zarr_metadata(manifest).items():
+            path = self.root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, canonical_json(values, indent=1).encode())
 
     def _put_manifest(self, manifest: Manifest) -> None:
         write_whole(self.root / MANIFEST, manifest.to_json().encode())
@@ -361,7 +357,7 @@ class BlockFiles:
             key = shard_key(f"{name}/{component}", self._block.view, shard, layout)
             pieces = shard_pieces(rows[: layout.shard_rows], layout)
             write_whole(self._writer.root / key, *pieces)
-            self._files[key] = (sum(map(len, pieces)), checksum_of(pieces))
+            self._files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []
