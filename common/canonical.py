@@ -48,7 +48,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, s
             (left[i] if i < len(left) else _ABSENT, right[i] if i < len(right) else _ABSENT, f"{path}[{i}]")
             for i in range(length)
         ]
-    elif left == right:
+    elif left is right or (_ABSENT not in (left, right) and canonical_json(left) == canonical_json(right)):
         return []
     else:
         return [(path, _shown(left), _shown(right))]

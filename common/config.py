@@ -37,20 +37,31 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_line(model, problem) for problem in error.errors()]
-        raise RecipeError(f"{where} is not valid:\n" + "\n".join(lines)) from error
+        raise _refusal(model, error.errors(), where) from error
+
+
+def check_given(model: type[Config], values: Any, where: str) -> None:
+    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        problems = [p for p in error.errors() if p["type"] != "missing" or len(p["loc"]) > 1]
+        if problems:
+            raise _refusal(model, problems, where) from error
 
 
 def read_yaml(path: Path) -> Any:
     """The plain values in a YAML file.
 
     Raises:
-        RecipeError: the file is missing or is not YAML.
+        RecipeError: the file is missing, is not text or is not YAML.
     """
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{str(path)!r} is not YAML: it is not text") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{str(path)!r} is not YAML: {error}") from error
 
@@ -60,13 +71,25 @@ def write_yaml(values: Any) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
+def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
+    return RecipeError(f"{where} is not valid:\n" + "\n".join(_line(model, problem) for problem in problems))
+
+
+_EXPECTED = {
+    "tuple_type": "Input should be a list",
+    "model_type": "Input should be a mapping",
+}
+"""Where pydantic speaks of Python's types, what YAML calls them."""
+
+
 def _line(model: type[Config], problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _all_fields(model), n=1)
         return f"  {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
     given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-    return f"  {path}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    return f"  {path}: {text}{given}"
 
 
 def _all_fields(model: type[BaseModel]) -> list[str]:

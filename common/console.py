@@ -34,7 +34,8 @@ class Commands(click.Group):
         except CoursepackError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}") from error
+            where = f": {error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{where}") from error
 
 
 def say(text: str) -> None:

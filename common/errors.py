@@ -73,5 +73,9 @@ class StoreBusy(CoursepackError, RuntimeError):
     """Another process is writing the same part of a store."""
 
 
+class TrainingDiverged(CoursepackError, FloatingPointError):
+    """A student's loss became NaN or infinite."""
+
+
 class RunError(CoursepackError, OSError):
     """A run folder is missing, unfinished, damaged, or would be overwritten."""

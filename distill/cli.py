@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from coursepack.config import parse_config
+from coursepack.config import check_given, parse_config
 from coursepack.console import Commands, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec
@@ -16,7 +16,7 @@ from coursepack.distill.compare import compare, table_rows
 from coursepack.distill.evaluate import evaluate
 from coursepack.distill.learner import Learner
 from coursepack.distill.objective import Objective
-from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_values
+from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.targets import open_stores
 from coursepack.distill.train import train
@@ -89,6 +89,11 @@ def train_command(
     Flags replace what a RECIPE_FILE says. The recipe as used is kept in the run's folder.
     """
     values = {} if recipe_file is None else load_recipe(recipe_file)
+    changes: dict[str, Any] = {}
+    _apply_flags(changes, flags)
+    set_values(changes, assignments)
+    if "method" in values and changes.get("method", values["method"]) != values["method"]:
+        values.pop("objective", None)  # those numbers are another method's
     _apply_flags(values, flags)
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
@@ -141,14 +146,19 @@ _OPTIMISER_FLAGS = ("lr", "momentum", "weight_decay")
 
 
 def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Put the flags that were given into a recipe's plain values."""
+    """Put the flags that were given into a recipe's plain values.
+
+    Raises:
+        UnknownName, RecipeError: no such view, or flags that do not fit the recipe.
+    """
     for name, value in flags.items():
         if value is None or value == ():
             continue
+        said = f"--{name.replace('_', '-')}"
         if name in _OBJECTIVE_FLAGS:
-            values.setdefault("objective", {})[name] = value
+            set_value(values, f"objective.{name}", value, said)
         elif name in _OPTIMISER_FLAGS:
-            values.setdefault("optimiser", {})[name] = value
+            set_value(values, f"optimiser.{name}", value, said)
         elif name == "view":
             values["view"] = view_recipe(value).model_dump(mode="json")
         else:
@@ -161,6 +171,9 @@ def _complete(values: dict[str, Any], where: str) -> TrainRecipe:
     Raises:
         RecipeError: something is missing, unknown or out of range.
     """
+    if isinstance(values.get("view"), str):
+        values["view"] = view_recipe(values["view"])
+    check_given(TrainRecipe, values, where)
     if "student" not in values:
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
@@ -177,6 +190,4 @@ def _complete(values: dict[str, Any], where: str) -> TrainRecipe:
     values.setdefault("evaluation", evaluation_spec(values["source"]))
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
-    if isinstance(values["view"], str):
-        values["view"] = view_recipe(values["view"])
     return parse_config(TrainRecipe, values, where)

@@ -126,17 +126,29 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
     """What sets a recipe apart, in few words: student, method, teachers, then other fields that differ."""
     words = [recipe["method"], recipe["student"]]
     if recipe["stores"]:
-        names = ", ".join(Path(store).name.removesuffix(".zarr") for store in recipe["stores"])
+        names = ", ".join(_store_names(recipe["stores"], recipes))
         words.append(f"from {names}" + (" live" if recipe["online"] else ""))
     told = {"method", "student", "online"}
     for other in recipes:
         for path, mine, _ in differences(recipe, other):
             top = path.partition(".")[0].partition("[")[0]
             # A method's defaults and a store's view go without saying.
-            implied = top in ("stores", "view") or (
-                top == "objective" and other["method"] != recipe["method"]
-            )
+            implied = {
+                "stores": True,
+                "view": bool(recipe["stores"] or other["stores"]),
+                "objective": other["method"] != recipe["method"],
+            }.get(top, False)
             if path not in told and not implied:
                 told.add(path)
                 words.append(f"{path}={mine}")
     return " ".join(words)
+
+
+def _store_names(stores: list[str], recipes: list[dict[str, Any]]) -> list[str]:
+    """Their folders without the ending; their paths where another recipe has other stores of these names."""
+
+    def short(paths: list[str]) -> list[str]:
+        return [Path(path).name.removesuffix(".zarr") for path in paths]
+
+    others = [recipe["stores"] for recipe in recipes if recipe["stores"] != stores]
+    return stores if short(stores) in map(short, others) else short(stores)

@@ -91,9 +91,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{str(path)!r} holds a {type(values).__name__}, expected a mapping of recipe fields"
-        )
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise RecipeError(f"{str(path)!r} holds {held}, expected a mapping of recipe fields")
     return values
 
 
@@ -105,15 +104,25 @@ def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise RecipeError(f"--set {assignment!r} is not key=value")
-        *parents, leaf = key.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise RecipeError(f"--set {assignment!r}: {parent!r} is a value, not a group of fields")
         try:
-            place[leaf] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {assignment!r}: the value is not YAML") from error
+        set_value(values, key, value, f"--set {assignment!r}")
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Put one value where `key.subkey` says; `said` names the flag in errors.
+
+    Raises:
+        RecipeError: a part of the key is no mapping.
+    """
+    *parents, leaf = key.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"{said}: {parent!r} is {place!r}, not a group of fields")
+    place[leaf] = value

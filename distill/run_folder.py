@@ -47,8 +47,18 @@ class RunFolder:
     """A run being written."""
 
     def __init__(self, path: Path, recipe: TrainRecipe, provenance: dict[str, Any], network: Network) -> None:
+        """Make the folder.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
+            ) from error
         write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
         write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
         write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
@@ -74,7 +84,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         RunError: the folder is not empty, and is not a run or may not be overwritten.
     """
     if path.exists() and not path.is_dir():
-        raise RunError(f"{str(path)!r} is a file, expected a folder for the run")
+        raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not (path / RECIPE_FILE).is_file():

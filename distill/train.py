@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from coursepack.canonical import difference_table
 from coursepack.console import progress, say
 from coursepack.data import batches, epoch_order, open_source, view_fingerprint
 from coursepack.data.batches import Window
@@ -28,7 +30,7 @@ from coursepack.distill.targets import (
     live_teachers,
     open_stores,
 )
-from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, TrainingDiverged
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
@@ -118,8 +120,8 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
     if recipe.stores and not objective.arrays:
         raise RecipeError(
-            f"method {recipe.method!r} does not use teachers, but {len(recipe.stores)} stores are given: "
-            "leave --store out, or choose a method that learns from them, as --method kd"
+            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
+            "--store out, or choose a method that learns from them, as --method kd"
         )
     readers = open_stores(recipe.stores) if recipe.stores else []
     views = None if recipe.views is None else tuple(range(recipe.views))
@@ -133,7 +135,7 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     weights = objective.teacher_weights
     if weights is not None and len(weights) != len(readers):
         raise RecipeError(
-            f"{len(weights)} teacher weights are given for {len(readers)} stores: one per store"
+            f"teacher_weights has {len(weights)} numbers, expected {len(readers)}: one per store"
         )
     targets: TargetsKind | None = None
     if readers and recipe.online:
@@ -160,10 +162,12 @@ def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bo
 
     Raises:
         RunError: the folder is not free.
+        TrainingDiverged: the loss is no longer finite; the run stays unfinished.
         Otherwise as `prepare`.
     """
     run = prepare(recipe, device)
     trainee = run.trainee()
+    _check_student(trainee.learner, run.source)
     check_free(out, overwrite=overwrite)
     folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
     say(_opening(run))
@@ -174,6 +178,7 @@ def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bo
             train_metrics = train_epoch([trainee], run.batches(epoch), run.targets)[0]
             seconds = time.perf_counter() - started
             evaluation = evaluate(trainee.learner, run.evaluation, device)
+            _check_finite(train_metrics | evaluation, epoch, recipe)
             metrics = {
                 "epoch": epoch,
                 "view": run.view_of_epoch(epoch),
@@ -257,6 +262,35 @@ class _EpochLog:
         return {name: float(value) / self._samples for name, value in self._sums.items()}
 
 
+def _check_student(learner: Learner, source: Source) -> None:
+    """Run one black image, so that a student that cannot look at the source is refused before the run."""
+    network = learner.network
+    size, device = network.preprocessing.size, next(learner.parameters()).device
+    pixels = torch.zeros(1, size, size, source.channels, dtype=torch.uint8, device=device)
+    learner.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(learner.student(network.preprocessing(pixels)).shape)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
+            "student_size, or leave it out"
+        ) from error
+    if shape != (1, network.classes):
+        raise RecipeError(
+            f"student {network.spec!r} gives logits of shape {shape}, expected {(1, network.classes)} (N, C)"
+        )
+
+
+def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"training diverged in epoch {epoch}: {name} is {value}. Use a smaller --lr than "
+                f"{recipe.optimiser.lr:g}, and --overwrite what is left of the run."
+            )
+
+
 def _check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> None:
     for reader in readers:
         identity = reader.manifest.identity
@@ -267,9 +301,11 @@ def _check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRe
                 f"{source.fingerprint[:12]}: train on the source that the teachers saw"
             )
         if identity["view"]["fingerprint"] != view_fingerprint(recipe.view, source):
+            ours = recipe.view.model_dump(mode="json")
+            table = difference_table(identity["view"]["recipe"], ours, "store", "recipe")
             raise StoreMismatch(
-                f"store {str(reader.path)!r} was written with another view recipe than this run's: leave the "
-                "view out, and the store's own is used"
+                f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
+                "Leave the view out, and the store's own is used."
             )
         if len(reader.manifest.class_names) != len(source.class_names):
             raise TeacherMismatch(
@@ -283,7 +319,10 @@ def _common_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> tuple[
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
     if recipe.views is not None and recipe.views > len(common):
-        raise RecipeError(f"views is {recipe.views}, but the stores have {len(common)} in common")
+        raise RecipeError(
+            f"views is {recipe.views}, but the stores have {len(common)} views in common: leave --views out, "
+            f"or add views with `precompute run ... --views {recipe.views}`"
+        )
     return tuple(common[: recipe.views])
 
 

@@ -8,15 +8,17 @@ torchvision by the name of its weights. Nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from coursepack.config import parse_config, read_yaml
+from coursepack.config import Config, parse_config, read_yaml
 from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.models.digits import DigitsCNN, DigitsMLP, DigitsResNet, DigitsSmall
 from coursepack.models.preprocessing import Preprocessing
@@ -62,6 +64,14 @@ class Network:
             "classes": self.classes,
             "preprocessing": self.preprocessing.model_dump(mode="json"),
         }
+
+
+class _Description(Config):
+    """What `Network.describe` gives."""
+
+    spec: str
+    classes: int
+    preprocessing: Preprocessing
 
 
 NETWORKS = {
@@ -194,19 +204,28 @@ def _load_run(folder: Path) -> Network:
         raise RunError(f"there is no run at {str(folder)!r}. Make one with `distill train --out {folder}`.")
     if not (folder / NETWORK_FILE).is_file() or not weights.is_file():
         raise RunError(f"run {str(folder)!r} has no trained weights: it is unfinished or not a run")
-    description = read_yaml(folder / NETWORK_FILE)
-    network = build_network(description["spec"], int(description["classes"]))
-    _load_weights(network, load_file(weights), str(weights))
-    preprocessing = parse_config(Preprocessing, description["preprocessing"], str(folder / NETWORK_FILE))
-    return replace(network, preprocessing=preprocessing, weights_file=str(weights.resolve()))
+    description = parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
+    network = build_network(description.spec, description.classes)
+    _load_weights(network, _read_weights(weights), str(weights))
+    return replace(network, preprocessing=description.preprocessing, weights_file=str(weights.resolve()))
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise RecipeError(f"there are no weights at {str(path)!r}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise TeacherMismatch(
+            f"{str(path)!r} cannot be read as weights: {error}. "
+            "A .pt file may hold a state dict and nothing else"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TeacherMismatch(
+            f"{str(path)!r} holds no state dict, expected tensors by the names of their layers"
+        )
     return state
 
 

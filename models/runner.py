@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to run on: `cpu`, `cuda`, or `auto` for a CUDA device where there is one.
+    """The device to run on: `cpu`, `cuda`, `cuda:1`, or `auto` for a CUDA device where there is one.
 
     Raises:
-        RecipeError: `cuda` was asked for and there is none.
+        RecipeError: another name, or `cuda` was asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise RecipeError(f"device is {name!r}, expected cpu, cuda, cuda:NUMBER or auto")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"device is {name!r}, but torch sees no CUDA device: use --device cpu")
     return torch.device(name)
@@ -87,7 +90,8 @@ class TeacherRunner:
             pixels: `(N, size, size, channels)` uint8, at the size of the network's preprocessing.
 
         Raises:
-            TeacherMismatch: the network gives another shape than `(N, C)`, or a tap cannot be reduced.
+            TeacherMismatch: the network gives another shape than `(N, C)`, never runs a tapped layer, or the
+                layer's output cannot be reduced.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
         with tapped(self._module, self._layers) as outputs:
@@ -100,6 +104,10 @@ class TeacherRunner:
             )
         if self.columns is not None:
             logits = logits[:, list(self.columns)]
+        if unused := [layer for layer in self._layers if layer not in outputs]:
+            raise TeacherMismatch(
+                f"teacher {self.network.spec!r} never runs its layer {unused[0]!r}: tap another layer"
+            )
         features = {}
         for tap in self.taps:
             try:
@@ -124,9 +132,19 @@ class TeacherRunner:
         return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
 
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of every array, by running one black image."""
+        """Shape of one row of every array, by running one black image.
+
+        Raises:
+            TeacherMismatch: the network cannot take views of its size.
+        """
         size = self.network.preprocessing.size
-        output = self.run(torch.zeros(1, size, size, channels, dtype=torch.uint8))
+        try:
+            output = self.run(torch.zeros(1, size, size, channels, dtype=torch.uint8))
+        except RuntimeError as error:
+            raise TeacherMismatch(
+                f"teacher {self.network.spec!r} cannot take views of {size} x {size} pixels: {error}. "
+                "Choose another --size, or leave it out"
+            ) from error
         return {name: tuple(value.shape[1:]) for name, value in output.arrays().items()}
 
 

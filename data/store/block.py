@@ -12,7 +12,7 @@ from coursepack.canonical import canonical_json
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity, merge_fidelity
-from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.files import write_whole
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class BlockFiles:
             key = shard_key(f"{name}/{component}", self._block.view, shard, layout)
             pieces = shard_pieces(rows[: layout.shard_rows], layout)
             write_whole(self._root / key, *pieces)
-            self._files[key] = (sum(map(len, pieces)), checksum_of(pieces))
+            self._files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []

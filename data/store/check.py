@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coursepack.data.store.layout import array_metadata, block_count
-from coursepack.data.store.manifest import load_manifest
-from coursepack.data.store.shards import checksum
+from coursepack.data.store.layout import block_count
+from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.shards import file_checksum
 from coursepack.data.views import ViewRecipe, draw
 
 if TYPE_CHECKING:
@@ -67,13 +67,15 @@ def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> Store
 def _file_problems(
     path: Path, manifest: Manifest, on_file: Callable[[int], None] | None
 ) -> Iterator[Problem]:
+    arrays = manifest.zarr_arrays()
     for key, (size, crc) in manifest.files.items():
+        layout, _ = arrays[key.rpartition("/")[0]]
         file = path / key
         if not file.is_file():
             yield Problem(key, "missing")
         elif file.stat().st_size != size:
             yield Problem(key, f"{file.stat().st_size} bytes, expected {size}")
-        elif checksum(np.memmap(file, dtype=np.uint8, mode="r")) != crc:
+        elif file_checksum(np.memmap(file, dtype=np.uint8, mode="r"), layout) != crc:
             yield Problem(key, "content does not match its checksum")
         if on_file is not None:
             on_file(size)
@@ -81,15 +83,14 @@ def _file_problems(
 
 def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
-    for array, (layout, shape) in manifest.zarr_arrays().items():
-        key = f"{array}/zarr.json"
+    for key, metadata in zarr_metadata(manifest).items():
         try:
             found = json.loads((path / key).read_text())
         except (OSError, ValueError):
             yield Problem(key, "missing or not JSON")
             continue
-        if found != array_metadata(layout, shape):
-            yield Problem(key, "does not describe the array that the manifest does")
+        if found != metadata:
+            yield Problem(key, "does not describe what the manifest does")
 
 
 def _draw_problems(manifest: Manifest) -> Iterator[Problem]:

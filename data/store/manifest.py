@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.encodings import Encoding, encoding_from_dict
-from coursepack.data.store.layout import ArrayLayout, layout_from_dict
+from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 LABELS = "labels"
 LOGITS = "logits"
 STATIC = "static"
+CHECKSUM = "checksum"
+"""Member of the manifest: sha256 of the canonical JSON of all others."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Manifest:
     view_records: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per view: statistics, digests of the drawn parameters per block, and library versions."""
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Size in bytes and crc32c of every data file that is vouched for."""
+    """Size in bytes and `shard_checksum` of every data file that is vouched for."""
 
     @property
     def fingerprint(self) -> str:
@@ -109,31 +111,29 @@ class Manifest:
 
     def to_json(self) -> str:
         """The canonical text that is stored."""
-        return canonical_json(
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
-                "identity": self.identity,
-                "origin": self.origin,
-                "samples": self.samples,
-                "class_names": list(self.class_names),
-                "views": self.views,
-                "block_rows": self.block_rows,
-                "arrays": {name: array.to_dict() for name, array in self.arrays.items()},
-                "tables": {
-                    name: {"rows": table.rows, "layout": table.layout.to_dict()}
-                    for name, table in self.tables.items()
-                },
-                "committed": {name: list(views) for name, views in self.committed.items()},
-                "view_records": self.view_records,
-                "files": {key: list(value) for key, value in self.files.items()},
+        values = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "origin": self.origin,
+            "samples": self.samples,
+            "class_names": list(self.class_names),
+            "views": self.views,
+            "block_rows": self.block_rows,
+            "arrays": {name: array.to_dict() for name, array in self.arrays.items()},
+            "tables": {
+                name: {"rows": table.rows, "layout": table.layout.to_dict()}
+                for name, table in self.tables.items()
             },
-            indent=1,
-        )
+            "committed": {name: list(views) for name, views in self.committed.items()},
+            "view_records": self.view_records,
+            "files": {key: list(value) for key, value in self.files.items()},
+        }
+        return canonical_json({**values, CHECKSUM: fingerprint(values)}, indent=1)
 
 
-def parse_manifest(text: str, where: str) -> Manifest:
+def parse_manifest(text: str | bytes, where: str) -> Manifest:
     """The manifest in canonical text.
 
     Raises:
@@ -149,7 +149,9 @@ def parse_manifest(text: str, where: str) -> Manifest:
                 f"store {where!r} has format version {values['format_version']}, this release reads "
                 f"{FORMAT_VERSION}. Install a newer coursepack."
             )
-        manifest = Manifest(
+        if values.pop(CHECKSUM, None) != fingerprint(values):
+            raise StoreDamaged(f"the manifest of {where!r} does not match its own checksum")
+        return Manifest(
             identity=values["identity"],
             origin=values["origin"],
             samples=int(values["samples"]),
@@ -169,9 +171,6 @@ def parse_manifest(text: str, where: str) -> Manifest:
         if isinstance(error, StoreMismatch):
             raise
         raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r}") from error
-    if manifest.fingerprint != values.get("fingerprint"):
-        raise StoreDamaged(f"the manifest of {where!r} does not match its own fingerprint")
-    return manifest
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -191,7 +190,39 @@ def load_manifest(path: Path) -> Manifest:
         raise StoreNotFound(
             f"there is no store at {str(path)!r}. Make one with `precompute run ... --store {path}`."
         )
-    return parse_manifest((path / MANIFEST).read_text(), str(path))
+    return parse_manifest((path / MANIFEST).read_bytes(), str(path))
+
+
+def check_not_foreign(path: Path) -> None:
+    """Refuse a place that coursepack did not begin.
+
+    Raises:
+        StoreMismatch: `path` is a file, or holds somebody else's Zarr group or array.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreMismatch(f"{str(path)!r} is a file, expected a folder for the store: use another --store")
+    metadata = path / "zarr.json"
+    if metadata.is_file() and metadata.read_text() != canonical_json(_group_metadata(""), indent=1):
+        raise StoreMismatch(f"{str(path)!r} holds Zarr data that is no coursepack store: use another --store")
+
+
+def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Every zarr.json of a store by its key, arrays first and the group's own last."""
+    arrays = manifest.zarr_arrays()
+    metadata = {
+        f"{path}/zarr.json": array_metadata(layout, shape) for path, (layout, shape) in arrays.items()
+    }
+    groups = {""}
+    for path in arrays:
+        parents = path.split("/")[:-1]
+        groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
+    for group in sorted(groups, reverse=True):
+        metadata[f"{group}/zarr.json" if group else "zarr.json"] = _group_metadata(group)
+    return metadata
+
+
+def _group_metadata(group: str) -> dict[str, Any]:
+    return group_metadata({} if group else {"coursepack": {"format_version": FORMAT_VERSION}})
 
 
 def _stored_array(values: dict[str, Any]) -> StoredArray:

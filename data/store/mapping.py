@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from coursepack.data.store.shards import CHECKSUM_BYTES, checksum, checksum_bytes, chunk_offsets
+from coursepack.data.store.shards import (
+    CHECKSUM_BYTES,
+    checksum_bytes,
+    chunk_offsets,
+    file_checksum,
+    stored_checksum,
+)
 from coursepack.errors import StoreDamaged
 
 if TYPE_CHECKING:
@@ -153,10 +159,11 @@ class _Component:
         addresses = []
         for place, shard in enumerate(shards):
             content = self._content(shard, resident=resident)
-            if whole and checksum(content) != shard.crc:
-                raise StoreDamaged(
-                    f"the content of {str(shard.root / shard.key)!r} does not match its checksum. {shard.advice}"
-                )
+            # Which shard it is shows in the checksums it holds, even where its data is checked later.
+            found = file_checksum(content, layout) if whole else stored_checksum(content, layout)
+            if found != shard.crc:
+                where = str(shard.root / shard.key)
+                raise StoreDamaged(f"the content of {where!r} does not match its checksum. {shard.advice}")
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
             self._files.append(content)
@@ -176,9 +183,8 @@ class _Component:
         end = start + self.layout.chunk_rows * self.row_bytes
         file, shard = self._files[place], self._shards[place]
         if checksum_bytes(file[start:end]) != file[end : end + CHECKSUM_BYTES].tobytes():
-            raise StoreDamaged(
-                f"chunk {chunk} in {str(shard.root / shard.key)!r} does not match its checksum. {shard.advice}"
-            )
+            where = str(shard.root / shard.key)
+            raise StoreDamaged(f"chunk {chunk} of {where!r} does not match its checksum. {shard.advice}")
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """Shard of a chunk, and where in its file the chunk starts."""

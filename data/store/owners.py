@@ -73,7 +73,8 @@ def owning(root: Path, part: Part) -> Iterator[None]:
                     "it, stop it, or share the work: `--part I/COUNT` in both."
                 )
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
-        path = folder / f"{stamp}-{socket.gethostname()}-{os.getpid()}.json"
+        name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
+        path = folder / name
         file = path.open("w")
         fcntl.flock(file, fcntl.LOCK_EX)
         _record(file, part, started, ended=None)
@@ -90,9 +91,11 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     for path in sorted((root / RUNS).glob("*.json")):
         with path.open() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Shared, so that two who look do not take each other for writers.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                live.append(json.loads(file.read()))
+                if text := file.read():
+                    live.append(json.loads(text))
     return live
 
 
@@ -100,8 +103,6 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
-    file.seek(0)
-    file.truncate()
     record = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -110,5 +111,7 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
         "started": spelled(started),
         "ended": spelled(ended),
     }
-    json.dump(record, file)
+    # One write over the old text, which is never longer: whoever looks meanwhile finds one or the other.
+    file.seek(0)
+    file.write(json.dumps(record))
     file.flush()

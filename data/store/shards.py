@@ -66,7 +66,7 @@ def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where
         StoreDamaged: the index does not describe rows of this layout inside this file.
     """
     count = layout.shard_rows // layout.chunk_rows
-    footer_bytes = 16 * count + CHECKSUM_BYTES
+    footer_bytes = _footer_bytes(layout)
     if len(file) < footer_bytes:
         raise StoreDamaged(f"{where!r} has {len(file)} bytes, too few for its index of {count} chunks")
     footer = file[len(file) - footer_bytes :]
@@ -86,14 +86,40 @@ def checksum(data: bytes | NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(data))
 
 
-def checksum_of(pieces: list[bytes]) -> int:
-    """crc32c of a file in pieces."""
-    crc = 0
-    for piece in pieces:
-        crc = google_crc32c.extend(crc, piece)
-    return int(crc)
+def shard_checksum(pieces: list[bytes]) -> int:
+    """crc32c over the checksums in a shard, which tells it from every other one.
+
+    Not over the whole file: data followed by its own crc32c has the same crc32c whatever the data, so all
+    shards of an array would agree.
+    """
+    return checksum(b"".join(pieces[1::2]))
+
+
+def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
+    """`shard_checksum` of a file's bytes, or None where data does not match the checksum beside it."""
+    for start, stop in _checked_spans(len(file), layout):
+        if checksum_bytes(file[start:stop]) != file[stop : stop + CHECKSUM_BYTES].tobytes():
+            return None
+    return stored_checksum(file, layout)
+
+
+def stored_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int:
+    """`shard_checksum` from the checksums that stand in a file, believing them: reads hardly any of it."""
+    spans = _checked_spans(len(file), layout)
+    return checksum(b"".join(file[stop : stop + CHECKSUM_BYTES].tobytes() for _, stop in spans))
 
 
 def checksum_bytes(data: bytes | NDArray[np.uint8]) -> bytes:
     """crc32c of some bytes as it is stored, four bytes little-endian."""
     return checksum(data).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _checked_spans(size: int, layout: ArrayLayout) -> list[tuple[int, int]]:
+    """Start and stop of everything in a shard file that a checksum follows: the chunks, then the index."""
+    footer = size - _footer_bytes(layout)
+    starts = [*range(0, footer, layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES), footer]
+    return [(start, stop - CHECKSUM_BYTES) for start, stop in zip(starts, [*starts[1:], size], strict=True)]
+
+
+def _footer_bytes(layout: ArrayLayout) -> int:
+    return 16 * (layout.shard_rows // layout.chunk_rows) + CHECKSUM_BYTES

@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING, Any
 from coursepack.canonical import canonical_json
 from coursepack.data.store.block import BLOCKS, Block, BlockFiles, done_path
 from coursepack.data.store.layout import (
-    array_metadata,
     block_count,
-    group_metadata,
     table_key,
 )
 from coursepack.data.store.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     Manifest,
+    check_not_foreign,
     load_manifest,
+    zarr_metadata,
 )
 from coursepack.data.store.owners import Part, owning, store_lock
 from coursepack.data.store.planning import StorePlan, extended_manifest, fresh_manifest
 from coursepack.data.store.records import reduce_records
-from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.files import partials, write_whole
 
 if TYPE_CHECKING:
@@ -79,12 +78,10 @@ class StoreWriter:
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
         """
-        exists = (self.root / MANIFEST).is_file()
-        return (
-            extended_manifest(self._plan, load_manifest(self.root), self.root)
-            if exists
-            else fresh_manifest(self._plan)
-        )
+        if (self.root / MANIFEST).is_file():
+            return extended_manifest(self._plan, load_manifest(self.root), self.root)
+        check_not_foreign(self.root)
+        return fresh_manifest(self._plan)
 
     def rows_left(self) -> int:
         """Rows of this part that are not done, found without writing anything."""
@@ -103,8 +100,12 @@ class StoreWriter:
             if not self.part.owns(number):
                 continue
             view, index = divmod(number, self.blocks)
-            missing = self._missing(view)
-            if missing and not self._is_done(view, index, missing):
+            if self._is_done(view, index, self._missing(view)):
+                continue
+            # Not done, or committed by another process that swept the done-object: the manifest knows.
+            if (self.root / MANIFEST).is_file():
+                self.manifest = extended_manifest(self._plan, load_manifest(self.root), self.root)
+            if missing := self._missing(view):
                 yield self.block(view, index, missing)
 
     def done_rows(self) -> int:
@@ -157,8 +158,13 @@ class StoreWriter:
         return tuple(name for name in sorted(self._plan.arrays) if view not in committed.get(name, ()))
 
     def _is_done(self, view: int, index: int, arrays: tuple[str, ...]) -> bool:
-        path = done_path(self.root, view, index)
-        return path.is_file() and set(arrays) <= set(json.loads(path.read_text())["arrays"])
+        if not arrays:
+            return True
+        try:
+            entry = json.loads(done_path(self.root, view, index).read_text())
+        except FileNotFoundError:
+            return False
+        return set(arrays) <= set(entry["arrays"])
 
     def _commit_view(self, view: int, arrays: tuple[str, ...]) -> None:
         done = [json.loads(done_path(self.root, view, index).read_text()) for index in range(self.blocks)]
@@ -216,27 +222,18 @@ class StoreWriter:
             if wanted(key):
                 pieces = shard_pieces(values, layout)
                 write_whole(self.root / key, *pieces)
-                files[key] = (sum(map(len, pieces)), checksum_of(pieces))
+                files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
         return files
 
     def _put_missing_tables(self, manifest: Manifest) -> Manifest:
         return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.files))
 
     def _put_metadata(self, manifest: Manifest) -> None:
-        """Zarr metadata, innermost first: the group's own file comes last."""
-        groups = {""}
-        for array, (layout, shape) in manifest.zarr_arrays().items():
-            parents = array.split("/")[:-1]
-            groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
-            self._put_json(f"{array}/zarr.json", array_metadata(layout, shape))
-        for group in sorted(groups, reverse=True):
-            attributes = {} if group else {"coursepack": {"format_version": FORMAT_VERSION}}
-            self._put_json(f"{group}/zarr.json" if group else "zarr.json", group_metadata(attributes))
-
-    def _put_json(self, key: str, values: Any) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, canonical_json(values, indent=1).encode())
+        """Zarr metadata; the group's own file comes last."""
+        for key, values in zarr_metadata(manifest).items():
+            path = self.root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, canonical_json(values, indent=1).encode())
 
     def _put_manifest(self, manifest: Manifest) -> None:
         write_whole(self.root / MANIFEST, manifest.to_json().encode())

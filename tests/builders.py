@@ -1,0 +1,61 @@
+"""Tiny teachers, stores and recipes for tests: no training, only seeded weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from coursepack.config import write_yaml
+from coursepack.data import open_source, view_recipe
+from coursepack.data.store import StoreReader
+from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.models import TeacherRunner, build_network, load_teacher
+from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
+from coursepack.precompute import Job, run_job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CPU = torch.device("cpu")
+STUDENT = "digits-small"
+SHARPNESS = 40.0
+"""Factor of the head's fresh weights, so that teachers have opinions."""
+
+
+def write_teacher(folder: Path, network: str = "digits-mlp", *, classes: int = 10, seed: int = 0) -> Path:
+    """A run folder that `run:FOLDER` can load."""
+    built = build_network(network, classes, seed=seed)
+    state = {name: value.clone() for name, value in built.module.state_dict().items()}
+    state["head.weight"] *= SHARPNESS
+    folder.mkdir(parents=True)
+    (folder / NETWORK_FILE).write_text(write_yaml(built.describe()))
+    save_file(state, folder / WEIGHTS_FILE)
+    return folder
+
+
+def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_seed=None, order=None, **job):
+    """A float32 store of a teacher's run folder, two views by default."""
+    source = source or open_source("digits")
+    runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names))
+    job = {"views": 2, "encoding": "float32", **job}
+    run_job(Job(path, source, view_recipe(view, view_seed), runner, **job), block_order=order)
+    return path
+
+
+def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
+    """A recipe for the digits: `kd` with stores, else `supervised`, one epoch."""
+    method = method or ("kd" if stores else "supervised")
+    view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
+    values = {
+        "student": STUDENT,
+        "method": method,
+        "objective": resolve_objective(method, objective or {}, "test"),
+        "stores": [str(store) for store in stores],
+        "source": "digits:train",
+        "evaluation": "digits:test",
+        "view": view,
+        "epochs": 1,
+    }
+    return TrainRecipe.model_validate(values | fields)

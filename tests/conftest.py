@@ -1,0 +1,20 @@
+"""Teachers and stores that many tests read and none changes."""
+
+import pytest
+from builders import write_store, write_teacher
+
+NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Run folders of three digit teachers of different architectures."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return [write_teacher(folder / name, name, seed=seed) for seed, name in enumerate(NETWORKS, start=1)]
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory, teachers):
+    """Their float32 stores, three views of the view preset `digits`."""
+    folder = tmp_path_factory.mktemp("stores")
+    return [write_store(folder / f"{teacher.name}.zarr", teacher, views=3) for teacher in teachers]

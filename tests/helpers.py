@@ -1,0 +1,123 @@
+"""Jobs of tiny teachers, stores of random rows, sources of random images, and what a store is on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.canonical import canonical_json, fingerprint
+from coursepack.data import PRESETS, ViewRecipe, open_source
+from coursepack.data.encodings import ENCODINGS
+from coursepack.data.sources import InMemory
+from coursepack.data.store import StorePlan, StoreWriter
+from coursepack.data.views import draw
+from coursepack.models import TeacherRunner, load_teacher
+from coursepack.precompute import Job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coursepack.data.store.owners import Part
+
+
+def store_files(path: Path) -> dict[str, bytes]:
+    """Every file of a store by its place in it, except the records under `runs/`."""
+    files = (file for file in path.rglob("*") if file.is_file())
+    places = {file.relative_to(path).as_posix(): file for file in files}
+    return {place: file.read_bytes() for place, file in places.items() if not place.startswith("runs/")}
+
+
+def file_identities(path: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every data file of a store: both change when it is written again."""
+    found = ((file.relative_to(path).as_posix(), file.stat()) for file in path.rglob("c.*") if file.is_file())
+    return {place: (stat.st_ino, stat.st_mtime_ns) for place, stat in found}
+
+
+def make_job(store: Path, teacher: Path, *, source=None, taps=(), **fields: Any) -> Job:
+    """What `precompute run` would do with a teacher's run folder and the view preset `digits`."""
+    source = source or open_source("digits")
+    runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), taps)
+    return Job(
+        store, source, fields.pop("recipe", PRESETS["digits"]), runner, fields.pop("views", 2), **fields
+    )
+
+
+def random_source(samples: int, *, size: int = 8, channels: int = 1, classes: int = 10, seed: int = 0):
+    """A source of random pixels and labels."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (samples, size, size, channels), dtype=np.uint8)
+    names = tuple(f"class {label}" for label in range(classes))
+    return InMemory("random:train", images, rng.integers(0, classes, samples), names)
+
+
+def rewrite_manifest(path, change):
+    """Change the manifest's values and give it the right checksum again."""
+    values = json.loads((path / "manifest.json").read_text())
+    del values["checksum"]
+    change(values)
+    values["checksum"] = fingerprint(values)
+    (path / "manifest.json").write_text(canonical_json(values, indent=1))
+
+
+@dataclass(frozen=True)
+class RowStore:
+    """What `write_rows` puts into a store, and what a reader has to give back."""
+
+    samples: int = 50
+    views: int = 2
+    block_rows: int | None = 16
+    encoding: str = "float32"
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: {"logits": (10,)})
+    view_recipe: ViewRecipe = PRESETS["digits"]
+    seed: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels `(N,)`."""
+        return np.random.default_rng([self.seed, 1]).integers(0, 10, self.samples)
+
+    def values(self, array: str, view: int) -> np.ndarray:
+        """Rows `(N, ...)` float32 of one array and view, the same whatever else the store holds."""
+        rng = np.random.default_rng([self.seed, 2, view, *array.encode()])
+        return rng.normal(0, 5, (self.samples, *self.shapes[array])).astype(np.float32)
+
+    def stored(self, array: str, view: int) -> np.ndarray:
+        """The same rows in the dtype of the encoding."""
+        return self.values(array, view).astype(self.encoding)
+
+    def plan(self, **changes: Any) -> StorePlan:
+        """The plan of such a store."""
+        encoding = ENCODINGS[self.encoding]()
+        facts = {
+            "identity": {"view": {"recipe": self.view_recipe.model_dump(mode="json"), "fingerprint": "0"}},
+            "origin": {},
+            "labels": self.labels,
+            "class_names": tuple("abcdefghij"),
+            "views": self.views,
+            "arrays": {name: (encoding, shape) for name, shape in self.shapes.items()},
+            "block_rows": self.block_rows,
+        }
+        return StorePlan(**facts | changes)
+
+    def write_block(self, writer: StoreWriter, block: Any, *, batch_size: int = 7) -> None:
+        """Write one block in batches."""
+        draws = draw(self.view_recipe, block.samples, block.view).digest()
+        files = writer.write(block, {"draws": draws, "environment": self.environment})
+        for start in range(0, len(block), batch_size):
+            chosen = block.samples[start : start + batch_size]
+            files.add({name: self.values(name, block.view)[chosen] for name in self.shapes})
+        files.finish({"rows": float(len(block))})
+
+
+def write_rows(path: Path, rows: RowStore | None = None, part: Part | None = None) -> RowStore:
+    """Write a committed store of random rows; returns what it holds."""
+    rows = rows or RowStore()
+    with StoreWriter(path, rows.plan(), part) as writer:
+        for block in writer.pending():
+            rows.write_block(writer, block)
+        writer.commit()
+    return rows

@@ -1,0 +1,262 @@
+"""Wrong input: the text says what, where and what to do; nothing is written; no traceback."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import CPU, make_recipe, write_store, write_teacher
+from click.testing import CliRunner
+
+from coursepack.data import open_source
+from coursepack.distill.cli import main as distill
+from coursepack.distill.train import train
+from coursepack.precompute.cli import main as precompute
+
+ALONE = "distill train --student digits-small --source digits --view digits --epochs 1 --out new"
+KD = "distill train --student digits-small --epochs 1 --out new"
+WRITE = "precompute run --teacher run:mlp --source digits --view digits --views 2 --store new.zarr"
+FILES = {
+    "unknown.yaml": "student: digits-small\nsource: digits\nview: digits\nepoch: 3\n",
+    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimiser: {lr: fast}\nview: {sed: 1}\n",
+    "broken.yaml": "student: [digits\n",
+    "list.yaml": "- student\n",
+    "empty.yaml": "",
+    "number.yaml": "student: digits-small\nsource: digits\nview: digits\nobjective: 3\n",
+    "path.yaml": "student: digits-small\nstores: s.zarr\n",
+    "view.yaml": "ops: [{op: pad_crop, padding: 0}]\nsed: 1\n",
+    "notes/a.txt": "mine",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with everything that can be confused."""
+    folder = tmp_path_factory.mktemp("work")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x80")
+    mlp = write_teacher(folder / "mlp", seed=1)
+    write_teacher(folder / "seven", classes=7)
+    store = write_store(folder / "s.zarr", mlp)
+    write_store(folder / "plain.zarr", mlp, view="none", views=1)
+    write_store(folder / "started.zarr", mlp, order=iter([]))
+    shutil.copytree(store, folder / "bare.zarr")
+    (folder / "bare.zarr" / "manifest.json").unlink()
+    digits = open_source("digits")
+    images = digits.images.copy()
+    images[0, 0, 0, 0] += 1
+    write_store(folder / "changed.zarr", mlp, source=replace(digits, images=images))
+    train(make_recipe(limit=50), folder / "run", device=CPU)
+    return folder
+
+
+def listing(folder):
+    """Every file and folder with what changes when it is written to."""
+    facts = {path: path.stat() for path in sorted(folder.rglob("*"))}
+    return {str(path): (fact.st_size, fact.st_mtime_ns) for path, fact in facts.items()}
+
+
+def refuse(workplace, monkeypatch, line):
+    """Run a line that must fail without a trace; returns its exit status and what it said."""
+    monkeypatch.chdir(workplace)
+    before = listing(workplace)
+    command, *words = shlex.split(line)
+    result = CliRunner().invoke({"distill": distill, "precompute": precompute}[command], words)
+    assert isinstance(result.exception, SystemExit), f"not an error message: {result.exception!r}"
+    assert listing(workplace) == before, "a refused command wrote something"
+    assert result.stdout == ""
+    return result.exit_code, result.stderr
+
+
+DOMAIN = [
+    # What is not there.
+    (f"{KD} --store no.zarr",
+     "there is no store at 'no.zarr'. Make one with `precompute run ... --store no.zarr`."),
+    (f"{KD} --store bare.zarr",
+     "'bare.zarr' has no manifest.json: it is not a coursepack store, or writing it stopped at once. Run "
+     "the same `precompute run` again."),
+    (f"{KD} --store started.zarr",
+     "store 'started.zarr' has committed none of its 2 views. Run the same `precompute run` again; it "
+     "goes on where it stopped."),
+    ("distill eval no", "there is no run at 'no'. Make one with `distill train ... --out no`."),
+    ("distill eval notes", "there is no run at 'notes'."),
+    ("distill compare run no", "there is no run at 'no'."),
+    ("precompute status --store no.zarr", "there is no store at 'no.zarr'."),
+    ("precompute verify --store no.zarr", "there is no store at 'no.zarr'."),
+    # Stores that do not belong together, or to this run.
+    (f"{KD} --store s.zarr --store plain.zarr",
+     "stores 's.zarr' and 'plain.zarr' do not belong together: their teachers saw different pixels.\n  "
+     'view.ops[0]           s.zarr: {"op":"pad_crop","padding":1}   plain.zarr: -\n  '
+     "view.reference_size   s.zarr: 8                               plain.zarr: 32\nUse stores of one "
+     "source and one view recipe."),
+    (f"{KD} --store s.zarr --store s.zarr --store plain.zarr",
+     "stores 's.zarr' and 'plain.zarr' do not belong together"),
+    (f"{KD} --store s.zarr --store changed.zarr",
+     "do not belong together: their teachers saw different pixels.\n  source.fingerprint   s.zarr: "
+     "2b5afb03b7a9"),
+    (f"{KD} --store changed.zarr",
+     "store 'changed.zarr' was written from source 'digits:train' (\\w{12}), but 'digits:train' here is "
+     "\\w{12}: train on the source that the teachers saw"),
+    (f"{KD} --store s.zarr --source digits:test",
+     "store 's.zarr' was written from source 'digits:train' (\\w{12}), but 'digits:test' here is \\w{12}: "
+     "train on the source that the teachers saw"),
+    (f"{KD} --store s.zarr --view none",
+     "store 's.zarr' was written with another view recipe than this run's.\n  ops[0]           store: "
+     '{"op":"pad_crop","padding":1}   recipe: -\n  reference_size   store: 8    '),
+    (f"{KD} --store s.zarr --views 3",
+     "views is 3, but the stores have 2 views in common: leave --views out, or add views with `precompute "
+     "run ... --views 3`"),
+    (f"{KD} --store s.zarr --teacher-weights 1,2",
+     "teacher_weights has 2 numbers, expected 1: one per store"),
+    (f"{KD} --store s.zarr --teacher-weights -1",
+     "objective.teacher_weights.0: Input should be greater than or equal to 0, got -1.0"),
+    (f"{KD} --store s.zarr --method supervised",
+     "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, or "
+     "choose a method that learns from them, as --method kd"),
+    (f"{ALONE} --method kd", "method 'kd' needs teachers: give at least one --store"),
+    (f"{ALONE} --online", "--online runs the teachers of stores live: give at least one --store"),
+    # Names.
+    (f"{ALONE} --method kdd", "unknown method 'kdd'. Did you mean 'kd'? Known: supervised, kd"),
+    (f"{ALONE} --student digits-smal", "unknown network 'digits-smal'. Did you mean 'digits-small'? Known: "),
+    (f"{ALONE} --student torchvision:resnet5",
+     "unknown torchvision network 'resnet5'. Did you mean 'resnet50'? "),
+    (f"{ALONE} --student run:mlp", "network 'run:mlp' is already trained, expected a network to train"),
+    (f"{ALONE} --source digit", "unknown source 'digit'. Did you mean 'digits'? Known: digits"),
+    (f"{ALONE} --source digits:tset",
+     "unknown split of source 'digits' 'tset'. Did you mean 'test'? Known: train, "),
+    (f"{ALONE} --view digit", "unknown view 'digit'. Did you mean 'digits'? Known: none, digits"),
+    (f"{ALONE} --set evaluation=digits:tes", "unknown split of source 'digits' 'tes'. Did you mean 'test'?"),
+    ("distill eval run --source digits:tes", "unknown split of source 'digits' 'tes'. Did you mean 'test'?"),
+    # Numbers.
+    (f"{ALONE} --limit 1443", "limit is 1443, but source 'digits:train' has 1442 samples"),
+    (f"{ALONE} --lr nan", "optimiser.lr: Input should be a finite number, got nan"),
+    (f"{ALONE} --set student_size=9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
+    # Recipes.
+    ("distill train no.yaml --out new", "cannot read 'no.yaml': No such file or directory"),
+    ("distill train unknown.yaml --out new",
+     "unknown.yaml is not valid:\n  epoch: unknown key, did you mean 'epochs'?\n"),
+    ("distill train many.yaml --out new",
+     "many.yaml is not valid:\n  student: Input should be a valid string, got 3\n  objective.temprature: "
+     "unknown key, did you mean 'temperature'?\n  view.sed: unknown key, did you mean 'seed'?\n  epochs: "
+     "Input should be greater than or equal to 1, got 0\n  optimiser.lr: Input should be a valid number, "
+     "unable to parse string as a number, got 'fast'\n"),
+    ("distill train broken.yaml --out new",
+     '\'broken.yaml\' is not YAML: while parsing a flow sequence\n  in "<unicode string>", line 1, column '
+     "10"),
+    ("distill train bytes.yaml --out new", "'bytes.yaml' is not YAML: it is not text"),
+    ("distill train list.yaml --out new", "'list.yaml' holds a list, expected a mapping of recipe fields"),
+    ("distill train empty.yaml --out new", "'empty.yaml' holds nothing, expected a mapping of recipe fields"),
+    ("distill train number.yaml --out new",
+     "number.yaml is not valid:\n  objective: Input should be a mapping, got 3"),
+    ("distill train number.yaml --temperature 2 --out new",
+     "--temperature: 'objective' is 3, not a group of fields"),
+    ("distill train path.yaml --out new",
+     "path.yaml is not valid:\n  stores: Input should be a list, got 's.zarr'"),
+    (f"{ALONE} --view view.yaml",
+     "view recipe 'view.yaml' is not valid:\n  ops.0.padding: Input should be greater than or equal to 1, "
+     "got 0\n  sed: unknown key, did you mean 'seed'?"),
+    (f"{ALONE} --set epochs", "--set 'epochs' is not key=value"),
+    (f"{ALONE} --set =3", "--set '=3' is not key=value"),
+    (f"{ALONE} --set 'epochs=[1'", "--set 'epochs=[1': the value is not YAML"),
+    (f"{ALONE} --set epochs=0",
+     "the recipe is not valid:\n  epochs: Input should be greater than or equal to 1, got 0"),
+    (f"{ALONE} --set epochs.x=1", "--set 'epochs.x=1': 'epochs' is 1, not a group of fields"),
+    (f"{ALONE} --set method=[1]", "method: Input should be a valid string, got [1]"),
+    (f"{ALONE} --set source=null", "source: Input should be a valid string, got None"),
+    ("distill train --out new", "there is no student: give --student NAME, or a recipe file"),
+    (KD, "there is nothing to train on: give --source NAME[:SPLIT], or --store"),
+    (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
+    # Where to write.
+    (f"{ALONE} --out run", "'run' already holds a run: choose another --out, or give --overwrite"),
+    (f"{ALONE} --out notes", "'notes' is not empty and not a run: choose another --out"),
+    (f"{ALONE} --out notes --overwrite", "'notes' is not empty and not a run: choose another --out"),
+    (f"{ALONE} --out list.yaml",
+     "'list.yaml' is a file, expected a folder for the run: choose another --out"),
+    (f"{ALONE} --out list.yaml/run",
+     "cannot make the run's folder 'list.yaml/run': Not a directory. Choose another"),
+    (f"{ALONE} --out /proc/run",
+     "cannot make the run's folder '/proc/run': No such file or directory. Choose"),
+    # Teachers.
+    (f"{WRITE} --teacher run:seven",
+     "teacher 'run:seven' tells 7 classes apart, but the source has 10 (0, 1, 2, ...): use a teacher "
+     "trained on the source's classes"),
+    (f"{WRITE} --teacher run:no", "there is no run at 'no'. Make one with `distill train --out no`."),
+    (f"{WRITE} --teacher run:notes", "run 'notes' has no trained weights: it is unfinished or not a run"),
+    (f"{WRITE} --teacher digits-mlp", "teacher 'digits-mlp' has no weights: give --weights FILE"),
+    (f"{WRITE} --teacher digits-cnn --weights mlp/student.safetensors",
+     "weights 'mlp/student.safetensors' are not of network 'digits-cnn': missing ["),
+    (f"{WRITE} --tap hiden1", "unknown tap 'hiden1'. Did you mean 'hidden1'? Known: hidden1, hidden2, head"),
+    (f"{WRITE} --store s.zarr --view-seed 1",
+     "store 's.zarr' was written by another recipe.\n  view.fingerprint"),
+]  # fmt: skip
+
+USAGE = [
+    (f"{ALONE} --temperature 0", "'--temperature': 0.0 is not in the range 0<x<=100"),
+    (f"{ALONE} --temperature 101", "'--temperature': 101.0 is not in the range 0<x<=100"),
+    (f"{ALONE} --epochs 0", "'--epochs': 0 is not in the range x>=1"),
+    (f"{ALONE} --lr 0", "'--lr': 0.0 is not in the range x>0"),
+    (f"{ALONE} --limit 0", "'--limit': 0 is not in the range x>=1"),
+    (f"{ALONE} --momentum 1", "'--momentum': 1.0 is not in the range 0<=x<1"),
+    (f"{ALONE} --weight-decay -1", "'--weight-decay': -1.0 is not in the range x>=0"),
+    (f"{ALONE} --batch-size 0", "'--batch-size': 0 is not in the range x>=1"),
+    (f"{ALONE} --views 0", "'--views': 0 is not in the range x>=1"),
+    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range x>=0"),
+    (f"{ALONE} --hard-weight -1", "'--hard-weight': -1.0 is not in the range x>=0"),
+    (f"{ALONE} --teacher-weights 1,x", "'1,x' is not numbers with commas between, as in 0.5,0.3,0.2"),
+    ("distill train --student digits-small", "Missing option '--out'"),
+    ("distill trian", "No such command 'trian'"),
+    (f"{WRITE} --views 0", "'--views': 0 is not in the range x>=1"),
+    (f"{WRITE} --encoding float17", "'float17' is not one of 'float32', 'float16'"),
+    (f"{WRITE} --part 2/2", "'2/2' is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2"),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), DOMAIN)
+def test_domain_errors(workplace, monkeypatch, line, text):
+    status, said = refuse(workplace, monkeypatch, line)
+    assert status == 1
+    assert said.startswith("Error: ")
+    # Fingerprints are the only thing that a text is not exact about.
+    pattern = re.escape(text).replace(r"\\w\{12\}", r"\w{12}")
+    assert re.search(pattern, said), said
+
+
+@pytest.mark.parametrize(("line", "text"), USAGE)
+def test_usage_errors(workplace, monkeypatch, line, text):
+    status, said = refuse(workplace, monkeypatch, line)
+    assert status == 2
+    assert text in said
+    assert "--help' for help." in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(workplace, monkeypatch):
+    for line in (ALONE, WRITE, "distill eval run"):
+        status, said = refuse(workplace, monkeypatch, f"{line} --device cuda")
+        assert status == 1
+        assert said == "Error: device is 'cuda', but torch sees no CUDA device: use --device cpu\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "text"),
+    [
+        (f"{KD} --store no.zarr", 1, "Error: there is no store at 'no.zarr'. "
+         "Make one with `precompute run ... --store no.zarr`.\n"),
+        ("precompute run --teacher run:mlp", 2, "Usage: precompute run [OPTIONS]\n"
+         "Try 'precompute run --help' for help.\n\nError: Missing option '--source'.\n"),
+    ],
+)  # fmt: skip
+def test_installed_commands(workplace, line, status, text):
+    before = listing(workplace)
+    command, *words = shlex.split(line)
+    script = Path(sys.executable).parent / command
+    result = subprocess.run([script, *words], cwd=workplace, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", text)
+    assert listing(workplace) == before

@@ -1,0 +1,289 @@
+"""What every package shares: canonical JSON, configs, whole-file writes, progress, errors as text."""
+
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+
+import click
+import pytest
+from click.testing import CliRunner
+from pydantic import Field
+
+from coursepack import console, files
+from coursepack.canonical import canonical_json, difference_table, differences, fingerprint
+from coursepack.config import Config, check_given, parse_config, read_yaml, write_yaml
+from coursepack.console import Commands, byte_size, print_table, progress
+from coursepack.errors import CoursepackError, RecipeError, StoreNotFound, UnknownName
+from coursepack.files import partials, write_whole
+
+# Canonical JSON
+
+
+def test_canonical_json_has_one_spelling():
+    value = {"b": [1, (2.5, None)], "a": {"x": None, "y": "é"}, "c": True}
+    text = '{"a":{"y":"\\u00e9"},"b":[1,[2.5,null]],"c":true}'
+    assert canonical_json(value) == text
+    assert canonical_json(dict(reversed(value.items()))) == text
+    assert canonical_json({3: 0.1}) == '{"3":0.1}'
+    assert canonical_json({"a": [1]}, indent=1) == '{\n "a": [\n  1\n ]\n}'
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="JSON"):
+            canonical_json({"x": [bad]})
+
+
+def test_fingerprints():
+    # sha256 of `{"a":1}`, by sha256sum.
+    known = "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
+    assert fingerprint({"a": 1, "b": None}) == known
+    assert len({fingerprint(value) for value in (1, 1.0, True, "1", [1], {"1": 1}, None)}) == 7
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}, []),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, [("a.b[1]", "2", "3")]),
+        ({"a": 1}, {"b": "x"}, [("a", "1", "-"), ("b", "-", "x")]),
+        ({"a": [1, 2]}, {"a": [1]}, [("a[1]", "2", "-")]),
+        ({"a": {}}, {}, [("a", "{}", "-")]),
+        ({"a": {"b": 1}}, {"a": 1}, [("a", '{"b":1}', "1")]),
+        (1, 1.0, [("", "1", "1.0")]),
+        ({"a": True}, {"a": 1}, [("a", "true", "1")]),
+    ],
+)
+def test_differences(left, right, expected):
+    assert differences(left, right) == expected
+    assert differences(right, left) == [(path, b, a) for path, a, b in expected]
+    assert (fingerprint(left) == fingerprint(right)) == (not expected)
+
+
+def test_difference_table_is_aligned():
+    table = difference_table(
+        {"seed": 0, "size": None, "ops": ["crop"]}, {"seed": 10, "ops": ["flip"]}, "store", "run"
+    )
+    assert table == "  ops[0]   store: crop   run: flip\n  seed     store: 0      run: 10"
+
+
+# Configs
+
+
+class Inner(Config):
+    padding: int = Field(default=1, ge=1)
+
+
+class Outer(Config):
+    name: str
+    inner: Inner = Inner()
+    seeds: tuple[int, ...] = ()
+
+
+def test_configs_show_everything_wrong_at_once():
+    values = {"inner": {"pading": 2, "padding": 0}, "sedes": 1, "seeds": 3, "zzz": 1}
+    lines = [
+        "  name: Field required",
+        "  inner.padding: Input should be greater than or equal to 1, got 0",
+        "  inner.pading: unknown key, did you mean 'padding'?",
+        "  seeds: Input should be a list, got 3",
+        "  sedes: unknown key, did you mean 'seeds'?",
+        "  zzz: unknown key",
+    ]
+    with pytest.raises(RecipeError) as caught:
+        parse_config(Outer, values, "file.yaml")
+    assert str(caught.value) == "\n".join(["file.yaml is not valid:", *lines])
+    with pytest.raises(RecipeError) as caught:
+        check_given(Outer, values, "file.yaml")
+    assert str(caught.value) == "\n".join(["file.yaml is not valid:", *lines[1:]])
+    check_given(Outer, {"inner": {}}, "what is missing may still come")
+    with pytest.raises(RecipeError, match=r"inner: Input should be a mapping, got \[1\]"):
+        parse_config(Outer, {"name": "x", "inner": [1]}, "file.yaml")
+    with pytest.raises(RecipeError, match="is not valid"):
+        parse_config(Outer, {"name": "x", "inner": {"padding": math.inf}}, "file.yaml")
+
+
+def test_configs_cannot_change():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(Outer, {"name": "x"}, "here").name = "y"
+
+
+def test_yaml_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(write_yaml({"b": 1e-5, "a": ["é", None]}))
+    assert path.read_text() == "b: 1.0e-05\na:\n- é\n- null\n"
+    assert read_yaml(path) == {"b": 1e-5, "a": ["é", None]}
+    path.write_text("!!python/object/apply:os.getcwd []")
+    with pytest.raises(RecipeError, match="is not YAML: could not determine a constructor"):
+        read_yaml(path)
+    with pytest.raises(RecipeError, match=r"cannot read .*: Is a directory"):
+        read_yaml(tmp_path)
+
+
+# Whole-file writes
+
+
+def test_write_whole(tmp_path):
+    path = tmp_path / "f"
+    write_whole(path, b"old")
+    with path.open("rb") as held:
+        write_whole(path, b"", b"ne", memoryview(bytearray(b"w!")))
+        assert held.read() == b"old", "whoever has the old file open or mapped keeps it"
+    assert path.read_bytes() == b"new!"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_write_leaves_a_partial_file_only(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    code = (
+        "import os, pathlib, signal, sys\nfrom coursepack.files import write_whole\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_whole(pathlib.Path(sys.argv[1]), b'new')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    (left,) = partials(tmp_path)
+    assert left.name.startswith("f.")
+    assert {left, path} == set(tmp_path.iterdir())
+    assert list(partials(tmp_path / "none")) == []
+
+
+# Progress and tables
+
+
+def test_progress_in_a_log_is_plain_lines(monkeypatch, capsys):
+    clock = iter([0.0, 4.0, 11.0, 11.0, 12.0, 22.0, 22.0, 23.0, 23.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with progress("train", 10_000, "samples", done=2000) as meter:
+        meter.advance(100)
+        meter.advance(1000, "accuracy 90 %")
+        meter.advance(50)
+        meter.advance(1050)
+        meter.advance(5800)
+    assert capsys.readouterr() == (
+        "",
+        "train: 3,100 of 10,000 samples, 100 samples/s, 69 s left, accuracy 90 %\n"
+        "train: 4,200 of 10,000 samples, 100 samples/s, 58 s left\n"
+        "train: 10,000 of 10,000 samples, 348 samples/s, 0 s left\n",
+    )
+
+
+def test_progress_over_nothing_says_nothing(capsys):
+    with progress("train", 10, "samples", done=10):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    main, side = pty.openpty()
+    shown = bytearray()
+
+    def listen():
+        try:
+            while part := os.read(main, 1024):
+                shown.extend(part)
+        except OSError:  # how Linux says that the other side is closed
+            pass
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with os.fdopen(side, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress("train", 40, "samples") as meter:
+            meter.advance(40, "accuracy 90 %")
+        monkeypatch.undo()
+    listener.join(timeout=10)
+    os.close(main)
+    text = shown.decode()
+    for part in ("train", "━", "40/40", "samples/s", "0:00:00", "accuracy 90 %"):
+        assert part in text
+
+
+def test_tables_are_not_cut_and_read_no_markup(capsys):
+    print_table("[red]Title", ["recipe", "n"], [["[bold]" + "long " * 30, "1"], ["b", "20"]])
+    out, err = capsys.readouterr()
+    assert "[red]Title" in out
+    assert "[bold]" + "long " * 30 in out
+    assert "│ 20 │" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (2_500_000, "2.5 MB"),
+        (3e9, "3.0 GB"),
+        (5e15, "5000.0 TB"),
+    ],
+)
+def test_byte_size(count, text):
+    assert byte_size(count) == text
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (StoreNotFound("there is no store at 'a'"), "Error: there is no store at 'a'\n"),
+        (PermissionError(13, "Permission denied", "a/b"), "Error: Permission denied: a/b\n"),
+        (OSError("something"), "Error: something\n"),
+        (UnknownName("view", "digit", ["none", "digits"]),
+         "Error: unknown view 'digit'. Did you mean 'digits'? Known: none, digits.\n"),
+        (UnknownName("view", "zzz", ["none"]), "Error: unknown view 'zzz'. Known: none.\n"),
+    ],
+)  # fmt: skip
+def test_commands_turn_errors_into_text(error, text):
+    @click.group(cls=Commands)
+    def group():
+        pass
+
+    @group.command()
+    def fail():
+        raise error
+
+    result = CliRunner().invoke(group, ["fail"])
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", text)
+
+
+def test_bugs_are_not_turned_into_text():
+    @click.group(cls=Commands)
+    def group():
+        pass
+
+    @group.command()
+    def fail():
+        raise ZeroDivisionError
+
+    assert isinstance(CliRunner().invoke(group, ["fail"]).exception, ZeroDivisionError)
+
+
+def test_every_error_is_a_builtin_one_too():
+    kinds = CoursepackError.__subclasses__()
+    assert len(kinds) >= 10
+    for kind in kinds:
+        builtin = [base for base in kind.__mro__ if base.__module__ == "builtins"]
+        assert builtin[0] is not Exception, kind

@@ -1,0 +1,90 @@
+"""The manifest and the Zarr metadata beside it: damage is refused, tampering is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import RowStore, rewrite_manifest, store_files, write_rows
+
+from coursepack.data.store import StoreReader, load_manifest, verify
+from coursepack.errors import StoreDamaged, StoreMismatch
+
+ROWS = RowStore(views=3, shapes={"logits": (10,), "features/stem": (2, 3)})
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store that a test may damage."""
+    write_rows(tmp_path / "s.zarr", ROWS)
+    return tmp_path / "s.zarr"
+
+
+def test_any_flipped_bit_of_the_manifest_is_refused(store):
+    manifest = store / "manifest.json"
+    content = manifest.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(content), 150):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        if bytes(damaged).split() == content.split():
+            continue
+        manifest.write_bytes(damaged)
+        with pytest.raises((StoreDamaged, StoreMismatch)):
+            StoreReader(store)
+
+
+FOREIGN = {
+    "not JSON": (b"{", StoreDamaged, "cannot be understood"),
+    "empty": (b"", StoreDamaged, "cannot be understood"),
+    "not text": (b"\xff\xfe\xfa", StoreDamaged, "cannot be understood"),
+    "a list": (b"[1]", StoreDamaged, "cannot be understood"),
+    "another's": (b'{"format": "cookbook"}', StoreDamaged, "is not the manifest of a coursepack store"),
+    "next version": (
+        b'{"format": "coursepack store", "format_version": 2}',
+        StoreMismatch,
+        "has format version 2, this release reads 1. Install a newer coursepack.",
+    ),
+    "bare": (b'{"format": "coursepack store", "format_version": 1}', StoreDamaged, "its own checksum"),
+}
+
+
+@pytest.mark.parametrize(("content", "error", "text"), FOREIGN.values(), ids=FOREIGN)
+def test_foreign_manifest(store, content, error, text):
+    (store / "manifest.json").write_bytes(content)
+    with pytest.raises(error, match=text):
+        StoreReader(store)
+
+
+@pytest.mark.parametrize("key", ["samples", "arrays", "committed", "labels", "files"])
+def test_manifest_that_lacks_something(store, key):
+    rewrite_manifest(store, lambda values: values.pop(key))
+    with pytest.raises(StoreDamaged, match=f"cannot be understood: .*{key}"):
+        StoreReader(store)
+
+
+def test_every_tampered_zarr_metadata_is_reported(store):
+    keys = sorted(key for key in store_files(store) if key.endswith("zarr.json"))
+    assert len(keys) == 7
+    for key in keys:
+        content = (store / key).read_text()
+        for damaged in ("{", content.replace('"zarr_format"', '"format"'), content.replace("group", "array")):
+            if damaged != content:
+                (store / key).write_text(damaged)
+                assert [problem.partition(":")[0] for problem in verify(store).problems] == [key]
+        (store / key).unlink()
+        assert verify(store).problems == (f"{key}: missing or not JSON",)
+        (store / key).write_text(content)
+    assert verify(store).problems == ()
+
+
+def test_verify_counts_and_notices_other_draws(store):
+    sizes = []
+    report = verify(store, on_file=sizes.append)
+    assert (report.files, report.size) == (25, sum(sizes))
+    assert report.size == sum((store / key).stat().st_size for key in load_manifest(store).files)
+    labels = (store / "labels/c.0").read_bytes()
+    (store / "labels/c.0").write_bytes(b"short")
+    assert verify(store).problems == (f"labels/c.0: 5 bytes, expected {len(labels)}",)
+    (store / "labels/c.0").write_bytes(labels)
+    rewrite_manifest(store, lambda values: values["view_records"]["2"]["draws"].__setitem__(3, "00000000"))
+    assert verify(store).problems == ("view 2, block 3: this version draws other view parameters",)

@@ -1,0 +1,178 @@
+"""Run folders: what is in them, training them again to the last bit, and refusing unfinished ones."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from builders import CPU, make_recipe, write_store, write_teacher
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from coursepack.data import open_source, view_fingerprint, view_recipe
+from coursepack.data.store import load_manifest
+from coursepack.distill.cli import main as distill
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.train import train
+from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
+from coursepack.models import load_teacher
+
+NAMES = {"recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl", "student.safetensors"}
+
+
+def metrics_of(run):
+    """Metrics per epoch, but for the time they took."""
+    return [{**line, "seconds": None} for line in load_run(run).metrics]
+
+
+def call(*words):
+    result = CliRunner().invoke(distill, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, stores):
+    """A finished run of three epochs over two stores."""
+    out = tmp_path_factory.mktemp("runs") / "kd"
+    train(make_recipe(stores[:2], epochs=3, limit=200, views=2, seed=5), out, device=CPU)
+    return out
+
+
+def test_a_run_folder_holds_everything(run, stores):
+    assert {path.name for path in run.iterdir()} == NAMES
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["stores"] == [str(store) for store in stores[:2]]
+    assert (recipe["seed"], recipe["epochs"], recipe["objective"]["temperature"]) == (5, 3, 4.0)
+    assert load_run(run).recipe == make_recipe(stores[:2], epochs=3, limit=200, views=2, seed=5)
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["view"]) for line in lines] == [(0, 0), (1, 1), (2, 0)]
+    assert all(line["seconds"] > 0 for line in lines)
+    assert set(lines[0]["train"]) == {"loss", "soft_target", "accuracy"}
+    assert set(lines[0]["evaluation"]) == {"accuracy", "nll", "accuracy_top5"}
+    assert lines[2]["train"]["loss"] < lines[0]["train"]["loss"]
+
+
+def test_provenance_says_where_the_targets_came_from(run, stores):
+    facts = json.loads((run / "provenance.json").read_text())
+    source = open_source("digits")
+    assert facts["stores"] == [
+        {
+            "path": str(store.resolve()),
+            "fingerprint": load_manifest(store).fingerprint,
+            "views": [0, 1, 2],
+            "encoding": {"name": "float32"},
+        }
+        for store in stores[:2]
+    ]
+    assert facts["source_fingerprint"] == source.fingerprint
+    assert facts["view_fingerprint"] == view_fingerprint(view_recipe("digits"), source)
+    assert set(facts["versions"]) == {"coursepack", "torch", "torchvision", "numpy"}
+    assert facts["device"] == "cpu"
+
+
+def test_the_weights_are_those_after_the_last_epoch(run):
+    digits = open_source("digits:test")
+    network = load_teacher(f"run:{run}", digits.class_names)
+    assert network.spec == "digits-small"
+    shapes = {name: tuple(value.shape) for name, value in load_file(run / "student.safetensors").items()}
+    assert shapes == {name: tuple(value.shape) for name, value in network.module.state_dict().items()}
+    told = json.loads(call("eval", run, "--json"))
+    assert told == {"run": str(run), "source": "digits:test", **load_run(run).metrics[-1]["evaluation"]}
+    elsewhere = json.loads(call("eval", run, "--source", "digits:train", "--json"))
+    assert elsewhere["source"] == "digits:train"
+    assert elsewhere["nll"] != told["nll"]
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_the_recipe_of_a_run_trains_it_again(tmp_path, run, stores, online):
+    if online:
+        first = tmp_path / "first"
+        train(make_recipe(stores[1:2], epochs=2, limit=200, online=True), first, device=CPU)
+    else:
+        first = run
+    again = tmp_path / "again"
+    said = call("train", first / "recipe.yaml", "--out", again)
+    assert said.startswith(f"{again}: accuracy ")
+    assert metrics_of(again) == metrics_of(first)
+    for name in NAMES - {"metrics.jsonl"}:
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+
+
+def test_flags_replace_what_a_recipe_says(tmp_path, run):
+    call("train", run / "recipe.yaml", "--seed", 6, "--epochs", 1, "--temperature", 2, "--lr", 0.1,
+         "--set", "objective.hard_weight=0.5", "--set", "batch_size=32", "--out", tmp_path / "o")  # fmt: skip
+    changed = load_run(tmp_path / "o").recipe
+    assert (changed.seed, changed.epochs, changed.batch_size) == (6, 1, 32)
+    assert (changed.optimiser.lr, changed.optimiser.momentum) == (0.1, 0.9)
+    told = changed.objective
+    assert (told.temperature, told.hard_weight, told.soft_weight) == (2.0, 0.5, 0.9)
+    assert changed.limit == 200, "what no flag names stays"
+
+
+def test_another_method_brings_its_own_objective(tmp_path, run):
+    call("train", run / "recipe.yaml", "--hard-weight", 0.7, "--method", "supervised",
+         "--set", "stores=[]", "--epochs", 1, "--out", tmp_path / "o")  # fmt: skip
+    objective = load_run(tmp_path / "o").recipe.objective
+    assert (objective.soft_weight, objective.hard_weight) == (0.0, 0.7)
+
+
+def test_with_stores_the_method_source_and_view_go_without_saying(tmp_path, stores):
+    call("train", "--student", "digits-small", "--store", stores[0], "--epochs", 1, "--out", tmp_path / "o")
+    recipe = load_run(tmp_path / "o").recipe
+    assert (recipe.method, recipe.source, recipe.evaluation) == ("kd", "digits:train", "digits:test")
+    assert recipe.view == view_recipe("digits")
+
+
+def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
+    evaluations = iter([{"accuracy": 0.5, "nll": 1.0}])
+    module = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
+    monkeypatch.setattr(module, "evaluate", lambda *_: next(evaluations))
+    with pytest.raises(StopIteration):
+        train(make_recipe(limit=100, epochs=3), tmp_path / "o", device=CPU)
+    assert {path.name for path in (tmp_path / "o").iterdir()} == NAMES - {"student.safetensors"}
+    assert len((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()) == 1
+    for words in (["eval", "o"], ["compare", "o"]):
+        monkeypatch.chdir(tmp_path)
+        result = CliRunner().invoke(distill, words)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: run 'o' is unfinished: train it again with --overwrite\n"
+    with pytest.raises(RunError, match="has no trained weights: it is unfinished"):
+        load_teacher("run:o", open_source("digits").class_names)
+
+    monkeypatch.undo()
+    train(make_recipe(limit=100), tmp_path / "o", device=CPU, overwrite=True)
+    assert len(load_run(tmp_path / "o").metrics) == 1
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
+    out = tmp_path / "o"
+    train(make_recipe(limit=50, epochs=2), out, device=CPU)
+    (out / "notes.txt").write_text("mine")
+    train(make_recipe(limit=50), out, device=CPU, overwrite=True)
+    assert {path.name for path in out.iterdir()} == NAMES
+    assert len(load_run(out).metrics) == 1
+
+
+def test_a_diverged_run_stays_unfinished(tmp_path):
+    recipe = make_recipe(limit=200, epochs=3, optimiser={"lr": 1e30})
+    with pytest.raises(
+        TrainingDiverged, match=r"diverged in epoch 0: \w+ is (nan|inf)\. Use a smaller --lr than 1e"
+    ):
+        train(recipe, tmp_path / "o", device=CPU)
+    with pytest.raises(RunError, match="is unfinished"):
+        load_run(tmp_path / "o")
+
+
+def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
+    teacher = write_teacher(tmp_path / "teacher", seed=1)
+    store = write_store(tmp_path / "t.zarr", teacher)
+    weights = teacher / "student.safetensors"
+    assert load_manifest(store).origin["weights_file"] == str(weights.resolve())
+    weights.write_bytes((write_teacher(tmp_path / "other", seed=2) / weights.name).read_bytes())
+    text = r"are not the ones that wrote store .*: put the old weights back, or write the store again"
+    with pytest.raises(TeacherMismatch, match=text):
+        train(make_recipe([store], online=True), tmp_path / "o", device=CPU)
+    assert not (tmp_path / "o").exists()
+    train(make_recipe([store], limit=50), tmp_path / "o", device=CPU)
