@@ -82,12 +82,11 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
     half.numpy().tofile(raw)
     memmap = np.memmap(raw, dtype=np.float16, mode="r", shape=values.shape)
     reader = write_store(folder / "float16.zarr", values, encoding="float16")
-    views = np.zeros(BATCH, dtype=np.int64)
     out = torch.empty(BATCH, values.shape[1], dtype=torch.float16)
     foreign = zarr.open_group(folder / "float16.zarr", mode="r")["logits/values"]
     shuffle = Shuffle(len(values), size.batches)
     variants = {
-        "store": shuffle.each(lambda samples: reader.rows(LOGITS, views, samples)),
+        "store": shuffle.each(lambda samples: reader.rows(LOGITS, 0, samples)),
         "memory": shuffle.each(
             lambda samples: torch.index_select(half, 0, torch.from_numpy(samples), out=out)
         ),
@@ -103,7 +102,7 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
     ]
     few = Shuffle(len(values), 1)
     slow = {
-        "store": few.each(lambda samples: reader.rows(LOGITS, views, samples)),
+        "store": few.each(lambda samples: reader.rows(LOGITS, 0, samples)),
         "zarr": few.each(lambda samples: foreign.oindex[0, np.sort(samples)]),
     }
     seconds = alternate(slow, max(3, size.rounds // 3))
@@ -127,7 +126,7 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
         reader.components(LOGITS, 0, order[:1])
         started = time.perf_counter()
         for batch in batches:
-            reader.rows(LOGITS, np.zeros(len(batch), dtype=np.int64), batch)
+            reader.rows(LOGITS, 0, batch)
         ours = time.perf_counter() - started
         started = time.perf_counter()
         for batch in batches:
@@ -141,11 +140,10 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
 
 def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
     readers = [write_store(folder / f"t{k}.zarr", values, encoding="float16") for k in range(4)]
-    views = np.zeros(BATCH, dtype=np.int64)
     shuffle = Shuffle(len(values), size.batches)
     variants = {
-        "four": shuffle.each(lambda samples: [reader.rows(LOGITS, views, samples) for reader in readers]),
-        "one": shuffle.each(lambda samples: readers[0].rows(LOGITS, views, samples)),
+        "four": shuffle.each(lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers]),
+        "one": shuffle.each(lambda samples: readers[0].rows(LOGITS, 0, samples)),
     }
     seconds = alternate(variants, size.rounds)
     config = {"rows": len(values), "classes": values.shape[1]}
@@ -165,7 +163,6 @@ def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> 
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
     images = torch.randn(BATCH, 1024)
     held = [torch.from_numpy(values).half() for _ in readers]
-    views = np.zeros(BATCH, dtype=np.int64)
 
     def step(teachers: list[Any]) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -174,9 +171,7 @@ def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> 
 
     shuffle = Shuffle(len(values), 1)
     variants = {
-        "stores": shuffle.each(
-            lambda samples: step([reader.rows(LOGITS, views, samples) for reader in readers])
-        ),
+        "stores": shuffle.each(lambda samples: step([reader.rows(LOGITS, 0, samples) for reader in readers])),
         "memory": shuffle.each(lambda samples: step([t[torch.from_numpy(samples)] for t in held])),
     }
     seconds = alternate(variants, size.step_rounds)
@@ -190,7 +185,6 @@ def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> 
 def decoding(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
     full = torch.from_numpy(values)
     out = torch.empty(BATCH, values.shape[1])
-    views = np.zeros(BATCH, dtype=np.int64)
     readers = {
         name: write_store(folder / f"{name[:4]}.zarr", values, encoding=name) for name in ("int8", "topk:10")
     }
@@ -200,7 +194,7 @@ def decoding(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any
             lambda samples: torch.index_select(full, 0, torch.from_numpy(samples), out=out)
         ),
         **{
-            name: shuffle.each(lambda samples, reader=reader: reader.rows(LOGITS, views, samples).decode())
+            name: shuffle.each(lambda samples, reader=reader: reader.rows(LOGITS, 0, samples).decode(out=out))
             for name, reader in readers.items()
         },
     }
@@ -315,7 +309,6 @@ def peers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
         chosen = slice(image * views, (image + 1) * views)
         torch.save([top_probs[chosen].half(), top_ids[chosen].to(torch.int16)], images / f"{image}.pt")
     reader = write_store(folder / "peer-topk.zarr", values, encoding=f"topk:{k}")
-    zero = np.zeros(BATCH, dtype=np.int64)
 
     def seek(samples: np.ndarray) -> np.ndarray:
         with records.open("rb") as file:
@@ -333,7 +326,7 @@ def peers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
 
     shuffle = Shuffle(rows, 1)
     variants: dict[str, Callable[[], None]] = {
-        "ours": shuffle.each(lambda samples: reader.rows(LOGITS, zero, samples)),
+        "ours": shuffle.each(lambda samples: reader.rows(LOGITS, 0, samples)),
         "records with a seek each (TinyViT)": shuffle.each(seek),
         "a file per sample": shuffle.each(one_by_one),
         "a file per image with its views (FKD)": shuffle.each(by_image),

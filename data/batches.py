@@ -41,6 +41,12 @@ class Batch:
         """Class ids `(N,)` int64."""
         return torch.from_numpy(self.source.labels[self.samples]).to(self.device)
 
+    @functools.cached_property
+    def view(self) -> int | Samples:
+        """The view that all samples share, or each sample's own."""
+        first = int(self.views[0]) if len(self.views) else 0
+        return first if bool((self.views == first).all()) else self.views
+
     def pixels(self, size: int) -> Tensor:
         """Rendered views `(N, size, size, channels)` uint8; rendered once per size."""
         if size not in self._pixels:

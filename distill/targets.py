@@ -64,7 +64,7 @@ class CachedTargets:
             StoreDamaged: a file is not what its manifest vouches for.
         """
         chosen = self.readers if teachers is None else [self.readers[place] for place in teachers]
-        rows = [reader.rows(LOGITS, batch.views, batch.samples) for reader in chosen]
+        rows = [reader.rows(LOGITS, batch.view, batch.samples) for reader in chosen]
         return Targets([part.to(self.device, non_blocking=True) for part in rows])
 
     def prefetch(self, view: int) -> None:

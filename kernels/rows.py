@@ -39,8 +39,11 @@ class Rows(Protocol):
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same rows on another device."""
 
-    def decode(self, temperature: Tensor | None = None) -> Tensor:
-        """The values, float32, as they are to be read at a temperature per row `(N,)`; None means 1."""
+    def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The values, float32, as they are to be read at a temperature per row `(N,)`; None means 1.
+
+        `out` is a contiguous float32 tensor of the decoded shape to write to, instead of a new one.
+        """
 
 
 R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | BitRows")
@@ -74,9 +77,9 @@ class DenseRows:
         """The same rows on another device."""
         return _moved(self, device, non_blocking)
 
-    def decode(self, temperature: Tensor | None = None) -> Tensor:
-        """The values, float32; a view of the stored tensor where that is float32 already."""
-        return self.values.float()
+    def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The values, float32; the stored tensor itself where that is float32 already."""
+        return self.values.float() if out is None else _target(self, out).copy_(self.values)
 
 
 @dataclass(frozen=True)
@@ -107,18 +110,17 @@ class Int8Rows:
         """The same rows on another device."""
         return _moved(self, device, non_blocking)
 
-    def decode(self, temperature: Tensor | None = None) -> Tensor:
+    def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """The values, float32."""
         affine = self.affine.float()
         if self.device.type == "cpu":
             from coursepack.kernels.jit_decode import int8_decode
 
-            out = torch.empty(self.shape, dtype=torch.float32)
-            flat = (len(self.q), -1)
+            out, flat = _target(self, out), (len(self.q), -1)
             int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
             return out
         scale, minimum = (affine[:, column].reshape(-1, *[1] * (self.q.ndim - 1)) for column in (0, 1))
-        return self.q.float().mul_(scale).add_(minimum)
+        return _target(self, out).copy_(self.q).mul_(scale).add_(minimum)
 
 
 @dataclass(frozen=True)
@@ -162,22 +164,24 @@ class TopKRows:
         """The same rows on another device."""
         return _moved(self, device, non_blocking)
 
-    def decode(self, temperature: Tensor | None = None) -> Tensor:
+    def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
         if self.device.type == "cpu":
-            return self._decode_cpu(temperature)
+            return self._decode_cpu(temperature, _target(self, out))
         values = self.values.float()
         fill = self.tail_logit(values, temperature)
-        dense = fill[:, None].expand(self.shape).clone()
         # A bad id would need the device to be waited for: it is clamped, as everywhere on CUDA.
-        return dense.scatter_(1, self.ids.to(torch.int64).clamp_(max=self.classes - 1), values)
+        return (
+            _target(self, out)
+            .copy_(fill[:, None].expand(self.shape))
+            .scatter_(1, self.ids.to(torch.int64).clamp_(max=self.classes - 1), values)
+        )
 
-    def _decode_cpu(self, temperature: Tensor | None) -> Tensor:
+    def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
         from coursepack.kernels.jit_decode import topk_decode
 
         rows = len(self.ids)
         inverse = torch.ones(rows) if temperature is None else 1 / temperature.to(torch.float32)
-        out = torch.empty(self.shape, dtype=torch.float32)
         knots = np.array([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], dtype=np.float32)
         bad = topk_decode(
             self.ids.numpy(),
@@ -242,18 +246,18 @@ class BitRows:
         """The same rows on another device."""
         return _moved(self, device, non_blocking)
 
-    def decode(self, temperature: Tensor | None = None) -> Tensor:
+    def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """+1 where the value was positive, -1 elsewhere, float32."""
         count = math.prod(self.row_shape)
         if self.device.type == "cpu":
             from coursepack.kernels.jit_decode import bit_decode
 
-            out = torch.empty(self.shape, dtype=torch.float32)
+            out = _target(self, out)
             bit_decode(self.bits.numpy(), out.view(len(self.bits), -1).numpy())
             return out
         shifts = torch.arange(7, -1, -1, device=self.device, dtype=torch.uint8)
         ones = (self.bits[:, :, None] >> shifts & 1).flatten(1)[:, :count]
-        return ones.float().mul_(2).sub_(1).reshape(self.shape)
+        return _target(self, out).copy_(ones.reshape(self.shape)).mul_(2).sub_(1)
 
 
 def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
@@ -273,6 +277,18 @@ def _moved(rows: R, device: torch.device | str, non_blocking: bool) -> R:
         if isinstance(getattr(rows, field.name), Tensor)
     }
     return replace(rows, **tensors)
+
+
+def _target(rows: Rows, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    _check_dtype("out", out, torch.float32)
+    _check_shape("out", out, tuple(rows.shape))
+    if not out.is_contiguous() or out.device != rows.device:
+        raise ValueError(
+            f"out is on {out.device} or not contiguous, expected a contiguous tensor on {rows.device}"
+        )
+    return out
 
 
 def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:

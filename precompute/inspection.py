@@ -79,4 +79,4 @@ def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> 
 def _logits(reader: StoreReader, view: int) -> Any:
     for start in range(0, reader.manifest.samples, ROWS_AT_A_TIME):
         samples = np.arange(start, min(start + ROWS_AT_A_TIME, reader.manifest.samples))
-        yield reader.rows(LOGITS, np.full(len(samples), view), samples).decode(), samples
+        yield reader.rows(LOGITS, view, samples).decode(), samples

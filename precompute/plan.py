@@ -141,11 +141,11 @@ def probe(job: Job) -> Probe:
         reader = StoreReader(small.store)
         order = np.random.default_rng(0).permutation(samples)[: job.batch_size]
         for array in reader.manifest.arrays:
-            reader.rows(array, np.zeros(len(order), dtype=np.int64), order)
+            reader.rows(array, 0, order)
         started = time.perf_counter()
         for _ in range(PROBE_READS):
             for array in reader.manifest.arrays:
-                reader.rows(array, np.zeros(len(order), dtype=np.int64), order)
+                reader.rows(array, 0, order)
         read = (time.perf_counter() - started) / PROBE_READS / len(order)
     return Probe(teacher, read)
 

@@ -103,24 +103,22 @@ class OpenView:
         count = len(samples)
         if not self._trusted:
             self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
-        starts, total = [], 0
-        for part in self._parts:
-            starts.append(total)
-            total += -(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT
-        out = (
-            torch.empty(total, dtype=torch.uint8, pin_memory=True).numpy()
-            if self._pinned
-            else np.empty(total, np.uint8)
-        )
+        sizes = [-(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT for part in self._parts]
+        out = self._buffer(sum(sizes))
         outside = gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
         if outside >= 0:
             raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {self._rows - 1}")
-        return {
-            part.name: out[start : start + count * part.row_bytes]
-            .view(part.dtype)
-            .reshape(count, *part.layout.row_shape)
-            for part, start in zip(self._parts, starts, strict=True)
-        }
+        rows, start = {}, 0
+        for part, size in zip(self._parts, sizes, strict=True):
+            raw = out[start : start + count * part.row_bytes]
+            rows[part.name] = raw.view(part.dtype).reshape(count, *part.layout.row_shape)
+            start += size
+        return rows
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        if self._pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(size, dtype=np.uint8)
 
     def will_need(self, samples: Samples) -> None:
         """Ask the system to read the chunks of these samples in the background."""

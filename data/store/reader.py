@@ -124,10 +124,10 @@ class StoreReader:
             )
         return self._opened(array, view).gather(samples)
 
-    def rows(self, array: str, views: Samples, samples: Samples) -> Rows:
-        """Encoded rows `(n, *row_shape)`, each of its own view `(n,)`; errors as `components`."""
-        if len(views) == 0 or bool((views == views[0]).all()):
-            parts = self.components(array, int(views[0]) if len(views) else self.views[0], samples)
+    def rows(self, array: str, views: int | Samples, samples: Samples) -> Rows:
+        """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`; errors as `components`."""
+        if isinstance(views, int):
+            parts = self.components(array, views, samples)
         else:
             parts = self._mixed(array, views, samples)
         stored = self.manifest.arrays[array]
