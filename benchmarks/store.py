@@ -27,7 +27,7 @@ from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import StoreReader
 from coursepack.data.store.layout import plan_array, plan_block_rows
 from coursepack.data.store.records import fidelity, fidelity_summary
-from coursepack.data.store.shards import checksum_of, shard_pieces
+from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.files import write_whole
 from coursepack.kernels import soft_target_loss
 
@@ -249,7 +249,7 @@ def writing(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
     def ours() -> None:
         for place, part in enumerate(parts):
             pieces = shard_pieces(part, layout)
-            checksum_of(pieces)
+            shard_checksum(pieces)
             write_whole(target / f"ours-{place}", *pieces)
 
     def plain() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
 PARTIAL = ".partial"
 
 
-def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
+def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
     """Write a file so that `path` holds either its old content or all of the new.
 
     The pieces go to `<name>.<pid>.partial` beside it, are flushed to the disk, and take the name by a rename

@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from coursepack.errors import StoreDamaged
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from numpy.typing import NDArray
-
     from coursepack.data.store.layout import ArrayLayout
+
+Piece = bytes | NDArray[np.uint8]
+"""Part of a file, to be written as it lies in memory."""
 
 CHECKSUM_BYTES = 4
 ABSENT = (1 << 64) - 1
 """Offset and size of a chunk that lies wholly beyond the array's end."""
 
 
-def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[bytes]:
+def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[Piece]:
     """The file of one shard, in pieces to be written one after another.
 
     Args:
@@ -37,7 +39,7 @@ def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[bytes]:
     chunk_rows = layout.chunk_rows
     stored = np.ascontiguousarray(rows, dtype=np.dtype(layout.dtype).newbyteorder("<"))
     index = np.full((layout.shard_rows // chunk_rows, 2), ABSENT, dtype="<u8")
-    pieces: list[bytes] = []
+    pieces: list[Piece] = []
     offset = 0
     for place, start in enumerate(range(0, len(stored), chunk_rows)):
         chunk = stored[start : start + chunk_rows]
@@ -45,7 +47,7 @@ def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[bytes]:
             fill = np.nan if chunk.dtype.kind == "f" else 0
             padding = np.full((chunk_rows - len(chunk), *chunk.shape[1:]), fill, dtype=chunk.dtype)
             chunk = np.concatenate([chunk, padding])
-        data = chunk.tobytes()
+        data = chunk.reshape(-1).view(np.uint8)
         index[place] = offset, len(data) + CHECKSUM_BYTES
         offset += len(data) + CHECKSUM_BYTES
         pieces += [data, checksum_bytes(data)]
@@ -86,13 +88,13 @@ def checksum(data: bytes | NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(data))
 
 
-def shard_checksum(pieces: list[bytes]) -> int:
+def shard_checksum(pieces: list[Piece]) -> int:
     """crc32c over the checksums in a shard, which tells it from every other one.
 
     Not over the whole file: data followed by its own crc32c has the same crc32c whatever the data, so all
     shards of an array would agree.
     """
-    return checksum(b"".join(pieces[1::2]))
+    return checksum(b"".join(map(bytes, pieces[1::2])))
 
 
 def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
