@@ -27,7 +27,8 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
     try:
         with partial.open("wb", buffering=0) as file:
             for piece in pieces:
-                rest = memoryview(piece).cast("B")
+                # numpy's types know nothing of buffers before Python 3.12.
+                rest = memoryview(piece).cast("B")  # type: ignore[arg-type, unused-ignore]
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
