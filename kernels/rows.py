@@ -116,7 +116,7 @@ class Int8Rows:
         if self.device.type == "cpu":
             from coursepack.kernels.jit_decode import int8_decode
 
-            out, flat = _target(self, out), (len(self.q), -1)
+            out, flat = _target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
             int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
             return out
         scale, minimum = (affine[:, column].reshape(-1, *[1] * (self.q.ndim - 1)) for column in (0, 1))
@@ -205,7 +205,7 @@ class TopKRows:
         tail = self.tail.float()
         limit = math.log(dropped)
         if temperature is None:
-            return top + tail[:, 0] - limit
+            return top + (tail[:, 0] - limit).clamp_(max=0)
         temperature = temperature.to(torch.float32)
         # Knots in 1/T, from the limit at 0; beyond T = 1 the last segment goes on.
         knots = torch.tensor([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], device=tail.device)
@@ -253,7 +253,7 @@ class BitRows:
             from coursepack.kernels.jit_decode import bit_decode
 
             out = _target(self, out)
-            bit_decode(self.bits.numpy(), out.view(len(self.bits), -1).numpy())
+            bit_decode(self.bits.numpy(), out.view(len(self.bits), count).numpy())
             return out
         shifts = torch.arange(7, -1, -1, device=self.device, dtype=torch.uint8)
         ones = (self.bits[:, :, None] >> shifts & 1).flatten(1)[:, :count]

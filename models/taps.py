@@ -67,7 +67,7 @@ def parse_tap(text: str) -> Tap:
     reduction = rest[0] if rest else "map"
     if reduction not in KNOWN_REDUCTIONS:
         raise UnknownName("reduction", reduction, KNOWN_REDUCTIONS)
-    if len(rest) > 2 or (len(rest) == 2 and not (rest[1].isdigit() and int(rest[1]) > 0)):
+    if len(rest) > 2 or (len(rest) == 2 and not (rest[1].isdecimal() and int(rest[1]) > 0)):
         raise RecipeError(f"tap {text!r} is not LAYER[:REDUCTION[:SIZE]], as in layer3:attention:8")
     layers = tuple(names.split("+"))
     if len(layers) > 1 and (reduction != "gram" or len(layers) > 2):

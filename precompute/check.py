@@ -105,7 +105,7 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
 
 
 def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
-    """Write the files with problems again, and nothing else.
+    """Write the files with problems again, and of their blocks whatever comes out otherwise than it stands.
 
     Returns:
         The files whose new content has another checksum than before (another machine rounds differently); the
@@ -117,6 +117,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     keys = {problem.key for problem in problems}
     with StoreWriter(job.store, _same_arrays(job)) as writer:
         before = writer.manifest.files
+        sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)
         blocks: dict[tuple[int, int], set[str]] = {}
         for key in keys & before.keys() - after.keys():
@@ -129,7 +130,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
             )
         for (view, index), names in sorted(blocks.items()):
             block = writer.block(view, index, tuple(sorted(names)))
-            written, _ = write_block(job, writer, block)
+            written, _ = write_block(job, writer, block, sound=sound)
             after |= written.flush()
         writer.replace_files(after)
         return tuple(sorted(key for key, value in after.items() if before.get(key, value) != value))

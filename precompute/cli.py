@@ -77,7 +77,7 @@ EXAMPLES_RUN = """\b
 Examples:
   precompute run --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
   precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
-  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr \\
       --tap conv2:attention
 """
 

@@ -22,7 +22,7 @@ from coursepack.models.build import weights_fingerprint
 from coursepack.models.runner import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -140,11 +140,15 @@ def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool =
 
 
 def write_block(
-    job: Job, writer: StoreWriter, block: Block, meter: Meter | None = None
+    job: Job,
+    writer: StoreWriter,
+    block: Block,
+    meter: Meter | None = None,
+    sound: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[BlockFiles, dict[str, float]]:
     """Run the teacher over one block; gives its files, not finished yet, and sums over its rows."""
     params = draw(job.recipe, block.samples, block.view)
-    files = writer.write(block, {"draws": params.digest(), "environment": job.environment()})
+    files = writer.write(block, {"draws": params.digest(), "environment": job.environment()}, sound)
     sums = _Sums()
     for samples, arrays in _answers(job, block, params):
         files.add(arrays)

@@ -20,7 +20,6 @@ from coursepack.errors import StoreFull
 from coursepack.precompute.job import run_job, with_limit
 
 if TYPE_CHECKING:
-    from coursepack.data.store.manifest import Manifest
     from coursepack.precompute.job import Job
 
 PROBE_BATCHES = 4
@@ -51,6 +50,8 @@ class Costs:
     blocks: int
     block_rows: int
     arrays: tuple[ArrayCost, ...]
+    payload_left: int
+    """Bytes of the rows that are not there yet, of those arrays that are not."""
     free_bytes: int
     """Free space where the store will be."""
 
@@ -62,7 +63,7 @@ class Costs:
     @property
     def bytes_left(self) -> int:
         """Bytes still to be written."""
-        return int(OVERHEAD * self.total_bytes * self.rows_left / max(self.rows, 1))
+        return int(OVERHEAD * self.payload_left)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,12 @@ def costs(job: Job) -> Costs:
     Raises:
         StoreMismatch: the store is there and was written by another recipe.
     """
-    manifest, rows_left = _planned(job)
+    writer = StoreWriter(job.store, job.plan(), job.part)
+    manifest = writer.planned()
+    left = writer.blocks_left()
+    payload = sum(
+        len(block) * sum(manifest.arrays[name].row_bytes for name in block.arrays) for block in left
+    )
     rows = manifest.samples * manifest.views
     arrays = [
         ArrayCost(
@@ -100,7 +106,15 @@ def costs(job: Job) -> Costs:
         for name, array in manifest.arrays.items()
     ]
     blocks = manifest.views * block_count(manifest.samples, manifest.block_rows)
-    return Costs(rows, rows_left, blocks, manifest.block_rows, tuple(arrays), free_space(job.store))
+    return Costs(
+        rows,
+        sum(map(len, left)),
+        blocks,
+        manifest.block_rows,
+        tuple(arrays),
+        payload,
+        free_space(job.store),
+    )
 
 
 def check_space(job: Job) -> None:
@@ -154,9 +168,3 @@ def _forward(job: Job, samples: np.ndarray[Any, Any], size: int) -> None:
     pixels = torch.from_numpy(render(job.source, samples, draw(job.recipe, samples, 0), size))
     output = job.runner.run(pixels)
     output.logits.sum().item()
-
-
-def _planned(job: Job) -> tuple[Manifest, int]:
-    """The manifest as it will be, and the rows that are not done; neither creates anything."""
-    writer = StoreWriter(job.store, job.plan(), job.part)
-    return writer.planned(), writer.rows_left()

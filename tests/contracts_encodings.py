@@ -3,72 +3,219 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from coursepack.data.encodings import ENCODINGS, encoding_from_dict
+from coursepack.data.encodings import encoding_from_dict, parse_encoding
 from coursepack.kernels import Rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ROW_SHAPES = [(1,), (10,), (1000,), (4, 3), (2, 3, 4, 5)]
+SPECS = ("float32", "float16", "bfloat16", "int8", "topk:3", "topk:10", "topk:100", "bits")
+"""Every member of the family, as a flag names it."""
+ROW_SHAPES = [(1,), (10,), (11,), (1000,), (4, 3), (2, 3, 4, 5)]
 """Logits and features, narrow and wide."""
+CASES = [
+    (spec, shape)
+    for spec in SPECS
+    for shape in ROW_SHAPES
+    if not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= int(spec[5:]))
+]
+"""Encodings with the rows that they are for."""
+LIMITS = {"float32": 3e38, "float16": 65504, "bfloat16": 3e38, "int8": 32752, "topk": 65504, "bits": 3e38}
+"""Largest values that each has to take."""
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
+FLOAT16 = np.unique(FLOAT16[np.isfinite(FLOAT16)].astype(np.float64))
+"""Every float16, ascending."""
 
 
-def float16_ulp(values: NDArray[np.float32]) -> NDArray[np.float64]:
+def ulp(values: NDArray[Any], bits: int, least: int) -> NDArray[np.float64]:
+    """The unit in the last place of a format of `bits` bits at each value; exponents end at `least`."""
+    exponent = np.frexp(np.abs(np.asarray(values, dtype=np.float64)))[1] - 1
+    return 2.0 ** (np.maximum(exponent, least) - (bits - 1))
+
+
+def float16_ulp(values: NDArray[Any]) -> NDArray[np.float64]:
     """The unit in the last place of float16 at each value, 2**-24 where it is subnormal."""
-    exponent = np.frexp(np.abs(values.astype(np.float64)))[1] - 1
-    return 2.0 ** (np.maximum(exponent, -14) - 10)
+    return ulp(values, 11, -14)
+
+
+def int8_step(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The scale of each row `(n, 1, ...)`: its range from float16 to float16, in 255 steps.
+
+    The range may be found in float32, which is what the factor is for.
+    """
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    minimum = FLOAT16[np.searchsorted(FLOAT16, flat.min(1), side="right") - 1]
+    scale = FLOAT16[np.searchsorted(FLOAT16, (flat.max(1) - minimum) / 255 * (1 + 2.0**-22))]
+    return scale.reshape(-1, *[1] * (values.ndim - 1))
 
 
 ERROR_BOUNDS: dict[str, Any] = {
     "float32": lambda values: np.zeros(values.shape),
     "float16": lambda values: float16_ulp(values) / 2,
+    "bfloat16": lambda values: ulp(values, 8, -126) / 2,
+    "int8": lambda values: 0.5001 * int8_step(values) + 2.0**-22 * np.abs(values),
 }
 """Largest |decoded - value| per value; written from the definition of each format."""
 
 
-def roundtrip(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Values encoded, gathered as a reader would, and decoded."""
-    encoding = ENCODINGS[name]()
-    stored = encoding.encode(values, np.arange(len(values)))
-    rows = encoding.rows({part: torch.from_numpy(array) for part, array in stored.items()})
+def some_labels(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Labels `(n,)`: the best class, the worst and the first in turn, where rows are logits."""
+    if values.ndim != 2:
+        return np.zeros(len(values), dtype=np.int64)
+    best, worst = values.argmax(1), values.argmin(1)
+    return np.choose(np.arange(len(values)) % 3, [best, worst, 0]).astype(np.int64)
+
+
+def encode(spec: str, values: NDArray[np.float32], labels: NDArray[np.int64] | None = None) -> dict[str, Any]:
+    """Components of the values."""
+    labels = some_labels(values) if labels is None else labels
+    return parse_encoding(spec).encode(values, np.arange(len(values)), labels)
+
+
+def read(spec: str, stored: dict[str, Any], row_shape: tuple[int, ...]) -> Rows:
+    """The rows that a reader makes of components."""
+    tensors = {part: torch.from_numpy(array) for part, array in stored.items()}
+    rows = parse_encoding(spec).rows(tensors, row_shape)
     assert isinstance(rows, Rows)
+    return rows
+
+
+def roundtrip(spec: str, values: NDArray[np.float32], temperature: float | None = None):
+    """Values encoded, gathered as a reader would, and decoded."""
+    rows = read(spec, encode(spec, values), values.shape[1:])
     assert rows.shape == values.shape
-    return rows.decode().numpy()
+    at = None if temperature is None else torch.full((len(values),), temperature)
+    decoded = rows.decode(at)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == values.shape
+    return decoded.numpy()
 
 
-def check_description(name: str) -> None:
+def check_description(spec: str) -> None:
     """`to_dict` is plain JSON that gives an equal, hashable object back."""
-    encoding = ENCODINGS[name]()
+    encoding = parse_encoding(spec)
     values = json.loads(json.dumps(encoding.to_dict()))
-    assert encoding.name == values["name"] == name
-    assert encoding_from_dict(values) == encoding
+    assert encoding.name == spec
+    assert values["name"] == spec.partition(":")[0]
+    assert encoding_from_dict(values) == encoding == parse_encoding(encoding.name)
     assert len({encoding, encoding_from_dict(values)}) == 1
+    assert encoding.exact == (spec == "float32")
 
 
-def check_components(name: str, row_shape: tuple[int, ...]) -> None:
-    """What `components` promises is what `encode` gives, for any number of rows."""
-    encoding = ENCODINGS[name]()
-    promised = encoding.components(row_shape)
+def check_components(spec: str, row_shape: tuple[int, ...]) -> None:
+    """What `components` promises is what `encode` gives and `rows` takes, for any number of rows."""
+    promised = parse_encoding(spec).components(row_shape)
     for count in (0, 1, 5):
         values = np.random.default_rng(count).normal(0, 5, (count, *row_shape)).astype(np.float32)
+        labels = np.zeros(count, dtype=np.int64)
         kept = values.copy()
-        stored = encoding.encode(values, np.arange(count))
+        stored = encode(spec, values, labels)
         assert stored.keys() == promised.keys()
         for part, component in promised.items():
             assert stored[part].dtype == np.dtype(component.dtype)
             assert stored[part].shape == (count, *component.row_shape)
             assert stored[part].nbytes == count * component.row_bytes
         assert np.array_equal(values, kept)
+        assert read(spec, stored, row_shape).decode().shape == values.shape
+        assert parse_encoding(spec).agrees(values, stored, 0.0).tolist() == [True] * count
 
 
-def check_error_bound(name: str, values: NDArray[np.float32]) -> None:
-    """Every decoded value lies within the bound of its format."""
-    decoded = roundtrip(name, values)
-    assert decoded.dtype == np.float32
+def check_values(spec: str, values: NDArray[np.float32]) -> None:
+    """What comes back is what the definition of the encoding says."""
+    CHECKS[spec.partition(":")[0]](spec, values)
+
+
+def check_error_bound(spec: str, values: NDArray[np.float32]) -> None:
+    """Every decoded value lies within the bound of its format, whatever the temperature."""
+    decoded = roundtrip(spec, values)
     error = np.abs(decoded.astype(np.float64) - values)
-    assert (error <= ERROR_BOUNDS[name](values)).all()
+    assert (error <= ERROR_BOUNDS[spec](values)).all()
+    assert np.array_equal(roundtrip(spec, values, 4.0), decoded)
+
+
+def check_signs(spec: str, values: NDArray[np.float32]) -> None:
+    """+1 for what is positive, -1 for the rest, zero of either sign included."""
+    assert np.array_equal(roundtrip(spec, values), np.where(values > 0, 1, -1))
+
+
+def log_sum_exp(values: NDArray[np.float64]) -> float:
+    """Of a vector, in float64; of none it is -inf."""
+    if values.size == 0:
+        return -math.inf
+    return float(values.max() + np.log(np.exp(values - values.max()).sum()))
+
+
+def check_topk(spec: str, values: NDArray[np.float32], labels: NDArray[np.int64] | None = None) -> None:
+    """The largest logits and the label's are kept, and the mass of the rest is right."""
+    k = int(spec.partition(":")[2])
+    labels = some_labels(values) if labels is None else labels
+    stored = encode(spec, values, labels)
+    classes = values.shape[1]
+    assert stored["ids"].dtype == (np.uint16 if classes <= 65536 else np.uint32)
+    for n, row in enumerate(values):
+        ids = stored["ids"][n].astype(np.int64)
+        assert len(set(ids.tolist())) == k
+        assert ids.min() >= 0
+        assert ids.max() < classes
+        assert labels[n] in ids
+        assert np.array_equal(stored["values"][n], row[ids].astype(np.float16))
+        largest = np.sort(row)[::-1][:k]
+        if row[labels[n]] < largest[-1]:
+            largest[-1] = row[labels[n]]
+        assert np.array_equal(np.sort(row[ids])[::-1], largest)
+        dropped = np.delete(row, ids).astype(np.float64) - row.max()
+        masses = np.array([log_sum_exp(dropped / t) for t in TEMPERATURES])
+        masses = masses.clip(-65504, None)
+        assert (np.abs(stored["tail"][n] - masses) <= 0.5001 * float16_ulp(masses)).all()
+    for temperature in (None, *TEMPERATURES, 0.05, 0.7, 1.3, 3.0, 6.0, 20.0, 100.0):
+        decoded = read(spec, stored, (classes,)).decode(
+            None if temperature is None else torch.full((len(values),), temperature)
+        )
+        check_topk_decoded(decoded.numpy(), stored, 1.0 if temperature is None else temperature)
+
+
+def tail_logit(values: NDArray[Any], tail: NDArray[Any], dropped: int, temperature: float) -> float:
+    """The logit of each class that was dropped: its mass is linear in 1/T from knot to knot, and beyond."""
+    inverse = 1 / temperature
+    knots, masses = [0.0, *(1 / t for t in TEMPERATURES[::-1])], [math.log(dropped), *tail[::-1].tolist()]
+    place = max(i for i in range(len(knots) - 1) if i == 0 or knots[i] < inverse)
+    slope = (masses[place + 1] - masses[place]) / (knots[place + 1] - knots[place])
+    mass = masses[place] + slope * (inverse - knots[place])
+    return float(values.max()) + min(0.0, temperature * (mass - math.log(dropped)))
+
+
+def check_topk_decoded(decoded: NDArray[np.float32], stored: dict[str, Any], temperature: float) -> None:
+    """Kept logits as they are stored, and one logit for all others."""
+    assert not np.isnan(decoded).any()
+    for n, row in enumerate(decoded):
+        ids, kept = stored["ids"][n].astype(np.int64), stored["values"][n].astype(np.float64)
+        assert np.array_equal(row[ids], kept)
+        others = np.delete(row, ids)
+        if len(others) == 0:
+            continue
+        assert (others == others[0]).all()
+        assert others[0] <= kept.max()
+        tail = stored["tail"][n].astype(np.float64)
+        size = abs(kept.max()) + temperature * (
+            np.log(len(others)) + np.abs(tail).max() * (1 + 1 / temperature)
+        )
+        expected = tail_logit(kept, tail, len(others), temperature)
+        assert abs(others[0] - expected) <= 1e-6 * size + 1e-6
+        if temperature in TEMPERATURES:
+            mass = np.log(len(others)) + (others[0] - kept.max()) / temperature
+            known = min(tail[TEMPERATURES.index(temperature)], np.log(len(others)))
+            assert abs(mass - known) <= 1e-6 * size + 1e-6
+
+
+CHECKS: dict[str, Any] = {
+    **dict.fromkeys(ERROR_BOUNDS, check_error_bound),
+    "topk": check_topk,
+    "bits": check_signs,
+}

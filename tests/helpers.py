@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data import PRESETS, ViewRecipe, open_source
-from coursepack.data.encodings import ENCODINGS
+from coursepack.data.encodings import parse_encoding
 from coursepack.data.sources import InMemory
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.views import draw
@@ -40,9 +41,8 @@ def make_job(store: Path, teacher: Path, *, source=None, taps=(), **fields: Any)
     """What `precompute run` would do with a teacher's run folder and the view preset `digits`."""
     source = source or open_source("digits")
     runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), taps)
-    return Job(
-        store, source, fields.pop("recipe", PRESETS["digits"]), runner, fields.pop("views", 2), **fields
-    )
+    facts = {"store": store, "source": source, "recipe": PRESETS["digits"], "runner": runner, "views": 2}
+    return Job(**facts | fields)
 
 
 def random_source(samples: int, *, size: int = 8, channels: int = 1, classes: int = 10, seed: int = 0):
@@ -85,20 +85,33 @@ class RowStore:
         rng = np.random.default_rng([self.seed, 2, view, *array.encode()])
         return rng.normal(0, 5, (self.samples, *self.shapes[array])).astype(np.float32)
 
+    def encoding_of(self, array: str) -> Any:
+        """The encoding of one array."""
+        return parse_encoding(self.encoding)
+
+    def parts(self, array: str, view: int) -> dict[str, np.ndarray]:
+        """What is stored of one array and view: all rows of every component."""
+        rows = np.arange(self.samples)
+        return self.encoding_of(array).encode(self.values(array, view), rows, self.labels)
+
     def stored(self, array: str, view: int) -> np.ndarray:
-        """The same rows in the dtype of the encoding."""
-        return self.values(array, view).astype(self.encoding)
+        """The same rows in the dtype of the encoding, where that is a dense one."""
+        return self.parts(array, view)["values"]
+
+    def decoded(self, array: str, view: int) -> np.ndarray:
+        """What a reader should decode: rows `(N, ...)` float32, at a temperature of 1."""
+        tensors = {name: torch.from_numpy(part) for name, part in self.parts(array, view).items()}
+        return self.encoding_of(array).rows(tensors, self.shapes[array]).decode().numpy()
 
     def plan(self, **changes: Any) -> StorePlan:
         """The plan of such a store."""
-        encoding = ENCODINGS[self.encoding]()
         facts = {
             "identity": {"view": {"recipe": self.view_recipe.model_dump(mode="json"), "fingerprint": "0"}},
             "origin": {},
             "labels": self.labels,
             "class_names": tuple("abcdefghij"),
             "views": self.views,
-            "arrays": {name: (encoding, shape) for name, shape in self.shapes.items()},
+            "arrays": {name: (self.encoding_of(name), shape) for name, shape in self.shapes.items()},
             "block_rows": self.block_rows,
         }
         return StorePlan(**facts | changes)

@@ -30,6 +30,7 @@ FILES = {
     "number.yaml": "student: digits-small\nsource: digits\nview: digits\nobjective: 3\n",
     "path.yaml": "student: digits-small\nstores: s.zarr\n",
     "view.yaml": "ops: [{op: pad_crop, padding: 0}]\nsed: 1\n",
+    "classes.yaml": "[0, 1, 2, 3, 4, 5, 6, 7, 8, 12]",
     "notes/a.txt": "mine",
 }
 
@@ -192,7 +193,25 @@ DOMAIN = [
     (f"{WRITE} --teacher digits-mlp", "teacher 'digits-mlp' has no weights: give --weights FILE"),
     (f"{WRITE} --teacher digits-cnn --weights mlp/student.safetensors",
      "weights 'mlp/student.safetensors' are not of network 'digits-cnn': missing ["),
-    (f"{WRITE} --tap hiden1", "unknown tap 'hiden1'. Did you mean 'hidden1'? Known: hidden1, hidden2, head"),
+    (f"{WRITE} --tap hiden1",
+     "unknown layer 'hiden1'. Did you mean 'hidden1'? Known: hidden1, hidden2, head"),
+    (f"{WRITE} --tap hidden1:mean",
+     "unknown reduction 'mean'. Did you mean 'margin'? Known: map, pooled, attention, gram, sign, margin."),
+    (f"{WRITE} --tap hidden1:map:0",
+     "tap 'hidden1:map:0' is not LAYER[:REDUCTION[:SIZE]], as in layer3:attention:8"),
+    (f"{WRITE} --tap hidden1+hidden2", "tap 'hidden1+hidden2' names 2 layers: only `gram` takes two"),
+    (f"{WRITE} --tap hidden1:pooled", "tap 'hidden1@pooled': pooled needs feature maps (N, C, H, W), got ("),
+    (f"{WRITE} --tap hidden1:margin",
+     "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
+     "Linear: tap the one before the activation"),
+    (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
+    (f"{WRITE} --encoding topk", "encoding 'topk' does not say how many entries to keep, as topk:10 does"),
+    (f"{WRITE} --encoding bits", "unknown encoding 'bits'."),
+    (f"{WRITE} --tap hidden1 --feature-encoding topk:3", "unknown encoding 'topk'."),
+    (f"{WRITE} --classes no.yaml", "cannot read 'no.yaml': No such file or directory"),
+    (f"{WRITE} --classes list.yaml", "class map 'list.yaml' holds 1 entries, expected 10 class ids"),
+    (f"{WRITE} --classes classes.yaml",
+     "--classes names class 12, but teacher 'run:mlp' has classes 0..9"),
     (f"{WRITE} --store s.zarr --view-seed 1",
      "store 's.zarr' was written by another recipe.\n  view.fingerprint"),
 ]  # fmt: skip
@@ -213,7 +232,6 @@ USAGE = [
     ("distill train --student digits-small", "Missing option '--out'"),
     ("distill trian", "No such command 'trian'"),
     (f"{WRITE} --views 0", "'--views': 0 is not in the range x>=1"),
-    (f"{WRITE} --encoding float17", "'float17' is not one of 'float32', 'float16'"),
     (f"{WRITE} --part 2/2", "'2/2' is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2"),
 ]
 

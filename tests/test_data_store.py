@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zarr
+from encoded_rows import EVERY_ENCODING, EncodedRows
 from helpers import RowStore, file_identities, store_files, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coursepack.data import PRESETS
-from coursepack.data.encodings import ENCODINGS
 from coursepack.data.store import StoreReader, StoreWriter, load_manifest, verify
 from coursepack.data.store import writer as writer_module
 from coursepack.data.store.owners import Part, live_runs
@@ -25,12 +25,19 @@ TAPPED = RowStore(shapes={"logits": (10,), "features/layer1.0": (2, 3), "feature
 
 shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 row_stores = st.builds(
-    RowStore,
+    lambda logits, feature, one, two, **facts: EncodedRows(
+        shapes={"logits": one or (10,) if logits == "float32" else (10,), "features/a.b": two},
+        encodings={"logits": logits, "features/a.b": feature},
+        **facts,
+    ),
+    logits=st.sampled_from([name for name in EVERY_ENCODING if name != "bits"]),
+    feature=st.sampled_from([name for name in EVERY_ENCODING if name != "topk:3"]),
+    one=shapes,
+    two=shapes,
     samples=st.integers(1, 70),
     views=st.integers(1, 3),
     block_rows=st.one_of(st.none(), st.integers(1, 80)),
-    encoding=st.sampled_from(list(ENCODINGS)),
-    shapes=st.builds(lambda one, two: {"logits": one or (10,), "features/a.b": two}, shapes, shapes),
+    static=st.dictionaries(st.sampled_from("abc"), shapes.map(lambda one: np.ones((3, *one), np.float32))),
 )
 
 
@@ -42,14 +49,19 @@ def test_any_store_is_plain_zarr_and_reads_the_same_everywhere(tmp_path_factory,
     group, reader = zarr.open_group(path, mode="r"), StoreReader(path)
     assert np.array_equal(group["labels"][:], rows.labels)
     assert np.array_equal(reader.labels(), rows.labels)
+    for name, value in rows.static.items():
+        assert np.array_equal(group["static"][name][:], value)
+        assert np.array_equal(reader.static(name), value)
     everything = np.arange(rows.samples)
-    for name, shape in rows.shapes.items():
-        array = group[name]["values"]
-        assert array.shape == (rows.views, rows.samples, *shape)
+    for name in rows.shapes:
         for view in range(rows.views):
-            expected = rows.stored(name, view).tobytes()
-            assert array[view].tobytes() == expected
-            assert reader.components(name, view, everything)["values"].tobytes() == expected
+            found = reader.components(name, view, everything)
+            assert found.keys() == rows.parts(name, view).keys()
+            for component, expected in rows.parts(name, view).items():
+                array = group[name][component]
+                assert array.shape == (rows.views, rows.samples, *expected.shape[1:])
+                assert array[view].tobytes() == expected.tobytes()
+                assert found[component].tobytes() == expected.tobytes()
     assert verify(path).problems == ()
     shutil.rmtree(path)
 

@@ -17,8 +17,9 @@ from coursepack.data.store.layout import (
     layout_from_dict,
     plan_array,
     plan_block_rows,
-    plan_labels,
+    plan_table,
     shard_key,
+    table_key,
 )
 from coursepack.data.store.owners import Part
 from coursepack.data.store.shards import checksum_bytes, chunk_offsets, shard_pieces
@@ -80,10 +81,20 @@ def test_digits_are_one_block_without_padding(rows, dtype):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3_000_000))
 def test_labels_are_one_shard_with_little_padding(rows):
-    layout = plan_labels(rows)
+    layout = plan_table(rows, "int64", ())
     assert layout.shard_count(rows) == 1
     assert layout.shard_rows % layout.chunk_rows == 0
     assert padding(rows, layout) <= 0.001 * rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 30_000), st.sampled_from([(), (1,), (512,), (21841,)]))
+def test_tables_are_one_shard_of_small_chunks(rows, row_shape):
+    layout = plan_table(rows, "float32", row_shape)
+    assert (layout.dtype, layout.row_shape) == ("float32", row_shape)
+    assert layout.shard_count(rows) == 1
+    assert layout.shard_rows % layout.chunk_rows == 0
+    assert layout.chunk_rows == 1 or layout.chunk_rows * layout.row_bytes <= 2 * CHUNK_BYTES
 
 
 @pytest.mark.parametrize("layout", [ArrayLayout("float16", (3, 4), 64, 8), ArrayLayout("int64", (), 5, 5)])
@@ -94,6 +105,8 @@ def test_layout_survives_its_description(layout):
 def test_keys_have_one_place_per_axis():
     layout = ArrayLayout("float16", (3, 4), 64, 8)
     assert shard_key("features/stem/values", 2, 11, layout) == "features/stem/values/c.2.11.0.0"
+    assert table_key("static/head_weight", layout) == "static/head_weight/c.0.0.0"
+    assert table_key("labels", ArrayLayout("int64", (), 5, 5)) == "labels/c.0"
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coursepack.canonical import canonical_json, difference_table, differences, fingerprint
 from coursepack.config import write_yaml
 from coursepack.data import PRESETS, Batch, ViewRecipe, open_source, view_fingerprint, view_recipe
-from coursepack.data.batches import epoch_batches, plain_batches
+from coursepack.data.batches import Window, batches, epoch_order
 from coursepack.data.views import GRID, PadCrop, ViewParams, draw, render
 from coursepack.errors import RecipeError, UnknownName
 
@@ -40,8 +40,8 @@ def test_draws_and_pixels_do_not_depend_on_batches_or_order(batch_size, shuffle,
     boxes = drawn_in_batches(TWO_OPS, order, view, batch_size)
     assert np.array_equal(boxes, alone.boxes[order])
     expected = render(source, order, ViewParams(alone.boxes[order]), size)
-    batches = plain_batches(source, TWO_OPS, order, view=view, batch_size=batch_size, device=CPU)
-    pixels = np.concatenate([batch.pixels(size).numpy() for batch in batches])
+    several = batches(source, TWO_OPS, order, view=view, batch_size=batch_size, device=CPU)
+    pixels = np.concatenate([batch.pixels(size).numpy() for batch in several])
     assert np.array_equal(pixels, expected)
 
 
@@ -49,20 +49,63 @@ def test_epochs_see_every_sample_once_with_its_own_pixels():
     source = open_source("digits")
     everything = np.arange(1442)
     whole = render(source, everything, draw(DIGITS, everything, 3), 8)
-    options = {"view": 3, "seed": 5, "device": CPU}
     orders = []
     for epoch, batch_size in ((0, 64), (0, 1024), (1, 64)):
-        batches = list(
-            epoch_batches(source, DIGITS, everything, epoch=epoch, batch_size=batch_size, **options)
-        )
-        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-        orders.append(np.concatenate([batch.samples for batch in batches]))
-        for batch in batches:
+        order = epoch_order(everything, seed=5, epoch=epoch)
+        several = list(batches(source, DIGITS, order, view=3, batch_size=batch_size, device=CPU))
+        assert [len(batch) for batch in several[:-1]] == [batch_size] * (len(several) - 1)
+        orders.append(np.concatenate([batch.samples for batch in several]))
+        for batch in several:
             assert np.array_equal(batch.pixels(8).numpy(), whole[batch.samples])
             assert np.array_equal(batch.labels.numpy(), source.labels[batch.samples])
     assert np.array_equal(np.sort(orders[0]), everything)
     assert np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0], orders[2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 12), st.integers(0, 9))
+def test_windows_hold_whole_chunks_and_every_sample_once(count, chunk_rows, chunks, epoch):
+    window = Window(chunk_rows, chunks)
+    assert window.rows == chunk_rows * chunks
+    order = epoch_order(np.arange(count), seed=1, epoch=epoch, window=window)
+    assert np.array_equal(np.sort(order), np.arange(count))
+    # The last chunk may be short, and lies in any window.
+    done, start = set(), 0
+    while start < count:
+        opened = dict.fromkeys((order[start:] // chunk_rows).tolist())
+        opened = list(opened)[:chunks]
+        rows = sum(min(chunk_rows, count - chunk * chunk_rows) for chunk in opened)
+        assert set((order[start : start + rows] // chunk_rows).tolist()) == set(opened)
+        assert not done & set(opened)
+        done |= set(opened)
+        start += rows
+
+
+def test_windows_mix_samples_and_chunks_anew_each_epoch():
+    window = Window(10, 5)
+    first, second = (epoch_order(np.arange(1000), seed=1, epoch=epoch, window=window) for epoch in (0, 1))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, epoch_order(np.arange(1000), seed=1, epoch=0, window=window))
+    plain = epoch_order(np.arange(1000), seed=1, epoch=0)
+    for start in range(0, 1000, 50):
+        held = first[start : start + 50]
+        assert np.array_equal(held, plain[np.isin(plain, held)])
+    chunks = first[:50] // 10
+    assert len(set(chunks.tolist())) == 5
+    assert sorted(set(chunks.tolist())) != [0, 1, 2, 3, 4]
+    # Neighbours come from different chunks far more often than not, as they would of five.
+    assert (np.diff(chunks) != 0).sum() > 25
+    assert len({tuple(sorted(set((first[i : i + 50] // 10).tolist()))) for i in range(0, 1000, 50)}) == 20
+
+
+def test_an_order_within_some_samples_is_of_those_alone():
+    some = np.array([3, 900, 17, 4, 255])
+    whole = epoch_order(np.arange(1000), seed=2, epoch=4)
+    assert np.array_equal(epoch_order(some, seed=2, epoch=4), whole[np.isin(whole, some)])
+    windowed = epoch_order(some, seed=2, epoch=4, window=Window(100, 1))
+    assert np.array_equal(np.sort(windowed), np.sort(some))
+    assert len(epoch_order(some[:0], seed=2, epoch=4, window=Window(100, 1))) == 0
 
 
 def test_a_batch_of_mixed_views_has_the_pixels_of_each():

@@ -63,6 +63,7 @@ def test_provenance_says_where_the_targets_came_from(run, stores):
             "fingerprint": load_manifest(store).fingerprint,
             "views": [0, 1, 2],
             "encoding": {"name": "float32"},
+            "reading": "resident",
         }
         for store in stores[:2]
     ]
@@ -171,7 +172,7 @@ def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
     weights = teacher / "student.safetensors"
     assert load_manifest(store).origin["weights_file"] == str(weights.resolve())
     weights.write_bytes((write_teacher(tmp_path / "other", seed=2) / weights.name).read_bytes())
-    text = r"are not the ones that wrote store .*: put the old weights back, or write the store again"
+    text = r"weights in .*student.* are not the ones that wrote the store: give the old weights"
     with pytest.raises(TeacherMismatch, match=text):
         train(make_recipe([store], online=True), tmp_path / "o", device=CPU)
     assert not (tmp_path / "o").exists()

@@ -1,6 +1,7 @@
 """Whatever help and examples show, runs: the commands in the help texts, the demo, every benchmark."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -20,12 +21,17 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
 ROW = ["id", "value", "low", "high", "unit", "n", "config", "bar", "holds"]
 
 
+def unbroken(text):
+    """Text with every command on one line, as a shell reads it."""
+    return re.sub(r" \\\n +", " ", text)
+
+
 def examples():
     """The example lines of every command's help, by command."""
     found = {}
     for group, entry in GROUPS.items():
         for name, command in entry.commands.items():
-            lines = [line.strip() for line in (command.epilog or "").splitlines()]
+            lines = [line.strip() for line in unbroken(command.epilog or "").splitlines()]
             assert lines[1:2] in (["Example:"], ["Examples:"]), f"{group} {name} has no example in its help"
             found[f"{group} {name}"] = [line for line in lines[2:] if line]
     return found
@@ -56,7 +62,8 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch, sigterm):
     ]
     assert len(order) >= 9
     monkeypatch.chdir(tmp_path)
-    write_store(Path("mlp.zarr"), write_teacher(Path("teachers/mlp")), views=8)
+    for name in ("mlp", "resnet"):
+        write_store(Path(f"{name}.zarr"), write_teacher(Path("teachers", name), f"digits-{name}"), views=8)
     for seed in (0, 1):
         words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits"]
         words += ["--epochs", "1", "--seed", str(seed), "--out", f"runs/alone-{seed}"]
@@ -75,7 +82,7 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch, sigterm):
 def test_help_shows_examples_one_per_line():
     for command, lines in examples().items():
         group, name = command.split()
-        shown = CliRunner().invoke(GROUPS[group], [name, "--help"]).output
+        shown = unbroken(CliRunner().invoke(GROUPS[group], [name, "--help"]).output)
         assert all(f"  {line}\n" in shown for line in lines), command
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader
 from coursepack.errors import NonFiniteOutput, RecipeError, RunError, TeacherMismatch, UnknownName
-from coursepack.models import Preprocessing, TeacherRunner, build_network, load_teacher
+from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, NETWORKS, WEIGHTS_FILE, weights_fingerprint
 from coursepack.models.runner import TeacherOutput, check_finite, pick_device
 from coursepack.models.taps import tapped
@@ -120,7 +120,7 @@ def test_preprocessing_equals_the_float64_reference(given, wanted):
 def test_taps_of_every_layer_are_what_the_layer_gave(resnet_weights):
     network = load_teacher(RESNET18, TEN, weights=str(resnet_weights), size=32)
     names = [name for name, _ in network.module.named_modules() if name]
-    output = TeacherRunner(network, names).run(pixels_of(2, size=32))
+    output = TeacherRunner(network, [Tap((name,)) for name in names]).run(pixels_of(2, size=32))
     module, taps = network.module, output.features
     assert set(taps) == set(names)
     assert torch.equal(taps["fc"], output.logits)
@@ -146,14 +146,14 @@ def test_taps_of_every_layer_are_what_the_layer_gave(resnet_weights):
 def test_taps_that_cannot_be_had():
     network = build_network("digits-resnet", 10)
     with pytest.raises(
-        UnknownName, match=r"unknown tap 'layer1\.0\.conf1'\. Did you mean 'layer1\.0\.conv1'\?"
+        UnknownName, match=r"unknown layer 'layer1\.0\.conf1'\. Did you mean 'layer1\.0\.conv1'\?"
     ):
-        TeacherRunner(network, ["layer1.0.conf1"])
+        TeacherRunner(network, [Tap(("layer1.0.conf1",))])
     network.module.spare = torch.nn.Linear(2, 2)
     with pytest.raises(
         TeacherMismatch, match="'digits-resnet' never runs its layer 'spare': tap another layer"
     ):
-        TeacherRunner(network, ["spare"]).run(pixels_of(1))
+        TeacherRunner(network, [Tap(("spare",))]).run(pixels_of(1))
     attention = torch.nn.Sequential(torch.nn.LSTM(3, 4))
     text = "layer '0' gives a tuple, expected one tensor"
     with tapped(attention, ["0"]), pytest.raises(TeacherMismatch, match=text):
@@ -225,7 +225,7 @@ def test_torchvision_network_at_another_size_makes_a_store(tmp_path, resnet_weig
     assert (network.preprocessing.size, network.preprocessing.channels) == (32, 3)
     assert network.preprocessing.mean == (0.485, 0.456, 0.406)
     job = make_job(tmp_path / "s.zarr", write_teacher(tmp_path / "any"), source=source, encoding="float32")
-    run_job(Job(job.store, source, job.recipe, TeacherRunner(network, ["avgpool"]), 1, "float32"))
+    run_job(Job(job.store, source, job.recipe, TeacherRunner(network, [Tap(("avgpool",))]), 1, "float32"))
     reader = StoreReader(tmp_path / "s.zarr")
     stored = reader.components("features/avgpool", 0, np.arange(12))["values"]
     assert stored.shape == (12, 512, 1, 1)

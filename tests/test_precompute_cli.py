@@ -108,7 +108,7 @@ def test_teacher_of_other_classes_is_refused_and_nothing_is_written(tmp_path, co
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"tap": "hiden"}, "unknown tap 'hiden'. Did you mean 'hidden'?"),
+        ({"tap": "hiden"}, "unknown layer 'hiden'. Did you mean 'hidden'?"),
         ({"source": "digit"}, "unknown source 'digit'. Did you mean 'digits'?"),
         ({"view": "digit"}, "unknown view 'digit'. Did you mean 'digits'?"),
         ({"size": 16}, "teacher 'digits-cnn' cannot take views of 16 x 16 pixels"),
@@ -141,13 +141,13 @@ def test_status(store, command):
     manifest = load_manifest(store)
     assert result.exit_code == 0
     assert (facts["samples"], facts["classes"], facts["views"], facts["block_rows"]) == (1442, 10, 2, 500)
-    assert (facts["committed_views"], facts["blocks_done_of_other_views"], facts["writers"]) == (
+    assert (facts["committed_views"], facts["blocks_done_besides"], facts["writers"]) == (
         [0, 1],
         0,
         [],
     )
     assert facts["fingerprint"] == manifest.fingerprint
-    assert facts["per_view"]["1"]["correct"] == manifest.view_records["1"]["sums"]["correct"] / 1442
+    assert facts["accuracy_per_view"]["1"] == manifest.view_records["1"]["sums"]["correct"] / 1442
     assert facts["bytes"] == sum((store / key).stat().st_size for key in manifest.files)
     assert "2 of 2" in command("status", "--store", store).stdout
     with StoreWriter(store, make_job(store, manifest_teacher(store), views=3).plan(), Part(1, 4)):
@@ -163,12 +163,12 @@ def manifest_teacher(store):
 def test_verify(store, command):
     assert json.loads(command("verify", "--store", store, "--json").stdout)["problems"] == []
     sound = command("verify", "--store", store)
-    assert (sound.exit_code, "sound, 7 files" in sound.stdout) == (0, True)
+    assert (sound.exit_code, "sound, 9 files" in sound.stdout) == (0, True)
     (store / "logits/values/c.1.2.0").unlink()
     broken = command("verify", "--store", store)
     assert broken.exit_code == 1
     assert broken.stdout.splitlines()[0] == "logits/values/c.1.2.0: missing"
-    assert "1 problems, 7 files" in broken.stdout
+    assert "1 problems, 9 files" in broken.stdout
     report = command("verify", "--store", store, "--json")
     assert report.exit_code == 1
     assert json.loads(report.stdout)["problems"] == ["logits/values/c.1.2.0: missing"]

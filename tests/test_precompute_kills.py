@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from helpers import file_identities, make_job, store_files
 
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.errors import StoreBusy, StoreIncomplete
+from coursepack.models.taps import Tap
 from coursepack.precompute import run_job
 
 COMMAND = Path(sys.executable).parent / "precompute"
 VIEWS, BLOCK_ROWS = 2, 24
 BLOCKS = -(-1442 // BLOCK_ROWS)
-OPTIONS = {"views": VIEWS, "taps": ("hidden2",), "batch_size": 10, "block_rows": BLOCK_ROWS}
+OPTIONS = {"views": VIEWS, "taps": (Tap(("hidden2",)),), "batch_size": 10, "block_rows": BLOCK_ROWS}
 # One thread each, here and there: sums in another order would change the last bits of logits.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -118,7 +119,7 @@ def shard_identities(path):
     """Identity of the data files of every block `(view, block)`; here a block is one shard of each array."""
     found: dict[tuple[int, int], dict] = {}
     for place, identity in file_identities(path).items():
-        if not place.startswith("labels") and not place.endswith(".partial"):
+        if not place.startswith(("labels", "static")) and not place.endswith(".partial"):
             view, block = map(int, Path(place).name.split(".")[1:3])
             found.setdefault((view, block), {})[place] = identity
     return found
@@ -209,3 +210,50 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
     shards = shard_identities(path)
     assert all(kept[place] == after[place] for block in done for place in shards[block])
     assert_same(path, once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_hundred_kills_of_runs_of_one_or_two_processes(tmp_path, arguments, once, processes):
+    rng = np.random.default_rng(processes)
+    commands = [f"--part={index}/{processes}" for index in range(processes)]
+    command = [sys.executable, "-c", FORK_SERVER]
+    landed, rounds = 0, 0
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running(command)) for _ in range(processes)]
+
+        def start(server, path, part):
+            server.stdin.write(json.dumps([*arguments, f"--store={path}", part]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        while landed < 100:
+            path, kept = tmp_path / f"{rounds}.zarr", {}
+            rounds += 1
+            for kill in range(12):
+                before = done_blocks(path)
+                if len(before) > VIEWS * BLOCKS - 20:
+                    break
+                started = time.monotonic()
+                children = [start(*pair) for pair in zip(servers, [path] * processes, commands, strict=True)]
+                if kill >= 3:
+                    goal = len(before) + int(rng.integers(1, 12))
+                    wait_until(lambda goal=goal, path=path: shards_written(path) >= goal)
+                time.sleep(rng.uniform(0, 0.3 if kill < 3 else 0.02))
+                for child in rng.permutation(children):
+                    with suppress(ProcessLookupError):
+                        os.kill(int(child), signal.SIGKILL)
+                    time.sleep(rng.uniform(0, 0.005))
+                statuses = [int(server.stdout.readline()) for server in servers]
+                assert set(statuses) <= {0, signal.SIGKILL}, time.monotonic() - started
+                landed += statuses.count(signal.SIGKILL)
+                done, shards = done_blocks(path), shard_identities(path)
+                assert done >= before
+                assert {block: shards[block] for block in kept} == kept
+                assert len(shards.keys() - done) <= processes
+                kept = {block: shards[block] for block in done}
+            for server, part in zip(servers, commands, strict=True):
+                start(server, path, part)
+                assert server.stdout.readline().strip() == "0"
+            assert {block: shard_identities(path)[block] for block in kept} == kept
+            assert_same(path, once)

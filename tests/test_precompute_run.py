@@ -19,6 +19,7 @@ from coursepack.data.views import draw, render
 from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch, UnknownName
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.runner import TeacherOutput
+from coursepack.models.taps import Tap
 from coursepack.precompute import run_job
 
 EVERYTHING = np.arange(1442)
@@ -60,8 +61,9 @@ def live_answers(job, view):
 
 @pytest.mark.parametrize("encoding", ["float32", "float16"])
 def test_stored_values_are_the_teachers_own(tmp_path, teacher, encoding):
-    taps = ("conv2", "hidden")
-    job = make_job(tmp_path / "s.zarr", teacher, encoding=encoding, taps=taps, block_rows=300, batch_size=64)
+    taps = (Tap(("conv2",)), Tap(("hidden",)))
+    encodings = {"encoding": encoding, "feature_encoding": encoding}
+    job = make_job(tmp_path / "s.zarr", teacher, **encodings, taps=taps, block_rows=300, batch_size=64)
     run_job(job)
     reader = StoreReader(tmp_path / "s.zarr")
     assert set(reader.manifest.arrays) == {"logits", "features/conv2", "features/hidden"}
@@ -124,8 +126,10 @@ class Sick:
     """A runner whose answers to some pixels are not finite."""
 
     def __init__(self, runner, pixels):
-        self.network, self.device, self.row_shapes = runner.network, runner.device, runner.row_shapes
         self._runner, self._pixels = runner, pixels
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
 
     def run(self, pixels):
         output = self._runner.run(pixels)
@@ -144,7 +148,9 @@ def test_answer_that_is_not_finite_names_the_samples_and_keeps_the_rest(tmp_path
         run_job(replace(job, runner=Sick(job.runner, pixels)))
     kept = file_identities(tmp_path / "s.zarr")
     assert load_manifest(tmp_path / "s.zarr").committed_views() == (0,)
-    assert len(kept) == 1 + 15 + 2
+    static = ["static/head_bias/c.0", "static/head_weight/c.0.0"]
+    assert [place for place in sorted(kept) if not place.startswith("logits/")] == ["labels/c.0", *static]
+    assert len(kept) == 3 + 15 + 2
     run_job(job)
     assert kept.items() <= file_identities(tmp_path / "s.zarr").items()
     run_job(make_job(tmp_path / "once.zarr", teacher, block_rows=100, batch_size=50))

@@ -48,7 +48,7 @@ def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Enco
     if name not in known:
         raise UnknownName("encoding", name, known)
     if name == "topk":
-        if not parameter.isdigit():
+        if not parameter.isdecimal():
             raise RecipeError(f"encoding {text!r} does not say how many entries to keep, as topk:10 does")
         return TopK(int(parameter))
     if parameter:

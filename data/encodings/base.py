@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +31,7 @@ class Component:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+        return int(np.dtype(self.dtype).itemsize) * math.prod(self.row_shape)
 
 
 class Encoding(Protocol):
@@ -79,12 +80,17 @@ class Encoding(Protocol):
         """Encoded rows for the loss from gathered components."""
 
 
+def flat_rows(values: NDArray[Any]) -> NDArray[Any]:
+    """Rows `(n, D)` of any `(n, ...)`, also where n is 0."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
 def within(
     decoded: NDArray[np.float32], values: NDArray[np.float32], bound: Any, slack: float
 ) -> NDArray[np.bool_]:
     """Rows `(n,)` in which every `|decoded - values| <= bound + slack * largest |value| of the row`."""
-    wide = values.reshape(len(values), -1).astype(np.float64)
-    distance = np.abs(decoded.reshape(len(decoded), -1) - wide)
+    wide = flat_rows(values).astype(np.float64)
+    distance = np.abs(flat_rows(decoded) - wide)
     close: NDArray[np.bool_] = (
         distance <= bound + slack * np.abs(wide).max(1, keepdims=True, initial=0)
     ).all(1)
@@ -102,7 +108,8 @@ def check_range(
     if lost.any():
         row = int(np.flatnonzero(lost.reshape(len(values), -1).any(1))[0])
         worst = float(values[row].reshape(-1)[lost[row].reshape(-1)][0])
+        others = "float32" if what == "bfloat16" else "float32 or bfloat16"
         raise EncodingRange(
             f"sample {int(samples[row])} has the value {worst:g}, outside the range of {what} "
-            f"(+-{limit:g}). Use --encoding float32 or bfloat16."
+            f"(+-{limit:g}). Use --encoding {others}."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coursepack.data.encodings.base import Component
+from coursepack.data.encodings.base import Component, flat_rows
 from coursepack.kernels import BitRows
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class Bits:
         labels: NDArray[np.int64],
     ) -> dict[str, NDArray[Any]]:
         """Pack the signs."""
-        return {"bits": np.packbits(values.reshape(len(values), -1) > 0, axis=1)}
+        return {"bits": np.packbits(flat_rows(values) > 0, axis=1)}
 
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
         """Same signs, but for values next to nothing."""
-        flat = values.reshape(len(values), -1)
+        flat = flat_rows(values)
         signs = np.unpackbits(stored["bits"], axis=1, count=flat.shape[1]).astype(bool)
         near_zero = np.abs(flat) <= slack * np.abs(flat).max(1, keepdims=True, initial=0)
         same: NDArray[np.bool_] = ((signs == (flat > 0)) | near_zero).all(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range, within
+from coursepack.data.encodings.base import Component, check_range, flat_rows, within
 from coursepack.kernels import DenseRows
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Dense:
         """Within half a unit in the last place."""
         decoded = self.rows({"values": torch.from_numpy(stored["values"])}, values.shape[1:]).decode()
         precision = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[self.name]
-        bound = precision * np.abs(values.reshape(len(values), -1)).astype(np.float64) + 2.0**-25
+        bound = precision * np.abs(flat_rows(values)).astype(np.float64) + 2.0**-25
         return within(decoded.numpy(), values, bound, slack)
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> DenseRows:

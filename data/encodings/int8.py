@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range, within
+from coursepack.data.encodings.base import Component, check_range, flat_rows, within
 from coursepack.kernels import Int8Rows
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Int8:
     ) -> dict[str, NDArray[Any]]:
         """Quantise each row over its own range."""
         check_range(values, np.abs(values) > _LIMIT / 2, samples, self.name, _LIMIT / 2)
-        flat = values.reshape(len(values), -1).astype(np.float32)
+        flat = flat_rows(values).astype(np.float32)
         minimum = _rounded(flat.min(1), -np.inf)
         scale = _rounded((flat.max(1) - minimum.astype(np.float32)) / LEVELS, np.inf)
         width = np.where(scale == 0, 1, scale).astype(np.float32)

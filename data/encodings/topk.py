@@ -78,30 +78,41 @@ class TopK:
         absent = ~(ids == label).any(1)
         ids[absent, -1] = label[absent, 0]
         kept[absent, -1] = logits.gather(1, label)[absent, 0]
-        dropped = logits.scatter(1, ids, float("-inf")).double() - logits.amax(1, keepdim=True)
-        tail = torch.stack([torch.logsumexp(dropped / t, dim=1) for t in TAIL_TEMPERATURES], dim=1)
-        # Nothing was dropped, or nothing that can be seen: a mass that float16 still holds, and never NaN.
-        tail = tail.clamp(-_LIMIT, _LIMIT)
         dtype = self.components(values.shape[1:])["ids"].dtype
         return {
             "ids": ids.numpy().astype(dtype),
             "values": kept.numpy().astype(np.float16),
-            "tail": tail.numpy().astype(np.float16),
+            "tail": _log_masses(logits, ids).numpy().astype(np.float16),
         }
 
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
-        """Kept logits within half a float16 unit, and none of them below what a fresh choice would keep."""
+        """Kept logits within half a float16 unit, none below what a fresh choice keeps; and the mass."""
         ids = stored["ids"].astype(np.int64)
         kept = np.take_along_axis(values, ids, axis=1)
-        close = within(stored["values"].astype(np.float32), kept, 2.0**-11 * np.abs(kept) + 2.0**-25, slack)
+        moved = slack * np.abs(values).max(1, keepdims=True)
+        rounded = 2.0**-11 * np.abs(kept) + 2.0**-25
+        close = within(stored["values"].astype(np.float32), kept, rounded + moved, 0)
         # The last entry may be the label's; every other one has to be among the k largest.
         least = -np.sort(-values, axis=1)[:, self.k - 1]
         second_lowest = np.sort(kept, axis=1)[:, 1]
-        chosen: NDArray[np.bool_] = second_lowest >= least - slack * np.abs(values).max(1)
-        return close & chosen
+        chosen: NDArray[np.bool_] = second_lowest >= least - 2 * moved[:, 0]
+        once: NDArray[np.bool_] = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
+        masses = _log_masses(torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(ids)).numpy()
+        # A mass moves with the dropped logits and with the row's maximum.
+        bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * moved
+        same: NDArray[np.bool_] = np.all(np.abs(stored["tail"] - masses) <= bound, axis=1)
+        return close & chosen & once & same
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> TopKRows:
         """Ids, logits and tail as they are stored."""
         return TopKRows(components["ids"], components["values"], components["tail"], row_shape[0])
+
+
+def _log_masses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log of `sum exp((z - max z) / T)` over the classes that are not kept, `(N, 4)` float64."""
+    dropped = logits.scatter(1, ids, float("-inf")).double() - logits.amax(1, keepdim=True)
+    masses = torch.stack([torch.logsumexp(dropped / t, dim=1) for t in TAIL_TEMPERATURES], dim=1)
+    # Nothing was dropped, or nothing that can be seen: a mass that float16 still holds, and never NaN.
+    return masses.clamp(-_LIMIT, _LIMIT)

@@ -56,6 +56,7 @@ class BlockFiles:
         labels: NDArray[np.int64],
         block: Block,
         record: Mapping[str, Any],
+        sound: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Start a block.
 
@@ -65,9 +66,10 @@ class BlockFiles:
             labels: class ids of all samples `(N,)`.
             block: which one.
             record: what the done-object says besides sums and fidelity: `draws` and `environment`.
+            sound: size and crc32c of files on the disk, which are left alone if they would not change.
         """
         self._root, self._manifest, self._labels = root, manifest, labels
-        self._block, self._record = block, record
+        self._block, self._record, self._sound = block, record, sound or {}
         self._files: dict[str, tuple[int, int]] = {}
         self._fidelity: dict[str, Any] = {}
         self._held: dict[tuple[str, str], list[NDArray[Any]]] = {}
@@ -126,8 +128,9 @@ class BlockFiles:
             shard = (self._block.start + written) // layout.shard_rows
             key = shard_key(f"{name}/{component}", self._block.view, shard, layout)
             pieces = shard_pieces(rows[: layout.shard_rows], layout)
-            write_whole(self._root / key, *pieces)
             self._files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
+            if self._sound.get(key) != self._files[key]:
+                write_whole(self._root / key, *pieces)
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []

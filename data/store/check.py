@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coursepack.data.store.layout import block_count
-from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.layout import block_count, shard_key, table_key
+from coursepack.data.store.manifest import LABELS, load_manifest, zarr_metadata
 from coursepack.data.store.shards import file_checksum
 from coursepack.data.views import ViewRecipe, draw
 
@@ -57,9 +57,12 @@ def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> Store
     manifest = load_manifest(path)
     problems = [
         *_file_problems(path, manifest, on_file),
+        *_unvouched(manifest),
         *_metadata_problems(path, manifest),
-        *_draw_problems(manifest),
     ]
+    if not any(problem.key.startswith(f"{LABELS}/c") for problem in problems):
+        # Sound labels bear out the number of samples: a made-up one could be too large to draw for.
+        problems += _draw_problems(manifest)
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 
@@ -79,6 +82,17 @@ def _file_problems(
             yield Problem(key, "content does not match its checksum")
         if on_file is not None:
             on_file(size)
+
+
+def _unvouched(manifest: Manifest) -> Iterator[Problem]:
+    """A committed view all of whose shards the manifest does not name would be refused by the reader."""
+    keys = [table_key(name, table.layout) for name, table in manifest.tables.items()]
+    for name, array in manifest.arrays.items():
+        for component, layout in array.components.items():
+            for view in manifest.committed.get(name, ()):
+                count = layout.shard_count(manifest.samples)
+                keys += [shard_key(f"{name}/{component}", view, shard, layout) for shard in range(count)]
+    yield from (Problem(key, "not vouched for") for key in keys if key not in manifest.files)
 
 
 def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:

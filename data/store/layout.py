@@ -7,6 +7,7 @@ can, so that the padding of the last chunk stays small.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ NARROW_BYTES = 32 << 20
 """A block is no longer than this many bytes of the narrowest array need."""
 SHARD_BYTES = 128 << 20
 CHUNK_BYTES = 2 << 20
+DTYPES = ("float32", "float16", "int64", "uint8", "uint16", "uint32")
+"""Types of stored arrays."""
+MOST = 1 << 48
+"""No count and no number of bytes is larger."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class ArrayLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+        return int(np.dtype(self.dtype).itemsize) * math.prod(self.row_shape)
 
     def shard_count(self, rows: int) -> int:
         """Shards of one view of `rows` rows."""
@@ -50,13 +55,30 @@ class ArrayLayout:
         return asdict(self) | {"row_shape": list(self.row_shape)}
 
 
+def whole(value: Any, least: int = 0) -> int:
+    """A whole number from JSON, from `least` to `MOST`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int or not least <= value <= MOST:
+        raise ValueError(f"{value!r:.40} is no whole number of at least {least}")
+    return value
+
+
 def layout_from_dict(values: Mapping[str, Any]) -> ArrayLayout:
-    """The layout that `to_dict` described."""
+    """The layout that `to_dict` described.
+
+    Raises:
+        ValueError, LookupError, TypeError: it described none.
+    """
+    if values["dtype"] not in DTYPES:
+        raise ValueError(f"{values['dtype']!r:.40} is not among the types {DTYPES}")
     return ArrayLayout(
-        dtype=str(np.dtype(values["dtype"])),
-        row_shape=tuple(int(side) for side in values["row_shape"]),
-        shard_rows=int(values["shard_rows"]),
-        chunk_rows=int(values["chunk_rows"]),
+        dtype=values["dtype"],
+        row_shape=tuple(whole(side, 1) for side in values["row_shape"]),
+        shard_rows=whole(values["shard_rows"], 1),
+        chunk_rows=whole(values["chunk_rows"], 1),
     )
 
 

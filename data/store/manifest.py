@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.encodings import Encoding, encoding_from_dict
-from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict
+from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict, whole
+from coursepack.data.store.validation import check_manifest, listed, mapping
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 
 if TYPE_CHECKING:
@@ -151,23 +152,25 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
             )
         if values.pop(CHECKSUM, None) != fingerprint(values):
             raise StoreDamaged(f"the manifest of {where!r} does not match its own checksum")
-        return Manifest(
-            identity=values["identity"],
-            origin=values["origin"],
-            samples=int(values["samples"]),
-            class_names=tuple(values["class_names"]),
-            views=int(values["views"]),
-            block_rows=int(values["block_rows"]),
+        manifest = Manifest(
+            identity=mapping(values["identity"]),
+            origin=mapping(values["origin"]),
+            samples=whole(values["samples"], 1),
+            class_names=tuple(listed(values["class_names"], str)),
+            views=whole(values["views"], 1),
+            block_rows=whole(values["block_rows"], 1),
             arrays={name: _stored_array(array) for name, array in values["arrays"].items()},
             tables={
-                name: Table(int(table["rows"]), layout_from_dict(table["layout"]))
+                name: Table(whole(table["rows"], 1), layout_from_dict(table["layout"]))
                 for name, table in values["tables"].items()
             },
-            committed={name: tuple(views) for name, views in values["committed"].items()},
-            view_records=values["view_records"],
-            files={key: (int(size), int(crc)) for key, (size, crc) in values["files"].items()},
+            committed={name: tuple(map(whole, views)) for name, views in values["committed"].items()},
+            view_records=mapping(values["view_records"]),
+            files={key: (whole(size), whole(crc)) for key, (size, crc) in values["files"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check_manifest(manifest)
+        return manifest
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, StoreMismatch):
             raise
         raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r}") from error
@@ -226,8 +229,11 @@ def _group_metadata(group: str) -> dict[str, Any]:
 
 
 def _stored_array(values: dict[str, Any]) -> StoredArray:
+    encoding = encoding_from_dict(values["encoding"])
+    if encoding.to_dict() != values["encoding"]:
+        raise ValueError(f"{values['encoding']!r:.80} is no encoding")
     return StoredArray(
-        encoding=encoding_from_dict(values["encoding"]),
-        row_shape=tuple(int(side) for side in values["row_shape"]),
+        encoding=encoding,
+        row_shape=tuple(whole(side, 1) for side in values["row_shape"]),
         components={name: layout_from_dict(layout) for name, layout in values["components"].items()},
     )

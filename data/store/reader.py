@@ -157,7 +157,7 @@ class StoreReader:
 
     def _open_quietly(self, array: str, view: int) -> None:
         # The read that needs the view meets the same error, and reports it.
-        with contextlib.suppress(StoreDamaged):
+        with contextlib.suppress(OSError, MemoryError):
             self._opened(array, view)
 
     def _opened(self, array: str, view: int) -> OpenView:

@@ -55,6 +55,12 @@ def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[Piece]:
     return [*pieces, footer, checksum_bytes(footer)]
 
 
+def shard_size(rows: int, layout: ArrayLayout) -> int:
+    """Bytes of the file of a shard that holds so many rows."""
+    chunks = -(-rows // layout.chunk_rows)
+    return chunks * (layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES) + _footer_bytes(layout)
+
+
 def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where: str) -> NDArray[np.int64]:
     """Where the rows of each chunk start in a shard file.
 

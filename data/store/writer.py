@@ -83,10 +83,10 @@ class StoreWriter:
         check_not_foreign(self.root)
         return fresh_manifest(self._plan)
 
-    def rows_left(self) -> int:
-        """Rows of this part that are not done, found without writing anything."""
+    def blocks_left(self) -> list[Block]:
+        """Blocks of this part that are not done, found without writing anything."""
         self.manifest = self.planned()
-        return sum(len(block) for block in self.pending())
+        return list(self.pending())
 
     @property
     def blocks(self) -> int:
@@ -119,9 +119,11 @@ class StoreWriter:
         numbers = (n for n in range(self.manifest.views * self.blocks) if self.part.owns(n))
         return sum(min(rows, samples - n % self.blocks * rows) for n in numbers)
 
-    def write(self, block: Block, record: Mapping[str, Any]) -> BlockFiles:
+    def write(
+        self, block: Block, record: Mapping[str, Any], sound: Mapping[str, tuple[int, int]] | None = None
+    ) -> BlockFiles:
         """Start writing a block; `record` goes into its done-object when `BlockFiles.finish` is called."""
-        return BlockFiles(self.root, self.manifest, self._plan.labels, block, record)
+        return BlockFiles(self.root, self.manifest, self._plan.labels, block, record, sound)
 
     def commit(self) -> None:
         """Vouch for every view whose blocks are all done, whoever did them, and tidy up behind it."""
@@ -148,8 +150,8 @@ class StoreWriter:
             self._put_manifest(load_manifest(self.root).with_files(files))
 
     def repair_tables(self, keys: set[str]) -> dict[str, tuple[int, int]]:
-        """Write tables among `keys` again, and all metadata; returns size and crc32c of the tables' files."""
-        self._put_metadata(self.manifest)
+        """Write tables and metadata among `keys` again; returns size and crc32c of the tables' files."""
+        self._put_metadata(self.manifest, lambda key: key in keys)
         return self._put_tables(self.manifest, lambda key: key in keys)
 
     def _missing(self, view: int) -> tuple[str, ...]:
@@ -228,12 +230,13 @@ class StoreWriter:
     def _put_missing_tables(self, manifest: Manifest) -> Manifest:
         return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.files))
 
-    def _put_metadata(self, manifest: Manifest) -> None:
+    def _put_metadata(self, manifest: Manifest, wanted: Callable[[str], bool] = lambda _: True) -> None:
         """Zarr metadata; the group's own file comes last."""
         for key, values in zarr_metadata(manifest).items():
             path = self.root / key
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, canonical_json(values, indent=1).encode())
+            if wanted(key):
+                write_whole(path, canonical_json(values, indent=1).encode())
 
     def _put_manifest(self, manifest: Manifest) -> None:
         write_whole(self.root / MANIFEST, manifest.to_json().encode())

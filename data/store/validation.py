@@ -1,0 +1,137 @@
+"""Does a manifest describe a store that can be? Its checksum tells damage, not who wrote it.
+
+What passes here names no file outside the store, and no size that the files' own sizes do not bear out, so
+that reading costs no more memory than the files are long.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.data.store.layout import MOST, block_count, shard_key, table_key
+from coursepack.data.store.shards import shard_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.manifest import Manifest
+
+TABLE_DTYPES = ("int64", "float32")
+_SHARD = re.compile(r"c\.(0|[1-9][0-9]{0,14})\.(0|[1-9][0-9]{0,14})(\.0)*")
+
+
+def listed(values: Any, kind: type) -> list[Any]:
+    """A list from JSON, of one kind of items."""
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise ValueError(f"{values!r:.40} is no list of {kind.__name__}")
+    return values
+
+
+def mapping(values: Any) -> dict[str, Any]:
+    """An object from JSON."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r:.40} is no object")
+    return values
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse what cannot be a store.
+
+    Raises:
+        ValueError, LookupError: says what is wrong.
+    """
+    if not isinstance(manifest.identity["view"]["fingerprint"], str):
+        raise ValueError("the fingerprint of the view is no text")
+    _check_names([*manifest.arrays, *manifest.tables])
+    _check_tables(manifest)
+    for name, array in manifest.arrays.items():
+        wanted = {
+            part: (spec.dtype, spec.row_shape)
+            for part, spec in array.encoding.components(array.row_shape).items()
+        }
+        held = {part: (layout.dtype, layout.row_shape) for part, layout in array.components.items()}
+        if held != wanted:
+            raise ValueError(f"components of {name!r} are {held}, expected {wanted}")
+        for layout in array.components.values():
+            _check_cut(name, layout, manifest.block_rows)
+    _check_files(manifest)
+    _check_views(manifest)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        parts = name.split("/")
+        if (
+            not name.isprintable()
+            or "\\" in name
+            or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+        ):
+            raise ValueError(f"{name!r:.80} is no name of an array")
+
+
+def _check_cut(name: str, layout: ArrayLayout, block_rows: int) -> None:
+    if block_rows % layout.shard_rows or layout.shard_rows % layout.chunk_rows:
+        raise ValueError(
+            f"blocks of {block_rows} rows, shards of {layout.shard_rows} and chunks of {layout.chunk_rows} "
+            f"of {name!r} do not divide each other"
+        )
+    if math.prod(layout.row_shape) * np.dtype(layout.dtype).itemsize * layout.shard_rows > MOST:
+        raise ValueError(f"shards of {name!r} are too large")
+
+
+def _check_tables(manifest: Manifest) -> None:
+    labels = manifest.tables["labels"]
+    if (labels.layout.dtype, labels.shape) != ("int64", (manifest.samples,)):
+        raise ValueError(f"labels are {labels.layout.dtype} {labels.shape}, expected one per sample")
+    for name, table in manifest.tables.items():
+        if table.layout.dtype not in TABLE_DTYPES or not 0 < table.rows <= table.layout.shard_rows:
+            raise ValueError(f"table {name!r} is not one shard of {TABLE_DTYPES}")
+        _check_cut(name, table.layout, table.layout.shard_rows)
+
+
+def _check_files(manifest: Manifest) -> None:
+    """Every file is a shard of some array, of the size that its layout gives."""
+    tables = {table_key(name, table.layout): table for name, table in manifest.tables.items()}
+    layouts: Mapping[str, ArrayLayout] = {
+        f"{name}/{part}": layout
+        for name, array in manifest.arrays.items()
+        for part, layout in array.components.items()
+    }
+    for key, (size, crc) in manifest.files.items():
+        if key in tables:
+            layout, rows = tables[key].layout, tables[key].rows
+        else:
+            array, _, file = key.rpartition("/")
+            match = _SHARD.fullmatch(file)
+            if match is None or array not in layouts:
+                raise ValueError(f"{key!r:.80} is no file of a store")
+            view, shard = int(match[1]), int(match[2])
+            layout = layouts[array]
+            rows = min(layout.shard_rows, manifest.samples - shard * layout.shard_rows)
+            if key != shard_key(array, view, shard, layout) or view >= manifest.views or rows <= 0:
+                raise ValueError(f"{key!r:.80} is no shard of {array!r}")
+        if size != shard_size(rows, layout) or crc >= 1 << 32:
+            raise ValueError(f"{key!r:.80} cannot have {size} bytes and the checksum {crc}")
+
+
+def _check_views(manifest: Manifest) -> None:
+    for name, views in manifest.committed.items():
+        if list(views) != sorted(set(views)) or (views and views[-1] >= manifest.views):
+            raise ValueError(f"committed views of {name!r} are {views!r:.80}")
+        for layout in manifest.arrays[name].components.values():
+            if views and layout.shard_count(manifest.samples) > len(manifest.files):
+                raise ValueError(f"{name!r} has more shards than there are files")
+    blocks = block_count(manifest.samples, manifest.block_rows)
+    for view, record in manifest.view_records.items():
+        if not view.isdecimal() or not str(int(view)) == view or int(view) >= manifest.views:
+            raise ValueError(f"{view!r:.40} is no view")
+        mapping(record["sums"]), mapping(record["fidelity"]), listed(record["environments"], dict)
+        if len(listed(record["draws"], str)) != blocks:
+            raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
+    if missing := set(manifest.committed.get("logits", ())) - set(map(int, manifest.view_records)):
+        raise ValueError(f"views {sorted(missing)!r:.40} are committed but have no record")
