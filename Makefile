@@ -32,7 +32,7 @@ test-slow: .venv/installed
 	$(BIN)/pytest -m slow
 
 bench: .venv/installed
-	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	set -e; for file in benchmarks/[!_]*.py; do $(BIN)/python $$file; done
 
 clean:
 	rm -rf .venv build demo *.egg-info

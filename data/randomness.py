@@ -35,13 +35,15 @@ def random_words(seed: int, samples: Samples, view: int, purpose: int) -> NDArra
         purpose: a `Purpose`, or `Purpose.VIEW` plus an op's place.
 
     Raises:
-        ValueError: a seed or view out of range.
+        ValueError: a seed, view or sample out of range.
     """
     from coursepack.data.jit_philox import philox_fill
 
     for name, value, bits in (("seed", seed, 64), ("view", view, 32), ("purpose", purpose, 32)):
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} is {value}, expected 0 to 2**{bits} - 1")
+    if len(samples) and int(np.min(samples)) < 0:
+        raise ValueError(f"samples hold {int(np.min(samples))}, expected no negative index")
     index = np.ascontiguousarray(samples, dtype=np.uint64)
     counters = np.empty((len(index), 4), dtype=np.uint32)
     counters[:, 0] = index & np.uint64(0xFFFFFFFF)

@@ -206,12 +206,12 @@ def subset(source: Source, limit: int | None) -> Samples:
     """The samples a run uses: all, or `limit` of them, evenly over classes and the same in every run.
 
     Raises:
-        RecipeError: `limit` is larger than the source.
+        RecipeError: `limit` is larger than the source, or not positive.
     """
     everything = np.arange(len(source.labels))
     if limit is None:
         return everything
-    if limit > len(everything):
+    if not 1 <= limit <= len(everything):
         raise RecipeError(f"limit is {limit}, but source {source.name!r} has {len(everything)} samples")
     order = shuffled(everything, seed=0, view=0, purpose=Purpose.SUBSET)
     labels = source.labels[order]
