@@ -81,7 +81,8 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
     raw = folder / "raw.bin"
     half.numpy().tofile(raw)
     memmap = np.memmap(raw, dtype=np.float16, mode="r", shape=values.shape)
-    reader = write_store(folder / "float16.zarr", values, encoding="float16")
+    write_store(folder / "float16.zarr", values, encoding="float16")
+    reader = StoreReader(folder / "float16.zarr", "resident")
     out = torch.empty(BATCH, values.shape[1], dtype=torch.float16)
     foreign = zarr.open_group(folder / "float16.zarr", mode="r")["logits/values"]
     shuffle = Shuffle(len(values), size.batches)

@@ -73,6 +73,9 @@ class OpenView:
         Raises:
             StoreDamaged: a file is missing, has another size, or does not match its checksum.
         """
+        from coursepack.data.store.jit_gather import ALIGNMENT, gather_rows
+
+        self._alignment, self._gather_rows = ALIGNMENT, gather_rows
         self._rows, self._pinned = rows, pinned
         self._parts: list[_Component] = []
         addresses: list[NDArray[np.int64]] = []
@@ -97,21 +100,19 @@ class OpenView:
             IndexError: a sample outside the view.
             StoreDamaged: a chunk that is served for the first time does not match its checksum.
         """
-        from coursepack.data.store.jit_gather import ALIGNMENT, gather_rows
-
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         count = len(samples)
         if not self._trusted:
             self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
-        sizes = [-(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT for part in self._parts]
+        sizes = [-(-count * part.row_bytes // self._alignment) * self._alignment for part in self._parts]
         out = self._buffer(sum(sizes))
-        outside = gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
+        outside = self._gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
         if outside >= 0:
             raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {self._rows - 1}")
         rows, start = {}, 0
         for part, size in zip(self._parts, sizes, strict=True):
             raw = out[start : start + count * part.row_bytes]
-            rows[part.name] = raw.view(part.dtype).reshape(count, *part.layout.row_shape)
+            rows[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
             start += size
         return rows
 
@@ -150,7 +151,12 @@ class _Component:
         whole: bool,
     ) -> None:
         self.name, self.layout, self.first = name, layout, first
-        self.dtype, self.row_bytes = np.dtype(layout.dtype), layout.row_bytes
+        # Looked up once: a batch is gathered in tens of microseconds.
+        self.dtype, self.row_bytes, self.row_shape = (
+            np.dtype(layout.dtype),
+            layout.row_bytes,
+            layout.row_shape,
+        )
         self._shards = shards
         self._maps: list[mmap.mmap] = []
         self._files: list[NDArray[np.uint8]] = []
