@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds, to see that it runs")
     chosen = parser.parse_args()
     out, quick = chosen.out, chosen.quick
+    # What an earlier demo left: its teachers are trained again, so its stores are theirs no longer.
+    for path in (out / "teachers", out / "runs", *(out / f"{teacher}.zarr" for teacher in TEACHERS)):
+        shutil.rmtree(path, ignore_errors=True)
     started = time.perf_counter()
     views, seeds, epochs = (2, 2, 3) if quick else (8, 6, 60)
 
