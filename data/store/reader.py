@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.kernels import Rows
 
-OPEN_VIEWS = {"resident": 2, "mapped": 64, "windowed": 64}
+OPEN_VIEWS = 64
 """Views of an array kept open at a time; the one opened first is closed first."""
+RESIDENT_BYTES = 256 << 20
+"""Resident views of an array beyond this many bytes are closed, but for the one in use and the next."""
 
 Reading = Literal["resident", "mapped", "windowed"]
 """`resident`: whole views in memory. `mapped`: memory maps, for views that fit into memory beside the rest.
@@ -145,8 +147,14 @@ class StoreReader:
                 parts[name][chosen] = part
         return parts
 
-    def prefetch(self, array: str, view: int) -> threading.Thread:
-        """Open a view in the background, its checksums included; a later read waits for it if it must."""
+    def prefetch(self, array: str, view: int) -> threading.Thread | None:
+        """Open a view in the background, its checksums included; a later read waits for it if it must.
+
+        Returns:
+            The thread that does it, or None where the view is open.
+        """
+        if (array, view) in self._open:
+            return None
         thread = threading.Thread(target=self._open_quietly, args=(array, view), daemon=True)
         thread.start()
         return thread
@@ -183,9 +191,14 @@ class StoreReader:
                 )
                 self._verified |= keys
                 same = [other for other in self._open if other[0] == array]
-                for other in same[: max(0, len(same) - OPEN_VIEWS[self.reading])]:
+                for other in same[: max(0, len(same) - self._kept_views(array))]:
                     del self._open[other]
             return self._open[place]
+
+    def _kept_views(self, array: str) -> int:
+        if self.reading != "resident":
+            return OPEN_VIEWS
+        return min(OPEN_VIEWS, max(2, RESIDENT_BYTES // max(1, self.view_bytes([array]))))
 
     def _shards(self, path: str, view: int, layout: ArrayLayout) -> list[ShardFile]:
         count = layout.shard_count(self.manifest.samples)
