@@ -8,6 +8,7 @@ in the page cache. `a / b` is time a over time b; a speed relative to b is writt
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import tempfile
@@ -355,7 +356,7 @@ def litdata_reader(
     """litdata's streaming data set over the same content, where litdata is installed."""
     try:
         from litdata import StreamingDataset
-        from litdata.streaming import BinaryWriter
+        from litdata.streaming.writer import BinaryWriter
     except ImportError:
         return None
     target = folder / "litdata"
@@ -365,9 +366,11 @@ def litdata_reader(
         writer[sample] = {"probs": halves[sample], "ids": ids[sample]}
     writer.done()
     writer.merge(1)
-    dataset = StreamingDataset(str(target))
+    dataset = StreamingDataset(str(target), shuffle=True)
     total = sum(path.stat().st_size for path in target.iterdir())
-    return lambda samples: [dataset[int(sample)] for sample in samples], total
+    # As it is meant to be read: in its own shuffled order, one sample after another.
+    endless = itertools.chain.from_iterable(iter(dataset) for _ in itertools.count())
+    return lambda samples: [next(endless) for _ in samples], total
 
 
 def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[str, Any]]:
