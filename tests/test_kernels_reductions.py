@@ -23,7 +23,7 @@ def wide(tensor):
     return tensor.numpy().astype(np.float64)
 
 
-def close(got, expected):
+def check_close(got, expected):
     assert got.dtype == torch.float32
     assert tuple(got.shape) == expected.shape
     assert np.abs(got.numpy() - expected).max() <= 2e-6 * max(1.0, np.abs(expected).max())
@@ -41,14 +41,14 @@ def test_attention_is_the_mean_square_over_channels(shape):
     expected = np.zeros((shape[0], shape[2] * shape[3]))
     for n, c, y, x in itertools.product(*map(range, shape)):
         expected[n, y * shape[3] + x] += wide(features)[n, c, y, x] ** 2 / shape[1]
-    close(reductions.attention(features), expected)
+    check_close(reductions.attention(features), expected)
 
 
 @SHAPES
 def test_pooled_is_the_mean_over_places(shape):
     features = maps(shape)
     expected = np.array([[np.mean(channel) for channel in sample] for sample in wide(features)])
-    close(reductions.pooled(features), expected)
+    check_close(reductions.pooled(features), expected)
 
 
 @SHAPES
@@ -56,7 +56,7 @@ def test_gram_compares_places_over_unit_channels(shape):
     features = maps(shape)
     flat = unit_channels(wide(features))
     expected = np.array([sum(np.outer(c, c) for c in sample) / shape[1] for sample in flat])
-    close(reductions.gram(features), expected)
+    check_close(reductions.gram(features), expected)
 
 
 def test_distance_of_grams_is_the_kernel_distance_of_nst():
@@ -87,7 +87,7 @@ def test_flow_is_the_mean_product_over_places():
     expected = np.zeros((3, 4, 7))
     for n, i, j, y, x in itertools.product(range(3), range(4), range(7), range(5), range(5)):
         expected[n, i, j] += wide(first)[n, i, y, x] * wide(second)[n, j, y, x] / 25
-    close(reductions.pair_gram(first, second), expected)
+    check_close(reductions.pair_gram(first, second), expected)
 
 
 def halved(features):
@@ -99,16 +99,16 @@ def halved(features):
 def test_flow_between_maps_of_two_sizes_averages_the_larger():
     first, second = maps((3, 4, 8, 8)), maps((3, 7, 4, 4), seed=1)
     expected = np.einsum("nihw,njhw->nij", halved(wide(first)), wide(second)) / 16
-    close(reductions.pair_gram(first, second), expected)
-    close(reductions.pair_gram(second, first), expected.transpose(0, 2, 1))
+    check_close(reductions.pair_gram(first, second), expected)
+    check_close(reductions.pair_gram(second, first), expected.transpose(0, 2, 1))
 
 
 def test_resized_averages_down_and_repeats_up():
     features = maps((2, 3, 6, 6))
-    close(reductions.resized(features, 3), halved(wide(features)))
-    close(reductions.resized(features, 6), wide(features))
-    close(reductions.resized(features, 12), wide(features).repeat(2, axis=2).repeat(2, axis=3))
-    close(reductions.resized(features, 1), wide(features).mean((2, 3), keepdims=True))
+    check_close(reductions.resized(features, 3), halved(wide(features)))
+    check_close(reductions.resized(features, 6), wide(features))
+    check_close(reductions.resized(features, 12), wide(features).repeat(2, axis=2).repeat(2, axis=3))
+    check_close(reductions.resized(features, 1), wide(features).mean((2, 3), keepdims=True))
 
 
 MEANS = [0.0, 0.4, -0.4, 3.0, -3.0, 2.9, 0.05, -7.0, 1e-3]
