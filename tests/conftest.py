@@ -1,5 +1,7 @@
 """Teachers and stores that many tests read and none changes."""
 
+import shutil
+
 import pytest
 from builders import write_store, write_teacher
 
@@ -18,3 +20,10 @@ def stores(tmp_path_factory, teachers):
     """Their float32 stores, three views of the view preset `digits`."""
     folder = tmp_path_factory.mktemp("stores")
     return [write_store(folder / f"{teacher.name}.zarr", teacher, views=3) for teacher in teachers]
+
+
+@pytest.fixture
+def store(written, tmp_path):
+    """A copy, which a test may damage, of the store that its module wrote once as `written`."""
+    shutil.copytree(written, tmp_path / "s.zarr")
+    return tmp_path / "s.zarr"

@@ -43,13 +43,6 @@ def written(tmp_path_factory, teacher):
 
 
 @pytest.fixture
-def store(written, tmp_path):
-    """A copy that a test may damage."""
-    shutil.copytree(written, tmp_path / "s.zarr")
-    return tmp_path / "s.zarr"
-
-
-@pytest.fixture
 def command():
     """Run `precompute` in this process."""
     handler = signal.getsignal(signal.SIGTERM)

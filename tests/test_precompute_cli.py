@@ -36,13 +36,6 @@ def written(tmp_path_factory, teacher):
 
 
 @pytest.fixture
-def store(written, tmp_path):
-    """A copy of it."""
-    shutil.copytree(written, tmp_path / "s.zarr")
-    return tmp_path / "s.zarr"
-
-
-@pytest.fixture
 def command(teacher):
     """Run the command in this process; gives its exit status, stdout and stderr."""
     handler = signal.getsignal(signal.SIGTERM)

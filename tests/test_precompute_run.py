@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -36,13 +35,6 @@ def written(tmp_path_factory, teacher):
     path = tmp_path_factory.mktemp("written") / "s.zarr"
     run_job(make_job(path, teacher, block_rows=500))
     return path
-
-
-@pytest.fixture
-def store(written, tmp_path):
-    """A copy of it."""
-    shutil.copytree(written, tmp_path / "s.zarr")
-    return tmp_path / "s.zarr"
 
 
 def live_answers(job, view):
