@@ -177,8 +177,7 @@ def test_out_of_range_names_the_sample_and_the_way_out(spec, value, row_shape):
     with pytest.raises(EncodingRange) as refusal:
         parse_encoding(spec).encode(values, np.arange(100, 105), np.zeros(5, dtype=np.int64))
     assert str(refusal.value) == (
-        f"sample 103 has the value {value:g}, outside the range of {spec} (+-{limit}). "
-        f"Use --encoding {others}."
+        f"sample 103 has the value {value:g}, outside the range of {spec} (+-{limit}): use {others}"
     )
 
 

@@ -223,6 +223,21 @@ def test_a_block_that_fails_is_done_again_and_the_others_stay(tmp_path):
     assert store_files(path) == store_files(tmp_path / "once.zarr")
 
 
+@pytest.mark.parametrize(("array", "flag"), [("logits", "--encoding"), ("features/a", "--feature-encoding")])
+def test_a_value_out_of_range_names_the_array_and_the_flag_that_chose_its_encoding(tmp_path, array, flag):
+    rows = RowStore(encoding="float16", shapes={"logits": (10,), "features/a": (3,)})
+    values = {name: rows.values(name, 0)[:16] for name in rows.shapes}
+    values[array][7] = 1e6
+    with StoreWriter(tmp_path / "s.zarr", rows.plan()) as writer:
+        files = writer.write(next(writer.pending()), {"draws": "", "environment": {}})
+        with pytest.raises(EncodingRange) as refusal:
+            files.add(values)
+    assert str(refusal.value) == (
+        f"{array}: sample 7 has the value 1e+06, outside the range of float16 (+-65504): "
+        f"use float32 or bfloat16 as {flag}."
+    )
+
+
 def test_partial_files_of_killed_writers_go(tmp_path):
     path = tmp_path / "s.zarr"
     write_rows(path)

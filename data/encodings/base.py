@@ -111,5 +111,5 @@ def check_range(
         others = "float32" if what == "bfloat16" else "float32 or bfloat16"
         raise EncodingRange(
             f"sample {int(samples[row])} has the value {worst:g}, outside the range of {what} "
-            f"(+-{limit:g}). Use --encoding {others}."
+            f"(+-{limit:g}): use {others}"
         )

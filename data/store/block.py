@@ -13,6 +13,7 @@ from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity, merge_fidelity
 from coursepack.data.store.shards import shard_checksum, shard_pieces
+from coursepack.errors import EncodingRange
 from coursepack.files import write_whole
 
 if TYPE_CHECKING:
@@ -83,14 +84,18 @@ class BlockFiles:
         """Append the next rows of every array of the block, in the order of samples.
 
         Raises:
-            EncodingRange: a value that the array's encoding cannot hold.
+            EncodingRange: a value that the array's encoding cannot hold; the text names array and flag.
         """
         first = self._block.start + self._rows_seen()
         for name in self._block.arrays:
             rows = values[name]
             samples = np.arange(first, first + len(rows))
             encoding = self._manifest.arrays[name].encoding
-            encoded = encoding.encode(rows, samples, self._labels[samples])
+            try:
+                encoded = encoding.encode(rows, samples, self._labels[samples])
+            except EncodingRange as error:
+                flag = "--encoding" if name == LOGITS else "--feature-encoding"
+                raise EncodingRange(f"{name}: {error} as {flag}.") from error
             if name == LOGITS and not encoding.exact:
                 tensors = {component: torch.from_numpy(part) for component, part in encoded.items()}
                 decoded = encoding.rows(tensors, rows.shape[1:])
