@@ -168,14 +168,15 @@ class TopKRows:
         """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
         if self.device.type == "cpu":
             return self._decode_cpu(temperature, _target(self, out))
-        values = self.values.float()
-        fill = self.tail_logit(values, temperature)
-        # A bad id would need the device to be waited for: it is clamped, as everywhere on CUDA.
-        return (
-            _target(self, out)
-            .copy_(fill[:, None].expand(self.shape))
-            .scatter_(1, self.ids.to(torch.int64).clamp_(max=self.classes - 1), values)
-        )
+        return self._decode_unseen(temperature, _target(self, out))
+
+    def _decode_unseen(self, temperature: Tensor | None, out: Tensor) -> Tensor:
+        # To refuse a bad id would need the device to be waited for: its row turns to NaN, as elsewhere.
+        ids = self.ids.to(torch.int64)
+        bad = (ids >= self.classes).any(1, keepdim=True)
+        values = self.values.float().masked_fill(bad, float("nan"))
+        fill = self.tail_logit(values, temperature)[:, None]
+        return out.copy_(fill.expand(self.shape)).scatter_(1, ids.clamp_(max=self.classes - 1), values)
 
     def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
         from coursepack.kernels.jit_decode import topk_decode

@@ -264,7 +264,24 @@ def two_worst(stored, values):
     stored["values"][5] = values[5, stored["ids"][5]]
 
 
-CHANGES = [exchanged, foreign, worst_for_best, one_twice, retailed(one_twice), retailed(two_worst)]
+def no_class(stored, values):
+    stored["ids"][5, 1] = values.shape[1]
+
+
+def far_from_a_class(stored, values):
+    stored["ids"][5] = 65535
+
+
+CHANGES = [
+    no_class,
+    far_from_a_class,
+    exchanged,
+    foreign,
+    worst_for_best,
+    one_twice,
+    retailed(one_twice),
+    retailed(two_worst),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -273,6 +290,15 @@ def test_other_topk_ids_do_not_agree(change):
     stored = contract.encode("topk:3", values, values.argmax(1))
     change(stored, values)
     assert parse_encoding("topk:3").agrees(values, stored, 0.0).tolist() == [n != 5 for n in range(8)]
+
+
+@pytest.mark.parametrize("change", [no_class, far_from_a_class], ids=lambda change: change.__name__)
+def test_topk_ids_that_are_no_class_make_no_rows(change):
+    values = normal((8, 25))
+    stored = contract.encode("topk:3", values)
+    change(stored, values)
+    with pytest.raises(ValueError, match=rf"ids holds {stored['ids'][5, 1]}, expected class ids 0\.\.24"):
+        contract.read("topk:3", stored, (25,))
 
 
 def test_a_flipped_bit_does_not_agree():

@@ -214,6 +214,20 @@ def test_an_id_outside_is_refused_before_anything_is_written_there(classes, bad,
     assert np.array_equal(memory[:6, :classes], rows.decode().numpy()[:6])
 
 
+def test_where_ids_are_not_looked_at_a_row_with_one_outside_turns_to_nan():
+    rows = topk_rows()
+    temperature = torch.linspace(0.5, 8, len(rows.ids))
+    expected = rows.decode(temperature)
+    ids = rows.ids.numpy().copy()
+    ids[6, 2] = rows.classes
+    wrong = dataclasses.replace(rows, ids=torch.from_numpy(ids))
+    found = wrong._decode_unseen(temperature, torch.empty(rows.shape))
+    assert torch.isnan(found[6]).all()
+    others = torch.arange(len(ids)) != 6
+    torch.testing.assert_close(found[others], expected[others])
+    torch.testing.assert_close(rows._decode_unseen(temperature, torch.empty(rows.shape)), expected)
+
+
 BROKEN = {
     "q of floats": (lambda: Int8Rows(torch.zeros(2, 3), torch.zeros(2, 2).half()), TypeError, "q has dtype"),
     "affine in float32": (

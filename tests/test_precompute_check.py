@@ -16,7 +16,7 @@ from helpers import file_identities, make_job, rewrite_manifest, store_files
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.shards import shard_checksum, shard_pieces
-from coursepack.errors import StoreMismatch, TeacherMismatch
+from coursepack.errors import StoreDamaged, StoreMismatch, TeacherMismatch
 from coursepack.models import parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute import run_job
@@ -130,6 +130,28 @@ def test_one_altered_row_is_found_and_named(store, command, array, component, ch
     assert facts["rows"] == 20_000
     assert set(facts["problems"]) == {f"{array}: sample 701, view 1"}
     assert command("verify", "--store", store).exit_code == 0, "files alone are what the manifest says"
+
+
+def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher, command):
+    """The files are what the manifest vouches for, so only who looks at the rows can tell."""
+    path = tmp_path / "s.zarr"
+    run_job(make_job(path, teacher, encoding="topk:2", block_rows=500))
+
+    def no_class(ids):
+        ids[0] = 10
+        return ids
+
+    alter(path, "logits", "ids", 1, 701, no_class)
+    told = command("verify", "--store", path, "--deep", 20_000)
+    assert told.exit_code == 1
+    assert "logits: sample 701, view 1" in told.stdout
+    reader = StoreReader(path)
+    assert reader.rows("logits", 1, np.array([700, 702])).shape == (2, 10)
+    for views in (1, np.array([0, 1])):
+        with pytest.raises(StoreDamaged, match=r"are not topk:2: ids holds 10, expected class ids 0\.\.9"):
+            reader.rows("logits", views, np.array([700, 701]))
+    shown = CliRunner().invoke(main, ["inspect", str(path)])
+    assert (shown.exit_code, "ids holds 10" in shown.stderr) == (1, True)
 
 
 def test_the_rows_to_look_at_are_spread_and_always_the_same(store):

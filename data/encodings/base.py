@@ -77,7 +77,11 @@ class Encoding(Protocol):
         """
 
     def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Rows:
-        """Encoded rows for the loss from gathered components."""
+        """Encoded rows for the loss from gathered components, on the CPU.
+
+        Raises:
+            ValueError: components that no encoding of values writes.
+        """
 
 
 def flat_rows(values: NDArray[Any]) -> NDArray[Any]:

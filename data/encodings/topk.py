@@ -90,6 +90,8 @@ class TopK:
     ) -> NDArray[np.bool_]:
         """Kept logits within half a float16 unit, none below what a fresh choice keeps; and the mass."""
         ids = stored["ids"].astype(np.int64)
+        inside: NDArray[np.bool_] = (ids < values.shape[1]).all(1)
+        ids = np.minimum(ids, values.shape[1] - 1)
         kept = np.take_along_axis(values, ids, axis=1)
         moved = slack * np.abs(values).max(1, keepdims=True)
         rounded = 2.0**-11 * np.abs(kept) + 2.0**-25
@@ -103,10 +105,18 @@ class TopK:
         # A mass moves with the dropped logits and with the row's maximum.
         bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * moved
         same: NDArray[np.bool_] = np.all(np.abs(stored["tail"] - masses) <= bound, axis=1)
-        return close & chosen & once & same
+        return inside & close & chosen & once & same
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> TopKRows:
-        """Ids, logits and tail as they are stored."""
+        """Ids, logits and tail as they are stored.
+
+        Raises:
+            ValueError: an id that is no class. It is looked for here, on the CPU, as a GPU would have to be
+                waited for.
+        """
+        ids = components["ids"].numpy()
+        if ids.max(initial=0) >= row_shape[0]:
+            raise ValueError(f"ids holds {ids.max()}, expected class ids 0..{row_shape[0] - 1}")
         return TopKRows(components["ids"], components["values"], components["tail"], row_shape[0])
 
 

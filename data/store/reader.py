@@ -127,14 +127,25 @@ class StoreReader:
         return self._opened(array, view).gather(samples)
 
     def rows(self, array: str, views: int | Samples, samples: Samples) -> Rows:
-        """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`; errors as `components`."""
+        """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`.
+
+        Raises:
+            StoreDamaged: also rows that the encoding cannot have written, whatever their checksums say.
+            Otherwise as `components`.
+        """
         if isinstance(views, int):
             parts = self.components(array, views, samples)
         else:
             parts = self._mixed(array, views, samples)
         stored = self.manifest.arrays[array]
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        return stored.encoding.rows(tensors, stored.row_shape)
+        try:
+            return stored.encoding.rows(tensors, stored.row_shape)
+        except ValueError as error:
+            raise StoreDamaged(
+                f"rows of {array!r} in store {str(self.path)!r} are not {stored.encoding.name}: {error}. "
+                f"Run `precompute verify --store {self.path} --deep 1000`, or write the store again."
+            ) from error
 
     def _mixed(self, array: str, views: Samples, samples: Samples) -> dict[str, NDArray[Any]]:
         parts = {
