@@ -1,8 +1,8 @@
-"""Made-up teachers' logits, and stores of them, for benchmarks."""
+"""Made-up teachers' logits, stores of them, and batches to ask for, for benchmarks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,32 @@ from coursepack.data.store import StorePlan, StoreReader, StoreWriter
 from coursepack.data.views import draw
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+BATCH = 256
+LOGITS = "logits"
 ROWS_AT_A_TIME = 4096
 RANK = 64
+
+
+class Shuffle:
+    """Batches of a random permutation, one after another for ever."""
+
+    def __init__(self, rows: int, batches: int) -> None:
+        self._order, self._batches, self._place = np.random.default_rng(2).permutation(rows), batches, 0
+
+    def each(self, use: Callable[[np.ndarray], Any]) -> Callable[[], None]:
+        """A function that gives the next few batches to `use`."""
+
+        def run() -> None:
+            for _ in range(self._batches):
+                if self._place + BATCH > len(self._order):
+                    self._place = 0
+                use(self._order[self._place : self._place + BATCH])
+                self._place += BATCH
+
+        return run
 
 
 def logits(rows: int, classes: int, *, seed: int = 0, scale: float = 1.5) -> np.ndarray:

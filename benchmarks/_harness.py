@@ -44,6 +44,11 @@ def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return seconds
 
 
+def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
+    """One variant's times over another's, round by round."""
+    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+
+
 def row(
     identifier: str, values: list[float], unit: str, config: dict[str, Any], bar: str | None = None
 ) -> dict[str, Any]:

@@ -8,35 +8,27 @@ in the page cache. `a / b` is time a over time b; a speed relative to b is writt
 
 from __future__ import annotations
 
-import itertools
 import os
-import struct
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import zarr
-from _content import logits, made_labels, write_store
-from _harness import alternate, arguments, report, row
+from _content import BATCH, LOGITS, Shuffle, logits, made_labels, write_store
+from _harness import alternate, arguments, ratios, report, row
+from _peers import digit_logits, fidelities, peers
 from torch import nn
 
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import StoreReader
 from coursepack.data.store.layout import plan_array, plan_block_rows
-from coursepack.data.store.records import fidelity, fidelity_summary
 from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.files import write_whole
 from coursepack.kernels import soft_target_loss
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-BATCH = 256
-LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -52,29 +44,6 @@ class Size:
 
 FULL = Size()
 QUICK = Size(rows=2_048, peer_rows=512, batches=4, rounds=2, step_rounds=3)
-
-
-class Shuffle:
-    """Batches of a random permutation, one after another for ever."""
-
-    def __init__(self, rows: int, batches: int) -> None:
-        self._order, self._batches, self._place = np.random.default_rng(2).permutation(rows), batches, 0
-
-    def each(self, use: Callable[[np.ndarray], Any]) -> Callable[[], None]:
-        """A function that gives the next few batches to `use`."""
-
-        def run() -> None:
-            for _ in range(self._batches):
-                if self._place + BATCH > len(self._order):
-                    self._place = 0
-                use(self._order[self._place : self._place + BATCH])
-                self._place += BATCH
-
-        return run
-
-
-def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
-    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
 
 
 def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
@@ -127,10 +96,11 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
         for batch in batches:
             reader.rows(LOGITS, 0, batch)
         ours = time.perf_counter() - started
-        started = time.perf_counter()
-        for batch in batches:
-            torch.index_select(half, 0, torch.from_numpy(batch), out=out[: len(batch)])
-        speed.append((time.perf_counter() - started) / ours)
+        with Threads(1):
+            started = time.perf_counter()
+            for batch in batches:
+                torch.index_select(half, 0, torch.from_numpy(batch), out=out[: len(batch)])
+            speed.append((time.perf_counter() - started) / ours)
     return [
         row("first epoch, speed vs memory", speed, "x", config, ">= 0.6"),
         row("opening a view, checksums included", opening, "ms", config),
@@ -144,11 +114,21 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str
         "four": shuffle.each(lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers]),
         "one": shuffle.each(lambda samples: readers[0].rows(LOGITS, 0, samples)),
     }
-    seconds = alternate(variants, size.rounds)
-    config = {"rows": len(values), "classes": values.shape[1]}
-    each = [ratio / 4 for ratio in ratios(seconds, "four", "one")]
+    held = [torch.from_numpy(values).half() for _ in readers]
+    memory = {
+        "four": shuffle.each(lambda samples: [t[torch.from_numpy(samples)] for t in held]),
+        "one": shuffle.each(lambda samples: held[0][torch.from_numpy(samples)]),
+    }
+    with Threads(1):
+        stores, tensors = alternate(variants, size.rounds), alternate(memory, size.rounds)
+    config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
+    fours = {
+        name: [ratio / 4 for ratio in ratios(seconds, "four", "one")]
+        for name, seconds in (("stores", stores), ("tensors", tensors))
+    }
     return [
-        row("four teachers / 4 x one", each, "ratio", config, "<= 1.2"),
+        row("four teachers / 4 x one", fours["stores"], "ratio", config, "<= 1.2"),
+        row("four tensors in memory / 4 x one", fours["tensors"], "ratio", config),
         *student_step(readers, values, size),
     ]
 
@@ -286,132 +266,6 @@ def sizes() -> list[dict[str, Any]]:
     return rows
 
 
-def peers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
-    """The formats of other projects, written here with the same content, read as their loaders do."""
-    k, views = 10, 4
-    rows, classes = values.shape
-    probs = torch.softmax(torch.from_numpy(values), dim=1)
-    top_probs, top_ids = probs.topk(k, dim=1)
-    ids, halves = top_ids.numpy().astype(np.int16), top_probs.half().numpy()
-    records = folder / "records.bin"
-    with records.open("wb") as file:
-        for sample in range(rows):
-            file.write(struct.pack("<i", sample) + ids[sample].tobytes() + halves[sample].tobytes())
-    record_bytes = 4 + 4 * k
-    singles = folder / "singles"
-    singles.mkdir()
-    for sample in range(rows):
-        torch.save([top_probs[sample].half(), top_ids[sample].to(torch.int16)], singles / f"{sample}.pt")
-    images = folder / "images"
-    images.mkdir()
-    for image in range(rows // views):
-        chosen = slice(image * views, (image + 1) * views)
-        torch.save([top_probs[chosen].half(), top_ids[chosen].to(torch.int16)], images / f"{image}.pt")
-    reader = write_store(folder / "peer-topk.zarr", values, encoding=f"topk:{k}")
-
-    def seek(samples: np.ndarray) -> np.ndarray:
-        with records.open("rb") as file:
-            parts = []
-            for sample in samples:
-                file.seek(int(sample) * record_bytes)
-                parts.append(file.read(record_bytes))
-        return np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, record_bytes)
-
-    def one_by_one(samples: np.ndarray) -> list[torch.Tensor]:
-        return [torch.load(singles / f"{sample}.pt", weights_only=True)[0] for sample in samples]
-
-    def by_image(samples: np.ndarray) -> list[torch.Tensor]:
-        return [torch.load(images / f"{sample // views}.pt", weights_only=True)[0] for sample in samples]
-
-    shuffle = Shuffle(rows, 1)
-    variants: dict[str, Callable[[], None]] = {
-        "ours": shuffle.each(lambda samples: reader.rows(LOGITS, 0, samples)),
-        "records with a seek each (TinyViT)": shuffle.each(seek),
-        "a file per sample": shuffle.each(one_by_one),
-        "a file per image with its views (FKD)": shuffle.each(by_image),
-    }
-    sizes_on_disk = {
-        "ours": sum(size for key, (size, _) in reader.manifest.files.items() if key.startswith(LOGITS)),
-        "records with a seek each (TinyViT)": records.stat().st_size,
-        "a file per sample": sum(path.stat().st_size for path in singles.iterdir()),
-        "a file per image with its views (FKD)": sum(path.stat().st_size for path in images.iterdir()),
-    }
-    lit = litdata_reader(folder, halves, ids)
-    if lit is not None:
-        variants["litdata"], sizes_on_disk["litdata"] = shuffle.each(lit[0]), lit[1]
-    seconds = alternate(variants, max(3, size.rounds // 3))
-    config = {"rows": rows, "classes": classes, "k": k, "batch": BATCH}
-    result = []
-    for name, values_ in seconds.items():
-        result.append(row(f"{name}: batch", [1e6 * s for s in values_], "us", config))
-        result.append(row(f"{name}: bytes a view", [sizes_on_disk[name] / rows], "bytes", config))
-        if name != "ours":
-            result.append(row(f"speed vs {name}", ratios(seconds, name, "ours"), "x", config, ">= 1.0"))
-    return result
-
-
-def litdata_reader(
-    folder: Path, halves: np.ndarray, ids: np.ndarray
-) -> tuple[Callable[[np.ndarray], Any], int] | None:
-    """litdata's streaming data set over the same content, where litdata is installed."""
-    try:
-        from litdata import StreamingDataset
-        from litdata.streaming.writer import BinaryWriter
-    except ImportError:
-        return None
-    target = folder / "litdata"
-    target.mkdir()
-    writer = BinaryWriter(str(target), chunk_bytes="64MB")
-    for sample in range(len(halves)):
-        writer[sample] = {"probs": halves[sample], "ids": ids[sample]}
-    writer.done()
-    writer.merge(1)
-    dataset = StreamingDataset(str(target), shuffle=True)
-    total = sum(path.stat().st_size for path in target.iterdir())
-    # As it is meant to be read: in its own shuffled order, one sample after another.
-    endless = itertools.chain.from_iterable(iter(dataset) for _ in itertools.count())
-    return lambda samples: [next(endless) for _ in samples], total
-
-
-def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[str, Any]]:
-    rows = []
-    exact = torch.from_numpy(values)
-    for name in ("float16", "bfloat16", "int8", "topk:10", "topk:50", "topk:100"):
-        encoding = parse_encoding(name)
-        if name.startswith("topk") and 4 * int(name[5:]) + 8 >= 2 * values.shape[1]:
-            continue
-        parts = encoding.encode(values, np.arange(len(values)), labels)
-        decoded = encoding.rows(
-            {key: torch.from_numpy(part) for key, part in parts.items()}, values.shape[1:]
-        )
-        size = sum(part.row_bytes for part in encoding.components(values.shape[1:]).values())
-        for temperature, entry in fidelity_summary(fidelity(exact, decoded)).items():
-            config = {"bytes a view": size, "p99": entry["p99"], "logits": what}
-            rows.append(row(f"KL {what} {name} ({size} B) {temperature}", [entry["mean"]], "nats", config))
-    return rows
-
-
-def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
-    """A real teacher's answers to the test digits, after a short training."""
-    from epoch import DEVICE, recipe
-
-    from coursepack.data import open_source
-    from coursepack.data.batches import Batch
-    from coursepack.distill.train import prepare, train_epoch
-
-    run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
-    trainee = run.trainee()
-    for epoch in range(8):
-        train_epoch([trainee], run.batches(epoch), None)
-    source = open_source("digits:test")
-    samples = np.arange(len(source.labels))
-    batch = Batch(source, run.recipe.view, samples, np.zeros_like(samples), DEVICE)
-    trainee.learner.eval()
-    with torch.inference_mode():
-        answers = trainee.learner.predict(batch).float().cpu().numpy()
-    return answers, "digits", source.labels
-
-
 class Threads:
     """A number of torch threads for a while: a gather is serial, and the floor beside it should be too."""
 
@@ -437,7 +291,7 @@ def main() -> None:
         rows += loading(folder, size)
         rows += writing(folder, values, size)
         rows += sizes()
-        rows += peers(folder, values[: size.peer_rows], size)
+        rows += peers(folder, values[: size.peer_rows], max(3, size.rounds // 3))
         rows += fidelities(
             values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
         )

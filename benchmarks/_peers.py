@@ -1,0 +1,183 @@
+"""The formats of other projects, and what encodings lose: content and fidelity beside bytes."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from _content import BATCH, LOGITS, Shuffle, write_store
+from _harness import alternate, ratios, row
+
+from coursepack.data.encodings import parse_encoding
+from coursepack.data.store.records import fidelity, fidelity_summary
+from coursepack.kernels import DenseRows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def peers(folder: Path, values: np.ndarray, rounds: int) -> list[dict[str, Any]]:
+    """The formats of other projects, written here with the same content, read as their loaders do."""
+    k, views = 10, 4
+    rows, classes = values.shape
+    probs = torch.softmax(torch.from_numpy(values), dim=1)
+    top_probs, top_ids = probs.topk(k, dim=1)
+    ids, halves = top_ids.numpy().astype(np.int16), top_probs.half().numpy()
+    records = folder / "records.bin"
+    with records.open("wb") as file:
+        for sample in range(rows):
+            file.write(struct.pack("<i", sample) + ids[sample].tobytes() + halves[sample].tobytes())
+    record_bytes = 4 + 4 * k
+    singles = folder / "singles"
+    singles.mkdir()
+    for sample in range(rows):
+        torch.save([top_probs[sample].half(), top_ids[sample].to(torch.int16)], singles / f"{sample}.pt")
+    images = folder / "images"
+    images.mkdir()
+    for image in range(rows // views):
+        chosen = slice(image * views, (image + 1) * views)
+        torch.save([top_probs[chosen].half(), top_ids[chosen].to(torch.int16)], images / f"{image}.pt")
+    reader = write_store(folder / "peer-topk.zarr", values, encoding=f"topk:{k}")
+
+    def seek(samples: np.ndarray) -> np.ndarray:
+        with records.open("rb") as file:
+            parts = []
+            for sample in samples:
+                file.seek(int(sample) * record_bytes)
+                parts.append(file.read(record_bytes))
+        return np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, record_bytes)
+
+    def one_by_one(samples: np.ndarray) -> list[torch.Tensor]:
+        return [torch.load(singles / f"{sample}.pt", weights_only=True)[0] for sample in samples]
+
+    def by_image(samples: np.ndarray) -> list[torch.Tensor]:
+        return [torch.load(images / f"{sample // views}.pt", weights_only=True)[0] for sample in samples]
+
+    shuffle = Shuffle(rows, 1)
+    variants: dict[str, Callable[[], None]] = {
+        "ours": shuffle.each(lambda samples: reader.rows(LOGITS, 0, samples)),
+        "records with a seek each (TinyViT)": shuffle.each(seek),
+        "a file per sample": shuffle.each(one_by_one),
+        "a file per image with its views (FKD)": shuffle.each(by_image),
+    }
+    sizes_on_disk = {
+        "ours": sum(size for key, (size, _) in reader.manifest.files.items() if key.startswith(LOGITS)),
+        "records with a seek each (TinyViT)": records.stat().st_size,
+        "a file per sample": sum(path.stat().st_size for path in singles.iterdir()),
+        "a file per image with its views (FKD)": sum(path.stat().st_size for path in images.iterdir()),
+    }
+    lit = litdata_reader(folder, halves, ids)
+    if lit is not None:
+        variants["litdata"], sizes_on_disk["litdata"] = shuffle.each(lit[0]), lit[1]
+    seconds = alternate(variants, rounds)
+    config = {"rows": rows, "classes": classes, "k": k, "batch": BATCH}
+    result = []
+    for name, values_ in seconds.items():
+        result.append(row(f"{name}: batch", [1e6 * s for s in values_], "us", config))
+        result.append(row(f"{name}: bytes a view", [sizes_on_disk[name] / rows], "bytes", config))
+        if name != "ours":
+            result.append(row(f"speed vs {name}", ratios(seconds, name, "ours"), "x", config, ">= 1.0"))
+    return result
+
+
+def litdata_reader(
+    folder: Path, halves: np.ndarray, ids: np.ndarray
+) -> tuple[Callable[[np.ndarray], Any], int] | None:
+    """litdata's streaming data set over the same content, where litdata is installed."""
+    try:
+        from litdata import StreamingDataset
+        from litdata.streaming.writer import BinaryWriter
+    except ImportError:
+        return None
+    target = folder / "litdata"
+    target.mkdir()
+    writer = BinaryWriter(str(target), chunk_bytes="64MB")
+    for sample in range(len(halves)):
+        writer[sample] = {"probs": halves[sample], "ids": ids[sample]}
+    writer.done()
+    writer.merge(1)
+    dataset = StreamingDataset(str(target), shuffle=True)
+    total = sum(path.stat().st_size for path in target.iterdir())
+    # As it is meant to be read: in its own shuffled order, one sample after another.
+    endless = itertools.chain.from_iterable(iter(dataset) for _ in itertools.count())
+    return lambda samples: [next(endless) for _ in samples], total
+
+
+def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[str, Any]]:
+    """KL of every encoding to the float32 logits, and of other projects' top-k rows of no fewer bytes."""
+    rows, classes = [], values.shape[1]
+    sparse = [k for k in (2, 10, 50, 100) if k >= classes // 100 and 4 * k + 8 < 2 * classes]
+    for name in ("float16", "bfloat16", "int8", *(f"topk:{k}" for k in sparse)):
+        encoding = parse_encoding(name)
+        parts = encoding.encode(values, np.arange(len(values)), labels)
+        decoded = encoding.rows(
+            {key: torch.from_numpy(part) for key, part in parts.items()}, values.shape[1:]
+        )
+        size = sum(part.row_bytes for part in encoding.components(values.shape[1:]).values())
+        ours = fidelity_summary(fidelity(torch.from_numpy(values), decoded))
+        rows += [fidelity_row(f"{what} {name}", size, at, entry) for at, entry in ours.items()]
+        if name.startswith("topk"):
+            rows += beside_probs(values, what, encoding.k, size, ours)
+    return rows
+
+
+def fidelity_row(what: str, size: int, temperature: str, entry: dict[str, float]) -> dict[str, Any]:
+    config = {"bytes a view": size, "p99": entry["p99"]}
+    return row(f"KL {what} ({size} B) {temperature}", [entry["mean"]], "nats", config)
+
+
+def beside_probs(
+    values: np.ndarray, what: str, k: int, size: int, ours: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """TinyViT's rows of as many bytes: k + 1 entries with its seed of four bytes, or k + 2 without."""
+    rows = []
+    for entries, named in ((k + 1, "with its seed"), (k + 2, "without seed")):
+        decoded, empty = top_probs_rows(values, entries)
+        theirs = fidelity_summary(fidelity(torch.from_numpy(values), decoded))
+        for at, entry in theirs.items():
+            title = f"{what} TinyViT top-{entries} {named}"
+            rows.append(fidelity_row(title, size, at, entry))
+            rows[-1]["config"]["rows without a tail"] = empty
+            ratio = entry["mean"] / ours[at]["mean"]
+            title = f"KL {what} TinyViT top-{entries} / topk:{k} ({size} B each) {at}"
+            rows.append(row(title, [ratio], "ratio", {"bytes a view": size}, ">= 1.0"))
+    return rows
+
+
+def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
+    """Logits of TinyViT's targets: float16 probabilities of the top k, what is missing to 1 spread evenly.
+
+    Wu et al. 2022, arXiv 2207.10666, section 3.1. Returns them with the share of rows where rounding leaves
+    nothing for the tail: those get float16's smallest number, as without any tail KL would be infinite.
+    """
+    probs, ids = torch.softmax(torch.from_numpy(values), dim=1).topk(k, dim=1)
+    probs = probs.half().float()
+    left = 1 - probs.sum(1, keepdim=True)
+    tail = left.clamp_min(2.0**-24) / (values.shape[1] - k)
+    targets = tail.expand(values.shape).scatter(1, ids, probs.clamp_min(2.0**-24))
+    return DenseRows(targets.log()), float((left <= 0).float().mean())
+
+
+def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
+    """A real teacher's answers to the test digits, after a short training."""
+    from epoch import DEVICE, recipe
+
+    from coursepack.data import open_source
+    from coursepack.data.batches import Batch
+    from coursepack.distill.train import prepare, train_epoch
+
+    run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
+    trainee = run.trainee()
+    for epoch in range(8):
+        train_epoch([trainee], run.batches(epoch), None)
+    source = open_source("digits:test")
+    samples = np.arange(len(source.labels))
+    batch = Batch(source, run.recipe.view, samples, np.zeros_like(samples), DEVICE)
+    trainee.learner.eval()
+    with torch.inference_mode():
+        answers = trainee.learner.predict(batch).float().cpu().numpy()
+    return answers, "digits", source.labels
