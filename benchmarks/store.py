@@ -108,29 +108,38 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
 
 
 def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+    """Four stores against one; beside them what limits that: tensors in memory, and one store as long."""
     readers = [write_store(folder / f"t{k}.zarr", values, encoding="float16") for k in range(4)]
-    shuffle = Shuffle(len(values), size.batches)
-    variants = {
-        "four": shuffle.each(lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers]),
-        "one": shuffle.each(lambda samples: readers[0].rows(LOGITS, 0, samples)),
+    long = write_store(folder / "long.zarr", np.concatenate([values] * 4), encoding="float16")
+    tensors = [torch.from_numpy(values).half() for _ in readers]
+    outs = [torch.empty(BATCH, values.shape[1], dtype=torch.float16) for _ in readers]
+    shuffle, wide = Shuffle(len(values), size.batches), Shuffle(4 * len(values), size.batches)
+
+    def select(samples: np.ndarray, count: int) -> None:
+        for tensor, out in zip(tensors[:count], outs, strict=False):
+            torch.index_select(tensor, 0, torch.from_numpy(samples), out=out)
+
+    one = shuffle.each(lambda samples: readers[0].rows(LOGITS, 0, samples))
+    pairs = {
+        "four teachers / 4 x one": (
+            shuffle.each(lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers]),
+            one,
+        ),
+        "four tensors in memory / 4 x one": (
+            shuffle.each(lambda samples: select(samples, 4)),
+            shuffle.each(lambda samples: select(samples, 1)),
+        ),
+        "a store of 4 x the rows / one": (wide.each(lambda samples: long.rows(LOGITS, 0, samples)), one),
     }
-    held = [torch.from_numpy(values).half() for _ in readers]
-    memory = {
-        "four": shuffle.each(lambda samples: [t[torch.from_numpy(samples)] for t in held]),
-        "one": shuffle.each(lambda samples: held[0][torch.from_numpy(samples)]),
-    }
-    with Threads(1):
-        stores, tensors = alternate(variants, size.rounds), alternate(memory, size.rounds)
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
-    fours = {
-        name: [ratio / 4 for ratio in ratios(seconds, "four", "one")]
-        for name, seconds in (("stores", stores), ("tensors", tensors))
-    }
-    return [
-        row("four teachers / 4 x one", fours["stores"], "ratio", config, "<= 1.2"),
-        row("four tensors in memory / 4 x one", fours["tensors"], "ratio", config),
-        *student_step(readers, values, size),
-    ]
+    rows = []
+    for name, (many, single) in pairs.items():
+        with Threads(1):
+            seconds = alternate({"many": many, "single": single}, size.rounds)
+        times = 4 if name.endswith("4 x one") else 1
+        each = [ratio / times for ratio in ratios(seconds, "many", "single")]
+        rows.append(row(name, each, "ratio", config, "<= 1.2" if name.startswith("four teachers") else None))
+    return rows + student_step(readers, values, size)
 
 
 def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> list[dict[str, Any]]:
