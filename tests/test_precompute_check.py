@@ -282,6 +282,42 @@ def test_repair_writes_bad_files_and_no_others(store, command, damage):
     assert verify_deep(job_of(store), 200).wrong == ()
 
 
+LOST = {
+    "a shard": ["logits/q/c.0.1.0"],
+    "all of a view": [f"features/hidden1/values/c.1.{shard}.0" for shard in range(3)],
+    "a table": ["labels/c.0", "static/head_bias/c.0"],
+    "of each": ["logits/q/c.1.2.0", "logits/affine/c.0.0.0", "static/head_weight/c.0.0"],
+}
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["files there", "files gone"])
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+def test_repair_of_a_manifest_that_names_too_few_files(store, command, lost, gone):
+    """Its checksum is right, so something wrote it like that: no reader serves those views."""
+    before = store_files(store)
+    rewrite_manifest(store, lambda values: [values["files"].pop(key) for key in lost])
+    for key in lost if gone else ():
+        (store / key).unlink()
+    told = command("verify", "--store", store, "--json")
+    expected = [f"{key}: not vouched for" for key in sorted(lost)]
+    assert (told.exit_code, sorted(json.loads(told.stdout)["problems"])) == (1, expected)
+    result = command("verify", "--store", store, "--repair")
+    assert (result.exit_code, "rounds differently" in result.stderr) == (0, False), result.output
+    assert store_files(store) == before
+
+
+def test_a_manifest_that_does_not_match_its_checksum_says_what_to_do(store, command, teacher):
+    before = store_files(store)
+    text = (store / "manifest.json").read_text()
+    (store / "manifest.json").write_text(text.replace('"samples": 1442', '"samples": 1441'))
+    told = command("verify", "--store", store, "--repair")
+    assert (told.exit_code, "remove it and run the same `precompute run` again" in told.stderr) == (1, True)
+    (store / "manifest.json").unlink()
+    taps = [parse_tap("hidden1"), parse_tap("hidden2:sign")]
+    run_job(make_job(store, teacher, taps=taps, encoding="int8", block_rows=500, batch_size=100))
+    assert store_files(store) == before
+
+
 def test_repair_of_a_sound_store_writes_nothing_and_needs_no_teacher(store, command):
     before, kept = store_files(store), file_identities(store)
     manifest = (store / "manifest.json").stat()

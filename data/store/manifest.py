@@ -151,7 +151,10 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
                 f"{FORMAT_VERSION}. Install a newer coursepack."
             )
         if values.pop(CHECKSUM, None) != fingerprint(values):
-            raise StoreDamaged(f"the manifest of {where!r} does not match its own checksum")
+            raise StoreDamaged(
+                f"the manifest of {where!r} does not match its own checksum. Put a copy of it back; without "
+                "one, remove it and run the same `precompute run` again, which writes every row again."
+            )
         manifest = Manifest(
             identity=mapping(values["identity"]),
             origin=mapping(values["origin"]),
