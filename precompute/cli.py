@@ -160,7 +160,7 @@ def _stoppable(store: Path) -> Iterator[None]:
 
 
 def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
-    header = ["array", "encoding", "bytes a row", "in all", "shard files"]
+    header = ["array", "encoding", "bytes a row", "in all", "files"]
     rows = [
         [
             array.name,
@@ -171,7 +171,8 @@ def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
         ]
         for array in cost.arrays
     ]
-    rows.append(["in all", "", "", byte_size(cost.total_bytes), f"{sum(a.shards for a in cost.arrays):,}"])
+    rows.append(["labels, static", "", "", byte_size(cost.table_bytes), f"{cost.table_files:,}"])
+    rows.append(["in all", "", "", byte_size(cost.total_bytes), f"{cost.files:,}"])
     print_table(str(job.store), header, rows)
     seconds = cost.rows_left * timing.teacher
     pays = timing.break_even(job.views)

@@ -14,18 +14,18 @@ import torch
 
 from coursepack.console import byte_size
 from coursepack.data.store import StoreReader, StoreWriter
-from coursepack.data.store.layout import block_count
+from coursepack.data.store.layout import block_count, table_key
+from coursepack.data.store.shards import shard_size
 from coursepack.data.views import draw, render
 from coursepack.errors import StoreFull
 from coursepack.precompute.job import run_job, with_limit
 
 if TYPE_CHECKING:
+    from coursepack.data.store.manifest import StoredArray
     from coursepack.precompute.job import Job
 
 PROBE_BATCHES = 4
 PROBE_READS = 20
-OVERHEAD = 1.001
-"""Files on disk over payload, at most: checksums, indices, metadata."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ArrayCost:
     encoding: str
     row_bytes: int
     total_bytes: int
+    """Of its shard files, with checksums, indices and what the last chunk of each view is filled up with."""
     shards: int
 
 
@@ -50,20 +51,23 @@ class Costs:
     blocks: int
     block_rows: int
     arrays: tuple[ArrayCost, ...]
-    payload_left: int
-    """Bytes of the rows that are not there yet, of those arrays that are not."""
+    table_bytes: int
+    """Files of the labels and of what belongs to the teacher."""
+    table_files: int
+    bytes_left: int
+    """Bytes of all these files that are not there yet."""
     free_bytes: int
     """Free space where the store will be."""
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole store."""
-        return sum(array.total_bytes for array in self.arrays)
+        """Bytes of all files that the manifest will vouch for. It takes some kilobytes a view itself."""
+        return self.table_bytes + sum(array.total_bytes for array in self.arrays)
 
     @property
-    def bytes_left(self) -> int:
-        """Bytes still to be written."""
-        return int(OVERHEAD * self.payload_left)
+    def files(self) -> int:
+        """How many they are."""
+        return self.table_files + sum(array.shards for array in self.arrays)
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,43 @@ def costs(job: Job) -> Costs:
     writer = StoreWriter(job.store, job.plan(), job.part)
     manifest = writer.planned()
     left = writer.blocks_left()
-    payload = sum(
-        len(block) * sum(manifest.arrays[name].row_bytes for name in block.arrays) for block in left
-    )
-    rows = manifest.samples * manifest.views
+    samples, views = manifest.samples, manifest.views
     arrays = [
         ArrayCost(
             name,
             array.encoding.name,
             array.row_bytes,
-            array.row_bytes * rows,
-            manifest.views
-            * sum(layout.shard_count(manifest.samples) for layout in array.components.values()),
+            views * _shard_bytes(array, samples),
+            views * sum(layout.shard_count(samples) for layout in array.components.values()),
         )
         for name, array in manifest.arrays.items()
     ]
-    blocks = manifest.views * block_count(manifest.samples, manifest.block_rows)
+    tables = {
+        table_key(name, table.layout): shard_size(table.rows, table.layout)
+        for name, table in manifest.tables.items()
+    }
+    missing = [_shard_bytes(manifest.arrays[name], len(block)) for block in left for name in block.arrays]
+    missing += [size for key, size in tables.items() if key not in manifest.files]
     return Costs(
-        rows,
-        sum(map(len, left)),
-        blocks,
-        manifest.block_rows,
-        tuple(arrays),
-        payload,
-        free_space(job.store),
+        rows=samples * views,
+        rows_left=sum(map(len, left)),
+        blocks=views * block_count(samples, manifest.block_rows),
+        block_rows=manifest.block_rows,
+        arrays=tuple(arrays),
+        table_bytes=sum(tables.values()),
+        table_files=len(tables),
+        bytes_left=sum(missing),
+        free_bytes=free_space(job.store),
     )
+
+
+def _shard_bytes(array: StoredArray, rows: int) -> int:
+    """Bytes of the shard files of so many rows, from the start of a block."""
+    total = 0
+    for layout in array.components.values():
+        full, rest = divmod(rows, layout.shard_rows)
+        total += full * shard_size(layout.shard_rows, layout) + (shard_size(rest, layout) if rest else 0)
+    return total
 
 
 def check_space(job: Job) -> None:
