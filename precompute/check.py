@@ -129,8 +129,8 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
             if name in writer.manifest.arrays and file.startswith("c."):
                 view, shard = (int(number) for number in file.split(".")[1:3])
                 layout = writer.manifest.arrays[name].components[component]
-                block = (view, shard * layout.shard_rows // writer.manifest.block_rows)
-                blocks.setdefault(block, set()).add(name)
+                place = (view, shard * layout.shard_rows // writer.manifest.block_rows)
+                blocks.setdefault(place, set()).add(name)
         for (view, index), names in sorted(blocks.items()):
             block = writer.block(view, index, tuple(sorted(names)))
             written, _ = write_block(job, writer, block, sound=sound)
