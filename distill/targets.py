@@ -5,6 +5,7 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -133,13 +134,22 @@ def choose_reading(readers: Sequence[StoreReader], free_bytes: int) -> Reading:
 
 
 def free_memory() -> int:
-    """Bytes of memory that could be used without swapping, within the limit of the control group."""
-    info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(info["MemAvailable"].split()[0]) * 1024
+    """Bytes of memory that could be used without swapping, within the limits of control group and process."""
+    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    for resource_limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        most = resource.getrlimit(resource_limit)[0]
+        if most != resource.RLIM_INFINITY:
+            free = min(free, most - _kilobytes("/proc/self/status", name) * 1024)
+    return max(0, free)
+
+
+def _kilobytes(file: str, name: str) -> int:
+    """A number from one of the tables that Linux keeps."""
+    table = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+    return int(table[name].split()[0])
 
 
 def live_teachers(readers: Sequence[StoreReader], device: torch.device) -> list[TeacherRunner]:
