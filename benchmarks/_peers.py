@@ -151,8 +151,9 @@ def beside_probs(
 def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
     """Logits of TinyViT's targets: float16 probabilities of the top k, what is missing to 1 spread evenly.
 
-    Wu et al. 2022, arXiv 2207.10666, section 3.1. Returns them with the share of rows where rounding leaves
-    nothing for the tail: those get float16's smallest number, as without any tail KL would be infinite.
+    Wu et al. 2022, arXiv 2207.10666, with the tail as their training code fills it in. Returns them with the
+    share of rows where rounding leaves nothing for the tail: those get float16's smallest number, as without
+    any tail KL would be infinite.
     """
     probs, ids = torch.softmax(torch.from_numpy(values), dim=1).topk(k, dim=1)
     probs = probs.half().float()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from coursepack.data import epoch_order
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store import reader as reader_module
-from coursepack.distill.targets import choose_reading
+from coursepack.distill.targets import choose_reading, free_memory
 from coursepack.errors import StoreDamaged
 
 READINGS = ("resident", "mapped", "windowed")
@@ -337,6 +339,19 @@ class Sized:
 )
 def test_reading_is_chosen_by_size_and_free_memory(sizes, free, expected):
     assert choose_reading([Sized(size) for size in sizes], free) == expected
+
+
+@pytest.mark.parametrize(
+    ("limited", "used"), [(resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")]
+)
+def test_free_memory_stays_within_the_limits_of_the_process(monkeypatch, limited, used):
+    infinite = resource.RLIM_INFINITY
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{used}:"))
+    for most, least, highest in ((held + (50 << 20), 10 << 20, 60 << 20), (held // 2, 0, 0)):
+        limits = {limited: (most, infinite)}
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, of=limits: of.get(kind, (infinite, infinite)))
+        assert least <= free_memory() <= highest
 
 
 def test_size_of_a_view_and_of_its_chunks(sound):
