@@ -9,6 +9,7 @@ in the page cache. `a / b` is time a over time b; a speed relative to b is writt
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -86,16 +87,18 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
     order = np.random.default_rng(3).permutation(len(half))
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     out = torch.empty(BATCH, half.shape[1], dtype=torch.float16)
-    opening, speed = [], []
+    opening, speed, faults = [], [], []
     for _ in range(max(3, size.rounds // 3)):
         started = time.perf_counter()
         reader = StoreReader(folder / "float16.zarr")
         reader.components(LOGITS, 0, order[:1])
         opening.append(1000 * (time.perf_counter() - started))
+        before = page_faults()
         started = time.perf_counter()
         for batch in batches:
             reader.rows(LOGITS, 0, batch)
         ours = time.perf_counter() - started
+        faults.append(page_faults() - before)
         with Threads(1):
             started = time.perf_counter()
             for batch in batches:
@@ -103,8 +106,14 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
             speed.append((time.perf_counter() - started) / ours)
     return [
         row("first epoch, speed vs memory", speed, "x", config, ">= 0.6"),
+        row("page faults of the first epoch", faults, "faults", config),
         row("opening a view, checksums included", opening, "ms", config),
     ]
+
+
+def page_faults() -> int:
+    """Of this process so far, without those that read from the disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
