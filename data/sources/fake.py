@@ -99,20 +99,14 @@ class Fake:
         """Patterns `(classes, side, side, channels)`, wider than an image by the room to move."""
         side = self.size + self._room
         count = self.classes * CELLS * CELLS * self.channels
-        cells = random_words(self.seed, np.arange(-(-count // 4)), _PATTERNS, Purpose.FAKE).reshape(-1)[
-            :count
-        ]
-        grid = (cells >> np.uint32(24)).astype(np.int64).reshape(self.classes, CELLS, CELLS, self.channels)
-        # Interpolation along one axis, then the other; positions and weights are whole numbers.
-        for axis in (1, 2):
-            position = np.arange(side) * (CELLS - 1)
-            low = np.minimum(position // max(side - 1, 1), CELLS - 2)
-            weight = (position - low * max(side - 1, 1)) * 256 // max(side - 1, 1)
-            shape = [1, 1, 1, 1]
-            shape[axis] = side
-            weight = weight.reshape(shape)
-            grid = np.take(grid, low, axis) * (256 - weight) + np.take(grid, low + 1, axis) * weight
-        return (grid >> 16).astype(np.uint8)
+        words = random_words(self.seed, np.arange(-(-count // 4)), _PATTERNS, Purpose.FAKE).reshape(-1)
+        cells = (words[:count] >> np.uint32(24)).astype(np.uint8)
+        grids = cells.reshape(self.classes, CELLS, CELLS, self.channels)
+        out = np.empty((self.classes, side, side, self.channels), dtype=np.uint8)
+        for start in range(0, self.classes, _PIECE):
+            rows = _stretched(grids[start : start + _PIECE], side, 1)
+            out[start : start + _PIECE] = _stretched(rows, side, 2)
+        return out
 
     @property
     def _room(self) -> int:
@@ -148,6 +142,19 @@ class Fake:
         words = random_words(self.seed, counters.reshape(-1), view, Purpose.FAKE)
         noise = words.astype("<u4", copy=False).view(np.uint8).reshape(len(samples), -1)[:, :length]
         return noise.reshape(-1, self.size, self.size, self.channels)
+
+
+def _stretched(grids: NDArray[np.uint8], side: int, axis: int) -> NDArray[np.uint8]:
+    """Grids `(n, H, W, channels)` interpolated to `side` along one axis, in 16 bits."""
+    steps = max(side - 1, 1)
+    position = np.arange(side) * (CELLS - 1)
+    low = np.minimum(position // steps, CELLS - 2)
+    shape = [1, 1, 1, 1]
+    shape[axis] = side
+    weight = ((position - low * steps) * 256 // steps).astype(np.uint16).reshape(shape)
+    total = np.take(grids, low, axis) * (256 - weight)
+    total += np.take(grids, low + 1, axis) * weight
+    return (total >> 8).astype(np.uint8)
 
 
 def fake(spec: Spec, root: Path | None) -> Source:
