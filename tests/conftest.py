@@ -8,6 +8,14 @@ from builders import write_store, write_teacher
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSEPACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
     """Run folders of three digit teachers of different architectures."""

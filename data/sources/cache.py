@@ -40,7 +40,9 @@ def key_of(*parts: str) -> str:
 def load_facts(key: str) -> dict[str, NDArray[Any]] | None:
     """Arrays kept under a key, or None if there are none that can be read."""
     try:
-        with np.load(cache_folder() / f"{key}.npz", allow_pickle=False) as file:
+        # From memory: numpy leaves a damaged file open.
+        content = io.BytesIO((cache_folder() / f"{key}.npz").read_bytes())
+        with np.load(content, allow_pickle=False) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
@@ -57,7 +59,7 @@ def load_pixels(place: str, key: str, shape: tuple[int, ...]) -> NDArray[np.uint
     """The array kept for a place under a key, mapped read-only, if it is there and undamaged."""
     for path in cache_folder().glob(f"{place}-{key}-*.npy"):
         try:
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+            pixels = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError):
             continue
         if pixels.dtype == np.uint8 and pixels.shape == shape and path.stem.endswith(_checksum(pixels)):

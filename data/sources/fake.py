@@ -154,7 +154,8 @@ def _stretched(grids: NDArray[np.uint8], side: int, axis: int) -> NDArray[np.uin
     weight = ((position - low * steps) * 256 // steps).astype(np.uint16).reshape(shape)
     total = np.take(grids, low, axis) * (256 - weight)
     total += np.take(grids, low + 1, axis) * weight
-    return (total >> 8).astype(np.uint8)
+    stretched: NDArray[np.uint8] = (total >> 8).astype(np.uint8)
+    return stretched
 
 
 def fake(spec: Spec, root: Path | None) -> Source:

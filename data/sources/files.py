@@ -148,8 +148,8 @@ class ImageFiles:
 
     def _unreadable(self, sample: int, problem: str) -> SourceError:
         return SourceError(
-            f"sample {sample} of source {self.name!r} cannot be read: {self.path(sample)}: {problem}. Replace "
-            "the file"
+            f"sample {sample} of source {self.name!r} cannot be read: {self.path(sample)}: {problem}. "
+            "Replace the file"
         )
 
 
