@@ -9,10 +9,13 @@ import math
 import os
 import pickle
 import struct
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -20,7 +23,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class Python2Pickler(pickle._Pickler):
     """Writes what Python 2 wrote in protocol 2: all text is byte strings, numpy has its old module names."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
     def __init__(self, file):
         super().__init__(file, protocol=2)

@@ -95,7 +95,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, name, protocol):
 )
 def test_pickles_that_reach_for_functions(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(Exception, match="asks for|is damaged"):
+    with pytest.raises(Exception, match=r"asks for|is damaged"):
         read_plain_pickle(tmp_path / "file")
 
 
@@ -114,7 +114,7 @@ GOOD = {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1]}
         (python2_pickle(GOOD)[:3000], "file 'train' is damaged: "),
         (python2_pickle([1]), "file 'train' holds a list, expected a dict"),
         (python2_pickle({}), r"file 'train' has data of shape NoneType, expected \(N, 3072\)"),
-        (change(GOOD, data=np.zeros((2, 12), np.uint8)), r"has data of shape \(2, 12\), expected \(N, 3072\)"),
+        (change(GOOD, data=np.zeros((2, 12), np.uint8)), r"has data of shape \(2, 12\), expected \(N, "),
         (change(GOOD, data=np.zeros((2, 3072))), r"holds an array of f8, expected bytes \(u1\)"),
         (change(GOOD, data=np.array([None])), r"holds an array of O8, expected bytes \(u1\)"),
         (change(GOOD, fine_labels=[0]), "has 1 fine_labels for 2 images"),
@@ -151,7 +151,7 @@ def test_what_is_missing_and_where_to_get_it(tmp_path):
     write_cifar(tmp_path, 10)
     (tmp_path / FOLDERS[10] / "data_batch_3").unlink()
     with pytest.raises(
-        SourceError, match="there is no file 'data_batch_3'; found batches.meta, data_batch_1, "
+        SourceError, match=r"there is no file 'data_batch_3'; found batches\.meta, data_batch_1"
     ):
         open_source("cifar10", tmp_path)
 

@@ -211,8 +211,8 @@ def test_evaluation_spec(spec, expected):
          r"\(all but a tenth\) or 'train\+0.1' \(that tenth\)"),
         ("digits:train+0.0", RecipeError, "holds out a share of 0.0"),
         ("digits:train-0.0001", RecipeError,
-         "a share of 0.0001 of source 'digits:train' is 0 of its 1442 samples: choose one that leaves samples "
-         "on both sides"),
+         "a share of 0.0001 of source 'digits:train' is 0 of its 1442 samples: choose one that leaves "
+         "samples on both sides"),
         ("digits:trian-0.1", UnknownName, "unknown split of source 'digits' 'trian'. Did you mean 'train'?"),
         ("digits:train-1", UnknownName, "unknown split of source 'digits' 'train-1'"),
         ("digits,size=3", RecipeError,

@@ -83,7 +83,7 @@ def python(spec: Spec, root: Path | None) -> Source:
         raise SourceError(f"source {name!r} has no samples")
     labels = _labels(name, data)
     names = _class_names(name, data, labels)
-    channels = _array(name, 0, data[0][0]).shape[2]
+    channels = _array(name, 0, _pair(name, data, 0)[0]).shape[2]
     chosen = sampled(count)
     images = [_load(name, data, int(sample), channels) for sample in chosen]
     for sample, image in zip(chosen[:TWICE], images, strict=False):
@@ -165,7 +165,13 @@ def _class_names(name: str, data: Any, labels: NDArray[np.int64]) -> tuple[str, 
 
 
 def _pair(name: str, data: Any, index: int) -> tuple[Any, Any]:
-    item = data[index]
+    try:
+        item = data[index]
+    except CoursepackError:
+        raise
+    except Exception as error:
+        problem = f"cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(f"sample {index} of source {name!r} {problem}") from error
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, (tuple, list)) else f"a {type(item).__name__}"
         raise SourceError(f"source {name!r}: sample {index} is {got}, expected a pair (image, label)")
@@ -173,14 +179,7 @@ def _pair(name: str, data: Any, index: int) -> tuple[Any, Any]:
 
 
 def _load(name: str, data: Any, index: int, channels: int) -> NDArray[np.uint8]:
-    try:
-        image, _ = _pair(name, data, index)
-    except CoursepackError:
-        raise
-    except Exception as error:
-        problem = f"cannot be read: {type(error).__name__}: {error}"
-        raise SourceError(f"sample {index} of source {name!r} {problem}") from error
-    pixels = _array(name, index, image, channels)
+    pixels = _array(name, index, _pair(name, data, index)[0], channels)
     if pixels.shape[2] != channels:
         raise SourceError(
             f"source {name!r}: sample {index} has {pixels.shape[2]} channels, but sample 0 has {channels}"
