@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,3 +169,17 @@ def touch_later(path: Path, seconds: int = 7) -> None:
     """Set a file's time of change to later, as a change of it does."""
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + seconds * 10**9))
+
+
+def cut(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def assert_as_image_folder(source, folder):
+    expected = ImageFolder(folder)
+    assert source.class_names == tuple(expected.classes)
+    assert source.labels.tolist() == expected.targets
+    assert [source.path(i) for i in range(len(expected))] == [path for path, _ in expected.samples]
+    for ours, (theirs, _) in zip(source.pixels(np.arange(len(expected))), expected, strict=True):
+        assert np.array_equal(ours, np.array(theirs))

@@ -1,4 +1,4 @@
-"""Sources of image files: indices, damage, caches, fingerprints, decoding."""
+"""Image files: what is unusual in them, damage, decoding, fingerprints."""
 
 from __future__ import annotations
 
@@ -12,191 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_files import (
-    CIFAR10,
-    WNIDS,
+    assert_as_image_folder,
+    cut,
     random_image,
     save_image,
     touch_later,
-    write_cinic10,
     write_imagenet,
-    write_tiny_imagenet,
     write_tree,
 )
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 from coursepack.data import open_source
-from coursepack.data.sources import files, scan
+from coursepack.data.sources import scan
 from coursepack.data.sources.base import SAMPLED
-from coursepack.data.sources.cache import cache_folder
 from coursepack.errors import SourceError
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    """A cache folder that is empty."""
-    monkeypatch.setenv("COURSEPACK_CACHE", str(tmp_path / "cache" / "deep"))
-    return tmp_path / "cache" / "deep"
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """An ImageFolder tree `train` of 9 PNG files of one size."""
-    write_tree(tmp_path / "tree" / "train", ("ant", "bee", "cat"))
-    return tmp_path / "tree"
-
-
-@pytest.fixture
-def looks(monkeypatch):
-    """Paths whose headers are read, and samples that are decoded."""
-    seen = []
-    look, decode = scan.look, files.ImageFiles._decode
-    monkeypatch.setattr(scan, "look", lambda path: seen.append(path) or look(path))
-    monkeypatch.setattr(files.ImageFiles, "_decode", lambda self, i: seen.append(i) or decode(self, i))
-    return seen
 
 
 def all_pixels(source):
     return source.pixels(np.arange(len(source.labels)))
-
-
-def assert_as_image_folder(source, folder):
-    expected = ImageFolder(folder)
-    assert source.class_names == tuple(expected.classes)
-    assert source.labels.tolist() == expected.targets
-    assert [source.path(i) for i in range(len(expected))] == [path for path, _ in expected.samples]
-    for ours, (theirs, _) in zip(all_pixels(source), expected, strict=True):
-        assert np.array_equal(ours, np.array(theirs))
-
-
-def test_a_folder_is_numbered_as_by_torchvision(tmp_path):
-    split = write_imagenet(tmp_path) / "train"
-    save_image(split / WNIDS[1] / "a" / "later.PNG", random_image(1))
-    save_image(split / WNIDS[1] / "B" / "first.jpg", random_image(2, size=(3, 5)))
-    save_image(split / "Été" / "été 1.png", random_image(3))
-    (split / "Été" / "notes.txt").write_text("no image")
-    assert_as_image_folder(open_source("folder", tmp_path), split)
-
-
-def test_a_folder_without_splits_is_its_own_train(tmp_path):
-    write_tree(tmp_path, ("b", "a"))
-    assert_as_image_folder(open_source("folder", tmp_path), tmp_path)
-    with pytest.raises(SourceError, match=r"there is no folder 'val'; found a/, b/"):
-        open_source("folder:val", tmp_path)
-
-
-def test_any_folder_is_a_split(tree):
-    shutil.copytree(tree / "train", tree / "my-split")
-    source = open_source("folder:my-split", tree)
-    assert source.name == "folder:my-split"
-    assert_as_image_folder(source, tree / "my-split")
-
-
-def test_split_folders_are_no_classes(tree):
-    (tree / "train").rename(tree / "val")
-    with pytest.raises(SourceError, match=r"there is no folder 'train'; found val/"):
-        open_source("folder", tree)
-
-
-def test_imagenet(tmp_path):
-    write_imagenet(tmp_path)
-    for split in ("train", "val"):
-        source = open_source(f"imagenet:{split}", tmp_path)
-        assert_as_image_folder(source, tmp_path / split)
-        assert source.whole is None
-        assert source.sizes(np.array([1, 3])).tolist() == [[48, 60], [40, 56]]
-
-
-def test_flat_validation_images_of_imagenet_are_refused(tmp_path):
-    write_imagenet(tmp_path)
-    shutil.move(tmp_path / "val" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG", tmp_path / "val")
-    with pytest.raises(SourceError, match=r"folder 'val' holds images that are in no class folder\. Move"):
-        open_source("imagenet:val", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["folder", "imagenet"])
-def test_another_list_of_classes_than_in_training_is_refused(tmp_path, name):
-    write_imagenet(tmp_path)
-    (tmp_path / "val" / WNIDS[0]).rename(tmp_path / "val" / "other")
-    text = f"classes of 'train' and of 'val' differ: not there: {WNIDS[0]}; unexpected: other"
-    with pytest.raises(SourceError, match=text):
-        open_source(f"{name}:val", tmp_path)
-
-
-def test_an_empty_class_is_refused(tree):
-    (tree / "train" / "dog").mkdir()
-    with pytest.raises(SourceError, match=r"1 of 4 class folders in '.*train' hold no images: dog"):
-        open_source("folder", tree)
-
-
-@pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
-def test_tiny_imagenet(tmp_path, inside):
-    folder = write_tiny_imagenet(tmp_path / inside)
-    train, val = (open_source(f"tiny-imagenet:{split}", tmp_path) for split in ("train", "val"))
-    assert_as_image_folder(train, folder / "train")
-    assert val.class_names == train.class_names == WNIDS
-    assert val.labels.tolist() == [2, 1, 0, 2, 1, 0]
-    assert val.path(4) == str(folder / "val" / "images" / "val_4.JPEG")
-    assert val.whole.shape == (6, 64, 64, 3)
-    assert np.array_equal(val.whole[4], np.array(Image.open(val.path(4)).convert("RGB")))
-
-
-def _spoil_notes(folder):
-    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG n0\n")
-
-
-@pytest.mark.parametrize(
-    ("spec", "spoil", "text"),
-    [
-        (
-            "val",
-            _spoil_notes,
-            "line 1 of 'val/val_annotations.txt' is 'val_0.JPEG n0', expected a file's name",
-        ),
-        (
-            "val",
-            lambda folder: (folder / "val" / "val_annotations.txt").unlink(),
-            "no file 'val/val_annotations",
-        ),
-        (
-            "train",
-            lambda folder: (folder / "wnids.txt").unlink(),
-            "there is no file 'wnids.txt'; found train/",
-        ),
-        (
-            "train",
-            lambda folder: (folder / "wnids.txt").write_text("n1\n"),
-            "differ: not there: n1; unexpected: ",
-        ),
-        (
-            "train",
-            lambda folder: shutil.rmtree(folder / "train"),
-            "there is no folder 'train'; found val/, wnids",
-        ),
-    ],
-)
-def test_damaged_tiny_imagenet(tmp_path, spec, spoil, text):
-    spoil(write_tiny_imagenet(tmp_path))
-    with pytest.raises(SourceError, match=text):
-        open_source(f"tiny-imagenet:{spec}", tmp_path)
-
-
-def test_cinic10(tmp_path):
-    write_cinic10(tmp_path)
-    for split in ("train", "valid", "test"):
-        source = open_source(f"cinic10:{split}", tmp_path)
-        assert_as_image_folder(source, tmp_path / split)
-        assert source.class_names == CIFAR10
-        assert source.whole.shape == (20, 32, 32, 3)
-    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "lion")
-    text = (
-        f"source 'cinic10:test' cannot be read from --root '{tmp_path}': folder 'test' has other classes: "
-        "airplane, automobile, bird, deer, dog, frog, horse, lion and 2 more. Expected there: train, valid "
-        "and test, in each the folders airplane to truck with .png files. Get CINIC-10.tar.gz from its home "
-        "page, datashare.ed.ac.uk/handle/10283/3192, and unpack it there."
-    )
-    with pytest.raises(SourceError, match=f"^{re.escape(text)}$"):
-        open_source("cinic10:test", tmp_path)
 
 
 def write_odd_images(folder: Path) -> None:
@@ -227,11 +60,6 @@ def test_odd_images_are_read_as_torchvision_reads_them(tmp_path):
     assert sizes["rotated"] == (20, 40)
     assert sizes["dot"] == (1, 1)
     assert sizes["wide"] == (2, 10_000)
-
-
-def cut(path: Path, share: float) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
 
 
 def huge_png(path: Path) -> None:
@@ -368,105 +196,3 @@ def test_contents_are_checksums_of_whole_files(tree):
     before = source.contents(np.arange(9))
     _replace_content(tree)
     assert (source.contents(np.arange(9)) != before).tolist() == [i == 5 for i in range(9)]
-
-
-# ---- the cache folder
-
-
-def test_a_second_start_opens_no_file(tree, own_cache, looks):
-    first = open_source("folder", tree)
-    pixels = np.array(first.whole)
-    assert len(looks) == 18
-    looks.clear()
-    again = open_source("folder", tree)
-    assert again.fingerprint == first.fingerprint
-    assert np.array_equal(again.whole, pixels)
-    assert isinstance(again.whole, np.memmap)
-    assert looks == []
-    assert np.array_equal(pixels, [np.array(Image.open(first.path(i))) for i in range(9)])
-
-
-def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks):
-    before = np.array(open_source("folder", tree).whole)
-    old = list(own_cache.iterdir())
-    assert len(old) == 2
-    path = tree / "train" / "bee" / "bee_5.png"
-    length = path.stat().st_size
-    # The same length and another time: only the listing tells.
-    pixels = before[5] ^ 1
-    save_image(path, pixels)
-    with path.open("ab") as file:
-        file.truncate(length)
-    touch_later(path)
-    looks.clear()
-    after = open_source("folder", tree).whole
-    assert len(looks) == 18
-    assert np.array_equal(after[5], pixels)
-    assert np.array_equal(np.delete(after, 5, 0), np.delete(before, 5, 0))
-    assert len(list(own_cache.iterdir())) == 2
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 8
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [lambda path: cut(path, 0.5), lambda path: cut(path, 0), flip])
-def test_a_damaged_cache_is_written_again(tree, own_cache, looks, damage):
-    expected = np.array(open_source("folder", tree).whole)
-    fingerprint = open_source("folder", tree).fingerprint
-    before = {path.name: path.read_bytes() for path in own_cache.iterdir()}
-    for path in own_cache.iterdir():
-        damage(path)
-    looks.clear()
-    again = open_source("folder", tree)
-    assert np.array_equal(again.whole, expected)
-    assert again.fingerprint == fingerprint
-    assert len(looks) >= 9
-    assert {path.name for path in own_cache.iterdir()} == set(before)
-    looks.clear()
-    assert np.array_equal(open_source("folder", tree).whole, expected)
-    assert looks == []
-
-
-def test_facts_of_another_kind_in_the_cache_are_ignored(tree, own_cache):
-    expected = open_source("folder", tree).fingerprint
-    (path,) = own_cache.glob("*.npz")
-    np.savez(path, listing=np.array("x"))
-    assert open_source("folder", tree).fingerprint == expected
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(tree, tmp_path, monkeypatch, looks):
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("COURSEPACK_CACHE", str(tmp_path / "file" / "cache"))
-    for _ in range(2):
-        looks.clear()
-        assert open_source("folder", tree).whole.shape == (9, 8, 8, 3)
-        assert len(looks) == 18
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("COURSEPACK_CACHE")
-    assert cache_folder() == tmp_path / "coursepack"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path("~/.cache/coursepack").expanduser()
-
-
-def test_large_trees_stay_on_disk(tree, monkeypatch):
-    monkeypatch.setattr(files, "MOST_IN_MEMORY", 9 * 8 * 8 * 3 - 1)
-    source = open_source("folder", tree)
-    assert source.whole is None
-    assert isinstance(all_pixels(source), list)
-    monkeypatch.setattr(files, "MOST_IN_MEMORY", 9 * 8 * 8 * 3)
-    assert open_source("folder", tree).whole is not None
-
-
-def test_progress_of_a_long_scan(tree, monkeypatch, capsys, own_cache):
-    open_source("folder", tree)
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(scan, "LONG", 9)
-    shutil.rmtree(own_cache)
-    open_source("folder", tree)
-    assert "scan folder:train: 9 of 9 files" in capsys.readouterr().err

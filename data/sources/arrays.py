@@ -42,7 +42,7 @@ class MappedImages:
     def whole(self) -> NDArray[np.uint8]:
         """The images, mapped read-only."""
         images = np.lib.format.open_memmap(self.file, mode="r")
-        return images[..., None] if images.ndim == 3 else images  # type: ignore[no-any-return]
+        return images[..., None] if images.ndim == 3 else images
 
     @property
     def channels(self) -> int:
@@ -117,7 +117,7 @@ def arrays(spec: Spec, root: Path | None) -> Source:
 
 def _load(spec: Spec, base: Path, path: Path) -> NDArray[Any]:
     try:
-        return np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-any-return]
+        return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         problem = f"there is no file {path.name!r} in {str(path.parent)!r}; {found_in(path.parent)}"
         raise LAYOUT.error(spec, base, problem) from error

@@ -63,7 +63,7 @@ def load_pixels(place: str, key: str, shape: tuple[int, ...]) -> NDArray[np.uint
         except (OSError, ValueError, EOFError):
             continue
         if pixels.dtype == np.uint8 and pixels.shape == shape and path.stem.endswith(_checksum(pixels)):
-            return pixels  # type: ignore[no-any-return]
+            return pixels
     return None
 
 

@@ -99,7 +99,7 @@ class ImageFiles:
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """crc32c `(n,)` of the files."""
-        values = in_threads(self._checksum, [int(sample) for sample in samples], f"read {self.name}")
+        values = in_threads(self._checksum, [int(sample) for sample in samples])
         return np.array(values, dtype=np.uint32)
 
     def path(self, sample: int) -> str:

@@ -69,7 +69,7 @@ class _Tree:
                 f"{len(empty)} of {len(classes)} class folders in {str(self.path)!r} hold no images: "
                 f"{some(empty)}"
             )
-        files = [os.path.relpath(path, self.root) for path, _ in found]
+        files = [path.removeprefix(f"{self.root}{os.sep}") for path, _ in found]
         return open_files(
             str(self.spec), str(self.root), files, [label for _, label in found], tuple(classes)
         )

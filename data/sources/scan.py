@@ -73,9 +73,8 @@ class Listing:
 
     def scan(self) -> Scan:
         """Look at all files, or remember what was seen before."""
-        title = f"scan {self.name}"
         samples = range(len(self.files))
-        stats = np.array(in_threads(lambda i: _stat(self.path(i)), samples, title), dtype=np.int64)
+        stats = np.array(in_threads(lambda i: _stat(self.path(i)), samples), dtype=np.int64)
         names = sha256_of(self.files)
         labels = {"labels": sha256_of(self.labels), "classes": self.class_names}
         listing = fingerprint(
@@ -84,14 +83,14 @@ class Listing:
         place = key_of("scan", self.root, self.name)
         facts = load_facts(place)
         if facts is None or not _fits(facts, listing, len(self.files)):
-            seen = in_threads(lambda i: look(self.path(i)), samples, title)
+            seen = in_threads(lambda i: look(self.path(i)), samples, f"scan {self.name}")
             facts = {
                 "listing": np.array(listing),
                 "sizes": np.array([(height, width) for height, width, _ in seen], dtype=np.int32),
                 "damaged": np.array([i for i, (_, _, damage) in enumerate(seen) if damage], dtype=np.int64),
                 "damage": np.array([damage for _, _, damage in seen if damage], dtype=np.str_),
                 "content": np.array(
-                    in_threads(lambda i: _checksum(self.path(i)), sampled(len(self.files)).tolist(), title)
+                    in_threads(lambda i: _checksum(self.path(i)), sampled(len(self.files)).tolist())
                 ),
             }
             save_facts(place, facts)
@@ -137,11 +136,11 @@ def look(path: str) -> tuple[int, int, str]:
     return height, width, ""
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """The results of `work` on every item, in their order; progress is shown where there are many."""
+def in_threads(work: Callable[[T], R], items: Sequence[T], title: str = "") -> list[R]:
+    """The results of `work` on every item, in their order; with a title, progress where there are many."""
     pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
     results: list[R] = []
-    shown: Any = progress(title, len(items), "files") if len(items) >= LONG else nullcontext()
+    shown: Any = progress(title, len(items), "files") if title and len(items) >= LONG else nullcontext()
     with shown as meter, ThreadPoolExecutor(THREADS) as pool:
         for part in pool.map(lambda piece: [work(item) for item in piece], pieces):
             results += part
