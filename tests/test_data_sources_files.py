@@ -24,7 +24,7 @@ from PIL import Image
 
 from coursepack.data import open_source
 from coursepack.data.sources import scan
-from coursepack.data.sources.base import SAMPLED
+from coursepack.data.sources.base import SAMPLED, sampled
 from coursepack.errors import SourceError
 
 
@@ -189,6 +189,22 @@ def test_fingerprint_reads_few_files(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr(scan, "_checksum", lambda path: read.append(path) or checksum(path))
     open_source("folder", tmp_path)
     assert len(set(read)) == len(read) == SAMPLED
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_fingerprint_tells_another_length_or_image_size_of_any_file(tmp_path, padding):
+    write_tree(tmp_path / "train", ("a", "b"), SAMPLED)
+    before = open_source("folder", tmp_path)
+    (other, *_) = sorted(set(range(2 * SAMPLED)) - set(sampled(2 * SAMPLED).tolist()))
+    path = Path(before.path(other))
+    content, size = path.read_bytes(), (8, 8) if padding else (7, 8)
+    save_image(path, random_image(0, size=size))
+    same = path.read_bytes().ljust(len(content), b"\0") + bytes(padding)
+    path.write_bytes(same)
+    after = open_source("folder", tmp_path)
+    after.check()
+    assert len(same) == len(content) + padding
+    assert after.fingerprint != before.fingerprint
 
 
 def test_contents_are_checksums_of_whole_files(tree):
