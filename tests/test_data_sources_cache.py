@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import cut, save_image, touch_later
+from image_files import cut, save_image, touch_later, write_tree
 from PIL import Image
 
 from coursepack.data import open_source
-from coursepack.data.sources import files, scan
+from coursepack.data.sources import base, files, scan
 from coursepack.data.sources.cache import cache_folder
 
 
@@ -38,7 +38,21 @@ def test_a_second_start_opens_no_file(tree, own_cache, looks):
     assert np.array_equal(pixels, [np.array(Image.open(first.path(i))) for i in range(9)])
 
 
-def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks):
+def test_two_trees_have_their_own_places(tree, own_cache, looks, tmp_path):
+    write_tree(tmp_path / "other" / "train", ("ant", "bee", "cat", "dog"))
+    for folder in (tree, tmp_path / "other"):
+        assert open_source("folder", folder).whole is not None
+    looks.clear()
+    for folder in (tree, tmp_path / "other"):
+        assert open_source("folder", folder).whole is not None
+    assert looks == []
+
+
+def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks, monkeypatch):
+    # What a fingerprint does not see, the cache does.
+    monkeypatch.setattr(base, "SAMPLED", 1)
+    assert base.sampled(9).tolist() != [5]
+    fingerprint = open_source("folder", tree).fingerprint
     before = np.array(open_source("folder", tree).whole)
     old = list(own_cache.iterdir())
     assert len(old) == 2
@@ -51,6 +65,7 @@ def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks):
         file.truncate(length)
     touch_later(path)
     looks.clear()
+    assert open_source("folder", tree).fingerprint == fingerprint
     after = open_source("folder", tree).whole
     assert len(looks) == 18
     assert np.array_equal(after[5], pixels)
@@ -104,6 +119,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "coursepack"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path("~/.cache/coursepack").expanduser()
+
+
+def test_damaged_trees_stay_on_disk(tree):
+    cut(tree / "train" / "bee" / "bee_5.png", 0.7)
+    source = open_source("folder", tree)
+    assert source.sizes(np.array([5])).tolist() == [[8, 8]]
+    assert source.whole is None
 
 
 def test_large_trees_stay_on_disk(tree, monkeypatch):

@@ -97,6 +97,11 @@ def test_fingerprints_never_change(name, roots):
     assert open_source(SPECS.get(name, name), roots[name]).fingerprint == FINGERPRINTS[name]
 
 
+def test_the_test_images_of_fake_never_change():
+    test = open_source(f"{SPECS['fake']}:test")
+    assert test.fingerprint == "1ec4c644e1f4a3ea9d90ef987fd924bf1706feca4be97d47298d77a6039550d0"
+
+
 def test_a_name_opens_the_same_source_again(opened):
     spec, root = opened
     prints = set()
@@ -166,6 +171,8 @@ def test_hold_outs_divide_a_split(opened):
         assert np.all(np.diff(part.picked) > 0)
         assert_same_rows(part, source, part.picked)
         assert part.class_names == source.class_names
+        assert (part.whole is None) == (source.whole is None)
+        assert isinstance(part.pixels(everything(part)), list if part.whole is None else np.ndarray)
         part.check()
     assert len(held.labels) == int(0.4 * len(source.labels) + 0.5)
     classes = len(source.class_names)

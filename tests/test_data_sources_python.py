@@ -81,10 +81,27 @@ def test_labels_from_attributes(module, attribute, kind):
     assert open_source("python:own_data:Own").labels.tolist() == [2, 1, 0] * 10
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": [0, 2, 1] * 10},
+        {"classes": ("x", "y", "w")},
+        {"make": staticmethod(lambda pixels: pixels // 2)},
+        {"make": staticmethod(lambda pixels: pixels[..., :1])},
+    ],
+)
+def test_fingerprint_tells_a_change(module, change):
+    before = open_source("python:own_data:Own").fingerprint
+    assert open_source("python:own_data:Own").fingerprint == before
+    for name, value in change.items():
+        setattr(module.Own, name, value)
+    assert open_source("python:own_data:Own").fingerprint != before
+
+
 def test_a_factory_gets_root_and_split(module, tmp_path):
     asked = []
     module.make = lambda root, split: asked.append((root, split)) or Listed()
-    open_source("python:own_data:make:my-split", tmp_path)
+    all_pixels(open_source("python:own_data:make:my-split", tmp_path))
     assert asked == [(tmp_path, "my-split")]
 
 

@@ -101,7 +101,9 @@ def python(spec: Spec, root: Path | None) -> Source:
             "content": checksums(images).tolist(),
         }
     )
-    return MapStyle(spec, root, labels, names, channels, identity)
+    source = MapStyle(spec, root, labels, names, channels, identity)
+    vars(source)["_data"] = data  # so that the factory is called once here
+    return source
 
 
 def _make(spec: Spec, root: Path | None) -> Any:
