@@ -21,6 +21,8 @@ class Purpose(IntEnum):
     SUBSET = 2
     ORDER = 3
     CHUNK_ORDER = 4
+    CONTENT = 8
+    FAKE = 9
     VIEW = 16
     """The first op of a view recipe; op number i uses `VIEW + i`."""
 

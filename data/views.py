@@ -120,5 +120,9 @@ def render(source: Source, samples: Samples, params: ViewParams, size: int) -> N
 
     pixels = source.pixels(samples)
     out = np.empty((len(samples), size, size, source.channels), dtype=np.uint8)
-    crop_resize(pixels, params.boxes, out)
+    if isinstance(pixels, np.ndarray):
+        crop_resize(pixels, params.boxes, out)
+    else:
+        for row, image in enumerate(pixels):
+            crop_resize(image[None], params.boxes[row : row + 1], out[row : row + 1])
     return out

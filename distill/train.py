@@ -111,10 +111,13 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     Raises:
         StoreMismatch: stores of different views or sources, or of another source than the recipe's.
         StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
+        SourceError: a source's files are missing or damaged.
         RecipeError, UnknownName: fields that do not fit together.
     """
     root = None if recipe.root is None else Path(recipe.root)
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
+    source.check()
+    evaluation.check()
     objective = recipe.objective
     if objective.arrays and not recipe.stores:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")

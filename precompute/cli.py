@@ -133,6 +133,7 @@ def _job(
     **numbers: Any,
 ) -> Job:
     source = open_source(source_spec, root)
+    source.check()
     columns = None if class_map is None else load_columns(class_map, source.class_names)
     network = load_teacher(teacher, source.class_names, weights=weights, size=size, columns=columns)
     runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)

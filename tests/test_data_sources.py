@@ -32,7 +32,8 @@ def test_facts_of_the_digits():
     assert (len(train.labels), len(test.labels)) == (1442, 355)
     for source in (train, test):
         assert source.class_names == tuple("0123456789")
-        assert (source.size, source.channels) == (8, 1)
+        assert source.channels == 1
+        assert source.sizes(np.array([3, 0])).tolist() == [[8, 8], [8, 8]]
         pixels = source.pixels(np.arange(len(source.labels)))
         assert pixels.shape == (len(source.labels), 8, 8, 1)
         assert pixels.dtype == np.uint8
@@ -138,4 +139,8 @@ def test_digits_have_no_folder():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_source_is_evaluated_on_a_split_that_it_has(name):
-    assert evaluation_spec(f"{name}:{SOURCES[name].splits[0]}").partition(":")[2] in SOURCES[name].splits
+    spec = "python:module:factory" if name == "python" else name
+    for split in SOURCES[name].splits:
+        found, _, evaluation = evaluation_spec(f"{spec}:{split}").rpartition(":")
+        assert found == spec
+        assert evaluation in SOURCES[name].splits

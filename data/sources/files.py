@@ -1,0 +1,162 @@
+"""A source whose samples are image files.
+
+Images are decoded by Pillow and converted to RGB, as torchvision's ImageFolder does it; an orientation in the
+EXIF header is not applied, there as here. A tree of small images of one size is decoded once and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import google_crc32c
+import numpy as np
+
+from coursepack.data.sources.base import MOST_IN_MEMORY, fields_only
+from coursepack.data.sources.cache import key_of, load_pixels, save_pixels
+from coursepack.data.sources.roots import MOST_NAMES
+from coursepack.data.sources.scan import Listing, Scan, in_threads
+from coursepack.errors import SourceError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.randomness import Samples
+    from coursepack.data.sources.base import Pixels
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A list of image files under one root, with what a scan saw in them."""
+
+    listing: Listing
+    found: Scan
+
+    @property
+    def name(self) -> str:
+        """Name and split."""
+        return self.listing.name
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class ids `(N,)`."""
+        return self.listing.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class."""
+        return self.listing.class_names
+
+    @property
+    def channels(self) -> int:
+        """Always RGB."""
+        return 3
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over names, byte sizes, order, labels, image sizes and the content of a few files."""
+        return self.found.fingerprint
+
+    @functools.cached_property
+    def whole(self) -> NDArray[np.uint8] | None:
+        """All images, if they have one size and fit; decoded at most once and then mapped from the cache."""
+        from PIL import __version__ as decoder
+
+        sizes = self.found.sizes
+        if self.found.damaged or not bool((sizes == sizes[0]).all()):
+            return None
+        shape = (len(sizes), int(sizes[0, 0]), int(sizes[0, 1]), 3)
+        if int(np.prod(shape, dtype=np.int64)) > MOST_IN_MEMORY:
+            return None
+        # The fingerprint samples content, so it alone would not tell that a file was replaced.
+        key = key_of(self.fingerprint, self.found.listing, decoder)
+        place = self.found.place.replace("scan", "pixels")
+        kept = load_pixels(place, key, shape)
+        if kept is not None:
+            return kept
+        pixels = np.empty(shape, dtype=np.uint8)
+
+        def fill(sample: int) -> None:
+            pixels[sample] = self._decode(sample)
+
+        in_threads(fill, range(len(sizes)), f"decode {self.name}")
+        save_pixels(place, key, pixels)
+        return pixels
+
+    def sizes(self, samples: Samples) -> NDArray[np.int32]:
+        """Height and width `(n, 2)` from the files' headers."""
+        return self.found.sizes[samples]
+
+    def pixels(self, samples: Samples) -> Pixels:
+        """An array where `whole` is there, else a list."""
+        if self.whole is not None:
+            return self.whole[samples]
+        return [self._decode(int(sample)) for sample in samples]
+
+    def contents(self, samples: Samples) -> NDArray[np.uint32]:
+        """crc32c `(n,)` of the files."""
+        values = in_threads(self._checksum, [int(sample) for sample in samples])
+        return np.array(values, dtype=np.uint32)
+
+    def path(self, sample: int) -> str:
+        """The file of a sample."""
+        return self.listing.path(sample)
+
+    def check(self) -> None:
+        """Refuse what the scan saw: files that are empty, cut off, too large or no images."""
+        damaged = self.found.damaged
+        if not damaged:
+            return
+        files = [f"  {self.path(sample)} {damage}" for sample, damage in damaged[:MOST_NAMES]]
+        if len(damaged) > MOST_NAMES:
+            files.append(f"  and {len(damaged) - MOST_NAMES:,} more")
+        raise SourceError(
+            f"source {self.name!r} has {len(damaged):,} damaged files among {len(self.labels):,}:\n"
+            + "\n".join(files)
+            + "\nReplace them. Removing them works as well, and makes another source of what is left."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_only(self)
+
+    def _decode(self, sample: int) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        path = self.path(sample)
+        try:
+            with open(path, "rb") as file, Image.open(file) as image:  # noqa: PTH123
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:
+            raise self._unreadable(sample, str(error) or type(error).__name__) from error
+        if pixels.shape[:2] != tuple(self.found.sizes[sample]):
+            height, width = self.found.sizes[sample]
+            raise self._unreadable(
+                sample, f"it is {pixels.shape[0]} x {pixels.shape[1]} pixels and was {height} x {width}"
+            )
+        return pixels
+
+    def _checksum(self, sample: int) -> int:
+        try:
+            with open(self.path(sample), "rb") as file:  # noqa: PTH123
+                return int(google_crc32c.value(file.read()))
+        except OSError as error:
+            raise self._unreadable(sample, error.strerror or str(error)) from error
+
+    def _unreadable(self, sample: int, problem: str) -> SourceError:
+        return SourceError(
+            f"sample {sample} of source {self.name!r} cannot be read: {self.path(sample)}: {problem}. "
+            "Replace the file"
+        )
+
+
+def open_files(
+    name: str, root: str, files: list[str], labels: list[int], class_names: tuple[str, ...]
+) -> ImageFiles:
+    """A source of files, given relative to the root and in the order of their indices."""
+    names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+    listing = Listing(name, root, names, np.array(labels, dtype=np.int64), class_names)
+    return ImageFiles(listing, listing.scan())

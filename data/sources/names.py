@@ -1,0 +1,100 @@
+"""Sources by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from coursepack.data.sources.arrays import arrays
+from coursepack.data.sources.base import Spec
+from coursepack.data.sources.cifar import cifar10, cifar100
+from coursepack.data.sources.digits import digits
+from coursepack.data.sources.fake import fake
+from coursepack.data.sources.folders import cinic10, folder, imagenet, tiny_imagenet
+from coursepack.data.sources.python import python
+from coursepack.data.sources.splits import hold_out, parse_hold_out
+from coursepack.errors import RecipeError, UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from coursepack.data.sources.base import Source
+    from coursepack.data.sources.splits import HoldOut
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """How a named source is opened, and which splits it has."""
+
+    open: Callable[[Spec, Path | None], Source]
+    splits: tuple[str, ...]
+    """The first is the default."""
+    evaluation_split: str
+    any_split: bool = False
+    """Whether users name splits as they like; `splits` are then the usual ones."""
+
+
+def open_source(spec: str, root: Path | None = None) -> Source:
+    """Open `NAME`, `NAME:SPLIT`, or a part of a split, `NAME:SPLIT-0.1` or `NAME:SPLIT+0.1`.
+
+    Args:
+        spec: a name in `SOURCES` with its options, and a split of it (the first by default).
+        root: folder of the data set's files, for sources that have files.
+
+    Raises:
+        UnknownName: no such source, option or split.
+        RecipeError: the spec does not fit the source, or it needs a root, or has none.
+        SourceError: files missing or damaged.
+    """
+    parsed, held = _parse(spec)
+    source = SOURCES[parsed.name].open(parsed, root)
+    return source if held is None else hold_out(source, held)
+
+
+def evaluation_spec(spec: str) -> str:
+    """What students of `spec` are evaluated on.
+
+    That is what `spec` leaves out, `cifar100:train+0.1` for `cifar100:train-0.1`; else the source's split for
+    evaluation, `digits:test` for `digits:train`.
+    """
+    parsed, held = _parse(spec)
+    if held is not None and held.sign == "-":
+        return f"{parsed}{replace(held, sign='+')}"
+    return str(replace(parsed, split=SOURCES[parsed.name].evaluation_split))
+
+
+def _parse(text: str) -> tuple[Spec, HoldOut | None]:
+    name, _, rest = text.partition(":")
+    name, comma, options = name.partition(",")
+    if name not in SOURCES:
+        raise UnknownName("source", name, SOURCES)
+    kind = SOURCES[name]
+    if comma and name != "fake":
+        raise RecipeError(f"source {text!r}: {name!r} has no options, but {options!r} is given")
+    options = comma + options
+    if name == "python":
+        module, _, rest = rest.partition(":")
+        factory, _, rest = rest.partition(":")
+        if not module or not factory:
+            raise RecipeError(f"source {text!r} is not python:module:factory or python:module:factory:SPLIT")
+        options = f":{module}:{factory}"
+    split, held = parse_hold_out(rest)
+    split = split or kind.splits[0]
+    if split not in kind.splits and not kind.any_split:
+        raise UnknownName(f"split of source {name!r}", split, kind.splits)
+    return Spec(name, options, split), held
+
+
+SOURCES = {
+    "digits": SourceKind(digits, splits=("train", "test"), evaluation_split="test"),
+    "cifar10": SourceKind(cifar10, splits=("train", "test"), evaluation_split="test"),
+    "cifar100": SourceKind(cifar100, splits=("train", "test"), evaluation_split="test"),
+    "cinic10": SourceKind(cinic10, splits=("train", "valid", "test"), evaluation_split="test"),
+    "tiny-imagenet": SourceKind(tiny_imagenet, splits=("train", "val"), evaluation_split="val"),
+    "imagenet": SourceKind(imagenet, splits=("train", "val"), evaluation_split="val"),
+    "folder": SourceKind(folder, splits=("train", "val", "test"), evaluation_split="val", any_split=True),
+    "arrays": SourceKind(arrays, splits=("train", "test"), evaluation_split="test", any_split=True),
+    "fake": SourceKind(fake, splits=("train", "test"), evaluation_split="test"),
+    "python": SourceKind(python, splits=("train", "test"), evaluation_split="test", any_split=True),
+}

@@ -1,0 +1,213 @@
+"""Any map-style data set: `python:module:factory` calls `factory(root=..., split=...)`.
+
+torchvision's data sets whose constructors take these two are factories: `python:torchvision.datasets:SVHN`.
+A worker process calls the factory again rather than getting the data set in a pickle.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.canonical import fingerprint
+from coursepack.data.sources.base import checksums, fields_only, sampled, sha256_of
+from coursepack.errors import CoursepackError, RecipeError, SourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.randomness import Samples
+    from coursepack.data.sources.base import Source, Spec
+
+TWICE = 4
+"""Images that are loaded twice, to find random transforms."""
+
+
+@dataclass(frozen=True)
+class MapStyle:
+    """A source over a data set that a factory makes."""
+
+    spec: Spec
+    root: Path | None
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    channels: int
+    fingerprint: str
+    """sha256 over name, classes, labels and the content of a few images."""
+
+    @property
+    def name(self) -> str:
+        """Module, factory and split."""
+        return str(self.spec)
+
+    @property
+    def whole(self) -> None:
+        """Images are asked for one by one."""
+        return
+
+    @functools.cached_property
+    def _data(self) -> Any:
+        return _make(self.spec, self.root)
+
+    def sizes(self, samples: Samples) -> NDArray[np.int32]:
+        """Height and width `(n, 2)`; only the data set knows them, so images are loaded for it."""
+        shapes = [image.shape[:2] for image in self.pixels(samples)]
+        return np.array(shapes, dtype=np.int32).reshape(-1, 2)
+
+    def pixels(self, samples: Samples) -> list[NDArray[np.uint8]]:
+        """Images `(H, W, channels)`."""
+        return [_load(self.name, self._data, int(sample), self.channels) for sample in samples]
+
+    def contents(self, samples: Samples) -> NDArray[np.uint32]:
+        """crc32c `(n,)` of each image's pixels."""
+        return checksums(self.pixels(samples))
+
+    def check(self) -> None:
+        """Nothing that opening did not see."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_only(self)
+
+
+def python(spec: Spec, root: Path | None) -> Source:
+    """What `factory(root=..., split=...)` of a module makes."""
+    data, name = _make(spec, root), str(spec)
+    count = len(data)
+    if not count:
+        raise SourceError(f"source {name!r} has no samples")
+    labels = _labels(name, data)
+    names = _class_names(name, data, labels)
+    channels = _array(name, 0, _pair(name, data, 0)[0]).shape[2]
+    chosen = sampled(count)
+    images = [_load(name, data, int(sample), channels) for sample in chosen]
+    for sample, image in zip(chosen[:TWICE], images, strict=False):
+        if not np.array_equal(image, _load(name, data, int(sample), channels)):
+            raise SourceError(
+                f"source {name!r} gives other pixels for sample {sample} when it is asked again: leave "
+                "random transforms out, views are made here"
+            )
+    identity = fingerprint(
+        {
+            "name": name,
+            "classes": names,
+            "labels": sha256_of(labels),
+            "channels": channels,
+            "content": checksums(images).tolist(),
+        }
+    )
+    source = MapStyle(spec, root, labels, names, channels, identity)
+    vars(source)["_data"] = data  # so that the factory is called once here
+    return source
+
+
+def _make(spec: Spec, root: Path | None) -> Any:
+    module_name, _, path = spec.options.removeprefix(":").partition(":")
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            factory = getattr(factory, part)
+    except ImportError as error:
+        raise RecipeError(
+            f"source '{spec}': cannot import {module_name!r}: {error}. Modules are looked for where Python "
+            "looks; PYTHONPATH adds folders"
+        ) from error
+    except AttributeError as error:
+        raise RecipeError(f"source '{spec}': module {module_name!r} has no {path!r}") from error
+    try:
+        data = factory(root=root, split=spec.split)
+    except CoursepackError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"source '{spec}': {path}(root={None if root is None else str(root)!r}, split={spec.split!r}) "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise RecipeError(
+            f"source '{spec}': {path} gave a {type(data).__name__}, expected a map-style data set with "
+            "__len__ and __getitem__"
+        )
+    return data
+
+
+def _labels(name: str, data: Any) -> NDArray[np.int64]:
+    """The data set's own list of labels, else those that come with the images."""
+    for attribute in ("targets", "labels"):
+        given = getattr(data, attribute, None)
+        if given is not None:
+            break
+    else:
+        attribute, given = "its samples", [_pair(name, data, index)[1] for index in range(len(data))]
+    try:
+        labels = np.array([int(label) for label in given], dtype=np.int64)
+        whole = all(label == number for label, number in zip(given, labels, strict=True))
+    except (TypeError, ValueError):
+        labels, whole = np.empty(0, np.int64), False
+    if not whole:
+        raise SourceError(f"source {name!r}: the labels of {attribute} are not whole numbers")
+    if len(labels) != len(data):
+        raise SourceError(f"source {name!r} has {len(labels)} {attribute} for {len(data)} samples")
+    return labels
+
+
+def _class_names(name: str, data: Any, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    given = getattr(data, "classes", None)
+    count = int(labels.max()) + 1
+    names = tuple(str(label) for label in (range(count) if given is None else given))
+    if labels.min() < 0 or count > len(names):
+        wrong = int(labels.min()) if labels.min() < 0 else count - 1
+        raise SourceError(f"source {name!r} has the label {wrong}, expected 0 to {len(names) - 1}")
+    return names
+
+
+def _pair(name: str, data: Any, index: int) -> tuple[Any, Any]:
+    try:
+        item = data[index]
+    except CoursepackError:
+        raise
+    except Exception as error:
+        problem = f"cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(f"sample {index} of source {name!r} {problem}") from error
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = f"{len(item)} values" if isinstance(item, (tuple, list)) else f"a {type(item).__name__}"
+        raise SourceError(f"source {name!r}: sample {index} is {got}, expected a pair (image, label)")
+    return item[0], item[1]
+
+
+def _load(name: str, data: Any, index: int, channels: int) -> NDArray[np.uint8]:
+    pixels = _array(name, index, _pair(name, data, index)[0], channels)
+    if pixels.shape[2] != channels:
+        raise SourceError(
+            f"source {name!r}: sample {index} has {pixels.shape[2]} channels, but sample 0 has {channels}"
+        )
+    return pixels
+
+
+def _array(name: str, index: int, image: Any, channels: int | None = None) -> NDArray[np.uint8]:
+    """An image of any accepted kind as `(H, W, channels)`; PIL images get the channels asked for."""
+    import torch
+    from PIL import Image
+
+    got = type(image).__name__
+    if isinstance(image, Image.Image):
+        gray = image.mode in ("L", "1") if channels is None else channels == 1
+        image = np.array(image.convert("L" if gray else "RGB"))
+    elif isinstance(image, torch.Tensor):
+        got = f"{str(image.dtype).removeprefix('torch.')} tensor of shape {tuple(image.shape)}"
+        image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy(force=True)
+    elif isinstance(image, np.ndarray):
+        got = f"{image.dtype} array of shape {image.shape}"
+    if isinstance(image, np.ndarray) and image.ndim == 2:
+        image = image[..., None]
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((1,), (3,)):
+        raise SourceError(
+            f"source {name!r}: the image of sample {index} is a {got}, expected a PIL image, a uint8 array "
+            "(H, W, channels) or (H, W), or a uint8 tensor (channels, H, W). Leave transforms out"
+        )
+    return np.ascontiguousarray(image)

@@ -1,0 +1,179 @@
+"""Parts of a split: hold-outs, which are sources of their own, and subsets, which belong to a run.
+
+`train-0.1` is train without a tenth of every class, `train+0.1` is exactly that tenth: together they are
+train, and the choice never changes. Both count their samples from 0, in the order of the whole split.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coursepack.canonical import fingerprint
+from coursepack.data.randomness import Purpose, shuffled
+from coursepack.data.sources.base import MOST_IN_MEMORY, fields_only, sha256_of
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from coursepack.data.randomness import Samples
+    from coursepack.data.sources.base import Pixels, Source
+
+_HOLD_OUT = re.compile(r"(?P<split>.*)(?P<sign>[+-])(?P<share>\d*\.\d+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """A share of a split, held out from it or kept alone."""
+
+    sign: str
+    """`-` leaves the share out, `+` is the share."""
+    share: Fraction
+    text: str
+    """The share as it is written in names, `0.1`."""
+
+    def __str__(self) -> str:
+        return f"{self.sign}{self.text}"
+
+
+def parse_hold_out(split: str) -> tuple[str, HoldOut | None]:
+    """A split's name and what is held out from it, if anything.
+
+    Raises:
+        RecipeError: the share is not between 0 and 1.
+
+    >>> split, hold_out = parse_hold_out("train-0.10")
+    >>> split, str(hold_out)
+    ('train', '-0.1')
+    """
+    found = _HOLD_OUT.fullmatch(split)
+    if found is None:
+        return split, None
+    share = Decimal(found["share"])
+    if not 0 < share < 1:
+        name = found["split"] or "train"
+        raise RecipeError(
+            f"split {split!r} holds out a share of {found['share']}, expected one between 0 and 1, as in "
+            f"'{name}-0.1' (all but a tenth) or '{name}+0.1' (that tenth)"
+        )
+    return found["split"], HoldOut(found["sign"], Fraction(share), f"{share.normalize():f}")
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some samples of a source as a source of their own, with indices of their own."""
+
+    name: str
+    source: Source
+    picked: Samples
+    """Indices `(N,)` in the whole source, ascending."""
+
+    @functools.cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Class ids `(N,)`."""
+        return self.source.labels[self.picked]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the whole source."""
+        return self.source.class_names
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels."""
+        return self.source.channels
+
+    @functools.cached_property
+    def whole(self) -> NDArray[np.uint8] | None:
+        """A copy of the images, unless they are too many for one."""
+        whole = self.source.whole
+        if whole is None or whole[0].nbytes * len(self.picked) > MOST_IN_MEMORY:
+            return None
+        return whole[self.picked]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the whole source's fingerprint, the name, and which samples were picked."""
+        return fingerprint(
+            {"whole": self.source.fingerprint, "name": self.name, "picked": sha256_of(self.picked)}
+        )
+
+    def sizes(self, samples: Samples) -> NDArray[np.int32]:
+        """Height and width `(n, 2)`."""
+        return self.source.sizes(self.picked[samples])
+
+    def pixels(self, samples: Samples) -> Pixels:
+        """An array where `whole` is there, else a list."""
+        if self.whole is not None:
+            return self.whole[samples]
+        return list(self.source.pixels(self.picked[samples]))
+
+    def contents(self, samples: Samples) -> NDArray[np.uint32]:
+        """crc32c `(n,)`."""
+        return self.source.contents(self.picked[samples])
+
+    def check(self) -> None:
+        """Check the whole source."""
+        self.source.check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return fields_only(self)
+
+
+def hold_out(source: Source, held: HoldOut) -> Source:
+    """The part of a source that `held` names.
+
+    The share is taken class by class, and rounded so that the total is right: a class gives its share of
+    samples, one more or one less.
+
+    Raises:
+        RecipeError: nothing would be left, or nothing held out.
+    """
+    labels = source.labels
+    out = np.zeros(len(labels), dtype=bool)
+    seen = 0
+    for label in np.unique(labels):
+        members = shuffled(np.flatnonzero(labels == label), seed=0, view=0, purpose=Purpose.SPLIT)
+        before, seen = seen, seen + len(members)
+        out[members[: _rounded(held.share * seen) - _rounded(held.share * before)]] = True
+    picked = np.flatnonzero(out if held.sign == "+" else ~out)
+    if not 0 < len(picked) < len(labels):
+        raise RecipeError(
+            f"a share of {held.text} of source {source.name!r} is {int(out.sum())} of its {len(labels)} "
+            "samples: choose one that leaves samples on both sides"
+        )
+    return Picked(f"{source.name}{held}", source, picked)
+
+
+def _rounded(value: Fraction) -> int:
+    return int(value + Fraction(1, 2))
+
+
+def subset(source: Source, limit: int | None) -> Samples:
+    """The samples a run uses: all, or `limit` of them, evenly over classes and the same in every run.
+
+    Raises:
+        RecipeError: `limit` is larger than the source, or not positive.
+    """
+    everything = np.arange(len(source.labels))
+    if limit is None:
+        return everything
+    if not 1 <= limit <= len(everything):
+        raise RecipeError(f"limit is {limit}, but source {source.name!r} has {len(everything)} samples")
+    order = shuffled(everything, seed=0, view=0, purpose=Purpose.SUBSET)
+    labels = source.labels[order]
+    # Rank of each sample within its class: taking the lowest ranks first keeps classes even.
+    rank = np.empty(len(order), dtype=np.int64)
+    for label in np.unique(labels):
+        members = labels == label
+        rank[members] = np.arange(members.sum())
+    return np.sort(order[np.argsort(rank, kind="stable")[:limit]])
