@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,6 +78,7 @@ def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeErro
 _EXPECTED = {
     "tuple_type": "Input should be a list",
     "model_type": "Input should be a mapping",
+    "model_attributes_type": "Input should be a mapping",
 }
 """Where pydantic speaks of Python's types, what YAML calls them."""
 
@@ -85,17 +86,40 @@ _EXPECTED = {
 def _line(model: type[Config], problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _all_fields(model), n=1)
-        return f"  {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+        known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
+        return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
+    if problem["type"] == "union_tag_invalid":
+        key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
+        near = _near(tag, tags.replace("'", "").split(", "))
+        return f"  {path}: unknown {key.strip(chr(39))} {tag!r}{near or ', expected one of ' + tags}"
+    if problem["type"] == "union_tag_not_found":
+        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {problem['input']!r}"
     given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
 
 
-def _all_fields(model: type[BaseModel]) -> list[str]:
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _all_fields(field.annotation)
-    return names
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
+    """The configs that may stand at a place, as pydantic spells it: keys, list places, tags of a union."""
+    found: list[type[BaseModel]] = [model]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        held = [each.model_fields[part].annotation for each in found if part in each.model_fields]
+        if held:
+            found = [inner for annotation in held for inner in _models(annotation)]
+        else:
+            found = [each for each in found if any(part == f.default for f in each.model_fields.values())]
+    return found
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configs in an annotation such as a tuple of a union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for part in get_args(annotation) for inner in _models(part)]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from coursepack.data.randomness import Purpose, shuffled
-from coursepack.data.views import draw, render
+from coursepack.data.views import GRID, draw, render, render_on_device
+from coursepack.data.views.params import concatenate
+from coursepack.kernels import MixedLabels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from coursepack.data.randomness import Samples
     from coursepack.data.sources import Source
-    from coursepack.data.views import ViewRecipe
+    from coursepack.data.store.owners import Part
+    from coursepack.data.views import ViewParams, ViewRecipe
 
 
 @dataclass
@@ -34,12 +38,38 @@ class Batch:
     """View index of each sample `(N,)` int64."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where labels and pixels are given."""
-    _pixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    images: Tensor | None = None
+    """The source's whole images on the device, where they are to be rendered there."""
+    rendered: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Pixels by size, as far as they were asked for or rendered ahead."""
 
     @functools.cached_property
-    def labels(self) -> Tensor:
-        """Class ids `(N,)` int64."""
-        return torch.from_numpy(self.source.labels[self.samples]).to(self.device)
+    def params(self) -> ViewParams:
+        """What was drawn for each row."""
+        if isinstance(self.view, int):
+            return draw(self.recipe, self.source, self.samples, self.view)
+        rows = [np.flatnonzero(self.views == view) for view in np.unique(self.views)]
+        parts = [
+            draw(self.recipe, self.source, self.samples[some], int(self.views[some[0]])) for some in rows
+        ]
+        return concatenate(parts)[np.argsort(np.concatenate(rows))]
+
+    @functools.cached_property
+    def labels(self) -> Tensor | MixedLabels:
+        """Class ids `(N,)` int64; two and a share where the view mixes images."""
+        first = self._labels_of(self.samples)
+        mixing = self.params.mixing if self.recipe.mix is not None else None
+        if mixing is None:
+            return first
+        shares = torch.from_numpy((mixing.shares / GRID).astype(np.float32)).to(self.device)
+        return MixedLabels(first, self._labels_of(mixing.partners), shares)
+
+    @functools.cached_property
+    def main_labels(self) -> Tensor:
+        """Class ids `(N,)` int64: where images are mixed, that of the larger share."""
+        if isinstance(self.labels, MixedLabels):
+            return torch.where(self.labels.lam >= 0.5, self.labels.first, self.labels.second)
+        return self.labels
 
     @functools.cached_property
     def view(self) -> int | Samples:
@@ -49,20 +79,56 @@ class Batch:
 
     def pixels(self, size: int) -> Tensor:
         """Rendered views `(N, size, size, channels)` uint8; rendered once per size."""
-        if size not in self._pixels:
-            self._pixels[size] = torch.from_numpy(self._render(size)).to(self.device)
-        return self._pixels[size]
+        if size not in self.rendered:
+            self.rendered[size] = self.render(size)
+        moved = self.rendered[size].to(self.device, non_blocking=True)
+        self.rendered[size] = moved
+        return moved
 
-    def _render(self, size: int) -> np.ndarray:
-        out = np.empty((len(self.samples), size, size, self.source.channels), dtype=np.uint8)
-        for view in np.unique(self.views):
-            rows = np.flatnonzero(self.views == view)
-            params = draw(self.recipe, self.samples[rows], int(view))
-            out[rows] = render(self.source, self.samples[rows], params, size)
-        return out
+    def render(self, size: int) -> Tensor:
+        """The same, rendered anew: on the device where the images are there, else on the CPU."""
+        return self.render_all([size])[0]
+
+    def render_all(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Rendered anew at several sizes; an image file is decoded once for all of them and for all views."""
+        of_rows = self.samples, self.params
+        if self.images is not None:
+            return [render_on_device(self.recipe, self.images, *of_rows, size) for size in sizes]
+        source = self.source if self.source.whole is not None else cast("Source", _DecodedOnce(self.source))
+        return [torch.from_numpy(render(self.recipe, source, *of_rows, size)) for size in sizes]
+
+    def split(self, count: int) -> list[Batch]:
+        """The batch as `count` equal ones, one after the other, with what has been rendered of it."""
+        rows = len(self) // count
+        return [self._rows(slice(place * rows, (place + 1) * rows)) for place in range(count)]
+
+    def _rows(self, rows: slice) -> Batch:
+        rendered = {size: pixels[rows] for size, pixels in self.rendered.items()}
+        return replace(self, samples=self.samples[rows], views=self.views[rows], rendered=rendered)
+
+    def _labels_of(self, samples: Samples) -> Tensor:
+        return torch.from_numpy(self.source.labels[samples]).to(self.device)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+class _DecodedOnce:
+    """What rendering needs of a source of files: an image is decoded when first asked for, and kept."""
+
+    whole = None
+
+    def __init__(self, source: Source) -> None:
+        self.channels = source.channels
+        self._source = source
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+
+    def pixels(self, samples: Samples) -> list[NDArray[np.uint8]]:
+        """Images `(H, W, channels)` of the given samples."""
+        asked = samples.tolist()
+        missing = [sample for sample in dict.fromkeys(asked) if sample not in self._kept]
+        self._kept.update(zip(missing, self._source.pixels(np.array(missing, np.int64)), strict=True))
+        return [self._kept[sample] for sample in asked]
 
 
 def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | None = None) -> Samples:
@@ -99,11 +165,42 @@ def batches(
     recipe: ViewRecipe,
     order: Samples,
     *,
-    view: int,
+    views: Sequence[int],
     batch_size: int,
-    device: torch.device,
+    device: torch.device | None = None,
+    images: Tensor | None = None,
+    first: int = 0,
+    part: Part | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the samples in the order given; the last may be short."""
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        yield Batch(source, recipe, chosen, np.full(len(chosen), view), device)
+    """Batches of the samples in the order given; the last may be short.
+
+    Args:
+        source: where samples come from.
+        recipe: how views are drawn.
+        order: samples `(N,)`.
+        views: with one view, every sample is seen under it. With several, a batch holds fewer samples, each
+            under all of these views, and an image is decoded once for all of them.
+        batch_size: rows (sample, view) of a batch, at least as many as there are views.
+        device: where labels and pixels are given; None means the CPU.
+        images: the source's whole images on the device, to render there.
+        first: leave out this many batches, as after an interruption; nothing of them is drawn or rendered.
+        part: take only this share of every batch's rows, as one of several ranks.
+
+    Raises:
+        ValueError: a batch is smaller than the number of views.
+    """
+    samples_per_batch = batch_size // len(views)
+    if samples_per_batch < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least one row per view ({len(views)})")
+    for start in range(first * samples_per_batch, len(order), samples_per_batch):
+        chosen = order[start : start + samples_per_batch]
+        rows = np.tile(chosen, len(views))
+        of_rows = np.repeat(np.asarray(views, dtype=np.int64), len(chosen))
+        if part is not None:
+            share = _share(len(rows), part)
+            rows, of_rows = rows[share], of_rows[share]
+        yield Batch(source, recipe, rows, of_rows, device or torch.device("cpu"), images)
+
+
+def _share(rows: int, part: Part) -> slice:
+    return slice(rows * part.index // part.count, rows * (part.index + 1) // part.count)

@@ -13,26 +13,47 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _encrypt(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - unboxed words
+    for _ in range(10):
+        product_0 = _MULTIPLY_0 * c0
+        product_1 = _MULTIPLY_1 * c2
+        c0 = (product_1 >> _SHIFT) ^ c1 ^ k0
+        c2 = (product_0 >> _SHIFT) ^ c3 ^ k1
+        c1 = product_1 & _LOW
+        c3 = product_0 & _LOW
+        k0 = (k0 + _WEYL_0) & _LOW
+        k1 = (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
 @njit(cache=True, nogil=True)
 def philox_fill(counters: np.ndarray, key_0: np.uint64, key_1: np.uint64, out: np.ndarray) -> None:
     """Encrypt counters `(N, 4)` uint32 under one key of two 32-bit words into `out (N, 4)` uint32."""
     for n in range(counters.shape[0]):
-        c0 = np.uint64(counters[n, 0])
-        c1 = np.uint64(counters[n, 1])
-        c2 = np.uint64(counters[n, 2])
-        c3 = np.uint64(counters[n, 3])
-        k0 = np.uint64(key_0)
-        k1 = np.uint64(key_1)
-        for _ in range(10):
-            product_0 = _MULTIPLY_0 * c0
-            product_1 = _MULTIPLY_1 * c2
-            c0 = (product_1 >> _SHIFT) ^ c1 ^ k0
-            c2 = (product_0 >> _SHIFT) ^ c3 ^ k1
-            c1 = product_1 & _LOW
-            c3 = product_0 & _LOW
-            k0 = (k0 + _WEYL_0) & _LOW
-            k1 = (k1 + _WEYL_1) & _LOW
-        out[n, 0] = c0
-        out[n, 1] = c1
-        out[n, 2] = c2
-        out[n, 3] = c3
+        out[n, 0], out[n, 1], out[n, 2], out[n, 3] = _encrypt(
+            np.uint64(counters[n, 0]),
+            np.uint64(counters[n, 1]),
+            np.uint64(counters[n, 2]),
+            np.uint64(counters[n, 3]),
+            np.uint64(key_0),
+            np.uint64(key_1),
+        )
+
+
+@njit(cache=True, nogil=True)
+def philox_draw(samples: np.ndarray, seed: np.uint64, view: int, purpose: int, out: np.ndarray) -> int:
+    """Words of counters `(sample, view, purpose)` under the key `seed` into `out (N, 4)` uint32.
+
+    Returns the smallest of the samples and 0.
+    """
+    smallest = 0
+    key_0, key_1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _SHIFT
+    third, fourth = np.uint64(view), np.uint64(purpose)
+    for n in range(samples.shape[0]):
+        smallest = min(smallest, samples[n])
+        sample = np.uint64(samples[n])
+        out[n, 0], out[n, 1], out[n, 2], out[n, 3] = _encrypt(
+            sample & _LOW, sample >> _SHIFT, third, fourth, key_0, key_1
+        )
+    return smallest

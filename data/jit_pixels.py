@@ -1,47 +1,241 @@
-"""Pixel kernels in integer arithmetic, compiled. Loaded at first use: importing numba is slow."""
+"""Pixel kernels in integer arithmetic, compiled. Loaded at first use: importing numba is slow.
+
+Resampling is a separable triangle filter that widens with the scale, as that of Pillow and of torchvision
+with `antialias=True`: rows first, then columns, with weights of 13 bits and rounding half up after each. A
+filter sees the crop alone, or the whole image (`beyond`); what lies outside the image is black.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-_BITS = 11
-_ONE = 1 << _BITS
-_HALF = 1 << (2 * _BITS - 1)
+GRID = 65536
+BITS = 13
+ONE = 1 << BITS
+HALF = 1 << (BITS - 1)
+
+# Three sums of up to 2**13 * 255 + 2**12 fit side by side into 64 bits: one product for three channels.
+FIELD = np.uint64(21)
+THREE_HALVES = np.uint64(HALF | HALF << 21 | HALF << 42)
+SHIFT_0, SHIFT_1, SHIFT_2 = np.uint64(BITS), np.uint64(21 + BITS), np.uint64(42 + BITS)
+LEVEL = np.uint64(255)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _edge(place: int, side: int) -> float:
+    """A coordinate in 2**-16 of the side as pixels: whole ones where it stands for a whole pixel."""
+    exact = place * side / GRID
+    whole = np.rint(exact)
+    return whole if abs(whole * GRID - place * side) <= side else exact
 
 
 @njit(cache=True, nogil=True)
-def _taps(start: int, length: int, source: int, out: int, first: np.ndarray, weight: np.ndarray) -> None:
-    """Where each of `out` pixel centres falls among `source` pixels: lower neighbour and upper's weight."""
-    unit = 2 * out * 65536
+def axis_weights(
+    start: int,
+    length: int,
+    side: int,
+    out: int,
+    flip: bool,
+    beyond: bool,
+    first: np.ndarray,
+    count: np.ndarray,
+) -> np.ndarray:
+    """Weights `(out, taps)` int32 of pixels `first[i]` to `first[i] + count[i]` for each of `out` pixels.
+
+    They sum to 2**13 over the crop, or with `beyond` over the whole image; pixels outside `0..side` are left
+    out of the range.
+    """
+    low, high = _edge(start, side), _edge(start + length, side)
+    scale = (high - low) / out
+    wide = max(scale, 1.0)
+    region_low = int(np.floor(low))
+    # A box of hardly any extent still lies in one pixel.
+    region_high = max(int(np.ceil(high)), region_low + 1)
+    if beyond:
+        region_low, region_high = 0, side
+    taps = min(2 * int(np.ceil(wide)) + 1, region_high - region_low)
+    weights = np.zeros((out, taps), np.int32)
+    exact = np.empty(taps)
     for i in range(out):
-        position = (start * 2 * out + (2 * i + 1) * length) * source - 65536 * out
-        first[i] = position // unit
-        weight[i] = ((position - first[i] * unit) * _ONE + unit // 2) // unit
+        at = out - 1 - i if flip else i
+        center = low + (i + 0.5) * scale
+        if beyond and not 0 <= center < side:
+            first[at], count[at] = 0, 0
+            continue
+        begin = max(int(np.floor(center - wide + 0.5)), region_low)
+        end = min(int(np.floor(center + wide + 0.5)), region_high)
+        total = 0.0
+        for t in range(end - begin):
+            exact[t] = max(0.0, 1.0 - abs((begin + t - center + 0.5) / wide))
+            total += exact[t]
+        largest, left = 0, ONE
+        for t in range(end - begin):
+            weight = int(np.floor(exact[t] / total * ONE + 0.5))
+            weights[at, t] = weight
+            left -= weight
+            if exact[t] > exact[largest]:
+                largest = t
+        weights[at, largest] += left
+        inside_begin, inside_end = max(begin, 0), min(end, side)
+        if inside_begin >= inside_end:
+            first[at], count[at] = 0, 0
+            continue
+        shift = inside_begin - begin
+        first[at], count[at] = inside_begin, inside_end - inside_begin
+        if shift > 0:
+            for t in range(inside_end - inside_begin):
+                weights[at, t] = weights[at, t + shift]
+    return weights
 
 
 @njit(cache=True, nogil=True)
-def crop_resize(pixels: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None:
-    """Bilinear crops of `pixels (N, H, W, C)` by `boxes (N, 4)` into `out (N, h, w, C)`, black outside."""
-    count, height, width, channels = pixels.shape
-    out_height, out_width = out.shape[1], out.shape[2]
-    row, row_weight = np.empty(out_height, np.int64), np.empty(out_height, np.int64)
-    column, column_weight = np.empty(out_width, np.int64), np.empty(out_width, np.int64)
-    for n in range(count):
-        _taps(boxes[n, 0], boxes[n, 2], height, out_height, row, row_weight)
-        _taps(boxes[n, 1], boxes[n, 3], width, out_width, column, column_weight)
-        for y in range(out_height):
-            for x in range(out_width):
+def axis_matrices(spans: np.ndarray, flips: np.ndarray, side: int, beyond: bool, out: np.ndarray) -> None:
+    """The weights of spans `(N, 2)` (start, length) as matrices `out (N, pixels, side)` float64."""
+    size = out.shape[1]
+    first, count = np.empty(size, np.int64), np.empty(size, np.int64)
+    for n in range(len(spans)):
+        weights = axis_weights(spans[n, 0], spans[n, 1], side, size, flips[n], beyond, first, count)
+        out[n] = 0.0
+        for i in range(size):
+            for t in range(count[i]):
+                out[n, i, first[i] + t] = weights[i, t]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _is_copy(start: int, length: int, side: int, out: int) -> bool:
+    low, high = _edge(start, side), _edge(start + length, side)
+    return high - low == out and low == np.floor(low)
+
+
+@njit(cache=True, nogil=True)
+def _copy(image: np.ndarray, box: np.ndarray, flip: int, out: np.ndarray) -> None:
+    height, width, channels = image.shape
+    size = out.shape[0]
+    top, left = int(_edge(box[0], height)), int(_edge(box[1], width))
+    low, high = max(0, -left), min(size, width - left)
+    mirrored = flip & 1 != 0
+    begin, end = (size - high, size - low) if mirrored else (low, high)
+    source, target = image.reshape(-1), out.reshape(-1)
+    for y in range(size):
+        # Slices that begin at 0 spare every access a check for negative indices.
+        at = (size - 1 - y if flip & 2 else y) * size * channels
+        row = target[at : at + size * channels]
+        if not 0 <= top + y < height or low >= high:
+            for k in range(len(row)):
+                row[k] = 0
+            continue
+        for k in range(begin * channels):
+            row[k] = 0
+        rest = row[end * channels :]
+        for k in range(len(rest)):
+            rest[k] = 0
+        start = ((top + y) * width + left + low) * channels
+        seen, shown = source[start : start + (high - low) * channels], row[begin * channels : end * channels]
+        if not mirrored:
+            for k in range(len(seen)):
+                shown[k] = seen[k]
+        elif channels == 3:
+            for x in range(high - low):
+                other = len(seen) - 3 - 3 * x
+                shown[3 * x] = seen[other]
+                shown[3 * x + 1] = seen[other + 1]
+                shown[3 * x + 2] = seen[other + 2]
+        else:
+            for x in range(high - low):
                 for c in range(channels):
-                    total = 0
-                    for dy in range(2):
-                        yy = row[y] + dy
-                        wy = row_weight[y] if dy == 1 else _ONE - row_weight[y]
-                        if yy < 0 or yy >= height or wy == 0:
-                            continue
-                        for dx in range(2):
-                            xx = column[x] + dx
-                            wx = column_weight[x] if dx == 1 else _ONE - column_weight[x]
-                            if 0 <= xx < width:
-                                total += wy * wx * np.int64(pixels[n, yy, xx, c])
-                    out[n, y, x, c] = np.uint8((total + _HALF) >> (2 * _BITS))
+                    shown[x * channels + c] = seen[(high - low - 1 - x) * channels + c]
+
+
+@njit(cache=True, nogil=True)
+def _filter(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np.ndarray) -> None:
+    height, width, channels = image.shape
+    size = out.shape[0]
+    row_first, row_count = np.empty(size, np.int64), np.empty(size, np.int64)
+    first, count = np.empty(size, np.int64), np.empty(size, np.int64)
+    row_weights = axis_weights(box[0], box[2], height, size, flip & 2 != 0, beyond, row_first, row_count)
+    weights = axis_weights(box[1], box[3], width, size, flip & 1 != 0, beyond, first, count)
+    left, right = width, 0
+    for x in range(size):
+        if count[x] > 0:
+            left, right = min(left, first[x]), max(right, first[x] + count[x])
+    if left >= right:
+        out[:] = 0
+        return
+    flat = image.reshape(height, width * channels)
+    begin, end = left * channels, right * channels
+    sums = np.empty(end - begin, np.int32)
+    line = np.empty(end - begin, np.uint8)
+    packed = np.empty(right - left, np.uint64)
+    for y in range(size):
+        sums[:] = HALF
+        for t in range(row_count[y]):
+            weight = row_weights[y, t]
+            source = flat[row_first[y] + t, begin:end]
+            for k in range(end - begin):
+                sums[k] += np.int32(weight * np.int32(source[k]))
+        for k in range(end - begin):
+            line[k] = np.uint8(sums[k] >> BITS)
+        if channels == 3:
+            for k in range(right - left):
+                green, blue = np.uint64(line[3 * k + 1]) << FIELD, np.uint64(line[3 * k + 2]) << FIELD + FIELD
+                packed[k] = np.uint64(line[3 * k]) | green | blue
+            for x in range(size):
+                three = THREE_HALVES
+                place = first[x] - left
+                for t in range(count[x]):
+                    three += np.uint64(weights[x, t]) * packed[place + t]
+                out[y, x, 0] = np.uint8(three >> SHIFT_0 & LEVEL)
+                out[y, x, 1] = np.uint8(three >> SHIFT_1 & LEVEL)
+                out[y, x, 2] = np.uint8(three >> SHIFT_2 & LEVEL)
+        else:
+            for x in range(size):
+                for c in range(channels):
+                    total = HALF
+                    for t in range(count[x]):
+                        total += weights[x, t] * line[(first[x] - left + t) * channels + c]
+                    out[y, x, c] = total >> BITS
+
+
+@njit(cache=True, nogil=True)
+def resample(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np.ndarray) -> None:
+    """One image's `(H, W, C)` crop into `out (S, S, C)`, flipped: bit 1 left-right, bit 2 top-bottom."""
+    height, width, _ = image.shape
+    size = out.shape[0]
+    if _is_copy(box[0], box[2], height, size) and _is_copy(box[1], box[3], width, size):
+        _copy(image, box, flip, out)
+    else:
+        _filter(image, box, flip, beyond, out)
+
+
+@njit(cache=True, nogil=True)
+def resample_rows(
+    images: np.ndarray,
+    samples: np.ndarray,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    beyond: bool,
+    out: np.ndarray,
+) -> None:
+    """`resample` of some of the images `(M, H, W, C)` into `out (N, S, S, C)`."""
+    for n in range(len(samples)):
+        resample(images[samples[n]], boxes[n], flips[n], beyond, out[n])
+
+
+@njit(cache=True, nogil=True)
+def blend(
+    first: np.ndarray, second: np.ndarray, kinds: np.ndarray, shares: np.ndarray, boxes: np.ndarray
+) -> None:
+    """Mix `second (N, S, S, C)` into `first`: by share (kind 1), rounded half up, or a box of it (kind 2)."""
+    count, size, _, _ = first.shape
+    for n in range(count):
+        if kinds[n] == 1:
+            share, rest = np.int32(shares[n]), np.int32(GRID - shares[n])
+            one, other = first[n].reshape(-1), second[n].reshape(-1)
+            for k in range(len(one)):
+                one[k] = np.uint8((np.int32(one[k]) * share + np.int32(other[k]) * rest + 32768) >> 16)
+        elif kinds[n] == 2:
+            top, left = (boxes[n, 0] * size + 32768) >> 16, (boxes[n, 1] * size + 32768) >> 16
+            bottom = ((boxes[n, 0] + boxes[n, 2]) * size + 32768) >> 16
+            right = ((boxes[n, 1] + boxes[n, 3]) * size + 32768) >> 16
+            first[n, top:bottom, left:right] = second[n, top:bottom, left:right]

@@ -11,9 +11,10 @@ import click
 from coursepack.config import check_given, parse_config
 from coursepack.console import Commands, print_table, progress
 from coursepack.data import open_source, view_recipe
+from coursepack.data.loading import Renderer
 from coursepack.data.sources import evaluation_spec
 from coursepack.distill.compare import compare, table_rows
-from coursepack.distill.evaluate import evaluate
+from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.learner import Learner
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
@@ -59,6 +60,12 @@ Examples:
 @click.option("--root", help="Folder of the source's files, if it has any.")
 @click.option("--view", "view", help="View recipe: a preset's name or a YAML file.  [default: the stores']")
 @click.option("--views", type=click.IntRange(1), help="Views to take in turn, one per epoch.")
+@click.option("--views-per-load", type=click.IntRange(1),
+              help="Views of every sample in one epoch, decoded once.  [default: 1]")  # fmt: skip
+@click.option("--allow-drift", is_flag=True, default=None,
+              help="Train although this version makes other views than the stores hold.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode and render.  [default: one per core for image files]")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Train on this many samples, evenly over classes.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the samples.  [default: 40]")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per step.  [default: 64]")
@@ -81,6 +88,7 @@ def train_command(
     out: Path,
     overwrite: bool,
     device: str,
+    workers: int | None,
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -98,7 +106,7 @@ def train_command(
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
     recipe = _complete(values, where)
-    metrics = train(recipe, out, device=pick_device(device), overwrite=overwrite)
+    metrics = train(recipe, out, device=pick_device(device), overwrite=overwrite, workers=workers)
     evaluation = metrics["evaluation"]
     click.echo(
         f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
@@ -121,7 +129,9 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
     chosen = pick_device(device)
     learner = Learner(network, Objective(recipe.objective)).to(chosen)
     with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
-        facts = evaluate(learner, data, chosen, meter=meter)
+        size = network.preprocessing.size
+        with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
+            facts = evaluate(learner, data, chosen, renderer=renderer, meter=meter)
     if as_json:
         click.echo(json.dumps({"run": str(run), "source": data.name, **facts}, indent=1))
     else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coursepack.config import Config
 from coursepack.errors import RecipeError
-from coursepack.kernels import soft_target_loss
+from coursepack.kernels import MixedLabels, soft_target_loss
 
 if TYPE_CHECKING:
     from coursepack.distill.targets import Targets
@@ -70,7 +70,9 @@ class SoftTargetTerm(nn.Module):
         weights = None if config.teacher_weights is None else torch.tensor(config.teacher_weights)
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, student_logits: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
+    def forward(
+        self, student_logits: Tensor, labels: Tensor | MixedLabels, targets: Targets | None
+    ) -> Tensor:
         """Loss `(N,)`."""
         if targets is None:
             raise RecipeError("this objective needs teachers, but was given no targets")
@@ -95,9 +97,17 @@ class CrossEntropyTerm(nn.Module):
         super().__init__()
         self.weight = config.hard_weight
 
-    def forward(self, student_logits: Tensor, labels: Tensor, _targets: Targets | None) -> Tensor:
+    def forward(
+        self, student_logits: Tensor, labels: Tensor | MixedLabels, _targets: Targets | None
+    ) -> Tensor:
         """Loss `(N,)`."""
-        return self.weight * F.cross_entropy(student_logits.float(), labels, reduction="none")
+        logits = student_logits.float()
+        if not isinstance(labels, MixedLabels):
+            return self.weight * F.cross_entropy(logits, labels, reduction="none")
+        first, second = (
+            F.cross_entropy(logits, ids, reduction="none") for ids in (labels.first, labels.second)
+        )
+        return self.weight * (labels.lam * first + (1 - labels.lam) * second)
 
 
 class Objective(nn.Module):
@@ -111,12 +121,14 @@ class Objective(nn.Module):
         else:
             self.terms = nn.ModuleDict({"cross_entropy": CrossEntropyTerm(config)})
 
-    def forward(self, student_logits: Tensor, labels: Tensor, targets: Targets | None) -> ObjectiveValue:
+    def forward(
+        self, student_logits: Tensor, labels: Tensor | MixedLabels, targets: Targets | None
+    ) -> ObjectiveValue:
         """Value on one batch.
 
         Args:
             student_logits: `(N, C)`.
-            labels: `(N,)` int64.
+            labels: `(N,)` int64, or two and a share where images are mixed.
             targets: what the teachers say; None where no term needs them.
         """
         means = {name: term(student_logits, labels, targets).mean() for name, term in self.terms.items()}

@@ -58,6 +58,10 @@ class TrainRecipe(Config):
     """The view recipe; that of the stores where there are any."""
     views: Count | None = None
     """Views to take in turn, one per epoch; none means all that the stores have, or a new one each epoch."""
+    views_per_load: Count = 1
+    """Views of every sample in one epoch, from one decoding each; a batch holds all of them."""
+    allow_drift: bool = False
+    """Train although this version makes other views than the stores' teachers saw."""
     limit: Count | None = None
     """Train on this many samples only."""
     epochs: Count = 40

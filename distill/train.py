@@ -15,10 +15,12 @@ from coursepack.canonical import difference_table
 from coursepack.console import progress, say
 from coursepack.data import batches, epoch_order, open_source, view_fingerprint
 from coursepack.data.batches import Window
+from coursepack.data.drift import drift
+from coursepack.data.loading import Renderer, device_images
 from coursepack.data.sources import subset
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
-from coursepack.distill.evaluate import evaluate
+from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.learner import Learner
 from coursepack.distill.objective import Objective
 from coursepack.distill.run_folder import RunFolder, check_free
@@ -70,31 +72,47 @@ class Run:
     window: Window | None
     """How samples are ordered when the stores do not fit into memory."""
     device: torch.device
+    drift: tuple[str, ...] = ()
+    """What the stores' views are no longer, where that was allowed."""
+    images: torch.Tensor | None = None
+    """The source's images on the device, where views are rendered there."""
 
-    def view_of_epoch(self, epoch: int) -> int:
-        """The view that every sample of an epoch is seen under."""
-        return epoch if self.views is None else self.views[epoch % len(self.views)]
+    def views_of_epoch(self, epoch: int) -> list[int]:
+        """The views that every sample of an epoch is seen under."""
+        each = self.recipe.views_per_load
+        turns = range(epoch * each, (epoch + 1) * each)
+        return [turn if self.views is None else self.views[turn % len(self.views)] for turn in turns]
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch; tells the targets what will be needed next."""
-        view = self.view_of_epoch(epoch)
+        views = self.views_of_epoch(epoch)
         order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
         done, announced = 0, 0
         for batch in batches(
             self.source,
             self.recipe.view,
             order,
-            view=view,
+            views=views,
             batch_size=self.recipe.batch_size,
             device=self.device,
+            images=self.images,
         ):
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
-                self.targets.will_need(view, order[announced : announced + self.window.rows])
+                for view in views:
+                    self.targets.will_need(view, order[announced : announced + self.window.rows])
             if self.targets is not None and done == 0:
-                self.targets.prefetch(self.view_of_epoch(epoch + 1))
+                for view in self.views_of_epoch(epoch + 1):
+                    self.targets.prefetch(view)
             yield batch
-            done += len(batch)
+            done += len(batch) // len(views)
+
+    def sizes(self, trainees: Sequence[Trainee]) -> list[int]:
+        """Sides in pixels at which the views of a run are needed."""
+        sizes = {trainee.learner.network.preprocessing.size for trainee in trainees}
+        if isinstance(self.targets, OnlineTargets):
+            sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
+        return sorted(sizes)
 
     def trainee(self) -> Trainee:
         """A fresh student of the recipe."""
@@ -119,6 +137,12 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     source.check()
     evaluation.check()
     objective = recipe.objective
+    _check_mixing(recipe)
+    if recipe.views_per_load > recipe.batch_size:
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
+            "to hold every view of at least one sample"
+        )
     if objective.arrays and not recipe.stores:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
     if recipe.stores and not objective.arrays:
@@ -151,14 +175,42 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     if readers and readers[0].reading == "windowed":
         chunk_rows = max(reader.chunk_rows([LOGITS]) for reader in readers)
         window = Window(chunk_rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // chunk_rows)))
-    samples = subset(source, recipe.limit)
-    return Run(recipe, source, evaluation, samples, views, targets, tuple(readers), window, device)
+    drifted: list[str] = []
+    for reader in readers:
+        drifted += _check_drift(recipe, source, reader, views or ())
+    return Run(
+        recipe,
+        source,
+        evaluation,
+        subset(source, recipe.limit),
+        views,
+        targets,
+        tuple(readers),
+        window,
+        device,
+        tuple(drifted),
+        device_images(source, recipe.view, device),
+    )
 
 
-def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: TrainRecipe,
+    out: Path,
+    *,
+    device: torch.device,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> dict[str, Any]:
     """Train one student into a run folder.
 
     Everything that can be refused is refused before the folder is made.
+
+    Args:
+        recipe: what to train.
+        out: the run's folder.
+        device: where to train.
+        overwrite: replace a run that is there.
+        workers: processes that decode and render, see `Renderer`.
 
     Returns:
         The metrics of the last epoch.
@@ -175,16 +227,21 @@ def train(recipe: TrainRecipe, out: Path, *, device: torch.device, overwrite: bo
     folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
     say(_opening(run))
     metrics: dict[str, Any] = {}
-    with progress(f"train {out.name}", recipe.epochs * len(run.samples), "samples") as meter:
+    pin, size = device.type == "cuda", trainee.learner.network.preprocessing.size
+    renderer = Renderer(run.source, recipe.view, run.sizes([trainee]), workers=workers, pin=pin)
+    looking = Renderer(run.evaluation, evaluation_view(run.evaluation), [size], workers=workers, pin=pin)
+    total = recipe.epochs * len(run.samples)
+    with progress(f"train {out.name}", total, "samples") as meter, renderer, looking:
         for epoch in range(recipe.epochs):
             started = time.perf_counter()
-            train_metrics = train_epoch([trainee], run.batches(epoch), run.targets)[0]
+            train_metrics = train_epoch([trainee], renderer.ahead(run.batches(epoch)), run.targets)[0]
             seconds = time.perf_counter() - started
-            evaluation = evaluate(trainee.learner, run.evaluation, device)
+            evaluation = evaluate(trainee.learner, run.evaluation, device, renderer=looking)
             _check_finite(train_metrics | evaluation, epoch, recipe)
+            views = run.views_of_epoch(epoch)
             metrics = {
                 "epoch": epoch,
-                "view": run.view_of_epoch(epoch),
+                "view": views[0] if len(views) == 1 else views,
                 "seconds": round(seconds, 6),
                 "train": train_metrics,
                 "evaluation": evaluation,
@@ -242,6 +299,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "source_fingerprint": run.source.fingerprint,
         "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
         "device": str(run.device),
+        "drift": list(run.drift),
     }
 
 
@@ -254,7 +312,7 @@ class _EpochLog:
 
     def add(self, output: Any, batch: Batch) -> None:
         count = len(batch)
-        correct = (output.student_logits.detach().argmax(1) == batch.labels).sum()
+        correct = (output.student_logits.detach().argmax(1) == batch.main_labels).sum()
         values = {"loss": output.value.loss.detach() * count, "accuracy": correct}
         values |= {name: value * count for name, value in output.value.terms.items()}
         for name, value in values.items():
@@ -317,6 +375,39 @@ def _check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRe
             )
 
 
+def _check_mixing(recipe: TrainRecipe) -> None:
+    """Refuse what is not defined for mixed images, or would learn labels that the student is not given."""
+    objective = recipe.objective
+    if recipe.view.mix is None:
+        return
+    if objective.arrays and objective.adjustment != "none":
+        raise RecipeError(
+            f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two "
+            "labels and no answer to it is wrong. Give adjustment none, or stores of a view without mix"
+        )
+    # Partners come from the whole split.
+    hard = not objective.arrays or objective.hard_weight > 0
+    if recipe.limit is not None and hard:
+        raise RecipeError(
+            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
+        )
+
+
+def _check_drift(recipe: TrainRecipe, source: Source, reader: StoreReader, views: Sequence[int]) -> list[str]:
+    found = drift(reader.manifest, source, recipe.view, views)
+    if found and not recipe.allow_drift:
+        shown = "\n".join(f"  {line}" for line in found[:8])
+        written = next(iter(reader.manifest.view_records.values()))["environments"]
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
+            f"{len(found)} of what was looked at differ. It was written with {written}. Install those "
+            "versions, run `precompute run` again into a new store, or train all the same with "
+            "--allow-drift, which the run will say."
+        )
+    return [f"{reader.name}: {line}" for line in found]
+
+
 def _common_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> tuple[int, ...]:
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))
     if not common:
@@ -326,7 +417,13 @@ def _common_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> tuple[
             f"views is {recipe.views}, but the stores have {len(common)} views in common: leave --views out, "
             f"or add views with `precompute run ... --views {recipe.views}`"
         )
-    return tuple(common[: recipe.views])
+    chosen = tuple(common[: recipe.views])
+    if recipe.views_per_load > len(chosen):
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but the run has {len(chosen)} views: a batch would "
+            "hold a view of a sample twice"
+        )
+    return chosen
 
 
 def _opening(run: Run) -> str:
@@ -338,5 +435,8 @@ def _opening(run: Run) -> str:
         said += f", teachers {teachers} {how}"
     if run.views is None:
         return f"{said}; a new view every epoch"
-    repeats = "" if recipe.epochs <= len(run.views) else f", each seen again after {len(run.views)} epochs"
-    return f"{said}; {len(run.views)} views in turn, one per epoch{repeats}"
+    each = recipe.views_per_load
+    round_trip = -(-len(run.views) // each)
+    repeats = "" if recipe.epochs <= round_trip else f", each seen again after {round_trip} epochs"
+    per_epoch = "one" if each == 1 else f"{each} of every sample"
+    return f"{said}; {len(run.views)} views in turn, {per_epoch} per epoch{repeats}"

@@ -3,6 +3,7 @@
 from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
+from coursepack.kernels.normalise import normalise as normalise
 from coursepack.kernels.rows import BitRows as BitRows
 from coursepack.kernels.rows import DenseRows as DenseRows
 from coursepack.kernels.rows import Int8Rows as Int8Rows
@@ -21,6 +22,7 @@ __all__ = [
     "TeacherStats",
     "TopKRows",
     "decode",
+    "normalise",
     "soft_target_loss",
     "soft_targets",
     "teacher_stats",

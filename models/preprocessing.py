@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
 
 from coursepack.config import Config
+from coursepack.kernels import normalise
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Of red, green and blue (ITU-R 601)."""
 
 
 class Preprocessing(Config):
@@ -34,11 +40,17 @@ class Preprocessing(Config):
         Grey pixels are repeated for a network of three channels; colours become grey (ITU-R 601) for a
         network of one.
         """
-        images = pixels.permute(0, 3, 1, 2).float().div_(255)
-        if images.shape[1] == 1 and self.channels == 3:
-            images = images.expand(-1, 3, -1, -1)
-        elif images.shape[1] == 3 and self.channels == 1:
-            images = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
-        return ((images - mean) / std).contiguous()
+        given = pixels.shape[3]
+        if given == 3 and self.channels == 1:
+            images = pixels.permute(0, 3, 1, 2).float().div_(255)
+            grey = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
+            return ((grey - self.mean[0]) / self.std[0]).contiguous()
+        channel = [0] * self.channels if given == 1 else list(range(self.channels))
+        return normalise(pixels, channel, _table(self.mean, self.std))
+
+
+@functools.lru_cache
+def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised value of each level `(channels, 256)`."""
+    levels = torch.arange(256, dtype=torch.uint8).float().div_(255)
+    return ((levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).contiguous()

@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from coursepack.console import say
 from coursepack.data import open_source
+from coursepack.data.drift import changed_content, drift
 from coursepack.data.randomness import below, random_words
 from coursepack.data.store import StoreReader, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import ViewRecipe, draw, render
-from coursepack.errors import StoreMismatch
+from coursepack.errors import CoursepackError, StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
-from coursepack.precompute.job import Job, write_block
+from coursepack.precompute.job import Job, write_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from coursepack.data import Source
     from coursepack.data.store import Manifest, StorePlan
     from coursepack.data.store.check import Problem
 
@@ -51,12 +54,7 @@ def job_of_store(
         TeacherMismatch, RecipeError: the teacher's weights are not where they were, or are others.
     """
     identity = manifest.identity
-    source = open_source(identity["source"]["name"], root)
-    if source.fingerprint != identity["source"]["fingerprint"]:
-        raise StoreMismatch(
-            f"source {source.name!r} is {source.fingerprint[:12]} here, but store {str(path)!r} was "
-            f"written from {identity['source']['fingerprint'][:12]}: give the --root that the teacher saw"
-        )
+    source = source_of_stores([manifest], root)
     teacher = identity["teacher"]
     network = reload_teacher(teacher, manifest.class_names, weights or manifest.origin.get("weights_file"))
     taps = [tap_from_name(name.removeprefix("features/")) for name in manifest.arrays if name != LOGITS]
@@ -70,6 +68,58 @@ def job_of_store(
         views=manifest.views,
         batch_size=environments[0]["batch_size"] if environments else BATCH_SIZE,
     )
+
+
+def source_of_stores(manifests: Sequence[Manifest], root: Path | None) -> Source:
+    """What the teachers of stores saw.
+
+    Raises:
+        StoreMismatch: they saw different pixels, or the source at hand is another.
+        SourceError, RecipeError: it cannot be opened.
+    """
+    first = manifests[0].identity
+    if len({manifest.view_fingerprint for manifest in manifests}) > 1:
+        raise StoreMismatch("the stores' teachers saw different pixels: give stores of one source and view")
+    source = open_source(first["source"]["name"], root)
+    if source.fingerprint != first["source"]["fingerprint"]:
+        raise StoreMismatch(
+            f"source {source.name!r} is {source.fingerprint[:12]} here, but the teacher saw "
+            f"{first['source']['fingerprint'][:12]}: give the --root that the teacher saw"
+        )
+    return source
+
+
+def check_views(manifest: Manifest, root: Path | None, *, content: bool = False) -> tuple[str, ...]:
+    """Whether this version draws and renders the views that the store's teacher saw.
+
+    Args:
+        manifest: the store's.
+        root: folder of the source's files.
+        content: also read every file of the source and compare it with what was seen.
+
+    Returns:
+        One line per block or sample that differs. A source that is not at hand is said, and only an error
+        if its content was asked for.
+
+    Raises:
+        SourceError, RecipeError: `content`, and the source cannot be opened.
+    """
+    identity = manifest.identity
+    try:
+        source = open_source(identity["source"]["name"], root)
+    except CoursepackError as error:
+        if content:
+            raise
+        say(f"views are not drawn again, because their source is not at hand: {error}")
+        return ()
+    if source.fingerprint != identity["source"]["fingerprint"]:
+        return (f"source {source.name!r} here is not the one that the teacher saw",)
+    recipe = ViewRecipe.model_validate(identity["view"]["recipe"])
+    views = [int(view) for view in manifest.view_records]
+    found = drift(manifest, source, recipe, views, every_block=True)
+    if content and "content" not in manifest.view_records.get("0", {}):
+        say("the store keeps no checksums of its source's content, so that was not compared")
+    return found + (changed_content(manifest, source) if content else ())
 
 
 def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = None) -> DeepReport:
@@ -91,7 +141,9 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
         chosen = samples[views == view]
         for start in range(0, len(chosen), job.batch_size):
             part = chosen[start : start + job.batch_size]
-            pixels = torch.from_numpy(render(job.source, part, draw(job.recipe, part, int(view)), size))
+            pixels = torch.from_numpy(
+                render(job.recipe, job.source, part, draw(job.recipe, job.source, part, int(view)), size)
+            )
             answers = job.runner.run(pixels).arrays()
             for name, array in reader.manifest.arrays.items():
                 if view not in reader.manifest.committed.get(name, ()):
@@ -117,7 +169,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
         StoreBusy: a live process writes to the store.
     """
     keys = {problem.key for problem in problems}
-    with StoreWriter(job.store, _same_arrays(job)) as writer:
+    with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
         before = writer.manifest.files
         sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)
@@ -133,7 +185,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
                 blocks.setdefault(place, set()).add(name)
         for (view, index), names in sorted(blocks.items()):
             block = writer.block(view, index, tuple(sorted(names)))
-            written, _ = write_block(job, writer, block, sound=sound)
+            [(written, _)] = write_blocks(job, writer, renderer, [block], sound=sound)
             after |= written.flush()
         writer.replace_files(after)
         return tuple(sorted(key for key, value in after.items() if before.get(key, value) != value))

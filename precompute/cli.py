@@ -61,6 +61,10 @@ JOB_OPTIONS = (
     click.option("--block-rows", type=click.IntRange(1), help="Rows done as a whole.  [default: auto]"),
     click.option("--part", callback=_parse_part, metavar="I/COUNT", default="0/1", show_default=True,
                  help="Do only this share of the blocks; other processes do the rest."),
+    click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
+                 help="Views rendered from one decoding of an image; changes no byte of the store."),
+    click.option("--workers", type=click.IntRange(0),
+                 help="Processes that decode and render.  [default: one per core for image files]"),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
 )
 # fmt: on

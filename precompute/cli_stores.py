@@ -13,8 +13,9 @@ from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.block import BLOCKS
 from coursepack.data.store.owners import live_runs
 from coursepack.models.runner import pick_device
-from coursepack.precompute.check import job_of_store, repair, verify_deep
+from coursepack.precompute.check import check_views, job_of_store, repair, verify_deep
 from coursepack.precompute.inspection import agreement, describe_store
+from coursepack.precompute.picture import draw_grid
 
 if TYPE_CHECKING:
     from coursepack.data.store import Manifest
@@ -39,6 +40,7 @@ EXAMPLES_VERIFY = """\b
 Examples:
   precompute verify --store cnn.zarr
   precompute verify --store cnn.zarr --deep 100
+  precompute verify --store cnn.zarr --content
   precompute verify --store cnn.zarr --repair
 """
 
@@ -46,6 +48,9 @@ Examples:
 @click.command("verify", epilog=EXAMPLES_VERIFY)
 @STORE
 @click.option("--deep", type=click.IntRange(1), help="Also run the teacher again on this many random rows.")
+@click.option(
+    "--content", is_flag=True, help="Also read all of the source and compare it with what was seen."
+)
 @click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
 @click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
@@ -54,6 +59,7 @@ Examples:
 def verify_command(
     store: Path,
     deep: int | None,
+    content: bool,
     mend: bool,
     weights: str | None,
     root: Path | None,
@@ -74,9 +80,11 @@ def verify_command(
         for key in repair(job, report.problems):
             say(f"{key}: the new content rounds differently; the manifest vouches for it now")
         report = verify(store)
+    if not report.problems:
+        wrong = check_views(manifest, root, content=content)
     if deep and not report.problems:
         with progress("run the teacher again", deep, "rows") as meter:
-            wrong = verify_deep(job, deep, on_rows=meter.advance).wrong
+            wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
     problems = [*map(str, report.problems), *wrong]
     if as_json:
         values = {"files": report.files, "bytes": report.size, "rows": deep, "problems": problems}
@@ -91,11 +99,32 @@ def verify_command(
         raise click.exceptions.Exit(1)
 
 
-@click.command(epilog="\b\nExample:\n  precompute inspect cnn.zarr resnet.zarr")
+EXAMPLES_INSPECT = """\b
+Examples:
+  precompute inspect cnn.zarr resnet.zarr
+  precompute inspect cnn.zarr resnet.zarr --views 4 --out grid.png
+"""
+
+
+@click.command(epilog=EXAMPLES_INSPECT)
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
 @JSON
-def inspect(stores: tuple[Path, ...], as_json: bool) -> None:
-    """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers."""
+def inspect(
+    stores: tuple[Path, ...], views: int | None, out: Path | None, root: Path | None, as_json: bool
+) -> None:
+    """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers.
+
+    With --out, a picture instead: some samples, their views, and what each teacher says to every one.
+    """
+    if out is not None:
+        draw_grid(stores, root, views or 4, out)
+        click.echo(f"{out}: {len(stores)} teachers on some samples")
+        return
+    if views is not None:
+        raise click.UsageError("--views is of the picture: give --out grid.png too")
     readers = [StoreReader(path) for path in stores]
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None

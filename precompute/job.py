@@ -5,29 +5,35 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from coursepack.console import progress
+from coursepack.data import batches
+from coursepack.data.drift import content_digest, probe_digests, probe_samples
 from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
+from coursepack.data.loading import Renderer
 from coursepack.data.sources import FirstSamples
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
-from coursepack.data.views import ViewParams, draw, render, view_fingerprint
+from coursepack.data.views import draw, view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.kernels import teacher_stats
 from coursepack.models.build import weights_fingerprint
 from coursepack.models.runner import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
+    from torch import Tensor
 
     from coursepack.console import Meter
+    from coursepack.data import Batch
     from coursepack.data.sources import Source
     from coursepack.data.store import Block, Manifest
     from coursepack.data.store.block import BlockFiles
@@ -55,6 +61,17 @@ class Job:
     """Rows of a block; None leaves it to the width of the rows."""
     part: Part = field(default_factory=Part)
     """Which of the blocks this process does."""
+    views_per_load: int = 1
+    """Views of a sample that are rendered from one decoding of its image. Changes no byte."""
+    workers: int | None = None
+    """Processes that decode and render; None means one per core for image files, none for images in
+    memory."""
+
+    def renderer(self) -> Renderer:
+        """What renders the views at the size that the teacher reads."""
+        size = self.runner.network.preprocessing.size
+        pin = self.runner.device.type == "cuda"
+        return Renderer(self.source, self.recipe, [size], workers=self.workers, pin=pin)
 
     def plan(self) -> StorePlan:
         """What the store is to hold.
@@ -63,7 +80,7 @@ class Job:
             UnknownName: no such encoding.
             RecipeError: a number out of range.
         """
-        for name in ("views", "batch_size"):
+        for name in ("views", "batch_size", "views_per_load"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}, expected at least 1")
         network = self.runner.network
@@ -125,37 +142,69 @@ def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool =
         StoreBusy: a live process writes this part.
         NonFiniteOutput, EncodingRange: the teacher's answer cannot be stored; done blocks stay done.
     """
-    with StoreWriter(job.store, job.plan(), job.part) as writer:
+    with StoreWriter(job.store, job.plan(), job.part) as writer, job.renderer() as renderer:
         writer.commit()
         title = f"precompute {job.store.name}"
         shown = progress(title, writer.owned_rows(), "images", done=writer.done_rows())
         with nullcontext() if quiet else shown as meter:
-            for block in writer.pending(block_order):
-                files, sums = write_block(job, writer, block, meter)
-                files.finish(sums)
-                if writer.is_complete(block.view):
-                    writer.commit()
+            order = block_order or _block_order(writer, job.views_per_load)
+            for _, group in groupby(writer.pending(order), key=lambda block: block.index):
+                while blocks := list(islice(group, job.views_per_load)):
+                    for files, sums in write_blocks(job, writer, renderer, blocks, meter):
+                        files.finish(sums)
+                    if any(writer.is_complete(block.view) for block in blocks):
+                        writer.commit()
         writer.commit()
         return writer.manifest
 
 
-def write_block(
+def write_blocks(
     job: Job,
     writer: StoreWriter,
-    block: Block,
+    renderer: Renderer,
+    blocks: Sequence[Block],
     meter: Meter | None = None,
     sound: Mapping[str, tuple[int, int]] | None = None,
-) -> tuple[BlockFiles, dict[str, float]]:
-    """Run the teacher over one block; gives its files, not finished yet, and sums over its rows."""
-    params = draw(job.recipe, block.samples, block.view)
-    files = writer.write(block, {"draws": params.digest(), "environment": job.environment()}, sound)
-    sums = _Sums()
-    for samples, arrays in _answers(job, block, params):
-        files.add(arrays)
-        sums.add(arrays[LOGITS], job.source.labels[samples])
+) -> list[tuple[BlockFiles, dict[str, float]]]:
+    """Run the teacher over the same samples under one view or several, each image decoded once.
+
+    The teacher's batches are those of each block alone, so that its answers are the same bits.
+
+    Returns:
+        For each block its files, not finished yet, and sums over its rows.
+    """
+    files = [writer.write(block, _record(job, block), sound) for block in blocks]
+    sums = [_Sums() for _ in blocks]
+    for place, batch, arrays in _answers(job, renderer, blocks):
+        files[place].add(arrays)
+        sums[place].add(arrays[LOGITS], batch.main_labels)
         if meter is not None:
-            meter.advance(len(samples), f"view {block.view + 1} of {writer.manifest.views}")
-    return files, sums.total
+            meter.advance(len(batch), f"view {blocks[place].view + 1} of {writer.manifest.views}")
+    return [(file, sum_.total) for file, sum_ in zip(files, sums, strict=True)]
+
+
+def _block_order(writer: StoreWriter, together: int) -> Iterator[int]:
+    """Numbers of all blocks, so that those of the same samples under a few views follow each other."""
+    views, blocks = writer.manifest.views, writer.blocks
+    for first in range(0, views, together):
+        for index in range(blocks):
+            yield from (view * blocks + index for view in range(first, min(first + together, views)))
+
+
+def _record(job: Job, block: Block) -> dict[str, Any]:
+    """What a block's done-object says of its views: what drift and damage of the source are told by."""
+    params = draw(job.recipe, job.source, block.samples, block.view)
+    probed = probe_samples(len(job.source.labels), block.view)
+    probed = probed[(probed >= block.start) & (probed < block.stop)]
+    size = job.runner.network.preprocessing.size
+    record = {
+        "draws": params.digest(),
+        "probes": probe_digests(job.recipe, job.source, probed, params[probed - block.start], size),
+        "environment": job.environment(),
+    }
+    if block.view == 0:
+        record["content"] = content_digest(job.source, block.samples)
+    return record
 
 
 def with_limit(job: Job, store: Path, limit: int) -> Job:
@@ -166,17 +215,22 @@ def with_limit(job: Job, store: Path, limit: int) -> Job:
 
 
 def _answers(
-    job: Job, block: Block, params: ViewParams
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """The teacher's answers to a block, batch by batch from the block's start."""
+    job: Job, renderer: Renderer, blocks: Sequence[Block]
+) -> Iterator[tuple[int, Batch, dict[str, np.ndarray]]]:
+    """The teacher's answers to blocks of the same samples, batch by batch: the block's place, and rows."""
     size = job.runner.network.preprocessing.size
-    for start in range(0, len(block), job.batch_size):
-        samples = block.samples[start : start + job.batch_size]
-        boxes = ViewParams(params.boxes[start : start + job.batch_size])
-        pixels = torch.from_numpy(render(job.source, samples, boxes, size))
-        output = job.runner.run(pixels)
-        check_finite(output, samples.tolist(), job.runner.network.spec)
-        yield samples, {name: value.cpu().numpy() for name, value in output.arrays().items()}
+    several = batches(
+        job.source,
+        job.recipe,
+        blocks[0].samples,
+        views=[block.view for block in blocks],
+        batch_size=job.batch_size * len(blocks),
+    )
+    for loaded in renderer.ahead(several):
+        for place, batch in enumerate(loaded.split(len(blocks))):
+            output = job.runner.run(batch.pixels(size))
+            check_finite(output, batch.samples.tolist(), job.runner.network.spec)
+            yield place, batch, {name: value.cpu().numpy() for name, value in output.arrays().items()}
 
 
 class _Sums:
@@ -185,8 +239,8 @@ class _Sums:
     def __init__(self) -> None:
         self.total = {"rows": 0.0, "correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}
 
-    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        stats = teacher_stats([torch.from_numpy(logits)], torch.from_numpy(labels))
+    def add(self, logits: np.ndarray, labels: Tensor) -> None:
+        stats = teacher_stats([torch.from_numpy(logits)], labels)
         self.total["rows"] += len(labels)
         for name in ("correct", "cross_entropy", "entropy"):
             self.total[name] += float(getattr(stats, name).double().sum())

@@ -181,6 +181,8 @@ def probe(job: Job) -> Probe:
 
 
 def _forward(job: Job, samples: np.ndarray[Any, Any], size: int) -> None:
-    pixels = torch.from_numpy(render(job.source, samples, draw(job.recipe, samples, 0), size))
+    pixels = torch.from_numpy(
+        render(job.recipe, job.source, samples, draw(job.recipe, job.source, samples, 0), size)
+    )
     output = job.runner.run(pixels)
     output.logits.sum().item()

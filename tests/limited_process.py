@@ -43,12 +43,19 @@ class Numbers:
     labels: np.ndarray
     class_names: tuple[str, ...] = tuple(map(str, range(WIDTH)))
     channels: int = 1
-    size: int = 8
+    whole: None = None
 
     @property
     def fingerprint(self) -> str:
         """Of name and length."""
         return fingerprint({"name": self.name, "samples": len(self.labels)})
+
+    def sizes(self, samples):
+        """All of 8 x 8 pixels."""
+        return np.full((len(samples), 2), 8, dtype=np.int32)
+
+    def check(self):
+        """Nothing on disk."""
 
     def pixels(self, samples):
         """A sample's number, spread over 64 pixels."""
@@ -86,7 +93,7 @@ class WideStore(RowStore):
 
     def write_block(self, writer, block, *, batch_size=250):
         """Write one block in batches."""
-        draws = draw(self.view_recipe, block.samples, block.view).digest()
+        draws = draw(self.view_recipe, self.source, block.samples, block.view).digest()
         files = writer.write(block, {"draws": draws, "environment": {}})
         for start in range(0, len(block), batch_size):
             files.add({"logits": self.rows(block.view, block.samples[start : start + batch_size])})
@@ -140,7 +147,7 @@ def learn(path, store, reading):
     facts = {"source": store.source.name, "evaluation": "numbers:test", "reading": reading}
     recipe = make_recipe([path], batch_size=256, epochs=store.views, **facts)
     folder = path.with_name(f"run-{split}-{reading}")
-    metrics = train(recipe, folder, device=torch.device("cpu"))
+    metrics = train(recipe, folder, device=torch.device("cpu"), workers=0)
     assert metrics["view"] == store.views - 1
     told = json.loads((folder / PROVENANCE_FILE).read_text())["stores"][0]["reading"]
     assert split == "few" or told == (reading if reading != "auto" else "windowed")
@@ -154,7 +161,9 @@ def main():
     torch.set_num_threads(1)
     lengths = {"few": FEW, "train": facts["samples"], "test": 100}
     SOURCES["numbers"] = SourceKind(
-        lambda split, _: numbers(split, lengths[split]), splits=tuple(lengths), evaluation_split="test"
+        lambda spec, _: numbers(spec.split, lengths[spec.split]),
+        splits=tuple(lengths),
+        evaluation_split="test",
     )
     few, store = (
         WideStore(

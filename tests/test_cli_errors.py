@@ -132,7 +132,7 @@ DOMAIN = [
     (f"{ALONE} --source digit", "unknown source 'digit'. Did you mean 'digits'? Known: digits"),
     (f"{ALONE} --source digits:tset",
      "unknown split of source 'digits' 'tset'. Did you mean 'test'? Known: train, "),
-    (f"{ALONE} --view digit", "unknown view 'digit'. Did you mean 'digits'? Known: none, digits"),
+    (f"{ALONE} --view digit", "unknown view 'digit'. Did you mean 'digits'? Known: none, eval, digits"),
     (f"{ALONE} --set evaluation=digits:tes", "unknown split of source 'digits' 'tes'. Did you mean 'test'?"),
     ("distill eval run --source digits:tes", "unknown split of source 'digits' 'tes'. Did you mean 'test'?"),
     # Numbers.
@@ -161,7 +161,8 @@ DOMAIN = [
     ("distill train path.yaml --out new",
      "path.yaml is not valid:\n  stores: Input should be a list, got 's.zarr'"),
     (f"{ALONE} --view view.yaml",
-     "view recipe 'view.yaml' is not valid:\n  ops.0.padding: Input should be greater than or equal to 1, "
+     "view recipe 'view.yaml' is not valid:\n  ops.0.pad_crop.padding: Input should be greater than or equal "
+     "to 1, "
      "got 0\n  sed: unknown key, did you mean 'seed'?"),
     (f"{ALONE} --set epochs", "--set 'epochs' is not key=value"),
     (f"{ALONE} --set =3", "--set '=3' is not key=value"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contracts_encodings as contract
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -104,6 +104,7 @@ def test_int8_uses_the_whole_range_of_each_row():
 
 @settings(max_examples=200, deadline=None)
 @given(arrays(np.float32, (1, 5), elements=st.floats(-32752, 32752, width=32)))
+@example(np.array([[0, 0, 0, 0, 1e-45]], dtype=np.float32))
 def test_int8_reaches_every_value_of_its_row(values):
     scale, minimum = contract.encode("int8", values)["affine"][0].astype(np.float64)
     assert minimum <= values.min()

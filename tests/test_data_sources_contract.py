@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from pathlib import Path
 
 import google_crc32c
 import image_files
 import numpy as np
 import pytest
+import spawned
 
 from coursepack.data import SOURCES, open_source
 from coursepack.data.sources import FirstSamples, evaluation_spec
@@ -250,28 +250,13 @@ def test_sources_of_files_need_a_root_that_is_there(name, tmp_path):
         assert "from its home page" in str(caught.value)
 
 
-def _tell(source, queue):
-    samples = np.arange(len(source.labels))
-    queue.put(
-        (source.fingerprint, source.contents(samples).tolist(), [p.sum() for p in source.pixels(samples)])
-    )
-
-
-def test_sources_go_to_worker_processes(roots, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+def test_sources_go_to_worker_processes(roots):
     context = multiprocessing.get_context("spawn")
     sources = [open_source(f"{SPECS.get(name, name)}:train-0.5", roots[name]) for name in NAMES]
     queue = context.SimpleQueue()
-    process = context.Process(target=_tell_all, args=(sources, queue))
+    process = context.Process(target=spawned.tell_all, args=(sources, queue))
     process.start()
     for source in sources:
-        expected = []
-        _tell(source, type("Queue", (), {"put": staticmethod(expected.append)}))
-        assert queue.get() == expected[0]
+        assert queue.get() == spawned.told(source)
     process.join()
     assert process.exitcode == 0
-
-
-def _tell_all(sources, queue):
-    for source in sources:
-        _tell(source, queue)

@@ -1,29 +1,36 @@
-"""Views: a pure function of (seed, sample, view), rendered as independent float64 references say."""
+"""View recipes, their files, errors and fingerprints; batches and the order of an epoch."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from view_cases import OP_NAMES, OPS, RECIPES, only_op, recipe_of
 
 from coursepack.canonical import canonical_json, difference_table, differences, fingerprint
-from coursepack.config import write_yaml
+from coursepack.config import parse_config, write_yaml
 from coursepack.data import PRESETS, Batch, ViewRecipe, open_source, view_fingerprint, view_recipe
 from coursepack.data.batches import Window, batches, epoch_order
-from coursepack.data.views import GRID, PadCrop, ViewParams, draw, render
+from coursepack.data.store.owners import Part
+from coursepack.data.views import PadCrop, ViewParams, draw, render
+from coursepack.data.views.mixing import Mix
 from coursepack.errors import RecipeError, UnknownName
+from coursepack.kernels import MixedLabels
 
-CPU = torch.device("cpu")
 DIGITS = PRESETS["digits"]
+SOURCE = open_source("digits")
 TWO_OPS = ViewRecipe(ops=(PadCrop(padding=2), PadCrop(padding=1)), reference_size=8)
+MIXED = ViewRecipe(ops=TWO_OPS.ops, mix=Mix(mixup_alpha=0.5, cutmix_alpha=1.0), reference_size=8)
 
 
 def drawn_in_batches(recipe, samples, view, batch_size):
     chunks = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    return np.concatenate([draw(recipe, chunk, view).boxes for chunk in chunks])
+    return np.concatenate([draw(recipe, SOURCE, chunk, view).boxes for chunk in chunks])
 
 
 @settings(max_examples=20, deadline=None)
@@ -36,11 +43,11 @@ def drawn_in_batches(recipe, samples, view, batch_size):
 def test_draws_and_pixels_do_not_depend_on_batches_or_order(batch_size, shuffle, view, size):
     source = open_source("digits")
     order = np.random.default_rng(shuffle).permutation(1442)[:300]
-    alone = draw(TWO_OPS, np.arange(1442), view)
+    alone = draw(TWO_OPS, SOURCE, np.arange(1442), view)
     boxes = drawn_in_batches(TWO_OPS, order, view, batch_size)
     assert np.array_equal(boxes, alone.boxes[order])
-    expected = render(source, order, ViewParams(alone.boxes[order]), size)
-    several = batches(source, TWO_OPS, order, view=view, batch_size=batch_size, device=CPU)
+    expected = render(TWO_OPS, source, order, ViewParams(alone.boxes[order]), size)
+    several = batches(source, TWO_OPS, order, views=[view], batch_size=batch_size)
     pixels = np.concatenate([batch.pixels(size).numpy() for batch in several])
     assert np.array_equal(pixels, expected)
 
@@ -48,11 +55,11 @@ def test_draws_and_pixels_do_not_depend_on_batches_or_order(batch_size, shuffle,
 def test_epochs_see_every_sample_once_with_its_own_pixels():
     source = open_source("digits")
     everything = np.arange(1442)
-    whole = render(source, everything, draw(DIGITS, everything, 3), 8)
+    whole = render(DIGITS, source, everything, draw(DIGITS, SOURCE, everything, 3), 8)
     orders = []
     for epoch, batch_size in ((0, 64), (0, 1024), (1, 64)):
         order = epoch_order(everything, seed=5, epoch=epoch)
-        several = list(batches(source, DIGITS, order, view=3, batch_size=batch_size, device=CPU))
+        several = list(batches(source, DIGITS, order, views=[3], batch_size=batch_size))
         assert [len(batch) for batch in several[:-1]] == [batch_size] * (len(several) - 1)
         orders.append(np.concatenate([batch.samples for batch in several]))
         for batch in several:
@@ -113,83 +120,52 @@ def test_a_batch_of_mixed_views_has_the_pixels_of_each():
     batch = Batch(source, DIGITS, samples, np.array([0, 5, 0, 5]))
     for row, (sample, view) in enumerate(zip(samples, [0, 5, 0, 5], strict=True)):
         one = np.array([sample])
-        expected = render(source, one, draw(DIGITS, one, view), 8)
+        expected = render(DIGITS, source, one, draw(DIGITS, SOURCE, one, view), 8)
         assert np.array_equal(batch.pixels(8)[row].numpy(), expected[0])
 
 
-def test_shifts_cover_the_padding_evenly_and_views_differ():
-    samples = np.arange(2000)
-    shifts = draw(DIGITS, samples, 0).boxes[:, :2] * 8 / GRID
-    for axis in range(2):
-        values, counts = np.unique(shifts[:, axis], return_counts=True)
-        assert values.tolist() == [-1, 0, 1]
-        assert counts.min() > 580
-    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.08
-    digests = {draw(DIGITS, samples, view).digest() for view in range(20)}
-    assert len(digests) == 20
+def test_several_views_share_a_batch_and_equal_those_one_by_one():
+    order = np.array([8, 3, 1000, 77, 5])
+    several = list(batches(SOURCE, MIXED, order, views=[4, 2, 9], batch_size=7))
+    assert [len(batch) for batch in several] == [6, 6, 3]
+    assert several[0].samples.tolist() == [8, 3, 8, 3, 8, 3]
+    assert several[0].views.tolist() == [4, 4, 2, 2, 9, 9]
+    for batch in several:
+        for row, (sample, view) in enumerate(zip(batch.samples, batch.views, strict=True)):
+            one = np.array([sample])
+            params = draw(MIXED, SOURCE, one, int(view))
+            assert params.digest() == batch.params[row : row + 1].digest()
+            assert np.array_equal(batch.pixels(11)[row], render(MIXED, SOURCE, one, params, 11)[0])
+    with pytest.raises(ValueError, match=r"batch_size is 2, expected at least one row per view \(3\)"):
+        next(batches(SOURCE, MIXED, order, views=[1, 2, 3], batch_size=2))
 
 
-def test_padding_is_meant_in_pixels_of_the_reference_frame():
-    at_8 = ViewRecipe(ops=(PadCrop(padding=1),), reference_size=8)
-    at_16 = ViewRecipe(ops=(PadCrop(padding=1),), reference_size=16)
-    assert np.array_equal(
-        draw(at_8, np.arange(99), 0).boxes[:, :2], draw(at_16, np.arange(99), 0).boxes[:, :2] * 2
-    )
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 3), st.integers(1, 5), st.integers(0, 4))
+def test_resumed_and_divided_batches_are_the_same_rows(count, batch_size, views, parts, first):
+    order = epoch_order(np.arange(count), seed=0, epoch=0)
+    options = {"views": list(range(views)), "batch_size": max(batch_size, views)}
+    whole = list(batches(SOURCE, DIGITS, order, **options))
+    resumed = list(batches(SOURCE, DIGITS, order, first=first, **options))
+    assert [b.samples.tolist() for b in resumed] == [b.samples.tolist() for b in whole[first:]]
+    ranks = [list(batches(SOURCE, DIGITS, order, part=Part(k, parts), **options)) for k in range(parts)]
+    for shares, batch in zip(zip(*ranks, strict=True), whole, strict=True):
+        assert np.array_equal(np.concatenate([share.samples for share in shares]), batch.samples)
+        assert np.array_equal(np.concatenate([share.views for share in shares]), batch.views)
 
 
-def test_ops_of_a_recipe_draw_apart():
-    first = ViewRecipe(ops=TWO_OPS.ops[:1], reference_size=8)
-    samples = np.arange(300)
-    second_shift = (draw(TWO_OPS, samples, 0).boxes - draw(first, samples, 0).boxes)[:, :2] * 8 // GRID
-    assert set(np.unique(second_shift)) == {-1, 0, 1}
-    same_words = draw(ViewRecipe(ops=TWO_OPS.ops[1:], reference_size=8), samples, 0).boxes[:, :2] * 8 // GRID
-    assert not np.array_equal(second_shift, same_words)
-
-
-def test_digits_never_draw_other_views():
-    # These literals were drawn by the first release; another value breaks every store.
-    assert draw(DIGITS, np.arange(1442), 0).digest() == "4b2289c3"
-    assert draw(TWO_OPS, np.arange(1442), 7).digest() == "c989d52c"
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("shift", [(0, 0), (1, -1), (-3, 2), (7, 7), (8, 0), (0, -9)])
-def test_whole_pixel_shift_is_an_exact_copy_with_black_outside(channels, shift):
-    source = random_source(3, channels=channels)
-    boxes = np.array([[shift[0] * GRID // 8, shift[1] * GRID // 8, GRID, GRID]] * 3, dtype=np.int32)
-    pixels = render(source, np.arange(3), ViewParams(boxes), 8)
-    framed = np.pad(source.images, ((0, 0), (9, 9), (9, 9), (0, 0)))
-    assert np.array_equal(pixels, framed[:, 9 + shift[0] : 17 + shift[0], 9 + shift[1] : 17 + shift[1]])
-
-
-def bilinear(image, box, size):
-    """Bilinear crop of one image `(H, W, C)` in float64: pixel centres at half, zero outside the image."""
-    top, left, height, width = np.asarray(box, dtype=np.float64) / GRID
-    framed = np.pad(image.astype(np.float64), ((1, 1), (1, 1), (0, 0)))
-
-    def matrix(start, length, source):
-        place = (start + (np.arange(size) + 0.5) / size * length) * source - 0.5
-        # Hat functions centred on each framed source pixel, -1 to `source`.
-        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(-1, source + 1)))
-
-    rows, columns = matrix(top, height, image.shape[0]), matrix(left, width, image.shape[1])
-    return np.einsum("yh,hwc,xw->yxc", rows, framed, columns)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.tuples(*[st.integers(-GRID, GRID)] * 2, *[st.integers(1, 2 * GRID)] * 2),
-    st.integers(1, 40),
-    st.sampled_from([1, 3, 8, 29]),
-    st.sampled_from([1, 3]),
-    st.integers(0, 9),
-)
-def test_any_crop_at_any_size_equals_the_float64_reference(box, size, side, channels, seed):
-    source = random_source(1, size=side, channels=channels, seed=seed)
-    pixels = render(source, np.array([0]), ViewParams(np.array([box], dtype=np.int32)), size)
-    error = np.abs(pixels[0] - bilinear(source.images[0], box, size))
-    # Rounding once, and 255 times half a step of 2**-11 in the weights of each of two axes.
-    assert error.max() <= 0.5 + 2 * 255 * 2.0**-12 + 1e-9
+def test_labels_of_mixed_batches_are_both_with_the_first_ones_share():
+    batch = Batch(SOURCE, MIXED, np.arange(200), np.full(200, 3))
+    mixing = batch.params.mixing
+    assert isinstance(batch.labels, MixedLabels)
+    assert np.array_equal(batch.labels.first, SOURCE.labels[:200])
+    assert np.array_equal(batch.labels.second, SOURCE.labels[mixing.partners])
+    assert batch.labels.lam.dtype == torch.float32
+    assert np.array_equal(batch.labels.lam.double() * 65536, mixing.shares)
+    larger = np.where(mixing.shares >= 32768, SOURCE.labels[:200], SOURCE.labels[mixing.partners])
+    assert np.array_equal(batch.main_labels, larger)
+    plain = Batch(SOURCE, TWO_OPS, np.arange(9), np.zeros(9, dtype=np.int64))
+    assert plain.labels is plain.main_labels
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -203,7 +179,7 @@ def test_recipe_from_yaml_is_the_preset(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ops: [{op: pad_crop, padding: 0}]", r"ops\.0\.padding: .*greater than or equal to 1, got 0"),
+        ("ops: [{op: pad_crop, padding: 0}]", r"ops\.0\.pad_crop\.padding: .*or equal to 1, got 0"),
         ("sede: 3", "sede: unknown key, did you mean 'seed'"),
         ("seed: -1", r"seed: .*got -1"),
         ("[1, 2]", "is not valid"),
@@ -225,6 +201,122 @@ def test_missing_recipe_file_and_unknown_preset(tmp_path):
         view_recipe("digit")
 
 
+PLACES = [
+    ("pad_crop", {"paddng": 1, "padding": 1}, "ops.0.pad_crop.paddng: unknown key, did you mean 'padding'?"),
+    ("random_erasing", {"vale": 1}, "ops.0.random_erasing.vale: unknown key, did you mean 'value'?"),
+    ("auto_augment", {"fil": 1}, "ops.0.auto_augment.fil: unknown key, did you mean 'fill'?"),
+    # Of this op's keys only, not of another's.
+    ("center_crop", {"size": 3, "shorter": 3}, "ops.0.center_crop.shorter: unknown key\n"),
+    ("blurr", {}, "ops.0: unknown op 'blurr', did you mean 'blur'?"),
+    ("zzz", {}, "ops.0: unknown op 'zzz', expected one of 'pad_crop', 'resized_crop', "),
+    ("resized_crop", {"scale": (0.5, 0.2)}, "scale is (0.5, 0.2), expected 0 < smallest <= largest <= 1"),
+    ("resized_crop", {"scale": (0, 1)}, "scale is (0.0, 1.0), expected 0 < smallest"),
+    ("resized_crop", {"ratio": (0, 1)}, "ratio is (0.0, 1.0), expected 0 < smallest <= largest"),
+    ("random_erasing", {"scale": (0.1, 1.5)}, "scale is (0.1, 1.5), expected 0 <= smallest <= largest <= 1"),
+    ("random_erasing", {"ratio": (3, 1)}, "ratio is (3.0, 1.0), expected 0 < smallest <= largest"),
+    ("random_erasing", {"value": 256}, "less than or equal to 255"),
+    ("random_erasing", {"value": "nois"}, "'noise'"),
+    ("blur", {"kernel_size": 4}, "kernel_size is 4, expected an odd number"),
+    ("blur", {"sigma": (0, 1)}, "sigma is (0.0, 1.0), expected 0 < smallest <= largest <= 1024"),
+    # Beyond what 32 bits hold in steps of 2**-16.
+    ("blur", {"sigma": (1, 40000)}, "sigma is (1.0, 40000.0), expected 0 < smallest <= largest <= 1024"),
+    ("color_jitter", {"brightness": 40000}, "less than or equal to 1024, got 40000"),
+    ("affine", {"scale": (0, 1)}, "scale is (0.0, 1.0), expected 0.000976562 <= smallest <= largest <= 1024"),
+    ("affine", {"shear": (90, 0)}, "less than 90"),
+    ("affine", {"translate": (0, 1.5)}, "less than or equal to 1, got 1.5"),
+    ("rotation", {}, "ops.0.rotation.degrees: Field required"),
+    ("rand_augment", {"magnitude": 31}, "magnitude is 31, expected less than num_magnitude_bins (31)"),
+    ("aug_mix", {"chain_depth": 0}, "chain_depth is 0, expected at least 1, or -1"),
+    ("auto_augment", {"policy": "cifar"}, "'imagenet', 'cifar10' or 'svhn'"),
+    ("horizontal_flip", {"probability": 1.1}, "less than or equal to 1, got 1.1"),
+    ("posterize", {"bits": 9}, "less than or equal to 8, got 9"),
+    ("color_jitter", {"hue": 0.6}, "less than or equal to 0.5, got 0.6"),
+    ("pipeline", {"factory": "module"}, "ops.0.pipeline.factory: expected module:function, got 'module'"),
+]
+
+
+@pytest.mark.parametrize(("op", "options", "text"), PLACES)
+def test_wrong_ops_are_refused_at_their_place(op, options, text):
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        parse_config(ViewRecipe, {"ops": [{"op": op, **options}], "reference_siz": 1}, "here")
+
+
+def test_ops_that_are_none_and_mixes_that_mix_nothing():
+    with pytest.raises(RecipeError) as refusal:
+        parse_config(ViewRecipe, {"ops": [3, {"padding": 3}], "mix": {"mixup_alfa": 1}}, "here")
+    assert str(refusal.value).splitlines() == [
+        "here is not valid:",
+        "  ops.0: Input should be a mapping, got 3",
+        "  ops.1: 'op' is missing, got {'padding': 3}",
+        "  mix.mixup_alfa: unknown key, did you mean 'mixup_alpha'?",
+    ]
+    with pytest.raises(ValidationError, match="mixup_alpha and cutmix_alpha are both 0: leave mix out"):
+        Mix(probability=0.5)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        Mix(mixup_alpha=1.5)
+
+
+@pytest.mark.parametrize("before", ["grayscale", "random_erasing", "rand_augment"])
+@pytest.mark.parametrize("after", ["horizontal_flip", "center_crop", "resized_crop"])
+def test_crops_and_flips_come_before_ops_on_pixels(before, after):
+    text = f"ops are ['{before}', '{after}']: crops, resizes and flips come before ops that change pixels"
+    early, late = (before, OPS[before][0]), (after, OPS[after][0])
+    with pytest.raises(ValidationError, match=re.escape(text)):
+        recipe_of(early, late)
+    recipe = recipe_of(late, early)
+    assert [op.op for op in recipe.geometry_ops] == [after]
+    assert [op.op for op in recipe.pixel_ops] == [before]
+
+
+def test_a_pipeline_stands_alone():
+    pipeline = ("pipeline", {"factory": "a:b"})
+    with pytest.raises(ValidationError, match=r"\['horizontal_flip', 'pipeline'\]: a pipeline stands alone"):
+        recipe_of(("horizontal_flip", {}), pipeline)
+    with pytest.raises(ValidationError, match="a pipeline stands alone"):
+        recipe_of(pipeline, pipeline)
+    recipe = recipe_of(pipeline)
+    assert recipe.pipeline is not None
+    assert recipe.pixel_ops == recipe.geometry_ops == ()
+    assert PRESETS["cifar"].pipeline is None
+
+
+def test_presets_are_those_that_are_documented():
+    ops = {name: [op.op for op in recipe.ops] for name, recipe in PRESETS.items()}
+    assert ops == {
+        "none": [],
+        "eval": ["resize", "center_crop"],
+        "digits": ["pad_crop"],
+        "cifar": ["pad_crop", "horizontal_flip"],
+        "cifar-strong": ["pad_crop", "horizontal_flip", "auto_augment", "random_erasing"],
+        "imagenet": ["resized_crop", "horizontal_flip"],
+        "imagenet-strong": ["resized_crop", "horizontal_flip", "rand_augment", "random_erasing"],
+    }
+    assert {name for name, recipe in PRESETS.items() if recipe.mix} == {"cifar-strong", "imagenet-strong"}
+    assert {name: recipe.reference_size for name, recipe in PRESETS.items()} == {
+        **dict.fromkeys(("none", "cifar", "cifar-strong"), 32),
+        **dict.fromkeys(("eval", "imagenet", "imagenet-strong"), 224),
+        "digits": 8,
+    }
+
+
+def test_every_op_has_cases_and_survives_a_file(tmp_path):
+    assert set(OP_NAMES) == set(OPS)
+    for name, recipe in RECIPES.items():
+        file = tmp_path / "view.yaml"
+        file.write_text(write_yaml(recipe.model_dump(mode="json")))
+        assert view_recipe(str(file)) == recipe, name
+    file.write_text("ops: [{op: pipeline, factory: 'my.module:views'}]")
+    assert view_recipe(str(file)).pipeline == only_op("pipeline", factory="my.module:views")
+
+
+def test_every_parameter_of_every_op_is_in_the_fingerprint():
+    prints = [view_fingerprint(recipe, SOURCE) for recipe in RECIPES.values()]
+    assert len(set(prints)) == len(prints)
+    for name, variants in OPS.items():
+        op = only_op(name, **variants[0])
+        assert set(op.model_dump()) == set(type(op).model_fields)
+
+
 def test_fingerprint_changes_with_seed_op_frame_and_source_and_with_nothing_else():
     source = open_source("digits")
     recipes = [
@@ -239,7 +331,9 @@ def test_fingerprint_changes_with_seed_op_frame_and_source_and_with_nothing_else
     fingerprints = [view_fingerprint(recipe, source) for recipe in recipes]
     fingerprints.append(view_fingerprint(DIGITS, open_source("digits:test")))
     assert len(set(fingerprints)) == len(fingerprints)
-    again = ViewRecipe.model_validate({"seed": 0, "reference_size": 8, "ops": [{"padding": 1}]})
+    again = ViewRecipe.model_validate(
+        {"seed": 0, "reference_size": 8, "ops": [{"op": "pad_crop", "padding": 1}]}
+    )
     assert view_fingerprint(again, open_source("digits:train")) == fingerprints[0]
     assert fingerprints[0] == "726caf734bdee82d7ddca5522c1e10d81a44351d12e2678a9e1da5fbd2815d70"
 

@@ -129,7 +129,7 @@ def test_with_stores_the_method_source_and_view_go_without_saying(tmp_path, stor
 def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
     evaluations = iter([{"accuracy": 0.5, "nll": 1.0}])
     module = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
-    monkeypatch.setattr(module, "evaluate", lambda *_: next(evaluations))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(evaluations))
     with pytest.raises(StopIteration):
         train(make_recipe(limit=100, epochs=3), tmp_path / "o", device=CPU)
     assert {path.name for path in (tmp_path / "o").iterdir()} == NAMES - {"student.safetensors"}

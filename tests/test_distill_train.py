@@ -108,13 +108,14 @@ def test_epochs_take_the_views_of_the_stores_in_turn(stores):
     def views(**fields):
         run = prepare(make_recipe(**fields), CPU)
         seen = [[set(batch.views) for batch in run.batches(epoch)] for epoch in range(5)]
-        assert all(batch == {run.view_of_epoch(epoch)} for epoch in range(5) for batch in seen[epoch])
-        return [run.view_of_epoch(epoch) for epoch in range(5)]
+        assert all(batch == set(run.views_of_epoch(epoch)) for epoch in range(5) for batch in seen[epoch])
+        return [run.views_of_epoch(epoch) for epoch in range(5)]
 
-    assert views(stores=stores) == [0, 1, 2, 0, 1]
-    assert views(stores=stores, views=2) == [0, 1, 0, 1, 0]
-    assert views(views=3) == [0, 1, 2, 0, 1]
-    assert views() == [0, 1, 2, 3, 4], "without stores every epoch has a new view"
+    assert views(stores=stores) == [[0], [1], [2], [0], [1]]
+    assert views(stores=stores, views=2) == [[0], [1], [0], [1], [0]]
+    assert views(views=3) == [[0], [1], [2], [0], [1]]
+    assert views(stores=stores, views_per_load=2) == [[0, 1], [2, 0], [1, 2], [0, 1], [2, 0]]
+    assert views() == [[0], [1], [2], [3], [4]], "without stores every epoch has a new view"
 
 
 def test_epochs_shuffle_anew_and_seeds_differ(stores):
@@ -136,7 +137,7 @@ def test_a_partly_committed_store_trains_on_what_is_committed(tmp_path, stores, 
     run = prepare(make_recipe([partial]), CPU)
     assert run.views == (0, 2)
     assert prepare(make_recipe([partial, stores[1]]), CPU).views == (0, 2)
-    assert [run.view_of_epoch(epoch) for epoch in range(3)] == [0, 2, 0]
+    assert [run.views_of_epoch(epoch) for epoch in range(3)] == [[0], [2], [0]]
     whole = prepare(make_recipe(stores[:1]), CPU)
     batches = itertools.chain(run.batches(0), run.batches(1))
     np.testing.assert_array_equal(step_losses(run, 46), step_losses(whole, 46, batches))

@@ -314,7 +314,8 @@ def test_a_class_map_keeps_exactly_its_columns(tmp_path, twelve):
     )
     assert result.exit_code == 0, result.output
     reader, samples = StoreReader(tmp_path / "s.zarr"), np.arange(1442)
-    pixels = render(open_source("digits"), samples, draw(PRESETS["digits"], samples, 0), 8)
+    recipe, source = PRESETS["digits"], open_source("digits")
+    pixels = render(recipe, source, samples, draw(recipe, source, samples, 0), 8)
     whole = TeacherRunner(network).run(torch.from_numpy(pixels)).logits
     found = reader.rows("logits", 0, samples).decode()
     assert found.shape == (1442, 10)
@@ -368,7 +369,7 @@ def test_a_store_keeps_what_its_taps_gave(tmp_path):
     )  # fmt: skip
     run_job(job)
     reader, samples = StoreReader(tmp_path / "s.zarr"), np.arange(20)
-    pixels = render(source, samples, draw(job.recipe, samples, 0), 8)
+    pixels = render(job.recipe, source, samples, draw(job.recipe, source, samples, 0), 8)
     features = job.runner.run(torch.from_numpy(pixels)).features
     for name, value in features.items():
         found = reader.rows(f"features/{name}", 0, samples).decode()

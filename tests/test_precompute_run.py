@@ -45,7 +45,7 @@ def live_answers(job, view):
         samples = EVERYTHING[block : block + job.block_rows]
         for start in range(0, len(samples), job.batch_size):
             batch = samples[start : start + job.batch_size]
-            pixels = render(source, batch, draw(job.recipe, batch, view), size)
+            pixels = render(job.recipe, source, batch, draw(job.recipe, source, batch, view), size)
             for name, value in job.runner.run(torch.from_numpy(pixels)).arrays().items():
                 found.setdefault(name, []).append(value.numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
@@ -134,7 +134,7 @@ class Sick:
 def test_answer_that_is_not_finite_names_the_samples_and_keeps_the_rest(tmp_path, teacher):
     job = make_job(tmp_path / "s.zarr", teacher, block_rows=100, batch_size=50)
     ids = np.array([230, 241])
-    pixels = torch.from_numpy(render(job.source, ids, draw(job.recipe, ids, 1), 8))
+    pixels = torch.from_numpy(render(job.recipe, job.source, ids, draw(job.recipe, job.source, ids, 1), 8))
     text = r"gives logits that are not finite for 2 samples of a batch \(230, 241\): check its weights"
     with pytest.raises(NonFiniteOutput, match=text):
         run_job(replace(job, runner=Sick(job.runner, pixels)))

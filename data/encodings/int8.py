@@ -51,7 +51,7 @@ class Int8:
         check_range(values, np.abs(values) > _LIMIT / 2, samples, self.name, _LIMIT / 2)
         flat = flat_rows(values).astype(np.float32)
         minimum = _rounded(flat.min(1), -np.inf)
-        scale = _rounded((flat.max(1) - minimum.astype(np.float32)) / LEVELS, np.inf)
+        scale = _rounded((flat.max(1).astype(np.float64) - minimum) / LEVELS, np.inf)
         width = np.where(scale == 0, 1, scale).astype(np.float32)
         q = np.rint((flat - minimum.astype(np.float32)[:, None]) / width[:, None])
         return {
@@ -72,8 +72,8 @@ class Int8:
         return Int8Rows(components["q"], components["affine"])
 
 
-def _rounded(values: NDArray[np.float32], toward: float) -> NDArray[np.float16]:
+def _rounded(values: NDArray[np.floating[Any]], toward: float) -> NDArray[np.float16]:
     """float16 on the given side of each value."""
     stored = values.astype(np.float16)
-    beyond = stored.astype(np.float32) > values if toward < 0 else stored.astype(np.float32) < values
+    beyond = stored > values if toward < 0 else stored < values
     return np.where(beyond, np.nextafter(stored, np.float16(toward)), stored)

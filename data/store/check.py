@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coursepack.data.store.layout import block_count, shard_key, table_key
-from coursepack.data.store.manifest import LABELS, load_manifest, zarr_metadata
+from coursepack.data.store.layout import shard_key, table_key
+from coursepack.data.store.manifest import load_manifest, zarr_metadata
 from coursepack.data.store.shards import file_checksum
-from coursepack.data.views import ViewRecipe, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ class Problem:
     """One thing that is wrong with a store."""
 
     key: str
-    """The file it is wrong with; for view parameters the view and block."""
+    """The file it is wrong with."""
     what: str
 
     def __str__(self) -> str:
@@ -45,7 +44,7 @@ class StoreReport:
 
 
 def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
-    """Check sizes and checksums of all files, the Zarr metadata, and that views are drawn as they were.
+    """Check sizes and checksums of all files, and the Zarr metadata.
 
     Args:
         path: the store.
@@ -60,9 +59,6 @@ def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> Store
         *_unvouched(manifest),
         *_metadata_problems(path, manifest),
     ]
-    if not any(problem.key.startswith(f"{LABELS}/c") for problem in problems):
-        # Sound labels bear out the number of samples: a made-up one could be too large to draw for.
-        problems += _draw_problems(manifest)
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 
@@ -105,14 +101,3 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             continue
         if found != metadata:
             yield Problem(key, "does not describe what the manifest does")
-
-
-def _draw_problems(manifest: Manifest) -> Iterator[Problem]:
-    recipe = ViewRecipe.model_validate(manifest.identity["view"]["recipe"])
-    blocks = block_count(manifest.samples, manifest.block_rows)
-    for view, record in sorted(manifest.view_records.items(), key=lambda item: int(item[0])):
-        for index in range(blocks):
-            start = index * manifest.block_rows
-            samples = np.arange(start, min(start + manifest.block_rows, manifest.samples))
-            if draw(recipe, samples, int(view)).digest() != record["draws"][index]:
-                yield Problem(f"view {view}, block {index}", "this version draws other view parameters")

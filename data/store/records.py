@@ -97,11 +97,16 @@ def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:
         measured = merge_fidelity(measured, record["fidelity"]) if record["fidelity"] else measured
         if record["environment"] not in environments:
             environments.append(record["environment"])
+    content = [record["content"] for record in records if "content" in record]
     return {
         "sums": sums,
         "fidelity": measured,
         "draws": [record["draws"] for record in records],
+        "probes": {
+            sample: digest for record in records for sample, digest in record.get("probes", {}).items()
+        },
         "environments": environments,
+        **({"content": content} if content else {}),
     }
 
 

@@ -133,5 +133,11 @@ def _check_views(manifest: Manifest) -> None:
         mapping(record["sums"]), mapping(record["fidelity"]), listed(record["environments"], dict)
         if len(listed(record["draws"], str)) != blocks:
             raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
+        # Stores written before these were kept have none.
+        if len(listed(record.get("content", []), str)) not in (0, blocks):
+            raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
+        for sample, digest in mapping(record.get("probes", {})).items():
+            if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
+                raise ValueError(f"{sample!r:.40} is no sample with a checksum")
     if missing := set(manifest.committed.get("logits", ())) - set(map(int, manifest.view_records)):
         raise ValueError(f"views {sorted(missing)!r:.40} are committed but have no record")

@@ -1,0 +1,44 @@
+"""From (recipe, source, sample, view) to the numbers that describe a view."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coursepack.data.randomness import Draws, Purpose
+from coursepack.data.views.geometry import GEOMETRY_OPS, Frame, HorizontalFlip, VerticalFlip
+from coursepack.data.views.params import Mixing, ViewParams
+
+if TYPE_CHECKING:
+    from coursepack.data.randomness import Samples
+    from coursepack.data.sources import Source
+    from coursepack.data.views.recipe import ViewRecipe
+
+
+def draw(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> ViewParams:
+    """Parameters of one view of the given samples, whatever else is drawn beside them.
+
+    Nothing is decoded: of the source only the images' sizes and their number matter.
+    """
+    params = _draw_unmixed(recipe, source, samples, view)
+    if recipe.mix is None:
+        return params
+    draws = Draws(recipe.seed, samples, view, Purpose.MIXING)
+    kinds, partners, shares, boxes = recipe.mix.draw(draws, len(source.labels))
+    others = _draw_unmixed(recipe, source, partners, view)
+    return replace(params, mixing=Mixing(kinds, partners, shares, boxes, others))
+
+
+def _draw_unmixed(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> ViewParams:
+    frame = Frame.whole(source.sizes(samples), recipe.reference_size)
+    pixel_ops = []
+    for place, op in enumerate(recipe.ops):
+        draws = Draws(recipe.seed, samples, view, Purpose.VIEW + place)
+        if isinstance(op, GEOMETRY_OPS):
+            op.draw(draws, frame)
+        else:
+            pixel_ops.append(op.draw(draws, recipe.reference_size))
+    flips = any(isinstance(op, (HorizontalFlip, VerticalFlip)) for op in recipe.ops)
+    return ViewParams(frame.boxes.astype(np.int32), frame.flips if flips else None, tuple(pixel_ops))

@@ -1,0 +1,89 @@
+"""A pipeline of torchvision's transforms v2 as a view, for those who bring their own.
+
+Its random numbers come from torch's global generator, which is seeded per (sample, view) for the time of the
+call. What it draws is its own affair, so the drift guard compares its pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import field_validator
+
+from coursepack.config import Config
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from coursepack.data.randomness import Draws
+
+
+class Pipeline(Config):
+    """What `factory(size)` returns is called with one uint8 image `(C, H, W)` as it is in the source."""
+
+    op: Literal["pipeline"] = "pipeline"
+    factory: str
+    """`module:function`; called with the side in pixels, gives a transform to `(C, size, size)` uint8."""
+
+    @field_validator("factory")
+    @classmethod
+    def _spelled(cls, factory: str) -> str:
+        module, _, name = factory.partition(":")
+        if not (module and name):
+            raise ValueError("expected module:function")
+        return factory
+
+    def draw(self, draws: Draws, reference_size: int) -> NDArray[np.int32]:
+        """The two words of a seed."""
+        return draws.words()[:, :2].view(np.int32)
+
+    def build(self, size: int) -> Callable[[Tensor], Tensor]:
+        """The transform for one rendered size.
+
+        Raises:
+            RecipeError: no such module or function.
+        """
+        module, _, name = self.factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(
+                f"view pipeline {self.factory!r} cannot be loaded: {error}. Give module:function, with the "
+                "module's folder on PYTHONPATH"
+            ) from error
+        transform: Callable[[Tensor], Tensor] = factory(size)
+        return transform
+
+    def render(
+        self, images: Sequence[NDArray[np.uint8]], seeds: NDArray[np.int32], out: NDArray[np.uint8]
+    ) -> None:
+        """Put each image `(H, W, C)` through the transform into `out (N, S, S, C)`.
+
+        Raises:
+            RecipeError: the transform gives another shape or type.
+        """
+        import torch
+        from torchvision import tv_tensors
+
+        size = out.shape[1]
+        transform = self.build(size)
+        with torch.random.fork_rng(devices=[]):
+            for row, image in enumerate(images):
+                low, high = (int(word) & 0xFFFFFFFF for word in seeds[row])
+                torch.manual_seed(low | high << 32)
+                given = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+                pixels = torch.as_tensor(transform(given))
+                expected = (out.shape[3], size, size)
+                if pixels.dtype != torch.uint8 or tuple(pixels.shape) != expected:
+                    raise RecipeError(
+                        f"view pipeline {self.factory!r} gives {str(pixels.dtype).removeprefix('torch.')} "
+                        f"{tuple(pixels.shape)}, expected uint8 {expected}: leave conversion to float and "
+                        "normalisation to the networks"
+                    )
+                out[row] = pixels.permute(1, 2, 0).numpy()

@@ -1,0 +1,36 @@
+"""From uint8 pixels to what a network reads, in one pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def normalise(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
+    """Images `(N, channels, H, W)` float32: each level looked up, channels first.
+
+    Args:
+        pixels: `(N, H, W, C)` uint8.
+        channel: for each channel of the images the one of the pixels.
+        table: `(channels, 256)` float32, the value of each level, on the CPU.
+
+    Returns:
+        The same on every device.
+    """
+    if pixels.device.type == "cpu":
+        from coursepack.kernels.jit_normalise import look_up
+
+        count, height, width, _ = pixels.shape
+        out = torch.empty(count, len(channel), height, width)
+        look_up(pixels.contiguous().numpy(), np.asarray(channel), table.numpy(), out.numpy())
+        return out
+    levels = pixels[..., list(channel)].permute(0, 3, 1, 2).int()
+    values = table.to(pixels.device)
+    return torch.stack([values[c][levels[:, c]] for c in range(len(channel))], dim=1)

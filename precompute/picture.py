@@ -1,0 +1,107 @@
+"""A picture of samples, their views, and what each teacher says to every one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coursepack.data.batches import Batch
+from coursepack.data.randomness import below, random_words
+from coursepack.data.store import StoreReader
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.views import PRESETS, ViewRecipe
+from coursepack.errors import RecipeError, StoreMismatch
+from coursepack.precompute.check import source_of_stores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+SAMPLES = 6
+"""Rows of the picture."""
+INCHES = 1.7
+"""Side of one image."""
+FONT_SIZE = 6
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def draw_grid(stores: Sequence[Path], root: Path | None, views: int, path: Path) -> None:
+    """Write a picture: a row per sample, first as it is, then under the first views that all stores have.
+
+    Below each view stands every teacher's top class with its probability, green where it is the label's (of
+    a mixed view, that of the larger share).
+
+    Args:
+        stores: of one source and one view recipe.
+        root: folder of the source's files.
+        views: how many views, at most those that are there.
+        path: of the picture; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        StoreMismatch: stores of other pixels, without a view in common, or of another source than the one at
+            hand.
+        RecipeError: the picture cannot be written there.
+    """
+    from matplotlib.figure import Figure
+
+    if path.suffix not in FORMATS:
+        raise RecipeError(f"picture {str(path)!r} ends in {path.suffix!r}, expected one of {FORMATS}")
+    readers = [StoreReader(store) for store in stores]
+    source = source_of_stores([reader.manifest for reader in readers], root)
+    recipe = ViewRecipe.model_validate(readers[0].manifest.identity["view"]["recipe"])
+    common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
+    if not common:
+        raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
+    samples = _chosen(len(source.labels))
+    size = max(reader.manifest.identity["teacher"]["preprocessing"]["size"] for reader in readers)
+    shape = (len(samples), 1 + len(common))
+    height = INCHES + 0.1 * (1 + len(readers))
+    figure = Figure(figsize=(INCHES * shape[1], height * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
+    plain = Batch(source, PRESETS["none"], samples, np.zeros_like(samples)).pixels(size)
+    for row, sample in enumerate(samples):
+        _show(axes[row, 0], plain[row].numpy(), f"{sample}: {source.class_names[source.labels[sample]]}", [])
+    for column, view in enumerate(common, start=1):
+        batch = Batch(source, recipe, samples, np.full_like(samples, view))
+        pixels = batch.pixels(size)
+        said = [_top(reader, view, batch) for reader in readers]
+        for row in range(len(samples)):
+            _show(axes[row, column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in said])
+    try:
+        figure.savefig(path, dpi=160)
+    except OSError as error:
+        raise RecipeError(f"cannot write the picture {str(path)!r}: {error.strerror}") from error
+
+
+def _chosen(count: int) -> np.ndarray:
+    words = random_words(0, np.arange(min(SAMPLES, count)), 0, 0)
+    return np.unique(below(words[:, 0], count))
+
+
+def _top(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
+    """Per row the teacher's top class in words, and whether it is the label's."""
+    probs = reader.rows(LOGITS, view, batch.samples).decode().softmax(dim=1)
+    share, top = probs.max(dim=1)
+    names, right = reader.manifest.class_names, (top == batch.main_labels).tolist()
+    texts = [f"{reader.name}: {names[k]} {p:.0%}" for k, p in zip(top.tolist(), share.tolist(), strict=True)]
+    return list(zip(texts, right, strict=True))
+
+
+def _show(axis: Any, pixels: np.ndarray, title: str, lines: list[tuple[str, bool]]) -> None:
+    image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=FONT_SIZE)
+    for place, (text, right) in enumerate(lines):
+        axis.text(
+            0.5,
+            -0.04 - 0.09 * place,
+            text,
+            transform=axis.transAxes,
+            fontsize=FONT_SIZE,
+            color="#1a7f37" if right else "#b42318",
+            ha="center",
+            va="top",
+        )
