@@ -1,0 +1,256 @@
+"""Views: drawing parameters, rendering them, and loading image files, beside torchvision's transforms v2.
+
+    python benchmarks/views.py [--json FILE] [--quick]
+
+Threads are torch's own and, for resampling, Python threads around a compiled kernel that lets go of the lock.
+Everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from _harness import alternate, arguments, ratios, report, row
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from coursepack.data import batches, open_source, view_recipe
+from coursepack.data.batches import Batch
+from coursepack.data.loading import Renderer
+from coursepack.data.randomness import random_words
+from coursepack.data.sources import InMemory
+from coursepack.data.views import GRID, ViewParams, draw, render
+from coursepack.models.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH = 256
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+SIDE = 224
+FILE_SIDES = (375, 500)
+
+
+def words(rounds: int) -> list[dict[str, Any]]:
+    """Eight random words for each of 256 samples."""
+    samples, generator = np.arange(BATCH), torch.Generator()
+
+    def ours() -> None:
+        for _ in range(100):
+            random_words(0, samples, 3, 16), random_words(0, samples, 3, 17)
+
+    def theirs() -> None:
+        for sample in samples.tolist():
+            generator.manual_seed(sample)
+            torch.rand(8, generator=generator)
+
+    seconds = alternate({"ours": ours, "a torch.Generator per sample": theirs}, rounds)
+    config = {"samples": BATCH, "values": 8}
+    each = [value / 100 for value in seconds["ours"]]
+    shares = [a / b for a, b in zip(each, seconds["a torch.Generator per sample"], strict=True)]
+    return [
+        row("draw 8 values for 256 samples", [value * 1e6 for value in each], "us", config),
+        row("draw / torch.Generator per sample", shares, "ratio", config, "<= 0.01"),
+    ]
+
+
+def small(rounds: int) -> list[dict[str, Any]]:
+    """Pad-crop, flip and normalise of 256 images of 32x32, drawn anew each time."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
+    source = InMemory("made:up", images, np.zeros(len(images), np.int64), ("one",))
+    recipe, preprocessing = view_recipe("cifar"), Preprocessing(size=32, mean=MEAN, std=STD)
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    view = 0
+
+    def ours() -> torch.Tensor:
+        nonlocal view
+        view += 1
+        batch = Batch(source, recipe, rng.integers(0, 4096, BATCH), np.full(BATCH, view))
+        return preprocessing(batch.pixels(32))
+
+    def each() -> torch.Tensor:
+        return torch.stack([transform(tensors[k]) for k in rng.integers(0, 4096, BATCH)])
+
+    def shared() -> torch.Tensor:
+        return transform(tensors[torch.from_numpy(rng.integers(0, 4096, BATCH))])
+
+    seconds = alternate({"ours": ours, "v2 per sample": each, "v2 batched": shared}, rounds)
+    config = {"samples": BATCH, "side": 32, "threads": 1}
+    name = "32x32 pad-crop, flip, normalise"
+    return [
+        row(name, [value * 1e6 for value in seconds["ours"]], "us", config),
+        row(f"{name} / v2 per sample", ratios(seconds, "ours", "v2 per sample"), "ratio", config, "<= 0.06"),
+        row(
+            f"{name} / v2 batched, one draw for all",
+            ratios(seconds, "ours", "v2 batched"),
+            "ratio",
+            config,
+            "<= 0.85",
+        ),
+    ]
+
+
+def large(rounds: int, count: int, threads: int, bar: str) -> list[dict[str, Any]]:
+    """The same random crops of photographs, resized to 224."""
+    rng = np.random.default_rng(1)
+    images = [photograph(rng) for _ in range(count)]
+    planes = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images]
+    strided = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    source = Listed(images)
+    recipe, samples = view_recipe("imagenet"), np.arange(count)
+    params = draw(recipe, source, samples, 0)  # type: ignore[arg-type]
+    crops = pixel_boxes(params, source.sizes(samples))
+    flips = np.zeros(count, bool) if params.flips is None else params.flips > 0
+
+    def ours() -> None:
+        render(recipe, source, samples, params, SIDE, threads=threads)  # type: ignore[arg-type]
+
+    def theirs(tensors: list[torch.Tensor]) -> None:
+        for tensor, crop, flip in zip(tensors, crops, flips, strict=True):
+            pixels = F.resized_crop(tensor, *crop, [SIDE, SIDE], antialias=True)
+            if flip:
+                F.horizontal_flip(pixels)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    variants: dict[str, Callable[[], Any]] = {
+        "ours": ours,
+        "planes": lambda: theirs(planes),
+        "as decoded": lambda: theirs(strided),
+    }
+    seconds = alternate(variants, rounds)
+    torch.set_num_threads(before)
+    config = {"images": count, "side": SIDE, "from": FILE_SIDES, "threads": threads}
+    name = f"224 resized crop, {threads} thread{'s' if threads > 1 else ''}"
+    return [
+        row(name, [value / count * 1e6 for value in seconds["ours"]], "us per image", config),
+        row(f"{name} / v2", ratios(seconds, "ours", "planes"), "ratio", config, bar),
+        row(
+            f"{name} / v2, channels last as Pillow gives",
+            ratios(seconds, "ours", "as decoded"),
+            "ratio",
+            config,
+        ),
+    ]
+
+
+def files(rounds: int, count: int, workers: int) -> list[dict[str, Any]]:
+    """Images per second from a tree of JPEG files, until they are normalised tensors."""
+    rng = np.random.default_rng(2)
+    with tempfile.TemporaryDirectory() as name:
+        for k in range(count):
+            folder = Path(name) / "train" / f"class{k % 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photograph(rng)).save(folder / f"{k}.jpg", quality=90)
+        os.environ["COURSEPACK_CACHE"] = str(Path(name) / "cache")
+        source, recipe = open_source("folder:train", Path(name)), view_recipe("imagenet")
+        preprocessing = Preprocessing(size=SIDE, mean=MEAN, std=STD)
+        transform = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.RandomResizedCrop(SIDE, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+        plain = torch.utils.data.DataLoader(
+            ImageFolder(Path(name) / "train", transform),
+            batch_size=64,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=True,
+        )
+        epoch = 0
+
+        def ours(renderer: Renderer, views: int) -> None:
+            nonlocal epoch
+            order = rng.permutation(count)
+            chosen = range(epoch, epoch + views)
+            epoch += views
+            several = batches(source, recipe, order, views=chosen, batch_size=64)
+            for batch in renderer.ahead(several):
+                preprocessing(batch.pixels(SIDE))
+
+        def theirs() -> None:
+            for _ in plain:
+                pass
+
+        with Renderer(source, recipe, [SIDE], workers=workers) as renderer:
+            variants: dict[str, Callable[[], Any]] = {
+                f"{views} a load": lambda views=views: ours(renderer, views) for views in (1, 2, 4)
+            }
+            seconds = alternate({"plain": theirs, **variants}, rounds)
+        config = {"files": count, "side": SIDE, "from": FILE_SIDES, "workers": workers, "batch": 64}
+        rows = [row("JPEG, DataLoader", [count / s for s in seconds["plain"]], "images/s", config)]
+        for views in (1, 2, 4):
+            rates = [views * a / b for a, b in zip(seconds["plain"], seconds[f"{views} a load"], strict=True)]
+            bar = ">= 1.0" if views == 1 else None
+            rows.append(row(f"JPEG, {views} views a load / DataLoader", rates, "ratio", config, bar))
+        return rows
+
+
+class Listed:
+    """Images of any size in memory, as a source gives decoded files."""
+
+    whole = None
+    channels = 3
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.labels = np.zeros(len(images), np.int64)
+        self._images = images
+
+    def sizes(self, samples: np.ndarray) -> np.ndarray:
+        """Height and width."""
+        return np.array([self._images[k].shape[:2] for k in samples], dtype=np.int32)
+
+    def pixels(self, samples: np.ndarray) -> list[np.ndarray]:
+        """The images."""
+        return [self._images[k] for k in samples]
+
+
+def photograph(rng: np.random.Generator) -> np.ndarray:
+    """Something that compresses as a photograph does: smooth, with some noise."""
+    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 12, 16)).astype(np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, FILE_SIDES, mode="bicubic")[0].permute(1, 2, 0).numpy()
+    return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def pixel_boxes(params: ViewParams, sizes: np.ndarray) -> list[list[int]]:
+    """Drawn boxes in whole pixels: top, left, height, width."""
+    starts = np.rint(params.boxes[:, :2] * sizes / GRID).astype(int)
+    stops = np.rint((params.boxes[:, :2] + params.boxes[:, 2:]) * sizes / GRID).astype(int)
+    return np.concatenate([starts, stops - starts], axis=1).tolist()
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    rounds = 2 if options.quick else 15
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = words(rounds) + small(rounds)
+    count = 4 if options.quick else 64
+    rows += large(rounds, count, 1, "<= 1.1") + large(rounds, count, 2, "<= 0.8")
+    torch.set_num_threads(threads)
+    rows += files(2 if options.quick else 7, 16 if options.quick else 512, workers=2)
+    report("views", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
