@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels.analytic import SoftTargetLoss
-from coursepack.kernels.arguments import Teachers, check_arguments, check_weights
+from coursepack.kernels import analytic, dispatch, native
+from coursepack.kernels.arguments import full_weights, spell_out
+from coursepack.kernels.function import Evaluate, SoftTargetLoss
 from coursepack.kernels.reference import teacher_probs
+from coursepack.kernels.request import Teachers, check_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,10 +78,11 @@ def soft_target_loss(
     >>> float(soft_target_loss(z, z[None], temperature=4.0))
     0.0
     """
-    arguments = check_arguments(
+    request = check_request(
         student_logits,
         teachers,
         labels,
+        weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         adjustment=adjustment,
@@ -91,8 +94,17 @@ def soft_target_loss(
         row_weight=row_weight,
         ignore_index=ignore_index,
     )
-    full_weights = check_weights(weights, arguments, student_logits.shape[0])
-    loss: Tensor = SoftTargetLoss.apply(student_logits, full_weights, arguments)
+    path, _ = dispatch.choose(student_logits, request)
+    if path == dispatch.KERNEL:
+        wide = None if request.weights is None else request.weights.expand(request.rows, -1)
+        return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
+    arguments = spell_out(request)
+    wide = full_weights(request)
+    return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))
+
+
+def _apply(student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:
+    loss: Tensor = SoftTargetLoss.apply(student_logits, weights, evaluate)
     return loss
 
 
@@ -111,10 +123,11 @@ def soft_targets(
 
     Arguments and errors are those of `soft_target_loss`. Differentiable in `weights`.
     """
-    arguments = check_arguments(
+    request = check_request(
         None,
         teachers,
         labels,
+        weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         adjustment=adjustment,
@@ -122,8 +135,9 @@ def soft_targets(
         ignore_index=ignore_index,
         dtype=torch.float64 if isinstance(teachers, Tensor) and teachers.dtype == torch.float64 else None,
     )
-    full_weights = check_weights(weights, arguments, arguments.temperature.shape[0]).to(arguments.dtype)
-    mixture = full_weights[:, :1] * teacher_probs(arguments, 0)
+    arguments = spell_out(request)
+    wide = full_weights(request).to(arguments.dtype)
+    mixture = wide[:, :1] * teacher_probs(arguments, 0)
     for k in range(1, len(arguments.teachers)):
-        mixture = mixture + full_weights[:, k, None] * teacher_probs(arguments, k)
+        mixture = mixture + wide[:, k, None] * teacher_probs(arguments, k)
     return mixture

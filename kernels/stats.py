@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.kernels.arguments import BadRows, class_ids, teacher_list
+from coursepack.kernels.arguments import BadRows, class_ids
 from coursepack.kernels.reference import log_softmax
+from coursepack.kernels.request import teacher_list
 from coursepack.kernels.rows import decode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coursepack.kernels.arguments import Teachers
+    from coursepack.kernels.request import Teachers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""Which path computes the fused loss, and why: one table, read from the top."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels import native
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.threads import usable_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coursepack.kernels.request import Request
+    from coursepack.kernels.rows import Rows
+
+KERNEL_DIVERGENCES = ("kl",)
+ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `soft_target_loss` would do with some arguments."""
+
+    path: str
+    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), or "analytic" (torch)."""
+    reason: str
+    """Why."""
+    threads: int | None
+    """Threads of the kernel; None where torch decides."""
+    threads_reason: str
+    """Why so many."""
+
+    def __str__(self) -> str:
+        threads = "" if self.threads is None else f"; threads: {self.threads} ({self.threads_reason})"
+        return f"{self.path}: {self.reason}{threads}"
+
+
+@functools.cache
+def numba_is_installed() -> bool:
+    """Whether kernels can be compiled."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory can be read through its address: no subclass, no lazy negation, no other layout."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def _reads(teacher: Tensor | Rows) -> bool:
+    if isinstance(teacher, Tensor):
+        return teacher.dtype in native.KINDS and _is_plain(teacher)
+    if isinstance(teacher, TopKRows):
+        return teacher.ids.shape[1] > 0
+    return isinstance(teacher, (DenseRows, Int8Rows))
+
+
+# Each rule: the path, its reason, and whether it is taken. The first that is, counts.
+RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
+    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
+    (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
+    (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not all(map(_reads, r.teachers))),
+    (ANALYTIC, "numba is not installed", lambda *_: not numba_is_installed()),
+    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
+    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
+    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
+)
+
+
+def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
+    """The path for a request, and the reason."""
+    for path, reason, taken in RULES:
+        if taken(student_logits, request):
+            return path, reason
+    raise AssertionError("the last rule is always taken")
+
+
+def describe_request(student_logits: Tensor, request: Request) -> Choice:
+    """The path and the threads for a request."""
+    path, reason = choose(student_logits, request)
+    if path == ANALYTIC:
+        return Choice(path, reason, None, "")
+    return Choice(path, reason, *usable_threads(native.work_of(request), native.PARALLEL_FROM))

@@ -1,0 +1,37 @@
+"""numba as the compiled kernels use it. Loaded at first use: importing numba is slow.
+
+Its names are untyped here, as what they decorate is no longer a Python function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba.extending import intrinsic as numba_intrinsic
+
+njit: Any = numba.njit
+carray: Any = getattr(numba, "carray")  # noqa: B009 - mypy does not see it
+intrinsic: Any = numba_intrinsic
+types: Any = numba.types
+float32: Any = np.float32
+int64: Any = np.int64
+
+
+def compiled(signature: Any) -> Any:
+    """A C function that is kept on disk where there is a place for it.
+
+    numba refuses to compile at all where neither the sources' folder nor the user's cache can be written;
+    then it is compiled anew in every process.
+    """
+
+    def wrap(function: Any) -> Any:
+        try:
+            return numba.cfunc(signature, cache=True)(function)
+        except RuntimeError as err:
+            if "no locator available" not in str(err):
+                raise
+            return numba.cfunc(signature)(function)
+
+    return wrap

@@ -1,0 +1,173 @@
+"""One teacher's row from the form it is stored in, compiled. Loaded at first use: importing numba is slow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
+from coursepack.kernels.jit_base import carray, float32, int64, njit
+from coursepack.kernels.jit_convert import fill, from_half, read_bfloat16, read_float32, read_half, read_int8
+from coursepack.kernels.jit_math import LOG2_E, address
+from coursepack.kernels.jit_softmax import exponentials
+
+LARGEST = 3.0e38
+"""What the inverse of a tiny temperature is held to: infinity times zero would be NaN."""
+# 1/T from 0 upwards at which the mass of dropped classes is known: `rows.TAIL_TEMPERATURES` and the limit.
+KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
+
+
+@njit(inline="always")
+def inverse_temperature(temperature: float) -> float:
+    """1/T, finite."""
+    return min(1 / temperature, LARGEST)
+
+
+@njit(inline="always")
+def factor_of(inverse: float) -> float:
+    """What logits are multiplied with to be exponents of two."""
+    return float32(min(inverse * LOG2_E, LARGEST))
+
+
+@njit
+def read_dense(kind: int, values: int, place: int, classes: int, out: np.ndarray) -> float:
+    """Decode floating-point row `place` (counted in elements); its largest value."""
+    zero, one = float32(0), float32(1)
+    if kind == FLOAT32:
+        return read_float32(carray(address(values + 4 * place), (classes,), float32), one, zero, out)
+    codes = carray(address(values + 2 * place), (classes,), np.uint16)
+    return read_half(codes, one, zero, out) if kind == FLOAT16 else read_bfloat16(codes, one, zero, out)
+
+
+@njit
+def class_id(teacher: Any, n: int, i: int) -> int:
+    """The i-th class that a top-k row kept."""
+    place = n * teacher.ids_stride + i
+    if teacher.ids_bytes == 2:
+        return int64(carray(address(teacher.ids + 2 * place), (1,), np.uint16)[0])
+    return int64(carray(address(teacher.ids + 4 * place), (1,), np.uint32)[0])
+
+
+@njit
+def half_at(start: int, place: int) -> float:
+    """One float16."""
+    return from_half(carray(address(start + 2 * place), (1,), np.uint16)[0])
+
+
+@njit
+def top_value(teacher: Any, n: int) -> float:
+    """The largest logit that a top-k row kept, NaN if one is."""
+    top = half_at(teacher.values, n * teacher.stride)
+    for i in range(1, teacher.kept):
+        value = half_at(teacher.values, n * teacher.stride + i)
+        top = value if value > top or value != value else top
+    return top
+
+
+@njit
+def dropped_logit(teacher: Any, n: int, dropped: int, top: float, temperature: float) -> float:
+    """The logit of every class that a top-k row dropped, as `TopKRows.tail_logit` has it."""
+    if dropped == 0:
+        return top
+    inverse, limit = float32(1 / temperature), float32(math.log(dropped))
+    segment = 0
+    while segment < len(KNOTS) - 2 and float32(KNOTS[segment + 1]) < inverse:
+        segment += 1
+    tail = n * teacher.tail_stride
+    low = limit if segment == 0 else half_at(teacher.tail, tail + len(KNOTS) - 1 - segment)
+    high = half_at(teacher.tail, tail + len(KNOTS) - 2 - segment)
+    start, stop = float32(KNOTS[segment]), float32(KNOTS[segment + 1])
+    excess = (low + (high - low) * ((inverse - start) / (stop - start)) - limit) / inverse
+    return top + (float32(0) if excess > 0 else excess)
+
+
+@njit
+def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
+    """Whether a top-k row may be written from."""
+    highest = 0
+    for i in range(teacher.kept):
+        highest = max(highest, class_id(teacher, n, i))
+    return highest < classes
+
+
+@njit
+def read_row(teacher: Any, n: int, classes: int, temperature: float, out: np.ndarray) -> float:
+    """Decode a row of any kind; its largest value."""
+    if teacher.kind == INT8:
+        affine = n * teacher.affine_stride
+        scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
+        codes = carray(address(teacher.values + n * teacher.stride), (classes,), np.uint8)
+        return read_int8(codes, scale, minimum, out)
+    if teacher.kind == TOPK:
+        top = top_value(teacher, n)
+        fill(out, 0, float32(dropped_logit(teacher, n, classes - teacher.kept, top, temperature)))
+        fill(out, classes, float32(-np.inf))
+        for i in range(teacher.kept):
+            out[class_id(teacher, n, i)] = half_at(teacher.values, n * teacher.stride + i)
+        return top
+    return read_dense(teacher.kind, teacher.values, n * teacher.stride, classes, out)
+
+
+@njit
+def few_exponentials(
+    teacher: Any, n: int, classes: int, temperature: float, factor: float, out: np.ndarray
+) -> float:
+    """`exponentials` of a top-k row, of which only those of the classes it kept are worked out."""
+    top = top_value(teacher, n)
+    dropped = classes - teacher.kept
+    rest = math.exp2((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor)
+    fill(out, 0, float32(rest))
+    fill(out, classes, float32(0))
+    total = dropped * rest
+    for i in range(teacher.kept):
+        value = math.exp2((half_at(teacher.values, n * teacher.stride + i) - top) * factor)
+        out[class_id(teacher, n, i)] = value
+        total += value
+    return total
+
+
+@njit
+def teacher_exponentials(
+    teacher: Any,
+    n: int,
+    label: int,
+    classes: int,
+    temperature: float,
+    smoothing: float,
+    logits: np.ndarray,
+    out: np.ndarray,
+) -> float:
+    """Probabilities of a teacher's row, softened and adjusted, up to a factor; their sum.
+
+    Args:
+        teacher: its record.
+        n: the row.
+        label: its class id, or -1 where it has none that counts.
+        classes: C.
+        temperature: T of this teacher and row.
+        smoothing: epsilon of label smoothing.
+        logits: a row of scratch to decode to.
+        out: a row of scratch for the probabilities.
+    """
+    factor = factor_of(inverse_temperature(temperature))
+    adjusts = teacher.adjustment != NONE and label >= 0
+    if teacher.kind == TOPK and not adjusts:
+        return few_exponentials(teacher, n, classes, temperature, factor, out)
+    top = read_row(teacher, n, classes, temperature, logits)
+    wrong = adjusts and logits[label] < top
+    if wrong and teacher.adjustment == SHIFT:
+        # Swapping two logits swaps their probabilities. Ties of the top go to the lowest class.
+        first = 0
+        while first < classes - 1 and logits[first] != top:
+            first += 1
+        logits[label], logits[first] = logits[first], logits[label]
+    total = exponentials(logits, top, factor, out)
+    if wrong and teacher.adjustment == SMOOTH:
+        fill(out, 0, float32(smoothing / classes))
+        fill(out, classes, float32(0))
+        out[label] += 1 - smoothing
+        # A row with a NaN stays NaN: the sum of its exponentials tells.
+        total = 1.0 if total == total else total
+    return total

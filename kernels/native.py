@@ -1,0 +1,190 @@
+"""From a checked request to one call of the compiled loss: addresses, room to work in, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels import call
+from coursepack.kernels.arguments import full_weights, spell_out
+from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.request import ADJUSTMENTS, COMBINATIONS
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.threads import run_kernel, usable_threads
+
+if TYPE_CHECKING:
+    from coursepack.kernels.request import Request
+    from coursepack.kernels.rows import Rows
+
+KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
+PARALLEL_FROM = 100_000
+"""Exponentials from which on more threads pay for their waking."""
+LOT = 64
+_LARGEST_KEPT = 1 << 22
+_room = threading.local()
+
+
+def work_of(request: Request) -> int:
+    """How many exponentials a request costs, about."""
+    return request.rows * request.classes * (len(request.teachers) + 1)
+
+
+def evaluate(
+    student_logits: Tensor, weights: Tensor | None, request: Request, wants_student: bool, wants_weights: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss `(N,)` float32 and the gradients of its sum, of which those not wanted are None.
+
+    Args:
+        student_logits: `(N, C)` float32, bfloat16 or float16 on the CPU.
+        weights: `(N, K)`, or None for 1/K.
+        request: the rest of the call, as `dispatch.choose` lets through to here.
+        wants_student: whether to make the gradient `(N, C)`, in the dtype of the logits.
+        wants_weights: whether to make the gradient `(N, K)`, in the dtype of the weights.
+
+    Raises:
+        ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
+    """
+    from coursepack.kernels.jit_loss import run
+
+    r = request
+    rows, classes, count = r.rows, r.classes, len(r.teachers)
+    loss = torch.empty(rows)
+    student = _row_major(student_logits.detach())
+    grad = torch.empty(rows, classes, dtype=student.dtype) if wants_student else None
+    grad_weights = torch.empty(rows, count) if wants_weights else None
+    threads, _ = usable_threads(work_of(r), PARALLEL_FROM)
+    length = -(-classes // LOT) * LOT
+    stride = length * (6 + (count if wants_weights and r.combine == "mixture" else 0))
+    scratch = _scratch(threads * stride)
+    state = (ctypes.c_int64 * 3)()
+    first, second, lam = _labels(r.labels)
+    temperature = _temperature(r.temperature)
+    row_weight = _floats(r.row_weight)
+    wide = None if weights is None else weights.detach().to(torch.float64)
+    records = [
+        call.pack_call(
+            rows,
+            classes,
+            count,
+            max(1, rows // (8 * threads)),
+            ctypes.addressof(state),
+            scratch.data_ptr(),
+            stride,
+            student.data_ptr(),
+            student.stride(0),
+            KINDS[student.dtype],
+            loss.data_ptr(),
+            _address(grad),
+            _address(grad_weights),
+            _address(first),
+            _address(second),
+            _address(lam),
+            r.ignore_index,
+            _address(row_weight),
+            *_where(temperature),
+            _address(wide),
+            *((0, 0) if wide is None else wide.stride()),
+            COMBINATIONS.index(r.combine),
+            r.soft_weight,
+            r.hard_weight,
+            r.smoothing,
+        )
+    ]
+    # Whatever is copied must live until the call is over.
+    held: list[object] = [student, first, second, lam, temperature, row_weight, wide]
+    for k, teacher in enumerate(r.teachers):
+        own = temperature if r.teacher_temperatures is None else _temperature(r.teacher_temperatures[k])
+        parts, fields = _teacher(teacher)
+        held += [own, parts]
+        records.append(call.pack_teacher(*fields, *_where(own), ADJUSTMENTS.index(r.adjustments[k])))
+    run_kernel(int(run.address), b"".join(records), threads)
+    if state[2]:
+        _explain(request, state[2] - 1)
+    if grad_weights is not None and weights is not None:
+        grad_weights = grad_weights.to(weights.dtype)
+    return loss, grad, grad_weights
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row_major(values: Tensor) -> Tensor:
+    """The same values, each row in one piece."""
+    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().to(torch.float32).contiguous()
+
+
+def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if labels is None:
+        return None, None, None
+    if isinstance(labels, MixedLabels):
+        return labels.first.contiguous(), labels.second.contiguous(), _floats(labels.lam)
+    return labels.contiguous(), None, None
+
+
+def _temperature(value: float | Tensor) -> float | Tensor:
+    return value.detach().to(torch.float32) if isinstance(value, Tensor) else value
+
+
+def _where(temperature: float | Tensor) -> tuple[int, int, float]:
+    """Address, stride and fixed value of a temperature."""
+    if isinstance(temperature, Tensor):
+        return temperature.data_ptr(), temperature.stride(0) if temperature.ndim else 0, 0.0
+    return 0, 0, temperature
+
+
+def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors of a teacher, and the fields of its record from `kind` to `tail_stride`."""
+    if isinstance(teacher, Int8Rows):
+        q, affine = _row_major(teacher.q), teacher.affine.contiguous()
+        fields = (call.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        return [q, affine], fields
+    if isinstance(teacher, TopKRows):
+        ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
+        tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
+        return [ids, values, tail], (
+            call.TOPK,
+            values.data_ptr(),
+            kept,
+            0,
+            0,
+            ids.data_ptr(),
+            kept,
+            ids.element_size(),
+            kept,
+            tail.data_ptr(),
+            tail.shape[1],
+        )
+    dense = teacher.values if isinstance(teacher, DenseRows) else teacher
+    assert isinstance(dense, Tensor)
+    dense = _row_major(dense.detach())
+    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _scratch(size: int) -> Tensor:
+    """Float32 to work in, kept for the next call of this thread unless it is large."""
+    kept: Tensor | None = getattr(_room, "scratch", None)
+    if kept is not None and len(kept) >= size:
+        return kept
+    scratch = torch.empty(size)
+    if size <= _LARGEST_KEPT:
+        _room.scratch = scratch
+    return scratch
+
+
+def _explain(request: Request, row: int) -> None:
+    """Raise the error that the checks in torch have for a bad value."""
+    spell_out(request)
+    full_weights(request)
+    for teacher in request.teachers:
+        if isinstance(teacher, TopKRows):
+            teacher.decode()
+    raise RuntimeError(f"the compiled loss refused row {row}, and the checks in torch did not")
