@@ -49,12 +49,8 @@ def numba_is_installed() -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory can be read through its address: no subclass, no lazy negation, no other layout."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_neg()
-    )
+    """Whether its memory can be read through its address: no subclass, no other layout."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
 def _reads(teacher: Tensor | Rows) -> bool:

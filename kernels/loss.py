@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import analytic, dispatch, native
+from coursepack.kernels import analytic, dispatch, native, op
 from coursepack.kernels.arguments import full_weights, spell_out
 from coursepack.kernels.function import Evaluate, SoftTargetLoss
 from coursepack.kernels.reference import teacher_probs
@@ -98,6 +98,8 @@ def soft_target_loss(
     if path == dispatch.KERNEL:
         wide = None if request.weights is None else request.weights.expand(request.rows, -1)
         return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
+    if path == dispatch.OP:
+        return op.call(student_logits, request)
     arguments = spell_out(request)
     wide = full_weights(request)
     return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))

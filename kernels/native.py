@@ -53,7 +53,7 @@ def evaluate(
     r = request
     rows, classes, count = r.rows, r.classes, len(r.teachers)
     loss = torch.empty(rows)
-    student = _row_major(student_logits.detach())
+    student = _row_major(student_logits)
     grad = torch.empty(rows, classes, dtype=student.dtype) if wants_student else None
     grad_weights = torch.empty(rows, count) if wants_weights else None
     threads, _ = usable_threads(work_of(r), PARALLEL_FROM)
@@ -63,8 +63,8 @@ def evaluate(
     state = (ctypes.c_int64 * 3)()
     first, second, lam = _labels(r.labels)
     temperature = _temperature(r.temperature)
-    row_weight = _floats(r.row_weight)
-    wide = None if weights is None else weights.detach().to(torch.float64)
+    row_weight = _column(r.row_weight)
+    wide = _plain(weights, torch.float64)
     records = [
         call.pack_call(
             rows,
@@ -114,24 +114,32 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _row_major(values: Tensor) -> Tensor:
-    """The same values, each row in one piece."""
+    """The same values as they lie in memory, each row in one piece."""
+    values = values.detach().resolve_neg()
     return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
 
 
-def _floats(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().to(torch.float32).contiguous()
+def _plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The same values in a dtype as they lie in memory."""
+    return None if values is None else values.detach().resolve_neg().to(dtype)
+
+
+def _column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """The same values `(N,)` in one piece."""
+    plain = _plain(values, dtype)
+    return None if plain is None else plain.contiguous()
 
 
 def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if labels is None:
-        return None, None, None
     if isinstance(labels, MixedLabels):
-        return labels.first.contiguous(), labels.second.contiguous(), _floats(labels.lam)
-    return labels.contiguous(), None, None
+        first, second = (_column(ids, torch.int64) for ids in (labels.first, labels.second))
+        return first, second, _column(labels.lam)
+    return _column(labels, torch.int64), None, None
 
 
 def _temperature(value: float | Tensor) -> float | Tensor:
-    return value.detach().to(torch.float32) if isinstance(value, Tensor) else value
+    plain = _plain(value, torch.float32) if isinstance(value, Tensor) else None
+    return value if plain is None else plain
 
 
 def _where(temperature: float | Tensor) -> tuple[int, int, float]:
@@ -165,7 +173,7 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], tuple[int, ...]]:
         )
     dense = teacher.values if isinstance(teacher, DenseRows) else teacher
     assert isinstance(dense, Tensor)
-    dense = _row_major(dense.detach())
+    dense = _row_major(dense)
     return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
