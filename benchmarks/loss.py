@@ -89,35 +89,33 @@ class Floor:
 
     def __init__(self) -> None:
         from coursepack.kernels.jit_base import carray, compiled, njit, types
-        from coursepack.kernels.jit_math import SUMS, address, take_ticket, wide_vectors
+        from coursepack.kernels.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
 
         @njit(fastmath=SUMS)
-        def copy(origin: np.ndarray, out: np.ndarray) -> None:
+        def copy(origin: int, out: int, count: int) -> None:
             wide_vectors()
-            for c in range(len(out)):
-                out[c] = origin[c]
+            for c in range(count):
+                store(out, c, load(origin, c))
 
         @njit(fastmath=SUMS)
-        def add_up(values: np.ndarray) -> int:
+        def add_up(values: int, count: int) -> int:
             wide_vectors()
-            total = np.int32(0)
-            for c in range(len(values)):
-                total += values[c]
+            total = np.uint32(0)
+            for c in range(count):
+                total ^= load_id(values, c)
             return total
 
         @compiled(types.void(types.voidptr))
         def touch(data: Any) -> None:
-            call = carray(data, (8,), np.int64)
-            student, teachers, grad, rows, classes, count, ticket, chunk = call
+            student, teachers, grad, rows, classes, count, ticket, chunk = carray(data, (8,), np.int64)
             start = take_ticket(ticket) * chunk
             while start < rows:
                 for n in range(start, min(start + chunk, rows)):
                     place = 4 * n * classes
-                    out = carray(address(grad + place), (classes,), np.float32)
-                    copy(carray(address(student + place), (classes,), np.float32), out)
+                    copy(student + place, grad + place, classes)
                     for k in range(count):
-                        halves = address(teachers + 2 * (k * rows + n) * classes)
-                        out[0] += add_up(carray(halves, (classes,), np.int16))
+                        total = add_up(teachers + 2 * (k * rows + n) * classes, classes // 2)
+                        store(grad, n * classes, np.float32(total))
                 start = take_ticket(ticket) * chunk
 
         self._function = touch

@@ -76,17 +76,18 @@ def spell_out(request: Request) -> Arguments:
         ValueError: a label, temperature or weight that is not allowed (on the CPU); the text names it.
     """
     r = request
+    teachers = r.teachers
     bad = BadRows(r.rows, r.device)
     temperature = _temperature("temperature", r.temperature, r, bad)
     if r.teacher_temperatures is None:
-        teacher_temperatures = [temperature] * len(r.teachers)
+        teacher_temperatures = [temperature] * len(teachers)
     else:
         teacher_temperatures = [
             _temperature(f"teacher_temperature[{k}]", each, r, bad)
             for k, each in enumerate(r.teacher_temperatures)
         ]
     return Arguments(
-        teachers=r.teachers,
+        teachers=teachers,
         labels=_hard_labels(r.labels, r, bad),
         temperature=temperature,
         teacher_temperatures=teacher_temperatures,
@@ -108,7 +109,7 @@ def full_weights(request: Request) -> Tensor:
     Raises:
         ValueError: a negative or NaN weight (on the CPU).
     """
-    weights, count, device = request.weights, len(request.teachers), request.device
+    weights, count, device = request.weights, request.count, request.device
     if weights is None:
         # float64, so that K times 1/K is one and the divergence of equals is zero at any temperature.
         weights = torch.full((1, 1), 1 / count, dtype=torch.float64, device=device)

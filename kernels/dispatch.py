@@ -53,7 +53,9 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
-def _reads(teacher: Tensor | Rows) -> bool:
+def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
+    if isinstance(teacher, list):
+        return all(map(_reads, teacher))
     if isinstance(teacher, Tensor):
         return teacher.dtype in native.KINDS and _is_plain(teacher)
     if isinstance(teacher, TopKRows):
@@ -66,7 +68,7 @@ RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
     (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
     (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
-    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not all(map(_reads, r.teachers))),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
     (ANALYTIC, "numba is not installed", lambda *_: not numba_is_installed()),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
     (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),

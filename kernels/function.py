@@ -40,5 +40,5 @@ class SoftTargetLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(grad_loss[:, None])
+                gradient.mul_(grad_loss.unsqueeze(1))
         return gradients[0], gradients[1], None

@@ -16,6 +16,7 @@ carray: Any = getattr(numba, "carray")  # noqa: B009 - mypy does not see it
 intrinsic: Any = numba_intrinsic
 types: Any = numba.types
 float32: Any = np.float32
+float64: Any = np.float64
 int64: Any = np.int64
 
 

@@ -18,7 +18,12 @@ from coursepack.kernels.jit_math import (
     SUMS,
     highest_signed,
     largest,
+    load,
+    load_bits,
+    load_byte,
     lowest_unsigned,
+    store,
+    store_bits,
     wide_vectors,
 )
 
@@ -109,8 +114,9 @@ def to_bfloat16(typingctx: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-# The loops below go over whole lots of `LOT` classes, and once more over the last lot where it is not whole:
-# what is left over by vectors would be done one by one, at the cost of several lots.
+# Rows are addresses: an array would be seven words to every call. Loops go over whole lots of `LOT` classes,
+# and once more over the last lot where it is not whole: what vectors leave over would be done one by one, at
+# the cost of several lots.
 LOT = 64
 
 
@@ -120,109 +126,96 @@ def lots(classes: int) -> int:
     return (classes >> 6) << 6
 
 
-@njit(inline="always")
-def places(start: int, count: int) -> range:
-    """Indices into a row. Unsigned: an index that may be negative is checked every time, one by one."""
-    return range(np.uint64(start), np.uint64(start + count))
-
-
 @njit
-def fill(out: np.ndarray, start: int, value: float) -> None:
-    """Set a row of float32 from a place on."""
+def fill(out: int, start: int, stop: int, value: float) -> None:
+    """Set the places of a row from one to before another."""
     wide_vectors()
-    for c in places(start, out.shape[0] - start):
-        out[c] = value
+    for c in range(start, stop):
+        store(out, c, value)
 
 
 def _reader(convert: Any) -> Any:
-    """A function `read(row, scale, minimum, out) -> top` that decodes a row of numbers into float32.
+    """A function `read(row, classes, scale, minimum, out) -> top` that decodes a row into float32.
 
-    `out` is longer than the row by less than a lot, and is filled up with -inf. The largest value is
-    returned; with NaN in the row it may be any.
+    `out` has room for whole lots, and is filled up with -inf. The largest value is returned; with NaN in the
+    row it may be any.
     """
 
     @njit(fastmath=SUMS)
-    def span(
-        row: np.ndarray,
-        scale: float,
-        minimum: float,
-        out: np.ndarray,
-        start: int,
-        count: int,
-        high: int,
-        low: int,
-    ) -> tuple[int, int]:
+    def read(row: int, classes: int, scale: float, minimum: float, out: int) -> float:
         wide_vectors()
-        for c in places(start, count):
-            value = convert(row[c], scale, minimum)
-            out[c] = value
-            high, low = highest_signed(high, value), lowest_unsigned(low, value)
-        return high, low
-
-    @njit
-    def read(row: np.ndarray, scale: float, minimum: float, out: np.ndarray) -> float:
-        classes = row.shape[0]
+        high, low = NO_SIGNED, NO_UNSIGNED
         whole = lots(classes)
-        high, low = span(row, scale, minimum, out, 0, whole, NO_SIGNED, NO_UNSIGNED)
+        for c in range(whole):
+            value = convert(row, c, scale, minimum)
+            store(out, c, value)
+            high, low = highest_signed(high, value), lowest_unsigned(low, value)
         if classes > whole:
-            fill(out, whole, float32(-np.inf))
-            if whole:
-                high, low = span(row, scale, minimum, out, classes - LOT, LOT, high, low)
-            else:
-                high, low = span(row, scale, minimum, out, 0, classes, high, low)
+            for c in range(whole, whole + LOT):
+                store(out, c, float32(-np.inf))
+            first = classes - LOT if whole else 0
+            for c in range(first, first + LOT if whole else classes):
+                value = convert(row, c, scale, minimum)
+                store(out, c, value)
+                high, low = highest_signed(high, value), lowest_unsigned(low, value)
         return largest(high, low)
 
     return read
 
 
-@njit(inline="always")
-def _as_is(value: float, scale: float, minimum: float) -> float:
-    return value
+@njit(forceinline=True)
+def _as_is(row: int, c: int, scale: float, minimum: float) -> float:
+    return load(row, c)
 
 
-@njit(inline="always")
-def _half(code: int, scale: float, minimum: float) -> float:
-    return from_half(code)
+@njit(forceinline=True)
+def _half(row: int, c: int, scale: float, minimum: float) -> float:
+    return from_half(load_bits(row, c))
 
 
-@njit(inline="always")
-def _bfloat16(code: int, scale: float, minimum: float) -> float:
-    return from_bfloat16(code)
+@njit(forceinline=True)
+def _bfloat16(row: int, c: int, scale: float, minimum: float) -> float:
+    return from_bfloat16(load_bits(row, c))
 
 
-@njit(inline="always")
-def _affine(q: int, scale: float, minimum: float) -> float:
-    return minimum + scale * float32(q)
+@njit(forceinline=True)
+def _affine(row: int, c: int, scale: float, minimum: float) -> float:
+    return minimum + scale * float32(load_byte(row, c))
 
 
 read_float32, read_half, read_bfloat16, read_int8 = map(_reader, (_as_is, _half, _bfloat16, _affine))
 
 
 def _writer(convert: Any) -> Any:
-    """A function `write(values, row)` that rounds a row of float32 to what the row holds."""
+    """A function `write(values, row, classes)` that rounds a row of float32 to what the row holds."""
 
     @njit
-    def span(values: np.ndarray, row: np.ndarray, start: int, count: int) -> None:
+    def write(values: int, row: int, classes: int) -> None:
         wide_vectors()
-        for c in places(start, count):
-            row[c] = convert(values[c])
-
-    @njit
-    def write(values: np.ndarray, row: np.ndarray) -> None:
-        classes = row.shape[0]
         whole = lots(classes)
-        span(values, row, 0, whole)
-        if whole and classes > whole:
-            span(values, row, classes - LOT, LOT)
-        elif classes > whole:
-            span(values, row, 0, classes)
+        for c in range(whole):
+            convert(row, c, load(values, c))
+        if classes > whole:
+            first = classes - LOT if whole else 0
+            for c in range(first, first + LOT if whole else classes):
+                convert(row, c, load(values, c))
 
     return write
 
 
-@njit(inline="always")
-def _same(value: float) -> float:
-    return value
+@njit(forceinline=True)
+def _same(row: int, c: int, value: float) -> None:
+    store(row, c, value)
 
 
-write_float32, write_half, write_bfloat16 = map(_writer, (_same, to_half, to_bfloat16))
+@njit(forceinline=True)
+def _to_half(row: int, c: int, value: float) -> None:
+    store_bits(row, c, to_half(value))
+
+
+@njit(forceinline=True)
+def _to_bfloat16(row: int, c: int, value: float) -> None:
+    store_bits(row, c, to_bfloat16(value))
+
+
+write_float32, write_half, write_bfloat16 = map(_writer, (_same, _to_half, _to_bfloat16))

@@ -112,9 +112,43 @@ def wide_vectors(typingctx: Any) -> Any:
     return types.void(), generate
 
 
+def _load(word: Any, result: Any) -> Any:
+    """An intrinsic `load(start, place)`: the place-th number of a row that starts at an address."""
+
+    def typed(typingctx: Any, start: Any, place: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.gep(builder.inttoptr(args[0], word.as_pointer()), [args[1]])
+            return builder.load(pointer, align=1)
+
+        return result(types.int64, types.int64), generate
+
+    return intrinsic(typed)
+
+
+def _store(word: Any, value: Any) -> Any:
+    """An intrinsic `store(start, place, number)`."""
+
+    def typed(typingctx: Any, start: Any, place: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.gep(builder.inttoptr(args[0], word.as_pointer()), [args[1]])
+            builder.store(args[2], pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, value), generate
+
+    return intrinsic(typed)
+
+
+load, store = _load(F32, types.float32), _store(F32, types.float32)
+load_bits, store_bits = _load(ir.IntType(16), types.uint16), _store(ir.IntType(16), types.uint16)
+load_byte, load_id = _load(ir.IntType(8), types.uint8), _load(I32, types.uint32)
+load_integer, store_integer = _load(ir.IntType(64), types.int64), _store(ir.IntType(64), types.int64)
+load_double = _load(ir.DoubleType(), types.float64)
+
+
 @intrinsic
-def address(typingctx: Any, value: Any) -> Any:
-    """An integer as a pointer."""
+def pointer(typingctx: Any, start: Any) -> Any:
+    """An address as a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
@@ -123,7 +157,7 @@ def address(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def address_of(typingctx: Any, pointer: Any) -> Any:
+def address(typingctx: Any, pointer: Any) -> Any:
     """A pointer as an integer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -138,8 +172,8 @@ def take_ticket(typingctx: Any, counter: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
-        pointer = builder.inttoptr(args[0], word.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(word, 1), "monotonic")
+        where = builder.inttoptr(args[0], word.as_pointer())
+        return builder.atomic_rmw("add", where, ir.Constant(word, 1), "monotonic")
 
     return types.int64(types.int64), generate
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
-from coursepack.kernels.jit_base import carray, float32, int64, njit
+from coursepack.kernels.jit_base import float32, float64, int64, njit
 from coursepack.kernels.jit_convert import fill, from_half, read_bfloat16, read_float32, read_half, read_int8
-from coursepack.kernels.jit_math import LOG2_E, address
+from coursepack.kernels.jit_math import LOG2_E, exp2, load, load_bits, load_id, store
 from coursepack.kernels.jit_softmax import exponentials
 
 LARGEST = 3.0e38
@@ -32,13 +32,14 @@ def factor_of(inverse: float) -> float:
 
 
 @njit
-def read_dense(kind: int, values: int, place: int, classes: int, out: np.ndarray) -> float:
-    """Decode floating-point row `place` (counted in elements); its largest value."""
+def read_dense(kind: int, values: int, place: int, classes: int, out: int) -> float:
+    """Decode the floating-point row that starts at a place, counted in elements; its largest value."""
     zero, one = float32(0), float32(1)
     if kind == FLOAT32:
-        return read_float32(carray(address(values + 4 * place), (classes,), float32), one, zero, out)
-    codes = carray(address(values + 2 * place), (classes,), np.uint16)
-    return read_half(codes, one, zero, out) if kind == FLOAT16 else read_bfloat16(codes, one, zero, out)
+        return read_float32(values + 4 * place, classes, one, zero, out)
+    if kind == FLOAT16:
+        return read_half(values + 2 * place, classes, one, zero, out)
+    return read_bfloat16(values + 2 * place, classes, one, zero, out)
 
 
 @njit
@@ -46,14 +47,14 @@ def class_id(teacher: Any, n: int, i: int) -> int:
     """The i-th class that a top-k row kept."""
     place = n * teacher.ids_stride + i
     if teacher.ids_bytes == 2:
-        return int64(carray(address(teacher.ids + 2 * place), (1,), np.uint16)[0])
-    return int64(carray(address(teacher.ids + 4 * place), (1,), np.uint32)[0])
+        return int64(load_bits(teacher.ids, place))
+    return int64(load_id(teacher.ids, place))
 
 
 @njit
 def half_at(start: int, place: int) -> float:
     """One float16."""
-    return from_half(carray(address(start + 2 * place), (1,), np.uint16)[0])
+    return from_half(load_bits(start, place))
 
 
 @njit
@@ -93,37 +94,37 @@ def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
 
 
 @njit
-def read_row(teacher: Any, n: int, classes: int, temperature: float, out: np.ndarray) -> float:
+def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float, out: int) -> float:
     """Decode a row of any kind; its largest value."""
     if teacher.kind == INT8:
         affine = n * teacher.affine_stride
         scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
-        codes = carray(address(teacher.values + n * teacher.stride), (classes,), np.uint8)
-        return read_int8(codes, scale, minimum, out)
+        return read_int8(teacher.values + n * teacher.stride, classes, scale, minimum, out)
     if teacher.kind == TOPK:
         top = top_value(teacher, n)
-        fill(out, 0, float32(dropped_logit(teacher, n, classes - teacher.kept, top, temperature)))
-        fill(out, classes, float32(-np.inf))
+        rest = dropped_logit(teacher, n, classes - teacher.kept, top, temperature)
+        fill(out, 0, classes, float32(rest))
+        fill(out, classes, length, float32(-np.inf))
         for i in range(teacher.kept):
-            out[class_id(teacher, n, i)] = half_at(teacher.values, n * teacher.stride + i)
+            store(out, class_id(teacher, n, i), half_at(teacher.values, n * teacher.stride + i))
         return top
     return read_dense(teacher.kind, teacher.values, n * teacher.stride, classes, out)
 
 
 @njit
 def few_exponentials(
-    teacher: Any, n: int, classes: int, temperature: float, factor: float, out: np.ndarray
+    teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, out: int
 ) -> float:
     """`exponentials` of a top-k row, of which only those of the classes it kept are worked out."""
     top = top_value(teacher, n)
     dropped = classes - teacher.kept
-    rest = math.exp2((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor)
-    fill(out, 0, float32(rest))
-    fill(out, classes, float32(0))
-    total = dropped * rest
+    rest = exp2(float32((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor))
+    fill(out, 0, classes, rest)
+    fill(out, classes, length, float32(0))
+    total = dropped * float64(rest)
     for i in range(teacher.kept):
-        value = math.exp2((half_at(teacher.values, n * teacher.stride + i) - top) * factor)
-        out[class_id(teacher, n, i)] = value
+        value = exp2((half_at(teacher.values, n * teacher.stride + i) - top) * factor)
+        store(out, class_id(teacher, n, i), value)
         total += value
     return total
 
@@ -134,10 +135,11 @@ def teacher_exponentials(
     n: int,
     label: int,
     classes: int,
+    length: int,
     temperature: float,
     smoothing: float,
-    logits: np.ndarray,
-    out: np.ndarray,
+    logits: int,
+    out: int,
 ) -> float:
     """Probabilities of a teacher's row, softened and adjusted, up to a factor; their sum.
 
@@ -146,6 +148,7 @@ def teacher_exponentials(
         n: the row.
         label: its class id, or -1 where it has none that counts.
         classes: C.
+        length: C in whole lots.
         temperature: T of this teacher and row.
         smoothing: epsilon of label smoothing.
         logits: a row of scratch to decode to.
@@ -154,20 +157,22 @@ def teacher_exponentials(
     factor = factor_of(inverse_temperature(temperature))
     adjusts = teacher.adjustment != NONE and label >= 0
     if teacher.kind == TOPK and not adjusts:
-        return few_exponentials(teacher, n, classes, temperature, factor, out)
-    top = read_row(teacher, n, classes, temperature, logits)
-    wrong = adjusts and logits[label] < top
+        return few_exponentials(teacher, n, classes, length, temperature, factor, out)
+    top = read_row(teacher, n, classes, length, temperature, logits)
+    wrong = adjusts and load(logits, label) < top
     if wrong and teacher.adjustment == SHIFT:
         # Swapping two logits swaps their probabilities. Ties of the top go to the lowest class.
         first = 0
-        while first < classes - 1 and logits[first] != top:
+        while first < classes - 1 and load(logits, first) != top:
             first += 1
-        logits[label], logits[first] = logits[first], logits[label]
-    total = exponentials(logits, top, factor, out)
+        at_label = load(logits, label)
+        store(logits, label, load(logits, first))
+        store(logits, first, at_label)
+    total = exponentials(logits, top, factor, out, length)
     if wrong and teacher.adjustment == SMOOTH:
-        fill(out, 0, float32(smoothing / classes))
-        fill(out, classes, float32(0))
-        out[label] += 1 - smoothing
+        fill(out, 0, classes, float32(smoothing / classes))
+        fill(out, classes, length, float32(0))
+        store(out, label, load(out, label) + float32(1 - smoothing))
         # A row with a NaN stays NaN: the sum of its exponentials tells.
         total = 1.0 if total == total else total
     return total

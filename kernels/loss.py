@@ -96,7 +96,7 @@ def soft_target_loss(
     )
     path, _ = dispatch.choose(student_logits, request)
     if path == dispatch.KERNEL:
-        wide = None if request.weights is None else request.weights.expand(request.rows, -1)
+        wide = None if request.weights is None else request.weights.expand(request.rows, request.count)
         return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
     if path == dispatch.OP:
         return op.call(student_logits, request)

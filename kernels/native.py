@@ -17,11 +17,13 @@ from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
 from coursepack.kernels.threads import run_kernel, usable_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
 
 KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
-PARALLEL_FROM = 100_000
+PARALLEL_FROM = 40_000
 """Exponentials from which on more threads pay for their waking."""
 LOT = 64
 _LARGEST_KEPT = 1 << 22
@@ -30,7 +32,7 @@ _room = threading.local()
 
 def work_of(request: Request) -> int:
     """How many exponentials a request costs, about."""
-    return request.rows * request.classes * (len(request.teachers) + 1)
+    return request.rows * request.classes * (request.count + 1)
 
 
 def evaluate(
@@ -51,7 +53,7 @@ def evaluate(
     from coursepack.kernels.jit_loss import run
 
     r = request
-    rows, classes, count = r.rows, r.classes, len(r.teachers)
+    rows, classes, count = r.rows, r.classes, r.count
     loss = torch.empty(rows)
     student = _row_major(student_logits)
     grad = torch.empty(rows, classes, dtype=student.dtype) if wants_student else None
@@ -96,9 +98,9 @@ def evaluate(
     ]
     # Whatever is copied must live until the call is over.
     held: list[object] = [student, first, second, lam, temperature, row_weight, wide]
-    for k, teacher in enumerate(r.teachers):
+    each = _stack(r.given) if isinstance(r.given, Tensor) else map(_teacher, r.given)
+    for k, (parts, fields) in enumerate(each):
         own = temperature if r.teacher_temperatures is None else _temperature(r.teacher_temperatures[k])
-        parts, fields = _teacher(teacher)
         held += [own, parts]
         records.append(call.pack_teacher(*fields, *_where(own), ADJUSTMENTS.index(r.adjustments[k])))
     run_kernel(int(run.address), b"".join(records), threads)
@@ -147,6 +149,16 @@ def _where(temperature: float | Tensor) -> tuple[int, int, float]:
     if isinstance(temperature, Tensor):
         return temperature.data_ptr(), temperature.stride(0) if temperature.ndim else 0, 0.0
     return 0, 0, temperature
+
+
+def _stack(teachers: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
+    """`_teacher` of each of `(K, N, C)`, at once."""
+    values = teachers.detach().resolve_neg()
+    values = values if values.stride(2) == 1 or values.shape[2] == 1 else values.contiguous()
+    kind, start, row = KINDS[values.dtype], values.data_ptr(), values.stride(1)
+    step = values.stride(0) * values.element_size()
+    for k in range(len(values)):
+        yield [values], (kind, start + k * step, row, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], tuple[int, ...]]:

@@ -26,7 +26,6 @@ SCHEMA = (
     "str divergence, str combine, float soft_weight, float hard_weight, Tensor? row_weight, "
     "int ignore_index, bool wants_student, bool wants_weights) -> (Tensor, Tensor, Tensor)"
 )
-_PARTS_OF_INT8, _PARTS_OF_TOPK = 2, 3
 
 
 def _compute(
@@ -58,7 +57,7 @@ def _compute(
     ]
     labels = first
     request = Request(
-        teachers=_rows(parts, classes_of_parts),
+        given=_rows(parts, classes_of_parts),
         labels=labels if second is None or lam is None or first is None else MixedLabels(first, second, lam),
         weights=weights,
         temperature=fixed_temperature if temperature is None else temperature,
@@ -86,9 +85,7 @@ compute = torch.library.custom_op("coursepack::soft_target_loss", _compute, muta
 
 
 @compute.register_fake
-def _(
-    student_logits: Tensor, weights: Tensor | None, *rest: Any, **named: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student_logits: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     wants_student, wants_weights = rest[-2:]
     loss = student_logits.new_empty(student_logits.shape[0], dtype=torch.float32)
     none = student_logits.new_empty(0)
@@ -130,7 +127,7 @@ def call(student_logits: Tensor, request: Request) -> Tensor:
     labels, temperature = r.labels, r.temperature
     mixed = labels if isinstance(labels, MixedLabels) else None
     own = r.teacher_temperatures or []
-    weights = None if r.weights is None else r.weights.expand(r.rows, len(r.teachers))
+    weights = None if r.weights is None else r.weights.expand(r.rows, r.count)
     parts, classes_of_parts = _parts(r.teachers)
     loss, _, _ = compute(
         student_logits,
@@ -190,7 +187,7 @@ def _rows(parts: list[Tensor], marks: list[int]) -> list[Tensor | Rows]:
         if mark == -1:
             teachers.append(parts[place])
         elif mark == -2:
-            teachers.append(Int8Rows(*parts[place : place + _PARTS_OF_INT8]))
+            teachers.append(Int8Rows(parts[place], parts[place + 1]))
         elif mark > 0:
-            teachers.append(TopKRows(*parts[place : place + _PARTS_OF_TOPK], mark))
+            teachers.append(TopKRows(parts[place], parts[place + 1], parts[place + 2], mark))
     return teachers

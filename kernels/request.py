@@ -28,11 +28,12 @@ Teachers = Tensor | Sequence[Tensor | Rows]
 """`(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """One call but for the student's logits."""
+    """One call but for the student's logits. Not frozen, as that triples the price of making one."""
 
-    teachers: list[Tensor | Rows]
+    given: Tensor | list[Tensor | Rows]
+    """`(K, N, C)`, or K tensors or encoded rows `(N, C)`."""
     labels: Tensor | MixedLabels | None
     weights: Tensor | None
     """`(K,)` or `(N, K)`; None means 1/K."""
@@ -54,9 +55,19 @@ class Request:
     dtype: torch.dtype
     """Of the computation: float32, or float64 for a float64 student."""
 
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.given)
 
-def teacher_list(teachers: Teachers, shape: tuple[int, ...] | None = None) -> list[Tensor | Rows]:
-    """K teachers as a list, each `(N, C)`; all must have `shape`, or the first one's.
+    @property
+    def teachers(self) -> list[Tensor | Rows]:
+        """K times `(N, C)`."""
+        return list(self.given.unbind(0)) if isinstance(self.given, Tensor) else self.given
+
+
+def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> Tensor | list[Tensor | Rows]:
+    """The teachers, if each is `(N, C)` and all have `shape`, or the first one's.
 
     Raises:
         ValueError: no teacher, or shapes that differ.
@@ -65,18 +76,19 @@ def teacher_list(teachers: Teachers, shape: tuple[int, ...] | None = None) -> li
     if isinstance(teachers, Tensor):
         if teachers.ndim != 3:
             raise ValueError(f"teachers has shape {tuple(teachers.shape)}, expected (K, N, C)")
-        listed: list[Tensor | Rows] = list(teachers.unbind(0))
+        given: Tensor | list[Tensor | Rows] = teachers
+        first: list[Tensor | Rows] = [teachers[0]] if len(teachers) else []
     else:
-        listed = list(teachers)
-    if not listed:
+        given = first = list(teachers)
+    if not len(given):
         raise ValueError("teachers is empty, expected at least one")
-    shape = tuple(listed[0].shape) if shape is None else tuple(shape)
-    for index, teacher in enumerate(listed):
+    shape = tuple(first[0].shape) if shape is None else tuple(shape)
+    for index, teacher in enumerate(first):
         if len(teacher.shape) != 2 or tuple(teacher.shape) != shape:
             raise ValueError(f"teachers[{index}] has shape {tuple(teacher.shape)}, expected {shape} (N, C)")
         if isinstance(teacher, Tensor) and teacher.dtype not in TEACHER_DTYPES:
             raise TypeError(f"teachers[{index}] has dtype {teacher.dtype}, expected a floating-point dtype")
-    return listed
+    return given
 
 
 def check_request(
@@ -106,40 +118,36 @@ def check_request(
     if student_logits is not None:
         _check_student(student_logits)
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    listed = teacher_list(teachers, None if student_logits is None else student_logits.shape)
-    rows, classes = listed[0].shape
-    device = listed[0].device if student_logits is None else student_logits.device
+    given = check_teachers(teachers, None if student_logits is None else student_logits.shape)
+    count, one = len(given), given[0] if student_logits is None else student_logits
+    rows, classes = one.shape
+    device = one.device
     dtype = dtype or torch.float32
-    for index, teacher in enumerate(listed):
+    for index, teacher in enumerate([given] if isinstance(given, Tensor) else given):
         check_device(f"teachers[{index}]", teacher, device)
-    for name, value, known in (
-        ("divergence", divergence, DIVERGENCES),
-        ("combine", combine, COMBINATIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-    adjustments = _adjustments(adjustment, len(listed))
-    adjusts = any(name != "none" for name in adjustments)
+    _check_name("divergence", divergence, DIVERGENCES)
+    _check_name("combine", combine, COMBINATIONS)
+    adjustments = _adjustments(adjustment, count)
+    adjusts = adjustments.count("none") != count
     if adjusts and isinstance(labels, MixedLabels):
         raise ValueError("adjustment needs one label per row: it is not defined for MixedLabels")
     if labels is None and (adjusts or hard_weight != 0):
         raise ValueError("labels is None, but adjustment or hard_weight needs labels")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing is {smoothing}, expected 0 to 1")
-    for name, number in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
-        if not math.isfinite(number):
-            raise ValueError(f"{name} is {number}, expected a finite number")
+    _check_finite("soft_weight", soft_weight)
+    _check_finite("hard_weight", hard_weight)
     _check_temperature("temperature", temperature, rows, device)
     _check_labels(labels, rows, device)
     if row_weight is not None:
         _check_detached("row_weight", row_weight)
         _check_rows("row_weight", row_weight, rows, device)
     return Request(
-        teachers=listed,
+        given=given,
         labels=labels,
-        weights=_weights(weights, rows, len(listed), device, dtype),
+        weights=_weights(weights, rows, count, device, dtype),
         temperature=temperature,
-        teacher_temperatures=_teacher_temperatures(teacher_temperature, len(listed), rows, device),
+        teacher_temperatures=_teacher_temperatures(teacher_temperature, count, rows, device),
         adjustments=adjustments,
         smoothing=smoothing,
         divergence=divergence,
@@ -170,6 +178,16 @@ def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, expected {device} (where the student's logits are)")
 
 
+def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+
+
 def _check_detached(name: str, value: Tensor) -> None:
     if value.requires_grad:
         raise ValueError(f"{name} requires a gradient, but the loss gives it none: pass {name}.detach()")
@@ -182,12 +200,14 @@ def _check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> No
 
 
 def _adjustments(adjustment: str | Sequence[str], count: int) -> tuple[str, ...]:
-    names = (adjustment,) * count if isinstance(adjustment, str) else tuple(adjustment)
+    if isinstance(adjustment, str):
+        _check_name("adjustment", adjustment, ADJUSTMENTS)
+        return (adjustment,) * count
+    names = tuple(adjustment)
     if len(names) != count:
         raise ValueError(f"adjustment has {len(names)} entries, expected one per teacher ({count})")
     for name in names:
-        if name not in ADJUSTMENTS:
-            raise ValueError(f"adjustment is {name!r}, expected one of {', '.join(map(repr, ADJUSTMENTS))}")
+        _check_name("adjustment", name, ADJUSTMENTS)
     return names
 
 

@@ -9,7 +9,7 @@ import torch
 
 from coursepack.kernels.arguments import BadRows, class_ids
 from coursepack.kernels.reference import log_softmax
-from coursepack.kernels.request import teacher_list
+from coursepack.kernels.request import check_teachers
 from coursepack.kernels.rows import decode
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def teacher_stats(
             and it is not correct).
         TypeError: labels that are not int64.
     """
-    listed = teacher_list(teachers, None if student_logits is None else tuple(student_logits.shape))
+    listed = check_teachers(teachers, None if student_logits is None else student_logits.shape)
     rows, classes = listed[0].shape
     checked = None
     if labels is not None:
