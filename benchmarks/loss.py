@@ -78,9 +78,8 @@ class Kernel:
 
     def __call__(self, student: Tensor, teachers: Tensor) -> None:
         if teachers.data_ptr() not in self._requests:
-            options: dict[str, Any] = {"temperature": TEMPERATURE, "teacher_temperature": None}
-            options |= {"adjustment": "none", "smoothing": 0.1}
-            self._requests[teachers.data_ptr()] = check_request(student, teachers, None, **options)
+            request = check_request(student, teachers, None, temperature=TEMPERATURE)
+            self._requests[teachers.data_ptr()] = request
         native.evaluate(student, None, self._requests[teachers.data_ptr()], True, False)
 
 

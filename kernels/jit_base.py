@@ -5,13 +5,16 @@ Its names are untyped here, as what they decorate is no longer a Python function
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
 import numpy as np
 from numba.extending import intrinsic as numba_intrinsic
 
-njit: Any = numba.njit
+# No wrappers to be called from Python and C by: most of these functions are called by each other only, and
+# the wrappers would be half of what there is to compile.
+njit: Any = functools.partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 carray: Any = getattr(numba, "carray")  # noqa: B009 - mypy does not see it
 intrinsic: Any = numba_intrinsic
 types: Any = numba.types

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from coursepack.kernels.request import Teachers, check_request
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coursepack.kernels.dispatch import Choice
     from coursepack.kernels.labels import MixedLabels
 
 
@@ -103,6 +104,22 @@ def soft_target_loss(
     arguments = spell_out(request)
     wide = full_weights(request)
     return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))
+
+
+def describe(
+    student_logits: Tensor, teachers: Teachers, labels: Tensor | MixedLabels | None = None, **options: Any
+) -> Choice:
+    """Which path `soft_target_loss` would take with these arguments, in how many threads, and why.
+
+    Arguments and errors are those of `soft_target_loss`, as far as they can be told without looking into a
+    tensor. Computes nothing.
+
+    >>> print(describe(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(1, 2, 3)))
+    analytic: computes in float64
+    """
+    return dispatch.describe_request(
+        student_logits, check_request(student_logits, teachers, labels, **options)
+    )
 
 
 def _apply(student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:

@@ -97,10 +97,10 @@ def check_request(
     labels: Tensor | MixedLabels | None,
     *,
     weights: Tensor | Sequence[float] | None = None,
-    temperature: float | Tensor,
-    teacher_temperature: Tensor | Sequence[float] | None,
-    adjustment: str | Sequence[str],
-    smoothing: float,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: Tensor | Sequence[float] | None = None,
+    adjustment: str | Sequence[str] = "none",
+    smoothing: float = 0.1,
     divergence: str = "kl",
     combine: str = "mixture",
     soft_weight: float = 1.0,
@@ -109,7 +109,7 @@ def check_request(
     ignore_index: int = -100,
     dtype: torch.dtype | None = None,
 ) -> Request:
-    """Check what can be checked without looking into a tensor.
+    """Check what can be checked without looking into a tensor. Arguments are those of `soft_target_loss`.
 
     Raises:
         ValueError: a shape, number or name that is not allowed; the text names it.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from reference.loss import soft_target_loss as expected_loss
 
-from coursepack.kernels import DenseRows, MixedLabels, dispatch, soft_target_loss
+from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
 from coursepack.kernels import reference as plain
 from coursepack.kernels.arguments import full_weights, spell_out
 from coursepack.kernels.request import check_request
@@ -26,8 +26,6 @@ PRECISION = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 def plain_loss(student_logits, teachers, labels=None, *, weights=None, **options):
     """The plain definition behind the same door as `soft_target_loss`."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "teacher_temperature": None, "adjustment": "none"}
-    options = {**defaults, "smoothing": 0.1, **options}
     request = check_request(student_logits, teachers, labels, weights=weights, **options)
     return plain.loss(student_logits, full_weights(request), spell_out(request))
 
@@ -38,12 +36,21 @@ def analytic_loss(student_logits, teachers, labels=None, **options):
         return soft_target_loss(student_logits, teachers, labels, **options)
 
 
+def op_loss(student_logits, teachers, labels=None, **options):
+    """The operator of `torch.compile`, called as it is; the door where it is of no use."""
+    request = check_request(student_logits, teachers, labels, **options)
+    if dispatch.choose(student_logits, request)[0] != dispatch.KERNEL:
+        return soft_target_loss(student_logits, teachers, labels, **options)
+    return op.call(student_logits, request)
+
+
 def _always(*_):
     return True
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "kernel": soft_target_loss,
+    "op": op_loss,
     "analytic": analytic_loss,
     "plain": plain_loss,
 }
