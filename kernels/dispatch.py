@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
 
 KERNEL_DIVERGENCES = ("kl",)
+NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
 ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
 
 
@@ -33,19 +33,13 @@ class Choice:
     reason: str
     """Why."""
     threads: int | None
-    """Threads of the kernel; None where torch decides."""
+    """Threads of the kernel; None where torch decides, and for an operator, which asks when it runs."""
     threads_reason: str
     """Why so many."""
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f"; threads: {self.threads} ({self.threads_reason})"
         return f"{self.path}: {self.reason}{threads}"
-
-
-@functools.cache
-def numba_is_installed() -> bool:
-    """Whether kernels can be compiled."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -69,7 +63,7 @@ RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
     (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
     (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
-    (ANALYTIC, "numba is not installed", lambda *_: not numba_is_installed()),
+    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
     (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
     (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
@@ -87,6 +81,6 @@ def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
 def describe_request(student_logits: Tensor, request: Request) -> Choice:
     """The path and the threads for a request."""
     path, reason = choose(student_logits, request)
-    if path == ANALYTIC:
+    if path != KERNEL:
         return Choice(path, reason, None, "")
     return Choice(path, reason, *usable_threads(native.work_of(request), native.PARALLEL_FROM))
