@@ -1,5 +1,7 @@
 """The fused loss with its gradient derived by hand, in torch operations on any device.
 
+For `divergence="kl"`; the others are in `coursepack.kernels.divergences`.
+
 With q = softmax(z / T), P_k the softened and adjusted teachers, p = sum_k w_k P_k and W = sum_k w_k:
 
     dL/dz   = soft_weight T (W q - p) + hard_weight (softmax(z) - onehot)
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import reference
+from coursepack.kernels import divergences, reference
 
 if TYPE_CHECKING:
     from coursepack.kernels.arguments import Arguments
@@ -58,6 +60,8 @@ def _evaluate(
 def _soft(
     logits: Tensor, weights: Tensor, a: Arguments, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if a.divergence != "kl":
+        return divergences.soft(logits, weights, a, wants_weights)
     temperature = a.temperature[:, None]
     log_q = (logits - logits.amax(1, keepdim=True)).div_(temperature)
     q = log_q.exp()

@@ -58,7 +58,9 @@ def soft_target_loss(
             lowest class (KA-PS); "smooth", `(1 - smoothing) onehot + smoothing / C`, not tempered (KA-LSR).
             Both from Wen et al., arXiv 1911.07471. Refused for `MixedLabels`.
         smoothing: epsilon of "smooth", 0 to 1.
-        divergence: "kl", KL(teachers || student).
+        divergence: "kl", KL(teachers || student); "reverse_kl", KL(student || teachers); "js", the
+            Jensen-Shannon divergence; "mse", the mean squared difference of logits over their temperatures
+            (of teachers' logits, no probabilities are made, and "smooth" is refused).
         combine: "mixture", D(sum_k w_k P_k || q); or "sum", sum_k w_k D(P_k || q). The gradient to the
             student is the same; the value and the gradient to the weights are not.
         soft_weight: factor of D.

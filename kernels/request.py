@@ -19,7 +19,7 @@ from coursepack.kernels.rows import Rows
 
 MAX_TEMPERATURE = 100.0
 ADJUSTMENTS = ("none", "shift", "smooth")
-DIVERGENCES = ("kl",)
+DIVERGENCES = ("kl", "reverse_kl", "js", "mse")
 COMBINATIONS = ("mixture", "sum")
 STUDENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEACHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -131,6 +131,8 @@ def check_request(
     adjusts = adjustments.count("none") != count
     if adjusts and isinstance(labels, MixedLabels):
         raise ValueError("adjustment needs one label per row: it is not defined for MixedLabels")
+    if divergence == "mse" and "smooth" in adjustments:
+        raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')
     if labels is None and (adjusts or hard_weight != 0):
         raise ValueError("labels is None, but adjustment or hard_weight needs labels")
     if not 0 <= smoothing <= 1:
