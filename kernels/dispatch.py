@@ -70,6 +70,14 @@ RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
 )
 
 
+def reads_teachers(request: Request) -> bool:
+    """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
+    r = request
+    on_cpu = r.device.type == "cpu" and r.dtype == torch.float32 and not torch.compiler.is_compiling()
+    wants_gradient = torch.is_grad_enabled() and r.weights is not None and r.weights.requires_grad
+    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
+
+
 def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
     """The path for a request, and the reason."""
     for path, reason, taken in RULES:

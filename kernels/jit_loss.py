@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from coursepack.kernels.call import CALL, CALL_BYTES, FLOAT16, FLOAT32, TEACHER, TOPK
-from coursepack.kernels.jit_base import carray, compiled, float32, float64, njit, types
+from coursepack.kernels.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
 from coursepack.kernels.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
 from coursepack.kernels.jit_math import (
     LOG2_E,
@@ -31,6 +31,7 @@ from coursepack.kernels.jit_math import (
 from coursepack.kernels.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
 from coursepack.kernels.jit_teacher import (
     factor_of,
+    fetch_row,
     ids_are_classes,
     inverse_temperature,
     read_dense,
@@ -133,6 +134,8 @@ def soft_part(
     for k in range(call.teachers):
         probs = kept + k * row if keeps else kept
         own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
+        ahead = teachers[k + 1 if k + 1 < call.teachers else 0]
+        fetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
         size = teacher_exponentials(
             teachers[k], n, label, call.classes, length, own, call.smoothing, spare, probs
         )
@@ -208,6 +211,7 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     value = 0.0
     if row_weight != 0:
         top = read_dense(call.student_kind, call.student, n * call.student_stride, classes, logits)
+        fetch_row(call.student_kind, call.student, (n + 1) * call.student_stride, classes)
         if call.soft_weight != 0:
             value = soft_part(call, teachers, n, row_weight * call.soft_weight, top, logits, out, rest)
         if call.hard_weight != 0:
@@ -224,20 +228,28 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
         write_bfloat16(out, call.grad + 2 * place, classes)
 
 
-@compiled(types.void(types.voidptr))
-def run(data: Any) -> None:
-    """Take chunks of rows until none is left: what every thread does.
+def _entry(sources: int) -> Any:
+    @compiled(types.void(types.voidptr))
+    def run(data: Any) -> None:
+        """Take chunks of rows until none is left: what every thread does.
 
-    `data` points to a CALL record with TEACHER records behind it.
-    """
-    call = carray(data, (1,), CALL)[0]
-    teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-    scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
-    start = take_ticket(call.state) * call.chunk
-    while start < call.rows and load_integer(call.state, 2) == 0:
-        for n in range(start, min(start + call.chunk, call.rows)):
-            if is_bad(call, teachers, n):
-                store_integer(call.state, 2, n + 1)
-                return
-            one_row(call, teachers, n, scratch)
+        `data` points to a CALL record with TEACHER records behind it.
+        """
+        if sources == 0:  # never: it is here to be part of what numba finds the compiled code by
+            return
+        call = carray(data, (1,), CALL)[0]
+        teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
+        scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
         start = take_ticket(call.state) * call.chunk
+        while start < call.rows and load_integer(call.state, 2) == 0:
+            for n in range(start, min(start + call.chunk, call.rows)):
+                if is_bad(call, teachers, n):
+                    store_integer(call.state, 2, n + 1)
+                    return
+                one_row(call, teachers, n, scratch)
+            start = take_ticket(call.state) * call.chunk
+
+    return run
+
+
+run = _entry(SOURCES)

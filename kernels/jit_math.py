@@ -147,6 +147,22 @@ load_double = _load(ir.DoubleType(), types.float64)
 
 
 @intrinsic
+def fetch(typingctx: Any, start: Any) -> Any:
+    """Ask for the cache line at an address ahead of its use; any address will do."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        signature_of = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], signature_of)
+        # For reading, into the second-level cache, data.
+        flags = [ir.Constant(I32, number) for number in (0, 2, 1)]
+        builder.call(function, [builder.inttoptr(args[0], byte), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def pointer(typingctx: Any, start: Any) -> Any:
     """An address as a pointer."""
 

@@ -10,11 +10,13 @@ import numpy as np
 from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
 from coursepack.kernels.jit_base import float32, float64, int64, njit
 from coursepack.kernels.jit_convert import fill, from_half, read_bfloat16, read_float32, read_half, read_int8
-from coursepack.kernels.jit_math import LOG2_E, exp2, load, load_bits, load_id, store
+from coursepack.kernels.jit_math import LOG2_E, exp2, fetch, load, load_bits, load_id, store
 from coursepack.kernels.jit_softmax import exponentials
 
 LARGEST = 3.0e38
 """What the inverse of a tiny temperature is held to: infinity times zero would be NaN."""
+FETCHED = 4096
+"""Bytes of a row that are fetched ahead; it reads on by itself."""
 # 1/T from 0 upwards at which the mass of dropped classes is known: `rows.TAIL_TEMPERATURES` and the limit.
 KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 
@@ -40,6 +42,18 @@ def read_dense(kind: int, values: int, place: int, classes: int, out: int) -> fl
     if kind == FLOAT16:
         return read_half(values + 2 * place, classes, one, zero, out)
     return read_bfloat16(values + 2 * place, classes, one, zero, out)
+
+
+@njit
+def fetch_row(kind: int, values: int, place: int, classes: int) -> None:
+    """Ask for the head of a row while another is worked on.
+
+    Rows are far apart, and the CPU notices that one is read through only after a few lines of it.
+    """
+    size = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+    start = values + size * place
+    for line in range(0, min(size * classes, FETCHED), 64):
+        fetch(start + line)
 
 
 @njit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,14 +53,44 @@ def evaluate(
     from coursepack.kernels.jit_loss import run
 
     r = request
-    rows, classes, count = r.rows, r.classes, r.count
-    loss = torch.empty(rows)
+    loss = torch.empty(r.rows)
     student = _row_major(student_logits)
-    grad = torch.empty(rows, classes, dtype=student.dtype) if wants_student else None
-    grad_weights = torch.empty(rows, count) if wants_weights else None
+    grad = torch.empty(r.rows, r.classes, dtype=student.dtype) if wants_student else None
+    grad_weights = torch.empty(r.rows, r.count) if wants_weights else None
+    keeps = wants_weights and r.combine == "mixture"
+    _launch(run, r, weights, student, loss, grad, grad_weights, scratch_rows=6 + r.count * keeps)
+    if grad_weights is not None and weights is not None:
+        grad_weights = grad_weights.to(weights.dtype)
+    return loss, grad, grad_weights
+
+
+def mixture(weights: Tensor | None, request: Request) -> Tensor:
+    """`sum_k w_k P_k`, `(N, C)` float32, of a request that `dispatch.reads_teachers` lets through.
+
+    Raises:
+        ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
+    """
+    from coursepack.kernels.jit_mixture import run
+
+    out = torch.empty(request.rows, request.classes)
+    _launch(run, request, weights, None, None, out, None, scratch_rows=3)
+    return out
+
+
+def _launch(
+    function: Any,
+    r: Request,
+    weights: Tensor | None,
+    student: Tensor | None,
+    loss: Tensor | None,
+    grad: Tensor | None,
+    grad_weights: Tensor | None,
+    *,
+    scratch_rows: int,
+) -> None:
+    """Call a compiled function on the records of a request; each thread has rows of scratch."""
     threads, _ = usable_threads(work_of(r), PARALLEL_FROM)
-    length = -(-classes // LOT) * LOT
-    stride = length * (6 + (count if wants_weights and r.combine == "mixture" else 0))
+    stride = scratch_rows * -(-r.classes // LOT) * LOT
     scratch = _scratch(threads * stride)
     state = (ctypes.c_int64 * 3)()
     first, second, lam = _labels(r.labels)
@@ -69,17 +99,17 @@ def evaluate(
     wide = _plain(weights, torch.float64)
     records = [
         call.pack_call(
-            rows,
-            classes,
-            count,
-            max(1, rows // (8 * threads)),
+            r.rows,
+            r.classes,
+            r.count,
+            max(1, r.rows // (8 * threads)),
             ctypes.addressof(state),
             scratch.data_ptr(),
             stride,
-            student.data_ptr(),
-            student.stride(0),
-            KINDS[student.dtype],
-            loss.data_ptr(),
+            _address(student),
+            0 if student is None else student.stride(0),
+            0 if student is None else KINDS[student.dtype],
+            _address(loss),
             _address(grad),
             _address(grad_weights),
             _address(first),
@@ -103,12 +133,9 @@ def evaluate(
         own = temperature if r.teacher_temperatures is None else _temperature(r.teacher_temperatures[k])
         held += [own, parts]
         records.append(call.pack_teacher(*fields, *_where(own), ADJUSTMENTS.index(r.adjustments[k])))
-    run_kernel(int(run.address), b"".join(records), threads)
+    run_kernel(int(function.address), b"".join(records), threads)
     if state[2]:
-        _explain(request, state[2] - 1)
-    if grad_weights is not None and weights is not None:
-        grad_weights = grad_weights.to(weights.dtype)
-    return loss, grad, grad_weights
+        _explain(r, state[2] - 1)
 
 
 def _address(tensor: Tensor | None) -> int:
