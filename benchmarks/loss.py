@@ -43,7 +43,7 @@ class Size:
 
     cells: tuple[tuple[int, int, int], ...] = CELLS
     encoded: tuple[tuple[int, int, int], ...] = ((256, 1000, 4), (64, 21841, 2))
-    rounds: int = 60
+    rounds: int = 40
     cold_bytes: int = COLD_BYTES
     memory_rows: int = 8192
     compiled: bool = True

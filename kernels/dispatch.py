@@ -78,6 +78,15 @@ def reads_teachers(request: Request) -> bool:
     return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
 
 
+def reads_student(student_logits: Tensor | None) -> bool:
+    """Whether a kernel can read a student's logits, if there are any."""
+    return student_logits is None or (
+        student_logits.device.type == "cpu"
+        and student_logits.dtype in native.KINDS
+        and _is_plain(student_logits)
+    )
+
+
 def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
     """The path for a request, and the reason."""
     for path, reason, taken in RULES:

@@ -141,7 +141,8 @@ def _store(word: Any, value: Any) -> Any:
 
 load, store = _load(F32, types.float32), _store(F32, types.float32)
 load_bits, store_bits = _load(ir.IntType(16), types.uint16), _store(ir.IntType(16), types.uint16)
-load_byte, load_id = _load(ir.IntType(8), types.uint8), _load(I32, types.uint32)
+load_byte, store_byte = _load(ir.IntType(8), types.uint8), _store(ir.IntType(8), types.uint8)
+load_id = _load(I32, types.uint32)
 load_integer, store_integer = _load(ir.IntType(64), types.int64), _store(ir.IntType(64), types.int64)
 load_double = _load(ir.DoubleType(), types.float64)
 

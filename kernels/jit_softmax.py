@@ -100,3 +100,17 @@ def dot(probs: int, values: int, length: int) -> float:
             part += float32(0) if prob == float32(0) else prob * load(values, c)
         total += part
     return total
+
+
+@njit(fastmath=SUMS)
+def moment(probs: int, logits: int, top: float, length: int) -> float:
+    """`sum probs (logits - top)`, where zero times infinity is zero."""
+    wide_vectors()
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        part = float32(0)
+        for c in range(start, block_end(start, length)):
+            prob = load(probs, c)
+            part += float32(0) if prob == float32(0) else prob * (load(logits, c) - top)
+        total += part
+    return total

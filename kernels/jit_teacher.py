@@ -9,12 +9,23 @@ import numpy as np
 
 from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
 from coursepack.kernels.jit_base import float32, float64, int64, njit
-from coursepack.kernels.jit_convert import fill, from_half, read_bfloat16, read_float32, read_half, read_int8
+from coursepack.kernels.jit_convert import (
+    LOT,
+    fill,
+    from_half,
+    lots,
+    read_bfloat16,
+    read_float32,
+    read_half,
+    read_int8,
+    write_float32,
+)
 from coursepack.kernels.jit_math import LOG2_E, exp2, fetch, load, load_bits, load_id, store
 from coursepack.kernels.jit_softmax import exponentials
 
-LARGEST = 3.0e38
-"""What the inverse of a tiny temperature is held to: infinity times zero would be NaN."""
+LARGEST = 1.0e30
+"""What the inverse of a tiny temperature is held to, so that its products stay finite: the loss is T² D then,
+and T² is far below what float32 can tell from zero."""
 FETCHED = 4096
 """Bytes of a row that are fetched ahead; it reads on by itself."""
 # 1/T from 0 upwards at which the mass of dropped classes is known: `rows.TAIL_TEMPERATURES` and the limit.
@@ -127,20 +138,21 @@ def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float
 
 @njit
 def few_exponentials(
-    teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, out: int
+    teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, spare: int, out: int
 ) -> float:
     """`exponentials` of a top-k row, of which only those of the classes it kept are worked out."""
-    top = top_value(teacher, n)
-    dropped = classes - teacher.kept
+    kept = teacher.kept
+    dropped = classes - kept
+    row = teacher.values + 2 * n * teacher.stride
+    top = read_half(row, kept, float32(1), float32(0), spare)
+    total = exponentials(spare, top, factor, out, lots(kept + LOT - 1))
+    write_float32(out, spare, kept)
     rest = exp2(float32((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor))
     fill(out, 0, classes, rest)
     fill(out, classes, length, float32(0))
-    total = dropped * float64(rest)
-    for i in range(teacher.kept):
-        value = exp2((half_at(teacher.values, n * teacher.stride + i) - top) * factor)
-        store(out, class_id(teacher, n, i), value)
-        total += value
-    return total
+    for i in range(kept):
+        store(out, class_id(teacher, n, i), load(spare, i))
+    return total + dropped * float64(rest)
 
 
 @njit
@@ -171,7 +183,7 @@ def teacher_exponentials(
     factor = factor_of(inverse_temperature(temperature))
     adjusts = teacher.adjustment != NONE and label >= 0
     if teacher.kind == TOPK and not adjusts:
-        return few_exponentials(teacher, n, classes, length, temperature, factor, out)
+        return few_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
     top = read_row(teacher, n, classes, length, temperature, logits)
     wrong = adjusts and load(logits, label) < top
     if wrong and teacher.adjustment == SHIFT:

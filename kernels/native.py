@@ -77,6 +77,26 @@ def mixture(weights: Tensor | None, request: Request) -> Tensor:
     return out
 
 
+def facts(student_logits: Tensor | None, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """What `stats.TeacherStats` says, of a request that `dispatch.reads_teachers` lets through.
+
+    Returns:
+        `(4, K, N)` float32: entropy, norm, cross-entropy, cosine; top classes `(K, N)` int64; and whether
+        they are right `(K, N)` bool. What needs labels or `student_logits` has no meaning without.
+
+    Raises:
+        ValueError: a label or id that is not allowed; the text names the first.
+    """
+    from coursepack.kernels.jit_stats import run
+
+    shape = (request.count, request.rows)
+    numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
+    correct = torch.empty(shape, dtype=torch.bool)
+    student = None if student_logits is None else _row_major(student_logits)
+    _launch(run, request, None, student, numbers, correct, tops, scratch_rows=3)
+    return numbers, tops, correct
+
+
 def _launch(
     function: Any,
     r: Request,

@@ -14,7 +14,16 @@ import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
 from test_kernels_rows import bit_rows, int8_rows, topk_rows
 
-from coursepack.kernels import DenseRows, Int8Rows, MixedLabels, describe, dispatch, op, soft_target_loss
+from coursepack.kernels import (
+    DenseRows,
+    Int8Rows,
+    MixedLabels,
+    describe,
+    dispatch,
+    op,
+    soft_target_loss,
+    soft_targets,
+)
 from coursepack.kernels.request import check_request
 
 Z = torch.zeros(8, 10)
@@ -322,3 +331,40 @@ def test_rows_of_any_stride():
     plain = Int8Rows(wide[:, 3:80].clone(), affine[::2].clone())
     want = soft_target_loss(student, [plain, base[:, 3:80].clone(), base[:, 3:80].clone()])
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("classes", [1, 37, 128, 1000])
+@pytest.mark.parametrize("adjustment", [["none", "shift", "smooth"], "shift"])
+def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
+    case = everything_at_once(classes, 3, "mixture", torch.float32)
+    names = ("weights", "temperature", "teacher_temperature", "smoothing")
+    options = {name: case.options[name] for name in names} | {"adjustment": adjustment}
+    rows = [case.teachers[0].half(), int8_rows((4, classes)), topk_rows(4, min(5, classes), classes)]
+    for teachers in (case.teachers, rows):
+        got = soft_targets(teachers, case.labels, **options)
+        with_gradient = {**options, "weights": options["weights"].clone().requires_grad_(True)}
+        want = soft_targets(teachers, case.labels, **with_gradient)
+        assert want.requires_grad
+        assert not got.requires_grad
+        torch.testing.assert_close(got, want.detach(), rtol=2e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="labels holds"):
+        soft_targets(case.teachers, torch.full((4,), classes), **options)
+
+
+def test_compiled_code_is_told_by_all_the_sources():
+    from coursepack.kernels import jit_base, jit_loss, jit_mixture, jit_stats
+
+    for module in (jit_loss, jit_mixture, jit_stats):
+        (cell,) = module.run._pyfunc.__closure__
+        assert cell.cell_contents == jit_base.SOURCES > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-42])
+def test_tiny_temperatures(temperature):
+    case = make_case(7, 40, 3, 6, torch.float32, scale=1e4, temperature=temperature)
+    case = case.with_options(weights=torch.full((6, 3), 0.25))
+    case.teachers[1] = case.student
+    result = run_loss(soft_target_loss, case)
+    assert all(part.isfinite().all() for part in (result.loss, result.grad_student, result.grad_weights))
+    if temperature == 1e-3:
+        assert_agrees(soft_target_loss, case)
