@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import struct
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +29,7 @@ from _harness import alternate, arguments, report, row
 from torch import Tensor
 
 from coursepack.data.encodings import parse_encoding
-from coursepack.kernels import dispatch, native, soft_target_loss
+from coursepack.kernels import dispatch, native, soft_target_loss, soft_targets, teacher_stats
 from coursepack.kernels.request import check_request
 from coursepack.kernels.threads import run_kernel, usable_threads
 
@@ -236,6 +240,59 @@ def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[s
     ]
 
 
+def companions(size: Size) -> list[dict[str, Any]]:
+    """The mixture and the teachers' facts, compiled and in torch."""
+    torch.set_num_threads(1)
+    rows, classes, count = size.encoded[0]
+    cold = Cold(rows, classes, count, size.cold_bytes)
+    labels = cold.student.argmax(1)
+    functions = {
+        "soft_targets": lambda _, teachers: soft_targets(teachers, temperature=TEMPERATURE),
+        "teacher_stats": lambda student, teachers: teacher_stats(teachers, labels, student_logits=student),
+    }
+    variants = {name: cold.forward(function) for name, function in functions.items()}
+    for name in functions:
+        variants[f"{name} in torch"] = without_numba(variants[name])
+    seconds = alternate(variants, size.rounds)
+    config = {"N": rows, "C": classes, "K": count, "threads": 1}
+    result = [row(name, [1e6 * s for s in values], "us", config) for name, values in seconds.items()]
+    both = [(name, f"{name} in torch") for name in functions]
+    return result + [row(f"{a} / in torch", ratios(seconds, a, b), "ratio", config) for a, b in both]
+
+
+def without_numba(run: Callable[[], None]) -> Callable[[], None]:
+    def other() -> None:
+        with mock.patch.object(dispatch, "NUMBA_IS_INSTALLED", False):
+            run()
+
+    return other
+
+
+FIRST_CALL = """
+import time, torch
+from coursepack.kernels import soft_target_loss
+student, teachers = torch.randn(4, 8, requires_grad=True), torch.randn(2, 4, 8)
+started = time.perf_counter()
+soft_target_loss(student, teachers).sum().backward()
+print(time.perf_counter() - started)
+"""
+
+
+def first_call() -> list[dict[str, Any]]:
+    """Seconds of the first call in a process, numba imported, with an empty cache and with a full one."""
+    result = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        for name, repeats, bar in (("cold", 1, "<= 4"), ("cached", 5, "<= 0.5")):
+            command = [sys.executable, "-c", FIRST_CALL]
+            seconds = [
+                float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+                for _ in range(repeats)
+            ]
+            result.append(row(f"first call, {name}", seconds, "s", {"cache": name}, bar))
+    return result
+
+
 def peak_bytes(step: Callable[[], Any]) -> int:
     """How far the resident memory of this process rises above where it was."""
     gc.collect()
@@ -313,6 +370,9 @@ def main() -> None:
             rows += speed(cell, threads, size)
         for cell in size.encoded:
             rows += encoded(cell, threads, size)
+    rows += companions(size)
+    if not chosen.quick:
+        rows += first_call()
     rows += memory(size)
     rows += errors()
     report("The fused loss", rows, chosen.json)
