@@ -1,6 +1,8 @@
 """Fused maths on tensors, and the encoded rows it reads. Imports nothing else of coursepack."""
 
+from coursepack.kernels.dispatch import Choice as Choice
 from coursepack.kernels.labels import MixedLabels as MixedLabels
+from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
 from coursepack.kernels.normalise import normalise as normalise
@@ -15,6 +17,7 @@ from coursepack.kernels.stats import teacher_stats as teacher_stats
 
 __all__ = [
     "BitRows",
+    "Choice",
     "DenseRows",
     "Int8Rows",
     "MixedLabels",
@@ -22,6 +25,7 @@ __all__ = [
     "TeacherStats",
     "TopKRows",
     "decode",
+    "describe",
     "normalise",
     "soft_target_loss",
     "soft_targets",

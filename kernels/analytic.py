@@ -1,5 +1,7 @@
 """The fused loss with its gradient derived by hand, in torch operations on any device.
 
+For `divergence="kl"`; the others are in `coursepack.kernels.divergences`.
+
 With q = softmax(z / T), P_k the softened and adjusted teachers, p = sum_k w_k P_k and W = sum_k w_k:
 
     dL/dz   = soft_weight T (W q - p) + hard_weight (softmax(z) - onehot)
@@ -12,44 +14,23 @@ The divergence of the normalised mixture is summed as `p (d + expm1(-d))`, d = l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from coursepack.kernels import reference
+from coursepack.kernels import divergences, reference
 
 if TYPE_CHECKING:
     from coursepack.kernels.arguments import Arguments
 
 
-class SoftTargetLoss(torch.autograd.Function):
-    """Computes the gradient in the forward pass; backward scales it in place, once."""
-
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, weights: Tensor, arguments: Arguments) -> Tensor:
-        """Loss per row `(N,)`."""
-        wants_student, wants_weights = ctx.needs_input_grad[:2]
-        with torch.autocast(student_logits.device.type, enabled=False):
-            total, *gradients = _evaluate(student_logits, weights, arguments, wants_student, wants_weights)
-        ctx.gradients = gradients
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients to student logits `(N, C)` and weights `(N, K)`."""
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "soft_target_loss keeps its gradient for one backward pass only: "
-                "call it again for a second backward"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(grad_loss[:, None])
-        return gradients[0], gradients[1], None
+def evaluate(
+    student_logits: Tensor, weights: Tensor, arguments: Arguments, wants_student: bool, wants_weights: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss `(N,)` and the gradients of its sum to logits `(N, C)` and weights `(N, K)`, or None."""
+    with torch.autocast(student_logits.device.type, enabled=False):
+        return _evaluate(student_logits, weights, arguments, wants_student, wants_weights)
 
 
 def _evaluate(
@@ -79,6 +60,8 @@ def _evaluate(
 def _soft(
     logits: Tensor, weights: Tensor, a: Arguments, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if a.divergence != "kl":
+        return divergences.soft(logits, weights, a, wants_weights)
     temperature = a.temperature[:, None]
     log_q = (logits - logits.amax(1, keepdim=True)).div_(temperature)
     q = log_q.exp()

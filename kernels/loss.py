@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from coursepack.kernels.analytic import SoftTargetLoss
-from coursepack.kernels.arguments import Teachers, check_arguments, check_weights
+from coursepack.kernels import analytic, dispatch, native, op
+from coursepack.kernels.arguments import full_weights, spell_out
+from coursepack.kernels.function import Evaluate, SoftTargetLoss
 from coursepack.kernels.reference import teacher_probs
+from coursepack.kernels.request import Teachers, check_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coursepack.kernels.dispatch import Choice
     from coursepack.kernels.labels import MixedLabels
 
 
@@ -55,7 +58,9 @@ def soft_target_loss(
             lowest class (KA-PS); "smooth", `(1 - smoothing) onehot + smoothing / C`, not tempered (KA-LSR).
             Both from Wen et al., arXiv 1911.07471. Refused for `MixedLabels`.
         smoothing: epsilon of "smooth", 0 to 1.
-        divergence: "kl", KL(teachers || student).
+        divergence: "kl", KL(teachers || student); "reverse_kl", KL(student || teachers); "js", the
+            Jensen-Shannon divergence; "mse", the mean squared difference of logits over their temperatures
+            (of teachers' logits, no probabilities are made, and "smooth" is refused).
         combine: "mixture", D(sum_k w_k P_k || q); or "sum", sum_k w_k D(P_k || q). The gradient to the
             student is the same; the value and the gradient to the weights are not.
         soft_weight: factor of D.
@@ -76,10 +81,11 @@ def soft_target_loss(
     >>> float(soft_target_loss(z, z[None], temperature=4.0))
     0.0
     """
-    arguments = check_arguments(
+    request = check_request(
         student_logits,
         teachers,
         labels,
+        weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         adjustment=adjustment,
@@ -91,8 +97,35 @@ def soft_target_loss(
         row_weight=row_weight,
         ignore_index=ignore_index,
     )
-    full_weights = check_weights(weights, arguments, student_logits.shape[0])
-    loss: Tensor = SoftTargetLoss.apply(student_logits, full_weights, arguments)
+    path, _ = dispatch.choose(student_logits, request)
+    if path == dispatch.KERNEL:
+        wide = None if request.weights is None else request.weights.expand(request.rows, request.count)
+        return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
+    if path == dispatch.OP:
+        return op.call(student_logits, request)
+    arguments = spell_out(request)
+    wide = full_weights(request)
+    return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))
+
+
+def describe(
+    student_logits: Tensor, teachers: Teachers, labels: Tensor | MixedLabels | None = None, **options: Any
+) -> Choice:
+    """Which path `soft_target_loss` would take with these arguments, in how many threads, and why.
+
+    Arguments and errors are those of `soft_target_loss`, as far as they can be told without looking into a
+    tensor. Computes nothing.
+
+    >>> print(describe(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(1, 2, 3)))
+    analytic: computes in float64
+    """
+    return dispatch.describe_request(
+        student_logits, check_request(student_logits, teachers, labels, **options)
+    )
+
+
+def _apply(student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:
+    loss: Tensor = SoftTargetLoss.apply(student_logits, weights, evaluate)
     return loss
 
 
@@ -111,10 +144,11 @@ def soft_targets(
 
     Arguments and errors are those of `soft_target_loss`. Differentiable in `weights`.
     """
-    arguments = check_arguments(
+    request = check_request(
         None,
         teachers,
         labels,
+        weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         adjustment=adjustment,
@@ -122,8 +156,12 @@ def soft_targets(
         ignore_index=ignore_index,
         dtype=torch.float64 if isinstance(teachers, Tensor) and teachers.dtype == torch.float64 else None,
     )
-    full_weights = check_weights(weights, arguments, arguments.temperature.shape[0]).to(arguments.dtype)
-    mixture = full_weights[:, :1] * teacher_probs(arguments, 0)
+    if dispatch.reads_teachers(request):
+        given = request.weights
+        return native.mixture(None if given is None else given.expand(request.rows, request.count), request)
+    arguments = spell_out(request)
+    wide = full_weights(request).to(arguments.dtype)
+    mixture = wide[:, :1] * teacher_probs(arguments, 0)
     for k in range(1, len(arguments.teachers)):
-        mixture = mixture + full_weights[:, k, None] * teacher_probs(arguments, k)
+        mixture = mixture + wide[:, k, None] * teacher_probs(arguments, k)
     return mixture

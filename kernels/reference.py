@@ -1,4 +1,4 @@
-"""The plain definition of the fused loss, for `divergence="kl"`: slow, short, differentiable by autograd.
+"""The plain definition of the fused loss: slow, short, differentiable by autograd.
 
 Everything in `coursepack.kernels` that computes this loss agrees with this module. It takes arguments that
 `coursepack.kernels.arguments` has checked and spelled out. Formulas: Hinton et al. 2015 (soft targets and
@@ -21,18 +21,18 @@ def loss(student_logits: Tensor, weights: Tensor, arguments: Arguments) -> Tenso
     """Loss per row `(N,)` in nats; differentiable in `student_logits (N, C)` and `weights (N, K)`."""
     a = arguments
     student_logits = student_logits.to(a.dtype)
-    probs = torch.stack([teacher_probs(a, k) for k in range(len(a.teachers))], dim=1)
+    made = [target(a, k) for k in range(len(a.teachers))]
+    probs = torch.stack(made, dim=1)
     if a.row_weight is not None:
         unread = a.row_weight == 0
         student_logits = student_logits.masked_fill(unread[:, None], 0)
         probs = probs.masked_fill(unread[:, None, None], 0)
-    log_q = log_softmax(student_logits, a.temperature[:, None])
+    weights = weights.to(a.dtype)
+    scaled = student_logits / a.temperature[:, None]
     if a.combine == "mixture":
-        mixture = (weights.to(a.dtype)[:, :, None] * probs).sum(1)
-        divergence = _times_log_ratio(mixture, log_q).sum(1)
+        divergence = compare(a.divergence, scaled, (weights[:, :, None] * probs).sum(1))
     else:
-        each = _times_log_ratio(probs, log_q[:, None]).sum(2)
-        divergence = (weights.to(a.dtype) * each).sum(1)
+        divergence = (weights * compare(a.divergence, scaled[:, None], probs)).sum(1)
     total = a.soft_weight * a.temperature**2 * divergence
     if a.hard_weight != 0 and a.labels is not None:
         total = total + a.hard_weight * cross_entropy(student_logits, a.labels)
@@ -43,25 +43,55 @@ def loss(student_logits: Tensor, weights: Tensor, arguments: Arguments) -> Tenso
     return total
 
 
+def compare(divergence: str, scaled: Tensor, target: Tensor) -> Tensor:
+    """D over the last dimension, of a target and the student's logits over T."""
+    if divergence == "mse":
+        return (scaled - target).square().mean(-1)
+    log_q = log_softmax(scaled)
+    if divergence == "kl":
+        return _times_log_ratio(target, log_q).sum(-1)
+    log_target = target.clamp_min(torch.finfo(target.dtype).tiny).log()
+    q = log_q.exp()
+    if divergence == "reverse_kl":
+        return (q * torch.where(q == 0, 0, log_q - log_target)).sum(-1)
+    log_m = ((target + q) / 2).clamp_min(torch.finfo(target.dtype).tiny).log()
+    return (_times_log_ratio(target, log_m) + _times_log_ratio(q, log_m)).sum(-1) / 2
+
+
+def adjusted_logits(arguments: Arguments, index: int) -> Tensor:
+    """Logits `(N, C)` of one teacher, those of a wrong one swapped where that is asked for."""
+    a = arguments
+    logits = a.teacher_logits(index)
+    if a.adjustments[index] != "shift" or a.labels is None:
+        return logits
+    label = a.labels.first.clamp_min(0)[:, None]
+    top = logits.argmax(1, keepdim=True)
+    at_label, at_top = logits.gather(1, label), logits.gather(1, top)
+    shifted = logits.scatter(1, label, at_top).scatter(1, top, at_label)
+    wrong = (at_label < logits.amax(1, keepdim=True)) & a.labels.first_valid[:, None]
+    return torch.where(wrong, shifted, logits)
+
+
+def target(arguments: Arguments, index: int) -> Tensor:
+    """What the student is compared with for one teacher, `(N, C)`: probabilities; for "mse" logits over T."""
+    if arguments.divergence == "mse":
+        return adjusted_logits(arguments, index) / arguments.teacher_temperatures[index][:, None]
+    return teacher_probs(arguments, index)
+
+
 def teacher_probs(arguments: Arguments, index: int) -> Tensor:
     """Softened and adjusted probabilities `(N, C)` of one teacher."""
     a = arguments
-    logits = a.teacher_logits(index)
-    adjustment = a.adjustments[index]
-    temperature = a.teacher_temperatures[index][:, None]
-    if adjustment == "none" or a.labels is None:
-        return softmax(logits, temperature)
+    logits = adjusted_logits(a, index)
+    probs = softmax(logits, a.teacher_temperatures[index][:, None])
+    if a.adjustments[index] != "smooth" or a.labels is None:
+        return probs
     label = a.labels.first.clamp_min(0)[:, None]
     wrong = (logits.gather(1, label) < logits.amax(1, keepdim=True)) & a.labels.first_valid[:, None]
-    if adjustment == "shift":
-        top = logits.argmax(1, keepdim=True)
-        at_label, at_top = logits.gather(1, label), logits.gather(1, top)
-        shifted = logits.scatter(1, label, at_top).scatter(1, top, at_label)
-        return softmax(torch.where(wrong, shifted, logits), temperature)
     classes = logits.shape[1]
     smooth = torch.full_like(logits, a.smoothing / classes)
     smooth.scatter_add_(1, label, torch.full_like(label, 1, dtype=a.dtype) * (1 - a.smoothing))
-    return torch.where(wrong, smooth, softmax(logits, temperature))
+    return torch.where(wrong, smooth, probs)
 
 
 def cross_entropy(student_logits: Tensor, labels: HardLabels) -> Tensor:
@@ -82,18 +112,18 @@ def softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """
     scaled = _centred(logits) / temperature
     exponentials = scaled.exp()
-    return exponentials / exponentials.sum(1, keepdim=True)
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def log_softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Log of `softmax`."""
     scaled = _centred(logits) / temperature
-    return scaled - scaled.exp().sum(1, keepdim=True).log()
+    return scaled - scaled.exp().sum(-1, keepdim=True).log()
 
 
 def _centred(logits: Tensor) -> Tensor:
     """Logits minus their row's maximum: exact in floating point where it matters, before any division."""
-    return logits - logits.detach().amax(1, keepdim=True)
+    return logits - logits.detach().amax(-1, keepdim=True)
 
 
 def _times_log_ratio(p: Tensor, log_q: Tensor) -> Tensor:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.kernels.arguments import BadRows, class_ids, teacher_list
+from coursepack.kernels import dispatch, native
+from coursepack.kernels.arguments import BadRows, class_ids
 from coursepack.kernels.reference import log_softmax
+from coursepack.kernels.request import check_request, check_teachers
 from coursepack.kernels.rows import decode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coursepack.kernels.arguments import Teachers
+    from coursepack.kernels.request import Teachers
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,18 @@ def teacher_stats(
             and it is not correct).
         TypeError: labels that are not int64.
     """
-    listed = teacher_list(teachers, None if student_logits is None else tuple(student_logits.shape))
+    listed = check_teachers(teachers, None if student_logits is None else student_logits.shape)
+    request = check_request(None, teachers, labels, ignore_index=ignore_index)
+    if dispatch.reads_teachers(request) and dispatch.reads_student(student_logits):
+        numbers, tops, correct = native.facts(student_logits, request)
+        return TeacherStats(
+            argmax=tops,
+            entropy=numbers[0],
+            norm=numbers[1],
+            correct=None if labels is None else correct,
+            cross_entropy=None if labels is None else numbers[2],
+            cosine=None if student_logits is None else numbers[3],
+        )
     rows, classes = listed[0].shape
     checked = None
     if labels is not None:

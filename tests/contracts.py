@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 from reference.loss import soft_target_loss as expected_loss
 
-from coursepack.kernels import DenseRows, MixedLabels, soft_target_loss
+from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
 from coursepack.kernels import reference as plain
-from coursepack.kernels.arguments import check_arguments, check_weights
+from coursepack.kernels.arguments import full_weights, spell_out
+from coursepack.kernels.request import check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,13 +26,34 @@ PRECISION = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 def plain_loss(student_logits, teachers, labels=None, *, weights=None, **options):
     """The plain definition behind the same door as `soft_target_loss`."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "teacher_temperature": None, "adjustment": "none"}
-    arguments = check_arguments(student_logits, teachers, labels, **{**defaults, "smoothing": 0.1, **options})
-    rows = student_logits.shape[0]
-    return plain.loss(student_logits, check_weights(weights, arguments, rows), arguments)
+    request = check_request(student_logits, teachers, labels, weights=weights, **options)
+    return plain.loss(student_logits, full_weights(request), spell_out(request))
 
 
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {"analytic": soft_target_loss, "plain": plain_loss}
+def analytic_loss(student_logits, teachers, labels=None, **options):
+    """The analytic path behind the same door, whatever else could serve."""
+    with mock.patch.object(dispatch, "RULES", (*dispatch.RULES[:1], (dispatch.ANALYTIC, "a test", _always))):
+        return soft_target_loss(student_logits, teachers, labels, **options)
+
+
+def op_loss(student_logits, teachers, labels=None, **options):
+    """The operator of `torch.compile`, called as it is; the door where it is of no use."""
+    request = check_request(student_logits, teachers, labels, **options)
+    if dispatch.choose(student_logits, request)[0] != dispatch.KERNEL:
+        return soft_target_loss(student_logits, teachers, labels, **options)
+    return op.call(student_logits, request)
+
+
+def _always(*_):
+    return True
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "kernel": soft_target_loss,
+    "op": op_loss,
+    "analytic": analytic_loss,
+    "plain": plain_loss,
+}
 """Every path that computes the fused loss, with the signature of `soft_target_loss`."""
 
 

@@ -64,7 +64,11 @@ VALUE_ERRORS = [
     ({"labels": LABELS, "adjustment": ["shift"]}, "adjustment has 1 entries, expected one per teacher (2)"),
     ({"smoothing": 1.5}, "smoothing is 1.5, expected 0 to 1"),
     ({"smoothing": NAN}, "smoothing is nan, expected 0 to 1"),
-    ({"divergence": "js"}, "divergence is 'js', expected one of 'kl'"),
+    ({"divergence": "l1"}, "divergence is 'l1', expected one of 'kl', 'reverse_kl', 'js', 'mse'"),
+    (
+        {"divergence": "mse", "adjustment": "smooth", "labels": LABELS},
+        'adjustment "smooth" makes probabilities: it is not defined for divergence "mse"',
+    ),
     ({"combine": "product"}, "combine is 'product', expected one of 'mixture', 'sum'"),
     ({"soft_weight": NAN}, "soft_weight is nan, expected a finite number"),
     ({"hard_weight": math.inf, "labels": LABELS}, "hard_weight is inf, expected a finite number"),

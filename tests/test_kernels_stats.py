@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.loss import teacher_stats as reference_stats
+from test_kernels_rows import int8_rows, topk_rows
 
-from coursepack.kernels import DenseRows, teacher_stats
+from coursepack.kernels import DenseRows, Rows, teacher_stats
 
 # How far off each fact may be: absolutely, per nat or per unit of the value.
 PRECISION = 1e-6
@@ -133,3 +134,34 @@ def test_what_is_refused():
         teacher_stats(teachers, student_logits=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="teachers is empty"):
         teacher_stats([])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 64, 65, 1000])
+def test_every_kind_of_rows_says_what_its_decoded_logits_say(classes):
+    teachers, labels, student = random_teachers(5, 5, 6, classes)
+    kept = min(5, classes)
+    made = [
+        DenseRows(teachers[0].half()),
+        teachers[1].bfloat16(),
+        int8_rows((6, classes)),
+        topk_rows(6, kept, classes),
+        teachers[4],
+    ]
+    labels[2] = -100
+    got = teacher_stats(made, labels, student_logits=student.half())
+    decoded = [rows.decode() if isinstance(rows, Rows) else rows.float() for rows in made]
+    assert_facts(decoded, labels, student.half(), got)
+
+
+def test_nan_and_impossible_classes_are_as_in_torch():
+    teachers, labels, student = random_teachers(6, 1, 4, 9)
+    teachers[0, 1, 3] = float("nan")
+    teachers[0, 2, 4] = float("-inf")
+    got = teacher_stats(teachers, labels, student_logits=student)
+    want = teacher_stats(teachers.double(), labels, student_logits=student)
+    for field in dataclasses.fields(got):
+        mine, theirs = getattr(got, field.name), getattr(want, field.name)
+        if mine.dtype == torch.float32:
+            torch.testing.assert_close(mine, theirs.float(), equal_nan=True, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(mine, theirs), field.name

@@ -8,6 +8,12 @@ With q = softmax(z / T), P_k the softened and adjusted teacher k, p = sum_k w_k 
     dL/dw_k  = row_weight soft_weight T² times
                sum_c P_k (log p - log q) + 1              "mixture";   KL(P_k || q)             "sum"
 
+For other divergences of a target t (the mixture, or each teacher) and x = z / T, with slopes to x and to t:
+
+    reverse_kl   sum_c q (log q - log t)               q (log q - log t - D)                 -q / t
+    js           1/2 sum_c t log(t/m) + q log(q/m)     1/2 q (log(q/m) - sum q log(q/m))     1/2 log(t/m)
+    mse          1/C sum_c (x - t)², t of logits       2/C (x - t)                           -2/C (x - t)
+
 0 log 0 = 0. In dL/dw_k log p is floored at `tiny`; there log p is constant, so such a class adds no 1.
 """
 
@@ -99,6 +105,55 @@ def soft_part(logits, probs, weights, temperature, combine, floor):
     )
 
 
+def compare(divergence, scaled, target, floor):
+    """D, its slopes to the logits over T and to the target, and the sizes of D and of the first slope."""
+    if divergence == "mse":
+        difference = scaled - target
+        sizes = np.abs(scaled) + np.abs(target)
+        slope = 2 * difference / len(target)
+        return (difference**2).mean(), slope, -slope, (sizes**2).mean(), 2 * sizes.max() / len(target)
+    log_q, log_t = log_softmax(scaled), log(target, floor)
+    q = np.exp(log_q)
+    if divergence == "reverse_kl":
+        ratio = np.where(q > 0, log_q - log_t, 0)
+        value = weighted_sum(q, ratio)
+        target_slope = np.where(target >= floor, -q / np.maximum(target, floor), 0)
+        size = weighted_sum(q, np.abs(log_q) + np.abs(log_t))
+        return value, q * (ratio - value), target_slope, size, size
+    assert divergence == "js"
+    log_m = log((target + q) / 2, floor)
+    of_t, of_q = log_t - log_m, log(q, floor) - log_m
+    value = (weighted_sum(target, of_t) + weighted_sum(q, of_q)) / 2
+    size = weighted_sum(target, np.abs(log_t) + np.abs(log_m)) + weighted_sum(
+        q, np.abs(log_q) + np.abs(log_m)
+    )
+    return value, q * (of_q - weighted_sum(q, of_q)) / 2, of_t / 2, size, size
+
+
+def other_soft_part(divergence, logits, targets, weights, temperature, combine, floor):
+    """`soft_part` for the other divergences; `targets` are `(K, C)` probabilities or logits over T."""
+    squared, scaled = temperature**2, logits / temperature
+    if combine == "mixture":
+        value, slope, target_slope, size, slope_size = compare(divergence, scaled, weights @ targets, floor)
+        grad_weights = np.array([weighted_sum(np.abs(t), np.sign(t) * target_slope) for t in targets])
+        weights_size = np.array([weighted_sum(np.abs(t), np.abs(target_slope) + 1) for t in targets])
+    else:
+        each = [compare(divergence, scaled, t, floor) for t in targets]
+        value, slope, size, slope_size = (
+            sum(w * one[i] for w, one in zip(weights, each, strict=True)) for i in (0, 1, 3, 4)
+        )
+        grad_weights = np.array([one[0] for one in each])
+        weights_size = np.array([one[3] for one in each])
+    return Answer(
+        squared * value,
+        temperature * slope,
+        squared * grad_weights,
+        1 + squared * size,
+        temperature * (1 + slope_size),
+        squared * (1 + weights_size + size),
+    )
+
+
 def hard_part(logits, targets):
     """Cross-entropy of one row to `[(label, share), ...]`, its gradient and its size."""
     log_r = log_softmax(logits)
@@ -131,6 +186,21 @@ def targets_of_row(labels, n, ignore_index):
     return [(label, share) for label, share in both if label != ignore_index]
 
 
+def row_targets(divergence, teachers, labels, n, temperatures, adjustment, smoothing, ignore_index):
+    """What row n is compared with, `(K, C)`: probabilities, or for "mse" logits over their temperatures."""
+    if divergence != "mse":
+        return row_probs(teachers, labels, n, temperatures, adjustment, smoothing, ignore_index)
+    names = [adjustment] * len(teachers) if isinstance(adjustment, str) else adjustment
+    hard = [] if isinstance(labels, tuple) else targets_of_row(labels, n, ignore_index)
+    targets = teachers[:, n] / temperatures[:, n, None]
+    for k, name in enumerate(names):
+        if name == "shift" and hard:
+            label, top = hard[0][0], int(np.argmax(teachers[k, n]))
+            if teachers[k, n, label] < teachers[k, n, top]:
+                targets[k, [label, top]] = targets[k, [top, label]]
+    return targets
+
+
 def row_probs(teachers, labels, n, temperatures, adjustment, smoothing, ignore_index):
     """Softened and adjusted probabilities `(K, C)` of row n."""
     count = len(teachers)
@@ -152,6 +222,7 @@ def soft_target_loss(
     teacher_temperature=None,
     adjustment="none",
     smoothing=0.1,
+    divergence="kl",
     combine="mixture",
     soft_weight=1.0,
     hard_weight=0.0,
@@ -175,8 +246,13 @@ def soft_target_loss(
         if scale == 0:
             continue
         if soft_weight != 0:
-            probs = row_probs(teachers, labels, n, theirs, adjustment, smoothing, ignore_index)
-            soft = soft_part(student_logits[n], probs, weights[n], own[n], combine, tiny)
+            facts = (teachers, labels, n, theirs, adjustment, smoothing, ignore_index)
+            targets = row_targets(divergence, *facts)
+            if divergence == "kl":
+                soft = soft_part(student_logits[n], targets, weights[n], own[n], combine, tiny)
+            else:
+                rest = (targets, weights[n], own[n], combine, tiny)
+                soft = other_soft_part(divergence, student_logits[n], *rest)
             for field in fields(Answer):
                 factor = scale * soft_weight
                 factor = abs(factor) if field.name.endswith("size") else factor

@@ -1,0 +1,382 @@
+"""The fused loss beside torch: time, memory and error.
+
+    python benchmarks/loss.py [--json FILE] [--quick]
+
+Forward and backward of the mean over N samples at T = 4, gradient to the student; teachers float16. Every
+call reads other buffers, which together are larger than the cache. `naive` is what one writes in torch,
+`compile` is torch.compile of it, `analytic` the gradient by hand in torch operations, `floor` a compiled loop
+that reads every input once and writes a gradient once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _harness import alternate, arguments, report, row
+from torch import Tensor
+
+from coursepack.data.encodings import parse_encoding
+from coursepack.kernels import dispatch, native, soft_target_loss, soft_targets, teacher_stats
+from coursepack.kernels.request import check_request
+from coursepack.kernels.threads import run_kernel, usable_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TEMPERATURE = 4.0
+CELLS = ((128, 100, 4), (256, 1000, 1), (256, 1000, 4), (256, 1000, 8), (64, 21841, 2))
+COLD_BYTES = 640 << 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    cells: tuple[tuple[int, int, int], ...] = CELLS
+    encoded: tuple[tuple[int, int, int], ...] = ((256, 1000, 4), (64, 21841, 2))
+    rounds: int = 40
+    cold_bytes: int = COLD_BYTES
+    memory_rows: int = 8192
+    compiled: bool = True
+
+
+FULL = Size()
+QUICK = Size(((16, 100, 2),), ((16, 100, 2),), rounds=2, cold_bytes=1 << 20, memory_rows=256, compiled=False)
+
+
+def naive(student_logits: Tensor, teachers: Tensor) -> Tensor:
+    """What one writes in torch."""
+    probs = torch.softmax(teachers.float() / TEMPERATURE, dim=2).mean(0)
+    log_probs = torch.log_softmax(student_logits / TEMPERATURE, dim=1)
+    return F.kl_div(log_probs, probs, reduction="none").sum(1).mul(TEMPERATURE**2).mean()
+
+
+def ours(student_logits: Tensor, teachers: Any) -> Tensor:
+    return soft_target_loss(student_logits, teachers, temperature=TEMPERATURE).mean()
+
+
+def analytic(student_logits: Tensor, teachers: Any) -> Tensor:
+    rule = (dispatch.ANALYTIC, "asked for by the benchmark", lambda *_: True)
+    with mock.patch.object(dispatch, "RULES", (rule,)):
+        return ours(student_logits, teachers)
+
+
+class Kernel:
+    """The kernel alone: without checks and autograd."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Any] = {}
+
+    def __call__(self, student: Tensor, teachers: Tensor) -> None:
+        if teachers.data_ptr() not in self._requests:
+            request = check_request(student, teachers, None, temperature=TEMPERATURE)
+            self._requests[teachers.data_ptr()] = request
+        native.evaluate(student, None, self._requests[teachers.data_ptr()], True, False)
+
+
+class Floor:
+    """Reads every input and writes a gradient, in as many threads as torch has, launched as the kernel is."""
+
+    def __init__(self) -> None:
+        from coursepack.kernels.jit_base import carray, compiled, njit, types
+        from coursepack.kernels.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
+
+        @njit(fastmath=SUMS)
+        def copy(origin: int, out: int, count: int) -> None:
+            wide_vectors()
+            for c in range(count):
+                store(out, c, load(origin, c))
+
+        @njit(fastmath=SUMS)
+        def add_up(values: int, count: int) -> int:
+            wide_vectors()
+            total = np.uint32(0)
+            for c in range(count):
+                total ^= load_id(values, c)
+            return total
+
+        @compiled(types.void(types.voidptr))
+        def touch(data: Any) -> None:
+            student, teachers, grad, rows, classes, count, ticket, chunk = carray(data, (8,), np.int64)
+            start = take_ticket(ticket) * chunk
+            while start < rows:
+                for n in range(start, min(start + chunk, rows)):
+                    place = 4 * n * classes
+                    copy(student + place, grad + place, classes)
+                    for k in range(count):
+                        total = add_up(teachers + 2 * (k * rows + n) * classes, classes // 2)
+                        store(grad, n * classes, np.float32(total))
+                start = take_ticket(ticket) * chunk
+
+        self._function = touch
+
+    def __call__(self, student: Tensor, teachers: Tensor) -> None:
+        count, rows, classes = teachers.shape
+        threads, _ = usable_threads(rows * classes * (count + 1), native.PARALLEL_FROM)
+        grad, ticket = torch.empty_like(student), ctypes.c_int64()
+        places = (student.data_ptr(), teachers.data_ptr(), grad.data_ptr())
+        call = (*places, rows, classes, count, ctypes.addressof(ticket), max(1, rows // (8 * threads)))
+        run_kernel(self._function.address, struct.pack("8q", *call), threads)
+
+
+class Cold:
+    """Inputs that are not in the cache: the next of many copies at every call."""
+
+    def __init__(self, rows: int, classes: int, count: int, cold_bytes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.student = torch.randn(rows, classes, generator=generator).mul_(3)
+        self.teachers = torch.randn(count, rows, classes, generator=generator).mul_(3).half()
+        copies = max(2, cold_bytes // (self.student.nbytes + self.teachers.nbytes))
+        self.students = [self.student.clone().requires_grad_(True) for _ in range(copies)]
+        self.all_teachers: list[Any] = [self.teachers.clone() for _ in range(copies)]
+        self.place = 0
+
+    def _next(self) -> tuple[Tensor, Any]:
+        self.place = (self.place + 1) % len(self.students)
+        return self.students[self.place], self.all_teachers[self.place]
+
+    def step(self, loss: Callable[[Tensor, Any], Tensor]) -> Callable[[], None]:
+        """Forward and backward."""
+
+        def run() -> None:
+            student, teachers = self._next()
+            loss(student, teachers).backward()
+            student.grad = None
+
+        return run
+
+    def forward(self, function: Callable[[Tensor, Any], Any]) -> Callable[[], None]:
+        """Only that, on logits that want no gradient."""
+
+        def run() -> None:
+            student, teachers = self._next()
+            function(student.detach(), teachers)
+
+        return run
+
+
+def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
+    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+
+
+def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str, Any]]:
+    """One row of the table: every variant's time, and ours over each."""
+    rows, classes, count = cell
+    torch.set_num_threads(threads)
+    cold = Cold(rows, classes, count, size.cold_bytes)
+    variants = {
+        "ours": cold.step(ours),
+        "naive": cold.step(naive),
+        "analytic": cold.step(analytic),
+        "kernel": cold.forward(Kernel()),
+        "floor": cold.forward(Floor()),
+    }
+    if size.compiled:
+        torch._dynamo.reset()
+        variants["compile"] = cold.step(torch.compile(naive, fullgraph=True, dynamic=False))
+        variants["ours under compile"] = cold.step(torch.compile(ours, fullgraph=True, dynamic=False))
+    seconds = alternate(variants, size.rounds)
+    config = {"N": rows, "C": classes, "K": count, "threads": threads}
+    name = f"({rows},{classes},{count}) {threads} thread{'s' if threads > 1 else ''}"
+    result = [row(f"{name} {which}", [1e6 * s for s in seconds[which]], "us", config) for which in variants]
+    many = count >= 4
+    bars = {
+        ("ours", "naive"): {1: "<= 0.40", 2: "<= 0.25"}[threads] if many else None,
+        ("ours", "compile"): {1: "<= 0.55", 2: "<= 0.40"}[threads] if many else None,
+        ("ours", "analytic"): None,
+        ("ours under compile", "compile"): None,
+        ("kernel", "floor"): "<= 4",
+        ("ours", "floor"): "<= 5.5",
+    }
+    for (over, under), bar in bars.items():
+        if over in variants and under in variants:
+            result.append(row(f"{name} {over} / {under}", ratios(seconds, over, under), "ratio", config, bar))
+    return result
+
+
+def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str, Any]]:
+    """Teachers as int8 and top-k rows, over the same teachers as float16."""
+    rows, classes, count = cell
+    torch.set_num_threads(threads)
+    cold = {name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "topk:50")}
+    for name in ("int8", "topk:50"):
+        encoding = parse_encoding(name)
+        values = cold[name].teachers.float().numpy()
+        labels = values.argmax(2)
+        places = np.arange(rows)
+        teachers = []
+        for k in range(count):
+            parts = encoding.encode(values[k], places, labels[k])
+            teachers.append({key: torch.from_numpy(part) for key, part in parts.items()})
+        cold[name].all_teachers = [
+            [encoding.rows({key: part.clone() for key, part in t.items()}, (classes,)) for t in teachers]
+            for _ in cold[name].students
+        ]
+    seconds = alternate({name: each.step(ours) for name, each in cold.items()}, size.rounds)
+    config = {"N": rows, "C": classes, "K": count, "threads": threads}
+    name = f"({rows},{classes},{count}) {threads} thread{'s' if threads > 1 else ''}"
+    return [
+        row(
+            f"{name} {which} rows / float16 rows",
+            ratios(seconds, which, "float16"),
+            "ratio",
+            config,
+            "<= 1.0",
+        )
+        for which in ("int8", "topk:50")
+    ]
+
+
+def companions(size: Size) -> list[dict[str, Any]]:
+    """The mixture and the teachers' facts, compiled and in torch."""
+    torch.set_num_threads(1)
+    rows, classes, count = size.encoded[0]
+    cold = Cold(rows, classes, count, size.cold_bytes)
+    labels = cold.student.argmax(1)
+    functions = {
+        "soft_targets": lambda _, teachers: soft_targets(teachers, temperature=TEMPERATURE),
+        "teacher_stats": lambda student, teachers: teacher_stats(teachers, labels, student_logits=student),
+    }
+    variants = {name: cold.forward(function) for name, function in functions.items()}
+    for name in functions:
+        variants[f"{name} in torch"] = without_numba(variants[name])
+    seconds = alternate(variants, size.rounds)
+    config = {"N": rows, "C": classes, "K": count, "threads": 1}
+    result = [row(name, [1e6 * s for s in values], "us", config) for name, values in seconds.items()]
+    both = [(name, f"{name} in torch") for name in functions]
+    return result + [row(f"{a} / in torch", ratios(seconds, a, b), "ratio", config) for a, b in both]
+
+
+def without_numba(run: Callable[[], None]) -> Callable[[], None]:
+    def other() -> None:
+        with mock.patch.object(dispatch, "NUMBA_IS_INSTALLED", False):
+            run()
+
+    return other
+
+
+FIRST_CALL = """
+import time, torch
+from coursepack.kernels import soft_target_loss
+student, teachers = torch.randn(4, 8, requires_grad=True), torch.randn(2, 4, 8)
+started = time.perf_counter()
+soft_target_loss(student, teachers).sum().backward()
+print(time.perf_counter() - started)
+"""
+
+
+def first_call() -> list[dict[str, Any]]:
+    """Seconds of the first call in a process, numba imported, with an empty cache and with a full one."""
+    result = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        for name, repeats, bar in (("cold", 1, "<= 4"), ("cached", 5, "<= 0.5")):
+            command = [sys.executable, "-c", FIRST_CALL]
+            seconds = [
+                float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+                for _ in range(repeats)
+            ]
+            result.append(row(f"first call, {name}", seconds, "s", {"cache": name}, bar))
+    return result
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """How far the resident memory of this process rises above where it was."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def memory(size: Size) -> list[dict[str, Any]]:
+    """Peak extra memory of forward and backward, in units of the student's logits."""
+    torch.set_num_threads(2)
+    classes, result = 1000, []
+    for count in (1, 4, 8):
+        cold = Cold(size.memory_rows, classes, count, 0)
+        variants = {"ours": (ours, "<= 1.1"), "naive": (naive, None)}
+        if size.compiled:
+            torch._dynamo.reset()
+            compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+            variants["ours under compile"] = (compiled, "<= 2.1")
+        for which, (loss, bar) in variants.items():
+            step = cold.step(loss)
+            step()
+            extra = [peak_bytes(step) / cold.student.nbytes for _ in range(3)]
+            config = {"N": size.memory_rows, "C": classes, "K": count, "threads": 2}
+            result.append(row(f"peak extra memory, K={count}, {which}", extra, "x N C 4 bytes", config, bar))
+    return result
+
+
+def errors() -> list[dict[str, Any]]:
+    """Errors against float64, in units of their bounds (docs/loss.md)."""
+    torch.set_num_threads(2)
+    result = []
+    for temperature in (1.0, 4.0, 20.0, 100.0):
+        loss_error, grad_error = [], []
+        for seed, (classes, scale) in enumerate(((10, 3), (1000, 1), (1000, 10), (21841, 3))):
+            generator = torch.Generator().manual_seed(seed)
+            teachers = torch.randn(4, 16, classes, generator=generator).mul_(scale).half()
+            student = torch.randn(16, classes, generator=generator).mul_(scale).requires_grad_(True)
+            exact = student.detach().double().requires_grad_(True)
+            got = soft_target_loss(student, teachers, temperature=temperature)
+            want = soft_target_loss(exact, teachers.double(), temperature=temperature)
+            got.sum().backward()
+            want.sum().backward()
+            p = torch.softmax(teachers.double() / temperature, 2).mean(0)
+            log_q = torch.log_softmax(exact.detach() / temperature, 1)
+            size = 1 + temperature**2 * (torch.special.xlogy(p, p).abs() + p * log_q.abs()).sum(1)
+            grad_size = temperature * (log_q.exp().amax(1) + p.amax(1))
+            loss_error += ((got - want).detach().abs() / (1e-6 * size)).tolist()
+            worst = (student.grad - exact.grad).abs().amax(1)
+            grad_error += (worst / (1e-6 * grad_size)).tolist()
+        bar = "<= 1.0" if temperature <= 20 else None
+        config = {"T": temperature, "rows": len(loss_error)}
+        for what, values in (("loss", loss_error), ("gradient", grad_error)):
+            # The worst row counts, not the median.
+            entry = row(
+                f"largest error of the {what} / bound, T={temperature:g}", [max(values)], "ratio", config, bar
+            )
+            result.append(entry)
+    return result
+
+
+def main() -> None:
+    chosen = arguments("The fused loss beside torch.").parse_args()
+    size = QUICK if chosen.quick else FULL
+    rows = []
+    for threads in (1, 2):
+        for cell in size.cells:
+            rows += speed(cell, threads, size)
+        for cell in size.encoded:
+            rows += encoded(cell, threads, size)
+    rows += companions(size)
+    if not chosen.quick:
+        rows += first_call()
+    rows += memory(size)
+    rows += errors()
+    report("The fused loss", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Which path computes the fused loss, and why: one table, read from the top."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels import native
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.threads import usable_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coursepack.kernels.request import Request
+    from coursepack.kernels.rows import Rows
+
+KERNEL_DIVERGENCES = ("kl",)
+NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
+ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `soft_target_loss` would do with some arguments."""
+
+    path: str
+    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), or "analytic" (torch)."""
+    reason: str
+    """Why."""
+    threads: int | None
+    """Threads of the kernel; None where torch decides, and for an operator, which asks when it runs."""
+    threads_reason: str
+    """Why so many."""
+
+    def __str__(self) -> str:
+        threads = "" if self.threads is None else f"; threads: {self.threads} ({self.threads_reason})"
+        return f"{self.path}: {self.reason}{threads}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory can be read through its address: no subclass, no other layout."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+
+
+def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
+    if isinstance(teacher, list):
+        return all(map(_reads, teacher))
+    if isinstance(teacher, Tensor):
+        return teacher.dtype in native.KINDS and _is_plain(teacher)
+    if isinstance(teacher, TopKRows):
+        return teacher.ids.shape[1] > 0
+    return isinstance(teacher, (DenseRows, Int8Rows))
+
+
+# Each rule: the path, its reason, and whether it is taken. The first that is, counts.
+RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
+    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
+    (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
+    (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
+    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
+    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
+    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
+    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
+)
+
+
+def reads_teachers(request: Request) -> bool:
+    """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
+    r = request
+    on_cpu = r.device.type == "cpu" and r.dtype == torch.float32 and not torch.compiler.is_compiling()
+    wants_gradient = torch.is_grad_enabled() and r.weights is not None and r.weights.requires_grad
+    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
+
+
+def reads_student(student_logits: Tensor | None) -> bool:
+    """Whether a kernel can read a student's logits, if there are any."""
+    return student_logits is None or (
+        student_logits.device.type == "cpu"
+        and student_logits.dtype in native.KINDS
+        and _is_plain(student_logits)
+    )
+
+
+def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
+    """The path for a request, and the reason."""
+    for path, reason, taken in RULES:
+        if taken(student_logits, request):
+            return path, reason
+    raise AssertionError("the last rule is always taken")
+
+
+def describe_request(student_logits: Tensor, request: Request) -> Choice:
+    """The path and the threads for a request."""
+    path, reason = choose(student_logits, request)
+    if path != KERNEL:
+        return Choice(path, reason, None, "")
+    return Choice(path, reason, *usable_threads(native.work_of(request), native.PARALLEL_FROM))

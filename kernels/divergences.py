@@ -1,0 +1,89 @@
+"""Other ways to compare teachers and student than KL(teachers || student), in torch operations on any device.
+
+With x = z / T, q = softmax(x), and as target t either the mixture sum_k w_k X_k or each teacher's X_k, where
+X_k are its softened and adjusted probabilities P_k, or for "mse" its logits over its temperature:
+
+    reverse_kl   D = sum_c q (log q - log t)                                    MiniLLM, Gu et al. 2023
+    js           D = 1/2 sum_c t log(t / m) + q log(q / m), m = (t + q) / 2     Lin 1991
+    mse          D = 1/C sum_c (x - t)²                                         Ba and Caruana 2014, eq. 1
+
+Gradients are derived by hand: dD/dz = (dD/dx) / T, dD/dw_k = sum_c X_k dD/dt for the mixture and D of
+teacher k for the sum. Logarithms of a target are floored at the smallest normal number, so that a class which
+is impossible to the teachers costs much and not infinitely much; there dD/dt of "reverse_kl" is 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coursepack.kernels.arguments import Arguments
+
+Compared = tuple[Tensor, Tensor, Tensor]
+"""D `(N,)`, dD/dx `(N, C)` and dD/dt `(N, C)`."""
+
+
+def soft(
+    logits: Tensor, weights: Tensor, a: Arguments, wants_weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`soft_weight T² D` per row `(N,)`, its gradient to the logits `(N, C)` and to the weights `(N, K)`."""
+    compare = COMPARISONS[a.divergence]
+    scaled = logits / a.temperature[:, None]
+    weights = weights.to(a.dtype)
+    targets = [reference.target(a, k) for k in range(len(a.teachers))]
+    if a.combine == "mixture":
+        mixture = torch.zeros_like(scaled)
+        for k, each in enumerate(targets):
+            mixture.addcmul_(each, weights[:, k, None])
+        divergence, slope, target_slope = compare(scaled, mixture)
+        columns = [torch.where(each == 0, each, each * target_slope).sum(1) for each in targets]
+    else:
+        divergence, slope = torch.zeros_like(scaled[:, 0]), torch.zeros_like(scaled)
+        columns = []
+        for k, each in enumerate(targets):
+            one, its_slope, _ = compare(scaled, each)
+            divergence = divergence + weights[:, k] * one
+            slope.addcmul_(its_slope, weights[:, k, None])
+            columns.append(one)
+    factor = a.soft_weight * a.temperature
+    squared = factor * a.temperature
+    grad_weights = squared[:, None] * torch.stack(columns, dim=1) if wants_weights else None
+    return squared * divergence, slope.mul_(factor[:, None]), grad_weights
+
+
+def _reverse_kl(scaled: Tensor, t: Tensor) -> Compared:
+    log_q = reference.log_softmax(scaled)
+    q, tiny = log_q.exp(), torch.finfo(t.dtype).tiny
+    ratio = torch.where(q == 0, 0, log_q - t.clamp_min(tiny).log_())
+    divergence = (q * ratio).sum(1)
+    return divergence, q * (ratio - divergence[:, None]), torch.where(t >= tiny, -q / t, 0)
+
+
+def _js(scaled: Tensor, t: Tensor) -> Compared:
+    q = reference.softmax(scaled)
+    tiny = torch.finfo(t.dtype).tiny
+    log_m = ((t + q) / 2).clamp_min(tiny).log_()
+    of_t, of_q = (each.clamp_min(tiny).log_().sub_(log_m) for each in (t, q))
+    divergence = (t * of_t + q * of_q).sum(1) / 2
+    slope = q * (of_q - (q * of_q).sum(1, keepdim=True)) / 2
+    return divergence, slope, of_t / 2
+
+
+def _mse(scaled: Tensor, t: Tensor) -> Compared:
+    difference = scaled - t
+    slope = difference * (2 / t.shape[1])
+    return difference.square().mean(1), slope, -slope
+
+
+COMPARISONS: dict[str, Callable[[Tensor, Tensor], Compared]] = {
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+    "mse": _mse,
+}

@@ -1,0 +1,255 @@
+"""The fused loss for rows of a batch, compiled. Loaded at first use: importing numba is slow.
+
+One row at a time: the student's softmax, then each teacher's row from the form it is stored in to softened
+and adjusted probabilities, their mixture, the divergence and both gradients. Only a few rows of float32 per
+thread are ever held, whatever N and K. Formulas are those of `coursepack.kernels.analytic`.
+
+Rows are independent and each is summed in a fixed order, so results do not depend on threads. Addresses
+come from `coursepack.kernels.native`, which has checked every shape; values that could lead outside or have
+no meaning (labels, ids, temperatures, weights) are checked here, and the first bad row is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from coursepack.kernels.call import CALL, CALL_BYTES, FLOAT16, FLOAT32, TEACHER, TOPK
+from coursepack.kernels.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
+from coursepack.kernels.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
+from coursepack.kernels.jit_math import (
+    LOG2_E,
+    address,
+    load,
+    load_double,
+    load_integer,
+    pointer,
+    store,
+    store_integer,
+    take_ticket,
+)
+from coursepack.kernels.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
+from coursepack.kernels.jit_teacher import (
+    factor_of,
+    fetch_row,
+    ids_are_classes,
+    inverse_temperature,
+    read_dense,
+    teacher_exponentials,
+)
+
+MAX_TEMPERATURE = 100.0
+
+
+@njit(inline="always")
+def float_at(start: int, n: int, otherwise: float) -> float:
+    """The n-th float32 at an address, as float64; or the other value, where there is no address."""
+    return float64(load(start, n)) if start else otherwise
+
+
+@njit(inline="always")
+def temperature_at(record: Any, n: int) -> float:
+    """The temperature of a student or teacher in a row, from the call's record or the teacher's."""
+    return float_at(record.temperature, n * record.temperature_stride, record.fixed_temperature)
+
+
+@njit(inline="always")
+def label_at(start: int, n: int, ignore_index: int) -> int:
+    """The n-th label at an address; -1 where it is to be ignored, or there is none."""
+    if not start:
+        return -1
+    label = load_integer(start, n)
+    return -1 if label == ignore_index else label
+
+
+@njit(inline="always")
+def weight_at(call: Any, n: int, k: int) -> float:
+    """The weight of a teacher in a row."""
+    if not call.weights:
+        return 1 / call.teachers
+    place = n * call.weights_row + k * call.weights_column
+    return load_double(call.weights, place)
+
+
+@njit(inline="always")
+def wrong_label(start: int, n: int, call: Any) -> bool:
+    """Whether a label is no class and not to be ignored either."""
+    if not start:
+        return False
+    label = load_integer(start, n)
+    return label != call.ignore_index and (label < 0 or label >= call.classes)
+
+
+@njit
+def is_bad(call: Any, teachers: Any, n: int) -> bool:
+    """Whether a row holds a value that is not allowed. Logits are not looked at."""
+    if wrong_label(call.labels, n, call) or wrong_label(call.second, n, call):
+        return True
+    temperature, lam = temperature_at(call, n), float_at(call.lam, n, 1.0)
+    row_weight = float_at(call.row_weight, n, 1.0)
+    if not (0 < temperature <= MAX_TEMPERATURE and 0 <= lam <= 1 and row_weight == row_weight):
+        return True
+    for k in range(call.teachers):
+        teacher = teachers[k]
+        if not 0 < temperature_at(teacher, n) <= MAX_TEMPERATURE or not weight_at(call, n, k) >= 0:
+            return True
+        if row_weight != 0 and teacher.kind == TOPK and not ids_are_classes(teacher, n, call.classes):
+            return True
+    return False
+
+
+@njit
+def x_log_x(x: float) -> float:
+    """x log x, 0 at 0."""
+    return x * math.log(x) if x > 0 else 0.0
+
+
+@njit
+def soft_part(
+    call: Any, teachers: Any, n: int, factor: float, top: float, logits: int, out: int, scratch: int
+) -> float:
+    """`factor` times T² D of one row; its gradient to the student goes to `out`.
+
+    `logits` are the student's and `top` the largest; from `scratch` on are rows to work in.
+    """
+    length = lots(call.classes + LOT - 1)
+    row = 4 * length
+    student, spare, mixture, kept = scratch, scratch + row, scratch + 2 * row, scratch + 3 * row
+    temperature = temperature_at(call, n)
+    inverse = inverse_temperature(temperature)
+    total = exponentials(logits, top, factor_of(inverse), student, length)
+    inverse32, log_total, scale_q = float32(inverse), float32(math.log(total)), float32(1 / total)
+    label = label_at(call.labels, n, call.ignore_index) if not call.second else -1
+    squared = factor * temperature * temperature
+    slope = float32(factor * temperature)
+    one, zero = float32(1), float32(0)
+    mixes = call.combine == 0
+    keeps = call.grad_weights and mixes
+    grad_weights = call.grad_weights + 4 * n * call.teachers
+    weight_sum = 0.0
+    for k in range(call.teachers):
+        weight_sum += weight_at(call, n, k)
+    result = 0.0
+    fill(mixture if mixes else out, 0, length, zero)
+    for k in range(call.teachers):
+        probs = kept + k * row if keeps else kept
+        own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
+        ahead = teachers[k + 1 if k + 1 < call.teachers else 0]
+        fetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
+        size = teacher_exponentials(
+            teachers[k], n, label, call.classes, length, own, call.smoothing, spare, probs
+        )
+        if mixes:
+            # Of the mixture brought to a sum of one.
+            share = weight / weight_sum if weight_sum > 0 else 0.0
+            add_scaled(probs, float32(share / size), mixture, length)
+            if keeps:
+                store(grad_weights, k, float32(1 / size))
+            continue
+        each = divergence(
+            probs,
+            student,
+            logits,
+            top,
+            inverse32,
+            log_total,
+            float32(1 / size),
+            scale_q,
+            slope,
+            spare,
+            length,
+        )
+        add_scaled(spare, float32(weight), out, length)
+        if weight != 0:
+            result += weight * each
+        if call.grad_weights:
+            store(grad_weights, k, float32(squared * each))
+    if not mixes:
+        return squared * result
+    sum32 = float32(weight_sum)
+    each = divergence(
+        mixture, student, logits, top, inverse32, log_total, one, scale_q, slope * sum32, out, length
+    )
+    if keeps:
+        weight_slopes(mixture, sum32, logits, top, inverse32, log_total, spare, length)
+        for k in range(call.teachers):
+            products = dot(kept + k * row, spare, length)
+            store(grad_weights, k, float32(squared * products * load(grad_weights, k)))
+    return squared * (weight_sum * each + x_log_x(weight_sum))
+
+
+@njit
+def hard_part(call: Any, n: int, factor: float, top: float, logits: int, out: int, spare: int) -> float:
+    """`factor` times the cross-entropy of one row to its labels; its gradient is added to `out`."""
+    length = lots(call.classes + LOT - 1)
+    total = exponentials(logits, top, float32(LOG2_E), spare, length)
+    lam = float_at(call.lam, n, 1.0)
+    result = 0.0
+    share_sum = 0.0
+    for part in range(2):
+        start, share = (call.labels, lam) if part == 0 else (call.second, 1 - lam)
+        label = label_at(start, n, call.ignore_index)
+        if label >= 0 and share != 0:
+            result += share * (math.log(total) - (float64(load(logits, label)) - top))
+            store(out, label, load(out, label) - float32(factor * share))
+            share_sum += share
+    add_scaled(spare, float32(factor * share_sum / total), out, length)
+    return factor * result
+
+
+@njit
+def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
+    """Loss and gradients of one row."""
+    classes = call.classes
+    length = lots(classes + LOT - 1)
+    logits, out, rest = scratch, scratch + 4 * length, scratch + 8 * length
+    row_weight = float_at(call.row_weight, n, 1.0)
+    if call.grad_weights and (row_weight == 0 or call.soft_weight == 0):
+        fill(call.grad_weights, n * call.teachers, (n + 1) * call.teachers, float32(0))
+    if row_weight == 0 or call.soft_weight == 0:
+        fill(out, 0, length, float32(0))
+    value = 0.0
+    if row_weight != 0:
+        top = read_dense(call.student_kind, call.student, n * call.student_stride, classes, logits)
+        fetch_row(call.student_kind, call.student, (n + 1) * call.student_stride, classes)
+        if call.soft_weight != 0:
+            value = soft_part(call, teachers, n, row_weight * call.soft_weight, top, logits, out, rest)
+        if call.hard_weight != 0:
+            value += hard_part(call, n, row_weight * call.hard_weight, top, logits, out, rest)
+    store(call.loss, n, float32(value))
+    place = n * classes
+    if not call.grad:
+        return
+    if call.student_kind == FLOAT32:
+        write_float32(out, call.grad + 4 * place, classes)
+    elif call.student_kind == FLOAT16:
+        write_half(out, call.grad + 2 * place, classes)
+    else:
+        write_bfloat16(out, call.grad + 2 * place, classes)
+
+
+def _entry(sources: int) -> Any:
+    @compiled(types.void(types.voidptr))
+    def run(data: Any) -> None:
+        """Take chunks of rows until none is left: what every thread does.
+
+        `data` points to a CALL record with TEACHER records behind it.
+        """
+        if sources == 0:  # never: it is here to be part of what numba finds the compiled code by
+            return
+        call = carray(data, (1,), CALL)[0]
+        teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
+        scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
+        start = take_ticket(call.state) * call.chunk
+        while start < call.rows and load_integer(call.state, 2) == 0:
+            for n in range(start, min(start + call.chunk, call.rows)):
+                if is_bad(call, teachers, n):
+                    store_integer(call.state, 2, n + 1)
+                    return
+                one_row(call, teachers, n, scratch)
+            start = take_ticket(call.state) * call.chunk
+
+    return run
+
+
+run = _entry(SOURCES)

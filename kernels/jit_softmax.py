@@ -1,0 +1,116 @@
+"""Loops over the classes of one row, compiled. Loaded at first use: importing numba is slow.
+
+Rows are addresses of float32, whole lots of classes long (`jit_convert.LOT`), so that no loop has a rest;
+what lies beyond the classes holds probability 0. `out` is none of the other rows: a loop whose rows overlap
+is not vectorised.
+"""
+
+from __future__ import annotations
+
+from coursepack.kernels.jit_base import float32, njit
+from coursepack.kernels.jit_convert import lots
+from coursepack.kernels.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
+
+BLOCK = 1024
+"""So many terms are added up in float32, and these sums in float64."""
+
+
+@njit(inline="always")
+def block_end(start: int, length: int) -> int:
+    """The end of a block of whole lots."""
+    return start + lots(min(BLOCK, length - start))
+
+
+@njit(fastmath=SUMS)
+def exponentials(logits: int, top: float, factor: float, out: int, length: int) -> float:
+    """`2^((logits - top) factor)` into `out`; their sum."""
+    wide_vectors()
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        part = float32(0)
+        for c in range(start, block_end(start, length)):
+            value = exp2((load(logits, c) - top) * factor)
+            store(out, c, value)
+            part += value
+        total += part
+    return total
+
+
+@njit(fastmath=SUMS)
+def add_scaled(values: int, factor: float, out: int, length: int) -> None:
+    """Add `factor values` to `out`."""
+    wide_vectors()
+    for c in range(lots(length)):
+        store(out, c, load(out, c) + factor * load(values, c))
+
+
+@njit(fastmath=SUMS)
+def divergence(
+    p: int,
+    q: int,
+    logits: int,
+    top: float,
+    inverse: float,
+    log_total: float,
+    scale_p: float,
+    scale_q: float,
+    slope: float,
+    out: int,
+    length: int,
+) -> float:
+    """KL of `scale_p p` to `scale_q q`, whose log is `(logits - top) inverse - log_total`.
+
+    `slope (scale_q q - scale_p p)` goes to `out`.
+    """
+    wide_vectors()
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        part = float32(0)
+        for c in range(start, block_end(start, length)):
+            own, other = scale_p * load(p, c), scale_q * load(q, c)
+            log_q = (load(logits, c) - top) * inverse - log_total
+            part += divergence_term(own, other, log(own if own > TINY else TINY), log_q)
+            store(out, c, slope * (other - own))
+        total += part
+    return total
+
+
+@njit(fastmath=SUMS)
+def weight_slopes(
+    p: int, scale_p: float, logits: int, top: float, inverse: float, log_total: float, out: int, length: int
+) -> None:
+    """`log(scale_p p) - log q + 1`; where the first is floored, and so constant, without the 1."""
+    wide_vectors()
+    for c in range(lots(length)):
+        log_q = (load(logits, c) - top) * inverse - log_total
+        own = scale_p * load(p, c)
+        step = float32(1) if own >= TINY else float32(0)
+        store(out, c, log(own if own > TINY else TINY) - log_q + step)
+
+
+@njit(fastmath=SUMS)
+def dot(probs: int, values: int, length: int) -> float:
+    """Sum of products, where zero times infinity is zero."""
+    wide_vectors()
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        part = float32(0)
+        for c in range(start, block_end(start, length)):
+            prob = load(probs, c)
+            part += float32(0) if prob == float32(0) else prob * load(values, c)
+        total += part
+    return total
+
+
+@njit(fastmath=SUMS)
+def moment(probs: int, logits: int, top: float, length: int) -> float:
+    """`sum probs (logits - top)`, where zero times infinity is zero."""
+    wide_vectors()
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        part = float32(0)
+        for c in range(start, block_end(start, length)):
+            prob = load(probs, c)
+            part += float32(0) if prob == float32(0) else prob * (load(logits, c) - top)
+        total += part
+    return total

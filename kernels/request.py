@@ -1,0 +1,283 @@
+"""One call of the fused loss as it was asked for: names, numbers, shapes and dtypes checked, values not yet.
+
+This is all that every path needs; `arguments.spell_out` checks the values and expands everything for paths
+in torch, while the compiled kernel reads a request as it is. Cheap on purpose: with a small batch this is
+most of what a call costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.rows import Rows
+
+MAX_TEMPERATURE = 100.0
+ADJUSTMENTS = ("none", "shift", "smooth")
+DIVERGENCES = ("kl", "reverse_kl", "js", "mse")
+COMBINATIONS = ("mixture", "sum")
+STUDENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TEACHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Teachers = Tensor | Sequence[Tensor | Rows]
+"""`(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One call but for the student's logits. Not frozen, as that triples the price of making one."""
+
+    given: Tensor | list[Tensor | Rows]
+    """`(K, N, C)`, or K tensors or encoded rows `(N, C)`."""
+    labels: Tensor | MixedLabels | None
+    weights: Tensor | None
+    """`(K,)` or `(N, K)`; None means 1/K."""
+    temperature: float | Tensor
+    """A number, `()` or `(N,)`."""
+    teacher_temperatures: list[float | Tensor] | None
+    """K times a number, `()` or `(N,)`; None means the student's."""
+    adjustments: tuple[str, ...]
+    smoothing: float
+    divergence: str
+    combine: str
+    soft_weight: float
+    hard_weight: float
+    row_weight: Tensor | None
+    ignore_index: int
+    rows: int
+    classes: int
+    device: torch.device
+    dtype: torch.dtype
+    """Of the computation: float32, or float64 for a float64 student."""
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.given)
+
+    @property
+    def teachers(self) -> list[Tensor | Rows]:
+        """K times `(N, C)`."""
+        return list(self.given.unbind(0)) if isinstance(self.given, Tensor) else self.given
+
+
+def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> Tensor | list[Tensor | Rows]:
+    """The teachers, if each is `(N, C)` and all have `shape`, or the first one's.
+
+    Raises:
+        ValueError: no teacher, or shapes that differ.
+        TypeError: a tensor of another dtype.
+    """
+    if isinstance(teachers, Tensor):
+        if teachers.ndim != 3:
+            raise ValueError(f"teachers has shape {tuple(teachers.shape)}, expected (K, N, C)")
+        given: Tensor | list[Tensor | Rows] = teachers
+        first: list[Tensor | Rows] = [teachers[0]] if len(teachers) else []
+    else:
+        given = first = list(teachers)
+    if not len(given):
+        raise ValueError("teachers is empty, expected at least one")
+    shape = tuple(first[0].shape) if shape is None else tuple(shape)
+    for index, teacher in enumerate(first):
+        if len(teacher.shape) != 2 or tuple(teacher.shape) != shape:
+            raise ValueError(f"teachers[{index}] has shape {tuple(teacher.shape)}, expected {shape} (N, C)")
+        if isinstance(teacher, Tensor) and teacher.dtype not in TEACHER_DTYPES:
+            raise TypeError(f"teachers[{index}] has dtype {teacher.dtype}, expected a floating-point dtype")
+    return given
+
+
+def check_request(
+    student_logits: Tensor | None,
+    teachers: Teachers,
+    labels: Tensor | MixedLabels | None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: Tensor | Sequence[float] | None = None,
+    adjustment: str | Sequence[str] = "none",
+    smoothing: float = 0.1,
+    divergence: str = "kl",
+    combine: str = "mixture",
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    dtype: torch.dtype | None = None,
+) -> Request:
+    """Check what can be checked without looking into a tensor. Arguments are those of `soft_target_loss`.
+
+    Raises:
+        ValueError: a shape, number or name that is not allowed; the text names it.
+        TypeError: a tensor of the wrong dtype.
+    """
+    if student_logits is not None:
+        _check_student(student_logits)
+        dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    given = check_teachers(teachers, None if student_logits is None else student_logits.shape)
+    count, one = len(given), given[0] if student_logits is None else student_logits
+    rows, classes = one.shape
+    device = one.device
+    dtype = dtype or torch.float32
+    for index, teacher in enumerate([given] if isinstance(given, Tensor) else given):
+        check_device(f"teachers[{index}]", teacher, device)
+    _check_name("divergence", divergence, DIVERGENCES)
+    _check_name("combine", combine, COMBINATIONS)
+    adjustments = _adjustments(adjustment, count)
+    adjusts = adjustments.count("none") != count
+    if adjusts and isinstance(labels, MixedLabels):
+        raise ValueError("adjustment needs one label per row: it is not defined for MixedLabels")
+    if divergence == "mse" and "smooth" in adjustments:
+        raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')
+    if labels is None and (adjusts or hard_weight != 0):
+        raise ValueError("labels is None, but adjustment or hard_weight needs labels")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing is {smoothing}, expected 0 to 1")
+    _check_finite("soft_weight", soft_weight)
+    _check_finite("hard_weight", hard_weight)
+    _check_temperature("temperature", temperature, rows, device)
+    _check_labels(labels, rows, device)
+    if row_weight is not None:
+        _check_detached("row_weight", row_weight)
+        _check_rows("row_weight", row_weight, rows, device)
+    return Request(
+        given=given,
+        labels=labels,
+        weights=_weights(weights, rows, count, device, dtype),
+        temperature=temperature,
+        teacher_temperatures=_teacher_temperatures(teacher_temperature, count, rows, device),
+        adjustments=adjustments,
+        smoothing=smoothing,
+        divergence=divergence,
+        combine=combine,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        row_weight=row_weight,
+        ignore_index=ignore_index,
+        rows=rows,
+        classes=classes,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _check_student(student_logits: Tensor) -> None:
+    if student_logits.ndim != 2:
+        raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, expected (N, C)")
+    if student_logits.shape[1] == 0:
+        raise ValueError("student_logits has no classes")
+    if student_logits.dtype not in STUDENT_DTYPES:
+        raise TypeError(f"student_logits has dtype {student_logits.dtype}, expected a floating-point dtype")
+
+
+def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
+    """Refuse what is not where the student is."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected {device} (where the student's logits are)")
+
+
+def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+
+
+def _check_detached(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but the loss gives it none: pass {name}.detach()")
+
+
+def _check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> None:
+    if tuple(value.shape) != (rows,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({rows},) (N,)")
+    check_device(name, value, device)
+
+
+def _adjustments(adjustment: str | Sequence[str], count: int) -> tuple[str, ...]:
+    if isinstance(adjustment, str):
+        _check_name("adjustment", adjustment, ADJUSTMENTS)
+        return (adjustment,) * count
+    names = tuple(adjustment)
+    if len(names) != count:
+        raise ValueError(f"adjustment has {len(names)} entries, expected one per teacher ({count})")
+    for name in names:
+        _check_name("adjustment", name, ADJUSTMENTS)
+    return names
+
+
+def _check_temperature(name: str, value: float | Tensor, rows: int, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        if not 0 < value <= MAX_TEMPERATURE:
+            raise ValueError(f"{name} is {value}, expected 0 < T <= {MAX_TEMPERATURE:g}")
+        return
+    _check_detached(name, value)
+    if tuple(value.shape) not in ((), (rows,)):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a number or ({rows},) (N,)")
+    check_device(name, value, device)
+
+
+def _teacher_temperatures(
+    value: Tensor | Sequence[float] | None, count: int, rows: int, device: torch.device
+) -> list[float | Tensor] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (Tensor, Sequence)):
+        raise TypeError(f"teacher_temperature is {value!r}, expected one number per teacher ({count})")
+    if len(value) != count:
+        raise ValueError(f"teacher_temperature has {len(value)} entries, expected one per teacher ({count})")
+    each = [value[k] for k in range(count)]
+    for k, temperature in enumerate(each):
+        _check_temperature(f"teacher_temperature[{k}]", temperature, rows, device)
+    return each
+
+
+def _check_labels(labels: Tensor | MixedLabels | None, rows: int, device: torch.device) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, Tensor):
+        check_ids("labels", labels, rows, device)
+        return
+    check_ids("labels.first", labels.first, rows, device)
+    check_ids("labels.second", labels.second, rows, device)
+    _check_rows("labels.lam", labels.lam, rows, device)
+
+
+def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
+    """Refuse class ids that are not `(N,)` int64."""
+    if tuple(ids.shape) != (rows,):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected ({rows},) (N,)")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {ids.dtype}, expected int64 class ids")
+    check_device(name, ids, device)
+
+
+def _weights(
+    weights: Tensor | Sequence[float] | None,
+    rows: int,
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        if len(weights) != count:
+            raise ValueError(f"weights has {len(weights)} entries, expected one per teacher ({count})")
+        # Filled one by one: a copy from the host would wait for the device.
+        return torch.cat([torch.full((1,), w, dtype=dtype, device=device) for w in weights])
+    if tuple(weights.shape) not in ((count,), (rows, count)):
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}, expected ({count},) (K,) or ({rows}, {count}) (N, K)"
+        )
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"weights has dtype {weights.dtype}, expected a floating-point dtype")
+    check_device("weights", weights, device)
+    return weights
