@@ -94,7 +94,8 @@ def _line(model: type[Config], problem: Any) -> str:
         return f"  {path}: unknown {key.strip(chr(39))} {tag!r}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
         return f"  {path}: {problem['ctx']['discriminator']} is missing, got {problem['input']!r}"
-    given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    whole = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+    given = "" if problem["type"] == "missing" or whole else f", got {problem['input']!r}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
 

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     MIXING = 6
     CONTENT = 8
     FAKE = 9
+    TEACHER = 10
     VIEW = 16
     """The first op of a view recipe; op number i uses `VIEW + i`."""
 

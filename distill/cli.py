@@ -16,12 +16,14 @@ from coursepack.data.sources import evaluation_spec
 from coursepack.distill.compare import compare, table_rows
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.learner import Learner
+from coursepack.distill.methods import METHODS, describe
 from coursepack.distill.objective import Objective
+from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.targets import open_stores
 from coursepack.distill.train import train
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, UnknownName
 from coursepack.models import load_teacher
 from coursepack.models.runner import pick_device
 
@@ -54,7 +56,7 @@ Examples:
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 @click.option("--student", help="A network's name.")
 @click.option("--store", "stores", multiple=True, help="A teacher's store. Repeatable.")
-@click.option("--method", help="supervised, kd.  [default: kd with stores, else supervised]")
+@click.option("--method", help="See `distill methods`.  [default: kd with stores, else supervised]")
 @click.option("--online", is_flag=True, default=None, help="Run the stores' teachers live instead.")
 @click.option("--source", help="NAME or NAME:SPLIT.  [default: the stores']")
 @click.option("--root", help="Folder of the source's files, if it has any.")
@@ -82,11 +84,13 @@ Examples:
 @click.option(
     "--set", "assignments", multiple=True, help="Any recipe field, as key.subkey=value. Repeatable."
 )
+@click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard into the run, too.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
     recipe_file: Path | None,
     out: Path,
     overwrite: bool,
+    tensorboard: bool,
     device: str,
     workers: int | None,
     assignments: tuple[str, ...],
@@ -106,7 +110,14 @@ def train_command(
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
     recipe = _complete(values, where)
-    metrics = train(recipe, out, device=pick_device(device), overwrite=overwrite, workers=workers)
+    metrics = train(
+        recipe,
+        out,
+        device=pick_device(device),
+        overwrite=overwrite,
+        workers=workers,
+        tensorboard=tensorboard,
+    )
     evaluation = metrics["evaluation"]
     click.echo(
         f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
@@ -127,7 +138,7 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
     data = open_source(source or recipe.evaluation, root or (Path(recipe.root) if recipe.root else None))
     network = load_teacher(f"run:{run}", data.class_names)
     chosen = pick_device(device)
-    learner = Learner(network, Objective(recipe.objective)).to(chosen)
+    learner = Learner(network, Objective(ObjectiveConfig())).to(chosen)
     with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
         size = network.preprocessing.size
         with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
@@ -149,6 +160,36 @@ def compare_command(runs: tuple[Path, ...], as_json: bool) -> None:
         click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
     else:
         print_table("", *table_rows(groups))
+
+
+@main.command("methods", epilog="\b\nExamples:\n  distill methods\n  distill methods amtml")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def methods_command(name: str | None, as_json: bool) -> None:
+    """Say what each method computes, where it is from, and what it needs.
+
+    Every default can be replaced with --set objective.FIELD=VALUE.
+    """
+    if name is not None and name not in METHODS:
+        raise UnknownName("method", name, METHODS)
+    told = [describe(each) for each in METHODS if name in (None, each)]
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    elif name is None:
+        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in told])
+    else:
+        click.echo("\n".join(_described(told[0])))
+
+
+def _described(method: dict[str, Any]) -> list[str]:
+    lines = [f"{method['name']}", f"  loss      {method['formula']}", f"  source    {method['source']}"]
+    if method["fusion"] is not None:
+        fusion = method["fusion"]
+        lines.append(f"  fusion    {fusion['name']}: {fusion['formula']}; combined as a {method['combine']}")
+    lines.append(f"  needs     {', '.join(method['needs'])}")
+    lines += [f"  note      {method['note']}"] if method["note"] else []
+    lines.append("  defaults  " + json.dumps(method["defaults"]))
+    return lines
 
 
 _OBJECTIVE_FLAGS = ("temperature", "soft_weight", "hard_weight", "teacher_weights")

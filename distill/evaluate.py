@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from coursepack.data import PRESETS, batches
+from coursepack.distill.epoch_log import Calibration, top5_correct
 
 if TYPE_CHECKING:
     from coursepack.console import Meter
@@ -28,7 +29,7 @@ def evaluate(
     renderer: Renderer | None = None,
     meter: Meter | None = None,
 ) -> dict[str, float]:
-    """Accuracy (top-1, and top-5 where there are more than five classes) and NLL in nats per sample.
+    """Accuracy (top-1, and top-5 where there are more than five classes), NLL in nats, calibration error.
 
     Images are seen under `evaluation_view`; `renderer` renders them ahead.
     """
@@ -38,6 +39,7 @@ def evaluate(
     sums = {"accuracy": 0.0, "nll": 0.0}
     if len(source.class_names) > 5:
         sums["accuracy_top5"] = 0.0
+    calibration = Calibration(device)
     recipe = evaluation_view(source)
     several = batches(source, recipe, samples, views=[0], batch_size=BATCH_SIZE, device=device)
     for batch in several if renderer is None else renderer.ahead(several):
@@ -45,12 +47,13 @@ def evaluate(
         sums["accuracy"] += float((logits.argmax(1) == labels).sum())
         sums["nll"] += float(F.cross_entropy(logits, labels, reduction="sum"))
         if "accuracy_top5" in sums:
-            top = logits.topk(5, dim=1).indices
-            sums["accuracy_top5"] += float((top == labels[:, None]).any(1).sum())
+            sums["accuracy_top5"] += float(top5_correct(logits, labels))
+        calibration.add(logits, labels)
         if meter is not None:
             meter.advance(len(batch))
     learner.train(was_training)
-    return {name: value / len(samples) for name, value in sums.items()}
+    facts = {name: value / len(samples) for name, value in sums.items()}
+    return {**facts, "calibration_error": calibration.error()}
 
 
 def evaluation_view(source: Source) -> ViewRecipe:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from coursepack.distill.facts import Inside, Moment
+from coursepack.distill.student import watched
+
 if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.distill.objective import Objective, ObjectiveValue
@@ -32,10 +35,23 @@ class Learner(nn.Module):
         self.student = network.module
         self.objective = objective
 
-    def forward(self, batch: Batch, targets: Targets | None) -> LearnerOutput:
+    def begin_epoch(self, epoch: int) -> None:
+        """Freeze or release what the objective's phases say."""
+        self.objective.begin_epoch(epoch)
+
+    def forward(self, batch: Batch, targets: Targets | None, moment: Moment | None = None) -> LearnerOutput:
         """Student's logits and the objective's value on one batch."""
-        student_logits = self.predict(batch)
-        return LearnerOutput(student_logits, self.objective(student_logits, batch.labels, targets))
+        objective = self.objective
+        layers, representation = objective.student_layers, objective.needs_representation
+        if layers or representation:
+            layer = objective.config.fusion.layer if representation else None
+            with watched(self.network, layers, representation=representation, layer=layer) as caught:
+                student_logits = self.predict(batch)
+                inside = caught()
+        else:
+            student_logits, inside = self.predict(batch), Inside()
+        value = objective(student_logits, batch.labels, targets, inside, moment or Moment())
+        return LearnerOutput(student_logits, value)
 
     def predict(self, batch: Batch) -> Tensor:
         """Student's logits `(N, C)`."""

@@ -1,33 +1,210 @@
-"""Methods: named objectives, each with its source."""
+"""Methods: named objectives, each with its formula, its source and the conventions it was converted from.
+
+Notation: z student's logits, z_k teacher k's, y label, q = softmax(z / T), P_k = softmax(z_k / T), C classes.
+All terms are means over the batch of sums over classes (`batchmean`), in nats.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from coursepack.distill.objective import ObjectiveConfig
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.objective_config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Method:
     """A named objective that can be overridden field by field."""
 
-    summary: str
+    formula: str
     """Its loss in one line."""
-    citation: str
+    source: str
     """Paper and place."""
     objective: ObjectiveConfig
     """Its defaults."""
+    note: str = ""
+    """What was converted, or could not be verified."""
+    term: Callable[..., Tensor] | None = None
+    """A term of its own: from `Facts` and the arguments in `ObjectiveConfig.term` to values per sample
+    `(N,)`, or to a scalar that is coupled over the batch."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it needs to be trained, in words."""
+        config, found = self.objective, []
+        fusion = FUSIONS[config.fusion.name]
+        if config.uses_soft_targets or self.term is not None:
+            found.append(
+                "logits of every teacher" if fusion.choose is None else "logits of one teacher a batch"
+            )
+        if config.dynamic_temperature.kind == "flsw":
+            found.append("all of them (no topk store)")
+        if config.uses_hints:
+            found.append("a tapped feature of every teacher")
+        if config.needs_one_label:
+            found.append("one label per sample (no mixing)")
+        if config.batch_coupled:
+            found.append("whole batches: " + ", ".join(config.batch_coupled))
+        return (*found, "labels")
 
 
-METHODS = {
+def from_mean_reduction(coefficient: float, classes: int) -> float:
+    """A coefficient published for `KLDivLoss(reduction="mean")`, which divides by the classes as well.
+
+    >>> from_mean_reduction(1.4, classes=10)
+    0.13999999999999999
+    """
+    return coefficient / classes
+
+
+# Published coefficients that follow another convention than docs/decisions/reduction.md, all of them:
+#
+# AMTML-KD    its notebooks give `reduction="mean"` KL the factor 2 alpha T² with alpha = 0.7, and CE
+#             1 - alpha; in our units 2 alpha / C. Here for C = 10; for others set soft_weight to 1.4 / C.
+_AMTML_SOFT = round(from_mean_reduction(2 * 0.7, classes=10), 12)
+# CA-MKD      its release divides the weighted sum by K once more, although its weights sum to one. Here as in
+#             the paper; for the release's size set soft_weight to 1 / K.
+_CA_MKD_SOFT = 1.0
+# EBKD        in the release of CA-MKD weights sum to K - 1 and the sum is divided by K. Here weights sum to
+#             one; for the release's size set soft_weight to (K - 1) / K.
+_EBKD_SOFT = 1.0
+
+_KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
+"""Of Hinton's method in RepDistiller (Tian et al. 2020). Methods whose own numbers are not known take them,
+so that a comparison with `kd` shows the idea alone."""
+_FLSW: dict[str, Any] = {"kind": "flsw", "slope": 40.0, "gamma": 0.5}
+_AMTML: dict[str, Any] = {
+    "soft_weight": _AMTML_SOFT,
+    "hard_weight": 0.3,
+    "temperature": 5.0,
+    "fusion": {"name": "adaptive", "l2": 0.1},
+    "relations": {"angle": 1.0},
+}
+_WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
+_LIU = "Liu, Zhang and Wang 2020, arXiv 2103.04062"
+
+
+def _config(**values: Any) -> ObjectiveConfig:
+    return ObjectiveConfig.model_validate(values)
+
+
+METHODS: dict[str, Method] = {
     "supervised": Method(
-        summary="CE(student, labels)",
-        citation="no teacher",
-        objective=ObjectiveConfig(soft_weight=0.0, hard_weight=1.0),
+        formula="CE(z, y)",
+        source="no teacher",
+        objective=_config(soft_weight=0.0, hard_weight=1.0),
     ),
     "kd": Method(
-        summary="0.9 T² KL(sum_k w_k softmax(z_k / T) || softmax(z / T)) + 0.1 CE, T = 4",
-        citation="Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; weights of Tian et al. 2020",
-        objective=ObjectiveConfig(soft_weight=0.9, hard_weight=0.1, temperature=4.0),
+        formula="0.9 T² KL(sum_k w_k P_k || q) + 0.1 CE, T = 4",
+        source="Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2; weights of Tian et al. 2020",
+        objective=_config(**_KD),
+    ),
+    "avg": Method(
+        formula="0.9 T² (1/K) sum_k KL(P_k || q) + 0.1 CE",
+        source="AVER in the release of Zhang et al. 2022 (CA-MKD)",
+        objective=_config(**_KD, fusion={"name": "uniform"}),
+        note="the student's gradient is that of kd with equal weights; the value is not",
+    ),
+    "best": Method(
+        formula="0.9 T² KL(P_b || q) + 0.1 CE, b the teacher that was right most often",
+        source="the usual single-teacher baseline",
+        objective=_config(**_KD, fusion={"name": "best"}),
+    ),
+    "random": Method(
+        formula="0.9 T² KL(P_r || q) + 0.1 CE, r drawn anew for every batch",
+        source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3, without its adversarial part",
+        objective=_config(**_KD, fusion={"name": "random"}),
+    ),
+    "ka-ps": Method(
+        formula="0.9 T² KL(sum_k w_k A(P_k) || q) + 0.1 CE, A swaps label and top class of a wrong teacher",
+        source=f"{_WEN}, section 3.1 (probability shift)",
+        objective=_config(**_KD, adjustment="shift"),
+        note="the paper's own numbers were not at hand: those of kd",
+    ),
+    "ka-lsr": Method(
+        formula="as ka-ps, but a wrong teacher's row becomes (1 - eps) onehot + eps / C",
+        source=f"{_WEN}, section 3.1 (label smoothing regularisation)",
+        objective=_config(**_KD, adjustment="smooth", smoothing=0.1),
+        note="the smoothed label is not softened by T; eps and the rest were not at hand",
+    ),
+    "dtd-flsw": Method(
+        formula="0.9 mean_x T_x² KL(P(T_x) || q(T_x)) + 0.1 CE, T_x = T_0 + slope (mean omega - omega_x), "
+        "omega = (1 - cos(z, z_t))^gamma",
+        source=f"{_WEN}, section 3.2 (focal-loss-style weights)",
+        objective=_config(soft_weight=0.9, hard_weight=0.1, temperature=10.0, dynamic_temperature=_FLSW),
+        note="T_0 = 10 and slope 40 from a re-implementation; not verified in the paper. z_t is the weighted "
+        "mean of the teachers' logits",
+    ),
+    "dtd-cwsm": Method(
+        formula="as dtd-flsw with omega = 1 / max softmax(z)",
+        source=f"{_WEN}, section 3.2 (confidence-weighted by student max)",
+        objective=_config(**_KD, dynamic_temperature={"kind": "cwsm", "slope": 1.0}),
+        note="slope 1 as in TextBrewer's documentation; the paper's was not at hand",
+    ),
+    "ka-dtd": Method(
+        formula="dtd-flsw on teachers adjusted as by ka-ps, before omega is taken",
+        source=f"{_WEN}, section 3.3",
+        objective=_config(
+            soft_weight=0.9, hard_weight=0.1, temperature=10.0, adjustment="shift", dynamic_temperature=_FLSW
+        ),
+        note="as dtd-flsw",
+    ),
+    "amtml": Method(
+        formula="0.14 T² KL(sum_k w_k P_k || q) + 0.3 CE + angle + 0.1 (||v||² + sum_k ||theta_k||²), T = 5, "
+        "w = softmax_k(v . (theta_k * beta))",
+        source=f"{_LIU}, sections 3.2 and 3.3; numbers of its notebooks",
+        objective=_config(**_AMTML),
+        note="0.14 is 2 alpha / C for C = 10: set soft_weight=1.4/C for other classes. Trained jointly; "
+        "fusion.joint_epochs freezes the latents after the release's first phase",
+    ),
+    "amtml-hints": Method(
+        formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",
+        source=f"{_LIU}, section 3.4",
+        objective=_config(**_AMTML, hints={"weight": 1.0}),
+        note="as amtml; adapters are trained (in the release they are in no optimiser)",
+    ),
+    "ca-mkd": Method(
+        formula="T² sum_k w_k KL(P_k || q) + CE, w_k = (1 - softmax_k CE(z_k, y)) / (K - 1), T = 4",
+        source="Zhang, Chen and Wang 2022, arXiv 2201.00007, equations 2 and 3, without its feature term",
+        objective=_config(
+            soft_weight=_CA_MKD_SOFT, hard_weight=1.0, temperature=4.0, fusion={"name": "confidence"}
+        ),
+        note="the release divides by K once more: set soft_weight=1/K for that",
+    ),
+    "ebkd": Method(
+        formula="T² sum_k w_k KL(P_k || q) + CE, w_k = (1 - H_k / sum_j H_j) / (K - 1), T = 4",
+        source="Kwon et al. 2020, as in the release of Zhang et al. 2022 (CA-MKD)",
+        objective=_config(
+            soft_weight=_EBKD_SOFT, hard_weight=1.0, temperature=4.0, fusion={"name": "entropy"}
+        ),
+        note="in that release weights sum to K - 1 and are divided by K: set soft_weight=(K-1)/K for that",
     ),
 }
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A method as plain values: formula, source, what it needs, and the defaults that set it apart."""
+    method = METHODS[name]
+    fusion = FUSIONS[method.objective.fusion.name]
+    teachers = method.objective.needs_teachers
+    return {
+        "name": name,
+        "formula": method.formula,
+        "source": method.source,
+        "needs": list(method.needs),
+        "note": method.note,
+        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if teachers else None,
+        "combine": _combine(method) if teachers else None,
+        "defaults": method.objective.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def _combine(method: Method) -> str:
+    given = method.objective.combine
+    return FUSIONS[method.objective.fusion.name].combine if given == "auto" else given

@@ -10,7 +10,7 @@ from pydantic import Field
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import ViewRecipe
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import ObjectiveConfig
+from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:
@@ -83,8 +83,20 @@ def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> 
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    values = METHODS[method].objective.model_dump() | dict(overrides)
+    values = METHODS[method].objective.model_dump()
+    _merge(values, overrides)
     return parse_config(ObjectiveConfig, values, where)
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Replace values in place, within groups of fields one by one; another fusion brings its own numbers."""
+    for name, change in changes.items():
+        held = values.get(name)
+        another = isinstance(change, dict) and "name" in change and change["name"] != (held or {}).get("name")
+        if isinstance(held, dict) and isinstance(change, dict) and not another:
+            _merge(held, change)
+        else:
+            values[name] = change
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +16,10 @@ from coursepack.data.store.manifest import LOGITS
 from coursepack.errors import StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
+from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -29,12 +30,33 @@ if TYPE_CHECKING:
     from coursepack.kernels import Rows
 
 
+FEATURES = "features/"
+"""What the names of arrays of tapped features start with."""
+
+
 @dataclass(frozen=True)
 class Targets:
-    """Answers of the teachers to one batch."""
+    """Answers of the teachers to one batch: what the objectives declared, and no more."""
 
     logits: list[Tensor | Rows]
-    """Per teacher `(N, C)`."""
+    """Per asked teacher `(N, C)`; empty where no objective looks at logits."""
+    features: dict[tuple[int, str], Tensor | Rows] = field(default_factory=dict)
+    """`(N, ...)` by the teacher's place and the name of the tap."""
+    teachers: tuple[int, ...] = ()
+    """Places of the asked teachers among the stores; empty means all, in order."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Place of each entry of `logits` among the stores."""
+        return self.teachers or tuple(range(len(self.logits)))
+
+    def only(self, place: int) -> Targets:
+        """What the teacher at one place said."""
+        return Targets([self.logits[self.places.index(place)]], self.features, (place,))
+
+    def features_of(self, place: int, tap: str) -> Tensor | Rows:
+        """`(N, ...)` of one teacher's tap."""
+        return self.features[place, tap]
 
 
 class TargetsKind(Protocol):
@@ -53,9 +75,16 @@ class TargetsKind(Protocol):
 class CachedTargets:
     """Targets read from stores."""
 
-    def __init__(self, readers: Sequence[StoreReader], device: torch.device) -> None:
+    def __init__(
+        self,
+        readers: Sequence[StoreReader],
+        device: torch.device,
+        arrays: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        """Read some arrays of each store; None means the logits of all."""
         self.readers = list(readers)
         self.device = device
+        self.arrays = [[LOGITS] for _ in readers] if arrays is None else [list(names) for names in arrays]
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """Rows of the batch's samples and views, still encoded.
@@ -64,19 +93,25 @@ class CachedTargets:
             StoreIncomplete: a view that is not committed.
             StoreDamaged: a file is not what its manifest vouches for.
         """
-        chosen = self.readers if teachers is None else [self.readers[place] for place in teachers]
-        rows = [reader.rows(LOGITS, batch.view, batch.samples) for reader in chosen]
-        return Targets([part.to(self.device, non_blocking=True) for part in rows])
+        places = range(len(self.readers)) if teachers is None else teachers
+        found: dict[tuple[int, str], Tensor | Rows] = {}
+        for place in places:
+            for name in self.arrays[place]:
+                rows = self.readers[place].rows(name, batch.view, batch.samples)
+                found[place, name] = rows.to(self.device, non_blocking=True)
+        return _targets(found, places)
 
     def prefetch(self, view: int) -> None:
         """Open the view's files in the background and check them."""
-        for reader in self.readers:
-            reader.prefetch(LOGITS, view)
+        for reader, names in zip(self.readers, self.arrays, strict=True):
+            for name in names:
+                reader.prefetch(name, view)
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Have the rows read from the disk in the background."""
-        for reader in self.readers:
-            reader.will_need(LOGITS, view, samples)
+        for reader, names in zip(self.readers, self.arrays, strict=True):
+            for name in names:
+                reader.will_need(name, view, samples)
 
 
 class OnlineTargets:
@@ -87,14 +122,31 @@ class OnlineTargets:
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """The teachers' answers to the batch's own views, rendered at each teacher's size."""
-        chosen = self.runners if teachers is None else [self.runners[place] for place in teachers]
-        return Targets([r.run(batch.pixels(r.network.preprocessing.size)).logits.clone() for r in chosen])
+        places = range(len(self.runners)) if teachers is None else teachers
+        found: dict[tuple[int, str], Tensor | Rows] = {}
+        for place in places:
+            runner = self.runners[place]
+            output = runner.run(batch.pixels(runner.network.preprocessing.size))
+            found |= {(place, name): value.clone() for name, value in output.arrays().items()}
+        return _targets(found, places)
 
     def prefetch(self, view: int) -> None:
         """Nothing to do: live teachers answer when asked."""
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Nothing to do: live teachers answer when asked."""
+
+
+def _targets(found: Mapping[tuple[int, str], Tensor | Rows], places: Sequence[int]) -> Targets:
+    return Targets(
+        [found[place, LOGITS] for place in places if (place, LOGITS) in found],
+        {
+            (place, name.removeprefix(FEATURES)): rows
+            for (place, name), rows in found.items()
+            if name.startswith(FEATURES)
+        },
+        tuple(places),
+    )
 
 
 def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
@@ -121,13 +173,18 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
     return readers
 
 
-def choose_reading(readers: Sequence[StoreReader], free_bytes: int) -> Reading:
+def choose_reading(
+    readers: Sequence[StoreReader], free_bytes: int, arrays: Sequence[Sequence[str]] | None = None
+) -> Reading:
     """How to read stores together, from the size of a view and the memory that is free.
+
+    `arrays` says what is read of each; None means the logits.
 
     Two views of every store in half of the memory: `resident`. One in four fifths of it: `mapped`, which the
     page cache serves. More than that: `windowed`.
     """
-    view_bytes = sum(reader.view_bytes([LOGITS]) for reader in readers)
+    arrays = [[LOGITS] for _ in readers] if arrays is None else arrays
+    view_bytes = sum(reader.view_bytes(names) for reader, names in zip(readers, arrays, strict=True))
     if 2 * view_bytes <= free_bytes // 2:
         return "resident"
     return "mapped" if view_bytes <= free_bytes * 4 // 5 else "windowed"
@@ -152,16 +209,20 @@ def _kilobytes(file: str, name: str) -> int:
     return int(table[name].split()[0])
 
 
-def live_teachers(readers: Sequence[StoreReader], device: torch.device) -> list[TeacherRunner]:
+def live_teachers(
+    readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]], device: torch.device
+) -> list[TeacherRunner]:
     """The stores' teachers themselves, loaded from where their weights were when the stores were written.
 
     Raises:
         TeacherMismatch: the weights there are not the ones that wrote the store.
     """
     runners = []
-    for reader in readers:
+    for reader, names in zip(readers, arrays, strict=True):
         manifest = reader.manifest
         teacher = manifest.identity["teacher"]
         network = reload_teacher(teacher, manifest.class_names, manifest.origin.get("weights_file"))
-        runners.append(TeacherRunner(network, device=device, columns=teacher.get("columns")))
+        features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
+        taps = [tap_from_name(name) for name in features]
+        runners.append(TeacherRunner(network, taps, device, teacher.get("columns")))
     return runners

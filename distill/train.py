@@ -20,10 +20,15 @@ from coursepack.data.loading import Renderer, device_images
 from coursepack.data.sources import subset
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
+from coursepack.distill.board import Board, NoBoard, check_tensorboard
+from coursepack.distill.building import build_arrays, build_objective, build_student
+from coursepack.distill.epoch_log import EpochLog
 from coursepack.distill.evaluate import evaluate, evaluation_view
+from coursepack.distill.facts import Moment
 from coursepack.distill.learner import Learner
-from coursepack.distill.objective import Objective
+from coursepack.distill.needs import check_objective
 from coursepack.distill.run_folder import RunFolder, check_free
+from coursepack.distill.schedule import is_used
 from coursepack.distill.targets import (
     CachedTargets,
     OnlineTargets,
@@ -33,7 +38,6 @@ from coursepack.distill.targets import (
     open_stores,
 )
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, TrainingDiverged
-from coursepack.models import build_network
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -116,10 +120,13 @@ class Run:
 
     def trainee(self) -> Trainee:
         """A fresh student of the recipe."""
-        recipe = self.recipe
-        classes = len(self.source.class_names)
-        network = build_network(recipe.student, classes, seed=recipe.seed, size=recipe.student_size)
-        learner = Learner(network, Objective(recipe.objective)).to(self.device)
+        return self.trainee_with(self.recipe)
+
+    def trainee_with(self, recipe: TrainRecipe) -> Trainee:
+        """A fresh student of another recipe on the same batches and targets."""
+        student = build_student(recipe, self.source)
+        objective = build_objective(recipe, self.source, self.readers, student)
+        learner = Learner(student, objective).to(self.device)
         return Trainee(learner, make_optimiser(learner, recipe.optimiser))
 
 
@@ -143,37 +150,39 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
             f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
             "to hold every view of at least one sample"
         )
-    if objective.arrays and not recipe.stores:
+    if objective.needs_teachers and not recipe.stores:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
-    if recipe.stores and not objective.arrays:
+    if recipe.stores and not objective.needs_teachers:
         raise RecipeError(
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"
         )
     readers = open_stores(recipe.stores) if recipe.stores else []
+    arrays: list[list[str]] = []
     views = None if recipe.views is None else tuple(range(recipe.views))
     if readers:
         _check_stores(recipe, source, readers)
-        views = _common_views(recipe, readers)
-        reading = choose_reading(readers, free_memory()) if recipe.reading == "auto" else recipe.reading
+        check_objective(recipe, readers)
+        arrays = build_arrays(recipe, source, readers)
+        views = _common_views(recipe, readers, arrays)
+        reading = recipe.reading
+        if reading == "auto":
+            reading = choose_reading(readers, free_memory(), arrays)
         readers = [StoreReader(reader.path, reading) for reader in readers]
         for reader in readers:
             reader.pinned = device.type == "cuda"
-    weights = objective.teacher_weights
-    if weights is not None and len(weights) != len(readers):
-        raise RecipeError(
-            f"teacher_weights has {len(weights)} numbers, expected {len(readers)}: one per store"
-        )
     targets: TargetsKind | None = None
     if readers and recipe.online:
-        targets = OnlineTargets(live_teachers(readers, device))
+        targets = OnlineTargets(live_teachers(readers, arrays, device))
     elif readers:
-        targets = CachedTargets(readers, device)
+        targets = CachedTargets(readers, device, arrays)
     elif recipe.online:
         raise RecipeError("--online runs the teachers of stores live: give at least one --store")
     window = None
     if readers and readers[0].reading == "windowed":
-        chunk_rows = max(reader.chunk_rows([LOGITS]) for reader in readers)
+        chunk_rows = max(
+            reader.chunk_rows(names) for reader, names in zip(readers, arrays, strict=True) if names
+        )
         window = Window(chunk_rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // chunk_rows)))
     drifted: list[str] = []
     for reader in readers:
@@ -200,6 +209,7 @@ def train(
     device: torch.device,
     overwrite: bool = False,
     workers: int | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
@@ -211,6 +221,7 @@ def train(
         device: where to train.
         overwrite: replace a run that is there.
         workers: processes that decode and render, see `Renderer`.
+        tensorboard: write the metrics for TensorBoard too.
 
     Returns:
         The metrics of the last epoch.
@@ -223,6 +234,8 @@ def train(
     run = prepare(recipe, device)
     trainee = run.trainee()
     _check_student(trainee.learner, run.source)
+    if tensorboard:
+        check_tensorboard()
     check_free(out, overwrite=overwrite)
     folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
     say(_opening(run))
@@ -231,12 +244,15 @@ def train(
     renderer = Renderer(run.source, recipe.view, run.sizes([trainee]), workers=workers, pin=pin)
     looking = Renderer(run.evaluation, evaluation_view(run.evaluation), [size], workers=workers, pin=pin)
     total = recipe.epochs * len(run.samples)
-    with progress(f"train {out.name}", total, "samples") as meter, renderer, looking:
+    board = Board(out / "tensorboard") if tensorboard else NoBoard()
+    with progress(f"train {out.name}", total, "samples") as meter, renderer, looking, board:
         for epoch in range(recipe.epochs):
             started = time.perf_counter()
-            train_metrics = train_epoch([trainee], renderer.ahead(run.batches(epoch)), run.targets)[0]
+            train_metrics = train_epoch([trainee], renderer.ahead(run.batches(epoch)), run.targets, epoch)[0]
             seconds = time.perf_counter() - started
             evaluation = evaluate(trainee.learner, run.evaluation, device, renderer=looking)
+            told = train_metrics.keys() & {"teachers", "temperature"}
+            groups: dict[str, Any] = {name: train_metrics.pop(name) for name in sorted(told)}
             _check_finite(train_metrics | evaluation, epoch, recipe)
             views = run.views_of_epoch(epoch)
             metrics = {
@@ -245,24 +261,28 @@ def train(
                 "seconds": round(seconds, 6),
                 "train": train_metrics,
                 "evaluation": evaluation,
+                **groups,
             }
             folder.log(metrics)
+            board.log(metrics)
             meter.advance(len(run.samples), f"accuracy {evaluation['accuracy']:.2%}")
     folder.finish(trainee.learner.network)
     return metrics
 
 
 def train_epoch(
-    trainees: Sequence[Trainee], batches: Iterable[Batch], targets: TargetsKind | None
-) -> list[dict[str, float]]:
-    """One pass of every trainee over the same batches; returns each one's mean loss, terms and accuracy."""
-    logs = [_EpochLog() for _ in trainees]
+    trainees: Sequence[Trainee], batches: Iterable[Batch], targets: TargetsKind | None, epoch: int = 0
+) -> list[dict[str, Any]]:
+    """One pass of every trainee over the same batches; returns what each one's `EpochLog` tells."""
+    logs = [EpochLog(trainee.learner.objective.setting.fusion.teachers) for trainee in trainees]
     for trainee in trainees:
         trainee.learner.train()
-    for batch in batches:
-        fetched = None if targets is None else targets.fetch(batch)
+        trainee.learner.begin_epoch(epoch)
+    for number, batch in enumerate(batches):
+        moment = Moment(epoch, number)
+        fetched = None if targets is None else targets.fetch(batch, _asked(trainees, moment))
         for trainee, log in zip(trainees, logs, strict=True):
-            output = trainee.learner(batch, fetched)
+            output = trainee.learner(batch, fetched, moment)
             trainee.optimiser.zero_grad(set_to_none=True)
             output.value.loss.backward()
             trainee.optimiser.step()
@@ -270,10 +290,23 @@ def train_epoch(
     return [log.means() for log in logs]
 
 
+def _asked(trainees: Sequence[Trainee], moment: Moment) -> list[int] | None:
+    """Places of the teachers that any of the trainees asks for a batch; None means all."""
+    chosen = {trainee.learner.objective.chosen_teacher(moment) for trainee in trainees}
+    places = [place for place in chosen if place is not None]
+    return sorted(places) if len(places) == len(chosen) else None
+
+
 def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """SGD over everything the learner trains."""
+    """SGD over everything the learner trains; the fusion's latents have an L2 penalty of their own."""
+    latents = learner.objective.fusion_parameters()
+    own = {id(value) for value in latents}
+    rest = [value for value in learner.parameters() if id(value) not in own]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    if latents:
+        groups.append({"params": latents, "weight_decay": 0.0})
     return torch.optim.SGD(
-        learner.parameters(),
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -301,26 +334,6 @@ def provenance(run: Run) -> dict[str, Any]:
         "device": str(run.device),
         "drift": list(run.drift),
     }
-
-
-class _EpochLog:
-    """Means over an epoch, kept on the device so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self._samples = 0
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def add(self, output: Any, batch: Batch) -> None:
-        count = len(batch)
-        correct = (output.student_logits.detach().argmax(1) == batch.main_labels).sum()
-        values = {"loss": output.value.loss.detach() * count, "accuracy": correct}
-        values |= {name: value * count for name, value in output.value.terms.items()}
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._samples += count
-
-    def means(self) -> dict[str, float]:
-        return {name: float(value) / self._samples for name, value in self._sums.items()}
 
 
 def _check_student(learner: Learner, source: Source) -> None:
@@ -380,13 +393,15 @@ def _check_mixing(recipe: TrainRecipe) -> None:
     objective = recipe.objective
     if recipe.view.mix is None:
         return
-    if objective.arrays and objective.adjustment != "none":
+    given = objective.adjustment
+    adjusted = {given} if isinstance(given, str) else set(given)
+    if objective.needs_teachers and adjusted != {"none"}:
         raise RecipeError(
-            f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two "
-            "labels and no answer to it is wrong. Give adjustment none, or stores of a view without mix"
+            f"adjustment is {given!r}, but the view mixes images: a mixed image has two labels and no answer "
+            "to it is wrong. Give adjustment none, or stores of a view without mix"
         )
     # Partners come from the whole split.
-    hard = not objective.arrays or objective.hard_weight > 0
+    hard = not objective.needs_teachers or is_used(objective.hard_weight)
     if recipe.limit is not None and hard:
         raise RecipeError(
             f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
@@ -408,8 +423,14 @@ def _check_drift(recipe: TrainRecipe, source: Source, reader: StoreReader, views
     return [f"{reader.name}: {line}" for line in found]
 
 
-def _common_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> tuple[int, ...]:
-    common = sorted(set.intersection(*(set(reader.views) for reader in readers)))
+def _common_views(
+    recipe: TrainRecipe, readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]
+) -> tuple[int, ...]:
+    needed = [list(dict.fromkeys([LOGITS, *names])) for names in arrays]
+    committed = [
+        reader.manifest.committed_views(names) for reader, names in zip(readers, needed, strict=True)
+    ]
+    common = sorted(set.intersection(*map(set, committed)))
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
     if recipe.views is not None and recipe.views > len(common):

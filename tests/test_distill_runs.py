@@ -49,8 +49,10 @@ def test_a_run_folder_holds_everything(run, stores):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["view"]) for line in lines] == [(0, 0), (1, 1), (2, 0)]
     assert all(line["seconds"] > 0 for line in lines)
-    assert set(lines[0]["train"]) == {"loss", "soft_target", "accuracy"}
-    assert set(lines[0]["evaluation"]) == {"accuracy", "nll", "accuracy_top5"}
+    assert set(lines[0]["train"]) == {
+        *("loss", "soft_target", "accuracy", "accuracy_top5", "nll", "calibration_error")
+    }
+    assert set(lines[0]["evaluation"]) == {"accuracy", "nll", "accuracy_top5", "calibration_error"}
     assert lines[2]["train"]["loss"] < lines[0]["train"]["loss"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import CPU, make_recipe, write_store
+from reference.methods import calibration_error
 
 from coursepack.data import Batch, open_source
 from coursepack.distill.evaluate import evaluate
@@ -242,6 +243,7 @@ def test_evaluation_against_numpy(classes):
     want = {
         "accuracy": (rank == 0).mean(),
         "nll": -log_softmax(table.astype(np.float64))[rows, source.labels].mean(),
+        "calibration_error": calibration_error(np.exp(log_softmax(table.astype(np.float64))), source.labels),
     }
     if classes > 5:
         want["accuracy_top5"] = (rank < 5).mean()

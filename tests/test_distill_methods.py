@@ -1,0 +1,308 @@
+"""Every method end to end on digits stores: cached equals live, what is fetched, refused and told."""
+
+import itertools
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from builders import CPU, make_recipe, write_store, write_teacher
+from click.testing import CliRunner
+
+from coursepack.data import open_source
+from coursepack.data.sources import evaluation_spec
+from coursepack.data.store import load_manifest
+from coursepack.distill.cli import main as distill
+from coursepack.distill.facts import Moment
+from coursepack.distill.methods import METHODS, describe, from_mean_reduction
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.train import prepare, train, train_epoch
+from coursepack.errors import RecipeError, UnknownName
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.precompute import Job, run_job
+from coursepack.precompute.cli import main as precompute
+
+TAUGHT = [name for name, method in METHODS.items() if method.objective.needs_teachers]
+TAPS = {
+    "digits-mlp": ("hidden1", "hidden2"),
+    "digits-cnn": ("conv2",),
+    "digits-resnet": ("layer1", "layer2:pooled"),
+}
+
+
+@pytest.fixture(scope="module")
+def tapped_stores(tmp_path_factory, teachers):
+    """float32 stores of the three teachers with features of a few layers, two views."""
+    folder, made = tmp_path_factory.mktemp("tapped"), []
+    for teacher in teachers:
+        plain = write_store(folder / f"{teacher.name}.zarr", teacher)
+        source = prepare(make_recipe([plain]), CPU).source
+        taps = [parse_tap(tap) for tap in TAPS[teacher.name]]
+        runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), taps)
+        view = prepare(make_recipe([plain]), CPU).recipe.view
+        job = Job(plain, source, view, runner, 2, encoding="float32", feature_encoding="float32")
+        run_job(job, quiet=True)
+        made.append(plain)
+    return made
+
+
+def step_losses(recipe, steps):
+    run = prepare(recipe, CPU)
+    trainee = run.trainee()
+    losses = []
+    stream = itertools.chain.from_iterable(run.batches(epoch) for epoch in itertools.count())
+    for number, batch in enumerate(itertools.islice(stream, steps)):
+        moment = Moment(0, number)
+        chosen = trainee.learner.objective.chosen_teacher(moment)
+        fetched = run.targets.fetch(batch, None if chosen is None else [chosen])
+        output = trainee.learner(batch, fetched, moment)
+        trainee.optimiser.zero_grad()
+        output.value.loss.backward()
+        trainee.optimiser.step()
+        losses.append(output.value.loss.item())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
+    fields = {"method": name, "optimiser": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
+    cached = step_losses(make_recipe(tapped_stores, **fields), 8)
+    live = step_losses(make_recipe(tapped_stores, **fields, online=True), 8)
+    np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(cached).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name):
+    stores = tapped_stores if name in TAUGHT else []
+    words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
+    words += [part for store in stores for part in ("--store", str(store))]
+    words += [] if stores else ["--source", "digits", "--view", "digits"]
+    result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
+    assert result.exit_code == 0, result.output
+    lines = load_run(tmp_path / "o").metrics
+    told = lines[-1]
+    assert 0 <= told["evaluation"]["calibration_error"] <= 1
+    terms = set(told["train"]) - {"loss", "accuracy", "accuracy_top5", "nll", "calibration_error"}
+    assert sum(told["train"][term] for term in terms) == pytest.approx(told["train"]["loss"], rel=1e-5)
+    if not stores:
+        assert "teachers" not in told
+        return
+    teachers = told["teachers"]
+    assert sum(teachers["weight"]) == pytest.approx(1, rel=1e-4)
+    by_class = np.array(teachers["weight_by_class"])
+    assert by_class.shape == (3, 10)
+    assert 0 <= teachers["agreement"] <= 1
+    assert teachers["kl"] >= 0
+    assert (sum(teachers["shifted"]) > 0) == (METHODS[name].objective.adjustment != "none")
+    if METHODS[name].objective.dynamic_temperature.kind == "none":
+        assert "temperature" not in told
+    else:
+        seen = told["temperature"]
+        assert seen["min"] <= seen["mean"] <= seen["max"]
+        assert 0 <= seen["clamped"] <= 1
+
+
+def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
+    read = []
+    kind = type(prepare(make_recipe(tapped_stores), CPU).readers[0])
+    rows = kind.rows
+    monkeypatch.setattr(
+        kind, "rows", lambda self, array, *rest: read.append((self.name, array)) or rows(self, array, *rest)
+    )
+
+    def fetched(method, **fields):
+        read.clear()
+        run = prepare(
+            make_recipe(tapped_stores, method=method, limit=64, student="digits-cnn", **fields), CPU
+        )
+        train_epoch([run.trainee()], run.batches(0), run.targets)
+        return set(read)
+
+    names = [store.name.removesuffix(".zarr") for store in tapped_stores]
+    assert fetched("kd") == {(name, "logits") for name in names}
+    hints = {
+        ("digits-mlp", "features/hidden1"),
+        ("digits-cnn", "features/conv2"),
+        ("digits-resnet", "features/layer2@pooled"),
+    }
+    assert fetched("amtml-hints") == {(name, "logits") for name in names} | hints
+    assert len(fetched("best")) == 1
+    assert len(fetched("random")) == 1, "one batch, one teacher"
+    only_hints = {"soft_weight": 0.0, "relations": {"angle": 0.0}, "hints": {"weight": 1.0}}
+    assert fetched("kd", objective=only_hints) == hints
+
+
+def test_best_is_the_teacher_that_was_right_most_often(tapped_stores):
+    run = prepare(make_recipe(tapped_stores, method="best"), CPU)
+    correct = [
+        sum(r["sums"]["correct"] for r in load_manifest(s).view_records.values()) for s in tapped_stores
+    ]
+    assert run.trainee().learner.objective.chosen_teacher(Moment()) == int(np.argmax(correct))
+    asked = prepare(make_recipe(tapped_stores, method="best", objective={"fusion": {"teacher": 1}}), CPU)
+    assert asked.trainee().learner.objective.chosen_teacher(Moment()) == 1
+
+
+def test_two_learners_share_what_they_fetch(tapped_stores):
+    run = prepare(make_recipe(tapped_stores, method="random", limit=200), CPU)
+    other = prepare(make_recipe(tapped_stores, method="kd", limit=200), CPU)
+    together = [run.trainee(), run.trainee_with(other.recipe)]
+    first = train_epoch(together, run.batches(0), run.targets)
+    alone = [train_epoch([maker.trainee()], run.batches(0), run.targets)[0] for maker in (run, other)]
+    assert first[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
+    assert first[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)
+
+
+def test_everything_that_learns_is_in_the_optimiser(tapped_stores):
+    run = prepare(make_recipe(tapped_stores, method="amtml-hints", limit=64, student="digits-cnn"), CPU)
+    trainee = run.trainee()
+    held = {id(value) for group in trainee.optimiser.param_groups for value in group["params"]}
+    before = {name: value.detach().clone() for name, value in trainee.learner.named_parameters()}
+    assert held == {id(value) for value in trainee.learner.parameters()}
+    train_epoch([trainee], run.batches(0), run.targets)
+    moved = {
+        name for name, value in trainee.learner.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert {"objective.fusion.latents", "objective.fusion.shared"} <= moved
+    assert {f"objective.hints.adapters.{place}.change.weight" for place in range(3)} <= moved
+    latents = [group for group in trainee.optimiser.param_groups if group["weight_decay"] == 0]
+    assert len(latents[0]["params"]) == 2
+
+
+def test_hints_can_be_assigned(tapped_stores):
+    pairs = [
+        {"teacher": 2, "tap": "layer1", "layer": "conv1"},
+        {"teacher": 2, "tap": "layer2:pooled", "layer": "hidden"},
+    ]
+    recipe = make_recipe(
+        tapped_stores,
+        method="amtml-hints",
+        objective={"hints": {"pairs": pairs}},
+        student="digits-cnn",
+        limit=64,
+    )
+    hints = prepare(recipe, CPU).trainee().learner.objective.setting.hints
+    assert [(h.teacher, h.tap, h.layer, h.teacher_shape, h.student_shape) for h in hints] == [
+        (2, "layer1", "conv1", (32, 8, 8), (16, 8, 8)),
+        (2, "layer2@pooled", "hidden", (64,), (64,)),
+    ]
+
+
+def test_missing_features_are_refused_with_the_line_that_adds_them(tmp_path, teachers):
+    store = write_store(tmp_path / "cnn.zarr", teachers[1])
+    recipe = make_recipe([store], method="amtml-hints", student="digits-cnn", limit=64)
+    with pytest.raises(RecipeError) as caught:
+        prepare(recipe, CPU)
+    first, second, line = str(caught.value).splitlines()
+    assert first == "method 'amtml-hints' needs features that are not stored. Add them with"
+    assert second == f"store '{store}' has no 'features/conv2'"
+    assert line.strip() == (
+        f"precompute run --teacher run:{teachers[1]} --source digits:train --view digits --views 2 "
+        f"--encoding float32 --store {store} --tap conv2"
+    )
+    result = CliRunner().invoke(precompute, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    train(recipe, tmp_path / "o", device=CPU)
+
+
+def test_flsw_is_refused_where_logits_are_missing(tmp_path, teachers):
+    spec = "fake,classes=100,size=8,samples=100,channels=1"
+    source, teacher = open_source(spec), write_teacher(tmp_path / "t", classes=100)
+    store = write_store(tmp_path / "cnn.zarr", teacher, source=source, encoding="topk:3")
+    fields = {"source": source.name, "evaluation": evaluation_spec(spec)}
+    with pytest.raises(RecipeError) as caught:
+        prepare(make_recipe([store], method="dtd-flsw", **fields), CPU)
+    text = str(caught.value)
+    assert "(FLSW) needs all logits, but store" in text
+    assert f"--view digits --views 2 --store {tmp_path / 'cnn-dense.zarr'}" in text
+    prepare(make_recipe([store], method="dtd-cwsm", **fields), CPU)
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "text"),
+    [
+        ("kd", {"teacher_weights": [1, 2]}, "teacher_weights has 2 numbers, expected 3: one per store"),
+        ("kd", {"adjustment": ["shift"]}, "adjustment has 1 names, expected 3: one per store"),
+        ("best", {"fusion": {"teacher": 3}}, "fusion.teacher is 3, but there are 3 stores"),
+        ("amtml-hints", {"hints": {"pairs": [{"teacher": 4, "tap": "a", "layer": "b"}]}},
+         "hints.pairs names teacher 4, but there are 3 stores: places begin at 0"),
+    ],
+)  # fmt: skip
+def test_refusals(stores, method, objective, text):
+    with pytest.raises(RecipeError, match=text):
+        prepare(make_recipe(stores, method=method, objective=objective), CPU)
+
+
+def test_layers_that_do_not_exist_are_named(stores):
+    recipe = make_recipe(stores, method="amtml", objective={"fusion": {"layer": "conv7"}})
+    with pytest.raises(UnknownName, match=r"unknown layer 'conv7'.*Known: hidden, head"):
+        prepare(recipe, CPU).trainee()
+
+
+def test_a_representation_can_be_a_layers_maximum(stores):
+    recipe = make_recipe(
+        stores, method="amtml", objective={"fusion": {"layer": "conv2"}}, student="digits-cnn", limit=64
+    )
+    run = prepare(recipe, CPU)
+    trainee = run.trainee()
+    assert trainee.learner.objective.fusion.latents.shape == (3, 32)
+    train_epoch([trainee], run.batches(0), run.targets)
+
+
+def test_every_method_says_what_it_is():
+    for name, method in METHODS.items():
+        assert method.formula, name
+        assert method.source, name
+    told = json.loads(CliRunner().invoke(distill, ["methods", "--json"]).stdout)
+    assert [each["name"] for each in told] == list(METHODS)
+    shown = CliRunner().invoke(distill, ["methods", "amtml"]).stdout
+    for text in (
+        "arXiv 2103.04062",
+        "adaptive: w_k = softmax_k",
+        "combined as a mixture",
+        "1.4/C",
+        '"angle": 1.0',
+    ):
+        assert text in shown
+    assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)
+    wrong = CliRunner().invoke(distill, ["methods", "amtm"])
+    assert wrong.exit_code == 1
+    assert "unknown method 'amtm'. Did you mean 'amtml'?" in wrong.stderr
+
+
+def test_published_coefficients_are_converted():
+    """AMTML's notebooks: mean KL times 2 alpha T², T = 5, alpha = 0.7: 3.5 with ten classes in our units."""
+    assert METHODS["amtml"].objective.soft_weight * 5**2 == pytest.approx(3.5)
+    assert from_mean_reduction(1.4, classes=100) * 25 == pytest.approx(0.35)
+    assert describe("amtml")["combine"] == "mixture"
+    assert describe("ca-mkd")["combine"] == "sum"
+
+
+def test_tensorboard_is_asked_for_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RecipeError, match=r"pip install 'coursepack\[tensorboard\]'"):
+        train(make_recipe(limit=50), tmp_path / "o", device=CPU, tensorboard=True)
+    assert not (tmp_path / "o").exists()
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch, stores):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, path):
+            self.path = path
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, epoch))
+
+        def close(self):
+            written.append("closed")
+
+    fake = type(torch)("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", fake)
+    train(make_recipe(stores, limit=50, epochs=2), tmp_path / "o", device=CPU, tensorboard=True)
+    assert {("train/soft_target", 0), ("teachers/weight/2", 1), ("evaluation/nll", 1), "closed"} <= set(
+        written
+    )

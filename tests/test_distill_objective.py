@@ -1,0 +1,439 @@
+"""Fusions, temperatures, relations and whole objectives against float64 references, and what they imply."""
+
+import numpy as np
+import pytest
+import torch
+from reference import methods as ref
+from reference.loss import soft_target_loss as reference_loss
+
+from coursepack.distill.facts import Inside, Moment
+from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting, confidence_weights, entropy_weights
+from coursepack.distill.hints import depth_group
+from coursepack.distill.methods import METHODS
+from coursepack.distill.objective import Objective, Setting
+from coursepack.distill.objective_config import ObjectiveConfig
+from coursepack.distill.recipe import resolve_objective
+from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
+from coursepack.distill.schedule import Schedule
+from coursepack.distill.targets import Targets
+from coursepack.distill.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
+
+N, C, K, D = 8, 5, 3, 4
+GOLDEN_STUDENT = torch.tensor([[2, 0.5, -1], [0.1, 0.2, 0]])
+GOLDEN_TEACHER = torch.tensor([[3, 0, -1], [-1, 2, 0.5]])
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "student": rng.normal(size=(N, C)) * 2,
+        "teachers": rng.normal(size=(K, N, C)) * 3,
+        "labels": rng.integers(0, C, N),
+        "representation": rng.normal(size=(N, D)),
+    }
+
+
+def tensors(batch, teachers=None):
+    teachers = batch["teachers"] if teachers is None else teachers
+    targets = Targets([torch.from_numpy(teacher).float() for teacher in teachers])
+    student = torch.from_numpy(batch["student"]).float().requires_grad_()
+    return student, torch.from_numpy(batch["labels"]), targets
+
+
+def setting(teachers=K, **fields):
+    fields = {"accuracies": (0.5,) * teachers, **fields}
+    return Setting(FusionSetting(teachers=teachers, width=D, seed=3, **fields))
+
+
+def value_of(batch, config, teachers=None, moment=None):
+    student, labels, targets = tensors(batch, teachers)
+    representation = torch.from_numpy(batch["representation"]).float()
+    objective = Objective(config, setting(len(targets.logits), weights=config.teacher_weights))
+    inside = Inside(representation)
+    return objective(student, labels, targets, inside, moment), student
+
+
+def test_confidence_and_entropy_weights(batch):
+    stats = teacher_stats([torch.from_numpy(t) for t in batch["teachers"]], torch.from_numpy(batch["labels"]))
+    got = confidence_weights(stats.cross_entropy).numpy()
+    np.testing.assert_allclose(
+        got, ref.confidence_weights(batch["teachers"], batch["labels"]), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        entropy_weights(stats.entropy).numpy(), ref.entropy_weights(batch["teachers"]), rtol=1e-5
+    )
+    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-5)
+    assert confidence_weights(stats.cross_entropy[:1]).tolist() == [[1.0]] * N, "one teacher counts whole"
+    assert entropy_weights(torch.zeros(3, 2)).allclose(torch.full((2, 3), 1 / 3)), "three sure ones are equal"
+
+
+def test_adaptive_weights_and_their_gradients(batch):
+    fusion = Adaptive(K, D, seed=1).double()
+    latents, shared = fusion.latents.detach().numpy(), fusion.shared.detach().numpy()
+    student, labels, targets = tensors(batch)
+    objective = Objective(METHODS["amtml"].objective, setting())
+    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
+    value = objective(student, labels, targets, Inside(representation))
+    latents, shared = (p.detach().double().numpy() for p in objective.fusion.parameters())
+    want = ref.adaptive_weights(batch["representation"], latents, shared)
+    np.testing.assert_allclose(value.weights.numpy(), want, rtol=1e-4, atol=1e-6)
+
+    def total(representation, latents, shared):
+        weights = ref.adaptive_weights(representation, latents, shared)
+        config = objective.config
+        soft = reference_loss(
+            batch["student"], batch["teachers"], batch["labels"], weights=weights,
+            temperature=5.0, soft_weight=config.soft_weight, hard_weight=config.hard_weight,
+        )  # fmt: skip
+        return soft.loss.mean() + 0.1 * ((latents**2).sum() + (shared**2).sum())
+
+    value.loss.backward()
+    beta = batch["representation"]
+    for got, want in (
+        (representation.grad, ref.numeric_gradient(lambda x: total(x, latents, shared), beta)),
+        (objective.fusion.latents.grad, ref.numeric_gradient(lambda x: total(beta, x, shared), latents)),
+        (objective.fusion.shared.grad, ref.numeric_gradient(lambda x: total(beta, latents, x), shared)),
+    ):
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
+    assert np.abs(representation.grad.numpy()).max() > 1e-3, "the gradient that is compared is not zero"
+
+
+def test_golden_temperatures():
+    def flsw(gamma):
+        found = sample_temperatures(
+            GOLDEN_STUDENT,
+            GOLDEN_TEACHER,
+            kind="flsw",
+            base=10,
+            slope=40,
+            gamma=gamma,
+            lowest=0.01,
+            highest=100,
+        )
+        return found.values.tolist()
+
+    assert flsw(1) == pytest.approx([17.615, 2.385], abs=1e-3)
+    assert flsw(2) == pytest.approx([13.417, 6.583], abs=1e-3)
+    assert flsw(0.5) == pytest.approx([19.193, 0.807], abs=1e-3)
+    found = sample_temperatures(
+        GOLDEN_STUDENT, None, kind="cwsm", base=4, slope=1, gamma=1, lowest=1, highest=20
+    )
+    assert found.values.tolist() == pytest.approx([4.7224, 3.2776], abs=1e-4)
+    assert not found.clamped.any()
+
+
+def test_temperatures_are_clamped_and_said_to_be(batch):
+    student, teacher = (torch.from_numpy(batch[name]) for name in ("student", "representation"))
+    teacher = torch.from_numpy(batch["teachers"][0])
+    numbers = {"base": 10.0, "slope": 40.0, "gamma": 0.5, "lowest": 3.0, "highest": 12.0}
+    found = sample_temperatures(student, teacher, kind="flsw", **numbers)
+    free = ref.flsw_temperatures(batch["student"], batch["teachers"][0], 10, 40, 0.5)
+    np.testing.assert_allclose(found.values.numpy(), np.clip(free, 3, 12), rtol=1e-4)
+    np.testing.assert_array_equal(found.clamped.numpy(), (free < 3) | (free > 12))
+    assert 0 < found.clamped.sum() < N
+    assert not found.values.requires_grad
+
+
+@pytest.mark.parametrize("name", ["dtd-flsw", "dtd-cwsm", "ka-dtd"])
+def test_dynamic_temperature_whole(batch, name):
+    """T_x² stands inside the mean; KA-PS comes before FLSW; omega is of the fused teacher."""
+    config = METHODS[name].objective
+    value, student = value_of(batch, config)
+    dynamic, labels = config.dynamic_temperature, batch["labels"]
+    teachers = batch["teachers"]
+    if name == "ka-dtd":
+        teachers = np.array([[ref.shifted(t[n], labels[n]) for n in range(N)] for t in teachers])
+    if dynamic.kind == "flsw":
+        temperatures = ref.flsw_temperatures(
+            batch["student"], teachers.mean(0), 10, 40, 0.5, dynamic.lowest, dynamic.highest
+        )
+    else:
+        temperatures = ref.cwsm_temperatures(batch["student"], 4, 1, dynamic.lowest, dynamic.highest)
+    np.testing.assert_allclose(value.temperatures.values.numpy(), temperatures, rtol=1e-3)
+    want = reference_loss(
+        batch["student"], teachers, labels, temperature=temperatures, soft_weight=0.9, hard_weight=0.1
+    )
+    value.loss.backward()
+    assert value.loss.item() == pytest.approx(want.loss.mean(), rel=1e-3)
+    np.testing.assert_allclose(student.grad.numpy() * N, want.grad_student, rtol=1e-2, atol=1e-3)
+
+
+def test_dynamic_temperature_without_slope_is_kd(batch):
+    kd = value_of(batch, METHODS["kd"].objective)[0].loss
+    for kind in ("flsw", "cwsm"):
+        changes = {"dynamic_temperature": {"kind": kind, "slope": 0.0}}
+        flat = value_of(batch, resolve_objective("kd", changes, "test"))[0].loss
+        assert flat.item() == pytest.approx(kd.item(), rel=1e-6)
+
+
+def test_shift_of_logits_is_shift_of_probs(batch):
+    student, labels, targets = tensors(batch)
+    moved = [shifted(logits, labels) for logits in targets.logits]
+    for temperature in (1.0, 4.0, 20.0):
+        for combine in ("mixture", "sum"):
+            fields = {"temperature": temperature, "combine": combine}
+            by_probs = soft_target_loss(student, targets.logits, labels, adjustment="shift", **fields)
+            torch.testing.assert_close(by_probs, soft_target_loss(student, moved, labels, **fields))
+    assert not torch.equal(torch.stack(moved), torch.stack(targets.logits))
+    for teacher, logits in zip(moved, batch["teachers"], strict=True):
+        want = [ref.shifted(logits[n], batch["labels"][n]) for n in range(N)]
+        np.testing.assert_allclose(teacher.numpy(), np.array(want), rtol=1e-6)
+
+
+def test_fused_logits_are_a_weighted_mean(batch):
+    teachers = [torch.from_numpy(t).float() for t in batch["teachers"]]
+    weights = torch.rand(N, K, generator=torch.manual_seed(0))
+    want = (torch.stack(teachers, 1) * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
+    torch.testing.assert_close(fused_logits(teachers, weights), want)
+    torch.testing.assert_close(fused_logits(teachers, None), torch.stack(teachers).mean(0))
+    torch.testing.assert_close(fused_logits(teachers[:1], None), teachers[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"), [(angle_loss, ref.angle_loss), (distance_loss, ref.distance_loss)]
+)
+def test_relations_against_loops(batch, loss, reference):
+    student = torch.from_numpy(batch["student"]).requires_grad_()
+    teacher = torch.from_numpy(batch["teachers"][0]).requires_grad_()
+    value = loss(student, teacher)
+    assert value.item() == pytest.approx(reference(batch["student"], batch["teachers"][0]), rel=1e-9)
+    value.backward()
+    want = ref.numeric_gradient(lambda x: reference(x, batch["teachers"][0]), batch["student"])
+    np.testing.assert_allclose(student.grad.numpy(), want, rtol=1e-5, atol=1e-8)
+    assert teacher.grad is None
+    assert loss(student, student).item() == 0
+    double = torch.cat([student, student])
+    loss(double, torch.cat([teacher, teacher])).backward()
+    assert torch.isfinite(student.grad).all(), "equal samples have no direction, and no NaN"
+
+
+def test_angles_in_chunks_equal_angles_at_once():
+    generator = torch.manual_seed(0)
+    teacher = torch.randn(40, 10, generator=generator)
+    gradients = []
+    for chunk_bytes in (1, 40 * 4 * 8 * 50 * 7, 1 << 30):
+        student = torch.randn(40, 10, generator=torch.manual_seed(1)).requires_grad_()
+        angle_loss(student, teacher, chunk_bytes).backward()
+        gradients.append(student.grad)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
+def test_memory_of_angles_is_bounded():
+    """256 samples have 67 MB of angles in float32; with the backward pass several times that."""
+    student = torch.randn(256, 10, generator=torch.manual_seed(0)).requires_grad_()
+    teacher = torch.randn(256, 10)
+    peaks = []
+    for chunk_bytes in (4 << 20, 1 << 40):
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as seen:
+            angle_loss(student, teacher, chunk_bytes).backward()
+        sizes = [event.cpu_memory_usage for event in seen.events() if event.cpu_memory_usage > 0]
+        peaks.append(max(sizes))
+    assert peaks[0] < 4 << 20 < 64 << 20 <= peaks[1]
+
+
+def test_amtml_with_one_teacher_is_kd(batch):
+    one = batch["teachers"][:1]
+    changes = {"relations": {"angle": 0.0}, "fusion": {"l2": 0.0}}
+    amtml = resolve_objective("amtml", changes, "test")
+    kd = resolve_objective("kd", {"soft_weight": 0.14, "hard_weight": 0.3, "temperature": 5.0}, "test")
+    got, student = value_of(batch, amtml, one)
+    want, other = value_of(batch, kd, one)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+    got.loss.backward()
+    want.loss.backward()
+    torch.testing.assert_close(student.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.objective.uses_soft_targets]
+)
+def test_equal_teachers_are_one_teacher(batch, name):
+    config = resolve_objective(name, {"hints": {"weight": 0.0}, "fusion": {"l2": 0.0}}, "test")
+    one, student = value_of(batch, config, batch["teachers"][:1])
+    three, other = value_of(batch, config, np.repeat(batch["teachers"][:1], 3, axis=0))
+    assert three.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
+    one.loss.backward()
+    three.loss.backward()
+    torch.testing.assert_close(other.grad, student.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_combination_is_the_fusions_own_unless_it_is_said(batch):
+    for name, fusion in FUSIONS.items():
+        weights = {"auto": None, "mixture": None, "sum": None}
+        if fusion.choose is not None:
+            continue
+        for combine in weights:
+            config = resolve_objective("kd", {"fusion": {"name": name}, "combine": combine}, "test")
+            weights[combine] = value_of(batch, config)[0].terms["soft_target"].item()
+        assert weights["auto"] == weights[fusion.combine]
+        assert abs(weights["mixture"] - weights["sum"]) > 1e-3
+
+
+def test_which_tensors_get_gradients(batch):
+    config = resolve_objective("amtml", {"relations": {"distance": 1.0}}, "test")
+    objective = Objective(config, setting())
+    student, labels, targets = tensors(batch)
+    for logits in targets.logits:
+        logits.requires_grad_()
+    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
+    objective(student, labels, targets, Inside(representation)).loss.backward()
+    for tensor in (student, representation, *objective.fusion.parameters()):
+        assert tensor.grad.abs().max() > 0
+    assert all(logits.grad is None for logits in targets.logits)
+
+    alone = resolve_objective(
+        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "fusion": {"l2": 0.0}}, "test"
+    )
+    objective = Objective(alone, setting())
+    student, labels, targets = tensors(batch)
+    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
+    objective(student, labels, targets, Inside(representation)).loss.backward()
+    assert student.grad.abs().max() > 0
+    untouched = representation.grad
+    assert untouched is None or untouched.abs().max() == 0, "angles give no gradient to the weights"
+
+
+def test_latents_are_frozen_after_their_phase(batch):
+    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test")
+    objective = Objective(config, setting())
+    student, labels, targets = tensors(batch)
+    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
+    for epoch, trained in ((0, True), (1, True), (2, False)):
+        objective.begin_epoch(epoch)
+        objective.zero_grad()
+        value = objective(student, labels, targets, Inside(representation), Moment(epoch))
+        value.loss.backward()
+        assert all((p.grad is not None) == trained for p in objective.fusion.parameters())
+        assert ("latents" in value.terms) == trained
+        assert representation.grad.abs().max() > 0, "the gradient to the student goes on"
+
+
+def test_terms_add_up_and_are_named(batch):
+    value, _ = value_of(batch, resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test"))
+    assert list(value.terms) == ["soft_target", "angle", "distance", "latents"]
+    assert float(sum(value.terms.values())) == pytest.approx(value.loss.item(), rel=1e-6)
+    student, _, targets = tensors(batch)
+    theirs = torch.softmax(torch.stack(targets.logits, 1) / 5, 2)
+    mixture = (value.weights[:, :, None] * theirs).sum(1)
+    ours = student_embedding(student, "probs", 5.0)
+    assert value.terms["angle"].item() == pytest.approx(angle_loss(ours, mixture).item(), rel=1e-5)
+    assert value.terms["distance"].item() == pytest.approx(2 * distance_loss(ours, mixture).item(), rel=1e-5)
+
+
+def test_random_teacher_depends_on_seed_epoch_and_batch_alone():
+    config = METHODS["random"].objective
+
+    def draws(seed, epoch):
+        objective = Objective(config, Setting(FusionSetting(teachers=3, seed=seed)))
+        return [objective.chosen_teacher(Moment(epoch, number)) for number in range(300)]
+
+    assert draws(0, 0) == draws(0, 0)
+    assert len({tuple(draws(*place)) for place in ((0, 0), (0, 1), (1, 0))}) == 3
+    counts = np.bincount(draws(0, 0))
+    assert len(counts) == 3
+    assert counts.min() > 70
+
+
+def test_one_teacher_is_read_where_one_is_chosen(batch):
+    student, labels, targets = tensors(batch)
+    for name, place in (("best", 1), ("random", 2)):
+        config = METHODS[name].objective
+        objective = Objective(config, Setting(FusionSetting(teachers=3, accuracies=(0.5, 0.9, 0.7), seed=0)))
+        moment = next(m for m in (Moment(0, n) for n in range(99)) if objective.chosen_teacher(m) == place)
+        alone = Targets([targets.logits[place]], teachers=(place,))
+        want = Objective(METHODS["kd"].objective)(student, labels, alone).loss
+        assert objective(student, labels, targets, None, moment).loss.item() == pytest.approx(want.item())
+        assert objective(student, labels, alone, None, moment).loss.item() == pytest.approx(want.item())
+
+
+def test_adjustment_per_teacher(batch):
+    config = resolve_objective("kd", {"adjustment": ["shift", "none", "smooth"]}, "test")
+    want = reference_loss(
+        batch["student"], batch["teachers"], batch["labels"], temperature=4.0,
+        adjustment=("shift", "none", "smooth"), soft_weight=0.9, hard_weight=0.1,
+    )  # fmt: skip
+    assert value_of(batch, config)[0].loss.item() == pytest.approx(want.loss.mean(), rel=1e-5)
+
+
+def test_confidence_takes_mixed_labels(batch):
+    student, labels, targets = tensors(batch)
+    config = METHODS["ca-mkd"].objective
+    whole = MixedLabels(labels, labels.roll(1), torch.ones(N))
+    got = Objective(config, setting())(student, whole, targets)
+    want = Objective(config, setting())(student, labels, targets)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+
+
+def test_a_made_up_method_is_one_function_and_one_entry(batch, monkeypatch):
+    def norm_gap(facts, power):
+        gap = facts.student_logits.norm(dim=1) - facts.teachers.logits[0].norm(dim=1)
+        return gap.abs() ** power
+
+    base = METHODS["kd"].objective.model_copy(update={"term": {"power": 2.0}, "term_weight": 0.5})
+    monkeypatch.setitem(
+        METHODS, "norms", type(METHODS["kd"])("(|z| - |z_1|)²", "made up", base, term=norm_gap)
+    )
+    config = resolve_objective("norms", {"term": {"power": 1.0}}, "test")
+    student, labels, targets = tensors(batch)
+    value = Objective(config, Setting(FusionSetting(), term=METHODS["norms"].term))(student, labels, targets)
+    gap = np.linalg.norm(batch["student"], axis=1) - np.linalg.norm(batch["teachers"][0], axis=1)
+    assert value.terms["term"].item() == pytest.approx(0.5 * np.abs(gap).mean(), rel=1e-5)
+
+
+def test_schedules():
+    def values(**fields):
+        return [Schedule(epochs=4, **fields).at(epoch) for epoch in range(6)]
+
+    assert values(shape="warmup", end=2.0) == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert values(shape="cosine", start=1.0, end=0.0) == pytest.approx(
+        [1, 0.853553, 0.5, 0.146447, 0, 0], abs=1e-6
+    )
+    assert values(shape="ramp") == pytest.approx(
+        [np.exp(-5 * (1 - e / 4) ** 2) for e in range(4)] + [1, 1], rel=1e-9
+    )
+
+
+def test_weights_follow_their_schedule(batch):
+    config = resolve_objective("kd", {"soft_weight": {"shape": "warmup", "end": 0.9, "epochs": 2}}, "test")
+    hard = value_of(batch, config, moment=Moment(0))[0].loss.item()
+    whole = value_of(batch, METHODS["kd"].objective)[0].loss.item()
+    half = value_of(batch, config, moment=Moment(1))[0].loss.item()
+    assert value_of(batch, config, moment=Moment(2))[0].loss.item() == pytest.approx(whole)
+    assert half == pytest.approx((hard + whole) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"fusion": {"name": "confidnce"}}, "unknown fusion 'confidnce'. Did you mean 'confidence'?"),
+        ({"fusion": {"name": "entropy"}, "teacher_weights": [1, 2]},
+         "objective: teacher_weights are for fusion 'fixed', but fusion is 'entropy'"),
+        ({"fusion": {"name": "random"}, "hints": {"weight": 1}},
+         "hints need every teacher, but fusion 'random' asks one at a time"),
+        ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
+        ({"dynamic_temperature": {"kind": "dtd"}}, "kind: Input should be 'none', 'flsw'"),
+        ({"soft_weight": {"shape": "step", "epochs": 3}}, "Schedule.shape: Input should be 'warmup'"),
+    ],
+)  # fmt: skip
+def test_refusals(changes, text):
+    with pytest.raises(ValueError) as caught:
+        resolve_objective("kd", changes, "the recipe")
+    assert text.removeprefix("objective: ") in str(caught.value)
+
+
+def test_teachers_go_from_shallow_to_deep():
+    assert [depth_group(k, 3, 3) for k in range(3)] == [0, 1, 2]
+    assert [depth_group(k, 2, 4) for k in range(2)] == [0, 3]
+    assert [depth_group(k, 5, 2) for k in range(5)] == [0, 0, 1, 1, 1]
+    assert [depth_group(0, 1, groups) for groups in (1, 2, 3, 4)] == [0, 0, 1, 1]
+
+
+def test_old_objectives_still_load():
+    old = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0, "adjustment": "none", "smoothing": 0.1,
+           "combine": "mixture", "teacher_weights": [0.5, 0.5]}  # fmt: skip
+    assert ObjectiveConfig.model_validate(old).fusion.name == "fixed"
