@@ -1,0 +1,288 @@
+"""What each method does for a student of 300 labelled digits, and for whom it matters.
+
+    python benchmarks/methods.py [--json FILE] [--quick]
+
+Three different teachers are trained and written once; every student then learns from the stores. Methods are
+paired by seed: the same initial weights, samples and order. Beside the plain study, settings in which an idea
+should show: a weak and a noisy teacher beside a good one, teachers that each know only some classes, and
+teachers that are far too sure. Temperature, soft and hard weights are those of `kd` for every method unless a
+row says `preset`, so that a row shows its idea alone. The t-test and the interval are of the differences to
+`kd` with the same seeds (95 %, t distribution).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from _harness import arguments, report
+from scipy import stats
+
+from coursepack.console import print_table, say
+from coursepack.data import open_source, view_recipe
+from coursepack.data.store import StoreReader
+from coursepack.distill.evaluate import evaluate
+from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.distill.train import prepare, train, train_epoch
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.precompute import Job, run_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coursepack.distill.train import Run
+
+CPU = torch.device("cpu")
+STUDENT = "digits-small"
+TEACHERS = {"mlp": ("hidden1", "hidden2"), "cnn": ("conv2", "hidden"), "resnet": ("layer1", "layer2:pooled")}
+KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
+FLSW = {"kind": "flsw", "slope": 4.0, "gamma": 1.0, "lowest": 1.0, "highest": 20.0}
+ALL = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a study."""
+
+    name: str
+    method: str
+    objective: dict[str, Any]
+    teachers: tuple[int, ...] = ALL
+
+
+def entries(names: tuple[str, ...] | None = None) -> list[Entry]:
+    """All rows, or some."""
+    made = [
+        Entry("plain", "supervised", {}, ()),
+        Entry("kd", "kd", {}),
+        *(Entry(f"kd-from-{name}", "kd", {}, (place,)) for place, name in enumerate(TEACHERS)),
+        Entry("best", "best", {}),
+        Entry("random", "random", {}),
+        Entry("avg", "avg", {}),
+        Entry("ka-ps", "ka-ps", {}),
+        Entry("ka-lsr", "ka-lsr", {}),
+        Entry("dtd-flsw", "dtd-flsw", {**KD, "dynamic_temperature": FLSW}),
+        Entry("dtd-cwsm", "dtd-cwsm", {}),
+        Entry("ka-dtd", "ka-dtd", {**KD, "dynamic_temperature": FLSW}),
+        Entry("dtd-flsw-preset", "dtd-flsw", {}),
+        Entry("ca-mkd", "ca-mkd", KD),
+        Entry("ebkd", "ebkd", KD),
+        Entry("adaptive", "amtml", {**KD, "relations": {"angle": 0.0}}),
+        Entry("amtml", "amtml", KD),
+        Entry("amtml-hints", "amtml-hints", KD),
+        Entry("amtml-preset", "amtml", {}),
+        Entry("kd-T1", "kd", {"temperature": 1.0}),
+    ]
+    return made if names is None else [entry for entry in made if entry.name in names]
+
+
+def recipe(entry: Entry, stores: list[Path], seed: int, epochs: int, **fields: Any) -> TrainRecipe:
+    chosen = [stores[place] for place in entry.teachers]
+    view = view_recipe("digits")
+    return TrainRecipe.model_validate(
+        {
+            "student": STUDENT, "method": entry.method,
+            "objective": resolve_objective(entry.method, entry.objective, entry.name),
+            "stores": [str(store) for store in chosen], "source": "digits:train", "evaluation": "digits:test",
+            "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimiser": {"lr": 0.1}, **fields,
+        }
+    )  # fmt: skip
+
+
+class Changed(torch.nn.Module):
+    """A teacher whose logits are spoiled."""
+
+    def __init__(self, module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner = module
+        self.change = change
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits `(N, C)`."""
+        return self.change(self.inner(images))
+
+
+def knows(classes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits of a teacher that is blind outside some classes: those differ little among themselves."""
+    unknown = torch.tensor([label not in classes for label in range(10)])
+
+    def change(logits: torch.Tensor) -> torch.Tensor:
+        blurred = logits[:, unknown].mean(1, keepdim=True)
+        return torch.where(unknown, blurred + 0.1 * torch.sin(37 * logits), logits)
+
+    return change
+
+
+def noisy(logits: torch.Tensor) -> torch.Tensor:
+    """Logits with noise as large as themselves, a function of the logits: the same every time."""
+    noise = torch.sin(1e3 * logits) + torch.cos(1e3 * logits.roll(1, 1))
+    return logits + logits.std(1, keepdim=True) * 1.2 * noise
+
+
+CHANGES: dict[str, list[Callable[[torch.Tensor], torch.Tensor] | None]] = {
+    "plain": [None, None, None],
+    "noisy": [None, None, noisy],
+    "experts": [knows((0, 1, 2, 3)), knows((3, 4, 5, 6)), knows((7, 8, 9, 0))],
+    "sure": [lambda logits: 8 * logits] * 3,
+}
+NOTES = {
+    "plain": "three good teachers",
+    "noisy": "a good cnn, an mlp after one epoch (weak), and a resnet with noise on its logits",
+    "experts": "teachers that each tell four classes apart",
+    "sure": "teachers with logits times eight",
+}
+ROWS: dict[str, tuple[str, ...] | None] = {
+    "plain": None,
+    "noisy": ("plain", "kd", "best", "random", "avg", "ka-ps", "ka-lsr", "ka-dtd", "ca-mkd", "ebkd",
+              "adaptive", "amtml"),
+    "experts": ("plain", "kd", "best", "ka-ps", "ca-mkd", "ebkd", "adaptive", "amtml"),
+    "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset", "kd-T1"),
+}  # fmt: skip
+
+
+def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
+    """Run folders of the good teachers, and of the weak one."""
+    supervised = Entry("teacher", "supervised", {}, ())
+    made = {}
+    for name, epochs in (*((name, 1 if quick else 25) for name in TEACHERS), ("weak", 1)):
+        network = "mlp" if name == "weak" else name
+        plain = recipe(supervised, [], 0, epochs, student=f"digits-{network}", limit=None)
+        changes = {"lr": 0.01} if name == "weak" else {"lr": 0.05}
+        plain = TrainRecipe.model_validate({**plain.model_dump(), "optimiser": changes})
+        train(plain, folder / name, device=CPU)
+        made[name] = folder / name
+    good = [made[name] for name in TEACHERS]
+    return {"plain": good, "noisy": [made["weak"], *good[1:]], "experts": good, "sure": good}
+
+
+def write_stores(folder: Path, runs: list[Path], setting: str, views: int) -> tuple[list[Path], list[float]]:
+    """The setting's stores, and the seconds that each teacher's rows took."""
+    source, stores, seconds = open_source("digits"), [], []
+    for run, taps, change in zip(runs, TEACHERS.values(), CHANGES[setting], strict=True):
+        network = load_teacher(f"run:{run}", source.class_names)
+        if change is not None:
+            network = replace(network, module=Changed(network.module, change))
+            taps = ()
+        runner = TeacherRunner(network, [parse_tap(tap) for tap in taps])
+        stores.append(folder / setting / f"{run.name}.zarr")
+        started = time.perf_counter()
+        run_job(Job(stores[-1], source, view_recipe("digits"), runner, views), quiet=True)
+        seconds.append(time.perf_counter() - started)
+    return stores, seconds
+
+
+def teacher_accuracy(store: Path) -> float:
+    sums = [record["sums"] for record in StoreReader(store).manifest.view_records.values()]
+    return sum(each["correct"] for each in sums) / sum(each["rows"] for each in sums)
+
+
+def study(setting: str, stores: list[Path], seeds: int, epochs: int) -> dict[str, dict[str, list[float]]]:
+    """Accuracy, NLL, calibration error and seconds of training per row and seed."""
+    told: dict[str, dict[str, list[float]]] = {}
+    for entry in entries(ROWS[setting]):
+        runs: list[Run] = []
+        found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
+        for seed in range(seeds):
+            run = prepare(recipe(entry, stores, seed, epochs, views=len(StoreReader(stores[0]).views)), CPU)
+            trainee = run.trainee()
+            started = time.perf_counter()
+            for epoch in range(epochs):
+                train_epoch([trainee], run.batches(epoch), run.targets, epoch)
+            found["seconds"].append(time.perf_counter() - started)
+            for name, value in evaluate(trainee.learner, run.evaluation, CPU).items():
+                if name in found:
+                    found[name].append(value)
+            runs.append(run)
+        told[entry.name] = found
+        say(f"{setting} {entry.name}: {np.mean(found['accuracy']):.2%}, {np.mean(found['seconds']):.2f} s")
+    return told
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of a mean."""
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return float(differences.mean()), float(differences.mean())
+    low, high = stats.t.interval(
+        0.95, len(differences) - 1, differences.mean(), differences.std(ddof=1) / np.sqrt(len(differences))
+    )
+    return float(low), float(high)
+
+
+def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Print a setting's table; its rows for the JSON file."""
+    base, rows, cells = np.array(told["kd"]["accuracy"]), [], []
+    for name, found in told.items():
+        accuracy = 100 * np.array(found["accuracy"])
+        difference = accuracy - 100 * base
+        low, high = interval(difference)
+        same = bool(np.ptp(difference) == 0)
+        p = 1.0 if same or len(difference) < 2 else float(stats.ttest_rel(accuracy, 100 * base).pvalue)
+        cells.append(
+            [name, f"{accuracy.mean():.2f}", f"{accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else "-",
+             f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.3f}",
+             f"{np.mean(found['nll']):.3f}", f"{np.mean(found['calibration_error']):.3f}",
+             f"{np.median(found['seconds']):.2f}"]
+        )  # fmt: skip
+        middle = interval(accuracy)
+        config = {
+            "setting": setting, "minus_kd": float(difference.mean()), "minus_kd_low": low,
+            "minus_kd_high": high,
+            "p": p, "nll": float(np.mean(found["nll"])), "seconds": float(np.median(found["seconds"])),
+            "calibration_error": float(np.mean(found["calibration_error"])),
+        }  # fmt: skip
+        rows.append({
+            "id": f"{setting}/{name}", "value": float(accuracy.mean()), "low": middle[0], "high": middle[1],
+            "unit": "%", "n": len(accuracy), "config": config, "bar": None, "holds": None,
+        })  # fmt: skip
+    header = ["method", "accuracy", "sd", "minus kd", "95 % interval", "p", "nll", "ece", "s a run"]
+    print_table(f"{setting}: {NOTES[setting]}", header, cells)
+    return rows
+
+
+def saved(stores: list[Path], seconds: list[float], students: int, epochs: int) -> dict[str, Any]:
+    """Seconds that live teachers would have cost these students, less what the stores cost."""
+    run = prepare(recipe(Entry("kd", "kd", {}), stores, 0, 1, online=True), CPU)
+    assert run.targets is not None
+    several = list(run.batches(0))
+    for batch in several:
+        batch.pixels(8)
+    started = time.perf_counter()
+    for batch in several:
+        run.targets.fetch(batch)
+    epoch = time.perf_counter() - started
+    value = (students * epochs * epoch - sum(seconds)) / 3600
+    config = {"students": students, "epochs": epochs, "live_epoch_s": epoch, "stores_s": sum(seconds)}
+    return {
+        "id": "teacher-hours-saved", "value": value, "low": value, "high": value, "unit": "h", "n": 1,
+        "config": config, "bar": None, "holds": None,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments("What each method does for a student of 300 digits.")
+    chosen = parser.parse_args()
+    seeds, epochs, views = (2, 1, 2) if chosen.quick else (10, 60, 8)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = train_teachers(folder / "teachers", chosen.quick)
+        students, spent, plain = 0, 0.0, []
+        for setting in CHANGES:
+            stores, seconds = write_stores(folder, runs[setting], setting, views)
+            plain = plain or stores
+            spent += sum(seconds)
+            say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
+            told = study(setting, stores, seeds, epochs)
+            students += seeds * (len(told) - 1)
+            rows += rows_of(setting, told)
+        rows.append(saved(plain, [spent], students, epochs))
+    report("Students of 300 digits, accuracy on the test digits (mean, 95 % interval)", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
