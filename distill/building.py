@@ -65,6 +65,7 @@ def build_objective(
         accuracies=tuple(map(_accuracy, readers)),
         seed=recipe.seed,
         teacher=config.fusion.teacher,
+        init=config.fusion.init,
     )
     return Objective(config, Setting(fusion, hints, METHODS[recipe.method].term, recipe.seed))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from coursepack.console import Commands, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.loading import Renderer
 from coursepack.data.sources import evaluation_spec
-from coursepack.distill.compare import compare, table_rows
+from coursepack.distill.compare import compare, plot, table_rows
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.learner import Learner
 from coursepack.distill.methods import METHODS, describe
@@ -21,6 +22,7 @@ from coursepack.distill.objective import Objective
 from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
 from coursepack.distill.run_folder import load_run
+from coursepack.distill.smoke import smoke_recipe
 from coursepack.distill.targets import open_stores
 from coursepack.distill.train import train
 from coursepack.errors import RecipeError, UnknownName
@@ -46,6 +48,7 @@ EXAMPLES_TRAIN = """\b
 Examples:
   distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
   distill train --student digits-small --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
+  distill train runs/kd/recipe.yaml --smoke --out runs/smoke
   distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
 """
 
@@ -84,6 +87,8 @@ Examples:
 @click.option(
     "--set", "assignments", multiple=True, help="Any recipe field, as key.subkey=value. Repeatable."
 )
+@click.option("--smoke", is_flag=True,
+              help="Run it for two epochs on made-up data and teachers, to see that it runs.")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard into the run, too.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
@@ -91,6 +96,7 @@ def train_command(
     out: Path,
     overwrite: bool,
     tensorboard: bool,
+    smoke: bool,
     device: str,
     workers: int | None,
     assignments: tuple[str, ...],
@@ -109,15 +115,14 @@ def train_command(
     _apply_flags(values, flags)
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
-    recipe = _complete(values, where)
-    metrics = train(
-        recipe,
-        out,
-        device=pick_device(device),
-        overwrite=overwrite,
-        workers=workers,
-        tensorboard=tensorboard,
-    )
+    recipe = _complete(values, where, smoke=smoke)
+    how: dict[str, Any] = {"overwrite": overwrite, "workers": workers, "tensorboard": tensorboard}
+    if smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = smoke_recipe(recipe, Path(folder))
+            metrics = train(recipe, out, device=pick_device(device), **how)
+    else:
+        metrics = train(recipe, out, device=pick_device(device), **how)
     evaluation = metrics["evaluation"]
     click.echo(
         f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
@@ -153,16 +158,19 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
 @main.command("compare", epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare_command(runs: tuple[Path, ...], as_json: bool) -> None:
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw accuracy by epoch, too.")
+def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | None) -> None:
     """Put finished runs side by side; runs that differ only in their seed are one row."""
     groups = compare([load_run(path) for path in runs])
+    if plot_file is not None:
+        plot(groups, plot_file)
     if as_json:
         click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
     else:
         print_table("", *table_rows(groups))
 
 
-@main.command("methods", epilog="\b\nExamples:\n  distill methods\n  distill methods amtml")
+@main.command("methods", epilog="\b\nExamples:\n  distill methods amtml\n  distill methods --json")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
@@ -216,8 +224,8 @@ def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
             values[name] = value
 
 
-def _complete(values: dict[str, Any], where: str) -> TrainRecipe:
-    """Fill in what the stores and the method say, and check the whole.
+def _complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> TrainRecipe:
+    """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.
 
     Raises:
         RecipeError: something is missing, unknown or out of range.
@@ -230,14 +238,15 @@ def _complete(values: dict[str, Any], where: str) -> TrainRecipe:
     stores = values.get("stores") or ()
     values.setdefault("method", "kd" if stores else "supervised")
     values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
-    if stores:
+    if stores and not smoke:
         identity = open_stores(stores)[0].manifest.identity
         values.setdefault("source", identity["source"]["name"])
         values.setdefault("view", identity["view"]["recipe"])
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
-    values["source"] = open_source(values["source"], root).name
+    if not smoke:
+        values["source"] = open_source(values["source"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from coursepack.distill.run_folder import FinishedRun
 
 
+EXTRAS = {
+    "calibration_error": (("evaluation", "calibration_error"), "ece"),
+    "agreement": (("teachers", "agreement"), "agrees"),
+    "teacher_kl": (("teachers", "kl"), "kl to teachers"),
+    "clamped": (("temperature", "clamped"), "T clamped"),
+}
+"""What is shown where runs told it: its place in an epoch's metrics, and its column."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs of one recipe under several seeds."""
@@ -33,6 +42,10 @@ class Group:
     """Seeds on which it beats the first group; None for the first group itself."""
     paired: int
     """Seeds it shares with the first group."""
+    extras: dict[str, float]
+    """Means over seeds of what its last epochs told besides, as far as all runs told it."""
+    curve: list[float]
+    """Mean accuracy on the evaluation split after each epoch, as far as all runs went."""
 
     @property
     def mean(self) -> float:
@@ -55,6 +68,7 @@ class Group:
             "epoch_seconds": self.epoch_seconds,
             "wins": self.wins,
             "paired": self.paired,
+            **self.extras,
             "accuracy": {str(seed): value for seed, value in self.accuracy.items()},
         }
 
@@ -89,15 +103,42 @@ def compare(runs: Sequence[FinishedRun]) -> list[Group]:
 
 def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Header and rows for `print_table`."""
+    told = [name for name in EXTRAS if any(name in group.extras for group in groups)]
     header = ["recipe", "runs", "accuracy", "+- sd", "nll", "epoch", "beats first"]
+    header += [EXTRAS[name][1] for name in told]
     rows = []
     for group in groups:
         spread = "-" if math.isnan(group.spread) else f"{group.spread:.2%}"
         wins = "-" if group.wins is None else f"{group.wins} of {group.paired}"
         nll = statistics.fmean(group.nll.values())
         runs, epoch = str(len(group.accuracy)), f"{group.epoch_seconds * 1000:.1f} ms"
-        rows.append([group.label, runs, f"{group.mean:.2%}", spread, f"{nll:.3f}", epoch, wins])
+        more = [f"{group.extras[name]:.3f}" if name in group.extras else "-" for name in told]
+        rows.append([group.label, runs, f"{group.mean:.2%}", spread, f"{nll:.3f}", epoch, wins, *more])
     return header, rows
+
+
+def plot(groups: Sequence[Group], path: Path) -> None:
+    """Draw accuracy by epoch, one line per group, and every run's last accuracy as a dot.
+
+    Raises:
+        RunError: no picture can be written there.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for group in groups:
+        epochs = range(1, len(group.curve) + 1)
+        (line,) = axes.plot(epochs, [100 * value for value in group.curve], label=group.label)
+        last = [100 * value for value in group.accuracy.values()]
+        axes.scatter([len(group.curve)] * len(last), last, s=12, color=line.get_color())
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise RunError(f"cannot write a plot to {str(path)!r}: {error}. Name a .png, .svg or .pdf") from error
 
 
 def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, is_first: bool) -> Group:
@@ -110,7 +151,22 @@ def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, i
         epoch_seconds=statistics.median(line["seconds"] for run in members for line in run.metrics),
         wins=None if is_first else sum(accuracy[seed] > first[seed] for seed in paired),
         paired=len(paired),
+        extras=_extras(members),
+        curve=[
+            statistics.fmean(float(line["evaluation"]["accuracy"]) for line in lines)
+            for lines in zip(*(run.metrics for run in members), strict=False)
+        ],
     )
+
+
+def _extras(members: Sequence[FinishedRun]) -> dict[str, float]:
+    found = {}
+    for name, (place, _) in EXTRAS.items():
+        values = [run.metrics[-1].get(place[0], {}).get(place[1]) for run in members]
+        known = [float(value) for value in values if value is not None]
+        if len(known) == len(members):
+            found[name] = statistics.fmean(known)
+    return found
 
 
 def _final(run: FinishedRun) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class FusionConfig(Config):
     what the student's head reads."""
     l2: NotNegative = 0.1
     """Of `adaptive`: factor of the squared norms of the latents, as long as they are trained."""
+    init: NotNegative = 1.0
+    """Of `adaptive`: standard deviation of the initial latents. At 1, the release's, wide students begin with
+    nearly all weight on one teacher; with 0.1 they begin close to equal."""
     joint_epochs: Annotated[int, Field(ge=1)] | None = None
     """Of `adaptive`: latents are trained for so many epochs and then frozen; none means to the end."""
 
@@ -67,6 +70,8 @@ class FusionSetting:
     seed: int = 0
     teacher: int | None = None
     """As `FusionConfig.teacher`."""
+    init: float = 1.0
+    """As `FusionConfig.init`."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +157,11 @@ class Adaptive(nn.Module):
     theta and v. With one teacher the weight is exactly one.
     """
 
-    def __init__(self, teachers: int, width: int, *, seed: int = 0) -> None:
+    def __init__(self, teachers: int, width: int, *, init: float = 1.0, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.latents = nn.Parameter(torch.randn(teachers, width, generator=generator))
-        self.shared = nn.Parameter(torch.randn(width, generator=generator))
+        self.latents = nn.Parameter(init * torch.randn(teachers, width, generator=generator))
+        self.shared = nn.Parameter(init * torch.randn(width, generator=generator))
 
     def forward(self, facts: Facts) -> Tensor:
         """Weights `(N, K)`."""
@@ -229,7 +234,7 @@ FUSIONS: dict[str, Fusion] = {
         formula="w_k = softmax_k(v . (theta_k * beta)), beta the student's representation",
         source="Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062, section 3.2",
         combine="mixture",
-        make=lambda setting: Adaptive(setting.teachers, setting.width, seed=setting.seed),
+        make=lambda setting: Adaptive(setting.teachers, setting.width, init=setting.init, seed=setting.seed),
         needs_representation=True,
     ),
 }

@@ -20,6 +20,7 @@ from coursepack.distill.hints import Hint, Hints
 from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
 from coursepack.distill.schedule import is_used, value_at
 from coursepack.distill.temperature import SampleTemperatures, fused_logits, sample_temperatures
+from coursepack.errors import TrainingDiverged
 from coursepack.kernels import MixedLabels, soft_target_loss, soft_targets
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class Objective(nn.Module):
     def _soft(self, facts: Facts) -> _Soft:
         teachers = facts.teachers
         weights = self.fusion(facts)
+        _check_finite("a teacher's weight", weights, facts.moment)
         adjustments = self.config.adjustments(teachers.places)
         dynamic = self.config.dynamic_temperature
         if dynamic.kind == "none":
@@ -173,6 +175,7 @@ class Objective(nn.Module):
         temperatures = sample_temperatures(
             facts.student_logits, fused, base=self.config.temperature, **dynamic.model_dump()
         )
+        _check_finite("a sample's temperature", temperatures.values, facts.moment)
         return _Soft(weights, adjustments, temperatures, temperatures.values)
 
     def _soft_target(self, facts: Facts, soft: _Soft) -> Tensor:
@@ -215,6 +218,16 @@ class Objective(nn.Module):
             name: value_at(getattr(relations, name), epoch) * loss(ours, theirs)
             for name, loss in used.items()
         }
+
+
+def _check_finite(name: str, values: Tensor | None, moment: Moment) -> None:
+    """Say that training diverged before the loss refuses its arguments; on the CPU, where it does."""
+    if values is None or values.device.type != "cpu" or bool(torch.isfinite(values).all()):
+        return
+    raise TrainingDiverged(
+        f"training diverged in epoch {moment.epoch}: {name} is not finite, since the student's logits are "
+        "not. Use a smaller --lr, and --overwrite what is left of the run."
+    )
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tensor:

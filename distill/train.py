@@ -389,20 +389,10 @@ def _check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRe
 
 
 def _check_mixing(recipe: TrainRecipe) -> None:
-    """Refuse what is not defined for mixed images, or would learn labels that the student is not given."""
+    """Partners come from the whole split: a student that may know few labels must not learn theirs."""
     objective = recipe.objective
-    if recipe.view.mix is None:
-        return
-    given = objective.adjustment
-    adjusted = {given} if isinstance(given, str) else set(given)
-    if objective.needs_teachers and adjusted != {"none"}:
-        raise RecipeError(
-            f"adjustment is {given!r}, but the view mixes images: a mixed image has two labels and no answer "
-            "to it is wrong. Give adjustment none, or stores of a view without mix"
-        )
-    # Partners come from the whole split.
     hard = not objective.needs_teachers or is_used(objective.hard_weight)
-    if recipe.limit is not None and hard:
+    if recipe.view.mix is not None and recipe.limit is not None and hard:
         raise RecipeError(
             f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
             "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"

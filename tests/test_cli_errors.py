@@ -161,9 +161,8 @@ DOMAIN = [
     ("distill train path.yaml --out new",
      "path.yaml is not valid:\n  stores: Input should be a list, got 's.zarr'"),
     (f"{ALONE} --view view.yaml",
-     "view recipe 'view.yaml' is not valid:\n  ops.0.pad_crop.padding: Input should be greater than or equal "
-     "to 1, "
-     "got 0\n  sed: unknown key, did you mean 'seed'?"),
+     "view recipe 'view.yaml' is not valid:\n  ops.0.pad_crop.padding: Input should be greater than or "
+     "equal to 1, got 0\n  sed: unknown key, did you mean 'seed'?"),
     (f"{ALONE} --set epochs", "--set 'epochs' is not key=value"),
     (f"{ALONE} --set =3", "--set '=3' is not key=value"),
     (f"{ALONE} --set 'epochs=[1'", "--set 'epochs=[1': the value is not YAML"),

@@ -154,5 +154,12 @@ def test_the_command(tmp_path, monkeypatch):
     assert shown.exit_code == 0
     for cell in ("beats first", f"supervised {STUDENT} optimiser.lr=0.05", "optimiser.lr=0.01", " of 1 "):
         assert cell in shown.stdout
+    for cell in ("ece", "agrees"):
+        assert (cell in shown.stdout) == (cell == "ece"), "columns that no run has are left out"
+    drawn = CliRunner().invoke(distill, ["compare", "a-0", "a-1", "b-0", "--plot", "p.png"])
+    assert drawn.exit_code == 0, drawn.output
+    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    refused = CliRunner().invoke(distill, ["compare", "a-0", "--plot", "p.nothing"])
+    assert "cannot write a plot to 'p.nothing'" in refused.stderr
     told = json.loads(CliRunner().invoke(distill, ["compare", "a-0", "a-1", "b-0", "--json"]).stdout)
     assert [(group["runs"], group["paired"]) for group in told] == [(2, 2), (1, 1)]

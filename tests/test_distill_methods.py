@@ -18,7 +18,7 @@ from coursepack.distill.facts import Moment
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.train import prepare, train, train_epoch
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.cli import main as precompute
@@ -306,3 +306,12 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch, stores):
     assert {("train/soft_target", 0), ("teachers/weight/2", 1), ("evaluation/nll", 1), "closed"} <= set(
         written
     )
+
+
+@pytest.mark.parametrize("name", ["amtml", "dtd-flsw"])
+def test_a_student_that_diverges_is_said_to(tmp_path, stores, name):
+    recipe = make_recipe(stores, method=name, limit=200, epochs=3, optimiser={"lr": 1e30})
+    with pytest.raises(
+        TrainingDiverged, match=r"diverged in epoch \d: a (teacher|sample)'s \w+ is not finite"
+    ):
+        train(recipe, tmp_path / "o", device=CPU)

@@ -437,3 +437,13 @@ def test_old_objectives_still_load():
     old = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0, "adjustment": "none", "smoothing": 0.1,
            "combine": "mixture", "teacher_weights": [0.5, 0.5]}  # fmt: skip
     assert ObjectiveConfig.model_validate(old).fusion.name == "fixed"
+
+
+def test_small_latents_begin_with_nearly_equal_weights(batch):
+    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test")
+    student, labels, targets = tensors(batch)
+    inside = Inside(torch.from_numpy(batch["representation"]).float())
+    value = Objective(config, setting(init=config.fusion.init))(student, labels, targets, inside)
+    torch.testing.assert_close(value.weights, torch.full((N, K), 1 / K), atol=0.01, rtol=0)
+    wide = Objective(config, setting())(student, labels, targets, inside)
+    assert wide.weights.max() > 0.5
