@@ -163,8 +163,9 @@ def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None
         raise RecipeError(f"fusion.teacher is {best}, but there are {len(readers)} stores: places begin at 0")
     if objective.needs_one_label and recipe.view.mix is not None:
         raise RecipeError(
-            f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two labels "
-            "and no answer to it is wrong. Use stores of a view without mix, or --set objective.adjustment=none"
+            f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two "
+            "labels and no answer to it is wrong. Use stores of a view without mix, or "
+            "--set objective.adjustment=none"
         )
     if objective.uses_soft_targets and objective.dynamic_temperature.kind == "flsw":
         for reader in readers:
