@@ -106,7 +106,7 @@ def test_a_student_is_the_same_with_and_without_workers(place, store, tmp_path, 
     assert all(torch.equal(weights[name], other[name]) for name in weights)
     assert [entry["epoch"] for entry in metrics] == [0, 1, 2]
     assert metrics[0]["train"]["loss"] != metrics[2]["train"]["loss"]
-    assert set(metrics[0]["evaluation"]) == {"accuracy", "nll"}
+    assert set(metrics[0]["evaluation"]) == {"accuracy", "nll", "calibration_error"}
 
 
 def test_a_damaged_file_is_refused_by_name_before_anything_is_made(place, store, tmp_path):
