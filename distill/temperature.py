@@ -95,16 +95,15 @@ def fused_logits(
         labels: `(N,)`, needed by "shift".
         adjustments: one name per teacher; empty means none.
     """
-    total = torch.zeros(())
-    weight_sum = torch.zeros(())
+    parts, shares = [], []
     for place, teacher in enumerate(teachers):
         logits = decode(teacher).detach()
         if adjustments and adjustments[place] == "shift" and labels is not None:
             logits = shifted(logits, labels)
-        weight = torch.ones((), device=logits.device) if weights is None else weights.detach()[..., place]
-        total = total.to(logits.device) + weight.reshape(-1, 1) * logits
-        weight_sum = weight_sum.to(logits.device) + weight.reshape(-1, 1)
-    return total / weight_sum.clamp_min(1e-12)
+        share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., place]
+        parts.append(share.reshape(-1, 1) * logits)
+        shares.append(share.reshape(-1, 1))
+    return torch.stack(parts).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
 
 
 def shifted(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Hints and the look inside a student: values and gradients against NumPy, shapes that differ."""
+
+import numpy as np
+import pytest
+import torch
+
+from coursepack.distill.facts import Facts, Inside
+from coursepack.distill.hints import Adapter, Hint, Hints
+from coursepack.distill.student import blocks, look_inside, watched
+from coursepack.distill.targets import Targets
+from coursepack.errors import RecipeError
+from coursepack.models import Network, Preprocessing, build_network
+
+
+def facts_of(student, teacher):
+    targets = Targets([], {(1, "tap"): torch.from_numpy(teacher).float()}, (0, 1))
+    inside = Inside(features={"layer": student})
+    return Facts(torch.zeros(len(student), 10), inside, torch.zeros(len(student)).long(), targets)
+
+
+def pooled_to(maps, size):
+    """Mean over equal cells, for sizes that divide."""
+    rows, channels, height, width = maps.shape
+    return maps.reshape(rows, channels, size, height // size, size, width // size).mean((3, 5))
+
+
+@pytest.mark.parametrize(
+    ("student_shape", "teacher_shape"),
+    [((5,), (3,)), ((5, 4, 4), (3, 2, 2)), ((5, 4, 4), (3, 4, 4)), ((5, 4, 4), (3,)), ((5,), (3, 2, 2))],
+)
+def test_value_and_gradient(student_shape, teacher_shape):
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(6, *student_shape)), rng.normal(size=(6, *teacher_shape))
+    module = Hints([Hint(1, "tap", "layer", teacher_shape, student_shape)], seed=2)
+    weight, bias = (value.detach().double().numpy() for value in module.adapters[0].parameters())
+    weight = weight.reshape(3, 5)
+
+    def reference(student):
+        ours, theirs = student, teacher
+        if len(student_shape) == len(teacher_shape) == 3:
+            ours = pooled_to(ours, teacher_shape[1])
+        else:
+            ours = ours.reshape(6, 5, -1).mean(2)[:, :, None, None]
+            theirs = theirs.reshape(6, 3, -1).mean(2)[:, :, None, None]
+        changed = np.einsum("oc,nchw->nohw", weight, ours) + bias[:, None, None]
+        return ((changed - theirs) ** 2).mean((1, 2, 3))
+
+    tensor = torch.from_numpy(student).float().requires_grad_()
+    value = module(facts_of(tensor, teacher))
+    np.testing.assert_allclose(value.detach().numpy(), reference(student), rtol=1e-4)
+    value.sum().backward()
+    place = (2, *(0 for _ in student_shape))
+    moved = [student.copy(), student.copy()]
+    moved[0][place] += 1e-5
+    moved[1][place] -= 1e-5
+    slope = (reference(moved[0]).sum() - reference(moved[1]).sum()) / 2e-5
+    assert tensor.grad[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+
+
+def test_maps_of_a_larger_teacher_are_matched_in_size():
+    adapter = Adapter((5, 2, 2), (3, 7, 5))
+    assert adapter(torch.zeros(4, 5, 2, 2)).shape == (4, 3, 7, 5)
+
+
+def test_adapters_depend_on_the_seed_alone():
+    hints = [Hint(0, "a", "b", (3,), (5,))]
+    first, again, other = (Hints(hints, seed=seed).adapters[0].change.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_representation_is_what_the_head_reads():
+    network = build_network("digits-cnn", 10)
+    images = torch.randn(4, 1, 8, 8)
+    with watched(network, ["hidden"], representation=True, layer=None) as inside:
+        network.module(images)
+        seen = inside()
+    torch.testing.assert_close(seen.representation, torch.relu(seen.features["hidden"]))
+    with watched(network, ["conv2"], representation=True, layer="conv2") as inside:
+        network.module(images)
+        seen = inside()
+    assert torch.equal(seen.representation, seen.features["conv2"].amax((2, 3)))
+    assert seen.representation.requires_grad
+
+
+def test_shapes_inside_a_student():
+    network = build_network("digits-resnet", 10)
+    network.module.train()
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    width, shapes = look_inside(network, 1, ["layer1", "layer2"], representation=True, layer=None)
+    assert (width, shapes) == (64, {"layer1": (32, 8, 8), "layer2": (64, 4, 4)})
+    assert network.module.training
+    after = network.module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "a look changes nothing"
+    assert blocks(network.module) == ["stem", "layer1", "layer2"]
+
+
+def test_a_student_without_a_head_is_told_to_name_a_layer():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Linear(10, 7))
+    network = Network("odd", module, Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
+    with pytest.raises(
+        RecipeError, match=r"does not end in a linear layer of 10 classes.*fusion\.layer=LAYER"
+    ):
+        look_inside(network, 1, [], representation=True, layer=None)
