@@ -1,7 +1,8 @@
 """What a run tells about an epoch: sums kept on the device, so that no step waits for it.
 
-Loss, terms, accuracy and calibration are taken from every batch. What needs the teachers decoded once more
-(agreement, divergence, how many samples are shifted) is taken from one batch in `WATCH_EVERY`.
+Loss, terms, accuracy, teachers' weights and temperatures are taken from every batch. What would make a step
+longer (NLL, top-5, calibration, agreement with the teachers, how many samples are shifted) is taken from one
+batch in `WATCH_EVERY`, the first among them.
 """
 
 from __future__ import annotations
@@ -69,18 +70,21 @@ class EpochLog:
         logits = output.student_logits.detach().float()
         if self._calibration is None:
             self._calibration = Calibration(logits.device)
-        self._calibration.add(logits, labels)
+        watched = self._batches % WATCH_EVERY == 0
         self._sum("loss", output.value.loss.detach() * count)
         for name, term in output.value.terms.items():
             self._sum(name, term * count)
         self._sum("accuracy", (logits.argmax(1) == labels).sum())
-        self._sum("nll", F.cross_entropy(logits, labels, reduction="sum"))
-        if logits.shape[1] > 5:
-            self._sum("accuracy_top5", top5_correct(logits, labels))
+        if watched:
+            self._watched += count
+            self._calibration.add(logits, labels)
+            self._sum("watched.nll", F.cross_entropy(logits, labels, reduction="sum"))
+            if logits.shape[1] > 5:
+                self._sum("watched.accuracy_top5", top5_correct(logits, labels))
         self._add_temperatures(output.value)
         if output.value.targets is not None and output.value.targets.logits:
             self._add_weights(output.value, labels, logits.shape[1])
-            if self._batches % WATCH_EVERY == 0:
+            if watched:
                 self._watch(output.value, logits, batch)
         self._samples += count
         self._batches += 1
@@ -94,6 +98,9 @@ class EpochLog:
             for name, value in self._sums.items()
             if not name.startswith(groups)
         }
+        for name in ("nll", "accuracy_top5"):
+            if f"watched.{name}" in self._sums:
+                means[name] = float(self._sums[f"watched.{name}"]) / self._watched
         means["calibration_error"] = self._calibration.error()
         if "teachers.by_class" in self._sums:
             means["teachers"] = self._teachers()
@@ -154,7 +161,6 @@ class EpochLog:
         self._sum("watched.wrong", self._placed(wrong, targets.places))
         self._sum("watched.shifted", self._placed(wrong * changed, targets.places))
         self._sum("watched.seen", self._placed(torch.full_like(wrong, len(batch)), targets.places))
-        self._watched += len(batch)
 
     def _teachers(self) -> dict[str, Any]:
         by_class, per_class = self._sums["teachers.by_class"], self._sums["teachers.per_class"]
