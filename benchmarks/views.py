@@ -44,7 +44,7 @@ def words(rounds: int) -> list[dict[str, Any]]:
 
     def ours() -> None:
         for _ in range(100):
-            random_words(0, samples, 3, 16), random_words(0, samples, 3, 17)
+            random_words(0, samples, 3, 16, 2)
 
     def theirs() -> None:
         for sample in samples.tolist():
@@ -157,7 +157,11 @@ def files(rounds: int, count: int, workers: int) -> list[dict[str, Any]]:
         for k in range(count):
             folder = Path(name) / "train" / f"class{k % 4}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(photograph(rng)).save(folder / f"{k}.jpg", quality=90)
+            image = Image.fromarray(photograph(rng))
+            # Of two sizes: a source whose images have one size and are few is kept in memory, decoded.
+            (image.transpose(Image.Transpose.ROTATE_90) if k % 2 else image).save(
+                folder / f"{k}.jpg", quality=90
+            )
         os.environ["COURSEPACK_CACHE"] = str(Path(name) / "cache")
         source, recipe = open_source("folder:train", Path(name)), view_recipe("imagenet")
         preprocessing = Preprocessing(size=SIDE, mean=MEAN, std=STD)

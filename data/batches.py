@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from coursepack.data.randomness import Purpose, shuffled
-from coursepack.data.views import GRID, draw, render, render_on_device
+from coursepack.data.views import GRID, draw, render, render_normalised, render_on_device
 from coursepack.data.views.params import concatenate
-from coursepack.kernels import MixedLabels
+from coursepack.kernels import MixedLabels, normalise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,6 +84,21 @@ class Batch:
         moved = self.rendered[size].to(self.device, non_blocking=True)
         self.rendered[size] = moved
         return moved
+
+    def normalised(self, size: int, channel: Sequence[int], table: Tensor) -> Tensor:
+        """What a network reads, `(N, channels, size, size)` float32: each level of the pixels looked up.
+
+        Args:
+            size: side in pixels.
+            channel: for each channel of the network the one of the pixels.
+            table: `(channels, 256)` float32 on the CPU.
+        """
+        if self.device.type == "cpu" and size not in self.rendered:
+            of_rows = self.samples, self.params
+            images = render_normalised(self.recipe, self.source, *of_rows, size, channel, table.numpy())
+            if images is not None:
+                return torch.from_numpy(images)
+        return normalise(self.pixels(size), channel, table)
 
     def render(self, size: int) -> Tensor:
         """The same, rendered anew: on the device where the images are there, else on the CPU."""

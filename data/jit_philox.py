@@ -42,18 +42,22 @@ def philox_fill(counters: np.ndarray, key_0: np.uint64, key_1: np.uint64, out: n
 
 
 @njit(cache=True, nogil=True)
-def philox_draw(samples: np.ndarray, seed: np.uint64, view: int, purpose: int, out: np.ndarray) -> int:
-    """Words of counters `(sample, view, purpose)` under the key `seed` into `out (N, 4)` uint32.
+def philox_draw(
+    samples: np.ndarray, seed: np.uint64, view: int, purpose: int, step: int, out: np.ndarray
+) -> int:
+    """Words of counters `(sample, view, purpose + k * step)` under the key `seed` into `out (N, 4 k)` uint32.
 
     Returns the smallest of the samples and 0.
     """
     smallest = 0
     key_0, key_1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _SHIFT
-    third, fourth = np.uint64(view), np.uint64(purpose)
+    third = np.uint64(view)
     for n in range(samples.shape[0]):
         smallest = min(smallest, samples[n])
         sample = np.uint64(samples[n])
-        out[n, 0], out[n, 1], out[n, 2], out[n, 3] = _encrypt(
-            sample & _LOW, sample >> _SHIFT, third, fourth, key_0, key_1
-        )
+        for k in range(0, out.shape[1], 4):
+            fourth = np.uint64(purpose + k // 4 * step)
+            out[n, k], out[n, k + 1], out[n, k + 2], out[n, k + 3] = _encrypt(
+                sample & _LOW, sample >> _SHIFT, third, fourth, key_0, key_1
+            )
     return smallest

@@ -223,6 +223,57 @@ def resample_rows(
 
 
 @njit(cache=True, nogil=True)
+def normalise_rows(
+    images: np.ndarray,
+    samples: np.ndarray,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    beyond: bool,
+    channel: np.ndarray,
+    table: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """`resample_rows`, each level looked up: `out[n, c] = table[c, pixels[..., channel[c]]]`, float32."""
+    _, height, width, channels = images.shape
+    size = out.shape[2]
+    scratch = np.empty((size, size, channels), np.uint8)
+    for n in range(len(samples)):
+        box, flip = boxes[n], flips[n]
+        if not (_is_copy(box[0], box[2], height, size) and _is_copy(box[1], box[3], width, size)):
+            _filter(images[samples[n]], box, flip, beyond, scratch)
+            for c in range(len(channel)):
+                for y in range(size):
+                    for x in range(size):
+                        out[n, c, y, x] = table[c, scratch[y, x, channel[c]]]
+            continue
+        top, left = int(_edge(box[0], height)), int(_edge(box[1], width))
+        low, high = max(0, -left), min(size, width - left)
+        source = images[samples[n]].reshape(-1)
+        planes = out[n].reshape(len(channel), -1)
+        for y in range(size):
+            at = (size - 1 - y if flip & 2 else y) * size
+            inside = 0 <= top + y < height and low < high
+            if not inside or low > 0 or high < size:
+                for c in range(len(channel)):
+                    planes[c, at : at + size] = table[c, 0]
+            if not inside:
+                continue
+            line = source[((top + y) * width + left + low) * channels :]
+            first, step = (at + size - 1 - low, -1) if flip & 1 else (at + low, 1)
+            if channels == len(channel) == 3:
+                # The usual case reads every pixel once.
+                for x in range(high - low):
+                    place = first + step * x
+                    planes[0, place] = table[0, line[3 * x]]
+                    planes[1, place] = table[1, line[3 * x + 1]]
+                    planes[2, place] = table[2, line[3 * x + 2]]
+            else:
+                for x in range(high - low):
+                    for c in range(len(channel)):
+                        planes[c, first + step * x] = table[c, line[x * channels + channel[c]]]
+
+
+@njit(cache=True, nogil=True)
 def blend(
     first: np.ndarray, second: np.ndarray, kinds: np.ndarray, shares: np.ndarray, boxes: np.ndarray
 ) -> None:

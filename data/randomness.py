@@ -37,14 +37,15 @@ class Purpose(IntEnum):
     """The first op of a view recipe; op number i uses `VIEW + i`."""
 
 
-def random_words(seed: int, samples: Samples, view: int, purpose: int) -> Words:
-    """Four random 32-bit words per sample, `(N, 4)` uint32.
+def random_words(seed: int, samples: Samples, view: int, purpose: int, streams: int = 1) -> Words:
+    """Four random 32-bit words per sample and stream, `(N, 4 streams)` uint32.
 
     Args:
         seed: 0 to 2**64 - 1; the key.
         samples: `(N,)` sample indices, 0 to 2**63 - 1.
         view: view index (or epoch), 0 to 2**32 - 1.
         purpose: a `Purpose`, or `Purpose.VIEW` plus an op's place.
+        streams: how many draws of four words, numbered from the one in the purpose's upper bits on.
 
     Raises:
         ValueError: a seed, view or sample out of range.
@@ -56,8 +57,8 @@ def random_words(seed: int, samples: Samples, view: int, purpose: int) -> Words:
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name} is {value}, expected 0 to 2**{bits} - 1")
     index = np.ascontiguousarray(samples, dtype=np.int64)
-    words = np.empty((len(index), 4), dtype=np.uint32)
-    smallest = philox_draw(index, np.uint64(seed), view, purpose, words)
+    words = np.empty((len(index), 4 * streams), dtype=np.uint32)
+    smallest = philox_draw(index, np.uint64(seed), view, purpose, 1 << STREAM_BITS, words)
     if smallest < 0:
         raise ValueError(f"samples hold {smallest}, expected no negative index")
     return words
@@ -72,9 +73,10 @@ class Draws:
     view: int
     purpose: int
 
-    def words(self, stream: int = 0) -> Words:
-        """Four words per sample `(N, 4)`; every stream has its own."""
-        return random_words(self.seed, self.samples, self.view, self.purpose + (stream << STREAM_BITS))
+    def words(self, stream: int = 0, count: int = 1) -> Words:
+        """Four words per sample of `count` streams `(N, 4 count)`; every stream has its own."""
+        purpose = self.purpose + (stream << STREAM_BITS)
+        return random_words(self.seed, self.samples, self.view, purpose, count)
 
     def only(self, rows: NDArray[np.int64]) -> Draws:
         """The same draws for some of the samples."""

@@ -45,8 +45,15 @@ class Preprocessing(Config):
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
             grey = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             return ((grey - self.mean[0]) / self.std[0]).contiguous()
+        return normalise(pixels, *self.levels(given))
+
+    def levels(self, given: int) -> tuple[list[int], Tensor]:
+        """Which channel of the pixels each of the network's reads, and the value of each level there.
+
+        The table is `(channels, 256)` float32. Not for a network of one channel that is given colours.
+        """
         channel = [0] * self.channels if given == 1 else list(range(self.channels))
-        return normalise(pixels, channel, _table(self.mean, self.std))
+        return channel, _table(self.mean, self.std)
 
 
 @functools.lru_cache

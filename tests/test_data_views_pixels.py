@@ -13,9 +13,11 @@ from reference.views import blended, pixel_edge, resized, rounding_bound
 from view_cases import RECIPES, Ragged, noisy, one_image, recipe_of, smooth
 
 from coursepack.data import PRESETS
+from coursepack.data.batches import Batch
 from coursepack.data.jit_pixels import axis_weights
 from coursepack.data.views import GRID, ViewParams, draw, render, render_on_device
 from coursepack.data.views.params import CUTMIX, MIXUP, Mixing
+from coursepack.models.preprocessing import Preprocessing
 
 NONE = PRESETS["none"]
 ONE = np.array([0])
@@ -314,3 +316,21 @@ def test_rendering_on_a_gpu_is_within_one_level_of_the_cpus(name):
         expected = render(recipe, source, samples, params, size)
         found = render_on_device(recipe, images, samples, params, size).cpu().numpy()
         assert np.abs(found.astype(int) - expected).max() <= (1 if recipe.pixel_ops else 0)
+
+
+# Normalisation in the same pass
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["none", "eval", "cifar", "imagenet", "cifar-strong"])
+@pytest.mark.parametrize("size", [20, 32])
+def test_normalised_batches_are_their_pixels_normalised(name, size, channels):
+    source, samples = random_source(40, size=32, channels=channels), np.arange(40)[::-1].copy()
+    preprocessing = Preprocessing(size=size, mean=(0.5, 0.4, 0.3)[:channels], std=(0.2, 0.25, 0.3)[:channels])
+    views = np.arange(40) % 3
+    expected = preprocessing(Batch(source, PRESETS[name], samples, views).pixels(size))
+    batch = Batch(source, PRESETS[name], samples, views)
+    assert torch.equal(batch.normalised(size, *preprocessing.levels(channels)), expected)
+    wide = Preprocessing(size=size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    found = batch.normalised(size, *wide.levels(channels))
+    assert torch.equal(found, wide(batch.pixels(size)))

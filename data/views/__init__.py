@@ -14,6 +14,7 @@ from coursepack.data.views.recipe import ViewRecipe as ViewRecipe
 from coursepack.data.views.recipe import view_fingerprint as view_fingerprint
 from coursepack.data.views.recipe import view_recipe as view_recipe
 from coursepack.data.views.rendering import render as render
+from coursepack.data.views.rendering import render_normalised as render_normalised
 from coursepack.data.views.rendering import render_on_device as render_on_device
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ViewRecipe",
     "draw",
     "render",
+    "render_normalised",
     "render_on_device",
     "view_fingerprint",
     "view_recipe",

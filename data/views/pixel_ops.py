@@ -65,7 +65,7 @@ class ColorJitter(Config):
 
     def draw(self, draws: Draws, reference_size: int) -> NDArray[np.int32]:
         """Whether, in which of 24 orders, and the four factors."""
-        first, second = draws.words(0), draws.words(1)
+        first, second = np.split(draws.words(0, 2), 2, axis=1)
         strengths = (self.brightness, self.contrast, self.saturation)
         factors = [
             on_grid(second[:, k], (max(0.0, 1 - strength), 1 + strength))
@@ -222,7 +222,7 @@ class Affine(Config):
 
     def draw(self, draws: Draws, reference_size: int) -> NDArray[np.int32]:
         """Angle, shifts, factor and shears in 2**-16."""
-        first, second = draws.words(0), draws.words(1)
+        first, second = np.split(draws.words(0, 2), 2, axis=1)
         shifts = [on_grid(first[:, 1 + k], (-most, most)) for k, most in enumerate(self.translate)]
         shears = [on_grid(second[:, k], (-most, most)) for k, most in enumerate(self.shear)]
         turn = on_grid(first[:, 0], (-self.degrees, self.degrees))

@@ -15,6 +15,8 @@ import numpy as np
 from coursepack.data.views.params import CUTMIX, GRID, MIRRORED, MIXUP, UPSIDE_DOWN
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
@@ -62,6 +64,43 @@ def render(
     return out
 
 
+def render_normalised(
+    recipe: ViewRecipe,
+    source: Source,
+    samples: Samples,
+    params: ViewParams,
+    size: int,
+    channel: Sequence[int],
+    table: NDArray[np.float32],
+) -> NDArray[np.float32] | None:
+    """`render`, and each level looked up in the same pass: what a network reads, `(N, channels, S, S)`.
+
+    Args:
+        recipe, source, samples, params, size: as for `render`.
+        channel: for each channel of the network the one of the source.
+        table: `(channels, 256)`, the value of each level.
+
+    Returns:
+        None where it takes more than one pass: image files, mixing, and ops on rendered pixels.
+    """
+    if source.whole is None or params.mixing is not None or params.pixel_ops:
+        return None
+    from coursepack.data.jit_pixels import normalise_rows
+
+    _check_samples(source.whole, samples)
+    flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
+    out = np.empty((len(samples), len(channel), size, size), np.float32)
+    beyond = recipe.filters_before_cropping
+    normalise_rows(source.whole, samples, params.boxes, flips, beyond, np.asarray(channel), table, out)
+    return out
+
+
+def _check_samples(whole: NDArray[np.uint8], samples: Samples) -> None:
+    """Kernels read by address: what numpy would refuse has to be refused here."""
+    if len(samples) and not 0 <= samples.min() <= samples.max() < len(whole):
+        raise IndexError(f"samples are {samples.min()} to {samples.max()} of {len(whole)}")
+
+
 def _render_unmixed(
     recipe: ViewRecipe, source: Source, samples: Samples, params: ViewParams, size: int, threads: int
 ) -> NDArray[np.uint8]:
@@ -90,13 +129,8 @@ def _resample(
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     images = source.pixels(samples) if source.whole is None else None
     beyond = recipe.filters_before_cropping
-    # The kernel reads by address: what numpy would refuse has to be refused here.
-    if (
-        source.whole is not None
-        and len(samples)
-        and not 0 <= samples.min() <= samples.max() < len(source.whole)
-    ):
-        raise IndexError(f"samples are {samples.min()} to {samples.max()} of {len(source.whole)}")
+    if source.whole is not None:
+        _check_samples(source.whole, samples)
 
     def some(rows: slice) -> None:
         if source.whole is not None:
