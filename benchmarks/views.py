@@ -76,13 +76,15 @@ def small(rounds: int) -> list[dict[str, Any]]:
             v2.Normalize(MEAN, STD),
         ]
     )
+    levels = preprocessing.levels(3)
+    assert levels is not None
     view = 0
 
     def ours() -> torch.Tensor:
         nonlocal view
         view += 1
         batch = Batch(source, recipe, rng.integers(0, 4096, BATCH), np.full(BATCH, view))
-        return preprocessing(batch.pixels(32))
+        return batch.normalised(32, *levels)
 
     def each() -> torch.Tensor:
         return torch.stack([transform(tensors[k]) for k in rng.integers(0, 4096, BATCH)])

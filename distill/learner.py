@@ -56,5 +56,9 @@ class Learner(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Student's logits `(N, C)`."""
         preprocessing = self.network.preprocessing
-        logits: Tensor = self.student(preprocessing(batch.pixels(preprocessing.size)))
+        size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
+        if levels is not None:
+            logits: Tensor = self.student(batch.normalised(size, *levels))
+        else:
+            logits = self.student(preprocessing(batch.pixels(size)))
         return logits

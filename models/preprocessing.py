@@ -40,18 +40,20 @@ class Preprocessing(Config):
         Grey pixels are repeated for a network of three channels; colours become grey (ITU-R 601) for a
         network of one.
         """
-        given = pixels.shape[3]
-        if given == 3 and self.channels == 1:
+        levels = self.levels(pixels.shape[3])
+        if levels is None:
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
             grey = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             return ((grey - self.mean[0]) / self.std[0]).contiguous()
-        return normalise(pixels, *self.levels(given))
+        return normalise(pixels, *levels)
 
-    def levels(self, given: int) -> tuple[list[int], Tensor]:
+    def levels(self, given: int) -> tuple[list[int], Tensor] | None:
         """Which channel of the pixels each of the network's reads, and the value of each level there.
 
-        The table is `(channels, 256)` float32. Not for a network of one channel that is given colours.
+        The table is `(channels, 256)` float32. None for a network of one channel that is given colours.
         """
+        if given == 3 and self.channels == 1:
+            return None
         channel = [0] * self.channels if given == 1 else list(range(self.channels))
         return channel, _table(self.mean, self.std)
 
