@@ -1,4 +1,4 @@
-"""The two records that tell the compiled loss what to do: one of the call, one of each teacher.
+"""The two records that tell a compiled loss what to do: one of the call, one of each teacher.
 
 Every field is a 64-bit integer or float, so that a record is packed in one step. An address of 0 means that
 there is no such tensor; strides are in elements.
@@ -38,9 +38,10 @@ _CALL = {
     "temperature": "q",  # float32
     "temperature_stride": "q",
     "fixed_temperature": "d",  # where there is no such tensor
-    "weights": "q",  # float64
+    "weights": "q",
     "weights_row": "q",
     "weights_column": "q",
+    "weights_bytes": "q",  # 8: float64, always on the CPU; 4: float32
     "combine": "q",  # 0 mixture, 1 sum
     "soft_weight": "d",
     "hard_weight": "d",

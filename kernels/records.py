@@ -1,0 +1,165 @@
+"""From a checked request to the records that a compiled loss reads: addresses, strides, numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels import call
+from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.request import ADJUSTMENTS, COMBINATIONS
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from coursepack.kernels.request import Request
+    from coursepack.kernels.rows import Rows
+
+KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
+
+
+def pack(
+    r: Request,
+    weights: Tensor | None,
+    student: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    scratch: Tensor | None,
+    scratch_stride: int,
+    chunk: int = 0,
+    state: int = 0,
+) -> tuple[bytes, list[object]]:
+    """A CALL record with TEACHER records behind it.
+
+    Args:
+        r: the request.
+        weights: `(N, K)` float64 or float32 of any stride, or None for 1/K.
+        student: `(N, C)` with rows in one piece.
+        results: where to write the loss, and the gradients to student and weights.
+        scratch: float32 to work in.
+        scratch_stride: how much of it each worker has.
+        chunk: rows that a thread takes at a time.
+        state: address of three int64 (`call`).
+
+    Returns:
+        The bytes, and what must live as long as they are used: tensors that had to be copied.
+    """
+    first, second, lam = _labels(r.labels)
+    temperature = _temperature(r.temperature)
+    row_weight = column(r.row_weight)
+    records = [
+        call.pack_call(
+            r.rows,
+            r.classes,
+            r.count,
+            chunk,
+            state,
+            address(scratch),
+            scratch_stride,
+            address(student),
+            0 if student is None else student.stride(0),
+            0 if student is None else KINDS[student.dtype],
+            *map(address, results),
+            address(first),
+            address(second),
+            address(lam),
+            r.ignore_index,
+            address(row_weight),
+            *_where(temperature),
+            address(weights),
+            *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
+            COMBINATIONS.index(r.combine),
+            r.soft_weight,
+            r.hard_weight,
+            r.smoothing,
+        )
+    ]
+    held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
+    each = _stack(r.given) if isinstance(r.given, Tensor) else map(_teacher, r.given)
+    for k, (parts, fields) in enumerate(each):
+        own = temperature if r.teacher_temperatures is None else _temperature(r.teacher_temperatures[k])
+        held += [own, parts]
+        records.append(call.pack_teacher(*fields, *_where(own), ADJUSTMENTS.index(r.adjustments[k])))
+    return b"".join(records), held
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor starts; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_major(values: Tensor) -> Tensor:
+    """The same values as they lie in memory, each row in one piece."""
+    values = values.detach().resolve_neg()
+    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+
+
+def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The same values in a dtype as they lie in memory."""
+    return None if values is None else values.detach().resolve_neg().to(dtype)
+
+
+def column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """The same values `(N,)` in one piece."""
+    same = plain(values, dtype)
+    return None if same is None else same.contiguous()
+
+
+def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if isinstance(labels, MixedLabels):
+        first, second = (column(ids, torch.int64) for ids in (labels.first, labels.second))
+        return first, second, column(labels.lam)
+    return column(labels, torch.int64), None, None
+
+
+def _temperature(value: float | Tensor) -> float | Tensor:
+    same = plain(value, torch.float32) if isinstance(value, Tensor) else None
+    return value if same is None else same
+
+
+def _where(temperature: float | Tensor) -> tuple[int, int, float]:
+    """Address, stride and fixed value of a temperature."""
+    if isinstance(temperature, Tensor):
+        return temperature.data_ptr(), temperature.stride(0) if temperature.ndim else 0, 0.0
+    return 0, 0, temperature
+
+
+def _stack(teachers: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
+    """`_teacher` of each of `(K, N, C)`, at once."""
+    values = teachers.detach().resolve_neg()
+    values = values if values.stride(2) == 1 or values.shape[2] == 1 else values.contiguous()
+    kind, start, row = KINDS[values.dtype], values.data_ptr(), values.stride(1)
+    step = values.stride(0) * values.element_size()
+    for k in range(len(values)):
+        yield [values], (kind, start + k * step, row, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors of a teacher, and the fields of its record from `kind` to `tail_stride`."""
+    if isinstance(teacher, Int8Rows):
+        q, affine = row_major(teacher.q), teacher.affine.contiguous()
+        fields = (call.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        return [q, affine], fields
+    if isinstance(teacher, TopKRows):
+        ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
+        tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
+        return [ids, values, tail], (
+            call.TOPK,
+            values.data_ptr(),
+            kept,
+            0,
+            0,
+            ids.data_ptr(),
+            kept,
+            ids.element_size(),
+            kept,
+            tail.data_ptr(),
+            tail.shape[1],
+        )
+    dense = teacher.values if isinstance(teacher, DenseRows) else teacher
+    assert isinstance(dense, Tensor)
+    dense = row_major(dense)
+    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0)
