@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from coursepack.kernels import native
+from coursepack.kernels import cuda, native
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
 from coursepack.kernels.threads import usable_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
 
 KERNEL_DIVERGENCES = ("kl",)
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
-ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
+ANALYTIC, OP, KERNEL, CUDA = "analytic", "op", "kernel", "cuda"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Choice:
     """What `soft_target_loss` would do with some arguments."""
 
     path: str
-    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), or "analytic" (torch)."""
+    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), "cuda" (a kernel on a GPU,
+    if asked for), or "analytic" (torch)."""
     reason: str
     """Why."""
     threads: int | None
@@ -57,15 +57,38 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     return isinstance(teacher, (DenseRows, Int8Rows))
 
 
+def _on_cuda(request: Request) -> bool:
+    return request.device.type == "cuda"
+
+
+Reason = str | Callable[["Request"], str]
+"""Words, or what gives them where a rule that is taken can have several."""
+
 # Each rule: the path, its reason, and whether it is taken. The first that is, counts.
-RULES: tuple[tuple[str, str, Callable[[Tensor, Request], bool]], ...] = (
-    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
+RULES: tuple[tuple[str, Reason, Callable[[Tensor, Request], bool]], ...] = (
+    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type not in ("cpu", "cuda")),
+    (
+        ANALYTIC,
+        "on CUDA, under torch.compile",
+        lambda _, r: _on_cuda(r) and torch.compiler.is_compiling(),
+    ),
+    (
+        ANALYTIC,
+        f"on CUDA, and {cuda.SWITCH} is not 1",
+        lambda _, r: _on_cuda(r) and not cuda.is_asked_for(),
+    ),
     (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
     (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
-    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
+    (ANALYTIC, "numba is not installed", lambda _, r: not _on_cuda(r) and not NUMBA_IS_INSTALLED),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
     (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
+    (
+        ANALYTIC,
+        lambda r: cuda.refusal(r) or "",
+        lambda _, r: _on_cuda(r) and cuda.refusal(r) is not None,
+    ),
+    (CUDA, f"rows on a GPU, and {cuda.SWITCH} is 1", lambda _, r: _on_cuda(r)),
     (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
 )
 
@@ -91,7 +114,7 @@ def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
     """The path for a request, and the reason."""
     for path, reason, taken in RULES:
         if taken(student_logits, request):
-            return path, reason
+            return path, reason if isinstance(reason, str) else reason(request)
     raise AssertionError("the last rule is always taken")
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from cuda_host import cuda_loss
 from reference.loss import soft_target_loss as expected_loss
 
 from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
@@ -51,6 +52,7 @@ def _always(*_):
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "kernel": soft_target_loss,
     "op": op_loss,
+    "cuda": cuda_loss,
     "analytic": analytic_loss,
     "plain": plain_loss,
 }
