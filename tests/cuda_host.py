@@ -1,9 +1,10 @@
 """Runs the CUDA kernel's own source on the CPU: its threads are fibers that take turns between barriers.
 
 The source is compiled as C++ behind definitions of what CUDA has and C++ has not. A barrier gives the turn
-to the next thread; all must come to the same one. Between two barriers threads run one after another, upwards
-or downwards: a result that depends on this order is a race. Shared memory starts as NaN, and has a border
-that must stay untouched. The library speaks as much of the driver's interface as `nvrtc.Kernel` uses.
+to the next thread, of the warp where it is a shuffle, else of the block; all must come to the same one.
+Between two barriers threads run one after another, upwards or downwards: a result that depends on this order
+is a race. Shared memory starts as NaN, and has a border that must stay untouched. The library speaks as much
+of the driver's interface as `nvrtc.Kernel` uses.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ using std::exp2f;
 struct Place { unsigned x, y, z; };
 static Place threadIdx, blockIdx, blockDim, gridDim;
 
-enum { MOST = 1024, STACK = 65536, SHARED = 60000, BORDER = 64 };
+enum { MOST = 1024, STACK = 65536, SHARED = 60000, BORDER = 64, SHUFFLE = 1 << 20 };
 static float host_shared[SHARED + BORDER];
 static char host_stacks[MOST][STACK];
 static ucontext_t host_fibers[MOST], host_turns;
@@ -65,9 +66,9 @@ template <class T> static T host_shuffle(T value, int step, int line)
     static_assert(sizeof(T) <= 8, "");
     const unsigned me = threadIdx.x;
     std::memcpy(&host_values[me], &value, sizeof(T));
-    host_barrier(line);
+    host_barrier(SHUFFLE + line);
     std::memcpy(&value, &host_values[me ^ step], sizeof(T));
-    host_barrier(-line);
+    host_barrier(SHUFFLE * 2 + line);
     return value;
 }
 
@@ -129,6 +130,21 @@ static void host_thread()
     swapcontext(&host_fibers[threadIdx.x], &host_turns);
 }
 
+// A warp up to the next barrier of the block; its shuffles keep only its own threads together.
+static bool host_warp(unsigned warp)
+{
+    const int *lines = host_lines + 32 * warp;
+    do {
+        for (unsigned i = 0; i < 32; ++i) {
+            threadIdx.x = 32 * warp + (host_downwards ? 31 - i : i);
+            swapcontext(&host_turns, &host_fibers[threadIdx.x]);
+        }
+        for (unsigned i = 1; i < 32; ++i)
+            if (lines[i] != lines[0]) return false;
+    } while (lines[0] >= SHUFFLE);
+    return true;
+}
+
 static bool host_block()
 {
     for (unsigned i = 0; i < blockDim.x; ++i) {
@@ -138,13 +154,12 @@ static bool host_block()
         host_fibers[i].uc_link = 0;
         makecontext(&host_fibers[i], host_thread, 0);
     }
+    const unsigned warps = blockDim.x / 32;
     do {
-        for (unsigned i = 0; i < blockDim.x; ++i) {
-            threadIdx.x = host_downwards ? blockDim.x - 1 - i : i;
-            swapcontext(&host_turns, &host_fibers[threadIdx.x]);
-        }
-        for (unsigned i = 1; i < blockDim.x; ++i)
-            if (host_lines[i] != host_lines[0]) return false;
+        for (unsigned i = 0; i < warps; ++i)
+            if (!host_warp(host_downwards ? warps - 1 - i : i)) return false;
+        for (unsigned i = 1; i < warps; ++i)
+            if (host_lines[32 * i] != host_lines[0]) return false;
     } while (host_lines[0]);
     return true;
 }

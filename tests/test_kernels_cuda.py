@@ -13,7 +13,15 @@ from unittest import mock
 
 import pytest
 import torch
-from contracts import analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
+from contracts import (
+    ADJUSTMENTS,
+    COMBINATIONS,
+    analytic_loss,
+    assert_agrees,
+    everything_at_once,
+    make_case,
+    run_loss,
+)
 from cuda_host import cuda_loss, library
 from test_kernels_paths import KINDS
 from test_kernels_rows import topk_rows
@@ -35,7 +43,7 @@ def encoded_case(classes, combine, rows=5):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 129, 1000])
-@pytest.mark.parametrize("combine", ["mixture", "sum"])
+@pytest.mark.parametrize("combine", COMBINATIONS)
 def test_every_kind_of_rows_at_every_length(classes, combine):
     case = encoded_case(classes, combine)
     numbers = {name: v.double() for name, v in case.options.items() if isinstance(v, torch.Tensor)}
@@ -49,27 +57,38 @@ def test_every_kind_of_rows_at_every_length(classes, combine):
     torch.testing.assert_close(got.grad_weights, beside.grad_weights, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("adjustment", ["none", "shift", "smooth"])
-@pytest.mark.parametrize("combine", ["mixture", "sum"])
-def test_the_order_of_threads_does_not_change_a_bit(combine, adjustment):
-    case = encoded_case(200, combine).with_options(adjustment=adjustment)
-    up, down = run_loss(on(), case), run_loss(on(downwards=True), case)
-    for part in PARTS:
-        assert torch.equal(getattr(up, part), getattr(down, part)), part
+ORDERS = [encoded_case(200, c, 6).with_options(adjustment=a) for c in COMBINATIONS for a in ADJUSTMENTS]
+BARRIERS = [found.start() for found in re.finditer(r"__syncthreads\(\);", cuda_source.BODY)]
 
 
-def test_the_host_sees_a_missing_barrier():
-    line = "    if (adjusts) __syncthreads();  // all have read it\n"
-    assert cuda_source.BODY.count(line) == 1
-    racing = cuda_source.BODY.replace(line, "\n")
-    case = make_case(0, 40, 3, 6, torch.float32, adjustment="shift")
-    with pytest.raises(
-        RuntimeError, match="cuLaunchKernel gave error 719: threads wait at different barriers"
-    ):
-        run_loss(on(body=racing), case)
+def is_racing(case, **host):
+    """Whether the order of threads makes a difference."""
+    try:
+        up, down = (run_loss(on(downwards=order, **host), case) for order in (False, True))
+    except RuntimeError as err:
+        if "threads wait at different barriers" not in str(err):
+            raise
+        return True
+    return not all(torch.equal(getattr(up, part), getattr(down, part)) for part in PARTS)
 
 
-@pytest.mark.parametrize("combine", ["mixture", "sum"])
+@pytest.mark.parametrize("classes", [33, 200, 1000])
+@pytest.mark.parametrize("adjustment", ADJUSTMENTS)
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_the_order_of_threads_does_not_change_a_bit(combine, adjustment, classes):
+    case = encoded_case(classes, combine).with_options(adjustment=adjustment)
+    assert not is_racing(case, most_threads=1024)
+    assert not is_racing(case, shared_bytes=0)
+
+
+@pytest.mark.parametrize("start", BARRIERS)
+def test_no_barrier_is_there_in_vain(start):
+    """And the host sees one that is missing."""
+    body = cuda_source.BODY[:start] + ";" + cuda_source.BODY[start + len("__syncthreads();") :]
+    assert any(is_racing(case, body=body) for case in ORDERS)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize(
     "host", [{}, {"most_threads": 1024}, {"most_threads": 32}, {"shared_bytes": 0}], ids=str
 )
@@ -280,7 +299,7 @@ def test_a_machine_without_a_driver_is_a_reason(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("classes", [1, 10, 1000, 21841])
-@pytest.mark.parametrize("combine", ["mixture", "sum"])
+@pytest.mark.parametrize("combine", COMBINATIONS)
 def test_a_device_computes_what_the_host_does(classes, combine):
     case = everything_at_once(classes, 4, combine, torch.float32)
     got, want = run_loss(cuda_loss, case.to("cuda")), run_loss(cuda_loss, case)
