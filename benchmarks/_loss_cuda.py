@@ -106,7 +106,7 @@ def table(variants: dict[str, Loss], rounds: int) -> list[dict[str, Any]]:
         cold = Cold(rows, classes, count)
         calls, floor = len(cold.students), cold.moved / rate
         for name, loss in variants.items():
-            run = lambda cold=cold, loss=loss: cold.steps(loss)  # noqa: E731
+            run = lambda cold=cold, loss=loss: cold.steps(loss)  # noqa: E731 - binds the loop variables
             config = {"N": rows, "C": classes, "K": count, "device": torch.cuda.get_device_name()}
             identifier = f"CUDA ({rows},{classes},{count}) {name}"
             result.append(row(identifier, microseconds(run, calls, rounds), "us", config))

@@ -14,7 +14,7 @@ import matplotlib as mpl
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "coursepack"
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 
 VARIANTS = ("naive", "analytic", "compile", "ours", "floor")
 COLOURS = ("#b0b0b0", "#8fa8c8", "#5b84b1", "#d1603d", "#222222")

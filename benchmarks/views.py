@@ -116,12 +116,12 @@ def large(rounds: int, count: int, threads: int, bar: str) -> list[dict[str, Any
     strided = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     source = Listed(images)
     recipe, samples = view_recipe("imagenet"), np.arange(count)
-    params = draw(recipe, source, samples, 0)  # type: ignore[arg-type]
+    params = draw(recipe, source, samples, 0)  # type: ignore[arg-type]  # Listed has what rendering needs
     crops = pixel_boxes(params, source.sizes(samples))
     flips = np.zeros(count, bool) if params.flips is None else params.flips > 0
 
     def ours() -> None:
-        render(recipe, source, samples, params, SIDE, threads=threads)  # type: ignore[arg-type]
+        render(recipe, source, samples, params, SIDE, threads=threads)  # type: ignore[arg-type]  # Listed has what rendering needs
 
     def theirs(tensors: list[torch.Tensor]) -> None:
         for tensor, crop, flip in zip(tensors, crops, flips, strict=True):

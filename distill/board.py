@@ -19,7 +19,7 @@ def check_tensorboard() -> None:
         RecipeError: TensorBoard is not installed.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - only to see whether it is there
     except ImportError as error:
         raise RecipeError(
             "--tensorboard needs a library that is not installed: pip install 'coursepack[tensorboard]'. "

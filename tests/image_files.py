@@ -24,7 +24,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class Python2Pickler(pickle._Pickler):
     """Writes what Python 2 wrote in protocol 2: all text is byte strings, numpy has its old module names."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012 - as pickle itself has it
 
     def __init__(self, file):
         super().__init__(file, protocol=2)

@@ -371,13 +371,13 @@ def test_rendering_leaves_the_global_generators_alone(sources, workers):
     """A student with dropout trains alike with and without workers."""
     source, recipe = sources["folder"], PRESETS["imagenet-strong"]
     torch.manual_seed(5)
-    before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the legacy state is what is watched
     with Renderer(source, recipe, [SIZE], workers=workers, start_method="fork") as renderer:
         for view in (0, 1):
             for batch in renderer.ahead(batches(source, recipe, ORDER, views=[view], batch_size=4)):
                 batch.pixels(SIZE)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002 - the legacy state is what is watched
 
 
 def test_files_get_workers_and_images_in_memory_none(sources):
