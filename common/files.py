@@ -28,7 +28,7 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
         with partial.open("wb", buffering=0) as file:
             for piece in pieces:
                 # numpy's types know nothing of buffers before Python 3.12.
-                rest = memoryview(piece).cast("B")  # type: ignore[arg-type, unused-ignore]
+                rest = memoryview(piece).cast("B")  # type: ignore[arg-type, unused-ignore]  # stubs differ between Pythons
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())

@@ -33,7 +33,7 @@ class Board:
     def __init__(self, path: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(path))  # type: ignore[no-untyped-call, unused-ignore]
+        self._writer: Any = SummaryWriter(str(path))  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
 
     def __enter__(self) -> Self:
         return self
