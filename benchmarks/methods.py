@@ -27,8 +27,9 @@ from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
 from coursepack.distill.evaluate import evaluate
+from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import prepare, train, train_epoch
+from coursepack.distill.train import train, train_epoch
 from coursepack.errors import TrainingDiverged
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
@@ -196,7 +197,7 @@ def study(setting: str, stores: list[Path], seeds: int, epochs: int) -> dict[str
                 say(f"{setting} {entry.name}: seed {seed} diverged, counted as untrained")
                 trainee = run.trainee()
             found["seconds"].append(time.perf_counter() - started)
-            for name, value in evaluate(trainee.learner, run.evaluation, CPU).items():
+            for name, value in evaluate(trainee.network, run.evaluation, CPU).items():
                 if name in found:
                     found[name].append(value)
         told[entry.name] = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -113,9 +114,9 @@ class Batch:
         return [torch.from_numpy(render(self.recipe, source, *of_rows, size)) for size in sizes]
 
     def split(self, count: int) -> list[Batch]:
-        """The batch as `count` equal ones, one after the other, with what has been rendered of it."""
-        rows = len(self) // count
-        return [self._rows(slice(place * rows, (place + 1) * rows)) for place in range(count)]
+        """The batch as `count` ones of about equal size, in order, with what has been rendered of it."""
+        bounds = [len(self) * place // count for place in range(count + 1)]
+        return [self._rows(slice(start, stop)) for start, stop in itertools.pairwise(bounds) if stop > start]
 
     def _rows(self, rows: slice) -> Batch:
         rendered = {size: pixels[rows] for size, pixels in self.rendered.items()}

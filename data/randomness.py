@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     CONTENT = 8
     FAKE = 9
     TEACHER = 10
+    STEP = 11
+    VIEW_ORDER = 12
     VIEW = 16
     """The first op of a view recipe; op number i uses `VIEW + i`."""
 

@@ -16,15 +16,12 @@ from coursepack.data.loading import Renderer
 from coursepack.data.sources import evaluation_spec
 from coursepack.distill.compare import compare, plot, table_rows
 from coursepack.distill.evaluate import evaluate, evaluation_view
-from coursepack.distill.learner import Learner
 from coursepack.distill.methods import METHODS, describe
-from coursepack.distill.objective import Objective
-from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.smoke import smoke_recipe
 from coursepack.distill.targets import open_stores
-from coursepack.distill.train import train
+from coursepack.distill.train import CHECKPOINT_SECONDS, train
 from coursepack.errors import RecipeError, UnknownName
 from coursepack.models import load_teacher
 from coursepack.models.runner import pick_device
@@ -65,6 +62,8 @@ Examples:
 @click.option("--root", help="Folder of the source's files, if it has any.")
 @click.option("--view", "view", help="View recipe: a preset's name or a YAML file.  [default: the stores']")
 @click.option("--views", type=click.IntRange(1), help="Views to take in turn, one per epoch.")
+@click.option("--view-order", type=click.Choice(["cyclic", "shuffled"]),
+              help="Whether views come in another order every time round.  [default: cyclic]")  # fmt: skip
 @click.option("--views-per-load", type=click.IntRange(1),
               help="Views of every sample in one epoch, decoded once.  [default: 1]")  # fmt: skip
 @click.option("--allow-drift", is_flag=True, default=None,
@@ -74,13 +73,34 @@ Examples:
 @click.option("--limit", type=click.IntRange(1), help="Train on this many samples, evenly over classes.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the samples.  [default: 40]")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per step.  [default: 64]")
+@click.option("--optimiser", type=click.Choice(["sgd", "adamw"]), help="What updates it.  [default: sgd]")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.05]")
+@click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine", "one_cycle"]),
+              help="How the learning rate changes.  [default: constant]")  # fmt: skip
+@click.option("--milestones", callback=_parse_numbers, metavar="N,N,...",
+              help="Epochs at which the schedule `step` divides the learning rate by ten.")  # fmt: skip
+@click.option("--warmup-epochs", type=click.FloatRange(0), help="Epochs in which the learning rate rises.")
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), help="Momentum.  [default: 0.9]")
 @click.option("--weight-decay", type=click.FloatRange(0), help="L2 penalty.  [default: 0.0005]")
+@click.option("--clip", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradients.")
+@click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="Decay per step of averaged weights, which are evaluated and kept.")  # fmt: skip
+@click.option("--accumulate", type=click.IntRange(1), help="Parts to work a batch through in.")
+@click.option(
+    "--patience", type=click.IntRange(1), help="Evaluations without a better accuracy to stop after."
+)
+@click.option("--evaluate-every", type=click.IntRange(1), help="Epochs from evaluation to evaluation.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Of the student's products in training.  [default: float32]")  # fmt: skip
+@click.option("--channels-last", is_flag=True, default=None, help="Keep weights in channels-last order.")
+@click.option("--compile", is_flag=True, default=None, help="Train the student through torch.compile.")
+@click.option("--deterministic", is_flag=True, default=None, help="Use deterministic algorithms only.")
 @click.option("--seed", type=click.IntRange(0), help="Of initial weights and order.  [default: 0]")
 @click.option("--temperature", type=click.FloatRange(0, 100, min_open=True), help="T of the soft targets.")
 @click.option("--soft-weight", type=click.FloatRange(0), help="Factor of the soft-target term.")
 @click.option("--hard-weight", type=click.FloatRange(0), help="Factor of the cross-entropy.")
+@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True),
+              help="Share of the labels' probability that is spread over all classes.")  # fmt: skip
 @click.option(
     "--teacher-weights", callback=_parse_numbers, metavar="X,X,...", help="One per store.  [default: equal]"
 )
@@ -89,6 +109,12 @@ Examples:
 )
 @click.option("--smoke", is_flag=True,
               help="Run it for two epochs on made-up data and teachers, to see that it runs.")  # fmt: skip
+@click.option("--resume", is_flag=True,
+              help="Go on with a run that was interrupted; begin it where there is none.")  # fmt: skip
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
+              help="Time between checkpoints; 0 means after every step.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of torch and the kernels.  [default: one per core]")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard into the run, too.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
@@ -99,6 +125,9 @@ def train_command(
     smoke: bool,
     device: str,
     workers: int | None,
+    resume: bool,
+    checkpoint_seconds: float,
+    threads: int | None,
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -116,7 +145,14 @@ def train_command(
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
     recipe = _complete(values, where, smoke=smoke)
-    how: dict[str, Any] = {"overwrite": overwrite, "workers": workers, "tensorboard": tensorboard}
+    how: dict[str, Any] = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "workers": workers,
+        "threads": threads,
+        "tensorboard": tensorboard,
+        "checkpoint_seconds": checkpoint_seconds,
+    }
     if smoke:
         with tempfile.TemporaryDirectory() as folder:
             recipe = smoke_recipe(recipe, Path(folder))
@@ -143,11 +179,11 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
     data = open_source(source or recipe.evaluation, root or (Path(recipe.root) if recipe.root else None))
     network = load_teacher(f"run:{run}", data.class_names)
     chosen = pick_device(device)
-    learner = Learner(network, Objective(ObjectiveConfig())).to(chosen)
+    network.module.to(chosen)
     with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
         size = network.preprocessing.size
         with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
-            facts = evaluate(learner, data, chosen, renderer=renderer, meter=meter)
+            facts = evaluate(network, data, chosen, renderer=renderer, meter=meter)
     if as_json:
         click.echo(json.dumps({"run": str(run), "source": data.name, **facts}, indent=1))
     else:
@@ -200,8 +236,16 @@ def _described(method: dict[str, Any]) -> list[str]:
     return lines
 
 
-_OBJECTIVE_FLAGS = ("temperature", "soft_weight", "hard_weight", "teacher_weights")
-_OPTIMISER_FLAGS = ("lr", "momentum", "weight_decay")
+_PLACES = {
+    **dict.fromkeys(
+        ("temperature", "soft_weight", "hard_weight", "label_smoothing", "teacher_weights"), "objective.{}"
+    ),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "clip", "ema"), "optimiser.{}"),
+    **dict.fromkeys(("milestones", "warmup_epochs"), "optimiser.schedule.{}"),
+    "optimiser": "optimiser.name",
+    "lr_schedule": "optimiser.schedule.shape",
+}
+"""Where in a recipe a flag's value goes, but at the top under its own name."""
 
 
 def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
@@ -214,10 +258,8 @@ def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
         if value is None or value == ():
             continue
         said = f"--{name.replace('_', '-')}"
-        if name in _OBJECTIVE_FLAGS:
-            set_value(values, f"objective.{name}", value, said)
-        elif name in _OPTIMISER_FLAGS:
-            set_value(values, f"optimiser.{name}", value, said)
+        if name in _PLACES:
+            set_value(values, _PLACES[name].format(name), value, said)
         elif name == "view":
             values["view"] = view_recipe(value).model_dump(mode="json")
         else:

@@ -33,18 +33,18 @@ class Calibration:
     """Expected calibration error over many batches."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits `(N, C)`, labels `(N,)`."""
         confidence, top = logits.detach().float().softmax(1).max(1)
         place = (confidence * BINS).long().clamp(0, BINS - 1)
         facts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
-        self._sums.index_add_(0, place, facts.double())
+        self.sums.index_add_(0, place, facts.double())
 
     def error(self) -> float:
         """Mean over samples of |confidence - accuracy| of their bin."""
-        count, confidence, correct = self._sums.T
+        count, confidence, correct = self.sums.T
         return float((confidence - correct).abs().sum() / count.sum().clamp_min(1))
 
 
@@ -88,6 +88,20 @@ class EpochLog:
                 self._watch(output.value, logits, batch)
         self._samples += count
         self._batches += 1
+
+    def state(self) -> dict[str, Any]:
+        """Everything counted so far."""
+        calibration = None if self._calibration is None else self._calibration.sums
+        counts = (self._batches, self._samples, self._watched)
+        return {"counts": counts, "sums": self._sums, "calibration": calibration, "extremes": self._extremes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self._batches, self._samples, self._watched = state["counts"]
+        self._sums, self._extremes = dict(state["sums"]), state["extremes"]
+        if state["calibration"] is not None:
+            self._calibration = Calibration(state["calibration"].device)
+            self._calibration.sums = state["calibration"]
 
     def means(self) -> dict[str, Any]:
         """Plain numbers; `teachers` and `temperature` are groups of them, where there are any."""

@@ -10,19 +10,20 @@ import torch.nn.functional as F
 
 from coursepack.data import PRESETS, batches
 from coursepack.distill.epoch_log import Calibration, top5_correct
+from coursepack.distill.learner import look_at
 
 if TYPE_CHECKING:
     from coursepack.console import Meter
     from coursepack.data import Source, ViewRecipe
     from coursepack.data.loading import Renderer
-    from coursepack.distill.learner import Learner
+    from coursepack.models import Network
 
 BATCH_SIZE = 512
 
 
 @torch.inference_mode()
 def evaluate(
-    learner: Learner,
+    network: Network,
     source: Source,
     device: torch.device,
     *,
@@ -31,28 +32,29 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy (top-1, and top-5 where there are more than five classes), NLL in nats, calibration error.
 
-    Images are seen under `evaluation_view`; `renderer` renders them ahead.
+    Images are seen under `evaluation_view`; `renderer` renders them ahead. Computed in float32; sums stay on
+    the device until the last batch is asked for, so that no batch waits for the one before.
     """
-    was_training = learner.training
-    learner.eval()
+    module = network.module
+    was_training = module.training
+    module.eval()
     samples = np.arange(len(source.labels))
-    sums = {"accuracy": 0.0, "nll": 0.0}
-    if len(source.class_names) > 5:
-        sums["accuracy_top5"] = 0.0
+    names = ["accuracy", "nll", *(["accuracy_top5"] if len(source.class_names) > 5 else [])]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     calibration = Calibration(device)
     recipe = evaluation_view(source)
     several = batches(source, recipe, samples, views=[0], batch_size=BATCH_SIZE, device=device)
     for batch in several if renderer is None else renderer.ahead(several):
-        logits, labels = learner.predict(batch).float(), batch.main_labels
-        sums["accuracy"] += float((logits.argmax(1) == labels).sum())
-        sums["nll"] += float(F.cross_entropy(logits, labels, reduction="sum"))
-        if "accuracy_top5" in sums:
-            sums["accuracy_top5"] += float(top5_correct(logits, labels))
+        logits, labels = module(look_at(batch, network.preprocessing)).float(), batch.main_labels
+        found = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
+        if "accuracy_top5" in names:
+            found.append(top5_correct(logits, labels))
+        sums += torch.stack([value.double() for value in found])
         calibration.add(logits, labels)
         if meter is not None:
             meter.advance(len(batch))
-    learner.train(was_training)
-    facts = {name: value / len(samples) for name, value in sums.items()}
+    module.train(was_training)
+    facts = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
     return {**facts, "calibration_error": calibration.error()}
 
 

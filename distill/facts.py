@@ -23,6 +23,8 @@ class Moment:
     epoch: int = 0
     batch: int = 0
     """Number of the batch within its epoch."""
+    part: int = 0
+    """Number of the part within its batch, where a batch is worked through in parts."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Inside:
     """`(N, D)`: what its head reads, or a layer's largest value over places."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs `(N, ...)` of tapped layers."""
+
+    def float(self) -> Inside:
+        """The same in float32."""
+        representation = None if self.representation is None else self.representation.float()
+        return Inside(representation, {name: value.float() for name, value in self.features.items()})
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from coursepack.distill.facts import Inside, Moment
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from coursepack.distill.objective import Objective, ObjectiveValue
     from coursepack.distill.targets import Targets
     from coursepack.models import Network
+    from coursepack.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,28 @@ class LearnerOutput:
 class Learner(nn.Module):
     """One student and its objective. Optimiser, checkpoints and gradient sync see it as a whole."""
 
-    def __init__(self, network: Network, objective: Objective) -> None:
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        *,
+        precision: torch.dtype | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Join the two.
+
+        Args:
+            network: the student.
+            objective: what it learns.
+            precision: of the student's matrix products in training, by autocast; None means float32. The
+                objective computes in float32 whatever it is.
+            compiled: train the student through `torch.compile`.
+        """
         super().__init__()
         self.network = network
-        self.student = network.module
+        self.student = torch.compile(network.module) if compiled else network.module
         self.objective = objective
+        self.precision = precision
 
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or release what the objective's phases say."""
@@ -50,15 +69,23 @@ class Learner(nn.Module):
                 inside = caught()
         else:
             student_logits, inside = self.predict(batch), Inside()
+        if self.precision is not None:
+            student_logits, inside = student_logits.float(), inside.float()
         value = objective(student_logits, batch.labels, targets, inside, moment or Moment())
         return LearnerOutput(student_logits, value)
 
     def predict(self, batch: Batch) -> Tensor:
-        """Student's logits `(N, C)`."""
-        preprocessing = self.network.preprocessing
-        size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
-        if levels is not None:
-            logits: Tensor = self.student(batch.normalised(size, *levels))
-        else:
-            logits = self.student(preprocessing(batch.pixels(size)))
+        """Student's logits `(N, C)`, in the precision of training."""
+        images = look_at(batch, self.network.preprocessing)
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
+            logits: Tensor = self.student(images)
         return logits
+
+
+def look_at(batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """What a network reads of a batch, `(N, channels, size, size)` float32."""
+    size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
+    if levels is not None:
+        return batch.normalised(size, *levels)
+    images: Tensor = preprocessing(batch.pixels(size))
+    return images

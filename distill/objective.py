@@ -136,10 +136,13 @@ class Objective(nn.Module):
         means: dict[str, Tensor] = {}
         soft = self._soft(facts) if self.config.uses_soft_targets else None
         if soft is None:
-            means["cross_entropy"] = self._hard_weight(moment) * cross_entropy(student_logits, labels).mean()
+            means["cross_entropy"] = self._label_weight(moment) * cross_entropy(student_logits, labels).mean()
         else:
             means["soft_target"] = self._soft_target(facts, soft).mean()
             means |= self._relations(facts, soft)
+        if self.config.label_smoothing:
+            factor = self.config.label_smoothing * self._hard_weight(moment)
+            means["label_smoothing"] = factor * uniform_cross_entropy(student_logits).mean()
         if self.hints is not None:
             means["hints"] = value_at(self.config.hints.weight, moment.epoch) * self.hints(facts).mean()
         if isinstance(self.fusion, Adaptive) and soft is not None and self.fusion.latents.requires_grad:
@@ -158,6 +161,10 @@ class Objective(nn.Module):
 
     def _hard_weight(self, moment: Moment) -> float:
         return value_at(self.config.hard_weight, moment.epoch)
+
+    def _label_weight(self, moment: Moment) -> float:
+        """What label smoothing leaves of the cross-entropy to the labels themselves."""
+        return self._hard_weight(moment) * (1 - self.config.label_smoothing)
 
     def _soft(self, facts: Facts) -> _Soft:
         teachers = facts.teachers
@@ -193,7 +200,7 @@ class Objective(nn.Module):
             smoothing=config.smoothing,
             combine=self.kind.combine if config.combine == "auto" else config.combine,
             soft_weight=value_at(config.soft_weight, facts.moment.epoch),
-            hard_weight=self._hard_weight(facts.moment),
+            hard_weight=self._label_weight(facts.moment),
             **divergence,
         )
 
@@ -237,3 +244,9 @@ def cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tenso
         return F.cross_entropy(logits, labels, reduction="none")
     first, second = (F.cross_entropy(logits, ids, reduction="none") for ids in (labels.first, labels.second))
     return labels.lam * first + (1 - labels.lam) * second
+
+
+def uniform_cross_entropy(student_logits: Tensor) -> Tensor:
+    """Cross-entropy `(N,)` to the uniform distribution over the classes, float32, nats."""
+    logits = student_logits.float()
+    return logits.logsumexp(1) - logits.mean(1)

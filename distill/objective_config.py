@@ -27,6 +27,9 @@ class ObjectiveConfig(Config):
     """Factor of T² D(teachers || student)."""
     hard_weight: Weight = 1.0
     """Factor of the cross-entropy to the labels."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the labels' probability that the cross-entropy spreads over all classes (Szegedy et al. 2016,
+    arXiv 1512.00567)."""
     temperature: Temperature = 4.0
     """T of teachers and student; T_0 where every sample has its own."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"

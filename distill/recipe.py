@@ -11,6 +11,7 @@ from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import ViewRecipe
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective_config import ObjectiveConfig
+from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Count = Annotated[int, Field(ge=1)]
-
-
-class OptimiserConfig(Config):
-    """Stochastic gradient descent."""
-
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    """Learning rate."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum; Nesterov's where it is not zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """L2 penalty."""
 
 
 class TrainRecipe(Config):
@@ -58,6 +48,8 @@ class TrainRecipe(Config):
     """The view recipe; that of the stores where there are any."""
     views: Count | None = None
     """Views to take in turn, one per epoch; none means all that the stores have, or a new one each epoch."""
+    view_order: Literal["cyclic", "shuffled"] = "cyclic"
+    """The order in which views are taken: always the same, or another one every time round."""
     views_per_load: Count = 1
     """Views of every sample in one epoch, from one decoding each; a batch holds all of them."""
     allow_drift: bool = False
@@ -66,12 +58,26 @@ class TrainRecipe(Config):
     """Train on this many samples only."""
     epochs: Count = 40
     """Passes over the samples."""
+    patience: Count | None = None
+    """Stop after so many evaluations in a row without a better accuracy; none means never."""
+    evaluate_every: Count = 1
+    """Evaluate after every so many epochs, and after the last."""
     batch_size: Count = 64
     """Samples per step."""
+    accumulate: Count = 1
+    """Parts that a batch is worked through in, to save memory; gradients are those of the whole."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """How the student is updated."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the student's matrix products in training, by autocast; float16 with scaled gradients."""
+    channels_last: bool = False
+    """Keep the student's weights in channels-last order, which many devices convolve faster in."""
+    compile: bool = False
+    """Train the student through torch.compile."""
+    deterministic: bool = False
+    """Let torch use only algorithms that give the same bits every time; on a CPU most do anyway."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Of initial weights and order."""
+    """Of initial weights, order, and what the student draws in training."""
 
 
 def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> ObjectiveConfig:

@@ -4,6 +4,8 @@ recipe.yaml          trains this run again
 provenance.json      fingerprints of the stores it read, library versions, device
 network.yaml         what `run:FOLDER` needs to build the student
 metrics.jsonl        one line per epoch
+best.safetensors     the student's weights after the evaluation with the best accuracy
+checkpoint.pt        while a run is unfinished, all it needs to go on
 student.safetensors  the student's weights after the last epoch; its presence says the run is finished
 """
 
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
-from coursepack.canonical import canonical_json
+from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
+from coursepack.distill.checkpoint import CHECKPOINT_FILE
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.errors import RunError
 from coursepack.files import write_whole
@@ -25,12 +28,17 @@ from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Self
 
     from coursepack.models import Network
 
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
+BEST_FILE = "best.safetensors"
+
+MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
+"""Parts of the provenance in which a run that is resumed may not differ."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,76 @@ class RunFolder:
         write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
         (path / METRICS_FILE).write_bytes(b"")
 
+    @classmethod
+    def reopen(cls, path: Path, provenance: dict[str, Any], epoch: int) -> Self:
+        """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped.
+
+        Raises:
+            RunError: recipe, stores, source or views are not those that the run was begun with.
+        """
+        folder = cls.__new__(cls)
+        folder.path = path
+        begun = json.loads((path / PROVENANCE_FILE).read_text())
+        changed = {name: (begun.get(name), provenance.get(name)) for name in MUST_STAY}
+        _check_same(path, *({name: pair[place] for name, pair in changed.items()} for place in (0, 1)))
+        lines = (path / METRICS_FILE).read_text().splitlines(keepends=True)
+        write_whole(path / METRICS_FILE, "".join(lines[:epoch]).encode())
+        return folder
+
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one epoch's metrics."""
         with (self.path / METRICS_FILE).open("a") as file:
             file.write(canonical_json(metrics) + "\n")
 
+    def keep_best(self, network: Network) -> None:
+        """Write the weights of the best student so far."""
+        write_whole(self.path / BEST_FILE, _weights(network))
+
     def finish(self, network: Network) -> None:
-        """Write the weights."""
-        state = {
-            name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()
-        }
-        write_whole(self.path / WEIGHTS_FILE, save(state))
+        """Write the last weights, and clear away what an unfinished run needs."""
+        write_whole(self.path / WEIGHTS_FILE, _weights(network))
+        (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _weights(network: Network) -> bytes:
+    state = {name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()}
+    return save(state)
+
+
+def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
+    """The last metrics of a run that is finished; None where it is not.
+
+    Raises:
+        RunError: it is a run of another recipe.
+    """
+    if not (path / WEIGHTS_FILE).is_file():
+        return None
+    finished = load_run(path)
+    _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return finished.metrics[-1]
+
+
+def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with what was decided when an unfinished run was begun: how its stores are read.
+
+    Raises:
+        RunError: it is a run of another recipe.
+    """
+    if not (path / CHECKPOINT_FILE).is_file():
+        return recipe
+    begun = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    stores = json.loads((path / PROVENANCE_FILE).read_text())["stores"]
+    return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
+
+
+def _check_same(path: Path, begun: Any, now: Any) -> None:
+    if begun != now:
+        table = difference_table(begun, now, "begun with", "now")
+        raise RunError(
+            f"run {str(path)!r} cannot be resumed, since it was begun with something else.\n{table}\n"
+            "Resume with what it was begun with, or choose another --out."
+        )
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -90,7 +157,10 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
     if not overwrite:
-        raise RunError(f"{str(path)!r} already holds a run: choose another --out, or give --overwrite")
+        raise RunError(
+            f"{str(path)!r} already holds a run: choose another --out, give --overwrite, or go on with "
+            "it by --resume"
+        )
     shutil.rmtree(path)
 
 
@@ -103,7 +173,7 @@ def load_run(path: Path) -> FinishedRun:
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
     if not (path / WEIGHTS_FILE).is_file():
-        raise RunError(f"run {str(path)!r} is unfinished: train it again with --overwrite")
+        raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
     recipe = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
     lines = (path / METRICS_FILE).read_text().splitlines()
     return FinishedRun(path, recipe, [json.loads(line) for line in lines])

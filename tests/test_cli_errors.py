@@ -175,7 +175,8 @@ DOMAIN = [
     (KD, "there is nothing to train on: give --source NAME[:SPLIT], or --store"),
     (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
     # Where to write.
-    (f"{ALONE} --out run", "'run' already holds a run: choose another --out, or give --overwrite"),
+    (f"{ALONE} --out run",
+     "'run' already holds a run: choose another --out, give --overwrite, or go on with it by --resume"),
     (f"{ALONE} --out notes", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out notes --overwrite", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out list.yaml",

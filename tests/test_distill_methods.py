@@ -16,8 +16,9 @@ from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.facts import Moment
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
+from coursepack.distill.prepare import prepare
 from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import prepare, train, train_epoch
+from coursepack.distill.train import train, train_epoch
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job

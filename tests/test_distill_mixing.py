@@ -19,8 +19,9 @@ from coursepack.data.views.geometry import HorizontalFlip, PadCrop
 from coursepack.data.views.mixing import Mix
 from coursepack.data.views.params import CUTMIX, MIXUP, NO_MIX
 from coursepack.distill.cli import main
+from coursepack.distill.prepare import prepare
 from coursepack.distill.run_folder import METRICS_FILE
-from coursepack.distill.train import prepare, train_epoch
+from coursepack.distill.train import train_epoch
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
 from coursepack.precompute import run_job
@@ -203,7 +204,10 @@ def test_views_per_load_trains_on_all_views_in_turn(stores, tmp_path):
         words += ["--store", store]
     result = command(*words, "--views-per-load", 2, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "3 views in turn, 2 of every sample per epoch, each seen again after 2 epochs" in result.stderr
+    assert (
+        "3 views in turn, 2 of every sample per epoch, all seen again in the same order after 2 epochs"
+        in result.stderr
+    )
     lines = (tmp_path / "run" / METRICS_FILE).read_text().splitlines()
     assert [json.loads(line)["view"] for line in lines] == [[0, 1], [2, 0], [1, 2], [0, 1]]
 

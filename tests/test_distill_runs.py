@@ -17,7 +17,10 @@ from coursepack.distill.train import train
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
 from coursepack.models import load_teacher
 
-NAMES = {"recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl", "student.safetensors"}
+NAMES = {
+    *("recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl"),
+    *("best.safetensors", "student.safetensors"),
+}
 
 
 def metrics_of(run):
@@ -140,7 +143,7 @@ def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(distill, words)
         assert result.exit_code == 1
-        assert result.stderr == "Error: run 'o' is unfinished: train it again with --overwrite\n"
+        assert result.stderr == "Error: run 'o' is unfinished: go on with --resume, or --overwrite it\n"
     with pytest.raises(RunError, match="has no trained weights: it is unfinished"):
         load_teacher("run:o", open_source("digits").class_names)
 

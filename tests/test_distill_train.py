@@ -11,11 +11,11 @@ from reference.methods import calibration_error
 
 from coursepack.data import Batch, open_source
 from coursepack.distill.evaluate import evaluate
-from coursepack.distill.learner import Learner
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
+from coursepack.distill.prepare import prepare
 from coursepack.distill.targets import Targets
-from coursepack.distill.train import prepare, train_epoch
+from coursepack.distill.train import train_epoch
 from coursepack.models import Network, Preprocessing
 
 
@@ -235,8 +235,7 @@ def test_evaluation_against_numpy(classes):
     table = np.random.default_rng(0).normal(size=(len(source.labels), classes)).astype(np.float32)
     module = FixedLogits(torch.from_numpy(table))
     network = Network("fixed", module, Preprocessing(size=8, mean=(0.0,), std=(1.0,)), classes)
-    learner = Learner(network, Objective(METHODS["supervised"].objective))
-    facts = evaluate(learner, source, CPU)
+    facts = evaluate(network, source, CPU)
 
     rows = np.arange(len(table))
     rank = (table > table[rows, source.labels][:, None]).sum(1)
@@ -249,7 +248,7 @@ def test_evaluation_against_numpy(classes):
         want["accuracy_top5"] = (rank < 5).mean()
     assert facts == pytest.approx(want, rel=1e-5)
     assert module.modes == {False}
-    assert learner.training, "evaluation leaves a learner in the mode it was in"
+    assert module.training, "evaluation leaves a network in the mode it was in"
 
 
 def test_evaluation_does_not_augment():
@@ -262,7 +261,7 @@ def test_evaluation_does_not_augment():
             return torch.zeros(len(images), 10)
 
     network = Network("spy", Spy(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
-    evaluate(Learner(network, Objective(METHODS["supervised"].objective)), source, CPU)
+    evaluate(network, source, CPU)
     assert np.array_equal(
         (torch.cat(seen) * 255).round().numpy()[:, 0], source.pixels(np.arange(355))[..., 0].astype(float)
     )

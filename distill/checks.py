@@ -1,0 +1,131 @@
+"""What is refused before the first step: recipes, stores, sources and students that do not fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from coursepack.canonical import difference_table
+from coursepack.data import view_fingerprint
+from coursepack.data.drift import drift
+from coursepack.data.store.manifest import LOGITS
+from coursepack.distill.schedule import is_used
+from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data import Source
+    from coursepack.data.store import StoreReader
+    from coursepack.distill.learner import Learner
+    from coursepack.distill.recipe import TrainRecipe
+
+
+def check_student(learner: Learner, source: Source) -> None:
+    """Run one black image, so that a student that cannot look at the source is refused before the run."""
+    network = learner.network
+    size, device = network.preprocessing.size, next(learner.parameters()).device
+    pixels = torch.zeros(1, size, size, source.channels, dtype=torch.uint8, device=device)
+    learner.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(learner.student(network.preprocessing(pixels)).shape)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
+            "student_size, or leave it out"
+        ) from error
+    if shape != (1, network.classes):
+        raise RecipeError(
+            f"student {network.spec!r} gives logits of shape {shape}, expected {(1, network.classes)} (N, C)"
+        )
+
+
+def check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> None:
+    """Refuse stores of another source, of other views or of other classes."""
+    for reader in readers:
+        identity = reader.manifest.identity
+        if identity["source"]["fingerprint"] != source.fingerprint:
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written from source {identity['source']['name']!r} "
+                f"({identity['source']['fingerprint'][:12]}), but {source.name!r} here is "
+                f"{source.fingerprint[:12]}: train on the source that the teachers saw"
+            )
+        if identity["view"]["fingerprint"] != view_fingerprint(recipe.view, source):
+            ours = recipe.view.model_dump(mode="json")
+            table = difference_table(identity["view"]["recipe"], ours, "store", "recipe")
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
+                "Leave the view out, and the store's own is used."
+            )
+        if len(reader.manifest.class_names) != len(source.class_names):
+            raise TeacherMismatch(
+                f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
+                f"{source.name!r} has {len(source.class_names)}"
+            )
+
+
+def check_mixing(recipe: TrainRecipe) -> None:
+    """Partners come from the whole split: a student that may know few labels must not learn theirs."""
+    objective = recipe.objective
+    hard = not objective.needs_teachers or is_used(objective.hard_weight)
+    if recipe.view.mix is not None and recipe.limit is not None and hard:
+        raise RecipeError(
+            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
+        )
+
+
+def check_parts(recipe: TrainRecipe) -> None:
+    """Refuse to work a batch through in parts where its samples depend on each other."""
+    coupled = recipe.objective.batch_coupled
+    if recipe.accumulate > 1 and coupled:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but method {recipe.method!r} relates all samples of a batch "
+            f"({', '.join(coupled)}): leave accumulate out, or choose a smaller batch_size"
+        )
+    if recipe.accumulate > recipe.batch_size:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but batch_size is {recipe.batch_size}: a part needs a sample"
+        )
+
+
+def check_drift(recipe: TrainRecipe, source: Source, reader: StoreReader, views: Sequence[int]) -> list[str]:
+    """What the store's views are no longer; refused where the recipe does not allow it."""
+    found = drift(reader.manifest, source, recipe.view, views)
+    if found and not recipe.allow_drift:
+        shown = "\n".join(f"  {line}" for line in found[:8])
+        written = next(iter(reader.manifest.view_records.values()))["environments"]
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
+            f"{len(found)} of what was looked at differ. It was written with {written}. Install those "
+            "versions, run `precompute run` again into a new store, or train all the same with "
+            "--allow-drift, which the run will say."
+        )
+    return [f"{reader.name}: {line}" for line in found]
+
+
+def common_views(
+    recipe: TrainRecipe, readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]
+) -> tuple[int, ...]:
+    """The views that all stores have committed, as many as the recipe takes."""
+    needed = [list(dict.fromkeys([LOGITS, *names])) for names in arrays]
+    committed = [
+        reader.manifest.committed_views(names) for reader, names in zip(readers, needed, strict=True)
+    ]
+    common = sorted(set.intersection(*map(set, committed)))
+    if not common:
+        raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
+    if recipe.views is not None and recipe.views > len(common):
+        raise RecipeError(
+            f"views is {recipe.views}, but the stores have {len(common)} views in common: leave --views out, "
+            f"or add views with `precompute run ... --views {recipe.views}`"
+        )
+    chosen = tuple(common[: recipe.views])
+    if recipe.views_per_load > len(chosen):
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but the run has {len(chosen)} views: a batch would "
+            "hold a view of a sample twice"
+        )
+    return chosen

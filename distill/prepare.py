@@ -1,0 +1,245 @@
+"""From a recipe to a run that can begin: everything opened, and refused what cannot be trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data import batches, epoch_order, open_source, view_fingerprint
+from coursepack.data.batches import Window
+from coursepack.data.loading import device_images
+from coursepack.data.randomness import Purpose, shuffled
+from coursepack.data.sources import subset
+from coursepack.data.store import StoreReader
+from coursepack.distill.building import build_arrays, build_objective, build_student
+from coursepack.distill.checks import check_drift, check_mixing, check_parts, check_stores, common_views
+from coursepack.distill.learner import Learner
+from coursepack.distill.needs import check_objective
+from coursepack.distill.targets import (
+    CachedTargets,
+    OnlineTargets,
+    choose_reading,
+    free_memory,
+    live_teachers,
+    open_stores,
+)
+from coursepack.distill.trainee import PRECISIONS, Trainee, make_trainee
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coursepack.data import Batch, Source
+    from coursepack.data.randomness import Samples
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.targets import TargetsKind
+
+WINDOW_CHUNKS = 16
+WINDOW_ROWS = 8192
+"""A window holds at least this many chunks and rows, so that batches are well mixed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a recipe describes, opened and checked, before the first step."""
+
+    recipe: TrainRecipe
+    source: Source
+    evaluation: Source
+    samples: Samples
+    views: tuple[int, ...] | None
+    """Views taken in turn, one per epoch; None means epoch e takes view e."""
+    targets: TargetsKind | None
+    readers: tuple[StoreReader, ...]
+    window: Window | None
+    """How samples are ordered when the stores do not fit into memory."""
+    device: torch.device
+    drift: tuple[str, ...] = ()
+    """What the stores' views are no longer, where that was allowed."""
+    images: torch.Tensor | None = None
+    """The source's images on the device, where views are rendered there."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
+
+    def views_of_epoch(self, epoch: int) -> list[int]:
+        """The views that every sample of an epoch is seen under."""
+        each = self.recipe.views_per_load
+        return [self._view(turn) for turn in range(epoch * each, (epoch + 1) * each)]
+
+    def _view(self, turn: int) -> int:
+        if self.views is None:
+            return turn
+        time_round, place = divmod(turn, len(self.views))
+        if self.recipe.view_order == "cyclic":
+            return self.views[place]
+        views = np.array(self.views, dtype=np.int64)
+        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[place])
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the given one on; tells the targets what will be needed next."""
+        views = self.views_of_epoch(epoch)
+        order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
+        begin = done = announced = first * (self.recipe.batch_size // len(views))
+        for batch in batches(
+            self.source,
+            self.recipe.view,
+            order,
+            views=views,
+            batch_size=self.recipe.batch_size,
+            device=self.device,
+            images=self.images,
+            first=first,
+        ):
+            if self.targets is not None and self.window is not None and done >= announced:
+                announced = done + self.window.rows
+                for view in views:
+                    self.targets.will_need(view, order[announced : announced + self.window.rows])
+            if self.targets is not None and done == begin:
+                for view in self.views_of_epoch(epoch + 1):
+                    self.targets.prefetch(view)
+            yield batch
+            done += len(batch) // len(views)
+
+    def sizes(self, trainees: Sequence[Trainee]) -> list[int]:
+        """Sides in pixels at which the views of a run are needed."""
+        sizes = {trainee.learner.network.preprocessing.size for trainee in trainees}
+        if isinstance(self.targets, OnlineTargets):
+            sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
+        return sorted(sizes)
+
+    def trainee(self) -> Trainee:
+        """A fresh student of the recipe."""
+        return self.trainee_with(self.recipe)
+
+    def trainee_with(self, recipe: TrainRecipe) -> Trainee:
+        """A fresh student of another recipe on the same batches and targets."""
+        student = build_student(recipe, self.source)
+        objective = build_objective(recipe, self.source, self.readers, student)
+        if recipe.channels_last:
+            student.module.to(memory_format=torch.channels_last)
+        precision = PRECISIONS[recipe.precision]
+        learner = Learner(student, objective, precision=precision, compiled=recipe.compile).to(self.device)
+        return make_trainee(learner, recipe, self.steps_per_epoch)
+
+
+def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
+    """Open what a recipe names, and refuse what cannot be trained.
+
+    Raises:
+        StoreMismatch: stores of different views or sources, or of another source than the recipe's.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
+        SourceError: a source's files are missing or damaged.
+        RecipeError, UnknownName: fields that do not fit together.
+    """
+    root = None if recipe.root is None else Path(recipe.root)
+    source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
+    source.check()
+    evaluation.check()
+    objective = recipe.objective
+    check_mixing(recipe)
+    check_parts(recipe)
+    if recipe.views_per_load > recipe.batch_size:
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
+            "to hold every view of at least one sample"
+        )
+    if objective.needs_teachers and not recipe.stores:
+        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
+    if recipe.stores and not objective.needs_teachers:
+        raise RecipeError(
+            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
+            "--store out, or choose a method that learns from them, as --method kd"
+        )
+    readers = open_stores(recipe.stores) if recipe.stores else []
+    arrays: list[list[str]] = []
+    views = None if recipe.views is None else tuple(range(recipe.views))
+    if readers:
+        check_stores(recipe, source, readers)
+        check_objective(recipe, readers)
+        arrays = build_arrays(recipe, source, readers)
+        views = common_views(recipe, readers, arrays)
+        reading = recipe.reading
+        if reading == "auto":
+            reading = choose_reading(readers, free_memory(), arrays)
+        readers = [StoreReader(reader.path, reading) for reader in readers]
+        for reader in readers:
+            reader.pinned = device.type == "cuda"
+    targets: TargetsKind | None = None
+    if readers and recipe.online:
+        targets = OnlineTargets(live_teachers(readers, arrays, device))
+    elif readers:
+        targets = CachedTargets(readers, device, arrays)
+    elif recipe.online:
+        raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+    window = None
+    if readers and readers[0].reading == "windowed":
+        chunk_rows = max(
+            reader.chunk_rows(names) for reader, names in zip(readers, arrays, strict=True) if names
+        )
+        window = Window(chunk_rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // chunk_rows)))
+    drifted: list[str] = []
+    for reader in readers:
+        drifted += check_drift(recipe, source, reader, views or ())
+    return Run(
+        recipe,
+        source,
+        evaluation,
+        subset(source, recipe.limit),
+        views,
+        targets,
+        tuple(readers),
+        window,
+        device,
+        tuple(drifted),
+        device_images(source, recipe.view, device),
+    )
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where a run's targets came from, and what ran it."""
+    stores = [
+        {
+            "path": str(reader.path.resolve()),
+            "fingerprint": reader.manifest.fingerprint,
+            "views": list(reader.views),
+            "reading": reader.reading,
+            "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
+        }
+        for reader in run.readers
+    ]
+    return {
+        "stores": stores,
+        "view_fingerprint": view_fingerprint(run.recipe.view, run.source),
+        "source_fingerprint": run.source.fingerprint,
+        "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
+        "device": str(run.device),
+        "drift": list(run.drift),
+        "views": None if run.views is None else list(run.views),
+        "window": None if run.window is None else asdict(run.window),
+    }
+
+
+def opening(run: Run) -> str:
+    """What a run says about itself before the first step."""
+    recipe = run.recipe
+    teachers = ", ".join(reader.name for reader in run.readers)
+    said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
+    if run.readers:
+        how = "live" if recipe.online else f"from their stores ({run.readers[0].reading})"
+        said += f", teachers {teachers} {how}"
+    if run.views is None:
+        return f"{said}; a new view every epoch"
+    each = recipe.views_per_load
+    round_trip = -(-len(run.views) // each)
+    again = "in the same order" if recipe.view_order == "cyclic" else "in another order"
+    repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
+    per_epoch = "one" if each == 1 else f"{each} of every sample"
+    return f"{said}; {len(run.views)} views in turn, {per_epoch} per epoch{repeats}"
