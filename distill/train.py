@@ -22,7 +22,7 @@ from coursepack.distill.run_folder import RunFolder, as_begun, check_free, finis
 from coursepack.errors import TrainingDiverged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -196,25 +196,22 @@ def _train_epoch_of(run: Run, active: Sequence[Training], renderer: Renderer, ch
     """What is left of an epoch of several trainings, with checkpoints on the way."""
     epoch, begun = active[0].position.epoch, active[0].position.batches
     before, started = [training.position.seconds for training in active], time.perf_counter()
-
-    def step_is_done(batches: int) -> None:
+    steps = train_steps(
+        [training.trainee for training in active],
+        renderer.ahead(run.batches(epoch, begun)),
+        run.targets,
+        [training.log for training in active],
+        epoch,
+        parts=run.recipe.accumulate,
+        first=begun,
+    )
+    for batches in steps:
         spent = (time.perf_counter() - started) / len(active)
         for training, seconds in zip(active, before, strict=True):
             training.position.batches, training.position.seconds = batches, seconds + spent
         if checkpoints.is_due():
             for training in active:
                 training.save()
-
-    train_epoch(
-        [training.trainee for training in active],
-        renderer.ahead(run.batches(epoch, begun)),
-        run.targets,
-        epoch,
-        parts=run.recipe.accumulate,
-        first=begun,
-        logs=[training.log for training in active],
-        step_is_done=step_is_done,
-    )
 
 
 def _evaluate(run: Run, active: Sequence[Training], renderer: Renderer) -> None:
@@ -247,32 +244,39 @@ class _Every:
 
 
 def train_epoch(
+    trainees: Sequence[Trainee], batches: Iterable[Batch], targets: TargetsKind | None, epoch: int = 0
+) -> list[dict[str, Any]]:
+    """One pass of every trainee over the same batches; returns what each one's `EpochLog` tells."""
+    logs = [_new_log(trainee) for trainee in trainees]
+    for _ in train_steps(trainees, batches, targets, logs, epoch):
+        pass
+    return [log.means() for log in logs]
+
+
+def train_steps(
     trainees: Sequence[Trainee],
     batches: Iterable[Batch],
     targets: TargetsKind | None,
+    logs: Sequence[EpochLog],
     epoch: int = 0,
     *,
     parts: int = 1,
     first: int = 0,
-    logs: Sequence[EpochLog] | None = None,
-    step_is_done: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """One pass of every trainee over the same batches.
+) -> Iterator[int]:
+    """Train on the batches of an epoch, or on what is left of them, one step at a time.
 
     Args:
-        trainees: who learns.
-        batches: of the epoch, or what is left of them.
+        trainees: who learns; all see the same batches.
+        batches: of the epoch, from the first that is not done.
         targets: what the teachers say; None where nobody asks.
+        logs: where each trainee's epoch is counted.
         epoch: its number.
         parts: how many parts each batch is worked through in.
         first: number of the first batch.
-        logs: where each trainee's epoch is counted; None means anew.
-        step_is_done: told after every step how many batches of the epoch are done.
 
-    Returns:
-        What each one's `EpochLog` tells.
+    Yields:
+        After every step, how many batches of the epoch are done.
     """
-    logs = logs if logs is not None else [_new_log(trainee) for trainee in trainees]
     for trainee in trainees:
         trainee.learner.train()
         trainee.learner.begin_epoch(epoch)
@@ -286,9 +290,7 @@ def train_epoch(
                 log.add(trainee.add_gradient(part, fetched, moment, len(part) / len(batch)), part)
         for trainee in trainees:
             trainee.end_step()
-        if step_is_done is not None:
-            step_is_done(number + 1)
-    return [log.means() for log in logs]
+        yield number + 1
 
 
 def _new_log(trainee: Trainee) -> EpochLog:
