@@ -42,6 +42,29 @@ def check_student(learner: Learner, source: Source) -> None:
         )
 
 
+def check_recipe(recipe: TrainRecipe) -> None:
+    """Refuse fields that do not fit together.
+
+    Raises:
+        RecipeError: the text names them.
+    """
+    _check_mixing(recipe)
+    _check_parts(recipe)
+    if recipe.views_per_load > recipe.batch_size:
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
+            "to hold every view of at least one sample"
+        )
+    needs_teachers = recipe.objective.needs_teachers
+    if needs_teachers and not recipe.stores:
+        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
+    if recipe.stores and not needs_teachers:
+        raise RecipeError(
+            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
+            "--store out, or choose a method that learns from them, as --method kd"
+        )
+
+
 def check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> None:
     """Refuse stores of another source, of other views or of other classes."""
     for reader in readers:
@@ -66,7 +89,7 @@ def check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRea
             )
 
 
-def check_mixing(recipe: TrainRecipe) -> None:
+def _check_mixing(recipe: TrainRecipe) -> None:
     """Partners come from the whole split: a student that may know few labels must not learn theirs."""
     objective = recipe.objective
     hard = not objective.needs_teachers or is_used(objective.hard_weight)
@@ -77,7 +100,7 @@ def check_mixing(recipe: TrainRecipe) -> None:
         )
 
 
-def check_parts(recipe: TrainRecipe) -> None:
+def _check_parts(recipe: TrainRecipe) -> None:
     """Refuse to work a batch through in parts where its samples depend on each other."""
     coupled = recipe.objective.batch_coupled
     if recipe.accumulate > 1 and coupled:

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.config import check_given, parse_config
 from coursepack.console import Commands, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.loading import Renderer
-from coursepack.data.sources import evaluation_spec
 from coursepack.distill.compare import compare, plot, table_rows
+from coursepack.distill.complete import complete
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.methods import METHODS, describe
-from coursepack.distill.recipe import TrainRecipe, load_recipe, resolve_objective, set_value, set_values
+from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.smoke import smoke_recipe
-from coursepack.distill.targets import open_stores
+from coursepack.distill.sweep import finished, read_grid, sweep
 from coursepack.distill.train import CHECKPOINT_SECONDS, train
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import TrainingDiverged, UnknownName
 from coursepack.models import load_teacher
 from coursepack.models.runner import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.distill.compare import Group
 
 
 @click.group(cls=Commands)
@@ -40,6 +44,17 @@ def _parse_numbers(
     except ValueError:
         raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
 
+
+EXAMPLES_SWEEP = """\b
+Example:
+  distill sweep grid.yaml --out runs/sweep --together 4 --resume
+with a grid.yaml as
+  base: {stores: [cnn.zarr, mlp.zarr], epochs: 30}
+  grid:
+    student: [digits-small, digits-cnn]
+    objective.temperature: [2, 4]
+    seed: [0, 1, 2]
+"""
 
 EXAMPLES_TRAIN = """\b
 Examples:
@@ -144,7 +159,7 @@ def train_command(
     _apply_flags(values, flags)
     set_values(values, assignments)
     where = "the recipe" if recipe_file is None else str(recipe_file)
-    recipe = _complete(values, where, smoke=smoke)
+    recipe = complete(values, where, smoke=smoke)
     how: dict[str, Any] = {
         "overwrite": overwrite,
         "resume": resume,
@@ -164,6 +179,33 @@ def train_command(
         f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
         f"after {recipe.epochs} epochs"
     )
+
+
+@main.command("sweep", epilog=EXAMPLES_SWEEP)
+@click.argument("grid_file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs' folders.")
+@click.option("--resume", is_flag=True, help="Leave out what is finished, go on with what is not.")
+@click.option("--together", type=click.IntRange(1), default=1, show_default=True,
+              help="Students to train at a time, where they see the same batches.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode and render.  [default: one per core for image files]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of torch and the kernels.  [default: one per core]")  # fmt: skip
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
+              help="Time between checkpoints; 0 means after every step.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def sweep_command(grid_file: Path, out: Path, device: str, as_json: bool, **how: Any) -> None:
+    """Train many students: every combination of the values in a grid file.
+
+    The file has `base`, the recipe fields that all share, and `grid`, lists of values by field.subfield.
+    Each student is a run of its own, in a folder that its values name.
+    """
+    students = read_grid(grid_file)
+    diverged = sweep(students, out, device=pick_device(device), **how)
+    _show(finished(students, out), as_json=as_json)
+    if diverged:
+        raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")
 
 
 @main.command("eval", epilog="\b\nExample:\n  distill eval runs/kd")
@@ -197,13 +239,18 @@ def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw accuracy by epoch, too.")
 def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | None) -> None:
     """Put finished runs side by side; runs that differ only in their seed are one row."""
-    groups = compare([load_run(path) for path in runs])
+    groups = _show(runs, as_json=as_json)
     if plot_file is not None:
         plot(groups, plot_file)
+
+
+def _show(runs: Sequence[Path], *, as_json: bool) -> list[Group]:
+    groups = compare([load_run(path) for path in runs])
     if as_json:
         click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
     else:
         print_table("", *table_rows(groups))
+    return groups
 
 
 @main.command("methods", epilog="\b\nExamples:\n  distill methods amtml\n  distill methods --json")
@@ -264,32 +311,3 @@ def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
             values["view"] = view_recipe(value).model_dump(mode="json")
         else:
             values[name] = value
-
-
-def _complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> TrainRecipe:
-    """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.
-
-    Raises:
-        RecipeError: something is missing, unknown or out of range.
-    """
-    if isinstance(values.get("view"), str):
-        values["view"] = view_recipe(values["view"])
-    check_given(TrainRecipe, values, where)
-    if "student" not in values:
-        raise RecipeError("there is no student: give --student NAME, or a recipe file")
-    stores = values.get("stores") or ()
-    values.setdefault("method", "kd" if stores else "supervised")
-    values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
-    if stores and not smoke:
-        identity = open_stores(stores)[0].manifest.identity
-        values.setdefault("source", identity["source"]["name"])
-        values.setdefault("view", identity["view"]["recipe"])
-    if "source" not in values:
-        raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
-    root = Path(values["root"]) if values.get("root") else None
-    if not smoke:
-        values["source"] = open_source(values["source"], root).name
-    values.setdefault("evaluation", evaluation_spec(values["source"]))
-    if "view" not in values:
-        raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
-    return parse_config(TrainRecipe, values, where)

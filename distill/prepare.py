@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
 from coursepack.data.store import StoreReader
 from coursepack.distill.building import build_arrays, build_objective, build_student
-from coursepack.distill.checks import check_drift, check_mixing, check_parts, check_stores, common_views
+from coursepack.distill.checks import check_drift, check_recipe, check_stores, common_views
 from coursepack.distill.learner import Learner
 from coursepack.distill.needs import check_objective
 from coursepack.distill.targets import (
@@ -130,8 +131,13 @@ class Run:
         return make_trainee(learner, recipe, self.steps_per_epoch)
 
 
-def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
+def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRecipe] = ()) -> Run:
     """Open what a recipe names, and refuse what cannot be trained.
+
+    Args:
+        recipe: whose batches and stores they are.
+        device: where to train.
+        others: recipes of further students of the same batches and stores.
 
     Raises:
         StoreMismatch: stores of different views or sources, or of another source than the recipe's.
@@ -143,28 +149,19 @@ def prepare(recipe: TrainRecipe, device: torch.device) -> Run:
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
     source.check()
     evaluation.check()
-    objective = recipe.objective
-    check_mixing(recipe)
-    check_parts(recipe)
-    if recipe.views_per_load > recipe.batch_size:
-        raise RecipeError(
-            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
-            "to hold every view of at least one sample"
-        )
-    if objective.needs_teachers and not recipe.stores:
-        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
-    if recipe.stores and not objective.needs_teachers:
-        raise RecipeError(
-            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
-            "--store out, or choose a method that learns from them, as --method kd"
-        )
+    recipes = (recipe, *others)
+    for each in recipes:
+        check_recipe(each)
     readers = open_stores(recipe.stores) if recipe.stores else []
     arrays: list[list[str]] = []
     views = None if recipe.views is None else tuple(range(recipe.views))
     if readers:
         check_stores(recipe, source, readers)
-        check_objective(recipe, readers)
-        arrays = build_arrays(recipe, source, readers)
+        asked = []
+        for each in recipes:
+            check_objective(each, readers)
+            asked.append(build_arrays(each, source, readers))
+        arrays = [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)]
         views = common_views(recipe, readers, arrays)
         reading = recipe.reading
         if reading == "auto":

@@ -127,10 +127,12 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     Raises:
         RunError: it is a run of another recipe.
     """
-    if not (path / CHECKPOINT_FILE).is_file():
+    if not (path / RECIPE_FILE).is_file():
         return recipe
     begun = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
     _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if not (path / CHECKPOINT_FILE).is_file():
+        return recipe
     stores = json.loads((path / PROVENANCE_FILE).read_text())["stores"]
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 

@@ -1,0 +1,192 @@
+"""Sweeps: every student as if trained alone, whatever happens to the others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from builders import CPU
+from click.testing import CliRunner
+
+from coursepack.distill.cli import main as distill
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.sweep import read_grid, student_name, sweep
+from coursepack.distill.train import train
+from coursepack.errors import CoursepackError, RunError
+
+
+def write_grid(folder, grid, **base):
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({"base": base, "grid": grid}))
+    return path
+
+
+@pytest.fixture
+def methods_grid(tmp_path, stores):
+    """Eight students in two groups of four that see the same batches."""
+    grid = {"objective.temperature": [1, 4], "seed": [0, 1], "student": ["digits-small", "digits-cnn"]}
+    common = {"stores": [str(store) for store in stores[:2]], "epochs": 2, "limit": 200}
+    return write_grid(tmp_path, grid, method="kd", optimiser={"lr": 0.02}, **common)
+
+
+def assert_same_runs(got, want):
+    assert (got / "student.safetensors").read_bytes() == (want / "student.safetensors").read_bytes(), got.name
+    assert (got / "best.safetensors").read_bytes() == (want / "best.safetensors").read_bytes(), got.name
+    metrics = [[{**line, "seconds": 0} for line in load_run(run).metrics] for run in (got, want)]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_each_student_is_as_if_trained_alone(tmp_path, methods_grid, together):
+    students = read_grid(methods_grid)
+    assert len(students) == 8
+    assert sweep(students, tmp_path / "swept", device=CPU, together=together) == {}
+    for student in students[1::3]:
+        train(student.recipe, tmp_path / "alone" / student.name, device=CPU)
+        assert_same_runs(tmp_path / "swept" / student.name, tmp_path / "alone" / student.name)
+    assert {path.name for path in (tmp_path / "swept").iterdir()} == {student.name for student in students}
+
+
+def test_students_of_several_methods_share_batches_and_targets(tmp_path, stores):
+    """Some ask one teacher per batch, some want relations, some stop early."""
+    grid = {
+        "method": ["random", "amtml", "ka-ps"],
+        "patience": [1, None],
+        "optimiser.name": ["sgd", "adamw"],
+    }
+    path = write_grid(
+        tmp_path, grid, student="digits-small", stores=[str(s) for s in stores], epochs=3, limit=100,
+        optimiser={"lr": 0.001},
+    )  # fmt: skip
+    students = read_grid(path)
+    sweep(students, tmp_path / "swept", device=CPU, together=len(students))
+    assert len({len(load_run(tmp_path / "swept" / student.name).metrics) for student in students}) > 1
+    for student in students:
+        train(student.recipe, tmp_path / "alone" / student.name, device=CPU)
+        assert_same_runs(tmp_path / "swept" / student.name, tmp_path / "alone" / student.name)
+
+
+def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):
+    students = [student for student in read_grid(methods_grid) if student.recipe.seed == 0]
+    asked = []
+    module = sys.modules["coursepack.distill.targets"]
+    fetch = module.CachedTargets.fetch
+    monkeypatch.setattr(
+        module.CachedTargets,
+        "fetch",
+        lambda self, batch, teachers=None: asked.append(batch) or fetch(self, batch, teachers),
+    )
+    sweep(students, tmp_path / "swept", device=CPU, together=4)
+    assert len(students) == 4
+    assert len(asked) == 2 * 4, "two epochs of four batches, whatever the number of students"
+
+
+def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
+    grid = {"optimiser.lr": [0.05, 1.0e30, 0.02]}
+    common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
+    path = write_grid(tmp_path, grid, **common)
+    result = CliRunner().invoke(
+        distill, ["sweep", str(path), "--out", str(tmp_path / "o"), "--together", "3"]
+    )
+    assert result.exit_code == 1
+    assert "lr=0.05" in result.stdout
+    assert "1 of 3 students diverged: lr=1e+30" in result.stderr
+    for name in ("lr=0.05", "lr=0.02"):
+        recipe = load_run(tmp_path / "o" / name).recipe
+        train(recipe, tmp_path / "alone" / name, device=CPU)
+        assert_same_runs(tmp_path / "o" / name, tmp_path / "alone" / name)
+    with pytest.raises(RunError, match="is unfinished"):
+        load_run(tmp_path / "o" / "lr=1e+30")
+
+
+def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
+    students = read_grid(methods_grid)
+    sweep(students, tmp_path / "whole", device=CPU, together=2)
+    command = [
+        sys.executable, "-c", "from coursepack.distill.cli import main; main()", "sweep", str(methods_grid),
+        "--out", str(tmp_path / "killed"), "--together", "2", "--resume", "--json",
+        "--checkpoint-seconds", "0",
+    ]  # fmt: skip
+    kills = 0
+    for wait in (3.5, 4.5, 5.5, 120):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        deadline = time.monotonic() + wait
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        told = process.communicate()[0]
+    assert process.returncode == 0
+    assert kills > 0
+    assert [group["runs"] for group in json.loads(told)] == [2, 2, 2, 2], "two seeds of each"
+    for student in students:
+        assert_same_runs(tmp_path / "killed" / student.name, tmp_path / "whole" / student.name)
+
+
+def test_a_sweep_without_resume_refuses_folders_that_are_there(tmp_path, methods_grid):
+    students = read_grid(methods_grid)[:1]
+    sweep(students, tmp_path / "o", device=CPU)
+    before = (tmp_path / "o" / students[0].name / "student.safetensors").stat().st_mtime_ns
+    with pytest.raises(RunError, match="already holds a run"):
+        sweep(students, tmp_path / "o", device=CPU)
+    assert sweep(students, tmp_path / "o", device=CPU, resume=True) == {}
+    assert (tmp_path / "o" / students[0].name / "student.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_grid_with_the_same_names_is_refused(tmp_path, stores):
+    def grid(epochs):
+        return read_grid(write_grid(tmp_path, {"seed": [0]}, student="digits-small", stores=[str(stores[0])],
+                                    epochs=epochs, limit=50))  # fmt: skip
+
+    sweep(grid(1), tmp_path / "o", device=CPU)
+    with pytest.raises(RunError, match=r"cannot be resumed(?s:.)*epochs"):
+        sweep(grid(2), tmp_path / "o", device=CPU, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"student": "digits-cnn", "seed": 3}, "student=digits-cnn,seed=3"),
+        ({"optimiser.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
+        ({"student": "torchvision:resnet18"}, "student=torchvision-resnet18"),
+        ({"stores": ["a.zarr", "b.zarr"]}, "stores=a.zarr-b.zarr"),
+    ],
+)
+def test_names_say_what_sets_a_student_apart(settings, name):
+    assert student_name(settings) == name
+
+
+def test_names_of_paths_and_long_ones_stay_apart():
+    paths = [{"stores": [f"{folder}/t.zarr"]} for folder in ("a/b", "a-b")]
+    assert len({student_name(path) for path in paths}) == 2
+    long = [{"view": {"ops": list(range(100)), "last": last}} for last in (1, 2)]
+    assert len({student_name(each) for each in long}) == 2
+    assert all(len(student_name(each)) < 120 and "/" not in student_name(each) for each in [*paths, *long])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grid: {}", "has no values for grid"),
+        ("grid: {seed: []}", "has no values for seed"),
+        ("grid: {seed: 3}", "grid.seed: Input should be a valid list, got 3"),
+        ("base: {student: digits-small}", "grid: Field required"),
+        ("grid: {seed: [1, 1]}\nbase: {student: digits-small, source: digits, view: digits}",
+         "gives 'seed=1' more than once"),
+        ("grid: {sead: [1]}\nbase: {student: digits-small, source: digits, view: digits}",
+         "sead: unknown key, did you mean 'seed'?"),
+        ("grid: {student: [digits-smal]}\nbase: {source: digits, view: digits}", "digits-smal"),
+    ],
+)  # fmt: skip
+def test_grids_that_are_refused(tmp_path, text, said):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(CoursepackError) as error:
+        sweep(read_grid(path), tmp_path / "o", device=CPU)
+    assert said in str(error.value)
+    assert not (tmp_path / "o").exists()
