@@ -6,12 +6,15 @@ import functools
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from coursepack.config import Config
+from coursepack.config import Config, parse_config
+from coursepack.errors import RecipeError
 from coursepack.kernels import normalise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -26,8 +29,35 @@ class Preprocessing(Config):
     """Side in pixels at which views are rendered for it."""
     mean: tuple[float, ...]
     """Subtracted per channel, of values in [0, 1]."""
-    std: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
     """Divided by, per channel."""
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Preprocessing:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}, expected 1 or 3 of each, "
+                "one per channel"
+            )
+        return self
+
+    def changed(
+        self, size: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> Preprocessing:
+        """This with what is given in the place of its own.
+
+        Raises:
+            RecipeError: means or standard deviations for another number of channels, or not numbers above 0.
+        """
+        given = {"size": size, "mean": mean, "std": std}
+        values = self.model_dump() | {key: value for key, value in given.items() if value is not None}
+        changed = parse_config(Preprocessing, values, "the preprocessing")
+        if changed.channels != self.channels:
+            raise RecipeError(
+                f"the network reads {self.channels} channels, but mean and std are given for "
+                f"{changed.channels}: give one value per channel"
+            )
+        return changed
 
     @property
     def channels(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coursepack.errors import NonFiniteOutput, RecipeError, TeacherMismatch
+from coursepack.models.own import logits_problem
 from coursepack.models.taps import tap_margins, tapped
 
 if TYPE_CHECKING:
@@ -96,12 +97,8 @@ class TeacherRunner:
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
         with tapped(self._module, self._layers) as outputs:
             logits = self._module(images)
-        expected = (len(pixels), self.network.classes)
-        if tuple(logits.shape) != expected:
-            raise TeacherMismatch(
-                f"teacher {self.network.spec!r} gives logits of shape {tuple(logits.shape)}, "
-                f"expected {expected} (N, C)"
-            )
+        if (problem := logits_problem(logits, (len(pixels), self.network.classes))) is not None:
+            raise TeacherMismatch(f"teacher {self.network.spec!r} gives {problem}")
         if self.columns is not None:
             logits = logits[:, list(self.columns)]
         if unused := [layer for layer in self._layers if layer not in outputs]:
@@ -140,7 +137,7 @@ class TeacherRunner:
         size = self.network.preprocessing.size
         try:
             output = self.run(torch.zeros(1, size, size, channels, dtype=torch.uint8))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise TeacherMismatch(
                 f"teacher {self.network.spec!r} cannot take views of {size} x {size} pixels: {error}. "
                 "Choose another --size, or leave it out"
