@@ -242,6 +242,18 @@ def test_evaluation_does_not_depend_on_the_batch(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_head_reads_the_mean_over_places_of_what_is_active(name):
+    network = build_network(name, 5)
+    last = blocks(lively(network))[-1]
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    output = TeacherRunner(network, [Tap((last,))]).run(pixels)
+    with torch.inference_mode():
+        expected = network.module.head(F.relu(output.features[last]).mean((2, 3)))
+    torch.testing.assert_close(output.logits, expected)
+    assert (float(output.features[last].min()) < 0) == (last == "norm")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_larger_images_are_taken(name):
     module = build_network(name, 5).module.eval()
     with torch.inference_mode():

@@ -142,6 +142,8 @@ def test_weights_from_a_file_or_from_the_factory(module, tmp_path):
     trained.head.bias.data[0] += 1
     with pytest.raises(TeacherMismatch, match="weights in 'own' are not the ones that wrote the store"):
         reload_teacher(identity, TEN, own.weights_file)
+    with pytest.raises(RecipeError, match="weights 'none' are no file"):
+        load_teacher(SPEC, TEN, weights="none")
     with pytest.raises(RecipeError, match="weights 'own' are no file"):
         load_teacher("resnet20", TEN, weights="own")
 
@@ -152,6 +154,13 @@ def _fail(_classes):
 
 def _with(**attributes):
     return lambda classes: type("Changed", (Own,), attributes)(classes)
+
+
+def test_looking_at_a_network_leaves_it_as_it_was(module):
+    module.make = lambda classes: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, classes))
+    network = build_network(SPEC, 10, size=8, mean=(0.5,), std=(0.5,))
+    assert int(network.module[0].num_batches_tracked) == 0
+    assert not network.module[0].running_mean.any()
 
 
 @pytest.mark.parametrize(
@@ -217,6 +226,13 @@ def test_another_normalisation_and_size(tmp_path):
     folder = write_run(tmp_path / "run", build_network("resnet20", 10, size=40, mean=mean))
     assert load_teacher(f"run:{folder}", TEN).preprocessing == usual.preprocessing.changed(40, mean)
     assert load_teacher(f"run:{folder}", TEN, std=std).preprocessing == changed.preprocessing
+    identity = {
+        "network": "resnet20",
+        "weights": weights_fingerprint(usual.module),
+        "preprocessing": changed.preprocessing.model_dump(mode="json"),
+    }
+    again = reload_teacher(identity, TEN, str(folder / WEIGHTS_FILE))
+    assert again.preprocessing == changed.preprocessing
     with pytest.raises(
         RecipeError, match="reads 3 channels, but mean and std are given for 1: give one value"
     ):

@@ -157,7 +157,7 @@ def test_timm_weights_from_files_and_runs(timm, tmp_path):
 
 
 def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(timm, tmp_path):
-    built = build_network("timm:test_vit", 10, size=64)
+    built = build_network("timm:vit_tiny_patch16_224", 10, size=64)
     assert TeacherRunner(built).row_shapes(3) == {"logits": (10,)}
     folder = write_run(tmp_path / "run", built)
     loaded = load_teacher(f"run:{folder}", TEN)
