@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,13 @@ class Learner(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or release what the objective's phases say."""
         self.objective.begin_epoch(epoch)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Everything that learns, for an optimiser: the fusion's latents have an L2 penalty of their own."""
+        latents = self.objective.fusion_parameters()
+        own = {id(value) for value in latents}
+        rest = [value for value in self.parameters() if id(value) not in own]
+        return [{"params": rest}, *([{"params": latents, "weight_decay": 0.0}] if latents else [])]
 
     def forward(self, batch: Batch, targets: Targets | None, moment: Moment | None = None) -> LearnerOutput:
         """Student's logits and the objective's value on one batch."""

@@ -70,11 +70,12 @@ def _tap_at(manifest: Manifest, depth: float) -> str:
 
 
 def needed_arrays(
-    recipe: TrainRecipe,
+    method: str,
     readers: Sequence[StoreReader],
     pairs: Sequence[tuple[int, str, str]],
     *,
     logits: bool,
+    root: str | None,
 ) -> list[list[str]]:
     """What is read of each store.
 
@@ -93,12 +94,11 @@ def needed_arrays(
             taps = [_tap_text(name.removeprefix(FEATURES)) for name in lacking]
             missing.append(
                 f"store {str(reader.path)!r} has no {', '.join(map(repr, lacking))}\n"
-                f"  {precompute_line(reader, recipe.root, taps=taps)}"
+                f"  {precompute_line(reader, root, taps=taps)}"
             )
     if missing:
         raise RecipeError(
-            f"method {recipe.method!r} needs features that are not stored. Add them with\n"
-            + "\n".join(missing)
+            f"method {method!r} needs features that are not stored. Add them with\n" + "\n".join(missing)
         )
     return arrays
 
@@ -124,6 +124,8 @@ def hints_between(
         RecipeError: features that are neither maps nor vectors.
         UnknownName: a layer that the student does not have.
     """
+    if not pairs:
+        return ()
     layers = sorted({layer for _, _, layer in pairs})
     _, shapes = look_inside(student, channels, layers, representation=False, layer=None)
     hints = []
@@ -145,12 +147,22 @@ def hints_between(
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
+    """`check_needs` of a recipe."""
+    check_needs(recipe.method, recipe.objective, readers, recipe.view, recipe.root)
+
+
+def check_needs(
+    method: str,
+    objective: ObjectiveConfig,
+    readers: Sequence[StoreReader],
+    view: ViewRecipe,
+    root: str | None,
+) -> None:
     """Refuse what the objective's numbers ask of stores and views in vain.
 
     Raises:
         RecipeError: the text says what to do.
     """
-    objective = recipe.objective
     for name, given in (
         ("teacher_weights", objective.teacher_weights),
         ("adjustment", None if isinstance(objective.adjustment, str) else objective.adjustment),
@@ -161,7 +173,7 @@ def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None
     best = objective.fusion.teacher
     if best is not None and best >= len(readers):
         raise RecipeError(f"fusion.teacher is {best}, but there are {len(readers)} stores: places begin at 0")
-    if objective.needs_one_label and recipe.view.mix is not None:
+    if objective.needs_one_label and view.mix is not None:
         raise RecipeError(
             f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two "
             "labels and no answer to it is wrong. Use stores of a view without mix, or "
@@ -171,9 +183,9 @@ def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
-                line = precompute_line(reader, recipe.root, store=dense, encoding="float16")
+                line = precompute_line(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
-                    f"method {recipe.method!r} (FLSW) needs all logits, but store {str(reader.path)!r} keeps "
+                    f"method {method!r} (FLSW) needs all logits, but store {str(reader.path)!r} keeps "
                     f"the largest alone (topk). Write a dense store with\n  {line}\n"
                     "or use CWSM, which looks at the student only: --method dtd-cwsm"
                 )

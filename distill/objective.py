@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.facts import Facts, Inside, Moment
 from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting
 from coursepack.distill.hints import Hint, Hints
 from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
 from coursepack.distill.schedule import is_used, value_at
+from coursepack.distill.targets import FEATURES
 from coursepack.distill.temperature import SampleTemperatures, fused_logits, sample_temperatures
 from coursepack.errors import TrainingDiverged
 from coursepack.kernels import MixedLabels, soft_target_loss, soft_targets
@@ -93,6 +95,12 @@ class Objective(nn.Module):
     def needs_representation(self) -> bool:
         """Whether it looks at a representation of the sample inside the student."""
         return self.config.uses_soft_targets and self.kind.needs_representation
+
+    def arrays(self, place: int) -> list[str]:
+        """What it looks at in the store of the teacher at a place."""
+        logits = self.config.uses_soft_targets or self.setting.term is not None
+        taps = [f"{FEATURES}{hint.tap}" for hint in self.setting.hints if hint.teacher == place]
+        return list(dict.fromkeys([*([LOGITS] if logits else []), *taps]))
 
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or release what a schedule of phases says."""

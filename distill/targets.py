@@ -5,12 +5,14 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 
 from __future__ import annotations
 
+import functools
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from coursepack.canonical import difference_table
+from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.errors import StoreMismatch
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 FEATURES = "features/"
 """What the names of arrays of tapped features start with."""
+WINDOW_CHUNKS = 16
+WINDOW_ROWS = 8192
+"""A window holds at least this many chunks and rows, so that batches are well mixed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,25 @@ class CachedTargets:
         self.readers = list(readers)
         self.device = device
         self.arrays = [[LOGITS] for _ in readers] if arrays is None else [list(names) for names in arrays]
+
+    @functools.cached_property
+    def views(self) -> tuple[int, ...]:
+        """Views that every store has of what is read of it.
+
+        Raises:
+            StoreMismatch: there are none.
+        """
+        return common_views(self.readers, self.arrays)
+
+    @functools.cached_property
+    def window(self) -> Window | None:
+        """How samples are to be ordered where the stores do not fit into memory."""
+        if self.readers[0].reading != "windowed":
+            return None
+        rows = max(
+            reader.chunk_rows(names) for reader, names in zip(self.readers, self.arrays, strict=True) if names
+        )
+        return Window(rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // rows)))
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """Rows of the batch's samples and views, still encoded.
@@ -171,6 +195,22 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
             f"different pixels.\n{table}\nUse stores of one source and one view recipe."
         )
     return readers
+
+
+def common_views(readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    """Views that all stores have committed, of their logits and of what else is read of each.
+
+    Raises:
+        StoreMismatch: there are none.
+    """
+    committed = [
+        set(reader.manifest.committed_views(list(dict.fromkeys([LOGITS, *names]))))
+        for reader, names in zip(readers, arrays, strict=True)
+    ]
+    common = sorted(set.intersection(*committed))
+    if not common:
+        raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
+    return tuple(common)
 
 
 def choose_reading(
