@@ -30,10 +30,11 @@ def check_tensorboard() -> None:
 class Board:
     """Scalars by epoch, in a folder of event files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, first: int = 0) -> None:
+        """Write into a folder; where a run goes on, from epoch `first`, later ones there are void."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(path))  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
+        self._writer: Any = SummaryWriter(str(path), purge_step=first or None)  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
 
     def __enter__(self) -> Self:
         return self
@@ -42,9 +43,10 @@ class Board:
         self._writer.close()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Write one epoch's metrics."""
+        """Write one epoch's metrics, so that they can be looked at and outlive the process."""
         for name, value in scalars(metrics):
             self._writer.add_scalar(name, value, metrics["epoch"])
+        self._writer.flush()
 
 
 class NoBoard:

@@ -12,8 +12,7 @@ from coursepack.canonical import difference_table
 from coursepack.data import ViewRecipe, open_source, view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.store import StoreReader
-from coursepack.data.store.manifest import LOGITS
-from coursepack.distill.targets import CachedTargets, choose_reading, free_memory, open_stores
+from coursepack.distill.targets import CachedTargets, choose_reading, common_views, free_memory, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ class Course:
     """One per store, in the order given."""
     root: str | None = None
     """Folder of the source's files, if it has any."""
-    drift: tuple[str, ...] = ()
-    """What the stores' views are no longer, where that was allowed."""
 
 
 def open_course(
@@ -44,7 +41,6 @@ def open_course(
     source: Source | None = None,
     view: ViewRecipe | None = None,
     root: str | None = None,
-    allow_drift: bool = False,
 ) -> Course:
     """Open stores with the source and the view recipe that they were written from.
 
@@ -53,12 +49,11 @@ def open_course(
         source: the opened source; None means what the stores name.
         view: the view recipe; None means the stores' own.
         root: folder of the source's files, if it has any.
-        allow_drift: give stores whose views this version makes otherwise, and say so in `drift`.
 
     Raises:
         RecipeError: no store is given.
         StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
-        StoreMismatch: stores, source and view do not belong together, or the views have drifted.
+        StoreMismatch: stores, source and view do not belong together.
         TeacherMismatch: teachers of other classes than the source's.
         SourceError: the source's files are missing or damaged.
     """
@@ -71,41 +66,73 @@ def open_course(
     source.check()
     if view is None:
         view = ViewRecipe.model_validate(identity["view"]["recipe"])
-    drifted: list[str] = []
     for reader in readers:
         _check_store(reader, source, view)
-        drifted += _drift(reader, source, view, allowed=allow_drift)
-    return Course(source, view, tuple(readers), root, tuple(drifted))
+    return Course(source, view, tuple(readers), root)
 
 
 def make_targets(
     course: Course,
     *objectives: Objective,
+    views: int | None = None,
     device: torch.device | None = None,
     reading: Reading | Literal["auto"] = "auto",
+    allow_drift: bool = False,
 ) -> CachedTargets:
     """What the stores of a course say, as far as the objectives look at it.
 
     Args:
         course: with the stores.
         objectives: one per student that learns from the same batches.
+        views: take this many views; None means all that the stores have in common.
         device: where targets are given; None means the CPU.
         reading: `resident`, `mapped` or `windowed`; `auto` chooses by size and free memory.
+        allow_drift: give them although this version makes other views, and say so in `drift`.
 
     Raises:
-        StoreMismatch: the stores have no committed view of it in common.
+        StoreMismatch: the stores have no committed view in common, or their views have drifted.
+        RecipeError: the stores have fewer views in common than `views`.
     """
     device = device or torch.device("cpu")
-    arrays: list[list[str]] = []
-    for place, _ in enumerate(course.readers):
-        looked_at = [name for objective in objectives for name in objective.arrays(place)]
-        arrays.append(list(dict.fromkeys(looked_at)))
+    arrays = read_arrays(course, *objectives)
+    chosen = common_views(course.readers, arrays, views)
+    drifted = check_drift(course, chosen, allowed=allow_drift)
     if reading == "auto":
         reading = choose_reading(course.readers, free_memory(), arrays)
     readers = [StoreReader(reader.path, reading) for reader in course.readers]
     for reader in readers:
         reader.pinned = device.type == "cuda"
-    return CachedTargets(readers, device, arrays)
+    return CachedTargets(readers, device, arrays, views=chosen, drift=drifted)
+
+
+def read_arrays(course: Course, *objectives: Objective) -> list[list[str]]:
+    """What the objectives look at, for each store of a course."""
+    return [
+        list(dict.fromkeys(name for objective in objectives for name in objective.arrays(place)))
+        for place in range(len(course.readers))
+    ]
+
+
+def check_drift(course: Course, views: Sequence[int], *, allowed: bool) -> tuple[str, ...]:
+    """What the stores' views are no longer.
+
+    Raises:
+        StoreMismatch: there is something of it, and it is not allowed.
+    """
+    found: list[str] = []
+    for reader in course.readers:
+        lines = drift(reader.manifest, course.source, course.view, views)
+        if lines and not allowed:
+            shown = "\n".join(f"  {line}" for line in lines[:8])
+            written = next(iter(reader.manifest.view_records.values()))["environments"]
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
+                f"{len(lines)} of what was looked at differ. It was written with {written}. Install those "
+                "versions, run `precompute run` again into a new store, or train all the same with "
+                "--allow-drift (allow_drift=True in Python), which the run will say."
+            )
+        found += [f"{reader.name}: {line}" for line in lines]
+    return tuple(found)
 
 
 def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
@@ -127,17 +154,3 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
             f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
             f"{source.name!r} has {len(source.class_names)}"
         )
-
-
-def _drift(reader: StoreReader, source: Source, view: ViewRecipe, *, allowed: bool) -> list[str]:
-    found = drift(reader.manifest, source, view, reader.manifest.committed_views([LOGITS]))
-    if found and not allowed:
-        shown = "\n".join(f"  {line}" for line in found[:8])
-        written = next(iter(reader.manifest.view_records.values()))["environments"]
-        raise StoreMismatch(
-            f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
-            f"{len(found)} of what was looked at differ. It was written with {written}. Install those "
-            "versions, run `precompute run` again into a new store, or train all the same with "
-            "--allow-drift (allow_drift=True in Python), which the run will say."
-        )
-    return [f"{reader.name}: {line}" for line in found]

@@ -15,7 +15,7 @@ from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
-from coursepack.errors import StoreMismatch
+from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
@@ -85,20 +85,18 @@ class CachedTargets:
         readers: Sequence[StoreReader],
         device: torch.device,
         arrays: Sequence[Sequence[str]] | None = None,
+        *,
+        views: tuple[int, ...] = (),
+        drift: tuple[str, ...] = (),
     ) -> None:
         """Read some arrays of each store; None means the logits of all."""
         self.readers = list(readers)
         self.device = device
         self.arrays = [[LOGITS] for _ in readers] if arrays is None else [list(names) for names in arrays]
-
-    @functools.cached_property
-    def views(self) -> tuple[int, ...]:
-        """Views that every store has of what is read of it.
-
-        Raises:
-            StoreMismatch: there are none.
-        """
-        return common_views(self.readers, self.arrays)
+        self.views = views
+        """Views to take in turn, where they are known."""
+        self.drift = drift
+        """What the stores' views are no longer, where that was allowed."""
 
     @functools.cached_property
     def window(self) -> Window | None:
@@ -197,11 +195,14 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
     return readers
 
 
-def common_views(readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]) -> tuple[int, ...]:
-    """Views that all stores have committed, of their logits and of what else is read of each.
+def common_views(
+    readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]], count: int | None = None
+) -> tuple[int, ...]:
+    """The first views, or all, that every store has committed of its logits and of what else is read of it.
 
     Raises:
         StoreMismatch: there are none.
+        RecipeError: there are fewer than `count`.
     """
     committed = [
         set(reader.manifest.committed_views(list(dict.fromkeys([LOGITS, *names]))))
@@ -210,7 +211,12 @@ def common_views(readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]
     common = sorted(set.intersection(*committed))
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
-    return tuple(common)
+    if count is not None and count > len(common):
+        raise RecipeError(
+            f"views is {count}, but the stores have {len(common)} views in common: leave --views out, "
+            f"or add views with `precompute run ... --views {count}`"
+        )
+    return tuple(common[:count])
 
 
 def choose_reading(

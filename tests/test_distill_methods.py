@@ -280,35 +280,6 @@ def test_published_coefficients_are_converted():
     assert describe("ca-mkd")["combine"] == "sum"
 
 
-def test_tensorboard_is_asked_for_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RecipeError, match=r"pip install 'coursepack\[tensorboard\]'"):
-        train(make_recipe(limit=50), tmp_path / "o", device=CPU, tensorboard=True)
-    assert not (tmp_path / "o").exists()
-
-
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch, stores):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, path):
-            self.path = path
-
-        def add_scalar(self, name, value, epoch):
-            written.append((name, epoch))
-
-        def close(self):
-            written.append("closed")
-
-    fake = type(torch)("torch.utils.tensorboard")
-    fake.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", fake)
-    train(make_recipe(stores, limit=50, epochs=2), tmp_path / "o", device=CPU, tensorboard=True)
-    assert {("train/soft_target", 0), ("teachers/weight/2", 1), ("evaluation/nll", 1), "closed"} <= set(
-        written
-    )
-
-
 @pytest.mark.parametrize("name", ["amtml", "dtd-flsw"])
 def test_a_student_that_diverges_is_said_to(tmp_path, stores, name):
     recipe = make_recipe(stores, method=name, limit=200, epochs=3, optimiser={"lr": 1e30})

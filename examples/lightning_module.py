@@ -1,0 +1,118 @@
+"""The loop of own_loop.py as a Lightning module.
+
+    pip install lightning
+    python examples/lightning_module.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
+
+Lightning owns the loop, the optimiser's steps and the device. It is given the learner's loss, and an
+object that gives batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from coursepack.data import batches, epoch_order, subset
+from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
+from coursepack.models import build_network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from coursepack.data import Batch
+
+
+class EpochBatches:
+    """Batches of the current epoch, from the first whenever it is iterated over.
+
+    A generator will not do: Lightning may begin an epoch twice, and a batch would be lost.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.samples, self.batch_size = student, subset(student.course.source, limit=None), 64
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        student, course, targets = self.student, self.student.course, self.student.targets
+        epoch = student.current_epoch
+        views = [targets.views[epoch % len(targets.views)]]
+        order = epoch_order(self.samples, seed=student.seed, epoch=epoch, window=targets.window)
+        return batches(
+            course.source, course.view, order, views=views, batch_size=self.batch_size, device=student.device
+        )
+
+
+class Student(LightningModule):
+    """A student that learns from stores."""
+
+    def __init__(self, stores: list[str], method: str, seed: int) -> None:
+        super().__init__()
+        self.course, self.seed = open_course(stores), seed
+        student = build_network("digits-small", classes=len(self.course.source.class_names), seed=seed)
+        self.learner = Learner(student, make_objective(self.course, student, method, seed=seed))
+        self.losses: list[float] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD as `distill train` has it; a list or dict with a schedule works as ever."""
+        return torch.optim.SGD(
+            self.learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+
+    def on_fit_start(self) -> None:
+        """By now Lightning has chosen the device."""
+        self.targets = make_targets(self.course, self.learner.objective, device=self.device)
+
+    def train_dataloader(self) -> EpochBatches:
+        """Batches of whichever epoch it is."""
+        return EpochBatches(self)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Leave the batch as it is: it gives labels and pixels on the device that it was made for."""
+        return batch
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze or release what the method's phases say."""
+        self.learner.begin_epoch(self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The loss, with the teachers' answers read from the stores."""
+        moment = Moment(self.current_epoch, batch_idx)
+        loss = self.learner(batch, self.targets.fetch(batch), moment).value.loss
+        self.losses.append(loss.item())
+        return loss
+
+
+def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]:
+    student = Student(stores, method, seed)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(student)
+    return student.losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stores", nargs="+", help="stores of the teachers")
+    parser.add_argument("--method", default="kd", help="see `distill methods`")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over the samples")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order")
+    chosen = parser.parse_args()
+    losses = train(chosen.stores, chosen.method, chosen.epochs, chosen.seed)
+    print(f"{chosen.method}: {len(losses)} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

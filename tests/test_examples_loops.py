@@ -1,0 +1,123 @@
+"""Loops of one's own, and other people's trainers: step by step the losses of `distill train`."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import write_teacher
+from click.testing import CliRunner
+
+from coursepack.data import Renderer, epoch_order, open_source, subset, view_recipe
+from coursepack.distill import Learner, Objective, ObjectiveConfig, open_course
+from coursepack.distill.cli import main as distill
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.precompute import Job, run_job
+
+ROOT = Path(__file__).parents[1]
+TAPS = {"digits-mlp": "hidden1", "digits-cnn": "conv2"}
+
+
+@pytest.fixture(scope="module")
+def tapped(tmp_path_factory):
+    """Stores of two teachers with a layer of each, two views."""
+    folder, source = tmp_path_factory.mktemp("tapped"), open_source("digits")
+    made = []
+    for seed, (name, tap) in enumerate(TAPS.items(), start=1):
+        teacher = write_teacher(folder / name, name, seed=seed)
+        runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), [parse_tap(tap)])
+        made.append(str(folder / f"{name}.zarr"))
+        run_job(Job(Path(made[-1]), source, view_recipe("digits"), runner, 2), quiet=True)
+    return made
+
+
+def example(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses_of_the_command(stores, method, epochs, out, monkeypatch):
+    """Every step's loss as `distill train` has it, and what it says of the epochs."""
+    losses, forward = [], Learner.forward
+
+    def spy(self, *arguments):
+        output = forward(self, *arguments)
+        losses.append(output.value.loss.item())
+        return output
+
+    words = ["train", "--student", "digits-small", "--method", method, "--epochs", epochs, "--seed", 3]
+    words += ["--lr", 0.05, "--momentum", 0.9, "--weight-decay", 5e-4, "--batch-size", 64, "--out", out]
+    words += [word for store in stores for word in ("--store", store)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "forward", spy)
+        result = CliRunner().invoke(distill, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return losses, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# A plain one; weights that are learned; a teacher drawn for each batch; features of the teachers.
+@pytest.mark.parametrize("method", ["kd", "amtml", "random", "amtml-hints"])
+def test_a_loop_of_ones_own_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
+    wanted, told = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
+    assert example("own_loop").train(tapped, method, epochs=3, seed=3) == wanted
+    assert len(wanted) == 3 * 23
+    assert wanted[-1] < 0.9 * wanted[0], "nothing was learned, so equality says little"
+    sizes = [64] * 22 + [1442 - 22 * 64]
+    last = sum(loss * size for loss, size in zip(wanted[-23:], sizes, strict=True)) / 1442
+    assert told[-1]["train"]["loss"] == pytest.approx(last, rel=1e-5)
+
+
+# Lightning 2.6 itself calls what torch 2.15 deprecates.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("method", ["kd", "amtml"])
+def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert example("lightning_module").train(tapped, method, epochs=3, seed=3) == wanted
+
+
+@pytest.mark.parametrize("method", ["kd", "amtml"])
+def test_the_hugging_face_trainer_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert example("hf_trainer").train(tapped, method, epochs=3, seed=3) == wanted
+
+
+def test_the_loop_runs_as_a_script(tapped, tmp_path):
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "own_loop.py"), *tapped]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"kd: 46 steps, loss \d\.\d{4} to \d\.\d{4}\n", result.stdout)
+    assert not list(tmp_path.iterdir()), "it writes nothing"
+
+
+def test_the_page_shows_the_loop_as_it_is():
+    text = (ROOT / "examples" / "own_loop.py").read_text()
+    imports = text[text.index("import torch\n") : text.index("def train(")]
+    loop = text[text.index("def train(") : text.index("\n\n\ndef main")]
+    page = (ROOT / "docs" / "library.md").read_text()
+    assert f"```python\n{imports}{loop}\n```\n" in page
+    body = [line.strip() for line in loop.splitlines()[1:]]
+    count = sum(1 for line in body if line and not line.startswith("#"))
+    assert count < 25
+    assert f"{count} lines (the body of the function, without comments and blank lines)" in page
+
+
+def test_the_other_code_of_the_page_runs(tapped):
+    page = (ROOT / "docs" / "library.md").read_text()
+    loop, network, images = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"course": open_course(tapped), "views": [0], "Renderer": Renderer}
+    names["order"] = epoch_order(subset(names["course"].source, limit=None), seed=0, epoch=0)
+    for code in (loop, network, images):
+        exec(code, names)
+    logits = Learner(names["student"], Objective(ObjectiveConfig())).predict(names["batch"])
+    assert logits.shape == (1442 % 64, 10)
