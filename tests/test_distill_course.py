@@ -9,6 +9,7 @@ from coursepack.data import batches, epoch_order, open_source, subset, view_reci
 from coursepack.data.store import load_manifest
 from coursepack.data.views import PadCrop
 from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
+from coursepack.distill.methods import METHODS, Method
 from coursepack.distill.targets import WINDOW_CHUNKS, WINDOW_ROWS
 from coursepack.distill.train import make_optimiser
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, UnknownName
@@ -99,6 +100,15 @@ def test_targets_are_what_the_objectives_look_at(tapped):
     targets = make_targets(course, methods["kd"])
     answers = targets.fetch(first_batch(course, targets))
     assert (len(answers.logits), answers.features) == (1, {})
+
+
+def test_a_method_with_a_term_of_its_own_reads_logits(course, monkeypatch):
+    own = Method(
+        "", "", METHODS["supervised"].objective, term=lambda facts: facts.teachers.logits[0].decode()
+    )
+    monkeypatch.setitem(METHODS, "own", own)
+    targets = make_targets(course, make_objective(course, student(), "own"))
+    assert targets.arrays == [["logits"]] * 3
 
 
 def test_views_are_those_that_every_store_has(stores, tmp_path, teachers):
