@@ -10,8 +10,8 @@ from coursepack.data.store import load_manifest
 from coursepack.data.views import PadCrop
 from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
 from coursepack.distill.methods import METHODS, Method
+from coursepack.distill.optimiser import make_optimiser
 from coursepack.distill.targets import WINDOW_CHUNKS, WINDOW_ROWS
-from coursepack.distill.train import make_optimiser
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, UnknownName
 from coursepack.models import Network, Preprocessing, TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
