@@ -71,8 +71,8 @@ def ours(student_logits: Tensor, teachers: Any) -> Tensor:
 
 
 def analytic(student_logits: Tensor, teachers: Any) -> Tensor:
-    rule = (dispatch.ANALYTIC, "asked for by the benchmark", lambda *_: True)
-    with mock.patch.object(dispatch, "RULES", (rule,)):
+    choice = (dispatch.ANALYTIC, "asked for by the benchmark")
+    with mock.patch.object(dispatch, "choose", return_value=choice):
         return ours(student_logits, teachers)
 
 

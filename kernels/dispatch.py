@@ -1,4 +1,4 @@
-"""Which path computes the fused loss, and why: one table, read from the top."""
+"""Which path computes the fused loss, and why: one table for each device, read from the top."""
 
 from __future__ import annotations
 
@@ -57,40 +57,42 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     return isinstance(teacher, (DenseRows, Int8Rows))
 
 
-def _on_cuda(request: Request) -> bool:
-    return request.device.type == "cuda"
-
-
 Reason = str | Callable[["Request"], str]
 """Words, or what gives them where a rule that is taken can have several."""
 
-# Each rule: the path, its reason, and whether it is taken. The first that is, counts.
-RULES: tuple[tuple[str, Reason, Callable[[Tensor, Request], bool]], ...] = (
-    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type not in ("cpu", "cuda")),
-    (
-        ANALYTIC,
-        "on CUDA, under torch.compile",
-        lambda _, r: _on_cuda(r) and torch.compiler.is_compiling(),
-    ),
-    (
-        ANALYTIC,
-        f"on CUDA, and {cuda.SWITCH} is not 1",
-        lambda _, r: _on_cuda(r) and not cuda.is_asked_for(),
-    ),
+Rule = tuple[str, Reason, Callable[[Tensor, "Request"], bool]]
+"""The path, its reason, and whether it is taken."""
+
+# What no kernel does, wherever it runs.
+_LEFT_TO_TORCH: tuple[Rule, ...] = (
     (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
     (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
-    (ANALYTIC, "numba is not installed", lambda _, r: not _on_cuda(r) and not NUMBA_IS_INSTALLED),
-    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
-    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
-    (
-        ANALYTIC,
-        lambda r: cuda.refusal(r) or "",
-        lambda _, r: _on_cuda(r) and cuda.refusal(r) is not None,
-    ),
-    (CUDA, f"rows on a GPU, and {cuda.SWITCH} is 1", lambda _, r: _on_cuda(r)),
-    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
 )
+_NO_PLAIN_TENSOR: Rule = (
+    ANALYTIC,
+    "the student's logits are no plain tensor",
+    lambda student, _: not _is_plain(student),
+)
+# The rules of each device. The first that is taken counts.
+RULES: dict[str, tuple[Rule, ...]] = {
+    "cpu": (
+        *_LEFT_TO_TORCH,
+        (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
+        (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
+        _NO_PLAIN_TENSOR,
+        (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
+    ),
+    "cuda": (
+        (ANALYTIC, "on CUDA, under torch.compile", lambda *_: torch.compiler.is_compiling()),
+        (ANALYTIC, f"on CUDA, and {cuda.SWITCH} is not 1", lambda *_: not cuda.is_asked_for()),
+        *_LEFT_TO_TORCH,
+        _NO_PLAIN_TENSOR,
+        (ANALYTIC, lambda r: cuda.refusal(r) or "", lambda _, r: cuda.refusal(r) is not None),
+        (CUDA, f"rows on a GPU, and {cuda.SWITCH} is 1", lambda *_: True),
+    ),
+}
+ELSEWHERE = ANALYTIC, "not on the CPU"
 
 
 def reads_teachers(request: Request) -> bool:
@@ -112,10 +114,10 @@ def reads_student(student_logits: Tensor | None) -> bool:
 
 def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
     """The path for a request, and the reason."""
-    for path, reason, taken in RULES:
+    for path, reason, taken in RULES.get(request.device.type, ()):
         if taken(student_logits, request):
             return path, reason if isinstance(reason, str) else reason(request)
-    raise AssertionError("the last rule is always taken")
+    return ELSEWHERE
 
 
 def describe_request(student_logits: Tensor, request: Request) -> Choice:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ PARALLEL_FROM = 40_000
 LOT = 64
 _LARGEST_KEPT = 1 << 22
 _room = threading.local()
+_State = ctypes.c_int64 * 3
 
 
 def work_of(request: Request) -> int:
@@ -45,15 +48,13 @@ def evaluate(
     Raises:
         ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
     """
-    from coursepack.kernels.jit_loss import run
-
     r = request
     loss = torch.empty(r.rows)
     student = row_major(student_logits)
     grad = torch.empty(r.rows, r.classes, dtype=student.dtype) if wants_student else None
     grad_weights = torch.empty(r.rows, r.count) if wants_weights else None
     keeps = wants_weights and r.combine == "mixture"
-    _launch(run, r, weights, student, loss, grad, grad_weights, scratch_rows=6 + r.count * keeps)
+    _launch("jit_loss", r, weights, student, loss, grad, grad_weights, scratch_rows=6 + r.count * keeps)
     if grad_weights is not None and weights is not None:
         grad_weights = grad_weights.to(weights.dtype)
     return loss, grad, grad_weights
@@ -65,10 +66,8 @@ def mixture(weights: Tensor | None, request: Request) -> Tensor:
     Raises:
         ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
     """
-    from coursepack.kernels.jit_mixture import run
-
     out = torch.empty(request.rows, request.classes)
-    _launch(run, request, weights, None, None, out, None, scratch_rows=3)
+    _launch("jit_mixture", request, weights, None, None, out, None, scratch_rows=3)
     return out
 
 
@@ -82,18 +81,16 @@ def facts(student_logits: Tensor | None, request: Request) -> tuple[Tensor, Tens
     Raises:
         ValueError: a label or id that is not allowed; the text names the first.
     """
-    from coursepack.kernels.jit_stats import run
-
     shape = (request.count, request.rows)
     numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
     correct = torch.empty(shape, dtype=torch.bool)
     student = None if student_logits is None else row_major(student_logits)
-    _launch(run, request, None, student, numbers, correct, tops, scratch_rows=3)
+    _launch("jit_stats", request, None, student, numbers, correct, tops, scratch_rows=3)
     return numbers, tops, correct
 
 
 def _launch(
-    function: Any,
+    module: str,
     r: Request,
     weights: Tensor | None,
     student: Tensor | None,
@@ -103,11 +100,11 @@ def _launch(
     *,
     scratch_rows: int,
 ) -> None:
-    """Call a compiled function on the records of a request; each thread has rows of scratch."""
+    """Call the compiled function of a module on the records of a request; each thread has rows of scratch."""
     threads, _ = usable_threads(work_of(r), PARALLEL_FROM)
     stride = scratch_rows * -(-r.classes // LOT) * LOT
     scratch = _scratch(threads * stride)
-    state = (ctypes.c_int64 * 3)()
+    state = _State()
     data, held = pack(
         r,
         plain(weights, torch.float64),
@@ -118,16 +115,22 @@ def _launch(
         scratch=scratch,
         scratch_stride=stride,
     )
-    run_kernel(int(function.address), data, threads)
+    run_kernel(_compiled(module), data, threads)
     del held  # not before
     if state[2]:
         _explain(r, state[2] - 1)
 
 
+@functools.cache
+def _compiled(module: str) -> int:
+    """The address of what a module compiles at its first import."""
+    return int(importlib.import_module(f"coursepack.kernels.{module}").run.address)
+
+
 def _scratch(size: int) -> Tensor:
     """Float32 to work in, kept for the next call of this thread unless it is large."""
     kept: Tensor | None = getattr(_room, "scratch", None)
-    if kept is not None and len(kept) >= size:
+    if kept is not None and kept.numel() >= size:
         return kept
     scratch = torch.empty(size)
     if size <= _LARGEST_KEPT:

@@ -70,6 +70,7 @@ def _compute(
         hard_weight=hard_weight,
         row_weight=row_weight,
         ignore_index=ignore_index,
+        count=len(adjustments.split()),
         rows=student_logits.shape[0],
         classes=student_logits.shape[1],
         device=student_logits.device,

@@ -13,11 +13,10 @@ from coursepack.kernels.request import ADJUSTMENTS, COMBINATIONS
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
 
+_ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
 KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
 
 
@@ -49,7 +48,7 @@ def pack(
     """
     first, second, lam = _labels(r.labels)
     temperature = _temperature(r.temperature)
-    row_weight = column(r.row_weight)
+    row_weight, where = column(r.row_weight), _where(temperature)
     records = [
         call.pack_call(
             r.rows,
@@ -68,7 +67,7 @@ def pack(
             address(lam),
             r.ignore_index,
             address(row_weight),
-            *_where(temperature),
+            *where,
             address(weights),
             *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
             COMBINATIONS.index(r.combine),
@@ -78,11 +77,14 @@ def pack(
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
-    each = _stack(r.given) if isinstance(r.given, Tensor) else map(_teacher, r.given)
-    for k, (parts, fields) in enumerate(each):
-        own = temperature if r.teacher_temperatures is None else _temperature(r.teacher_temperatures[k])
-        held += [own, parts]
-        records.append(call.pack_teacher(*fields, *_where(own), ADJUSTMENTS.index(r.adjustments[k])))
+    parts, each = _stack(r.given) if isinstance(r.given, Tensor) else _list(r.given)
+    for k, fields in enumerate(each):
+        if r.teacher_temperatures is not None:
+            own = _temperature(r.teacher_temperatures[k])
+            where = _where(own)
+            held.append(own)
+        records.append(call.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[r.adjustments[k]]))
+    held.append(parts)
     return b"".join(records), held
 
 
@@ -104,8 +106,7 @@ def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
     """The same values `(N,)` in one piece."""
-    same = plain(values, dtype)
-    return None if same is None else same.contiguous()
+    return None if values is None else values.detach().resolve_neg().to(dtype).contiguous()
 
 
 def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -116,8 +117,7 @@ def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor 
 
 
 def _temperature(value: float | Tensor) -> float | Tensor:
-    same = plain(value, torch.float32) if isinstance(value, Tensor) else None
-    return value if same is None else same
+    return value.detach().resolve_neg().to(torch.float32) if isinstance(value, Tensor) else value
 
 
 def _where(temperature: float | Tensor) -> tuple[int, int, float]:
@@ -127,18 +127,30 @@ def _where(temperature: float | Tensor) -> tuple[int, int, float]:
     return 0, 0, temperature
 
 
-def _stack(teachers: Tensor) -> Iterator[tuple[list[Tensor], tuple[int, ...]]]:
-    """`_teacher` of each of `(K, N, C)`, at once."""
+Fields = tuple[int, ...]
+"""Of a teacher's record, from `kind` to `tail_stride`."""
+
+
+def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
+    """What must live, and the fields of each of `(K, N, C)`."""
     values = teachers.detach().resolve_neg()
-    values = values if values.stride(2) == 1 or values.shape[2] == 1 else values.contiguous()
-    kind, start, row = KINDS[values.dtype], values.data_ptr(), values.stride(1)
-    step = values.stride(0) * values.element_size()
-    for k in range(len(values)):
-        yield [values], (kind, start + k * step, row, 0, 0, 0, 0, 0, 0, 0, 0)
+    step, row, column = values.stride()
+    if column != 1 and values.shape[2] != 1:
+        values = values.contiguous()
+        step, row, _ = values.stride()
+    kind, start, step = KINDS[values.dtype], values.data_ptr(), step * values.element_size()
+    rest = (row, 0, 0, 0, 0, 0, 0, 0, 0)
+    return values, [(kind, start + k * step, *rest) for k in range(values.shape[0])]
 
 
-def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The tensors of a teacher, and the fields of its record from `kind` to `tail_stride`."""
+def _list(teachers: list[Tensor | Rows]) -> tuple[list[list[Tensor]], list[Fields]]:
+    """What must live, and the fields of each teacher."""
+    both = [_teacher(each) for each in teachers]
+    return [parts for parts, _ in both], [fields for _, fields in both]
+
+
+def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
+    """The tensors of a teacher, and its fields."""
     if isinstance(teacher, Int8Rows):
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
         fields = (call.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)

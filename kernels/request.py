@@ -49,16 +49,13 @@ class Request:
     hard_weight: float
     row_weight: Tensor | None
     ignore_index: int
+    count: int
+    """K."""
     rows: int
     classes: int
     device: torch.device
     dtype: torch.dtype
     """Of the computation: float32, or float64 for a float64 student."""
-
-    @property
-    def count(self) -> int:
-        """K."""
-        return len(self.given)
 
     @property
     def teachers(self) -> list[Tensor | Rows]:
@@ -76,18 +73,21 @@ def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> 
     if isinstance(teachers, Tensor):
         if teachers.ndim != 3:
             raise ValueError(f"teachers has shape {tuple(teachers.shape)}, expected (K, N, C)")
+        count, *own = teachers.shape
         given: Tensor | list[Tensor | Rows] = teachers
-        first: list[Tensor | Rows] = [teachers[0]] if len(teachers) else []
+        each: list[tuple[tuple[int, ...], torch.dtype | None]]
+        each = [(tuple(own), teachers.dtype)] if count else []
     else:
-        given = first = list(teachers)
-    if not len(given):
+        given = list(teachers)
+        each = [(tuple(one.shape), one.dtype if isinstance(one, Tensor) else None) for one in given]
+    if not each:
         raise ValueError("teachers is empty, expected at least one")
-    shape = tuple(first[0].shape) if shape is None else tuple(shape)
-    for index, teacher in enumerate(first):
-        if len(teacher.shape) != 2 or tuple(teacher.shape) != shape:
-            raise ValueError(f"teachers[{index}] has shape {tuple(teacher.shape)}, expected {shape} (N, C)")
-        if isinstance(teacher, Tensor) and teacher.dtype not in TEACHER_DTYPES:
-            raise TypeError(f"teachers[{index}] has dtype {teacher.dtype}, expected a floating-point dtype")
+    shape = each[0][0] if shape is None else tuple(shape)
+    for index, (own_shape, dtype) in enumerate(each):
+        if own_shape != shape or len(own_shape) != 2:
+            raise ValueError(f"teachers[{index}] has shape {own_shape}, expected {shape} (N, C)")
+        if dtype is not None and dtype not in TEACHER_DTYPES:
+            raise TypeError(f"teachers[{index}] has dtype {dtype}, expected a floating-point dtype")
     return given
 
 
@@ -119,9 +119,9 @@ def check_request(
         _check_student(student_logits)
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     given = check_teachers(teachers, None if student_logits is None else student_logits.shape)
-    count, one = len(given), given[0] if student_logits is None else student_logits
-    rows, classes = one.shape
-    device = one.device
+    count = given.shape[0] if isinstance(given, Tensor) else len(given)
+    one = given[0] if student_logits is None else student_logits
+    (rows, classes), device = one.shape, one.device
     dtype = dtype or torch.float32
     for index, teacher in enumerate([given] if isinstance(given, Tensor) else given):
         check_device(f"teachers[{index}]", teacher, device)
@@ -158,6 +158,7 @@ def check_request(
         hard_weight=hard_weight,
         row_weight=row_weight,
         ignore_index=ignore_index,
+        count=count,
         rows=rows,
         classes=classes,
         device=device,
