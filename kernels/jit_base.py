@@ -16,6 +16,10 @@ from numba.extending import intrinsic as numba_intrinsic
 
 # No wrappers to be called from Python and C by: most of these functions are called by each other only, and
 # the wrappers would be half of what there is to compile.
+#
+# A function is optimised and compiled again with each that calls it, up to the entry point. So tiny ones are
+# inlined by LLVM (`forceinline`), and some that have one caller already by numba (`inline="always"`), which
+# copies all that is in them, callees that were inlined too. `min` and `max` are functions as well.
 njit: Any = functools.partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 carray: Any = getattr(numba, "carray")  # noqa: B009 - mypy does not see it
 intrinsic: Any = numba_intrinsic

@@ -120,7 +120,7 @@ def to_bfloat16(typingctx: Any, value: Any) -> Any:
 LOT = 64
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def lots(classes: int) -> int:
     """Classes in whole lots."""
     return (classes >> 6) << 6

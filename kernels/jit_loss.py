@@ -41,19 +41,19 @@ from coursepack.kernels.jit_teacher import (
 MAX_TEMPERATURE = 100.0
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def float_at(start: int, n: int, otherwise: float) -> float:
     """The n-th float32 at an address, as float64; or the other value, where there is no address."""
     return float64(load(start, n)) if start else otherwise
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def temperature_at(record: Any, n: int) -> float:
     """The temperature of a student or teacher in a row, from the call's record or the teacher's."""
     return float_at(record.temperature, n * record.temperature_stride, record.fixed_temperature)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def label_at(start: int, n: int, ignore_index: int) -> int:
     """The n-th label at an address; -1 where it is to be ignored, or there is none."""
     if not start:
@@ -62,7 +62,7 @@ def label_at(start: int, n: int, ignore_index: int) -> int:
     return -1 if label == ignore_index else label
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def weight_at(call: Any, n: int, k: int) -> float:
     """The weight of a teacher in a row."""
     if not call.weights:
@@ -71,7 +71,7 @@ def weight_at(call: Any, n: int, k: int) -> float:
     return load_double(call.weights, place)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def wrong_label(start: int, n: int, call: Any) -> bool:
     """Whether a label is no class and not to be ignored either."""
     if not start:
@@ -197,7 +197,7 @@ def hard_part(call: Any, n: int, factor: float, top: float, logits: int, out: in
     return factor * result
 
 
-@njit
+@njit(inline="always")
 def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     """Loss and gradients of one row."""
     classes = call.classes
@@ -242,7 +242,7 @@ def _entry(sources: int) -> Any:
         scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
         start = take_ticket(call.state) * call.chunk
         while start < call.rows and load_integer(call.state, 2) == 0:
-            for n in range(start, min(start + call.chunk, call.rows)):
+            for n in range(start, start + call.chunk if start + call.chunk < call.rows else call.rows):
                 if is_bad(call, teachers, n):
                     store_integer(call.state, 2, n + 1)
                     return

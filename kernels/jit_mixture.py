@@ -13,7 +13,7 @@ from coursepack.kernels.jit_softmax import add_scaled
 from coursepack.kernels.jit_teacher import teacher_exponentials
 
 
-@njit
+@njit(inline="always")
 def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     """The mixture of one row."""
     classes = call.classes

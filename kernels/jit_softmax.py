@@ -15,10 +15,11 @@ BLOCK = 1024
 """So many terms are added up in float32, and these sums in float64."""
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def block_end(start: int, length: int) -> int:
     """The end of a block of whole lots."""
-    return start + lots(min(BLOCK, length - start))
+    left = length - start
+    return start + lots(left if left < BLOCK else BLOCK)
 
 
 @njit(fastmath=SUMS)

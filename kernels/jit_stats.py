@@ -40,7 +40,7 @@ def first_top(logits: int, top: float, classes: int) -> int:
     return 0
 
 
-@njit
+@njit(inline="always")
 def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     """The facts of every teacher about one row."""
     classes, count = call.classes, call.teachers

@@ -32,16 +32,18 @@ FETCHED = 4096
 KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def inverse_temperature(temperature: float) -> float:
     """1/T, finite."""
-    return min(1 / temperature, LARGEST)
+    inverse = 1 / temperature
+    return inverse if inverse < LARGEST else LARGEST
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def factor_of(inverse: float) -> float:
     """What logits are multiplied with to be exponents of two."""
-    return float32(min(inverse * LOG2_E, LARGEST))
+    factor = inverse * LOG2_E
+    return float32(factor if factor < LARGEST else LARGEST)
 
 
 @njit
@@ -63,7 +65,7 @@ def fetch_row(kind: int, values: int, place: int, classes: int) -> None:
     """
     size = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
     start = values + size * place
-    for line in range(0, min(size * classes, FETCHED), 64):
+    for line in range(0, size * classes if size * classes < FETCHED else FETCHED, 64):
         fetch(start + line)
 
 
@@ -114,11 +116,12 @@ def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
     """Whether a top-k row may be written from."""
     highest = 0
     for i in range(teacher.kept):
-        highest = max(highest, class_id(teacher, n, i))
+        place = class_id(teacher, n, i)
+        highest = place if place > highest else highest
     return highest < classes
 
 
-@njit
+@njit(inline="always")
 def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float, out: int) -> float:
     """Decode a row of any kind; its largest value."""
     if teacher.kind == INT8:
@@ -136,7 +139,7 @@ def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float
     return read_dense(teacher.kind, teacher.values, n * teacher.stride, classes, out)
 
 
-@njit
+@njit(inline="always")
 def few_exponentials(
     teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, spare: int, out: int
 ) -> float:
