@@ -1,7 +1,8 @@
 """A request for the fused loss, its values checked and everything spelled out for paths in torch.
 
-Values (labels, temperatures, weights) are checked on the CPU; on a CUDA device that would wait for the
-device, so there indices are clamped and a row with a bad value turns to NaN.
+Values (labels, temperatures, weights) are checked on the CPU. On a CUDA device that would wait for the
+device, and under `torch.compile` break the graph, so there indices are clamped and a row with a bad value
+turns to NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels.request import MAX_TEMPERATURE, check_ids
-from coursepack.kernels.rows import decode
+from coursepack.kernels.rows import decode, is_eager_cpu
 
 if TYPE_CHECKING:
     from coursepack.kernels.labels import MixedLabels
@@ -57,7 +58,7 @@ class Arguments:
     hard_weight: float
     row_weight: Tensor | None
     bad_rows: Tensor | None
-    """`(N,)` bool: rows that turn to NaN (CUDA only)."""
+    """`(N,)` bool: rows that turn to NaN (CUDA and `torch.compile` only)."""
     dtype: torch.dtype
     """float32, or float64 for a float64 student."""
 
@@ -115,7 +116,7 @@ def full_weights(request: Request) -> Tensor:
         weights = torch.full((1, 1), 1 / count, dtype=torch.float64, device=device)
         return weights.expand(request.rows, count)
     wrong = ~(weights.detach() >= 0)
-    if device.type != "cpu":
+    if not is_eager_cpu(device):
         weights = weights.masked_fill(wrong, float("nan"))
     elif bool(wrong.any()):
         raise ValueError(f"weights holds {weights.detach()[wrong][0].item():g}, expected no negative weight")
@@ -123,11 +124,11 @@ def full_weights(request: Request) -> Tensor:
 
 
 class BadRows:
-    """Refuses bad values on the CPU; elsewhere collects their rows, as looking would wait for the device."""
+    """Refuses bad values on the CPU; on a device and in a graph, which cannot look, collects their rows."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = rows
-        self.checks_values = device.type == "cpu"
+        self.checks_values = is_eager_cpu(device)
         self.mask: Tensor | None = None
 
     def report(self, name: str, values: Tensor, bad: Tensor, expected: str) -> None:

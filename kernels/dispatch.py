@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels import cuda, native
-from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
 from coursepack.kernels.threads import usable_threads
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ ELSEWHERE = ANALYTIC, "not on the CPU"
 def reads_teachers(request: Request) -> bool:
     """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
     r = request
-    on_cpu = r.device.type == "cpu" and r.dtype == torch.float32 and not torch.compiler.is_compiling()
+    on_cpu = is_eager_cpu(r.device) and r.dtype == torch.float32
     wants_gradient = torch.is_grad_enabled() and r.weights is not None and r.weights.requires_grad
     return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
 

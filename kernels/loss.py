@@ -73,7 +73,8 @@ def soft_target_loss(
 
     Raises:
         ValueError: a shape, name or value that is not allowed. Values are checked on the CPU only; on CUDA a
-            bad row turns to NaN, so that nothing waits for the device.
+            bad row turns to NaN, so that nothing waits for the device, and so it does in torch operations
+            under `torch.compile`, so that the graph is whole.
         TypeError: a tensor of the wrong dtype.
         RuntimeError: a second backward pass (the gradient is made in the forward pass and used once).
 

@@ -46,6 +46,11 @@ class Rows(Protocol):
         """
 
 
+def is_eager_cpu(device: torch.device) -> bool:
+    """Whether values can be looked at and numba called: on the CPU, and not while `torch.compile` traces."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | BitRows")
 
 
@@ -113,7 +118,7 @@ class Int8Rows:
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """The values, float32."""
         affine = self.affine.float()
-        if self.device.type == "cpu":
+        if is_eager_cpu(self.device):
             from coursepack.kernels.jit_decode import int8_decode
 
             out, flat = _target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
@@ -166,7 +171,7 @@ class TopKRows:
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
-        if self.device.type == "cpu":
+        if is_eager_cpu(self.device):
             return self._decode_cpu(temperature, _target(self, out))
         return self._decode_unseen(temperature, _target(self, out))
 
@@ -250,7 +255,7 @@ class BitRows:
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """+1 where the value was positive, -1 elsewhere, float32."""
         count = math.prod(self.row_shape)
-        if self.device.type == "cpu":
+        if is_eager_cpu(self.device):
             from coursepack.kernels.jit_decode import bit_decode
 
             out = _target(self, out)

@@ -240,6 +240,60 @@ def test_the_operator_passes_opcheck(make, monkeypatch):
     torch.library.opcheck(op.compute, seen[0])
 
 
+IN_TORCH = {
+    "float64": lambda: everything_at_once(12, 3, "mixture", torch.float64),
+    "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
+    "js of rows": lambda: dataclasses.replace(
+        make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
+        teachers=[int8_rows((8, 37)), topk_rows()],
+    ),
+    "mse": lambda: make_case(
+        7, 40, 2, 6, torch.float32, divergence="mse", combine="sum", row_weight=torch.rand(6)
+    ),
+    "reverse_kl": lambda: make_case(
+        8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
+    ),
+}
+
+
+@pytest.mark.parametrize("make", IN_TORCH.values(), ids=IN_TORCH)
+def test_what_no_kernel_does_is_one_graph_too(make):
+    case = make()
+    assert describe(case.student, case.teachers, case.labels, **case.options).path == "analytic"
+    torch._dynamo.reset()
+    compiled = torch.compile(soft_target_loss, fullgraph=True, backend="aot_eager")
+    got, want = run_loss(compiled, case), run_loss(soft_target_loss, case)
+    for part in ("loss", "grad_student", "grad_weights"):
+        if getattr(want, part) is not None:
+            torch.testing.assert_close(getattr(got, part), getattr(want, part), rtol=1e-5, atol=1e-6)
+
+
+def test_soft_targets_are_one_graph():
+    rows = [int8_rows((8, 37)), topk_rows()]
+    options = {"labels": torch.arange(8), "weights": torch.rand(8, 2), "adjustment": "shift"}
+    torch._dynamo.reset()
+    compiled = torch.compile(soft_targets, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows, **options), soft_targets(rows, **options))
+
+
+BAD = {
+    "labels": {"labels": torch.tensor([0, 10, -100, 2]), "hard_weight": 0.5},
+    "weights": {"weights": torch.tensor([[0.5, 0.5], [-0.1, 0.5], [0.0, 0.0], [1.0, 1.0]])},
+    "temperature": {"temperature": torch.tensor([1.0, 0.0, 100.0, 4.0])},
+}
+
+
+@pytest.mark.parametrize("options", BAD.values(), ids=BAD)
+def test_in_a_graph_of_torch_a_bad_value_turns_its_row_to_nan(options):
+    student, teachers = Z[:4], T[:, :4]
+    with pytest.raises(ValueError, match="holds"):
+        soft_target_loss(student, teachers, divergence="js", **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(soft_target_loss, fullgraph=True, backend="aot_eager")
+    loss = compiled(student, teachers, divergence="js", **options)
+    assert loss.isnan().tolist() == [False, True, False, False]
+
+
 def test_under_compile_the_operator_is_used():
     seen = []
 
