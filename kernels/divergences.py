@@ -37,18 +37,20 @@ def soft(
     compare = COMPARISONS[a.divergence]
     scaled = logits / a.temperature[:, None]
     weights = weights.to(a.dtype)
-    targets = [reference.target(a, k) for k in range(len(a.teachers))]
+    columns: list[Tensor] = []
     if a.combine == "mixture":
-        mixture = torch.zeros_like(scaled)
-        for k, each in enumerate(targets):
+        mixture, targets = torch.zeros_like(scaled), []
+        for k in range(len(a.teachers)):
+            each = reference.target(a, k)
             mixture.addcmul_(each, weights[:, k, None])
+            targets += [each] if wants_weights else []
         divergence, slope, target_slope = compare(scaled, mixture)
-        columns = [torch.where(each == 0, each, each * target_slope).sum(1) for each in targets]
+        if wants_weights:
+            columns = [torch.where(each == 0, each, each * target_slope).sum(1) for each in targets]
     else:
         divergence, slope = torch.zeros_like(scaled[:, 0]), torch.zeros_like(scaled)
-        columns = []
-        for k, each in enumerate(targets):
-            one, its_slope, _ = compare(scaled, each)
+        for k in range(len(a.teachers)):
+            one, its_slope, _ = compare(scaled, reference.target(a, k))
             divergence = divergence + weights[:, k] * one
             slope.addcmul_(its_slope, weights[:, k, None])
             columns.append(one)
