@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from coursepack.console import print_table
@@ -63,6 +64,23 @@ def row(
         "id": identifier, "value": median, "low": low, "high": high, "unit": unit, "n": len(values),
         "config": config, "bar": bar, "holds": holds,
     }  # fmt: skip
+
+
+def ratio_of_sums(
+    identifier: str,
+    seconds: dict[str, list[float]],
+    over: str,
+    under: str,
+    config: dict[str, Any],
+    bar: str | None = None,
+) -> dict[str, Any]:
+    """One variant's total time over another's, with a 95 % interval from resampling the rounds."""
+    above, below = np.array(seconds[over]), np.array(seconds[under])
+    chosen = np.random.default_rng(0).integers(0, len(above), (2000, len(above)))
+    low, high = np.quantile(above[chosen].sum(1) / below[chosen].sum(1), [0.025, 0.975])
+    value = float(above.sum() / below.sum())
+    found = row(identifier, [value], "ratio", config | {"interval": "95 %"}, bar)
+    return found | {"low": float(low), "high": float(high), "n": len(above)}
 
 
 def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:

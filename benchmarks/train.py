@@ -1,0 +1,319 @@
+"""The trainer: what teachers cost in an epoch, what the trainer itself costs, and how both grow.
+
+    python benchmarks/train.py [--json FILE] [--quick]
+
+On files of CIFAR-100's format with drawn images; networks have fresh weights, since accuracy does not matter
+here. Variants take turns step by step, so that whatever else the machine does meets all of them alike; an
+epoch's time is the sum of its steps, and ratios of epochs have a 95 % interval over their steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import _train_growth
+import _train_sweep
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _harness import alternate, arguments, ratio_of_sums, ratios, report, row
+from safetensors.torch import save_file
+
+from coursepack.console import say
+from coursepack.data import open_source, view_recipe
+from coursepack.data.sources import FirstSamples
+from coursepack.distill.epoch_log import EpochLog
+from coursepack.distill.prepare import prepare
+from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.distill.student import blocks
+from coursepack.distill.train import train_steps
+from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
+from coursepack.precompute import Job, run_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from coursepack.data import Source
+    from coursepack.distill.prepare import Run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CLASSES = 100
+TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
+AMTML = {"soft_weight": 1.4 / CLASSES}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    samples: int = 3200
+    teachers: tuple[str, ...] = TEACHERS
+    students: tuple[str, ...] = ("resnet8x4", "wrn-16-2")
+    batch_sizes: tuple[int, ...] = (64, 256)
+    steps: tuple[int, ...] = (50, 14)
+    """Per batch size."""
+    live_counts: tuple[int, ...] = (1, 2, 4)
+    live_steps: int = 8
+    precompute_teachers: tuple[str, ...] = ("wrn-40-2", "resnet56")
+    precompute_samples: int = 1024
+    precompute_rounds: int = 4
+    growth: _train_growth.Size = _train_growth.FULL
+    sweep: _train_sweep.Size = _train_sweep.FULL
+
+
+FULL = Size()
+QUICK = Size(
+    samples=64, teachers=("resnet8", "resnet14"), students=("resnet8",), batch_sizes=(16,), steps=(2,),
+    live_counts=(1,), live_steps=2,
+    precompute_teachers=("resnet8",), precompute_samples=32, precompute_rounds=1,
+    growth=_train_growth.QUICK, sweep=_train_sweep.QUICK,
+)  # fmt: skip
+
+
+class Place:
+    """Data, teachers and stores of the benchmark in a folder."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder = folder
+        self.names = size.teachers
+        write_cifar100(folder, size.samples)
+        self.source = open_source("cifar100:train", folder)
+        self.weights = {}
+        for place, name in enumerate(size.teachers):
+            self.weights[name] = folder / f"{name}.safetensors"
+            save_file(build_network(name, CLASSES, seed=place).module.state_dict(), self.weights[name])
+        for encoding in ("float16", "int8"):
+            for name in size.teachers:
+                started = time.perf_counter()
+                self.write_store(name, encoding)
+                say(f"stored {name} as {encoding} in {time.perf_counter() - started:.0f} s")
+
+    def runner(self, name: str, *, tapped: bool = False) -> TeacherRunner:
+        """A teacher, with a tap of its last block for the hints."""
+        network = load_teacher(name, self.source.class_names, weights=str(self.weights[name]))
+        taps = [parse_tap(f"{blocks(network.module)[-1]}:map")] if tapped else []
+        return TeacherRunner(network, taps, DEVICE)
+
+    def store(self, name: str, encoding: str) -> Path:
+        """Where a teacher's store is."""
+        return self.folder / f"{name}-{encoding}.zarr"
+
+    def write_store(self, name: str, encoding: str) -> None:
+        """One view of every sample; the float16 stores hold hints too."""
+        runner = self.runner(name, tapped=encoding == "float16")
+        run_job(
+            Job(self.store(name, encoding), self.source, view_recipe("cifar"), runner, 1, encoding=encoding)
+        )
+
+    def recipe(self, student: str, method: str, batch_size: int, **fields: Any) -> TrainRecipe:
+        """A recipe on the benchmark's data; `encoding` and `count` say which stores."""
+        encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
+        stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
+        overrides = AMTML if method.startswith("amtml") else {}
+        return TrainRecipe.model_validate(
+            {
+                "student": student, "method": method, "stores": [str(store) for store in stores],
+                "objective": resolve_objective(method, overrides, "benchmark"), "source": "cifar100:train",
+                "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
+                "views": None if stores else 1, "batch_size": batch_size, **fields,
+            }
+        )  # fmt: skip
+
+
+def write_cifar100(folder: Path, samples: int) -> None:
+    """Files as CIFAR-100 has them, with drawn images, and an eighth as many to test on."""
+    inside = folder / "cifar-100-python"
+    inside.mkdir()
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", samples), ("test", max(1, samples // 8))):
+        values = {
+            "data": rng.integers(0, 256, (rows, 3072), dtype=np.uint8),
+            "fine_labels": rng.integers(0, CLASSES, rows).tolist(),
+            "coarse_labels": [0] * rows,
+            "filenames": [f"{row}.png" for row in range(rows)],
+            "batch_label": name,
+        }
+        (inside / name).write_bytes(pickle.dumps(values, protocol=2))
+    names = {
+        "fine_label_names": [f"class {i}" for i in range(CLASSES)],
+        "coarse_label_names": ["things"] * 20,
+    }
+    (inside / "meta").write_bytes(pickle.dumps(names, protocol=2))
+
+
+def stepper(run: Run) -> Callable[[], None]:
+    """A function that takes the next step of a fresh student, epoch after epoch."""
+    trainee = run.trainee()
+
+    def steps() -> Iterator[int]:
+        for epoch in itertools.count():
+            log = EpochLog(max(1, len(run.readers)))
+            yield from train_steps([trainee], run.batches(epoch), run.targets, [log], epoch)
+
+    stream = steps()
+    return lambda: _waited(lambda: next(stream))
+
+
+def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]:
+    """The shortest loop one would write, on normalised float32 images already on the device, as they are."""
+    network = build_network(student, CLASSES)
+    module = network.module.to(DEVICE).train()
+    optimiser = torch.optim.SGD(
+        module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+    )
+    pixels = torch.from_numpy(source.pixels(np.arange(len(source.labels)))).to(DEVICE)
+    images, labels = network.preprocessing(pixels), torch.from_numpy(source.labels).to(DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def steps() -> Iterator[None]:
+        while True:
+            for chosen in torch.randperm(len(labels), device=DEVICE).split(batch_size):
+                loss = F.cross_entropy(module(images[chosen]), labels[chosen])
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                yield
+
+    stream = steps()
+    return lambda: _waited(lambda: next(stream))
+
+
+def _waited(step: Callable[[], Any]) -> None:
+    step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def teachers_in_an_epoch(place: Place, size: Size) -> list[dict[str, Any]]:
+    """Epochs with cached teachers, and a hand-written loop, over plain ones."""
+    found = []
+    for student, (batch_size, steps) in itertools.product(
+        size.students, zip(size.batch_sizes, size.steps, strict=True)
+    ):
+        recipes = {
+            "plain": place.recipe(student, "supervised", batch_size),
+            "kd float16": place.recipe(student, "kd", batch_size),
+            "kd int8": place.recipe(student, "kd", batch_size, encoding="int8"),
+            "amtml": place.recipe(student, "amtml", batch_size),
+            "amtml-hints": place.recipe(student, "amtml-hints", batch_size),
+        }
+        variants = {name: stepper(prepare(recipe, DEVICE)) for name, recipe in recipes.items()}
+        variants["minimal"] = minimal(student, place.source, batch_size)
+        seconds = alternate(variants, steps)
+        config = {"student": student, "batch": batch_size, "teachers": list(place.names)}
+        title = f"{student}, batch {batch_size}"
+        found += [
+            row(f"step: {title}, {name}", [1e3 * s for s in seconds[name]], "ms", config) for name in variants
+        ]
+        bars = {
+            ("kd float16", "plain"): "<= 1.02",
+            ("kd int8", "plain"): "<= 1.02",
+            ("amtml", "plain"): "<= 1.05" if batch_size == 64 else None,
+            ("amtml-hints", "plain"): None,
+            ("plain", "minimal"): "<= 1.03",
+        }
+        found += [
+            ratio_of_sums(f"epoch: {title}, {over} / {under}", seconds, over, under, config, bar)
+            for (over, under), bar in bars.items()
+        ]
+    return found
+
+
+def live_teachers(place: Place, size: Size) -> list[dict[str, Any]]:
+    """Live teachers over cached ones, beside the most that can be saved."""
+    found, student, batch_size = [], size.students[0], size.batch_sizes[0]
+    for count in size.live_counts:
+        cached, live = (
+            stepper(prepare(place.recipe(student, "kd", batch_size, count=count, online=online), DEVICE))
+            for online in (False, True)
+        )
+        runners = [place.runner(name) for name in place.names[:count]]
+        pixels = torch.from_numpy(place.source.pixels(np.arange(batch_size))).to(DEVICE)
+
+        def forward(runners: list[TeacherRunner] = runners, pixels: torch.Tensor = pixels) -> None:
+            for runner in runners:
+                bare_forward(runner, pixels)
+
+        plain = stepper(prepare(place.recipe(student, "supervised", batch_size), DEVICE))
+        seconds = alternate(
+            {"cached": cached, "live": live, "plain": plain, "forward": lambda run=forward: _waited(run)},
+            size.live_steps,
+        )
+        bounds = [(s + f) / s for s, f in zip(seconds["plain"], seconds["forward"], strict=True)]
+        config = {"student": student, "batch": batch_size, "teachers": list(place.names[:count])}
+        speedups = ratios(seconds, "live", "cached")
+        shares = [speedup / bound for speedup, bound in zip(speedups, bounds, strict=True)]
+        title = f"live: {count} teacher{'s' if count > 1 else ''}"
+        found += [
+            row(f"{title}, live / cached", speedups, "ratio", config),
+            row(f"{title}, (student + forward) / student", bounds, "ratio", config),
+            row(f"{title}, share of that bound", shares, "ratio", config, ">= 0.95"),
+        ]
+    return found
+
+
+@torch.inference_mode()
+def bare_forward(runner: TeacherRunner, pixels: torch.Tensor) -> torch.Tensor:
+    """A teacher's network on pixels in memory, and nothing else."""
+    network = runner.network
+    logits: torch.Tensor = network.module(network.preprocessing(pixels))
+    return logits
+
+
+def precompute(place: Place, size: Size) -> list[dict[str, Any]]:
+    """`precompute run`, with views rendered, encoded and written, beside the bare forward pass."""
+    found = []
+    source = open_source("cifar100:train", place.folder)
+    rows = min(size.precompute_samples, len(source.labels))
+    for name in size.precompute_teachers:
+        runner = place.runner(name)
+        pixels = torch.from_numpy(source.pixels(np.arange(rows))).to(DEVICE)
+
+        def bare(runner: TeacherRunner = runner, pixels: torch.Tensor = pixels) -> None:
+            for chunk in pixels.split(256):
+                bare_forward(runner, chunk)
+
+        def run(runner: TeacherRunner = runner) -> None:
+            with tempfile.TemporaryDirectory(dir=place.folder) as folder:
+                job = Job(
+                    Path(folder) / "store.zarr", FirstSamples(source, rows), view_recipe("cifar"), runner, 1
+                )
+                run_job(job)
+
+        seconds = alternate({"run": run, "bare": lambda bare=bare: _waited(bare)}, size.precompute_rounds)
+        config = {"teacher": name, "samples": rows, "views": 1}
+        found.append(
+            row(f"precompute: {name}, bare forward", [rows / s for s in seconds["bare"]], "images/s", config)
+        )
+        speeds = ratios(seconds, "bare", "run")
+        found.append(
+            row(f"precompute: {name}, run / bare forward", speeds, "ratio of images/s", config, ">= 0.95")
+        )
+    return found
+
+
+def main() -> None:
+    chosen = arguments("The trainer: teachers' cost in an epoch, the trainer's own, and growth.").parse_args()
+    size = QUICK if chosen.quick else FULL
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        place = Place(folder, size)
+        rows = [
+            *teachers_in_an_epoch(place, size),
+            *live_teachers(place, size),
+            *precompute(place, size),
+            *_train_sweep.sweeps(place, size.sweep),
+            *_train_growth.growth(folder / "growth", size.growth),
+            *_train_growth.beginning(folder / "large", size.growth),
+        ]
+    report("Training students", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
