@@ -45,12 +45,7 @@ class OptimiserConfig(Config):
 
 def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Optimizer:
     """An optimiser over all that the learner trains; the fusion's latents have an L2 penalty of their own."""
-    latents = learner.objective.fusion_parameters()
-    own = {id(value) for value in latents}
-    rest = [value for value in learner.parameters() if id(value) not in own]
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    if latents:
-        groups.append({"params": latents, "weight_decay": 0.0})
+    groups = learner.parameter_groups()
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas, **common)

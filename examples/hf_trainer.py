@@ -84,7 +84,7 @@ def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]
     student = build_network("digits-small", classes=len(course.source.class_names), seed=seed)
     learner = Learner(student, make_objective(course, student, method, seed=seed))
     optimiser = torch.optim.SGD(
-        learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+        learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(

@@ -61,7 +61,12 @@ class Student(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD as `distill train` has it; a list or dict with a schedule works as ever."""
         return torch.optim.SGD(
-            self.learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+            self.learner.parameter_groups(),
+            lr=0.05,
+            momentum=0.9,
+            weight_decay=5e-4,
+            nesterov=True,
+            fused=True,
         )
 
     def on_fit_start(self) -> None:

@@ -28,7 +28,7 @@ def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]
     targets = make_targets(course, learner.objective)
 
     optimiser = torch.optim.SGD(
-        learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+        learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
     losses = []
     for epoch in range(epochs):
