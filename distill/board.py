@@ -30,11 +30,11 @@ def check_tensorboard() -> None:
 class Board:
     """Scalars by epoch, in a folder of event files."""
 
-    def __init__(self, path: Path, *, first: int = 0) -> None:
-        """Write into a folder; where a run goes on, from epoch `first`, later ones there are void."""
+    def __init__(self, path: Path, *, first: int | None = None) -> None:
+        """Write into a folder; what was written of epoch `first` and later ones is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(path), purge_step=first or None)  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
+        self._writer: Any = SummaryWriter(str(path), purge_step=first)  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +46,7 @@ class Board:
         """Write one epoch's metrics, so that they can be looked at and outlive the process."""
         for name, value in scalars(metrics):
             self._writer.add_scalar(name, value, metrics["epoch"])
-        self._writer.flush()
+        self._writer.flush()  # a run that is killed has told what it finished
 
 
 class NoBoard:

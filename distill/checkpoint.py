@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     if not path.is_file():
         return None
     try:
+        _check_sums(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise RunError(
@@ -70,3 +72,11 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
             "run with the version that began it, or train again with --overwrite"
         )
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the file's checksums, which torch writes but does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its part {damaged!r} is wrong")

@@ -10,6 +10,7 @@ from coursepack.canonical import difference_table
 from coursepack.data import view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.store.manifest import LOGITS
+from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.schedule import is_used
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 
@@ -30,7 +31,7 @@ def check_student(learner: Learner, source: Source) -> None:
     learner.eval()
     try:
         with torch.inference_mode():
-            shape = tuple(learner.student(network.preprocessing(pixels)).shape)
+            shape = tuple(network.module(network.preprocessing(pixels)).shape)
     except RuntimeError as error:
         raise RecipeError(
             f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
@@ -50,6 +51,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     """
     _check_mixing(recipe)
     _check_parts(recipe)
+    _check_compile(recipe)
     if recipe.views_per_load > recipe.batch_size:
         raise RecipeError(
             f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
@@ -114,6 +116,35 @@ def _check_parts(recipe: TrainRecipe) -> None:
         )
 
 
+def _check_compile(recipe: TrainRecipe) -> None:
+    """Refuse to compile a student that is looked into: a compiled one runs past what watches its layers."""
+    objective = recipe.objective
+    looks = ["hints"] if objective.uses_hints else []
+    if objective.uses_soft_targets and FUSIONS[objective.fusion.name].needs_representation:
+        looks.append(f"fusion {objective.fusion.name!r}")
+    if recipe.compile and looks:
+        raise RecipeError(
+            f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(looks)}), "
+            "which cannot be done through torch.compile: leave compile out"
+        )
+
+
+def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
+    """Refuse an epoch that would hold a view of a sample twice."""
+    each = recipe.views_per_load
+    if each > len(views):
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views: a batch would hold a view of a "
+            "sample twice"
+        )
+    if recipe.view_order == "shuffled" and len(views) % each:
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views in shuffled order: an epoch that "
+            "ends one round and begins the next might hold a view of a sample twice. Give a number that "
+            f"divides {len(views)}, or leave view_order out"
+        )
+
+
 def check_drift(recipe: TrainRecipe, source: Source, reader: StoreReader, views: Sequence[int]) -> list[str]:
     """What the store's views are no longer; refused where the recipe does not allow it."""
     found = drift(reader.manifest, source, recipe.view, views)
@@ -145,10 +176,4 @@ def common_views(
             f"views is {recipe.views}, but the stores have {len(common)} views in common: leave --views out, "
             f"or add views with `precompute run ... --views {recipe.views}`"
         )
-    chosen = tuple(common[: recipe.views])
-    if recipe.views_per_load > len(chosen):
-        raise RecipeError(
-            f"views_per_load is {recipe.views_per_load}, but the run has {len(chosen)} views: a batch would "
-            "hold a view of a sample twice"
-        )
-    return chosen
+    return tuple(common[: recipe.views])

@@ -177,7 +177,7 @@ def train_command(
     evaluation = metrics["evaluation"]
     click.echo(
         f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
-        f"after {recipe.epochs} epochs"
+        f"after {metrics['epoch'] + 1} epochs"
     )
 
 

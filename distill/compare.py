@@ -36,6 +36,8 @@ class Group:
     """Accuracy on the evaluation split after the last epoch, per seed, in [0, 1]."""
     nll: dict[int, float]
     """Negative log-likelihood in nats, per seed."""
+    epochs: dict[int, int]
+    """Epochs trained, per seed."""
     epoch_seconds: float
     """Median over all epochs of all runs, without evaluation."""
     wins: int | None
@@ -44,8 +46,8 @@ class Group:
     """Seeds it shares with the first group."""
     extras: dict[str, float]
     """Means over seeds of what its last epochs told besides, as far as all runs told it."""
-    curve: list[float]
-    """Mean accuracy on the evaluation split after each epoch, as far as all runs went."""
+    curve: dict[int, float]
+    """Mean accuracy on the evaluation split by number of epochs, where all runs were evaluated."""
 
     @property
     def mean(self) -> float:
@@ -128,10 +130,10 @@ def plot(groups: Sequence[Group], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for group in groups:
-        epochs = range(1, len(group.curve) + 1)
-        (line,) = axes.plot(epochs, [100 * value for value in group.curve], label=group.label)
+        shown = [100 * value for value in group.curve.values()]
+        (line,) = axes.plot(list(group.curve), shown, label=group.label)
         last = [100 * value for value in group.accuracy.values()]
-        axes.scatter([len(group.curve)] * len(last), last, s=12, color=line.get_color())
+        axes.scatter(list(group.epochs.values()), last, s=12, color=line.get_color())
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy, %")
     axes.legend(fontsize="small")
@@ -152,11 +154,20 @@ def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, i
         wins=None if is_first else sum(accuracy[seed] > first[seed] for seed in paired),
         paired=len(paired),
         extras=_extras(members),
-        curve=[
-            statistics.fmean(float(line["evaluation"]["accuracy"]) for line in lines)
-            for lines in zip(*(run.metrics for run in members), strict=False)
-        ],
+        epochs={run.recipe.seed: run.metrics[-1]["epoch"] + 1 for run in members},
+        curve=_mean_curve([_curve(run) for run in members]),
     )
+
+
+def _curve(run: FinishedRun) -> dict[int, float]:
+    """Accuracy by number of epochs, where the run was evaluated."""
+    evaluated = [line for line in run.metrics if "evaluation" in line]
+    return {line["epoch"] + 1: float(line["evaluation"]["accuracy"]) for line in evaluated}
+
+
+def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    common = set.intersection(*map(set, curves))
+    return {epoch: statistics.fmean(curve[epoch] for curve in curves) for epoch in sorted(common)}
 
 
 def _extras(members: Sequence[FinishedRun]) -> dict[str, float]:

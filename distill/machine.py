@@ -18,6 +18,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def cores() -> int:
     """Cores that this process may use, its share where several ranks run on one machine."""
@@ -40,9 +42,10 @@ def threads_of(count: int | None) -> Iterator[None]:
 def algorithms(*, deterministic: bool) -> Iterator[None]:
     """Have torch use only deterministic algorithms inside the context, or else the fastest."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get(WORKSPACE)
     if deterministic:
         # What cuBLAS asks for, and reads when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     try:
@@ -50,3 +53,12 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+
+
+@contextmanager
+def generators_of(device: torch.device) -> Iterator[None]:
+    """Put torch's generators back afterwards: training seeds them before every step."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -169,6 +169,8 @@ def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRec
         readers = [StoreReader(reader.path, reading) for reader in readers]
         for reader in readers:
             reader.pinned = device.type == "cuda"
+    if views is not None:
+        check_views(recipe, views)
     targets: TargetsKind | None = None
     if readers and recipe.online:
         targets = OnlineTargets(live_teachers(readers, arrays, device))
@@ -236,7 +238,10 @@ def opening(run: Run) -> str:
         return f"{said}; a new view every epoch"
     each = recipe.views_per_load
     round_trip = -(-len(run.views) // each)
-    again = "in the same order" if recipe.view_order == "cyclic" else "in another order"
+    order, again = {
+        "cyclic": ("in turn", "in the same order"),
+        "shuffled": ("in random order", "in another order"),
+    }[recipe.view_order]
     repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
     per_epoch = "one" if each == 1 else f"{each} of every sample"
-    return f"{said}; {len(run.views)} views in turn, {per_epoch} per epoch{repeats}"
+    return f"{said}; {len(run.views)} views {order}, {per_epoch} per epoch{repeats}"

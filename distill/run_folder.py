@@ -12,6 +12,7 @@ student.safetensors  the student's weights after the last epoch; its presence sa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from coursepack.config import parse_config, write_yaml
 from coursepack.distill.checkpoint import CHECKPOINT_FILE
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.errors import RunError
-from coursepack.files import write_whole
+from coursepack.files import partials, write_whole
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
 
 MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
-"""Parts of the provenance in which a run that is resumed may not differ."""
+"""Parts of the provenance in which a run that is resumed may not differ; but a store may have more views by
+then, as long as they are not the run's."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class RunFolder:
         folder = cls.__new__(cls)
         folder.path = path
         begun = json.loads((path / PROVENANCE_FILE).read_text())
-        changed = {name: (begun.get(name), provenance.get(name)) for name in MUST_STAY}
-        _check_same(path, *({name: pair[place] for name, pair in changed.items()} for place in (0, 1)))
+        _check_same(path, _lasting(begun), _lasting(provenance))
+        _clear_partials(path)
         lines = (path / METRICS_FILE).read_text().splitlines(keepends=True)
         write_whole(path / METRICS_FILE, "".join(lines[:epoch]).encode())
         return folder
@@ -92,6 +94,8 @@ class RunFolder:
         """Append one epoch's metrics."""
         with (self.path / METRICS_FILE).open("a") as file:
             file.write(canonical_json(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that counts on this line reaches the disk after it
 
     def keep_best(self, network: Network) -> None:
         """Write the weights of the best student so far."""
@@ -118,6 +122,8 @@ def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
         return None
     finished = load_run(path)
     _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # a kill just before that leaves it
+    _clear_partials(path)
     return finished.metrics[-1]
 
 
@@ -137,6 +143,17 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 
 
+def _lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: provenance.get(name) for name in MUST_STAY}
+    stores = [{**store, "views": None} for store in facts["stores"]]
+    return {**facts, "stores": stores}
+
+
+def _clear_partials(path: Path) -> None:
+    for partial in partials(path):
+        partial.unlink()
+
+
 def _check_same(path: Path, begun: Any, now: Any) -> None:
     if begun != now:
         table = difference_table(begun, now, "begun with", "now")
@@ -146,24 +163,31 @@ def _check_same(path: Path, begun: Any, now: Any) -> None:
         )
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds something, or clear it of an earlier run.
+def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse a folder that holds something, or clear it: of everything, or of a run that hardly began.
 
     Raises:
         RunError: the folder is not empty, and is not a run or may not be overwritten.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir():
+        return
+    if set(path.iterdir()) <= set(partials(path)):  # what a kill leaves while the folder is made
+        _clear_partials(path)
         return
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
-    if not overwrite:
+    if overwrite:
+        shutil.rmtree(path)
+    elif resume:
+        _clear_partials(path)
+        (path / BEST_FILE).unlink(missing_ok=True)
+    else:
         raise RunError(
             f"{str(path)!r} already holds a run: choose another --out, give --overwrite, or go on with "
             "it by --resume"
         )
-    shutil.rmtree(path)
 
 
 def load_run(path: Path) -> FinishedRun:

@@ -61,6 +61,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     for pair in recipe.objective.hints.pairs:
         taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
     free = recipe.objective.uses_hints and not taps
+    batch_size = max(min(recipe.batch_size, MOST_BATCH), VIEWS)
     stores = []
     for place, store in enumerate(recipe.stores):
         path = folder / f"{place}-{Path(store).name}"
@@ -77,7 +78,8 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "views_per_load": min(recipe.views_per_load, VIEWS),
             "limit": None if recipe.limit is None else min(recipe.limit, SAMPLES),
             "epochs": 2,
-            "batch_size": max(min(recipe.batch_size, MOST_BATCH), VIEWS),
+            "batch_size": batch_size,
+            "accumulate": min(recipe.accumulate, batch_size),
             "objective": _shortened(recipe.objective),
             "optimiser": recipe.optimiser.model_copy(update={"lr": min(recipe.optimiser.lr, GENTLE)}),
         }

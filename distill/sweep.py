@@ -20,7 +20,7 @@ from coursepack.config import Config, parse_config
 from coursepack.console import say
 from coursepack.distill.checks import check_recipe
 from coursepack.distill.complete import complete
-from coursepack.distill.machine import algorithms, threads_of
+from coursepack.distill.machine import algorithms, generators_of, threads_of
 from coursepack.distill.prepare import opening, prepare
 from coursepack.distill.recipe import load_recipe, set_value
 from coursepack.distill.run_folder import as_begun, check_free, finished_metrics
@@ -152,7 +152,7 @@ def sweep(
         group = waiting.pop(0)
         first = group[0].recipe
         try:
-            with algorithms(deterministic=first.deterministic), threads_of(threads):
+            with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
                 _train_group(group, out, device, again, workers, checkpoint_seconds)
         except TrainingDiverged as error:

@@ -16,7 +16,7 @@ from coursepack.distill.checks import check_student
 from coursepack.distill.epoch_log import EpochLog
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.facts import Moment
-from coursepack.distill.machine import algorithms, threads_of
+from coursepack.distill.machine import algorithms, generators_of, threads_of
 from coursepack.distill.prepare import opening, prepare, provenance
 from coursepack.distill.run_folder import RunFolder, as_begun, check_free, finished_metrics
 from coursepack.errors import TrainingDiverged
@@ -128,7 +128,7 @@ def train(
         say(f"{out} is finished: there is nothing to resume")
         return metrics
     begun = as_begun(out, recipe) if resume else recipe
-    with algorithms(deterministic=recipe.deterministic), threads_of(threads):
+    with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
         run = prepare(begun, device)
         training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
         say(opening(run))
@@ -157,9 +157,10 @@ def begin(
         position = Position(**state["position"])
         say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
     else:
-        check_free(out, overwrite=overwrite or resume)
+        check_free(out, overwrite=overwrite, resume=resume)
         folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
-    board = Board(out / "tensorboard") if tensorboard else NoBoard()
+    first = position.epoch if resume else None
+    board = Board(out / "tensorboard", first=first) if tensorboard else NoBoard()
     return Training(recipe, folder, trainee, board, position, log)
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from coursepack.data import view_recipe
 from coursepack.distill.cli import main as distill
-from coursepack.distill.compare import compare, table_rows
+from coursepack.distill.compare import compare, plot, table_rows
 from coursepack.distill.run_folder import FinishedRun
 from coursepack.distill.train import train
 from coursepack.errors import RunError
@@ -163,3 +163,32 @@ def test_the_command(tmp_path, monkeypatch):
     assert "cannot write a plot to 'p.nothing'" in refused.stderr
     told = json.loads(CliRunner().invoke(distill, ["compare", "a-0", "a-1", "b-0", "--json"]).stdout)
     assert [(group["runs"], group["paired"]) for group in told] == [(2, 2), (1, 1)]
+
+
+def curve_run(evaluated, epochs, **fields):
+    """A run of so many epochs that was evaluated after some: accuracy by epoch."""
+    metrics = [
+        {"epoch": epoch, "seconds": 0.1}
+        | ({"evaluation": {"accuracy": evaluated[epoch + 1], "nll": 1.0}} if epoch + 1 in evaluated else {})
+        for epoch in range(epochs)
+    ]
+    return FinishedRun(Path("run"), make_recipe(**fields), metrics)
+
+
+def test_curves_of_runs_that_were_not_evaluated_every_epoch(monkeypatch, tmp_path):
+    runs = [
+        curve_run({2: 0.1, 4: 0.3, 5: 0.5}, 5, seed=0),
+        curve_run({2: 0.3, 4: 0.4}, 4, seed=1),  # it stopped early
+        curve_run({1: 0.7}, 1, seed=0, limit=50),
+    ]
+    first, second = compare(runs)
+    assert first.curve == {2: pytest.approx(0.2), 4: pytest.approx(0.35)}
+    assert first.epochs == {0: 5, 1: 4}
+    assert first.accuracy == {0: 0.5, 1: 0.4}
+    assert second.curve == {1: 0.7}
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, _path: drawn.append(figure))
+    plot([first, second], tmp_path / "p.png")
+    axes = drawn[0].axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[2, pytest.approx(20)], [4, pytest.approx(35)]]
+    assert axes.collections[0].get_offsets().tolist() == [[5, 50], [4, 40]]

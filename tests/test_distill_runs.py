@@ -182,3 +182,110 @@ def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
         train(make_recipe([store], online=True), tmp_path / "o", device=CPU)
     assert not (tmp_path / "o").exists()
     train(make_recipe([store], limit=50), tmp_path / "o", device=CPU)
+
+
+def scripted(monkeypatch, accuracies):
+    """Have evaluations say these; returns the epochs that were over at each."""
+    module, asked = sys.modules["coursepack.distill.train"], iter(accuracies)
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"accuracy": next(asked), "nll": 1.0})
+
+
+def test_a_run_stops_when_it_no_longer_gets_better(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.3, 0.3, 0.2, 0.9])
+    metrics = train(make_recipe(limit=100, epochs=9, patience=2), tmp_path / "o", device=CPU)
+    assert (metrics["epoch"], metrics["evaluation"]["accuracy"]) == (3, 0.2)
+    assert [line["epoch"] for line in load_run(tmp_path / "o").metrics] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    for epochs, name in ((2, "best.safetensors"), (4, "student.safetensors")):
+        train(make_recipe(limit=100, epochs=epochs), tmp_path / name, device=CPU)
+        want = (tmp_path / name / "student.safetensors").read_bytes()
+        assert (tmp_path / "o" / name).read_bytes() == want, "the best is kept beside the last"
+
+
+def test_patience_is_counted_anew_after_each_best(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.0, 0.2, 0.0, 0.3, 0.0])
+    train(make_recipe(limit=100, epochs=6, patience=2), tmp_path / "o", device=CPU)
+    assert len(load_run(tmp_path / "o").metrics) == 6
+
+
+def test_evaluations_may_be_rare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        train(
+            make_recipe(limit=100, epochs=5, evaluate_every=2, seed=seed), tmp_path / f"r-{seed}", device=CPU
+        )
+    train(make_recipe(limit=100, epochs=5), tmp_path / "all", device=CPU)
+    lines = load_run(tmp_path / "r-0").metrics
+    assert ["evaluation" in line for line in lines] == [False, True, False, True, True]
+    assert all(line["train"]["loss"] > 0 for line in lines)
+    each = load_run(tmp_path / "all").metrics
+    assert [line["train"] for line in lines] == [line["train"] for line in each], "a look changes nothing"
+    assert lines[3]["evaluation"] == each[3]["evaluation"]
+    assert json.loads(call("eval", "r-0", "--json"))["accuracy"] == lines[-1]["evaluation"]["accuracy"]
+    told = json.loads(call("compare", "r-0", "r-1", "all", "--json", "--plot", "p.svg"))
+    assert [group["runs"] for group in told] == [2, 1]
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+
+
+def test_patience_counts_evaluations(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.5, 0.4, 0.3, 0.9])
+    train(make_recipe(limit=50, epochs=20, evaluate_every=3, patience=2), tmp_path / "o", device=CPU)
+    assert load_run(tmp_path / "o").metrics[-1]["epoch"] == 8
+
+
+FLAGS = {
+    "--optimiser adamw": ("optimiser.name", "adamw"),
+    "--lr 0.01": ("optimiser.lr", 0.01),
+    "--lr-schedule cosine": ("optimiser.schedule.shape", "cosine"),
+    "--lr-schedule step --milestones 1,2": ("optimiser.schedule.milestones", (1, 2)),
+    "--warmup-epochs 0.5": ("optimiser.schedule.warmup_epochs", 0.5),
+    "--momentum 0.5": ("optimiser.momentum", 0.5),
+    "--weight-decay 0.1": ("optimiser.weight_decay", 0.1),
+    "--clip 2": ("optimiser.clip", 2.0),
+    "--ema 0.9": ("optimiser.ema", 0.9),
+    "--accumulate 2": ("accumulate", 2),
+    "--patience 3": ("patience", 3),
+    "--evaluate-every 2": ("evaluate_every", 2),
+    "--views 3 --view-order shuffled": ("view_order", "shuffled"),
+    "--precision bfloat16": ("precision", "bfloat16"),
+    "--channels-last": ("channels_last", True),
+    "--deterministic": ("deterministic", True),
+    "--compile": ("compile", True),
+    "--label-smoothing 0.1": ("objective.label_smoothing", 0.1),
+    "--hard-weight 0.5": ("objective.hard_weight", 0.5),
+    "--set optimiser.betas=[0.8,0.9]": ("optimiser.betas", (0.8, 0.9)),
+    "--set optimiser.nesterov=false": ("optimiser.nesterov", False),
+    "--set optimiser.schedule.end=0.1": ("optimiser.schedule.end", 0.1),
+}
+
+
+def test_each_flag_lands_in_the_recipe(tmp_path, monkeypatch):
+    given = []
+
+    def spied(recipe, out, **how):
+        given.append((recipe, how))
+        return {"epoch": 0, "evaluation": {"accuracy": 0.5, "nll": 1.0}}
+
+    monkeypatch.setattr(sys.modules["coursepack.distill.cli"], "train", spied)
+    words = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--out", "new")
+    call(*words)
+    plain, how = given.pop()
+    assert (how["resume"], how["threads"], how["checkpoint_seconds"]) == (False, None, 60.0)
+    for flag, (place, want) in FLAGS.items():
+        call(*words, *flag.split())
+        recipe, _ = given.pop()
+        value, default = recipe, plain
+        for part in place.split("."):
+            value, default = getattr(value, part), getattr(default, part)
+        assert value == want, flag
+        assert default != want, flag
+    call(*words, "--resume", "--threads", 3, "--checkpoint-seconds", 1.5)
+    _, how = given.pop()
+    assert (how["resume"], how["threads"], how["checkpoint_seconds"]) == (True, 3, 1.5)
+
+
+def test_the_command_says_how_many_epochs_it_took(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.5, 0.4])
+    said = call("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--limit", 50,
+                "--epochs", 7, "--patience", 1, "--out", tmp_path / "o")  # fmt: skip
+    assert said.endswith("accuracy 40.00%, NLL 1.000 on digits:test after 2 epochs\n")

@@ -13,9 +13,10 @@ from coursepack.data import Batch, open_source
 from coursepack.distill.evaluate import evaluate
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
-from coursepack.distill.prepare import prepare
+from coursepack.distill.prepare import opening, prepare
 from coursepack.distill.targets import Targets
 from coursepack.distill.train import train_epoch
+from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing
 
 
@@ -265,3 +266,41 @@ def test_evaluation_does_not_augment():
     assert np.array_equal(
         (torch.cat(seen) * 255).round().numpy()[:, 0], source.pixels(np.arange(355))[..., 0].astype(float)
     )
+
+
+def test_shuffled_views_come_once_per_round_in_another_order_each(stores):
+    def turns(**fields):
+        run = prepare(make_recipe(view_order="shuffled", **fields), CPU)
+        return run, [run.views_of_epoch(epoch) for epoch in range(24)]
+
+    run, seen = turns(views=6, epochs=24)
+    rounds = [[view for (view,) in seen[start : start + 6]] for start in range(0, 24, 6)]
+    assert all(sorted(each) == list(range(6)) for each in rounds)
+    assert len({tuple(each) for each in rounds}) == 4
+    assert turns(views=6, epochs=24)[1] == seen
+    assert turns(views=6, epochs=24, seed=1)[1] != seen
+    assert all(set(batch.views) == set(seen[8]) for batch in run.batches(8))
+    assert opening(run).endswith(
+        "; 6 views in random order, one per epoch, all seen again in another order after 6 epochs"
+    )
+    assert opening(turns(views=6)[0]).endswith("; 6 views in random order, one per epoch")
+    cyclic = prepare(make_recipe(views=6, epochs=24), CPU)
+    assert opening(cyclic).endswith(
+        "; 6 views in turn, one per epoch, all seen again in the same order after 6 epochs"
+    )
+    _, seen = turns(views=6, views_per_load=2)
+    for start in range(0, 24, 3):
+        assert sorted(itertools.chain(*seen[start : start + 3])) == list(range(6))
+    stored, _ = turns(stores=stores)
+    assert sorted(itertools.chain(*map(stored.views_of_epoch, range(3)))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("with_stores", [False, True])
+def test_an_epoch_with_a_view_twice_is_refused(stores, with_stores):
+    fields = {"stores": stores} if with_stores else {"views": 3}
+    with pytest.raises(RecipeError, match="views_per_load is 4, but the run has 3 views: a batch would"):
+        prepare(make_recipe(**fields, views_per_load=4), CPU)
+    text = "views_per_load is 2, but the run has 3 views in shuffled order.* divides 3, or leave view_order"
+    with pytest.raises(RecipeError, match=text):
+        prepare(make_recipe(**fields, views_per_load=2, view_order="shuffled"), CPU)
+    prepare(make_recipe(**fields, views_per_load=2), CPU)

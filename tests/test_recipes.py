@@ -6,7 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.recipe import load_recipe
+from coursepack.distill.learning_rate import LearningRateConfig
+from coursepack.distill.optimiser import OptimiserConfig
+from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.distill.run_folder import load_run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -59,3 +61,35 @@ def test_a_smoke_run_needs_nothing_that_a_recipe_names(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert load_run(tmp_path / "o").recipe.objective.soft_weight.epochs == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "r.yaml"]
+
+
+def table_of_fields():
+    """Rows of docs/training.md's table of fields: field, flag, default."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip(" `") for cell in row] for row in rows]
+
+
+def test_the_page_on_training_knows_the_fields_flags_and_defaults():
+    recipe = TrainRecipe.model_validate(
+        {"student": "s", "objective": {}, "source": "a", "evaluation": "b", "view": {}}
+    )
+    flags = {name for option in distill.commands["train"].params for name in option.opts}
+    rows = table_of_fields()
+    assert len(rows) > 20
+    words = {"none": None, "all": None, "never": None, "": (), "true": True, "false": False}
+    for field, flag, default in rows:
+        value = recipe
+        for part in field.split("."):
+            value = getattr(value, part)
+        if default in words:
+            assert value == words[default], field
+        elif isinstance(value, tuple):
+            assert default == ", ".join(map(str, value)), field
+        else:
+            assert default == (f"{value:g}" if isinstance(value, float) else str(value)), field
+        assert not flag or flag in flags, field
+    told = {field for field, _, _ in rows}
+    config, schedule = OptimiserConfig.model_fields, LearningRateConfig.model_fields
+    assert {f"optimiser.{name}" for name in config if name != "schedule"} <= told
+    assert {f"optimiser.schedule.{name}" for name in schedule} <= told

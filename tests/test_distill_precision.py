@@ -1,0 +1,186 @@
+"""Precision, layout, compiling and dropout: how a student is computed, and that it is reproducible."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from builders import CPU, make_recipe
+from safetensors.torch import load_file
+from spawned import DROPPING
+from torch._dynamo.utils import counters
+
+from coursepack.data import open_source
+from coursepack.distill.facts import Moment
+from coursepack.distill.prepare import prepare
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.train import train, train_epoch
+from coursepack.errors import RecipeError
+from coursepack.models import load_teacher
+from coursepack.models.build import NETWORKS
+
+NO_COMPILER = shutil.which("g++") is None
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small layers on many threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def spy_on_objective(trainee):
+    seen = []
+    forward = trainee.learner.objective.forward
+
+    def spied(student_logits, labels, targets, inside=None, moment=None):
+        seen.append((student_logits.dtype, None if inside is None else inside.representation))
+        return forward(student_logits, labels, targets, inside, moment)
+
+    trainee.learner.objective.forward = spied
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_and_gives_the_objective_float32(stores, precision):
+    run = prepare(
+        make_recipe(stores, method="amtml", limit=400, student="digits-cnn", precision=precision), CPU
+    )
+    trainee = run.trainee()
+    seen, dtypes = spy_on_objective(trainee), set()
+    trainee.learner.network.module.conv2.register_forward_hook(lambda _m, _i, out: dtypes.add(out.dtype))
+    losses = [train_epoch([trainee], run.batches(e), run.targets, e)[0]["loss"] for e in range(4)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert dtypes == {getattr(torch, precision)}
+    assert {logits for logits, _ in seen} == {torch.float32}
+    assert {inside.dtype for _, inside in seen} == {torch.float32}
+    assert all(value.dtype == torch.float32 for value in trainee.learner.parameters())
+    assert (trainee.scaler is None) == (precision == "bfloat16")
+
+
+def test_float16_skips_steps_that_overflow_and_keeps_its_scale():
+    optimiser = {"clip": 1e-3, "weight_decay": 0.0, "momentum": 0.0}
+    run = prepare(make_recipe(limit=100, precision="float16", optimiser=optimiser), CPU)
+    trainee = run.trainee()
+    train_epoch([trainee], run.batches(0), None)
+    before = copy.deepcopy(trainee.learner.state_dict())
+    scale = trainee.scaler.get_scale()
+    trainee.begin_step()
+    for parameter in trainee.learner.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    trainee.scaler.scale(torch.zeros(()))
+    trainee.end_step()
+    after = trainee.learner.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert trainee.scaler.get_scale() == scale / 2
+    again = run.trainee()
+    again.restore(copy.deepcopy(trainee.state()))
+    assert again.scaler.state_dict() == trainee.scaler.state_dict()
+
+    # Scaled gradients are clipped in their true size.
+    trainee.begin_step()
+    trainee.add_gradient(next(run.batches(1)), None, Moment(1))
+    trainee.end_step()
+    moved = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+    assert moved == pytest.approx(1e-3 * 0.05, rel=1e-2)
+
+
+def test_channels_last_changes_the_layout_alone(tmp_path):
+    def run_with(channels_last):
+        out = tmp_path / str(channels_last)
+        fields = {"limit": 200, "epochs": 2, "student": "digits-cnn"}
+        train(make_recipe(**fields, channels_last=channels_last), out, device=CPU)
+        losses = [line["train"]["loss"] for line in load_run(out).metrics]
+        return losses, load_file(out / "student.safetensors")
+
+    (plain, weights), (other, same) = run_with(False), run_with(True)
+    np.testing.assert_allclose(plain, other, rtol=1e-4)
+    trainee = prepare(make_recipe(limit=200, student="digits-cnn", channels_last=True), CPU).trainee()
+    layout = torch.channels_last
+    assert trainee.learner.network.module.conv2.weight.is_contiguous(memory_format=layout)
+    assert not trainee.learner.network.module.conv2.weight.is_contiguous()
+    for name, value in weights.items():
+        assert same[name].shape == value.shape
+        assert same[name].is_contiguous()
+        torch.testing.assert_close(same[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_student_learns_the_same_and_is_kept_alike(tmp_path, stores):
+    def run_with(compiled):
+        out = tmp_path / str(compiled)
+        recipe = make_recipe(stores[:1], limit=128, epochs=2, compile=compiled, optimiser={"ema": 0.5})
+        train(recipe, out, device=CPU)
+        return [line["train"]["loss"] for line in load_run(out).metrics], out
+
+    (plain, one), graphs = run_with(False), counters["stats"]["unique_graphs"]
+    compiled, other = run_with(True)
+    assert counters["stats"]["unique_graphs"] > graphs, "nothing was compiled"
+    np.testing.assert_allclose(plain, compiled, rtol=1e-4)
+    for name in ("student.safetensors", "best.safetensors"):
+        weights, same = load_file(one / name), load_file(other / name)
+        assert weights.keys() == same.keys()
+    network = load_teacher(f"run:{other}", open_source("digits").class_names)
+    want = load_teacher(f"run:{one}", open_source("digits").class_names).module.state_dict()
+    for name, value in network.module.state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_that_is_looked_into_is_not_compiled(stores):
+    text = r"compile is set, but method '{}' looks inside the student \({}\).*: leave compile out"
+    with pytest.raises(RecipeError, match=text.format("amtml", "fusion 'adaptive'")):
+        prepare(make_recipe(stores, method="amtml", compile=True), CPU)
+    with pytest.raises(RecipeError, match=text.format("amtml-hints", "hints, fusion 'adaptive'")):
+        prepare(make_recipe(stores, method="amtml-hints", compile=True), CPU)
+    without = {"fusion": {"name": "fixed"}, "hints": {"weight": 1.0}}
+    with pytest.raises(RecipeError, match=text.format("kd", "hints")):
+        prepare(make_recipe(stores, method="kd", objective=without, compile=True), CPU)
+    prepare(make_recipe(stores, method="ca-mkd", compile=True), CPU)
+
+
+@pytest.fixture
+def dropping(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
+
+
+def losses_of(epochs=2, **fields):
+    run = prepare(make_recipe(limit=200, student="dropping", **fields), CPU)
+    trainee = run.trainee()
+    parts = run.recipe.accumulate
+    return [train_epoch([trainee], run.batches(e), None, e, parts=parts)[0]["loss"] for e in range(epochs)]
+
+
+def test_dropout_depends_on_the_seed_alone(dropping):
+    torch.manual_seed(1)
+    first = losses_of()
+    torch.manual_seed(2)
+    torch.rand(1000)
+    assert losses_of() == first
+    assert losses_of(seed=1) != first
+
+    run = prepare(make_recipe(limit=64, student="dropping"), CPU)
+    batch = next(run.batches(0))
+
+    def logits(seed, steps=0, part=0):
+        trainee = run.trainee()
+        trainee.seed, trainee.steps = seed, steps
+        trainee.learner.train()
+        return trainee.add_gradient(batch, None, Moment(0, 0, part)).student_logits
+
+    assert torch.equal(logits(0), logits(0))
+    for other in (logits(1), logits(0, steps=1), logits(0, part=1)):
+        assert not torch.equal(logits(0), other), "seed, step and part each draw anew"
+
+
+def test_students_side_by_side_drop_what_they_drop_alone(dropping):
+    run = prepare(make_recipe(limit=200, student="dropping"), CPU)
+    other = prepare(make_recipe(limit=200, student="dropping", seed=1), CPU)
+    together = [run.trainee(), other.trainee(), run.trainee()]
+    metrics = train_epoch(together, run.batches(0), None)
+    alone = train_epoch([run.trainee()], run.batches(0), None)[0]
+    assert metrics[0] == metrics[2] == alone
+    assert metrics[1] != alone

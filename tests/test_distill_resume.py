@@ -1,0 +1,421 @@
+"""Runs that are interrupted and resumed: to the last bit, from any moment, or refused with nothing lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from builders import CPU, make_recipe, write_store, write_teacher
+from helpers import make_job
+from spawned import DROPPING
+
+from coursepack.config import write_yaml
+from coursepack.data.store import load_manifest
+from coursepack.distill.checkpoint import CHECKPOINT_FILE, load_checkpoint
+from coursepack.distill.run_folder import load_run
+from coursepack.distill.train import train
+from coursepack.errors import RunError
+from coursepack.models import parse_tap
+from coursepack.models.build import NETWORKS
+from coursepack.precompute import run_job
+
+TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
+PREPARE = sys.modules["coursepack.distill.prepare"]
+WEIGHTS = ("student.safetensors", "best.safetensors")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
+STEPS = 5
+ADAMW = {"name": "adamw", "lr": 0.01, "schedule": {"shape": "cosine", "warmup_epochs": 1}, "ema": 0.9}
+ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
+
+
+@pytest.fixture(autouse=True)
+def dropping(monkeypatch):
+    """One thread, and a student that draws."""
+    monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tapped(tmp_path_factory, teachers):
+    """A store with features for hints."""
+    path = tmp_path_factory.mktemp("tapped") / "cnn.zarr"
+    taps = (parse_tap("conv2"),)
+    run_job(make_job(path, teachers[1], taps=taps, encoding="float32"))
+    return path
+
+
+def recipes(stores, tapped):
+    """Runs with all that has a state."""
+    hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
+    joint = {"fusion": {"name": "adaptive", "l2": 0.1, "joint_epochs": 2}, "hints": hints}
+    drawing = {"student": "dropping", "optimiser": ADAMW, "accumulate": 2, "view_order": "shuffled"}
+    return {
+        "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
+        "hints": make_recipe(
+            [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
+            optimiser=ONE_CYCLE, **STUDENT,
+        ),
+        "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
+        "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
+        "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
+    }  # fmt: skip
+
+
+NAMES = ("dropout", "hints", "windowed", "random", "dtd")
+
+
+def told(run):
+    """Metrics per epoch, but for the time they took."""
+    return [{**line, "seconds": None} for line in load_run(run).metrics]
+
+
+def files(run):
+    """Every file of a run by its name."""
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def assert_same(run, once):
+    assert told(run) == told(once)
+    found, wanted = files(run), files(once)
+    assert found.keys() == wanted.keys()
+    for name in (*WEIGHTS, "recipe.yaml", "provenance.json", "network.yaml"):
+        assert found[name] == wanted[name], name
+
+
+class Stopped(BaseException):
+    """An interruption."""
+
+
+def interrupted(monkeypatch, recipe, out, *, saves, **how):
+    """Train until so many checkpoints are written, or one run is over."""
+    left, save = [saves], TRAIN.save_checkpoint
+
+    def counted(*arguments):
+        save(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN, "save_checkpoint", counted)
+        with pytest.raises(Stopped):
+            train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0, **how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, name):
+    """Stopped early, in the middle, between two epochs, and after the last step."""
+    if name == "windowed":
+        monkeypatch.setattr(PREPARE, "WINDOW_ROWS", 32)
+        monkeypatch.setattr(PREPARE, "WINDOW_CHUNKS", 1)
+    recipe = recipes(stores, tapped)[name]
+    once, out = tmp_path / "once", tmp_path / "o"
+    train(recipe, once, device=CPU)
+    epochs, steps = len(load_run(once).metrics), -(-150 // (32 // recipe.views_per_load))
+    stops = sorted({1, steps + 2, 2 * steps, epochs * steps})
+    positions = []
+    for before, stop in zip([0, *stops], stops, strict=False):
+        interrupted(monkeypatch, recipe, out, saves=stop - before)
+        assert not (out / "student.safetensors").exists()
+        position = load_checkpoint(out, CPU)["position"]
+        positions.append(position["epoch"] * steps + position["batches"])
+        torch.rand(7)  # what else is drawn in a process is no matter
+    assert positions == stops
+    train(recipe, out, device=CPU, resume=True)
+    assert_same(out, once)
+    assert epochs == (2 if name == "windowed" else 4), "patience is counted across interruptions"
+
+
+def listing(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def refused(recipe, out, text, **how):
+    """A resumption that is refused, and leaves everything as it is."""
+    before = listing(out)
+    with pytest.raises(RunError, match=text):
+        train(recipe, out, device=CPU, resume=True, **how)
+    assert listing(out) == before
+
+
+def test_another_recipe_is_refused(tmp_path, monkeypatch):
+    recipe = make_recipe(**STUDENT)
+    other = make_recipe(**STUDENT, optimiser={"lr": 0.01})
+    text = (
+        r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
+        r"  optimiser\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+    )
+    interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
+    refused(other, tmp_path / "o", text)
+    train(recipe, tmp_path / "o", device=CPU, resume=True)
+    refused(other, tmp_path / "o", text)
+
+
+def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, monkeypatch):
+    out = tmp_path / "o"
+    evaluate, done = TRAIN.evaluate, []
+
+    def once(*arguments, **named):
+        if done:
+            raise Stopped
+        done.append(1)
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(TRAIN, "evaluate", once)
+    with pytest.raises(Stopped):
+        train(make_recipe(**STUDENT), out, device=CPU)
+    assert not (out / CHECKPOINT_FILE).exists()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    refused(make_recipe(**STUDENT, seed=1), out, r"seed +begun with: 0 +now: 1")
+    monkeypatch.undo()
+    (out / "notes.txt").write_text("mine")
+    train(make_recipe(**STUDENT), out, device=CPU, resume=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [line["epoch"] for line in load_run(out).metrics] == [0, 1, 2, 3]
+
+
+def test_another_store_is_refused(tmp_path, monkeypatch):
+    store, out = tmp_path / "s.zarr", tmp_path / "o"
+    write_store(store, write_teacher(tmp_path / "one", seed=1))
+    recipe = make_recipe([store], **STUDENT)
+    interrupted(monkeypatch, recipe, out, saves=7)
+    old = shutil.move(store, tmp_path / "old.zarr")
+    write_store(store, write_teacher(tmp_path / "two", seed=2))
+    refused(recipe, out, r"stores\[0\]\.fingerprint +begun with: \"?\w+")
+    shutil.rmtree(store)
+    shutil.move(old, store)
+    train(recipe, out, device=CPU, resume=True)
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_more_views_by_then_are_refused_if_they_would_be_taken(tmp_path, monkeypatch, views):
+    store, out = tmp_path / "s.zarr", tmp_path / "o"
+    teacher = write_teacher(tmp_path / "t", seed=1)
+    write_store(store, teacher)
+    recipe = make_recipe([store], views=views, **STUDENT)
+    train(recipe, tmp_path / "once", device=CPU)
+    interrupted(monkeypatch, recipe, out, saves=7)
+    write_store(store, teacher, views=3)
+    assert load_manifest(store).committed_views() == (0, 1, 2)
+    if views is None:
+        refused(recipe, out, r"views.*begun with: .*now: 2")
+        return
+    train(recipe, out, device=CPU, resume=True)
+    assert told(out) == told(tmp_path / "once")
+    assert [(out / name).read_bytes() == (tmp_path / "once" / name).read_bytes() for name in WEIGHTS] == [
+        1,
+        1,
+    ]
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip(content):
+    """One bit of a weight."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda _: b"", lambda _: b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch, damage):
+    recipe, out = make_recipe(**STUDENT), tmp_path / "o"
+    interrupted(monkeypatch, recipe, out, saves=7)
+    path = out / CHECKPOINT_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    refused(recipe, out, r"checkpoint '.*checkpoint.pt' cannot be read \(.*\): train again with --overwrite")
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    recipe, out = make_recipe(**STUDENT), tmp_path / "o"
+    interrupted(monkeypatch, recipe, out, saves=7)
+    state = load_checkpoint(out, CPU)
+    torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
+    refused(recipe, out, r"is of version 99, expected 1: finish the run with the version that began it")
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
+    recipe, out = make_recipe(**STUDENT), tmp_path / "o"
+    metrics = train(recipe, out, device=CPU)
+    before = listing(out)
+    # A kill between the last weights and the clearing away leaves these.
+    (out / CHECKPOINT_FILE).write_bytes(b"")
+    (out / "checkpoint.pt.123.partial").write_bytes(b"")
+    assert train(recipe, out, device=CPU, resume=True) == metrics
+    assert "is finished: there is nothing to resume" in capsys.readouterr().err
+    assert listing(out) == before
+
+
+def test_where_nothing_is_a_run_begins(tmp_path):
+    recipe = make_recipe(**STUDENT)
+    train(recipe, tmp_path / "once", device=CPU)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml.77.partial").write_bytes(b"student:")
+    for name in ("new/deep", "empty", "begun"):
+        train(recipe, tmp_path / name, device=CPU, resume=True)
+        assert_same(tmp_path / name, tmp_path / "once")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    refused(recipe, tmp_path / "notes", "is not empty and not a run: choose another --out")
+
+
+def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch, stores):
+    recipe, out = make_recipe(stores[:1], **STUDENT), tmp_path / "o"
+    train(recipe, tmp_path / "once", device=CPU)
+    steps, evaluations = iter(range(1, 1000)), iter(range(3))
+    evaluate = TRAIN.evaluate
+
+    def three_times(*arguments, **named):
+        if next(evaluations, None) is None:
+            raise Stopped
+        return evaluate(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN._Every, "is_due", lambda _: next(steps) == STEPS + 2)
+        patch.setattr(TRAIN, "evaluate", three_times)
+        with pytest.raises(Stopped):
+            train(recipe, out, device=CPU)
+    lines = (out / "metrics.jsonl").read_text()
+    assert len(lines.splitlines()) == 3
+    assert load_checkpoint(out, CPU)["position"]["epoch"] == 1
+    (out / "metrics.jsonl").write_text(lines + '{"epoch": 3, "vi')
+    train(recipe, out, device=CPU, resume=True)
+    assert_same(out, tmp_path / "once")
+
+
+def test_stores_are_read_as_when_the_run_began(tmp_path, monkeypatch, stores):
+    """A window changes the order of samples; how much memory is free later must not."""
+    monkeypatch.setattr(PREPARE, "WINDOW_ROWS", 32)
+    monkeypatch.setattr(PREPARE, "WINDOW_CHUNKS", 1)
+    recipe = make_recipe(stores[:2], **STUDENT)
+    choices = iter(["windowed", "windowed"])
+    monkeypatch.setattr(PREPARE, "choose_reading", lambda *_: next(choices))
+    train(recipe, tmp_path / "once", device=CPU)
+    interrupted(monkeypatch, recipe, tmp_path / "o", saves=7)
+    train(recipe, tmp_path / "o", device=CPU, resume=True)
+    assert_same(tmp_path / "o", tmp_path / "once")
+    assert load_run(tmp_path / "o").recipe.reading == "auto"
+
+
+def test_tensorboard_forgets_what_is_trained_again(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            written.append(("from", purge_step))
+
+        def add_scalar(self, name, value, epoch):
+            if name == "train/loss":
+                written.append((epoch, value))
+
+        def flush(self):
+            written.append("flush")
+
+        def close(self):
+            pass
+
+    fake = type(torch)("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    recipe, out = make_recipe(**STUDENT), tmp_path / "o"
+    interrupted(monkeypatch, recipe, out, saves=2 * STEPS + 1, tensorboard=True)
+    train(recipe, out, device=CPU, resume=True, tensorboard=True)
+    losses = [line["train"]["loss"] for line in load_run(out).metrics]
+    by_epoch = [entry for number, loss in enumerate(losses) for entry in ((number, loss), "flush")]
+    assert written == [("from", 0), *by_epoch[:4], ("from", 2), *by_epoch[4:]]
+
+
+# Real processes
+
+
+@contextmanager
+def server(log):
+    """A process that forks one for every command it is given; what they say goes to a file."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-W", "error", "-c", "import spawned; spawned.serve_distill()"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (
+        log.open("w") as said,
+        subprocess.Popen(command, env=environment, text=True, stderr=said, **pipes) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def start(process, words):
+    process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def wait_until(condition, log, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log.read_text()[-2000:]
+        time.sleep(0.0005)
+
+
+def kill_and_resume(folder, recipe, *, kills, seed):
+    """Train once without interruption, and once with kills; assert that both are the same."""
+    (folder / "recipe.yaml").write_text(write_yaml(recipe.model_dump(mode="json")))
+    log, out, once = folder / "log", folder / "o", folder / "once"
+    words = ["train", folder / "recipe.yaml", "--device", "cpu", "--threads", 1]
+    rng = np.random.default_rng(seed)
+    checkpoint = out / CHECKPOINT_FILE
+
+    def version():
+        return checkpoint.stat().st_ino if checkpoint.exists() else None
+
+    with server(log) as process:
+        start(process, [*words, "--out", once])
+        assert process.stdout.readline().strip() == "0", log.read_text()
+        # The first dies before there is a checkpoint.
+        child = start(process, [*words, "--out", out, "--resume"])
+        wait_until(lambda: (out / "best.safetensors").exists(), log)
+        os.kill(child, signal.SIGKILL)
+        landed = [int(process.stdout.readline())]
+        assert not checkpoint.exists()
+        for _ in range(kills):
+            child = start(process, [*words, "--out", out, "--resume", "--checkpoint-seconds", 0])
+            for _ in range(int(rng.integers(1, 5))):
+                last = version()
+                wait_until(lambda last=last: version() != last, log)
+            time.sleep(rng.uniform(0, 0.004))
+            os.kill(child, signal.SIGKILL)
+            landed.append(int(process.stdout.readline()))
+        assert set(landed) == {signal.SIGKILL}, "a run was over before it was killed"
+        start(process, [*words, "--out", out, "--resume"])
+        assert process.stdout.readline().strip() == "0", log.read_text()
+    found = re.findall(r"resuming .* in epoch (\d+) after (\d+) batches", log.read_text())
+    positions = [(int(epoch), int(batches)) for epoch, batches in found]
+    assert len(positions) == kills
+    assert positions == sorted(set(positions)), "every process went further than the one before"
+    assert_same(out, once)
+
+
+def test_killed_processes_train_the_same_student(tmp_path, stores, tapped):
+    kill_and_resume(tmp_path, recipes(stores, tapped)["dropout"], kills=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_kills(tmp_path, stores, tapped, name):
+    longer = {"epochs": 12, "patience": None}
+    recipe = recipes(stores, tapped)[name].model_copy(update=longer)
+    kill_and_resume(tmp_path, recipe, kills=12, seed=1)
