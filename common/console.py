@@ -51,9 +51,11 @@ class Meter(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Meter]:
-    """Show progress through `total` units of work, of which `done` were done before."""
-    if sys.stderr.isatty():
+def progress(title: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> Iterator[Meter]:
+    """Show progress through `total` units of work, of which `done` were done before; or only count it."""
+    if not shown:
+        yield _Nowhere()
+    elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -79,6 +81,11 @@ class _Bar:
         self._fresh += amount
         rate = self._fresh / max(time.monotonic() - self._started, 1e-9)
         self._bar.update(self._task, advance=amount, rate=f"{rate:,.0f} {self._unit}/s", note=note)
+
+
+class _Nowhere:
+    def advance(self, amount: int, note: str = "") -> None:
+        pass
 
 
 class _Lines:

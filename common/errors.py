@@ -77,5 +77,9 @@ class TrainingDiverged(CoursepackError, FloatingPointError):
     """A student's loss became NaN or infinite."""
 
 
+class RankLost(CoursepackError, ConnectionError):
+    """Another of the processes that train together has ended or does not answer."""
+
+
 class RunError(CoursepackError, OSError):
     """A run folder is missing, unfinished, damaged, or would be overwritten."""

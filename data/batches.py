@@ -43,6 +43,8 @@ class Batch:
     """The source's whole images on the device, where they are to be rendered there."""
     rendered: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """Pixels by size, as far as they were asked for or rendered ahead."""
+    whole: Batch | None = field(default=None, repr=False)
+    """The rows of all ranks, where these are one rank's share of them."""
 
     @functools.cached_property
     def params(self) -> ViewParams:
@@ -117,6 +119,10 @@ class Batch:
         """The batch as `count` ones of about equal size, in order, with what has been rendered of it."""
         bounds = [len(self) * place // count for place in range(count + 1)]
         return [self._rows(slice(start, stop)) for start, stop in itertools.pairwise(bounds) if stop > start]
+
+    def share(self, part: Part) -> Batch:
+        """One rank's rows."""
+        return replace(self._rows(shares(len(self), part.count)[part.index]), whole=self)
 
     def _rows(self, rows: slice) -> Batch:
         rendered = {size: pixels[rows] for size, pixels in self.rendered.items()}
@@ -212,11 +218,10 @@ def batches(
         chosen = order[start : start + samples_per_batch]
         rows = np.tile(chosen, len(views))
         of_rows = np.repeat(np.asarray(views, dtype=np.int64), len(chosen))
-        if part is not None:
-            share = _share(len(rows), part)
-            rows, of_rows = rows[share], of_rows[share]
-        yield Batch(source, recipe, rows, of_rows, device or torch.device("cpu"), images)
+        batch = Batch(source, recipe, rows, of_rows, device or torch.device("cpu"), images)
+        yield batch if part is None else batch.share(part)
 
 
-def _share(rows: int, part: Part) -> slice:
-    return slice(rows * part.index // part.count, rows * (part.index + 1) // part.count)
+def shares(rows: int, count: int) -> list[slice]:
+    """Which rows of a batch each of several ranks has."""
+    return [slice(rows * place // count, rows * (place + 1) // count) for place in range(count)]

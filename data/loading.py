@@ -53,11 +53,13 @@ class Renderer:
             recipe: of the batches.
             sizes: sides in pixels that will be asked for.
             workers: processes that decode and render; None means one per core (of those this process may
-                use, at most 16) for image files, and none for images in memory.
+                use, shared with other ranks on the machine, at most 16) for image files, and none for images
+                in memory.
             start_method: of processes, `fork`, `spawn` or `forkserver`; None means the platform's own.
             pin: give pixels in pinned memory, to be copied to a GPU in the background.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.workers = (
             workers if workers is not None else 0 if _is_quick(source) else min(cores, MOST_WORKERS)
         )

@@ -38,13 +38,15 @@ class Position:
 
 
 def save_checkpoint(folder: Path, position: Position, trainee: Trainee, log: EpochLog) -> None:
-    """Write a run's checkpoint; a kill leaves the old one or the new one."""
+    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does."""
     state = {
         "version": VERSION,
         "position": asdict(position),
         "trainee": trainee.state(),
         "log": log.state(),
     }
+    if not trainee.learner.ranks.is_first:
+        return
     content = io.BytesIO()
     torch.save(state, content)
     write_whole(folder / CHECKPOINT_FILE, content.getvalue())

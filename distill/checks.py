@@ -11,6 +11,7 @@ from coursepack.data import view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.methods import METHODS
 from coursepack.distill.schedule import is_used
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from coursepack.data import Source
     from coursepack.data.store import StoreReader
     from coursepack.distill.learner import Learner
+    from coursepack.distill.ranks import Ranks
     from coursepack.distill.recipe import TrainRecipe
 
 
@@ -142,6 +144,35 @@ def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
             f"views_per_load is {each}, but the run has {len(views)} views in shuffled order: an epoch that "
             "ends one round and begins the next might hold a view of a sample twice. Give a number that "
             f"divides {len(views)}, or leave view_order out"
+        )
+
+
+def fewest_rows(ranks: Ranks) -> int:
+    """Rows of a batch that is divided between ranks: two for each, which batch normalisation needs."""
+    return 2 * ranks.count if ranks.count > 1 else 1
+
+
+def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do together."""
+    if ranks.count == 1:
+        return
+    if recipe.batch_size < fewest_rows(ranks):
+        raise RecipeError(
+            f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
+            f"{fewest_rows(ranks)}, two rows for each"
+        )
+    own_term = METHODS[recipe.method].term is not None
+    coupled = (*recipe.objective.batch_coupled, *(["the method's own term"] if own_term else []))
+    if coupled and recipe.online:
+        raise RecipeError(
+            f"method {recipe.method!r} relates all samples of a batch ({', '.join(coupled)}), so every rank "
+            "needs the teachers' answers to the whole batch, but live teachers see one rank's rows: leave "
+            "--online out, or train in one process"
+        )
+    if own_term and recipe.accumulate > 1:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but the own term of method {recipe.method!r} looks at the "
+            "rows of all ranks at once: leave accumulate out, or train in one process"
         )
 
 

@@ -16,6 +16,7 @@ from coursepack.distill.compare import compare, plot, table_rows
 from coursepack.distill.complete import complete
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.methods import METHODS, describe
+from coursepack.distill.ranks import joined
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.smoke import smoke_recipe
@@ -150,35 +151,38 @@ def train_command(
 
     Flags replace what a RECIPE_FILE says. The recipe as used is kept in the run's folder.
     """
-    values = {} if recipe_file is None else load_recipe(recipe_file)
-    changes: dict[str, Any] = {}
-    _apply_flags(changes, flags)
-    set_values(changes, assignments)
-    if "method" in values and changes.get("method", values["method"]) != values["method"]:
-        values.pop("objective", None)  # those numbers are another method's
-    _apply_flags(values, flags)
-    set_values(values, assignments)
-    where = "the recipe" if recipe_file is None else str(recipe_file)
-    recipe = complete(values, where, smoke=smoke)
-    how: dict[str, Any] = {
-        "overwrite": overwrite,
-        "resume": resume,
-        "workers": workers,
-        "threads": threads,
-        "tensorboard": tensorboard,
-        "checkpoint_seconds": checkpoint_seconds,
-    }
-    if smoke:
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = smoke_recipe(recipe, Path(folder))
-            metrics = train(recipe, out, device=pick_device(device), **how)
-    else:
-        metrics = train(recipe, out, device=pick_device(device), **how)
-    evaluation = metrics["evaluation"]
-    click.echo(
-        f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on {recipe.evaluation} "
-        f"after {metrics['epoch'] + 1} epochs"
-    )
+    with joined(device) as (ranks, own):
+        values = {} if recipe_file is None else load_recipe(recipe_file)
+        changes: dict[str, Any] = {}
+        _apply_flags(changes, flags)
+        set_values(changes, assignments)
+        if "method" in values and changes.get("method", values["method"]) != values["method"]:
+            values.pop("objective", None)  # those numbers are another method's
+        _apply_flags(values, flags)
+        set_values(values, assignments)
+        where = "the recipe" if recipe_file is None else str(recipe_file)
+        recipe = complete(values, where, smoke=smoke)
+        how: dict[str, Any] = {
+            "overwrite": overwrite,
+            "resume": resume,
+            "workers": workers,
+            "threads": threads,
+            "tensorboard": tensorboard,
+            "checkpoint_seconds": checkpoint_seconds,
+        }
+        if smoke:
+            with tempfile.TemporaryDirectory() as folder:
+                recipe = smoke_recipe(recipe, Path(folder))
+                metrics = train(recipe, out, device=own, ranks=ranks, **how)
+        else:
+            metrics = train(recipe, out, device=own, ranks=ranks, **how)
+        evaluation = metrics["evaluation"]
+        if not ranks.is_first:
+            return
+        click.echo(
+            f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
+            f"{recipe.evaluation} after {metrics['epoch'] + 1} epochs"
+        )
 
 
 @main.command("sweep", epilog=EXAMPLES_SWEEP)
@@ -311,3 +315,7 @@ def _apply_flags(values: dict[str, Any], flags: dict[str, Any]) -> None:
             values["view"] = view_recipe(value).model_dump(mode="json")
         else:
             values[name] = value
+
+
+if __name__ == "__main__":
+    main()

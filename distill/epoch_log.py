@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from coursepack.distill.ranks import ALONE
 from coursepack.kernels import soft_target_loss, soft_targets, teacher_stats
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.distill.learner import LearnerOutput
     from coursepack.distill.objective import ObjectiveValue
+    from coursepack.distill.ranks import Ranks
 
 WATCH_EVERY = 8
 """One batch in so many, the first among them, is compared with its teachers in full."""
@@ -54,18 +56,21 @@ def top5_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class EpochLog:
-    """Means over one epoch of one learner."""
+    """Means over one epoch of one learner: of what every rank counted."""
 
-    def __init__(self, teachers: int = 1) -> None:
+    def __init__(self, teachers: int = 1, ranks: Ranks = ALONE) -> None:
         """Begin with nothing; `teachers` is how many stores there are."""
         self._teacher_count = teachers
+        self._ranks = ranks
         self._batches = self._samples = self._watched = 0
         self._sums: dict[str, Tensor] = {}
         self._calibration: Calibration | None = None
         self._extremes: tuple[Tensor, Tensor] | None = None
 
     def add(self, output: LearnerOutput, batch: Batch) -> None:
-        """Count one batch."""
+        """Count one batch: each rank its own share, but the first alone what all ranks computed whole."""
+        if batch.whole is None and not self._ranks.is_first:
+            return
         count, labels = len(batch), batch.main_labels
         logits = output.student_logits.detach().float()
         if self._calibration is None:
@@ -89,14 +94,24 @@ class EpochLog:
         self._samples += count
         self._batches += 1
 
-    def state(self) -> dict[str, Any]:
-        """Everything counted so far."""
-        calibration = None if self._calibration is None else self._calibration.sums
-        counts = (self._batches, self._samples, self._watched)
-        return {"counts": counts, "sums": self._sums, "calibration": calibration, "extremes": self._extremes}
+    def state(self) -> list[dict[str, Any]]:
+        """Everything that each rank has counted so far, on the CPU; all ranks have to ask for it."""
+        own = {
+            "counts": (self._batches, self._samples, self._watched),
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "calibration": None if self._calibration is None else self._calibration.sums.cpu(),
+            "extremes": None if self._extremes is None else tuple(value.cpu() for value in self._extremes),
+        }
+        return self._ranks.gathered(own)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Continue from what `state` gave; where ranks were more or fewer, the first has counted it all."""
+        if len(states) == self._ranks.count:
+            self._continue(states[self._ranks.index])
+        elif self._ranks.is_first:
+            self._continue(_added(states))
+
+    def _continue(self, state: dict[str, Any]) -> None:
         self._batches, self._samples, self._watched = state["counts"]
         self._sums, self._extremes = dict(state["sums"]), state["extremes"]
         if state["calibration"] is not None:
@@ -104,7 +119,15 @@ class EpochLog:
             self._calibration.sums = state["calibration"]
 
     def means(self) -> dict[str, Any]:
-        """Plain numbers; `teachers` and `temperature` are groups of them, where there are any."""
+        """Plain numbers; `teachers` and `temperature` are groups of them, where there are any.
+
+        All ranks have to ask for them.
+        """
+        everything = EpochLog(self._teacher_count)
+        everything._continue(_added(self.state()))
+        return everything._means()
+
+    def _means(self) -> dict[str, Any]:
         assert self._calibration is not None
         groups = ("teachers.", "temperature.", "watched.")
         means: dict[str, Any] = {
@@ -188,6 +211,28 @@ class EpochLog:
         for name in ("agreement", "kl"):
             told[name] = float(self._sums[f"watched.{name}"]) / self._watched
         return told
+
+
+def _added(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several ranks counted, as if one had."""
+    batches, samples, watched = zip(*(state["counts"] for state in states), strict=True)
+    names = dict.fromkeys(name for state in states for name in state["sums"])
+    extremes = [state["extremes"] for state in states if state["extremes"] is not None]
+    return {
+        "counts": (max(batches), sum(samples), sum(watched)),
+        "sums": {
+            name: _sum_of([state["sums"][name] for state in states if name in state["sums"]])
+            for name in names
+        },
+        "calibration": _sum_of([s["calibration"] for s in states if s["calibration"] is not None]),
+        "extremes": (min(low for low, _ in extremes), max(high for _, high in extremes))
+        if extremes
+        else None,
+    }
+
+
+def _sum_of(values: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(values)).sum(0) if values else None
 
 
 def _to_one(weights: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from coursepack.data import PRESETS, batches
 from coursepack.distill.epoch_log import Calibration, top5_correct
 from coursepack.distill.learner import look_at
+from coursepack.distill.ranks import ALONE
 
 if TYPE_CHECKING:
     from coursepack.console import Meter
     from coursepack.data import Source, ViewRecipe
     from coursepack.data.loading import Renderer
+    from coursepack.distill.ranks import Ranks
     from coursepack.models import Network
 
 BATCH_SIZE = 512
@@ -29,11 +31,13 @@ def evaluate(
     *,
     renderer: Renderer | None = None,
     meter: Meter | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Accuracy (top-1, and top-5 where there are more than five classes), NLL in nats, calibration error.
 
     Images are seen under `evaluation_view`; `renderer` renders them ahead. Computed in float32; sums stay on
-    the device until the last batch is asked for, so that no batch waits for the one before.
+    the device until the last batch is asked for, so that no batch waits for the one before. Of several ranks
+    each looks at its share of every batch, and all are told the facts of the whole.
     """
     module = network.module
     was_training = module.training
@@ -43,7 +47,10 @@ def evaluate(
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     calibration = Calibration(device)
     recipe = evaluation_view(source)
-    several = batches(source, recipe, samples, views=[0], batch_size=BATCH_SIZE, device=device)
+    of_all = batches(
+        source, recipe, samples, views=[0], batch_size=BATCH_SIZE, device=device, part=ranks.part
+    )
+    several = (batch for batch in of_all if len(batch))
     for batch in several if renderer is None else renderer.ahead(several):
         logits, labels = module(look_at(batch, network.preprocessing)).float(), batch.main_labels
         found = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
@@ -54,6 +61,8 @@ def evaluate(
         if meter is not None:
             meter.advance(len(batch))
     module.train(was_training)
+    ranks.summed(sums)
+    ranks.summed(calibration.sums)
     facts = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
     return {**facts, "calibration_error": calibration.error()}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -38,8 +38,12 @@ class Inside:
 
     def float(self) -> Inside:
         """The same in float32."""
-        representation = None if self.representation is None else self.representation.float()
-        return Inside(representation, {name: value.float() for name, value in self.features.items()})
+        return self.each(lambda value: value.float())
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inside:
+        """The same with every tensor changed."""
+        representation = None if self.representation is None else change(self.representation)
+        return Inside(representation, {name: change(value) for name, value in self.features.items()})
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coursepack.data.batches import shares
 from coursepack.distill.facts import Inside, Moment
+from coursepack.distill.ranks import ALONE
 from coursepack.distill.student import watched
 
 if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.distill.objective import Objective, ObjectiveValue
+    from coursepack.distill.ranks import Ranks
     from coursepack.distill.targets import Targets
     from coursepack.models import Network
     from coursepack.models.preprocessing import Preprocessing
@@ -38,6 +41,7 @@ class Learner(nn.Module):
         *,
         precision: torch.dtype | None = None,
         compiled: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Join the two.
 
@@ -47,12 +51,14 @@ class Learner(nn.Module):
             precision: of the student's matrix products in training, by autocast; None means float32. The
                 objective computes in float32 whatever it is.
             compiled: train the student through `torch.compile`.
+            ranks: who else trains it, each on its own rows.
         """
         super().__init__()
         self.network = network
         self.student = torch.compile(network.module) if compiled else network.module
         self.objective = objective
         self.precision = precision
+        self.ranks = ranks
 
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or release what the objective's phases say."""
@@ -65,8 +71,18 @@ class Learner(nn.Module):
         rest = [value for value in self.parameters() if id(value) not in own]
         return [{"params": rest}, *([{"params": latents, "weight_decay": 0.0}] if latents else [])]
 
+    def rows_for(self, batch: Batch) -> Batch:
+        """The rows that the objective looks at: of a rank's share, all ranks' where they are coupled."""
+        return batch if batch.whole is None or not self.objective.may_couple else batch.whole
+
     def forward(self, batch: Batch, targets: Targets | None, moment: Moment | None = None) -> LearnerOutput:
-        """Student's logits and the objective's value on one batch."""
+        """Student's logits and the objective's value on one batch.
+
+        Args:
+            batch: what the student looks at.
+            targets: of `rows_for(batch)`, as are the logits and the value that are given.
+            moment: epoch and batch.
+        """
         objective = self.objective
         layers, representation = objective.student_layers, objective.needs_representation
         if layers or representation:
@@ -78,7 +94,12 @@ class Learner(nn.Module):
             student_logits, inside = self.predict(batch), Inside()
         if self.precision is not None:
             student_logits, inside = student_logits.float(), inside.float()
-        value = objective(student_logits, batch.labels, targets, inside, moment or Moment())
+        rows = self.rows_for(batch)
+        if rows is not batch:
+            counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
+            student_logits = self.ranks.all_rows(student_logits, counts)
+            inside = inside.each(lambda own: self.ranks.all_rows(own, counts))
+        value = objective(student_logits, rows.labels, targets, inside, moment or Moment())
         return LearnerOutput(student_logits, value)
 
     def predict(self, batch: Batch) -> Tensor:

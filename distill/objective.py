@@ -102,6 +102,11 @@ class Objective(nn.Module):
         taps = [f"{FEATURES}{hint.tap}" for hint in self.setting.hints if hint.teacher == place]
         return list(dict.fromkeys([*([LOGITS] if logits else []), *taps]))
 
+    @property
+    def may_couple(self) -> bool:
+        """Whether a sample's loss may depend on its batch; a method's own term may give a scalar."""
+        return bool(self.config.batch_coupled) or self.setting.term is not None
+
     def begin_epoch(self, epoch: int) -> None:
         """Freeze or release what a schedule of phases says."""
         joint = self.config.fusion.joint_epochs

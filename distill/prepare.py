@@ -18,9 +18,18 @@ from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
 from coursepack.data.store import StoreReader
 from coursepack.distill.building import build_arrays, build_objective, build_student
-from coursepack.distill.checks import check_drift, check_recipe, check_stores, common_views
+from coursepack.distill.checks import (
+    check_drift,
+    check_ranks,
+    check_recipe,
+    check_stores,
+    check_views,
+    common_views,
+    fewest_rows,
+)
 from coursepack.distill.learner import Learner
 from coursepack.distill.needs import check_objective
+from coursepack.distill.ranks import ALONE
 from coursepack.distill.targets import (
     CachedTargets,
     OnlineTargets,
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
 
     from coursepack.data import Batch, Source
     from coursepack.data.randomness import Samples
+    from coursepack.distill.ranks import Ranks
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.targets import TargetsKind
 
@@ -64,6 +74,8 @@ class Run:
     """What the stores' views are no longer, where that was allowed."""
     images: torch.Tensor | None = None
     """The source's images on the device, where views are rendered there."""
+    ranks: Ranks = ALONE
+    """Who trains together."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,7 +97,11 @@ class Run:
         return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[place])
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the given one on; tells the targets what will be needed next."""
+        """The batches of one epoch from the given one on; tells the targets what will be needed next.
+
+        Of several ranks each gets its share of every batch. A last batch with fewer than two rows for each is
+        not divided: all ranks work it through whole.
+        """
         views = self.views_of_epoch(epoch)
         order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
         begin = done = announced = first * (self.recipe.batch_size // len(views))
@@ -98,7 +114,9 @@ class Run:
             device=self.device,
             images=self.images,
             first=first,
+            part=self.ranks.part,
         ):
+            whole = batch.whole or batch
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
                 for view in views:
@@ -106,8 +124,8 @@ class Run:
             if self.targets is not None and done == begin:
                 for view in self.views_of_epoch(epoch + 1):
                     self.targets.prefetch(view)
-            yield batch
-            done += len(batch) // len(views)
+            yield whole if len(whole) < fewest_rows(self.ranks) else batch
+            done += len(whole) // len(views)
 
     def sizes(self, trainees: Sequence[Trainee]) -> list[int]:
         """Sides in pixels at which the views of a run are needed."""
@@ -127,16 +145,24 @@ class Run:
         if recipe.channels_last:
             student.module.to(memory_format=torch.channels_last)
         precision = PRECISIONS[recipe.precision]
-        learner = Learner(student, objective, precision=precision, compiled=recipe.compile).to(self.device)
-        return make_trainee(learner, recipe, self.steps_per_epoch)
+        learner = Learner(student, objective, precision=precision, compiled=recipe.compile, ranks=self.ranks)
+        return make_trainee(learner.to(self.device), recipe, self.steps_per_epoch)
 
 
-def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRecipe] = ()) -> Run:
+def prepare(
+    recipe: TrainRecipe,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    others: Sequence[TrainRecipe] = (),
+) -> Run:
     """Open what a recipe names, and refuse what cannot be trained.
+
+    All ranks read their stores in the same way, one that each has the memory for.
 
     Args:
         recipe: whose batches and stores they are.
         device: where to train.
+        ranks: who trains together.
         others: recipes of further students of the same batches and stores.
 
     Raises:
@@ -152,6 +178,7 @@ def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRec
     recipes = (recipe, *others)
     for each in recipes:
         check_recipe(each)
+        check_ranks(each, ranks)
     readers = open_stores(recipe.stores) if recipe.stores else []
     arrays: list[list[str]] = []
     views = None if recipe.views is None else tuple(range(recipe.views))
@@ -165,7 +192,8 @@ def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRec
         views = common_views(recipe, readers, arrays)
         reading = recipe.reading
         if reading == "auto":
-            reading = choose_reading(readers, free_memory(), arrays)
+            free = min(ranks.gathered(free_memory() // ranks.local_count))
+            reading = choose_reading(readers, free, arrays)
         readers = [StoreReader(reader.path, reading) for reader in readers]
         for reader in readers:
             reader.pinned = device.type == "cuda"
@@ -199,6 +227,7 @@ def prepare(recipe: TrainRecipe, device: torch.device, others: Sequence[TrainRec
         device,
         tuple(drifted),
         device_images(source, recipe.view, device),
+        ranks,
     )
 
 
@@ -220,6 +249,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "source_fingerprint": run.source.fingerprint,
         "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
         "device": str(run.device),
+        "ranks": run.ranks.count,
         "drift": list(run.drift),
         "views": None if run.views is None else list(run.views),
         "window": None if run.window is None else asdict(run.window),

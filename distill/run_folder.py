@@ -107,6 +107,22 @@ class RunFolder:
         (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class OthersFolder:
+    """A run that another rank writes."""
+
+    path: Path
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def keep_best(self, network: Network) -> None:
+        """Write nothing."""
+
+    def finish(self, network: Network) -> None:
+        """Write nothing."""
+
+
 def _weights(network: Network) -> bytes:
     state = {name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()}
     return save(state)

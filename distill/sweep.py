@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,8 @@ def sweep(
         RunError: a folder is not free, or holds another run than the grid's.
         Otherwise as `train`, but for divergence.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
     for spec in sorted({student.recipe.student for student in students}):
         build_network(spec, 2)  # refuses what there is not, before the first student is trained
     for student in students:
@@ -174,7 +177,7 @@ def _train_group(
     checkpoint_seconds: float,
 ) -> None:
     first, *others = [as_begun(out / student.name, student.recipe) for student in group]
-    run = prepare(first, device, others)
+    run = prepare(first, device, others=others)
     trainings = [
         begin(run, student.recipe, out / student.name, overwrite=False, resume=resume, tensorboard=False)
         for student in group

@@ -8,18 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import progress, say
+from coursepack.console import progress
 from coursepack.data.loading import Renderer
 from coursepack.distill.board import Board, NoBoard, check_tensorboard
-from coursepack.distill.checkpoint import Position, load_checkpoint, save_checkpoint
+from coursepack.distill.checkpoint import CHECKPOINT_FILE, Position, load_checkpoint, save_checkpoint
 from coursepack.distill.checks import check_student
 from coursepack.distill.epoch_log import EpochLog
 from coursepack.distill.evaluate import evaluate, evaluation_view
 from coursepack.distill.facts import Moment
 from coursepack.distill.machine import algorithms, generators_of, threads_of
 from coursepack.distill.prepare import opening, prepare, provenance
-from coursepack.distill.run_folder import RunFolder, as_begun, check_free, finished_metrics
-from coursepack.errors import TrainingDiverged
+from coursepack.distill.ranks import ALONE
+from coursepack.distill.run_folder import OthersFolder, RunFolder, as_begun, check_free, finished_metrics
+from coursepack.errors import RunError, TrainingDiverged
+from coursepack.models.build import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from coursepack.data import Batch
     from coursepack.distill.prepare import Run
+    from coursepack.distill.ranks import Ranks
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.targets import TargetsKind
     from coursepack.distill.trainee import Trainee
@@ -41,7 +44,7 @@ class Training:
     """One student on its way: its recipe, its folder, and how far it is."""
 
     recipe: TrainRecipe
-    folder: RunFolder
+    folder: RunFolder | OthersFolder
     trainee: Trainee
     board: Board | NoBoard
     position: Position
@@ -100,10 +103,12 @@ def train(
     threads: int | None = None,
     tensorboard: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
-    Everything that can be refused is refused before the folder is made.
+    Everything that can be refused is refused before the folder is made. Several ranks call it alike, with
+    what `joined` gives each; the first alone writes.
 
     Args:
         recipe: what to train.
@@ -115,6 +120,7 @@ def train(
         threads: of torch and the kernels; None means as many as torch has, see `machine`.
         tensorboard: write the metrics for TensorBoard too.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
+        ranks: who trains it together.
 
     Returns:
         The metrics of the last epoch.
@@ -124,14 +130,16 @@ def train(
         TrainingDiverged: the loss is no longer finite; the run stays unfinished.
         Otherwise as `prepare`.
     """
+    if resume:
+        _check_all_see(ranks, out, [(out / name).is_file() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)])
     if resume and (metrics := finished_metrics(out, recipe)) is not None:
-        say(f"{out} is finished: there is nothing to resume")
+        ranks.say(f"{out} is finished: there is nothing to resume")
         return metrics
     begun = as_begun(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        run = prepare(begun, device)
+        run = prepare(begun, device, ranks)
         training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
-        say(opening(run))
+        ranks.say(opening(run))
         train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
     return training.metrics
 
@@ -150,18 +158,33 @@ def begin(
         check_tensorboard()
     position, log = Position(), _new_log(trainee)
     state = load_checkpoint(out, run.device) if resume else None
+    # Nobody writes before all have looked.
+    _check_all_see(run.ranks, out, None if state is None else state["position"])
+    folder: RunFolder | OthersFolder = OthersFolder(out)
     if state is not None:
-        folder = RunFolder.reopen(out, provenance(run), state["position"]["epoch"])
+        if run.ranks.is_first:
+            folder = RunFolder.reopen(out, provenance(run), state["position"]["epoch"])
         trainee.restore(state["trainee"])
         log.restore(state["log"])
         position = Position(**state["position"])
-        say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
-    else:
+        run.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
+    elif run.ranks.is_first:
         check_free(out, overwrite=overwrite, resume=resume)
         folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
+    trainee.agree()
     first = position.epoch if resume else None
-    board = Board(out / "tensorboard", first=first) if tensorboard else NoBoard()
+    board = Board(out / "tensorboard", first=first) if tensorboard and run.ranks.is_first else NoBoard()
     return Training(recipe, folder, trainee, board, position, log)
+
+
+def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
+    """Refuse ranks that would begin at different places."""
+    everywhere = ranks.gathered(seen)
+    if any(other != everywhere[0] for other in everywhere):
+        raise RunError(
+            f"ranks see different checkpoints in {str(out)!r}: --out has to be one folder for all of them, "
+            "as on a shared file system"
+        )
 
 
 def train_together(
@@ -174,7 +197,9 @@ def train_together(
     done = first.epoch * total + _rows_before(run, first)
     with ExitStack() as stack:
         title = f"train {', '.join(training.folder.path.name for training in trainings)}"
-        meter = stack.enter_context(progress(title, recipe.epochs * total, "samples", done=done))
+        meter = stack.enter_context(
+            progress(title, recipe.epochs * total, "samples", done=done, shown=run.ranks.is_first)
+        )
         pin, sizes = run.device.type == "cuda", run.sizes(trainees)
         renderer = stack.enter_context(Renderer(run.source, recipe.view, sizes, workers=workers, pin=pin))
         looking = stack.enter_context(
@@ -210,7 +235,7 @@ def _train_epoch_of(run: Run, active: Sequence[Training], renderer: Renderer, ch
         spent = (time.perf_counter() - started) / len(active)
         for training, seconds in zip(active, before, strict=True):
             training.position.batches, training.position.seconds = batches, seconds + spent
-        if checkpoints.is_due():
+        if run.ranks.first_says(checkpoints.is_due()):
             for training in active:
                 training.save()
 
@@ -221,7 +246,9 @@ def _evaluate(run: Run, active: Sequence[Training], renderer: Renderer) -> None:
     is_due = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
     for training in active:
         network = training.trainee.network
-        found = evaluate(network, run.evaluation, run.device, renderer=renderer) if is_due else None
+        found = None
+        if is_due:
+            found = evaluate(network, run.evaluation, run.device, renderer=renderer, ranks=run.ranks)
         training.end_epoch(run.views_of_epoch(epoch), found)
 
 
@@ -245,11 +272,16 @@ class _Every:
 
 
 def train_epoch(
-    trainees: Sequence[Trainee], batches: Iterable[Batch], targets: TargetsKind | None, epoch: int = 0
+    trainees: Sequence[Trainee],
+    batches: Iterable[Batch],
+    targets: TargetsKind | None,
+    epoch: int = 0,
+    *,
+    parts: int = 1,
 ) -> list[dict[str, Any]]:
     """One pass of every trainee over the same batches; returns what each one's `EpochLog` tells."""
     logs = [_new_log(trainee) for trainee in trainees]
-    for _ in train_steps(trainees, batches, targets, logs, epoch):
+    for _ in train_steps(trainees, batches, targets, logs, epoch, parts=parts):
         pass
     return [log.means() for log in logs]
 
@@ -286,16 +318,32 @@ def train_steps(
             trainee.begin_step()
         for place, part in enumerate(batch.split(parts) if parts > 1 else [batch]):
             moment = Moment(epoch, number, place)
-            fetched = None if targets is None else targets.fetch(part, _asked(trainees, moment))
-            for trainee, log in zip(trainees, logs, strict=True):
-                log.add(trainee.add_gradient(part, fetched, moment, len(part) / len(batch)), part)
+            asked = _asked(trainees, moment)
+            looked_at = [trainee.learner.rows_for(part) for trainee in trainees]
+            fetched = {
+                id(rows): None if targets is None else targets.fetch(rows, asked)
+                for rows in _distinct(looked_at)
+            }
+            for trainee, log, rows in zip(trainees, logs, looked_at, strict=True):
+                share = _share(trainee.learner.ranks, rows, part, batch)
+                log.add(trainee.add_gradient(part, fetched[id(rows)], moment, share), rows)
         for trainee in trainees:
             trainee.end_step()
         yield number + 1
 
 
+def _share(ranks: Ranks, rows: Batch, part: Batch, batch: Batch) -> float:
+    """What the loss of a part counts: the mean over ranks of the sum over parts is the mean over all rows."""
+    return len(part) / len(batch) if rows.whole is None else ranks.count * len(part) / len(rows.whole)
+
+
+def _distinct(batches: Sequence[Batch]) -> list[Batch]:
+    return list({id(batch): batch for batch in batches}.values())
+
+
 def _new_log(trainee: Trainee) -> EpochLog:
-    return EpochLog(trainee.learner.objective.setting.fusion.teachers)
+    learner = trainee.learner
+    return EpochLog(learner.objective.setting.fusion.teachers, learner.ranks)
 
 
 def _asked(trainees: Sequence[Trainee], moment: Moment) -> list[int] | None:

@@ -66,7 +66,14 @@ class Trainee:
         return output
 
     def end_step(self) -> None:
-        """Update the parameters, and their average."""
+        """Update the parameters, and their average, by the mean of all ranks' gradients.
+
+        Buffers (running statistics of batch normalisation) become those of the first rank, as in
+        DistributedDataParallel.
+        """
+        ranks = self.learner.ranks
+        ranks.average_gradients(self.learner.parameters())
+        ranks.copy_first(self.learner.buffers())
         if self.scaler is not None and self.config.clip is not None:
             self.scaler.unscale_(self.optimiser)
         if self.config.clip is not None:
@@ -81,12 +88,21 @@ class Trainee:
         self.steps += 1
 
     def _seed(self, device: torch.device, part: int) -> None:
-        """What the network draws (dropout) depends on seed, step and part alone, not on what ran before."""
-        words = random_words(self.seed, np.array([self.steps]), part, Purpose.STEP)[0]
+        """What the network draws (dropout) depends on seed, step, part and rank, not on what ran before."""
+        ranks = self.learner.ranks
+        place = part * ranks.count + ranks.index
+        words = random_words(self.seed, np.array([self.steps]), place, Purpose.STEP)[0]
         seed = int(words[:2].view(np.int64)[0])
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def agree(self) -> None:
+        """Begin with the first rank's weights."""
+        modules = [self.learner, *([] if self.average is None else [self.average])]
+        self.learner.ranks.copy_first(
+            value for module in modules for value in (*module.parameters(), *module.buffers())
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that changes while it trains."""

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import sys
+import time
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 import coursepack.data.jit_philox
 import coursepack.data.jit_pixels  # noqa: F401 - once, not in every process
+from coursepack.distill import Learner, Objective, TrainRecipe, ranks
 from coursepack.distill.cli import main as distill
-from coursepack.models.build import NETWORKS, NetworkKind
+from coursepack.distill.epoch_log import EpochLog
+from coursepack.distill.evaluate import evaluate
+from coursepack.distill.methods import METHODS
+from coursepack.distill.prepare import prepare
+from coursepack.distill.train import train, train_steps
+from coursepack.distill.trainee import make_trainee
+from coursepack.errors import RunError
+from coursepack.models import Network, Preprocessing
+from coursepack.models.networks import NETWORKS, NetworkKind
 
 
 def told(source):
@@ -53,3 +68,138 @@ def serve_distill():
             distill(json.loads(line))
         print(child, flush=True)
         print(os.waitpid(child, 0)[1], flush=True)
+
+
+# Ranks: what each of several processes does, given who it is.
+
+RANKS = multiprocessing.get_context("forkserver")
+"""Processes that begin with what takes longest to import, and with no thread or device of the tests'."""
+RANKS.set_forkserver_preload(["coursepack.distill", "coursepack.precompute", "sklearn.datasets"])
+
+
+def as_rank(index, count, port, work, arguments, queue):
+    """Be one of several ranks; put (index, what the work told or raised) into a queue."""
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    os.environ |= {"RANK": str(index), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    ranks.SILENT_SECONDS = 0.1
+    try:
+        with ranks.joined("cpu") as (us, device):
+            assert (us.index, us.count, us.local_count, device.type) == (index, count, count, "cpu")
+            queue.put((index, work(us, *arguments)))
+    except BaseException as error:
+        queue.put((index, error))
+
+
+def on_ranks(count, work, *arguments):
+    """What `work(ranks, *arguments)` tells, or raises, on each of several ranks."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    queue = RANKS.SimpleQueue()
+    processes = [
+        RANKS.Process(target=as_rank, args=(index, count, port, work, arguments, queue))
+        for index in range(count)
+    ]
+    for process in processes:
+        process.start()
+    told = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return [told[index] for index in range(count)]
+
+
+def pair_term(facts):
+    """A term that is coupled over the batch: how unlike its rows the student's logits are."""
+    return torch.cdist(facts.student_logits, facts.student_logits).square().mean()
+
+
+def one_epoch(us, recipes):
+    """For each recipe: what an epoch tells, every step's gradients, the last state, and an evaluation."""
+    with mock.patch.dict(METHODS, {"pairs": replace(METHODS["kd"], term=pair_term)}):
+        return [_one_epoch(us, TrainRecipe.model_validate(recipe)) for recipe in recipes]
+
+
+def _one_epoch(us, recipe):
+    run = prepare(recipe, torch.device("cpu"), us)
+    trainee, gradients = run.trainee(), []
+    trainee.agree()
+
+    log = EpochLog(max(1, len(run.readers)), us)
+    for _ in train_steps([trainee], run.batches(0), run.targets, [log], parts=recipe.accumulate):
+        values = trainee.learner.named_parameters()
+        gradients.append({name: v.grad.numpy().copy() for name, v in values if v.grad is not None})
+    told = log.means()
+    state = {name: value.numpy().copy() for name, value in trainee.learner.state_dict().items()}
+    if trainee.average is not None:
+        average = trainee.average.state_dict().items()
+        state |= {f"average.{name}": value.numpy().copy() for name, value in average}
+    facts = evaluate(trainee.network, run.evaluation, run.device, ranks=us)
+    return {"told": told, "gradients": gradients, "state": state, "evaluation": facts}
+
+
+class Noisy(torch.nn.Module):
+    """A student that notes what it draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.drawn = []
+
+    def forward(self, images):
+        self.drawn.append(torch.rand(4).tolist())
+        return self.layer(images.flatten(1))
+
+
+def drawn(us, recipe):
+    """What a student draws in each of the parts of an epoch's steps."""
+    run = prepare(TrainRecipe.model_validate(recipe), torch.device("cpu"), us)
+    network = Network("noisy", Noisy(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
+    learner = Learner(network, Objective(run.recipe.objective), ranks=us)
+    trainee, log = make_trainee(learner, run.recipe, 1), EpochLog(1, us)
+    for _ in train_steps([trainee], run.batches(0), None, [log], parts=run.recipe.accumulate):
+        pass
+    return network.module.drawn
+
+
+def resumed(us, recipe, folders):
+    """What a run tells that each rank resumes in a folder of its own."""
+    how = {"device": torch.device("cpu"), "resume": True, "checkpoint_seconds": 0.05}
+    return train(TrainRecipe.model_validate(recipe), folders[us.index], ranks=us, **how)
+
+
+def fails_on_one(us, index):
+    """One rank fails; the others wait for it."""
+    if us.index == index:
+        raise RunError("only here")
+    us.gathered(None)
+
+
+def fails_on_all(us):
+    """Every rank fails alike."""
+    raise RunError("everywhere")
+
+
+def vanishes(us, index):
+    """One rank ends without a word; the others wait for it."""
+    if us.index != index:
+        time.sleep(0.5)
+        us.gathered(None)
+    return "gone"
+
+
+def talks(us):
+    """What the functions of ranks give."""
+    buffers = [
+        torch.full((3,), us.index, dtype=torch.bool),
+        torch.tensor(0.1 + us.index, dtype=torch.float64),
+        torch.full((2, 2), us.index, dtype=torch.int64),
+        torch.full((1, 2, 2, 2), 0.1 + us.index).to(memory_format=torch.channels_last),
+    ]
+    us.copy_first(buffers)
+    return {
+        "gathered": us.gathered(("it", us.index)),
+        "first": us.first_says(us.is_first),
+        "summed": us.summed(torch.tensor([1.0, us.index])).tolist(),
+        "buffers": [value.tolist() for value in buffers],
+    }

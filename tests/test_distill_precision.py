@@ -18,7 +18,7 @@ from coursepack.distill.run_folder import load_run
 from coursepack.distill.train import train, train_epoch
 from coursepack.errors import RecipeError
 from coursepack.models import load_teacher
-from coursepack.models.build import NETWORKS
+from coursepack.models.networks import NETWORKS
 
 NO_COMPILER = shutil.which("g++") is None
 

@@ -24,7 +24,7 @@ from coursepack.distill.run_folder import load_run
 from coursepack.distill.train import train
 from coursepack.errors import RunError
 from coursepack.models import parse_tap
-from coursepack.models.build import NETWORKS
+from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
