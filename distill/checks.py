@@ -6,20 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.canonical import difference_table
-from coursepack.data import view_fingerprint
-from coursepack.data.drift import drift
-from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.methods import METHODS
 from coursepack.distill.schedule import is_used
-from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coursepack.data import Source
-    from coursepack.data.store import StoreReader
     from coursepack.distill.learner import Learner
     from coursepack.distill.ranks import Ranks
     from coursepack.distill.recipe import TrainRecipe
@@ -67,30 +62,6 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"
         )
-
-
-def check_stores(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> None:
-    """Refuse stores of another source, of other views or of other classes."""
-    for reader in readers:
-        identity = reader.manifest.identity
-        if identity["source"]["fingerprint"] != source.fingerprint:
-            raise StoreMismatch(
-                f"store {str(reader.path)!r} was written from source {identity['source']['name']!r} "
-                f"({identity['source']['fingerprint'][:12]}), but {source.name!r} here is "
-                f"{source.fingerprint[:12]}: train on the source that the teachers saw"
-            )
-        if identity["view"]["fingerprint"] != view_fingerprint(recipe.view, source):
-            ours = recipe.view.model_dump(mode="json")
-            table = difference_table(identity["view"]["recipe"], ours, "store", "recipe")
-            raise StoreMismatch(
-                f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
-                "Leave the view out, and the store's own is used."
-            )
-        if len(reader.manifest.class_names) != len(source.class_names):
-            raise TeacherMismatch(
-                f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
-                f"{source.name!r} has {len(source.class_names)}"
-            )
 
 
 def _check_mixing(recipe: TrainRecipe) -> None:
@@ -174,37 +145,3 @@ def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
             f"accumulate is {recipe.accumulate}, but the own term of method {recipe.method!r} looks at the "
             "rows of all ranks at once: leave accumulate out, or train in one process"
         )
-
-
-def check_drift(recipe: TrainRecipe, source: Source, reader: StoreReader, views: Sequence[int]) -> list[str]:
-    """What the store's views are no longer; refused where the recipe does not allow it."""
-    found = drift(reader.manifest, source, recipe.view, views)
-    if found and not recipe.allow_drift:
-        shown = "\n".join(f"  {line}" for line in found[:8])
-        written = next(iter(reader.manifest.view_records.values()))["environments"]
-        raise StoreMismatch(
-            f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
-            f"{len(found)} of what was looked at differ. It was written with {written}. Install those "
-            "versions, run `precompute run` again into a new store, or train all the same with "
-            "--allow-drift, which the run will say."
-        )
-    return [f"{reader.name}: {line}" for line in found]
-
-
-def common_views(
-    recipe: TrainRecipe, readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]]
-) -> tuple[int, ...]:
-    """The views that all stores have committed, as many as the recipe takes."""
-    needed = [list(dict.fromkeys([LOGITS, *names])) for names in arrays]
-    committed = [
-        reader.manifest.committed_views(names) for reader, names in zip(readers, needed, strict=True)
-    ]
-    common = sorted(set.intersection(*map(set, committed)))
-    if not common:
-        raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
-    if recipe.views is not None and recipe.views > len(common):
-        raise RecipeError(
-            f"views is {recipe.views}, but the stores have {len(common)} views in common: leave --views out, "
-            f"or add views with `precompute run ... --views {recipe.views}`"
-        )
-    return tuple(common[: recipe.views])

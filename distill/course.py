@@ -93,12 +93,35 @@ def make_targets(
         StoreMismatch: the stores have no committed view in common, or their views have drifted.
         RecipeError: the stores have fewer views in common than `views`.
     """
-    device = device or torch.device("cpu")
-    arrays = read_arrays(course, *objectives)
+    return open_targets(
+        course,
+        read_arrays(course, *objectives),
+        views=views,
+        device=device or torch.device("cpu"),
+        reading=reading,
+        allow_drift=allow_drift,
+    )
+
+
+def open_targets(
+    course: Course,
+    arrays: Sequence[Sequence[str]],
+    *,
+    views: int | None,
+    device: torch.device,
+    reading: Reading | Literal["auto"],
+    allow_drift: bool,
+    free_bytes: int | None = None,
+) -> CachedTargets:
+    """`make_targets` of the given arrays of each store; `free_bytes` is the memory that may be taken.
+
+    Raises:
+        StoreMismatch, RecipeError: as `make_targets`.
+    """
     chosen = common_views(course.readers, arrays, views)
     drifted = check_drift(course, chosen, allowed=allow_drift)
     if reading == "auto":
-        reading = choose_reading(course.readers, free_memory(), arrays)
+        reading = choose_reading(course.readers, free_memory() if free_bytes is None else free_bytes, arrays)
     readers = [StoreReader(reader.path, reading) for reader in course.readers]
     for reader in readers:
         reader.pinned = device.type == "cuda"

@@ -12,32 +12,21 @@ import numpy as np
 import torch
 
 from coursepack.data import batches, epoch_order, open_source, view_fingerprint
-from coursepack.data.batches import Window
 from coursepack.data.loading import device_images
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
-from coursepack.data.store import StoreReader
 from coursepack.distill.building import build_arrays, build_objective, build_student
 from coursepack.distill.checks import (
-    check_drift,
     check_ranks,
     check_recipe,
-    check_stores,
     check_views,
-    common_views,
     fewest_rows,
 )
+from coursepack.distill.course import open_course, open_targets
 from coursepack.distill.learner import Learner
 from coursepack.distill.needs import check_objective
 from coursepack.distill.ranks import ALONE
-from coursepack.distill.targets import (
-    CachedTargets,
-    OnlineTargets,
-    choose_reading,
-    free_memory,
-    live_teachers,
-    open_stores,
-)
+from coursepack.distill.targets import OnlineTargets, free_memory, live_teachers
 from coursepack.distill.trainee import PRECISIONS, Trainee, make_trainee
 from coursepack.errors import RecipeError
 
@@ -45,14 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from coursepack.data import Batch, Source
+    from coursepack.data.batches import Window
     from coursepack.data.randomness import Samples
+    from coursepack.data.store import StoreReader
     from coursepack.distill.ranks import Ranks
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets import TargetsKind
-
-WINDOW_CHUNKS = 16
-WINDOW_ROWS = 8192
-"""A window holds at least this many chunks and rows, so that batches are well mixed."""
+    from coursepack.distill.targets import CachedTargets, TargetsKind
 
 
 @dataclass(frozen=True)
@@ -179,42 +166,17 @@ def prepare(
     for each in recipes:
         check_recipe(each)
         check_ranks(each, ranks)
-    readers = open_stores(recipe.stores) if recipe.stores else []
-    arrays: list[list[str]] = []
     views = None if recipe.views is None else tuple(range(recipe.views))
-    if readers:
-        check_stores(recipe, source, readers)
-        asked = []
-        for each in recipes:
-            check_objective(each, readers)
-            asked.append(build_arrays(each, source, readers))
-        arrays = [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)]
-        views = common_views(recipe, readers, arrays)
-        reading = recipe.reading
-        if reading == "auto":
-            free = min(ranks.gathered(free_memory() // ranks.local_count))
-            reading = choose_reading(readers, free, arrays)
-        readers = [StoreReader(reader.path, reading) for reader in readers]
-        for reader in readers:
-            reader.pinned = device.type == "cuda"
+    cached = _cached_targets(recipe, recipes, source, device, ranks) if recipe.stores else None
+    if cached is not None:
+        views = cached.views
     if views is not None:
         check_views(recipe, views)
-    targets: TargetsKind | None = None
-    if readers and recipe.online:
-        targets = OnlineTargets(live_teachers(readers, arrays, device))
-    elif readers:
-        targets = CachedTargets(readers, device, arrays)
-    elif recipe.online:
-        raise RecipeError("--online runs the teachers of stores live: give at least one --store")
-    window = None
-    if readers and readers[0].reading == "windowed":
-        chunk_rows = max(
-            reader.chunk_rows(names) for reader, names in zip(readers, arrays, strict=True) if names
-        )
-        window = Window(chunk_rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // chunk_rows)))
-    drifted: list[str] = []
-    for reader in readers:
-        drifted += check_drift(recipe, source, reader, views or ())
+    targets: TargetsKind | None = cached
+    if recipe.online:
+        if cached is None:
+            raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+        targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device))
     return Run(
         recipe,
         source,
@@ -222,12 +184,33 @@ def prepare(
         subset(source, recipe.limit),
         views,
         targets,
-        tuple(readers),
-        window,
+        () if cached is None else tuple(cached.readers),
+        None if cached is None else cached.window,
         device,
-        tuple(drifted),
+        () if cached is None else cached.drift,
         device_images(source, recipe.view, device),
         ranks,
+    )
+
+
+def _cached_targets(
+    recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
+) -> CachedTargets:
+    """What all the recipes look at in the stores of the first."""
+    course = open_course(recipe.stores, source=source, view=recipe.view, root=recipe.root)
+    asked = []
+    for each in recipes:
+        check_objective(each, course.readers)
+        asked.append(build_arrays(each, source, course.readers))
+    free = min(ranks.gathered(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
+    return open_targets(
+        course,
+        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)],
+        views=recipe.views,
+        device=device,
+        reading=recipe.reading,
+        allow_drift=recipe.allow_drift,
+        free_bytes=free,
     )
 
 

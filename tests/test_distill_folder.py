@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from coursepack.data import open_source
 from coursepack.data.store import StoreReader
+from coursepack.distill import open_course
 from coursepack.distill.cli import main as distill
-from coursepack.distill.prepare import prepare
 from coursepack.distill.run_folder import METRICS_FILE
 from coursepack.models import build_network
 from coursepack.models.build import WEIGHTS_FILE
@@ -134,11 +134,11 @@ def test_a_file_that_is_damaged_after_the_start_stops_training_by_name(place, st
     words = ["--student", "digits-resnet", "--set", "student_size=16", "--store", store, "--root", root]
     words += ["--epochs", 1, "--batch-size", 7, "--allow-drift", "--views", 1]
 
-    def cut_late(*_):
+    def cut_late(*_, **__):
         cut(damaged, 0.5)
-        return []
+        return ()
 
-    monkeypatch.setattr(sys.modules[prepare.__module__], "check_drift", cut_late)
+    monkeypatch.setattr(sys.modules[open_course.__module__], "check_drift", cut_late)
     intact = damaged.read_bytes()
     texts = []
     for workers in (0, 2):

@@ -28,7 +28,7 @@ from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
-PREPARE = sys.modules["coursepack.distill.prepare"]
+COURSE, TARGETS = (sys.modules[f"coursepack.distill.{name}"] for name in ("course", "targets"))
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
@@ -118,8 +118,8 @@ def interrupted(monkeypatch, recipe, out, *, saves, **how):
 def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, name):
     """Stopped early, in the middle, between two epochs, and after the last step."""
     if name == "windowed":
-        monkeypatch.setattr(PREPARE, "WINDOW_ROWS", 32)
-        monkeypatch.setattr(PREPARE, "WINDOW_CHUNKS", 1)
+        monkeypatch.setattr(TARGETS, "WINDOW_ROWS", 32)
+        monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
     recipe = recipes(stores, tapped)[name]
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
@@ -299,11 +299,11 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
 
 def test_stores_are_read_as_when_the_run_began(tmp_path, monkeypatch, stores):
     """A window changes the order of samples; how much memory is free later must not."""
-    monkeypatch.setattr(PREPARE, "WINDOW_ROWS", 32)
-    monkeypatch.setattr(PREPARE, "WINDOW_CHUNKS", 1)
+    monkeypatch.setattr(TARGETS, "WINDOW_ROWS", 32)
+    monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
     recipe = make_recipe(stores[:2], **STUDENT)
     choices = iter(["windowed", "windowed"])
-    monkeypatch.setattr(PREPARE, "choose_reading", lambda *_: next(choices))
+    monkeypatch.setattr(COURSE, "choose_reading", lambda *_: next(choices))
     train(recipe, tmp_path / "once", device=CPU)
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=7)
     train(recipe, tmp_path / "o", device=CPU, resume=True)
