@@ -25,6 +25,8 @@ from coursepack.distill.train import train_epoch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coursepack.data import Source
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STUDENT = "resnet8"
 
@@ -71,14 +73,13 @@ def growth(folder: Path, size: Size) -> list[dict[str, Any]]:
 
 def _epochs(folder: Path, cell: dict[str, int]) -> Any:
     """A function that trains one epoch more."""
-    source = f"fake,classes={cell['C']},size=32,channels=3,samples={cell['N']}"
+    spec = f"fake,classes={cell['C']},size=32,channels=3,samples={cell['N']}"
+    source, name = open_source(spec), "-".join(map(str, cell.values()))
     stores = [
-        write_store(
-            folder / f"{'-'.join(map(str, cell.values()))}-{place}.zarr", source, "cifar", cell["V"], place
-        )
+        write_store(folder / f"{name}-{place}.zarr", source, "cifar", cell["V"], place)
         for place in range(cell["K"])
     ]
-    run = prepare(recipe(source, "cifar", stores, STUDENT), DEVICE)
+    run = prepare(recipe(spec, "cifar", stores, STUDENT), DEVICE)
     trainee, epochs = run.trainee(), itertools.count()
 
     def one() -> None:
@@ -93,7 +94,7 @@ def beginning(folder: Path, size: Size) -> list[dict[str, Any]]:
     folder.mkdir()
     samples, views = size.large
     source = f"fake,classes=2,size=8,channels=1,samples={samples}"
-    store = write_store(folder / "large.zarr", source, "none", views, 0)
+    store = write_store(folder / "large.zarr", open_source(source), "none", views, 0)
     chosen = recipe(source, "none", [store], "digits-small")
     seconds = []
     for _ in range(size.rounds):
@@ -124,9 +125,11 @@ def recipe(source: str, view: str, stores: list[Path], student: str) -> TrainRec
     )  # fmt: skip
 
 
-def write_store(path: Path, spec: str, view: str, views: int, seed: int) -> Path:
-    """A store of random float16 logits; of each view it vouches for the block that is looked at first."""
-    source, drawn = open_source(spec), view_recipe(view)
+def write_store(
+    path: Path, source: Source, view: str, views: int, seed: int, encoding: str = "float16"
+) -> Path:
+    """A store of random logits; of each view it vouches for the block that is looked at first."""
+    drawn = view_recipe(view)
     size = next(iter(source.sizes(np.arange(1))))[0].item()
     plan = StorePlan(
         identity={
@@ -139,7 +142,7 @@ def write_store(path: Path, spec: str, view: str, views: int, seed: int) -> Path
         labels=source.labels,
         class_names=source.class_names,
         views=views,
-        arrays={LOGITS: (parse_encoding("float16"), (len(source.class_names),))},
+        arrays={LOGITS: (parse_encoding(encoding), (len(source.class_names),))},
     )
     rng = np.random.default_rng(seed)
     logits: Any = None
