@@ -38,6 +38,16 @@ class Commands(click.Group):
             raise click.ClickException(f"{error.strerror or error}{where}") from error
 
 
+def parse_numbers(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    """The callback of an option whose value is numbers with commas between."""
+    try:
+        return None if value is None else tuple(float(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
+
+
 def say(text: str) -> None:
     """A line about the work itself, on stderr."""
     click.echo(text, err=True)

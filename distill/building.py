@@ -25,9 +25,20 @@ if TYPE_CHECKING:
 
 
 def build_student(recipe: TrainRecipe, source: Source) -> Network:
-    """The recipe's student with fresh weights."""
-    classes = len(source.class_names)
-    return build_network(recipe.student, classes, seed=recipe.seed, size=recipe.student_size)
+    """The recipe's student with fresh weights.
+
+    Raises:
+        UnknownName: no such network.
+        RecipeError: it cannot be built, or not for such pixels.
+    """
+    return build_network(
+        recipe.student,
+        len(source.class_names),
+        seed=recipe.seed,
+        size=recipe.student_size,
+        mean=recipe.student_mean,
+        std=recipe.student_std,
+    )
 
 
 def build_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:

@@ -9,6 +9,7 @@ import torch
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.methods import METHODS
 from coursepack.distill.schedule import is_used
+from coursepack.distill.student import UNFIT, wrong_size
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,11 +30,8 @@ def check_student(learner: Learner, source: Source) -> None:
     try:
         with torch.inference_mode():
             shape = tuple(network.module(network.preprocessing(pixels)).shape)
-    except RuntimeError as error:
-        raise RecipeError(
-            f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
-            "student_size, or leave it out"
-        ) from error
+    except UNFIT as error:
+        raise wrong_size(network, error) from error
     if shape != (1, network.classes):
         raise RecipeError(
             f"student {network.spec!r} gives logits of shape {shape}, expected {(1, network.classes)} (N, C)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import Commands, print_table, progress
+from coursepack.console import Commands, parse_numbers, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.loading import Renderer
 from coursepack.distill.compare import compare, plot, table_rows
@@ -37,26 +37,6 @@ def main() -> None:
     """Train students from precomputed stores, evaluate them and compare their runs."""
 
 
-def _parse_numbers(
-    _ctx: click.Context, _param: click.Parameter, value: str | None
-) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(number) for number in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
-
-
-EXAMPLES_SWEEP = """\b
-Example:
-  distill sweep grid.yaml --out runs/sweep --together 4 --resume
-with a grid.yaml as
-  base: {stores: [cnn.zarr, mlp.zarr], epochs: 30}
-  grid:
-    student: [digits-small, digits-cnn]
-    objective.temperature: [2, 4]
-    seed: [0, 1, 2]
-"""
-
 EXAMPLES_TRAIN = """\b
 Examples:
   distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
@@ -71,6 +51,12 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 @click.option("--student", help="A network's name.")
+@click.option("--student-size", type=click.IntRange(1),
+              help="Side in pixels to render views at for it.  [default: its own]")  # fmt: skip
+@click.option("--student-mean", callback=parse_numbers, metavar="X,X,X",
+              help="Subtracted per channel of values in [0, 1].  [default: its own]")  # fmt: skip
+@click.option("--student-std", callback=parse_numbers, metavar="X,X,X",
+              help="Divided by, per channel.  [default: its own]")  # fmt: skip
 @click.option("--store", "stores", multiple=True, help="A teacher's store. Repeatable.")
 @click.option("--method", help="See `distill methods`.  [default: kd with stores, else supervised]")
 @click.option("--online", is_flag=True, default=None, help="Run the stores' teachers live instead.")
@@ -93,7 +79,7 @@ Examples:
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.05]")
 @click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine", "one_cycle"]),
               help="How the learning rate changes.  [default: constant]")  # fmt: skip
-@click.option("--milestones", callback=_parse_numbers, metavar="N,N,...",
+@click.option("--milestones", callback=parse_numbers, metavar="N,N,...",
               help="Epochs at which the schedule `step` divides the learning rate by ten.")  # fmt: skip
 @click.option("--warmup-epochs", type=click.FloatRange(0), help="Epochs in which the learning rate rises.")
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), help="Momentum.  [default: 0.9]")
@@ -118,7 +104,7 @@ Examples:
 @click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True),
               help="Share of the labels' probability that is spread over all classes.")  # fmt: skip
 @click.option(
-    "--teacher-weights", callback=_parse_numbers, metavar="X,X,...", help="One per store.  [default: equal]"
+    "--teacher-weights", callback=parse_numbers, metavar="X,X,...", help="One per store.  [default: equal]"
 )
 @click.option(
     "--set", "assignments", multiple=True, help="Any recipe field, as key.subkey=value. Repeatable."
@@ -185,7 +171,9 @@ def train_command(
         )
 
 
-@main.command("sweep", epilog=EXAMPLES_SWEEP)
+@main.command(
+    "sweep", epilog="\b\nExample:\n  distill sweep grid.yaml --out runs/sweep --together 4 --resume"
+)
 @click.argument("grid_file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs' folders.")
 @click.option("--resume", is_flag=True, help="Leave out what is finished, go on with what is not.")
@@ -204,6 +192,13 @@ def sweep_command(grid_file: Path, out: Path, device: str, as_json: bool, **how:
 
     The file has `base`, the recipe fields that all share, and `grid`, lists of values by field.subfield.
     Each student is a run of its own, in a folder that its values name.
+
+    \b
+    base: {stores: [cnn.zarr, mlp.zarr], epochs: 30}
+    grid:
+      student: [digits-small, digits-cnn]
+      objective.temperature: [2, 4]
+      seed: [0, 1, 2]
     """
     students = read_grid(grid_file)
     diverged = sweep(students, out, device=pick_device(device), **how)

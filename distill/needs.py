@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS
@@ -13,10 +13,13 @@ from coursepack.distill.student import blocks, depth_of, look_inside
 from coursepack.distill.targets import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
+from coursepack.models.build import WEIGHTS_FILE, own_preprocessing
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
 
     from coursepack.data.store import Manifest, StoreReader
     from coursepack.distill.objective_config import ObjectiveConfig
@@ -57,16 +60,23 @@ def hint_pairs(
 
 def _tap_at(manifest: Manifest, depth: float) -> str:
     """The stored tap at a relative depth (0 to 1), or the teacher's block there."""
-    try:
-        module = build_network(manifest.identity["teacher"]["network"], len(manifest.class_names)).module
-    except CoursepackError:
-        module = None
+    module = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
     taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
     usable = [name for name in taps if tap_from_name(name).reduction in HINT_REDUCTIONS]
     order = {} if module is None else depth_of(module)
     usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
     choices = usable or ([] if module is None else blocks(module)) or ["LAYER"]
     return choices[round(depth * (len(choices) - 1))]
+
+
+def _untrained(spec: str, classes: int) -> nn.Module | None:
+    """A teacher's network, to name its layers; none of a user's own, whose code a store must not run."""
+    if spec.startswith("python:"):
+        return None
+    try:
+        return build_network(spec, classes).module
+    except CoursepackError:
+        return None
 
 
 def needed_arrays(
@@ -203,11 +213,13 @@ def precompute_line(
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
     words = ["precompute", "run"]
-    if weights is not None and Path(weights).name == "student.safetensors":
-        words += ["--teacher", f"run:{Path(weights).parent}"]
+    if weights is not None and Path(weights).name == WEIGHTS_FILE:
+        spec = f"run:{Path(weights).parent}"
+        words += ["--teacher", spec]
     else:
-        words += ["--teacher", teacher["network"], "--weights", str(weights or "FILE")]
-        words += ["--size", str(teacher["preprocessing"]["size"])]
+        spec = teacher["network"]
+        words += ["--teacher", spec, "--weights", str(weights or "FILE")]
+    words += _pixel_words(spec, teacher["preprocessing"])
     words += ["--source", manifest.identity["source"]["name"]]
     words += [] if root is None else ["--root", root]
     words += [*_view_words(manifest), "--views", str(manifest.views)]
@@ -218,6 +230,21 @@ def precompute_line(
     for tap in taps:
         words += ["--tap", tap]
     return shlex.join(words)
+
+
+def _pixel_words(spec: str, stored: Mapping[str, Any]) -> list[str]:
+    """The flags for what a teacher saw that is not, or may not be, what it expects by itself."""
+    try:
+        own = own_preprocessing(spec)
+    except CoursepackError:
+        own = None
+    usual = {} if own is None else own.model_dump(mode="json")
+    words = []
+    for name in ("size", "mean", "std"):
+        if usual.get(name) != stored[name]:
+            value = [stored[name]] if name == "size" else stored[name]
+            words += [f"--{name}", ",".join(map(str, value))]
+    return words
 
 
 def _view_words(manifest: Manifest) -> list[str]:

@@ -28,6 +28,10 @@ class TrainRecipe(Config):
     """A network's name."""
     student_size: Count | None = None
     """Side in pixels to render views at for the student; none means its own."""
+    student_mean: tuple[float, ...] | None = None
+    """Subtracted per channel of the student's pixels in [0, 1]; none means its own."""
+    student_std: tuple[float, ...] | None = None
+    """Divided by, per channel; none means its own."""
     method: str = "supervised"
     """A name in `METHODS`."""
     objective: ObjectiveConfig

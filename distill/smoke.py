@@ -21,6 +21,7 @@ from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
+from coursepack.distill.learning_rate import LearningRateConfig
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.targets import FEATURES
 from coursepack.models import parse_tap
@@ -78,10 +79,14 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "views_per_load": min(recipe.views_per_load, VIEWS),
             "limit": None if recipe.limit is None else min(recipe.limit, SAMPLES),
             "epochs": 2,
+            "patience": None if recipe.patience is None else 1,
+            "evaluate_every": 1,
             "batch_size": batch_size,
             "accumulate": min(recipe.accumulate, batch_size),
             "objective": _shortened(recipe.objective),
-            "optimiser": recipe.optimiser.model_copy(update={"lr": min(recipe.optimiser.lr, GENTLE)}),
+            "optimiser": _shortened(recipe.optimiser).model_copy(
+                update={"lr": min(recipe.optimiser.lr, GENTLE)}
+            ),
         }
     )
 
@@ -94,6 +99,9 @@ def _shortened(value: Any) -> Any:
         fields = {name: _shortened(getattr(value, name)) for name in type(value).model_fields}
         if fields.get("joint_epochs") is not None:
             fields["joint_epochs"] = 1
+        if isinstance(value, LearningRateConfig):
+            fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
+            fields["milestones"] = value.milestones and (1,)
         return value.model_copy(update=fields)
     return value
 

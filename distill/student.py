@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     from coursepack.models import Network
 
+UNFIT = (RuntimeError, AssertionError)
+"""What networks raise for images of a size that they are not made for; vision transformers assert."""
+
+
+def wrong_size(network: Network, error: Exception) -> RecipeError:
+    """What to tell of a student that raised one of `UNFIT` for an image."""
+    size = network.preprocessing.size
+    return RecipeError(
+        f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
+        "student_size, or leave it out"
+    )
+
 
 @contextmanager
 def watched(
@@ -70,7 +82,8 @@ def look_inside(
 
     Raises:
         UnknownName: a layer that the student does not have.
-        RecipeError: a layer that does not run, or nothing that represents a sample.
+        RecipeError: a size that it cannot take, a layer that does not run, or nothing that represents a
+            sample.
     """
     module, size = network.module, network.preprocessing.size
     device = next(module.parameters()).device
@@ -78,7 +91,10 @@ def look_inside(
     module.eval()
     pixels = torch.zeros(1, size, size, channels, dtype=torch.uint8, device=device)
     with watched(network, layers, representation=representation, layer=layer) as inside:
-        module(network.preprocessing(pixels))
+        try:
+            module(network.preprocessing(pixels))
+        except UNFIT as error:
+            raise wrong_size(network, error) from error
         unused = [name for name in layers if name not in inside().features]
         if unused:
             raise RecipeError(

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from coursepack.distill.recipe import TrainRecipe
 
 OWN_FIELDS = (
-    *("student", "student_size", "method", "objective", "optimiser", "patience"),
+    *("student", "student_size", "student_mean", "student_std"),
+    *("method", "objective", "optimiser", "patience"),
     *("precision", "channels_last", "compile"),
 )
 """Fields in which students that are trained together may differ: none of them changes a batch."""
@@ -133,8 +134,11 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
-    for spec in sorted({student.recipe.student for student in students}):
-        build_network(spec, 2)  # refuses what there is not, before the first student is trained
+    pixels = ("student", "student_size", "student_mean", "student_std")
+    for spec, size, mean, std in dict.fromkeys(
+        tuple(getattr(student.recipe, name) for name in pixels) for student in students
+    ):
+        build_network(spec, 2, size=size, mean=mean, std=std)  # refuses, before the first is trained
     for student in students:
         check_recipe(student.recipe)
     left = []

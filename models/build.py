@@ -34,6 +34,9 @@ OWN_WEIGHTS = "own"
 """In the place of a file: a factory of one's own gives a trained network."""
 
 
+_ZOOS = {"torchvision": torchvision_network, "timm": timm_network}
+
+
 @dataclass(frozen=True)
 class Network:
     """A network with all that is needed to run it on a source's pixels."""
@@ -93,10 +96,14 @@ def build_network(
         torch.manual_seed(seed)
         if spec in NETWORKS:
             module, usual = NETWORKS[spec].build(classes), NETWORKS[spec].preprocessing
-        elif kind == "torchvision":
-            module, usual = torchvision_network(name, classes, size)
-        elif kind == "timm":
-            module, usual = timm_network(name, classes, size)
+        elif kind in _ZOOS:
+            try:
+                module, usual = _ZOOS[kind](name, classes, size)
+            except AssertionError as error:  # what vision transformers say of a size
+                raise RecipeError(
+                    f"network {spec!r} cannot be built for {size} x {size} pixels: {error}. Choose "
+                    "another size"
+                ) from error
         elif kind == "python":
             module, usual = own_network(name, classes)
         elif kind == "run":
@@ -108,6 +115,17 @@ def build_network(
         if kind == "python":
             check_logits(spec, module, preprocessing, classes)
     return Network(spec, module, preprocessing, classes)
+
+
+def own_preprocessing(spec: str) -> Preprocessing | None:
+    """What pixels a network expects where nobody says otherwise; None where only building it would tell.
+
+    Raises:
+        RunError, RecipeError: `run:` names no finished run.
+    """
+    if spec.startswith("run:"):
+        return _description(Path(spec.removeprefix("run:"))).preprocessing
+    return NETWORKS[spec].preprocessing if spec in NETWORKS else None
 
 
 def _preprocessing(
@@ -238,13 +256,16 @@ def reload_teacher(identity: Mapping[str, Any], class_names: tuple[str, ...], we
     return network
 
 
-def _load_run(folder: Path) -> Network:
-    weights = folder / WEIGHTS_FILE
+def _description(folder: Path) -> _Description:
     if not folder.is_dir():
         raise RunError(f"there is no run at {str(folder)!r}. Make one with `distill train --out {folder}`.")
-    if not (folder / NETWORK_FILE).is_file() or not weights.is_file():
+    if not (folder / NETWORK_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise RunError(f"run {str(folder)!r} has no trained weights: it is unfinished or not a run")
-    stated = parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
+    return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
+
+
+def _load_run(folder: Path) -> Network:
+    stated, weights = _description(folder), folder / WEIGHTS_FILE
     pixels = stated.preprocessing
     network = build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
     load_weights(stated.spec, network.module, stated.classes, read_weights(weights), str(weights))

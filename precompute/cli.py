@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import Commands, byte_size, print_table, say
+from coursepack.console import Commands, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
@@ -43,6 +43,10 @@ JOB_OPTIONS = (
     click.option("--teacher", required=True, help="run:FOLDER, or a network's name with --weights."),
     click.option("--weights", help="The teacher's weights: .safetensors, .pt, or a name of torchvision's."),
     click.option("--size", type=click.IntRange(1), help="Side in pixels to render views at for it."),
+    click.option("--mean", callback=parse_numbers, metavar="X,X,X",
+                 help="Subtracted per channel of values in [0, 1].  [default: the teacher's own]"),
+    click.option("--std", callback=parse_numbers, metavar="X,X,X",
+                 help="Divided by, per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
                  help="YAML: for each class of the source the teacher's own class."),
     click.option("--source", "source_spec", required=True, help="NAME or NAME:SPLIT."),
@@ -127,6 +131,8 @@ def _job(
     teacher: str,
     weights: str | None,
     size: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     class_map: Path | None,
     source_spec: str,
     root: Path | None,
@@ -139,7 +145,9 @@ def _job(
     source = open_source(source_spec, root)
     source.check()
     columns = None if class_map is None else load_columns(class_map, source.class_names)
-    network = load_teacher(teacher, source.class_names, weights=weights, size=size, columns=columns)
+    network = load_teacher(
+        teacher, source.class_names, weights=weights, size=size, mean=mean, std=std, columns=columns
+    )
     runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
     job = Job(source=source, recipe=view_recipe(view, view_seed), runner=runner, **numbers)
     stored = job.plan().arrays[LOGITS][0].name

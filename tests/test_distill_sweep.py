@@ -16,7 +16,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.sweep import read_grid, student_name, sweep
 from coursepack.distill.train import train
-from coursepack.errors import CoursepackError, RunError
+from coursepack.errors import CoursepackError, RecipeError, RunError
 
 
 def write_grid(folder, grid, **base):
@@ -68,6 +68,25 @@ def test_students_of_several_methods_share_batches_and_targets(tmp_path, stores)
     for student in students:
         train(student.recipe, tmp_path / "alone" / student.name, device=CPU)
         assert_same_runs(tmp_path / "swept" / student.name, tmp_path / "alone" / student.name)
+
+
+def test_students_of_different_pixels_share_batches(tmp_path, stores):
+    grid = {"student_mean": [[0.3], [0.6]], "student_size": [8, 16]}
+    path = write_grid(tmp_path, grid, student="digits-resnet", stores=[str(stores[0])], epochs=1, limit=64)
+    students = read_grid(path)
+    sweep(students, tmp_path / "swept", device=CPU, together=4)
+    for student in students:
+        train(student.recipe, tmp_path / "alone" / student.name, device=CPU)
+        assert_same_runs(tmp_path / "swept" / student.name, tmp_path / "alone" / student.name)
+    assert len({(path / "student.safetensors").read_bytes() for path in (tmp_path / "swept").iterdir()}) == 4
+
+
+def test_pixels_that_no_student_can_take_are_refused_before_the_first(tmp_path, stores):
+    grid = {"student_std": [[0.3], [0.0]]}
+    path = write_grid(tmp_path, grid, student="digits-small", stores=[str(stores[0])])
+    with pytest.raises(RecipeError, match=r"std\.0: Input should be greater than 0, got 0\.0"):
+        sweep(read_grid(path), tmp_path / "swept", device=CPU)
+    assert not (tmp_path / "swept").exists()
 
 
 def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):

@@ -64,6 +64,9 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch, sigterm):
     monkeypatch.chdir(tmp_path)
     for name in ("mlp", "resnet"):
         write_store(Path(f"{name}.zarr"), write_teacher(Path("teachers", name), f"digits-{name}"), views=8)
+    Path("grid.yaml").write_text(
+        "base: {stores: [cnn.zarr, mlp.zarr], student: digits-small, epochs: 1}\ngrid: {seed: [0, 1]}"
+    )
     for seed in (0, 1):
         words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits"]
         words += ["--epochs", "1", "--seed", str(seed), "--out", f"runs/alone-{seed}"]

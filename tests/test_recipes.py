@@ -1,5 +1,8 @@
-"""Every recipe in recipes/ runs on made-up data, and says where its figures are from."""
+"""Every recipe in recipes/ runs on made-up data, and says where its figures and its teachers are from."""
 
+import functools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,52 @@ from coursepack.distill.learning_rate import LearningRateConfig
 from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.distill.run_folder import load_run
+from coursepack.models import build_network, parse_tap
+from coursepack.precompute.cli import main as precompute
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
-LEAST = 25
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+UNRUN = [path for path in RECIPES if path.parent.name != "digits"]
+LEAST = 30
+
+
+def name_of(path):
+    return f"{path.parent.name}-{path.stem}"
+
+
+def commands(path):
+    """What the commands in a recipe's comment are parsed to: `(name, values)` of each, loops written out."""
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    lines = [re.sub(r"^# *(?:(?:Run|Stores?):)? *", "", line) for line in comment]
+    found = []
+    for line in re.sub(r"\s*\\\n", " ", "\n".join(lines)).splitlines():
+        loop = re.fullmatch(r"for (\w+) in (.*?); do (.*); done", line)
+        each = [loop[3].replace(f"${loop[1]}", word) for word in loop[2].split()] if loop else [line]
+        for command in each:
+            program, _, name = command.partition(" ")
+            if (program, name.split(" ")[0]) in {("distill", "train"), ("precompute", "run")}:
+                _, name, *words = shlex.split(command)
+                group = distill if program == "distill" else precompute
+                found.append((name, group.commands[name].make_context(name, words).params))
+    return found
+
+
+def trained(path):
+    """The networks that the commands of a recipe train, by the folder of the run."""
+    found = {}
+    for name, values in commands(path):
+        if name == "train":
+            said = load_recipe(ROOT / values["recipe_file"]) | dict(
+                assignment.split("=", 1) for assignment in values["assignments"]
+            )
+            found[values["out"].as_posix()] = values["student"] or said["student"]
+    return found
+
+
+@functools.cache
+def layers(spec):
+    """Names of a network's layers; a network that does not exist raises."""
+    return {name for name, _ in build_network(spec, 10).module.named_modules()}
 
 
 def test_there_are_recipes_for_every_source():
@@ -20,7 +66,7 @@ def test_there_are_recipes_for_every_source():
     assert {path.parent.name for path in RECIPES} == {"digits", "cifar100", "cinic10", "tiny-imagenet"}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipes_run(path, tmp_path):
     result = CliRunner().invoke(distill, ["train", str(path), "--smoke", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
@@ -32,13 +78,44 @@ def test_recipes_run(path, tmp_path):
     assert len(run.recipe.stores) == len(values.get("stores", ()))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipes_say_whether_they_were_run(path):
     comment = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    place = path.relative_to(path.parents[2]).as_posix()
+    place = path.relative_to(ROOT).as_posix()
     assert f"distill train {place}" in comment
     assert ("NOT RUN HERE" in comment) != ("Expected on the 355 test digits" in comment)
     assert "@@" not in comment
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_networks_that_a_recipe_names_exist(path):
+    text = path.read_text()
+    named = {load_recipe(path)["student"], *re.findall(r"(?:--student |\bstudent=)([\w:-]*\w)", text)}
+    named |= set(trained(path).values()) if path in UNRUN else set()
+    for spec in named:
+        assert "head" in layers(spec) or "fc" in layers(spec), spec
+
+
+@pytest.mark.parametrize("path", UNRUN, ids=name_of)
+def test_the_commands_of_a_recipe_make_its_stores_from_teachers_that_are_trained(path):
+    values, makers = load_recipe(path), trained(path.with_name("supervised.yaml"))
+    own = path.relative_to(ROOT).as_posix()
+    made = {}
+    for name, said in commands(path):
+        if name == "train":
+            assert said["recipe_file"].as_posix() == own
+            assert said["root"] == f"data/{'cifar' if path.parent.name == 'cifar100' else path.parent.name}"
+            continue
+        assert (said["source_spec"], said["view"]) == (values["source"].partition(":")[0], values["view"])
+        network = makers[said["teacher"].removeprefix("run:")]
+        taps = {parse_tap(tap) for tap in said["taps"]}
+        assert {layer for tap in taps for layer in tap.layers} <= layers(network)
+        made[said["store"].as_posix()] = {tap.name for tap in taps}
+    assert trained(path), "no command trains the student"
+    assert set(values.get("stores", ())) <= set(made)
+    for pair in values.get("objective", {}).get("hints", {}).get("pairs", ()):
+        assert pair["tap"] in made[values["stores"][pair["teacher"]]]
+        assert pair["layer"] in layers(values["student"])
 
 
 def test_a_smoke_run_is_the_same_every_time(tmp_path):
@@ -61,6 +138,27 @@ def test_a_smoke_run_needs_nothing_that_a_recipe_names(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert load_run(tmp_path / "o").recipe.objective.soft_weight.epochs == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "r.yaml"]
+
+
+def test_a_smoke_run_goes_through_every_phase_in_two_epochs(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "student: digits-cnn\nsource: digits\nview: digits\nepochs: 90\npatience: 9\nevaluate_every: 30\n"
+        "batch_size: 512\naccumulate: 64\n"
+        "optimiser: {schedule: {shape: step, milestones: [30, 60], warmup_epochs: 5}}\n"
+    )
+    words = ["train", str(tmp_path / "r.yaml"), "--smoke", "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(distill, words)
+    assert result.exit_code == 0, result.output
+    run = load_run(tmp_path / "o")
+    assert [set(line["evaluation"]) >= {"accuracy"} for line in run.metrics] == [True, True]
+    schedule = run.recipe.optimiser.schedule
+    assert (schedule.milestones, schedule.warmup_epochs, run.recipe.patience) == ((1,), 1.0, 1)
+
+
+@pytest.mark.parametrize("path", UNRUN, ids=name_of)
+def test_learning_rates_fall_within_the_epochs(path):
+    values = load_recipe(path)
+    assert max(values["optimiser"]["schedule"]["milestones"]) < values["epochs"]
 
 
 def table_of_fields():
