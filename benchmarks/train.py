@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
+GENTLE = 1e-3
+"""The learning rate: on noise, and with teachers of fresh weights, a student's usual one may diverge."""
 AMTML = {"soft_weight": 1.4 / CLASSES}
 
 
@@ -116,7 +118,8 @@ class Place:
                 "student": student, "method": method, "stores": [str(store) for store in stores],
                 "objective": resolve_objective(method, overrides, "benchmark"), "source": "cifar100:train",
                 "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
-                "views": None if stores else 1, "batch_size": batch_size, **fields,
+                "views": None if stores else 1, "batch_size": batch_size,
+                "optimiser": {"lr": GENTLE}, **fields,
             }
         )  # fmt: skip
 
@@ -160,7 +163,7 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
     network = build_network(student, CLASSES)
     module = network.module.to(DEVICE).train()
     optimiser = torch.optim.SGD(
-        module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+        module.parameters(), lr=GENTLE, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
     )
     pixels = torch.from_numpy(source.pixels(np.arange(len(source.labels)))).to(DEVICE)
     images, labels = network.preprocessing(pixels), torch.from_numpy(source.labels).to(DEVICE)
