@@ -55,7 +55,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     needs_teachers = recipe.objective.needs_teachers
     if needs_teachers and not recipe.stores:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
-    if recipe.stores and not needs_teachers:
+    if recipe.stores and not needs_teachers and METHODS[recipe.method].term is None:
         raise RecipeError(
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"

@@ -1,8 +1,9 @@
 """Fusion: how much each teacher counts, for a batch or for every sample.
 
 A fusion gives weights `(K,)` or `(N, K)` for `soft_target_loss`, or None for 1/K. All sum to one over the
-teachers that are asked, whatever a release did (see `methods`). Only `adaptive` has anything to learn and
-gives a gradient; the others look at teachers and labels alone, without gradient.
+teachers that are asked, whatever a release did (see `methods`), but for weights of `fixed` that are given:
+those are taken as they are. Only `adaptive` has anything to learn and gives a gradient; the others look at
+teachers and labels alone, without gradient.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ METHODS: dict[str, Method] = {
         source=f"{_LIU}, sections 3.2 and 3.3; numbers of its notebooks",
         objective=_config(**_AMTML),
         note="0.14 is 2 alpha / C for C = 10: set soft_weight=1.4/C for other classes. Trained jointly; "
-        "fusion.joint_epochs freezes the latents after the release's first phase",
+        "fusion.joint_epochs freezes the latents after the release's first phase. Angles are of the "
+        "student's probabilities: the notebooks take its log-probabilities or logits (relations.student), "
+        "and add distances (relations.distance=1)",
     ),
     "amtml-hints": Method(
         formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",

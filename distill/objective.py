@@ -22,7 +22,7 @@ from coursepack.distill.relations import angle_loss, distance_loss, student_embe
 from coursepack.distill.schedule import is_used, value_at
 from coursepack.distill.targets import FEATURES
 from coursepack.distill.temperature import SampleTemperatures, fused_logits, sample_temperatures
-from coursepack.errors import TrainingDiverged
+from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.kernels import MixedLabels, soft_target_loss, soft_targets
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ObjectiveValue:
     temperatures: SampleTemperatures | None = None
     """Where every sample has its own."""
     targets: Targets | None = None
-    """What the chosen teachers said."""
+    """What the chosen teachers said; None where no soft targets are made of it."""
 
 
 @dataclass
@@ -76,10 +76,27 @@ class Objective(nn.Module):
     """The weighted sum of a config's terms, with everything in it that learns."""
 
     def __init__(self, config: ObjectiveConfig, setting: Setting | None = None) -> None:
+        """Build it.
+
+        Args:
+            config: its numbers.
+            setting: what they are fitted to, as `make_objective` does it; None for objectives that look at
+                teachers' logits alone and weigh all teachers by a rule.
+
+        Raises:
+            RecipeError: it has to be fitted to teachers or to a student, and is not.
+        """
         super().__init__()
         self.config = config
-        self.setting = setting or Setting(FusionSetting(weights=config.teacher_weights))
         self.kind = FUSIONS[config.fusion.name]
+        fitted = config.uses_hints or self.needs_representation or self.kind.choose is not None
+        if setting is None and fitted:
+            what = "hints" if config.uses_hints else f"fusion {config.fusion.name!r}"
+            raise RecipeError(
+                f"an objective with {what} has to be fitted to its teachers and its student: build it with "
+                "make_objective(course, student, method)"
+            )
+        self.setting = setting or Setting(FusionSetting(weights=config.teacher_weights))
         self.fusion = self.kind.make(self.setting.fusion)
         self.hints = Hints(self.setting.hints, seed=self.setting.seed) if self.setting.hints else None
 
@@ -131,7 +148,7 @@ class Objective(nn.Module):
         inside: Inside | None = None,
         moment: Moment | None = None,
     ) -> ObjectiveValue:
-        """Value on one batch.
+        """Value on one batch, in float32 under autocast too.
 
         Args:
             student_logits: `(N, C)`.
@@ -145,7 +162,11 @@ class Objective(nn.Module):
         chosen = self.chosen_teacher(moment)
         if targets is not None and chosen is not None:
             targets = targets.only(chosen)
-        facts = Facts(student_logits, inside or Inside(), labels, targets, moment)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return self._value(Facts(student_logits, inside or Inside(), labels, targets, moment))
+
+    def _value(self, facts: Facts) -> ObjectiveValue:
+        student_logits, labels, moment = facts.student_logits, facts.labels, facts.moment
         means: dict[str, Tensor] = {}
         soft = self._soft(facts) if self.config.uses_soft_targets else None
         if soft is None:
@@ -169,7 +190,7 @@ class Objective(nn.Module):
             weights=None if soft is None or soft.weights is None else soft.weights.detach(),
             adjustments=() if soft is None else soft.adjustments,
             temperatures=None if soft is None else soft.temperatures,
-            targets=targets,
+            targets=None if soft is None else facts.targets,
         )
 
     def _hard_weight(self, moment: Moment) -> float:

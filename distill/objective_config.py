@@ -42,8 +42,8 @@ class ObjectiveConfig(Config):
     """Divergence of the teachers' mixture, or weighted sum of divergences; auto: what the fusion is
     published with."""
     teacher_weights: tuple[NotNegative, ...] | None = None
-    """Of the fusion `fixed`, one per teacher, in the order of the stores; none means equal weights that sum
-    to one."""
+    """Of the fusion `fixed`, one per teacher, in the order of the stores, taken as they are: their sum is a
+    factor of the soft-target term's gradient. None means equal weights that sum to one."""
     fusion: FusionConfig = FusionConfig()
     """How much each teacher counts."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
@@ -83,7 +83,8 @@ class ObjectiveConfig(Config):
     def batch_coupled(self) -> tuple[str, ...]:
         """What makes a sample's loss depend on the rest of its batch."""
         found = [name for name in ("angle", "distance") if is_used(getattr(self.relations, name))]
-        return (*found, *(["dynamic_temperature"] if self.dynamic_temperature.kind != "none" else []))
+        dynamic = self.uses_soft_targets and self.dynamic_temperature.kind != "none"
+        return (*found, *(["dynamic_temperature"] if dynamic else []))
 
     def adjustments(self, places: Sequence[int]) -> tuple[str, ...]:
         """The adjustment of each of the teachers at some places."""
@@ -95,6 +96,10 @@ class ObjectiveConfig(Config):
     def _fits_together(self) -> Self:
         if self.teacher_weights is not None and self.fusion.name != "fixed":
             raise ValueError(f"teacher_weights are for fusion 'fixed', but fusion is {self.fusion.name!r}")
+        if self.teacher_weights is not None and not any(self.teacher_weights):
+            raise ValueError("teacher_weights are all zero: give at least one teacher a weight above zero")
+        if self.fusion.teacher is not None and self.fusion.name != "best":
+            raise ValueError(f"fusion.teacher is for fusion 'best', but fusion is {self.fusion.name!r}")
         if FUSIONS[self.fusion.name].choose is not None and self.uses_hints:
             raise ValueError(f"hints need every teacher, but fusion {self.fusion.name!r} asks one at a time")
         dynamic = self.dynamic_temperature

@@ -2,8 +2,9 @@
 
 Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8; on outputs, with the integrated soft targets as
 the teacher, in AMTML-KD (Liu et al. 2020, arXiv 2103.04062). Both losses are scalars coupled over the batch,
-in float32 or better, with a gradient to the student alone. Angles are B³ numbers: they are computed anchor
-by anchor in chunks of bounded memory, and once more in the backward pass.
+in float32 or better, with a gradient to the student alone. Angles are B³ numbers: they are computed in
+chunks of anchors of bounded memory (or one by one, B (B + C) numbers each, where that is more), and once more
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from coursepack.config import Config
 from coursepack.distill.schedule import Weight
 
 CHUNK_BYTES = 32 << 20
-"""Memory for one chunk of angles and what its backward pass keeps."""
+"""Memory for one chunk of angles and what its backward pass keeps; a chunk has at least one anchor."""
 
 
 class RelationsConfig(Config):
@@ -54,7 +55,7 @@ def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES)
     Args:
         student: `(N, C)`, receives the gradient.
         teacher: `(N, C)`, detached.
-        chunk_bytes: most memory for angles at a time; changes no value beyond rounding.
+        chunk_bytes: most memory for angles at a time, if one anchor fits; changes no value beyond rounding.
     """
     rows = len(student)
     anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + student.shape[1])))

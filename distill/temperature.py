@@ -38,7 +38,7 @@ class DynamicTemperatureConfig(Config):
     kind: Literal["none", "flsw", "cwsm"] = "none"
     """What omega is: see `flsw_omega` and `cwsm_omega`."""
     slope: NotNegative = 1.0
-    """Beta; with zero every sample has T_0."""
+    """Beta; with zero every sample has T_0, clamped like any T_x."""
     gamma: NotNegative = 1.0
     """Exponent of FLSW."""
     lowest: Temperature = 1.0

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from coursepack.distill.prepare import prepare
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.train import train, train_epoch
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
+from coursepack.kernels import decode
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.cli import main as precompute
@@ -153,6 +155,31 @@ def test_two_learners_share_what_they_fetch(tapped_stores):
     alone = [train_epoch([maker.trainee()], run.batches(0), run.targets)[0] for maker in (run, other)]
     assert first[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
     assert first[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)
+
+
+def test_a_learner_of_hints_alone_may_share_what_another_fetches(tapped_stores):
+    """It is handed logits that it does not look at, and tells what it would tell alone."""
+    only_hints = {"soft_weight": 0.0, "hints": {"weight": 0.01}}
+    fields = {"student": "digits-cnn", "limit": 200}
+    hints = make_recipe(tapped_stores, **fields, objective=only_hints)
+    run = prepare(make_recipe(tapped_stores, **fields), CPU, others=[hints])
+    together = train_epoch([run.trainee(), run.trainee_with(hints)], run.batches(0), run.targets)
+    own = prepare(hints, CPU)
+    assert together[1] == train_epoch([own.trainee()], own.batches(0), own.targets)[0]
+    assert "teachers" in together[0]
+    assert "teachers" not in together[1]
+
+
+def test_a_methods_own_term_may_be_all_that_looks_at_teachers(tapped_stores, monkeypatch):
+    def gap(facts):
+        return (facts.student_logits - decode(facts.teachers.logits[0])).square().mean(1)
+
+    made_up = replace(METHODS["supervised"], term=gap)
+    monkeypatch.setitem(METHODS, "gap", made_up)
+    run = prepare(make_recipe(tapped_stores, method="gap", limit=64), CPU)
+    told = train_epoch([run.trainee()], run.batches(0), run.targets)[0]
+    assert told["term"] > 0
+    assert told["loss"] == pytest.approx(told["term"] + told["cross_entropy"], rel=1e-5)
 
 
 def test_everything_that_learns_is_in_the_optimiser(tapped_stores):

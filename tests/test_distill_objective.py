@@ -1,5 +1,7 @@
 """Fusions, temperatures, relations and whole objectives against float64 references, and what they imply."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from reference.loss import soft_target_loss as reference_loss
 
 from coursepack.distill.facts import Inside, Moment
 from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting, confidence_weights, entropy_weights
-from coursepack.distill.hints import depth_group
+from coursepack.distill.hints import Hint, depth_group
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective, Setting
 from coursepack.distill.objective_config import ObjectiveConfig
@@ -17,6 +19,7 @@ from coursepack.distill.relations import angle_loss, distance_loss, student_embe
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.targets import Targets
 from coursepack.distill.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
 
 N, C, K, D = 8, 5, 3, 4
@@ -413,6 +416,8 @@ def test_weights_follow_their_schedule(batch):
         ({"fusion": {"name": "confidnce"}}, "unknown fusion 'confidnce'. Did you mean 'confidence'?"),
         ({"fusion": {"name": "entropy"}, "teacher_weights": [1, 2]},
          "objective: teacher_weights are for fusion 'fixed', but fusion is 'entropy'"),
+        ({"teacher_weights": [0, 0]}, "teacher_weights are all zero: give at least one teacher a weight"),
+        ({"fusion": {"teacher": 1}}, "fusion.teacher is for fusion 'best', but fusion is 'fixed'"),
         ({"fusion": {"name": "random"}, "hints": {"weight": 1}},
          "hints need every teacher, but fusion 'random' asks one at a time"),
         ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
@@ -424,6 +429,39 @@ def test_refusals(changes, text):
     with pytest.raises(ValueError) as caught:
         resolve_objective("kd", changes, "the recipe")
     assert text.removeprefix("objective: ") in str(caught.value)
+
+
+def test_what_has_to_be_fitted_is_refused_unfitted():
+    """Without its setting it would leave out hints, or draw one teacher of one."""
+    for name in ("random", "best", "amtml", "amtml-hints"):
+        with pytest.raises(RecipeError, match="has to be fitted to its teachers and its student"):
+            Objective(METHODS[name].objective)
+    Objective(METHODS["ka-dtd"].objective)
+
+
+def test_an_objective_is_float32_under_autocast(batch):
+    hint = Hint(0, "tap", "layer", (6, 2, 2), (3, 4, 4))
+    whole = replace(setting(), hints=(hint,))
+    objective = Objective(METHODS["amtml-hints"].objective, whole)
+    student, labels, targets = tensors(batch)
+    generator = torch.manual_seed(0)
+    theirs = {(0, "tap"): torch.randn(N, 6, 2, 2, generator=generator)}
+    targets = Targets(targets.logits, theirs)
+    inside = Inside(
+        torch.from_numpy(batch["representation"]).float(),
+        {"layer": torch.randn(N, 3, 4, 4, generator=generator)},
+    )
+    want = objective(student, labels, targets, inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = objective(student, labels, targets, inside)
+    assert torch.equal(got.weights, want.weights)
+    assert got.terms == want.terms
+
+
+def test_temperatures_couple_a_batch_only_where_they_are_used():
+    assert METHODS["dtd-cwsm"].objective.batch_coupled == ("dynamic_temperature",)
+    hints_alone = {"soft_weight": 0.0, "hints": {"weight": 1.0}}
+    assert resolve_objective("dtd-cwsm", hints_alone, "test").batch_coupled == ()
 
 
 def test_teachers_go_from_shallow_to_deep():
