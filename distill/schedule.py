@@ -21,9 +21,9 @@ class Schedule(Config):
     shape: Literal["warmup", "ramp", "cosine"]
     """`warmup`: in equal steps. `ramp`: times exp(-5 (1 - t)²), slow at first. `cosine`: half a cosine."""
     start: NotNegative = 0.0
-    """Value before the first epoch."""
+    """Value in epoch 0; `ramp` begins a little nearer to `end`."""
     end: NotNegative = 1.0
-    """Value once all epochs are over."""
+    """Value from epoch `epochs` on."""
     epochs: Annotated[int, Field(ge=1)]
     """Epochs from start to end."""
 

@@ -83,7 +83,7 @@ def look_inside(
     Raises:
         UnknownName: a layer that the student does not have.
         RecipeError: a size that it cannot take, a layer that does not run, or nothing that represents a
-            sample.
+            sample: outputs that are neither vectors nor maps.
     """
     module, size = network.module, network.preprocessing.size
     device = next(module.parameters()).device
@@ -101,6 +101,13 @@ def look_inside(
                 f"student {network.spec!r} never runs its layer {unused[0]!r}: name another layer"
             )
         seen = inside()
+        shape = tuple(seen.features[layer].shape[1:]) if representation and layer is not None else ()
+        if shape and len(shape) not in (1, 3):
+            raise RecipeError(
+                f"layer {layer!r} of student {network.spec!r} cannot represent a sample (shape {shape}): it "
+                "takes vectors (D,) and maps (C, H, W). Name another with "
+                "--set objective.fusion.layer=LAYER, or leave it out for what the head reads"
+            )
     module.train(was_training)
     width = 0 if seen.representation is None else seen.representation.shape[1]
     return width, {name: tuple(seen.features[name].shape[1:]) for name in layers}

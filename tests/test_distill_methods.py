@@ -19,10 +19,11 @@ from coursepack.distill.facts import Moment
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
 from coursepack.distill.prepare import prepare
 from coursepack.distill.run_folder import load_run
+from coursepack.distill.student import look_inside
 from coursepack.distill.train import train, train_epoch
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.kernels import decode
-from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.models import Network, Preprocessing, TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.cli import main as precompute
 
@@ -266,6 +267,27 @@ def test_layers_that_do_not_exist_are_named(stores):
     recipe = make_recipe(stores, method="amtml", objective={"fusion": {"layer": "conv7"}})
     with pytest.raises(UnknownName, match=r"unknown layer 'conv7'.*Known: hidden, head"):
         prepare(recipe, CPU).trainee()
+
+
+class Tokens(torch.nn.Module):
+    """Sixteen tokens of width 6 for an image, and a head that reads the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 6)
+        self.head = torch.nn.Linear(6, 10)
+
+    def forward(self, images):
+        return self.head(self.embed(images.reshape(len(images), 16, 4))[:, 0])
+
+
+def test_tokens_are_no_representation():
+    """The largest value over what follows the channels would be one over each token's own width."""
+    student = Network("tokens", Tokens(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
+    text = r"layer 'embed' of student 'tokens' cannot represent a sample \(shape \(16, 6\)\): it takes"
+    with pytest.raises(RecipeError, match=text):
+        look_inside(student, 1, ["embed"], representation=True, layer="embed")
+    assert look_inside(student, 1, [], representation=True, layer=None) == (6, {})
 
 
 def test_a_representation_can_be_a_layers_maximum(stores):
