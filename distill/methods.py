@@ -169,8 +169,8 @@ METHODS: dict[str, Method] = {
         formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",
         source=f"{_LIU}, section 3.4",
         objective=_config(**_AMTML, hints={"weight": 1.0}),
-        note="as amtml; adapters are trained (in the release they are in no optimiser), and features are compared "
-        "as they are (the release divides both by their norm over channels)",
+        note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
+        "compared as they are (the release divides both by their norm over channels)",
     ),
     "ca-mkd": Method(
         formula="T² sum_k w_k KL(P_k || q) + CE, w_k = (1 - softmax_k CE(z_k, y)) / (K - 1), T = 4",
