@@ -102,7 +102,7 @@ class Hints(nn.Module):
         super().__init__()
         self.hints = tuple(hints)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.adapters = nn.ModuleList(Adapter(h.student_shape, h.teacher_shape) for h in hints)
 
     def forward(self, facts: Facts) -> Tensor:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.targets import Targets
 
+IGNORED = -100
+"""A label that adds no cross-entropy, as in torch."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -176,7 +179,7 @@ class Objective(nn.Module):
             means |= self._relations(facts, soft)
         if self.config.label_smoothing:
             factor = self.config.label_smoothing * self._hard_weight(moment)
-            means["label_smoothing"] = factor * uniform_cross_entropy(student_logits).mean()
+            means["label_smoothing"] = factor * uniform_cross_entropy(student_logits, labels).mean()
         if self.hints is not None:
             means["hints"] = value_at(self.config.hints.weight, moment.epoch) * self.hints(facts).mean()
         if isinstance(self.fusion, Adaptive) and soft is not None and self.fusion.latents.requires_grad:
@@ -280,7 +283,8 @@ def cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tenso
     return labels.lam * first + (1 - labels.lam) * second
 
 
-def uniform_cross_entropy(student_logits: Tensor) -> Tensor:
-    """Cross-entropy `(N,)` to the uniform distribution over the classes, float32, nats."""
+def uniform_cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tensor:
+    """Cross-entropy `(N,)` to the uniform distribution over the classes, float32, nats; 0 without a label."""
     logits = student_logits.float()
-    return logits.logsumexp(1) - logits.mean(1)
+    values = logits.logsumexp(1) - logits.mean(1)
+    return values if isinstance(labels, MixedLabels) else values.masked_fill(labels == IGNORED, 0)

@@ -152,7 +152,7 @@ def write_smoke_store(
 def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
     """From pixels `(N, size, size, channels)` to arrays by their name in a store."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
         head = nn.Linear(8, len(source.class_names))
 

@@ -93,7 +93,7 @@ def build_network(
     kind, _, name = spec.partition(":")
     usual: Preprocessing | None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if spec in NETWORKS:
             module, usual = NETWORKS[spec].build(classes), NETWORKS[spec].preprocessing
         elif kind in _ZOOS:

@@ -91,3 +91,15 @@ def test_mixed_views_are_learned_with_smoothed_labels(stores):
     torch.testing.assert_close(output.value.loss.detach().double(), want, rtol=1e-5, atol=1e-6)
     plain = cross_entropy(output.student_logits, batch.labels).mean()
     assert float(plain.detach()) != pytest.approx(float(want))
+
+
+@pytest.mark.parametrize("method", ["supervised", "kd"])
+def test_a_sample_without_a_label_has_nothing_to_smooth(method):
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(6, 10, generator=generator).requires_grad_()
+    labels = torch.tensor([1, -100, 3, -100, 5, 6])
+    objective = Objective(resolve_objective(method, {"label_smoothing": 0.2, "hard_weight": 1.0}, "test"))
+    targets = None if method == "supervised" else Targets([student.detach().clone()])
+    value = objective(student, labels, targets)
+    want = F.cross_entropy(student, labels, label_smoothing=0.2, reduction="none").mean()
+    torch.testing.assert_close(value.loss, want, rtol=1e-5, atol=1e-6)
