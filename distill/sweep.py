@@ -141,14 +141,10 @@ def sweep(
         build_network(spec, 2, size=size, mean=mean, std=std)  # refuses, before the first is trained
     for student in students:
         check_recipe(student.recipe)
-    left = []
-    for student in students:
-        path = out / student.name
-        if not resume:
-            check_free(path, overwrite=False)
-        if resume and finished_metrics(path, student.recipe) is not None:
-            continue
-        left.append(student)
+    if not resume:
+        for student in students:
+            check_free(out / student.name, overwrite=False)
+    left = _unfinished(students, out) if resume else list(students)
     if len(left) < len(students):
         say(f"{len(students) - len(left)} of {len(students)} students are finished")
     waiting: list[list[Student]] = []
@@ -161,14 +157,16 @@ def sweep(
         try:
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
-                _train_group(group, out, device, again, workers, checkpoint_seconds)
+                found = _train_group(group, out, device, again, workers, checkpoint_seconds)
         except TrainingDiverged as error:
-            if len(group) == 1:
-                diverged[group[0].name] = str(error)
-                say(f"{group[0].name}: {error}")
-            else:
-                # Whoever it was: the others go on from their checkpoints, each alone.
-                waiting = [[student] for student in group] + waiting
+            if len(group) > 1:
+                # Within a step, whoever it was: the others go on from their checkpoints, each alone.
+                waiting = [[student] for student in _unfinished(group, out)] + waiting
+                continue
+            found = {group[0].name: str(error)}
+        for name, reason in found.items():
+            say(f"{name}: {reason}")
+        diverged |= found
     return diverged
 
 
@@ -179,7 +177,8 @@ def _train_group(
     resume: bool,
     workers: int | None,
     checkpoint_seconds: float,
-) -> None:
+) -> dict[str, str]:
+    """Train a group; returns what was wrong with those that diverged."""
     first, *others = [as_begun(out / student.name, student.recipe) for student in group]
     run = prepare(first, device, others=others)
     trainings = [
@@ -193,6 +192,11 @@ def _train_group(
         by_position.setdefault(place, []).append(training)
     for alike in by_position.values():
         train_together(run, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
+    return {
+        student.name: str(training.diverged)
+        for student, training in zip(group, trainings, strict=True)
+        if training.diverged is not None
+    }
 
 
 def _alike(students: Sequence[Student]) -> list[list[Student]]:
@@ -202,6 +206,10 @@ def _alike(students: Sequence[Student]) -> list[list[Student]]:
         shared = student.recipe.model_dump(mode="json", exclude=set(OWN_FIELDS))
         groups.setdefault(canonical_json(shared), []).append(student)
     return list(groups.values())
+
+
+def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
+    return [each for each in students if finished_metrics(out / each.name, each.recipe) is None]
 
 
 def finished(students: Sequence[Student], out: Path) -> list[Path]:

@@ -51,14 +51,21 @@ class Training:
     log: EpochLog
     metrics: dict[str, Any] = field(default_factory=dict)
     """Of the last epoch."""
+    diverged: TrainingDiverged | None = None
+    """Why it cannot go on."""
 
     @property
-    def is_over(self) -> bool:
-        """Whether there is nothing left to do."""
+    def is_finished(self) -> bool:
+        """Whether it has had its last epoch."""
         patience = self.recipe.patience
         return self.position.epoch >= self.recipe.epochs or (
             patience is not None and self.position.stale >= patience
         )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.is_finished or self.diverged is not None
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -141,6 +148,8 @@ def train(
         training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
         ranks.say(opening(run))
         train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+    if training.diverged is not None:
+        raise training.diverged
     return training.metrics
 
 
@@ -190,7 +199,10 @@ def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
 def train_together(
     run: Run, trainings: Sequence[Training], *, workers: int | None, checkpoint_seconds: float
 ) -> None:
-    """Train students that are equally far on one stream of batches, until all are done."""
+    """Train students that are equally far on one stream of batches, until all are over.
+
+    Each is kept as soon as it is finished. One that diverges is left unfinished, and says so in `diverged`.
+    """
     recipe, first = run.recipe, trainings[0].position
     trainees = [training.trainee for training in trainings]
     total = len(run.samples)
@@ -214,8 +226,9 @@ def train_together(
             _evaluate(run, active, looking)
             best = max(training.position.best or 0.0 for training in active)
             meter.advance(rows, f"best accuracy {best:.2%}")
-        for training in trainings:
-            training.folder.finish(training.trainee.network)
+            for training in active:
+                if training.is_finished:
+                    training.folder.finish(training.trainee.network)
 
 
 def _train_epoch_of(run: Run, active: Sequence[Training], renderer: Renderer, checkpoints: _Every) -> None:
@@ -249,7 +262,10 @@ def _evaluate(run: Run, active: Sequence[Training], renderer: Renderer) -> None:
         found = None
         if is_due:
             found = evaluate(network, run.evaluation, run.device, renderer=renderer, ranks=run.ranks)
-        training.end_epoch(run.views_of_epoch(epoch), found)
+        try:
+            training.end_epoch(run.views_of_epoch(epoch), found)
+        except TrainingDiverged as error:
+            training.diverged = error
 
 
 def _rows_before(run: Run, position: Position) -> int:
@@ -358,5 +374,6 @@ def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) ->
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"training diverged in epoch {epoch}: {name} is {value}. Use a smaller --lr than "
-                f"{recipe.optimiser.lr:g}, and --overwrite what is left of the run."
+                f"{recipe.optimiser.lr:g}. What is left of the run stays until it is removed or --overwrite "
+                "is given."
             )

@@ -16,7 +16,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.sweep import read_grid, student_name, sweep
 from coursepack.distill.train import train
-from coursepack.errors import CoursepackError, RecipeError, RunError
+from coursepack.errors import CoursepackError, RecipeError, RunError, TrainingDiverged
 
 
 def write_grid(folder, grid, **base):
@@ -120,6 +120,43 @@ def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
         assert_same_runs(tmp_path / "o" / name, tmp_path / "alone" / name)
     with pytest.raises(RunError, match="is unfinished"):
         load_run(tmp_path / "o" / "lr=1e+30")
+
+
+def test_students_beside_one_that_diverges_stay_together(tmp_path, stores, monkeypatch):
+    """Without a single checkpoint, they go on from where they were; nobody is trained twice."""
+    grid = {"optimiser.lr": [0.05, 1.0e9, 0.02]}
+    path = write_grid(
+        tmp_path, grid, student="digits-small", stores=[str(stores[0])], epochs=3, limit=100
+    )  # fmt: skip
+    module, groups = sys.modules["coursepack.distill.sweep"], []
+    train_together = module.train_together
+    monkeypatch.setattr(
+        module,
+        "train_together",
+        lambda run, trainings, **how: groups.append(len(trainings)) or train_together(run, trainings, **how),
+    )
+    diverged = sweep(read_grid(path), tmp_path / "o", device=CPU, together=3, checkpoint_seconds=1e9)
+    assert list(diverged) == ["lr=1000000000.0"]
+    assert groups == [3]
+    for name in ("lr=0.05", "lr=0.02"):
+        assert len(load_run(tmp_path / "o" / name).metrics) == 3
+
+
+def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
+    """What others of its group run into later cannot take it away."""
+    common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 4, "limit": 100}
+    path = write_grid(tmp_path, {"patience": [1, None]}, **common)
+    module = sys.modules["coursepack.distill.train"]
+
+    def never_better(network, source, device, **_):
+        if (tmp_path / "o" / "patience=1" / "student.safetensors").is_file():
+            raise TrainingDiverged("within a step")
+        return {"accuracy": 0.5, "nll": 1.0}
+
+    monkeypatch.setattr(module, "evaluate", never_better)
+    found = sweep(read_grid(path), tmp_path / "o", device=CPU, together=2)
+    assert found == {"patience=null": "within a step"}
+    assert len(load_run(tmp_path / "o" / "patience=1").metrics) == 2
 
 
 def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
