@@ -36,6 +36,8 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
     root = Path(values["root"]) if values.get("root") else None
     if not smoke:
         values["source"] = open_source(values["source"], root).name
+        if "evaluation" in values:
+            values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
+from coursepack.distill.complete import complete
 from coursepack.distill.run_folder import load_run
 from coursepack.distill.train import train
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
@@ -289,3 +290,10 @@ def test_the_command_says_how_many_epochs_it_took(tmp_path, monkeypatch):
     said = call("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--limit", 50,
                 "--epochs", 7, "--patience", 1, "--out", tmp_path / "o")  # fmt: skip
     assert said.endswith("accuracy 40.00%, NLL 1.000 on digits:test after 2 epochs\n")
+
+
+def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
+    """A source's first split is the one to train on: a recipe that names none says which it means."""
+    values = {"student": "digits-small", "source": "digits", "view": "digits"}
+    assert complete(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
+    assert complete(dict(values), "here").evaluation == "digits:test"
