@@ -40,7 +40,8 @@ class LearningRateConfig(Config):
         if (self.shape == "step") != bool(self.milestones):
             raise ValueError(
                 f"milestones are {list(self.milestones)}, but shape is {self.shape!r}: milestones are for "
-                "shape 'step', which needs at least one"
+                "shape 'step', which needs at least one. Give --milestones N,N with it, or "
+                "--set optimiser.schedule.milestones=[] with another shape"
             )
         if self.shape == "one_cycle" and self.warmup_epochs:
             raise ValueError("warmup_epochs is set, but shape 'one_cycle' has a rise of its own")

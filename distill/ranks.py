@@ -106,9 +106,11 @@ class Ranks:
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Replace the values of tensors on one device by the first rank's, bit by bit."""
+        if self.count == 1:
+            return
         # The widest first, so that each one's bytes begin where its type allows.
         several = sorted((value.detach() for value in tensors), key=lambda value: -value.element_size())
-        if self.count == 1 or not several:
+        if not several:
             return
         rows = [value.reshape(-1).view(torch.uint8) for value in several]
         everything = torch.cat(rows)

@@ -201,8 +201,8 @@ def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
         (path / BEST_FILE).unlink(missing_ok=True)
     else:
         raise RunError(
-            f"{str(path)!r} already holds a run: choose another --out, give --overwrite, or go on with "
-            "it by --resume"
+            f"{str(path)!r} already holds a run: choose another --out, go on with it by --resume, or "
+            "remove it (`distill train` has --overwrite)"
         )
 
 

@@ -213,7 +213,8 @@ DOMAIN = [
     (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
     # Where to write.
     (f"{ALONE} --out run",
-     "'run' already holds a run: choose another --out, give --overwrite, or go on with it by --resume"),
+     "'run' already holds a run: choose another --out, go on with it by --resume, or remove it "
+     "(`distill train` has --overwrite)"),
     (f"{ALONE} --out notes", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out notes --overwrite", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out list.yaml",
