@@ -148,7 +148,7 @@ def sweep(
     if len(left) < len(students):
         say(f"{len(students) - len(left)} of {len(students)} students are finished")
     waiting: list[list[Student]] = []
-    for alike in _alike(left):
+    for alike in _alike(left, out):
         waiting += [alike[start : start + together] for start in range(0, len(alike), together)]
     diverged: dict[str, str] = {}
     while waiting:
@@ -199,11 +199,12 @@ def _train_group(
     }
 
 
-def _alike(students: Sequence[Student]) -> list[list[Student]]:
-    """The students in groups that see the same batches, in their order."""
+def _alike(students: Sequence[Student], out: Path) -> list[list[Student]]:
+    """The students in groups that see the same batches, and read stores in the same way, in their order."""
     groups: dict[str, list[Student]] = {}
     for student in students:
-        shared = student.recipe.model_dump(mode="json", exclude=set(OWN_FIELDS))
+        begun = as_begun(out / student.name, student.recipe)
+        shared = begun.model_dump(mode="json", exclude=set(OWN_FIELDS))
         groups.setdefault(canonical_json(shared), []).append(student)
     return list(groups.values())
 

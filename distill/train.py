@@ -224,8 +224,8 @@ def train_together(
             rows = len(run.samples) - _rows_before(run, active[0].position)
             _train_epoch_of(run, active, renderer, checkpoints)
             _evaluate(run, active, looking)
-            best = max(training.position.best or 0.0 for training in active)
-            meter.advance(rows, f"best accuracy {best:.2%}")
+            found = [training.position.best for training in active if training.position.best is not None]
+            meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
             for training in active:
                 if training.is_finished:
                     training.folder.finish(training.trainee.network)

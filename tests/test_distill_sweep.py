@@ -159,6 +159,26 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
     assert len(load_run(tmp_path / "o" / "patience=1").metrics) == 2
 
 
+def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, monkeypatch):
+    """How stores are read is decided when a run begins: another group decides for itself."""
+    common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
+    students = read_grid(write_grid(tmp_path, {"optimiser.lr": [0.05, 0.02]}, **common))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["coursepack.distill.course"], "choose_reading", lambda *_: "mapped")
+        patched.setattr(sys.modules["coursepack.distill.train"], "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(students[1:], tmp_path / "o", device=CPU, checkpoint_seconds=0)
+    assert sweep(students, tmp_path / "o", device=CPU, together=2, resume=True) == {}
+    provenances = [
+        json.loads((tmp_path / "o" / each.name / "provenance.json").read_text()) for each in students
+    ]
+    assert [each["stores"][0]["reading"] for each in provenances] == ["resident", "mapped"]
+
+
 def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
     students = read_grid(methods_grid)
     sweep(students, tmp_path / "whole", device=CPU, together=2)
