@@ -58,7 +58,7 @@ class Size:
     teachers: tuple[str, ...] = TEACHERS
     students: tuple[str, ...] = ("resnet8x4", "wrn-16-2")
     batch_sizes: tuple[int, ...] = (64, 256)
-    steps: tuple[int, ...] = (50, 14)
+    steps: tuple[int, ...] = (50, 12)
     """Per batch size."""
     live_counts: tuple[int, ...] = (1, 2, 4)
     live_steps: int = 8
@@ -89,7 +89,7 @@ class Place:
         self.weights = {}
         for place, name in enumerate(size.teachers):
             self.weights[name] = folder / f"{name}.safetensors"
-            save_file(build_network(name, CLASSES, seed=place).module.state_dict(), self.weights[name])
+            save_file(self.fresh_teacher(name, place).state_dict(), self.weights[name])
         for place, name in enumerate(size.teachers):
             started = time.perf_counter()
             runner = self.runner(name, tapped=True)
@@ -97,6 +97,17 @@ class Place:
             say(f"stored {name} in {time.perf_counter() - started:.0f} s")
             # Reading takes as long whoever answered, so these answers are drawn.
             _train_growth.write_store(self.store(name, "int8"), self.source, "cifar", 1, place, "int8")
+
+    @torch.no_grad()
+    def fresh_teacher(self, name: str, seed: int) -> torch.nn.Module:
+        """Fresh weights, with running statistics of some images: else its outputs would grow with depth."""
+        network = build_network(name, CLASSES, seed=seed)
+        for module in network.module.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+        pixels = torch.from_numpy(self.source.pixels(np.arange(min(64, len(self.source.labels)))))
+        network.module.train()(network.preprocessing(pixels))
+        return network.module
 
     def runner(self, name: str, *, tapped: bool = False) -> TeacherRunner:
         """A teacher, with a tap of its last block for the hints."""

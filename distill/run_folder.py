@@ -195,7 +195,7 @@ def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
     if overwrite:
-        shutil.rmtree(path)
+        _clear(path)
     elif resume:
         _clear_partials(path)
         (path / BEST_FILE).unlink(missing_ok=True)
@@ -204,6 +204,16 @@ def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
             f"{str(path)!r} already holds a run: choose another --out, go on with it by --resume, or "
             "remove it (`distill train` has --overwrite)"
         )
+
+
+def _clear(path: Path) -> None:
+    """Remove a run, what says that it is one last: a kill leaves something that can be overwritten again."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != RECIPE_FILE:
+            child.unlink()
+    (path / RECIPE_FILE).unlink()
 
 
 def load_run(path: Path) -> FinishedRun:

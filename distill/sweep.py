@@ -92,9 +92,12 @@ def read_grid(path: Path) -> list[Student]:
 def student_name(settings: Mapping[str, Any]) -> str:
     """A folder's name from what sets a student apart: `student=resnet20,seed=1`."""
     words = []
+    short = [key.rpartition(".")[2] for key in settings]
     for key, value in settings.items():
+        own = key.rpartition(".")[2]
+        label = own if short.count(own) == 1 else key
         text = value if isinstance(value, str) else canonical_json(value)
-        words.append(f"{key.rpartition('.')[2]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', text).strip('-')}")
+        words.append(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '-', text).strip('-')}")
     name = ",".join(words)
     if len(name) <= LONGEST_NAME and "/" not in "".join(map(str, settings.values())):
         return name

@@ -147,7 +147,11 @@ def train(
         run = prepare(begun, device, ranks)
         training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
         ranks.say(opening(run))
-        train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+        try:
+            train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+        except KeyboardInterrupt:
+            ranks.say(f"interrupted: the same command with --resume goes on with {out}")
+            raise
     if training.diverged is not None:
         raise training.diverged
     return training.metrics

@@ -230,6 +230,7 @@ def test_another_grid_with_the_same_names_is_refused(tmp_path, stores):
         ({"student": "digits-cnn", "seed": 3}, "student=digits-cnn,seed=3"),
         ({"optimiser.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
         ({"student": "torchvision:resnet18"}, "student=torchvision-resnet18"),
+        ({"optimiser.name": "sgd", "fusion.name": "best"}, "optimiser.name=sgd,fusion.name=best"),
         ({"stores": ["a.zarr", "b.zarr"]}, "stores=a.zarr-b.zarr"),
     ],
 )
