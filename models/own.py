@@ -6,7 +6,6 @@ has one, says what pixels it expects: `{"size": 32, "mean": [...], "std": [...]}
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from coursepack.config import parse_config
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models.preprocessing import Preprocessing
+from coursepack.own_code import own_object
 
 
 def own_network(name: str, classes: int) -> tuple[nn.Module, Preprocessing | None]:
@@ -31,17 +31,7 @@ def own_network(name: str, classes: int) -> tuple[nn.Module, Preprocessing | Non
     module_name, _, path = name.partition(":")
     if not (module_name and path):
         raise RecipeError(f"network {spec!r} is not python:MODULE:FACTORY")
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in path.split("."):
-            factory = getattr(factory, part)
-    except ImportError as error:
-        raise RecipeError(
-            f"network {spec!r}: cannot import {module_name!r}: {error}. Modules are looked for where Python "
-            "looks; PYTHONPATH adds folders"
-        ) from error
-    except AttributeError as error:
-        raise RecipeError(f"network {spec!r}: module {module_name!r} has no {path!r}") from error
+    factory = own_object(module_name, path, f"network {spec!r}")
     try:
         module = factory(classes)
     except CoursepackError:

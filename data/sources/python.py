@@ -7,7 +7,6 @@ A worker process calls the factory again rather than getting the data set in a p
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, sampled, sha256_of
 from coursepack.errors import CoursepackError, RecipeError, SourceError
+from coursepack.own_code import own_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,17 +108,7 @@ def python(spec: Spec, root: Path | None) -> Source:
 
 def _make(spec: Spec, root: Path | None) -> Any:
     module_name, _, path = spec.options.removeprefix(":").partition(":")
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in path.split("."):
-            factory = getattr(factory, part)
-    except ImportError as error:
-        raise RecipeError(
-            f"source '{spec}': cannot import {module_name!r}: {error}. Modules are looked for where Python "
-            "looks; PYTHONPATH adds folders"
-        ) from error
-    except AttributeError as error:
-        raise RecipeError(f"source '{spec}': module {module_name!r} has no {path!r}") from error
+    factory = own_object(module_name, path, f"source '{spec}'")
     try:
         data = factory(root=root, split=spec.split)
     except CoursepackError:
