@@ -113,7 +113,7 @@ class Learner(nn.Module):
 def look_at(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     """What a network reads of a batch, `(N, channels, size, size)` float32, channels last in memory.
 
-    In that order a CPU convolves a fifth faster, whatever the order of the weights (docs/benchmarks.md).
+    In that order a CPU convolves faster, whatever the order of the weights.
     """
     size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
     images = preprocessing(batch.pixels(size)) if levels is None else batch.normalised(size, *levels)
