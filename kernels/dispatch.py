@@ -1,4 +1,4 @@
-"""Which path computes the fused loss, and why: one table for each device, read from the top."""
+"""Which path computes the fused loss, and why: one table, read from the top."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import cuda, native
+from coursepack.kernels import native
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
 from coursepack.kernels.threads import usable_threads
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KERNEL_DIVERGENCES = ("kl",)
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
-ANALYTIC, OP, KERNEL, CUDA = "analytic", "op", "kernel", "cuda"
+ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Choice:
     """What `soft_target_loss` would do with some arguments."""
 
     path: str
-    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), "cuda" (a kernel on a GPU,
-    if asked for), or "analytic" (torch)."""
+    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`) or "analytic" (torch)."""
     reason: str
     """Why."""
     threads: int | None
@@ -57,42 +56,20 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     return isinstance(teacher, (DenseRows, Int8Rows))
 
 
-Reason = str | Callable[["Request"], str]
-"""Words, or what gives them where a rule that is taken can have several."""
-
-Rule = tuple[str, Reason, Callable[[Tensor, "Request"], bool]]
+Rule = tuple[str, str, Callable[[Tensor, "Request"], bool]]
 """The path, its reason, and whether it is taken."""
 
-# What no kernel does, wherever it runs.
-_LEFT_TO_TORCH: tuple[Rule, ...] = (
+# The first that is taken counts.
+RULES: tuple[Rule, ...] = (
+    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
     (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
     (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
+    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
+    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
+    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
+    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
 )
-_NO_PLAIN_TENSOR: Rule = (
-    ANALYTIC,
-    "the student's logits are no plain tensor",
-    lambda student, _: not _is_plain(student),
-)
-# The rules of each device. The first that is taken counts.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "cpu": (
-        *_LEFT_TO_TORCH,
-        (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
-        (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
-        _NO_PLAIN_TENSOR,
-        (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
-    ),
-    "cuda": (
-        (ANALYTIC, "on CUDA, under torch.compile", lambda *_: torch.compiler.is_compiling()),
-        (ANALYTIC, f"on CUDA, and {cuda.SWITCH} is not 1", lambda *_: not cuda.is_asked_for()),
-        *_LEFT_TO_TORCH,
-        _NO_PLAIN_TENSOR,
-        (ANALYTIC, lambda r: cuda.refusal(r) or "", lambda _, r: cuda.refusal(r) is not None),
-        (CUDA, f"rows on a GPU, and {cuda.SWITCH} is 1", lambda *_: True),
-    ),
-}
-ELSEWHERE = ANALYTIC, "not on the CPU"
 
 
 def reads_teachers(request: Request) -> bool:
@@ -114,10 +91,7 @@ def reads_student(student_logits: Tensor | None) -> bool:
 
 def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
     """The path for a request, and the reason."""
-    for path, reason, taken in RULES.get(request.device.type, ()):
-        if taken(student_logits, request):
-            return path, reason if isinstance(reason, str) else reason(request)
-    return ELSEWHERE
+    return next((path, reason) for path, reason, taken in RULES if taken(student_logits, request))
 
 
 def describe_request(student_logits: Tensor, request: Request) -> Choice:

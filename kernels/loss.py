@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coursepack.kernels import analytic, cuda, dispatch, native, op
+from coursepack.kernels import analytic, dispatch, native, op
 from coursepack.kernels.arguments import full_weights, spell_out
 from coursepack.kernels.function import Evaluate, SoftTargetLoss
 from coursepack.kernels.reference import teacher_probs
@@ -99,10 +99,9 @@ def soft_target_loss(
         ignore_index=ignore_index,
     )
     path, _ = dispatch.choose(student_logits, request)
-    if path in (dispatch.KERNEL, dispatch.CUDA):
-        compiled = native.evaluate if path == dispatch.KERNEL else cuda.evaluate
+    if path == dispatch.KERNEL:
         wide = None if request.weights is None else request.weights.expand(request.rows, request.count)
-        return _apply(student_logits, wide, lambda z, w, *wants: compiled(z, w, request, *wants))
+        return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
     if path == dispatch.OP:
         return op.call(student_logits, request)
     arguments = spell_out(request)

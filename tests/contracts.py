@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cuda_host import cuda_loss
 from reference.loss import soft_target_loss as expected_loss
 
 from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
@@ -48,7 +47,6 @@ def op_loss(student_logits, teachers, labels=None, **options):
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "kernel": soft_target_loss,
     "op": op_loss,
-    "cuda": cuda_loss,
     "analytic": analytic_loss,
     "plain": plain_loss,
 }
