@@ -22,22 +22,32 @@ if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
 
 
+LabelPart = tuple[Tensor, Tensor, Tensor | None]
+
+
 @dataclass(frozen=True)
 class HardLabels:
     """Hard or mixed labels with their valid rows; ids of invalid rows are never used as indices."""
 
     first: Tensor
     first_valid: Tensor
-    lam: Tensor
-    """Share of the first label, in the computing dtype; ones for hard labels."""
+    dtype: torch.dtype
+    """The computing dtype."""
+    lam: Tensor | None = None
+    """Share of the first label, in the computing dtype; None means all of it."""
     second: Tensor | None = None
     second_valid: Tensor | None = None
 
-    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`(ids, valid, share)` of each label of a row, all `(N,)`."""
-        if self.second is None or self.second_valid is None:
-            return [(self.first, self.first_valid, self.lam)]
+    def parts(self) -> list[LabelPart]:
+        """`(ids, valid, share)` of each label of a row, all `(N,)`; share None means 1."""
+        if self.second is None or self.second_valid is None or self.lam is None:
+            return [(self.first, self.first_valid, None)]
         return [(self.first, self.first_valid, self.lam), (self.second, self.second_valid, 1 - self.lam)]
+
+    def counted(self, part: LabelPart) -> Tensor:
+        """Share `(N,)` of a label that counts, 0 of one that does not."""
+        _, valid, share = part
+        return valid.to(self.dtype) if share is None else torch.where(valid, share, 0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ def _hard_labels(labels: Tensor | MixedLabels | None, request: Request, bad: Bad
     r = request
     if isinstance(labels, Tensor):
         ids, valid = class_ids("labels", labels, r.rows, r.classes, r.device, r.ignore_index, bad)
-        return HardLabels(ids, valid, torch.ones(r.rows, dtype=r.dtype, device=r.device))
+        return HardLabels(ids, valid, r.dtype)
     first, first_valid = class_ids(
         "labels.first", labels.first, r.rows, r.classes, r.device, r.ignore_index, bad
     )
@@ -166,7 +176,7 @@ def _hard_labels(labels: Tensor | MixedLabels | None, request: Request, bad: Bad
     )
     lam = labels.lam.detach().to(r.dtype)
     bad.report("labels.lam", lam, ~((lam >= 0) & (lam <= 1)), "0 to 1")
-    return HardLabels(first, first_valid, lam, second, second_valid)
+    return HardLabels(first, first_valid, r.dtype, lam, second, second_valid)
 
 
 def class_ids(

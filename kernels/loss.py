@@ -105,7 +105,7 @@ def soft_target_loss(
     if path == dispatch.OP:
         return op.call(student_logits, request)
     arguments = spell_out(request)
-    wide = full_weights(request)
+    wide = None if request.weights is None else full_weights(request)
     return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))
 
 

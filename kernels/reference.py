@@ -64,7 +64,7 @@ def adjusted_logits(arguments: Arguments, index: int) -> Tensor:
     logits = a.teacher_logits(index)
     if a.adjustments[index] != "shift" or a.labels is None:
         return logits
-    label = a.labels.first.clamp_min(0)[:, None]
+    label = a.labels.first[:, None]
     top = logits.argmax(1, keepdim=True)
     at_label, at_top = logits.gather(1, label), logits.gather(1, top)
     shifted = logits.scatter(1, label, at_top).scatter(1, top, at_label)
@@ -86,7 +86,7 @@ def teacher_probs(arguments: Arguments, index: int) -> Tensor:
     probs = softmax(logits, a.teacher_temperatures[index][:, None])
     if a.adjustments[index] != "smooth" or a.labels is None:
         return probs
-    label = a.labels.first.clamp_min(0)[:, None]
+    label = a.labels.first[:, None]
     wrong = (logits.gather(1, label) < logits.amax(1, keepdim=True)) & a.labels.first_valid[:, None]
     classes = logits.shape[1]
     smooth = torch.full_like(logits, a.smoothing / classes)
@@ -96,11 +96,19 @@ def teacher_probs(arguments: Arguments, index: int) -> Tensor:
 
 def cross_entropy(student_logits: Tensor, labels: HardLabels) -> Tensor:
     """Cross-entropy `(N,)` to hard or mixed labels; a label to be ignored adds nothing."""
-    log_probs = log_softmax(student_logits)
-    total = torch.zeros_like(log_probs[:, 0])
+    return picked_entropy(log_softmax(student_logits), labels)
+
+
+def picked_entropy(log_probs: Tensor, labels: HardLabels) -> Tensor:
+    """`cross_entropy` of the student's log-probabilities."""
+    total = None
     for label, valid, share in labels.parts():
-        picked = log_probs.gather(1, label.clamp_min(0)[:, None])[:, 0]
-        total = total - torch.where(valid & (share != 0), share * picked, 0)
+        picked = log_probs.gather(1, label[:, None])[:, 0]
+        if share is None:
+            return torch.where(valid, 0 - picked, 0)
+        part = torch.where(valid & (share != 0), share * picked, 0)
+        total = 0 - part if total is None else total - part
+    assert total is not None
     return total
 
 
