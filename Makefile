@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels data data/encodings data/sources data/store data/views models precompute distill
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/views models precompute distill
 
 .PHONY: help demo test test-slow lint bench clean
 

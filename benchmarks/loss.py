@@ -31,9 +31,10 @@ from _harness import alternate, arguments, report, row
 from torch import Tensor
 
 from coursepack.data.encodings import parse_encoding
-from coursepack.kernels import dispatch, native, soft_target_loss, soft_targets, teacher_stats
-from coursepack.kernels.request import check_request
-from coursepack.kernels.threads import run_kernel, usable_threads
+from coursepack.kernels import dispatch, soft_target_loss, soft_targets, teacher_stats
+from coursepack.kernels.cpu import native
+from coursepack.kernels.cpu.threads import run_kernel, usable_threads
+from coursepack.kernels.spec import check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,8 +94,8 @@ class Floor:
     """Reads every input and writes a gradient, in as many threads as torch has, launched as the kernel is."""
 
     def __init__(self) -> None:
-        from coursepack.kernels.jit_base import carray, compiled, njit, types
-        from coursepack.kernels.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
+        from coursepack.kernels.cpu.jit_base import carray, compiled, njit, types
+        from coursepack.kernels.cpu.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
 
         @njit(fastmath=SUMS)
         def copy(origin: int, out: int, count: int) -> None:

@@ -5,7 +5,7 @@ from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
-from coursepack.kernels.normalise import normalise as normalise
+from coursepack.kernels.pixels.normalize import normalize as normalize
 from coursepack.kernels.rows import BitRows as BitRows
 from coursepack.kernels.rows import DenseRows as DenseRows
 from coursepack.kernels.rows import Int8Rows as Int8Rows
@@ -26,7 +26,7 @@ __all__ = [
     "TopKRows",
     "decode",
     "describe",
-    "normalise",
+    "normalize",
     "soft_target_loss",
     "soft_targets",
     "teacher_stats",

@@ -23,7 +23,7 @@ from torch import Tensor
 from coursepack.kernels import divergences, reference
 
 if TYPE_CHECKING:
-    from coursepack.kernels.arguments import Arguments
+    from coursepack.kernels.values import Arguments
 
 Evaluated = tuple[Tensor, Tensor | None, Tensor | None]
 """Loss, and the gradients to the student's logits and to the weights."""

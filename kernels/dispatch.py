@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import native
+from coursepack.kernels.cpu import native
+from coursepack.kernels.cpu.threads import usable_threads
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
-from coursepack.kernels.threads import usable_threads
 
 if TYPE_CHECKING:
-    from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import Request
 
 KERNEL_DIVERGENCES = ("kl",)
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None

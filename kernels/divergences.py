@@ -24,7 +24,7 @@ from coursepack.kernels import reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coursepack.kernels.arguments import Arguments
+    from coursepack.kernels.values import Arguments
 
 Compared = tuple[Tensor, Tensor, Tensor]
 """D `(N,)`, dD/dx `(N, C)` and dD/dt `(N, C)`."""

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coursepack.kernels import analytic, dispatch, native, op
-from coursepack.kernels.arguments import full_weights, spell_out
-from coursepack.kernels.function import Evaluate, SoftTargetLoss
+from coursepack.kernels import analytic, compile_op, dispatch
+from coursepack.kernels.autograd import Evaluate, SoftTargetLoss
+from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import teacher_probs
-from coursepack.kernels.request import Teachers, check_request
+from coursepack.kernels.spec import Teachers, check_request
+from coursepack.kernels.values import full_weights, spell_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +104,7 @@ def soft_target_loss(
         wide = None if request.weights is None else request.weights.expand(request.rows, request.count)
         return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
     if path == dispatch.OP:
-        return op.call(student_logits, request)
+        return compile_op.call(student_logits, request)
     arguments = spell_out(request)
     wide = None if request.weights is None else full_weights(request)
     return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))

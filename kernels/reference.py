@@ -1,7 +1,7 @@
 """The plain definition of the fused loss: slow, short, differentiable by autograd.
 
 Everything in `coursepack.kernels` that computes this loss agrees with this module. It takes arguments that
-`coursepack.kernels.arguments` has checked and spelled out. Formulas: Hinton et al. 2015 (soft targets and
+`coursepack.kernels.values` has checked and spelled out. Formulas: Hinton et al. 2015 (soft targets and
 T²); Wen et al. 2019, arXiv 1911.07471, section 3 (knowledge adjustment: label smoothing and probability
 shift); Liu et al. 2020, arXiv 2103.04062 (the mixture of softened teachers with weights per sample).
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from coursepack.kernels.arguments import Arguments, HardLabels
+    from coursepack.kernels.values import Arguments, HardLabels
 
 
 def loss(student_logits: Tensor, weights: Tensor, arguments: Arguments) -> Tensor:

@@ -119,7 +119,7 @@ class Int8Rows:
         """The values, float32."""
         affine = self.affine.float()
         if is_eager_cpu(self.device):
-            from coursepack.kernels.jit_decode import int8_decode
+            from coursepack.kernels.cpu.jit_decode import int8_decode
 
             out, flat = _target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
             int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
@@ -184,7 +184,7 @@ class TopKRows:
         return out.copy_(fill.expand(self.shape)).scatter_(1, ids.clamp_(max=self.classes - 1), values)
 
     def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
-        from coursepack.kernels.jit_decode import topk_decode
+        from coursepack.kernels.cpu.jit_decode import topk_decode
 
         rows = len(self.ids)
         inverse = torch.ones(rows) if temperature is None else 1 / temperature.to(torch.float32)
@@ -256,7 +256,7 @@ class BitRows:
         """+1 where the value was positive, -1 elsewhere, float32."""
         count = math.prod(self.row_shape)
         if is_eager_cpu(self.device):
-            from coursepack.kernels.jit_decode import bit_decode
+            from coursepack.kernels.cpu.jit_decode import bit_decode
 
             out = _target(self, out)
             bit_decode(self.bits.numpy(), out.view(len(self.bits), count).numpy())

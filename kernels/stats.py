@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.kernels import dispatch, native
-from coursepack.kernels.arguments import BadRows, class_ids
+from coursepack.kernels import dispatch
+from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import log_softmax
-from coursepack.kernels.request import check_request, check_teachers
 from coursepack.kernels.rows import decode
+from coursepack.kernels.spec import check_request, check_teachers
+from coursepack.kernels.values import BadRows, class_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coursepack.kernels.request import Teachers
+    from coursepack.kernels.spec import Teachers
 
 
 @dataclass(frozen=True)

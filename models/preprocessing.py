@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config
 from coursepack.errors import RecipeError
-from coursepack.kernels import normalise
+from coursepack.kernels import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,7 @@ class Preprocessing(Config):
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
             grey = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             return ((grey - self.mean[0]) / self.std[0]).contiguous()
-        return normalise(pixels, *levels)
+        return normalize(pixels, *levels)
 
     def levels(self, given: int) -> tuple[list[int], Tensor] | None:
         """Which channel of the pixels each of the network's reads, and the value of each level there.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from reference.loss import soft_target_loss as expected_loss
 
-from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
+from coursepack.kernels import DenseRows, MixedLabels, compile_op, dispatch, soft_target_loss
 from coursepack.kernels import reference as plain
-from coursepack.kernels.arguments import full_weights, spell_out
-from coursepack.kernels.request import check_request
+from coursepack.kernels.spec import check_request
+from coursepack.kernels.values import full_weights, spell_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ def op_loss(student_logits, teachers, labels=None, **options):
     request = check_request(student_logits, teachers, labels, **options)
     if dispatch.choose(student_logits, request)[0] != dispatch.KERNEL:
         return soft_target_loss(student_logits, teachers, labels, **options)
-    return op.call(student_logits, request)
+    return compile_op.call(student_logits, request)
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {

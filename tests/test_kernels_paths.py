@@ -18,13 +18,13 @@ from coursepack.kernels import (
     DenseRows,
     Int8Rows,
     MixedLabels,
+    compile_op,
     describe,
     dispatch,
-    op,
     soft_target_loss,
     soft_targets,
 )
-from coursepack.kernels.request import check_request
+from coursepack.kernels.spec import check_request
 
 Z = torch.zeros(8, 10)
 T = torch.zeros(2, 8, 10)
@@ -230,14 +230,14 @@ def test_a_compiled_step_equals_an_eager_one(make):
 def test_the_operator_passes_opcheck(make, monkeypatch):
     case = make()
     seen = []
-    monkeypatch.setattr(op, "compute", lambda *args: seen.append(args) or (Z[:, 0], Z, Z))
+    monkeypatch.setattr(compile_op, "compute", lambda *args: seen.append(args) or (Z[:, 0], Z, Z))
     student = case.student.requires_grad_(True)
     options = dict(case.options)
     if "weights" in options:
         options["weights"] = options["weights"].clone().requires_grad_(True)
-    op.call(student, check_request(student, case.teachers, case.labels, **options))
+    compile_op.call(student, check_request(student, case.teachers, case.labels, **options))
     monkeypatch.undo()
-    torch.library.opcheck(op.compute, seen[0])
+    torch.library.opcheck(compile_op.compute, seen[0])
 
 
 IN_TORCH = {
@@ -349,7 +349,8 @@ def nowhere(self):
 caching._CacheLocator.ensure_cache_path = nowhere
 import test_kernels_loss as tests
 from contracts import make_case, assert_agrees
-from coursepack.kernels import jit_convert, soft_target_loss
+from coursepack.kernels import soft_target_loss
+from coursepack.kernels.cpu import jit_convert
 from test_kernels_convert import check_every_half
 check_every_half()
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -413,7 +414,7 @@ def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
 
 
 def test_compiled_code_is_told_by_all_the_sources():
-    from coursepack.kernels import jit_base, jit_loss, jit_mixture, jit_stats
+    from coursepack.kernels.cpu import jit_base, jit_loss, jit_mixture, jit_stats
 
     for module in (jit_loss, jit_mixture, jit_stats):
         (cell,) = module.run._pyfunc.__closure__

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coursepack.kernels.call import CALL, CALL_BYTES, TEACHER
-from coursepack.kernels.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
-from coursepack.kernels.jit_convert import LOT, fill, lots
-from coursepack.kernels.jit_loss import is_bad, label_at
-from coursepack.kernels.jit_math import (
+from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
+from coursepack.kernels.cpu.jit_loss import is_bad, label_at
+from coursepack.kernels.cpu.jit_math import (
     LOG2_E,
     address,
     load,
@@ -20,8 +19,9 @@ from coursepack.kernels.jit_math import (
     store_integer,
     take_ticket,
 )
-from coursepack.kernels.jit_softmax import dot, exponentials, moment
-from coursepack.kernels.jit_teacher import read_dense, read_row
+from coursepack.kernels.cpu.jit_softmax import dot, exponentials, moment
+from coursepack.kernels.cpu.jit_teacher import read_dense, read_row
+from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER
 
 NO_NORM = 1e-8
 """Norms are at least this in a cosine, as in `torch.cosine_similarity`."""

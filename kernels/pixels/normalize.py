@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def normalise(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
+def normalize(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
     """Images `(N, channels, H, W)` float32: each level looked up, channels first.
 
     Args:
@@ -25,7 +25,7 @@ def normalise(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
         The same on every device.
     """
     if pixels.device.type == "cpu":
-        from coursepack.kernels.jit_normalise import look_up
+        from coursepack.kernels.pixels.jit_normalize import look_up
 
         count, height, width, _ = pixels.shape
         out = torch.empty(count, len(channel), height, width)

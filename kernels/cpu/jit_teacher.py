@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
-from coursepack.kernels.jit_base import float32, float64, int64, njit
-from coursepack.kernels.jit_convert import (
+from coursepack.kernels.cpu.jit_base import float32, float64, int64, njit
+from coursepack.kernels.cpu.jit_convert import (
     LOT,
     fill,
     from_half,
@@ -20,8 +19,9 @@ from coursepack.kernels.jit_convert import (
     read_int8,
     write_float32,
 )
-from coursepack.kernels.jit_math import LOG2_E, exp2, fetch, load, load_bits, load_id, store
-from coursepack.kernels.jit_softmax import exponentials
+from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, fetch, load, load_bits, load_id, store
+from coursepack.kernels.cpu.jit_softmax import exponentials
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
 
 LARGEST = 1.0e30
 """What the inverse of a tiny temperature is held to, so that its products stay finite: the loss is T² D then,

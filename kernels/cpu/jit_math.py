@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llvmlite import ir
 
-from coursepack.kernels.jit_base import float32, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_base import float32, intrinsic, njit, types
 
 if TYPE_CHECKING:
     from collections.abc import Callable

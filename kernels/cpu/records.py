@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import call
+from coursepack.kernels.cpu import layout
 from coursepack.kernels.labels import MixedLabels
-from coursepack.kernels.request import ADJUSTMENTS, COMBINATIONS
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
 
 if TYPE_CHECKING:
-    from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import Request
 
 _ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
-KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
+KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
 
 
 def pack(
@@ -41,7 +41,7 @@ def pack(
         scratch: float32 to work in.
         scratch_stride: how much of it each worker has.
         chunk: rows that a thread takes at a time.
-        state: address of three int64 (`call`).
+        state: address of three int64 (`layout`).
 
     Returns:
         The bytes, and what must live as long as they are used: tensors that had to be copied.
@@ -50,7 +50,7 @@ def pack(
     temperature = _temperature(r.temperature)
     row_weight, where = column(r.row_weight), _where(temperature)
     records = [
-        call.pack_call(
+        layout.pack_call(
             r.rows,
             r.classes,
             r.count,
@@ -83,7 +83,7 @@ def pack(
             own = _temperature(r.teacher_temperatures[k])
             where = _where(own)
             held.append(own)
-        records.append(call.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[r.adjustments[k]]))
+        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[r.adjustments[k]]))
     held.append(parts)
     return b"".join(records), held
 
@@ -153,13 +153,13 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
     """The tensors of a teacher, and its fields."""
     if isinstance(teacher, Int8Rows):
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
-        fields = (call.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
         return [q, affine], fields
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
         tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
         return [ids, values, tail], (
-            call.TOPK,
+            layout.TOPK,
             values.data_ptr(),
             kept,
             0,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels.request import MAX_TEMPERATURE, check_ids
 from coursepack.kernels.rows import decode, is_eager_cpu
+from coursepack.kernels.spec import MAX_TEMPERATURE, check_ids
 
 if TYPE_CHECKING:
     from coursepack.kernels.labels import MixedLabels
-    from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import Request
 
 
 LabelPart = tuple[Tensor, Tensor, Tensor | None]

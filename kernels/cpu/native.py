@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels.arguments import full_weights, spell_out
-from coursepack.kernels.records import KINDS as KINDS
-from coursepack.kernels.records import pack, plain, row_major
+from coursepack.kernels.cpu.records import KINDS as KINDS
+from coursepack.kernels.cpu.records import pack, plain, row_major
+from coursepack.kernels.cpu.threads import run_kernel, usable_threads
 from coursepack.kernels.rows import TopKRows
-from coursepack.kernels.threads import run_kernel, usable_threads
+from coursepack.kernels.values import full_weights, spell_out
 
 if TYPE_CHECKING:
-    from coursepack.kernels.request import Request
+    from coursepack.kernels.spec import Request
 
 PARALLEL_FROM = 40_000
 """Exponentials from which on more threads pay for their waking."""
@@ -124,7 +124,7 @@ def _launch(
 @functools.cache
 def _compiled(module: str) -> int:
     """The address of what a module compiles at its first import."""
-    return int(importlib.import_module(f"coursepack.kernels.{module}").run.address)
+    return int(importlib.import_module(f"coursepack.kernels.cpu.{module}").run.address)
 
 
 def _scratch(size: int) -> Tensor:

@@ -5,8 +5,8 @@ and adjusted probabilities, their mixture, the divergence and both gradients. On
 thread are ever held, whatever N and K. Formulas are those of `coursepack.kernels.analytic`.
 
 Rows are independent and each is summed in a fixed order, so results do not depend on threads. Addresses
-come from `coursepack.kernels.native`, which has checked every shape; values that could lead outside or have
-no meaning (labels, ids, temperatures, weights) are checked here, and the first bad row is reported.
+come from `coursepack.kernels.cpu.native`, which has checked every shape; values that could lead outside or
+have no meaning (labels, ids, temperatures, weights) are checked here, and the first bad row is reported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coursepack.kernels.call import CALL, CALL_BYTES, FLOAT16, FLOAT32, TEACHER, TOPK
-from coursepack.kernels.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
-from coursepack.kernels.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
-from coursepack.kernels.jit_math import (
+from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
+from coursepack.kernels.cpu.jit_math import (
     LOG2_E,
     address,
     load,
@@ -28,8 +27,8 @@ from coursepack.kernels.jit_math import (
     store_integer,
     take_ticket,
 )
-from coursepack.kernels.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
-from coursepack.kernels.jit_teacher import (
+from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
+from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
     fetch_row,
     ids_are_classes,
@@ -37,6 +36,7 @@ from coursepack.kernels.jit_teacher import (
     read_dense,
     teacher_exponentials,
 )
+from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, FLOAT16, FLOAT32, TEACHER, TOPK
 
 MAX_TEMPERATURE = 100.0
 

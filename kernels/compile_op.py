@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coursepack.kernels import native
+from coursepack.kernels.cpu import native
 from coursepack.kernels.labels import MixedLabels
-from coursepack.kernels.request import Request
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.spec import Request
 
 if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from coursepack.kernels.jit_base import float32, intrinsic, njit, types
-from coursepack.kernels.jit_math import (
+from coursepack.kernels.cpu.jit_base import float32, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_math import (
     NO_SIGNED,
     NO_UNSIGNED,
     SUMS,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from coursepack.kernels.call import CALL, CALL_BYTES, TEACHER
-from coursepack.kernels.jit_base import SOURCES, carray, compiled, float32, njit, types
-from coursepack.kernels.jit_convert import LOT, fill, lots, write_float32
-from coursepack.kernels.jit_loss import is_bad, label_at, temperature_at, weight_at
-from coursepack.kernels.jit_math import address, load_integer, pointer, store_integer, take_ticket
-from coursepack.kernels.jit_softmax import add_scaled
-from coursepack.kernels.jit_teacher import teacher_exponentials
+from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, njit, types
+from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_float32
+from coursepack.kernels.cpu.jit_loss import is_bad, label_at, temperature_at, weight_at
+from coursepack.kernels.cpu.jit_math import address, load_integer, pointer, store_integer, take_ticket
+from coursepack.kernels.cpu.jit_softmax import add_scaled
+from coursepack.kernels.cpu.jit_teacher import teacher_exponentials
+from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER
 
 
 @njit(inline="always")

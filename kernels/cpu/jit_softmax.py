@@ -7,9 +7,9 @@ is not vectorised.
 
 from __future__ import annotations
 
-from coursepack.kernels.jit_base import float32, njit
-from coursepack.kernels.jit_convert import lots
-from coursepack.kernels.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
+from coursepack.kernels.cpu.jit_base import float32, njit
+from coursepack.kernels.cpu.jit_convert import lots
+from coursepack.kernels.cpu.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
 
 BLOCK = 1024
 """So many terms are added up in float32, and these sums in float64."""
