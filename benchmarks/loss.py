@@ -34,7 +34,7 @@ from coursepack.data.encodings import parse_encoding
 from coursepack.kernels import dispatch, soft_target_loss, soft_targets, teacher_stats
 from coursepack.kernels.cpu import native
 from coursepack.kernels.cpu.threads import run_kernel, usable_threads
-from coursepack.kernels.spec import check_request
+from coursepack.kernels.spec import LossSpec, check_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,13 +81,13 @@ class Kernel:
     """The kernel alone: without checks and autograd."""
 
     def __init__(self) -> None:
-        self._requests: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}
 
     def __call__(self, student: Tensor, teachers: Tensor) -> None:
-        if teachers.data_ptr() not in self._requests:
-            request = check_request(student, teachers, None, temperature=TEMPERATURE)
-            self._requests[teachers.data_ptr()] = request
-        native.evaluate(student, None, self._requests[teachers.data_ptr()], True, False)
+        if teachers.data_ptr() not in self._calls:
+            call = check_call(student, teachers, None, LossSpec(temperature=TEMPERATURE))
+            self._calls[teachers.data_ptr()] = call
+        native.evaluate(self._calls[teachers.data_ptr()], student, None, True, False)
 
 
 class Floor:

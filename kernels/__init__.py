@@ -6,6 +6,7 @@ from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
 from coursepack.kernels.pixels.normalize import normalize as normalize
+from coursepack.kernels.reference import shift_logits as shift_logits
 from coursepack.kernels.rows import BitRows as BitRows
 from coursepack.kernels.rows import DenseRows as DenseRows
 from coursepack.kernels.rows import Int8Rows as Int8Rows
@@ -27,6 +28,7 @@ __all__ = [
     "decode",
     "describe",
     "normalize",
+    "shift_logits",
     "soft_target_loss",
     "soft_targets",
     "teacher_stats",

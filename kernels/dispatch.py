@@ -16,9 +16,8 @@ from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
 
 if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
-    from coursepack.kernels.spec import Request
+    from coursepack.kernels.spec import LossCall
 
-KERNEL_DIVERGENCES = ("kl",)
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
 ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
 
@@ -56,15 +55,15 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     return isinstance(teacher, (DenseRows, Int8Rows))
 
 
-Rule = tuple[str, str, Callable[[Tensor, "Request"], bool]]
+Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]
 """The path, its reason, and whether it is taken."""
 
 # The first that is taken counts.
 RULES: tuple[Rule, ...] = (
-    (ANALYTIC, "not on the CPU", lambda _, r: r.device.type != "cpu"),
-    (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
-    (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
-    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
+    (ANALYTIC, "not on the CPU", lambda _, call: call.device.type != "cpu"),
+    (ANALYTIC, "computes in float64", lambda _, call: call.dtype == torch.float64),
+    (ANALYTIC, "no kernel for this divergence", lambda _, call: call.spec.divergence != "kl"),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.given)),
     (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
     (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
@@ -72,12 +71,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def reads_teachers(request: Request) -> bool:
+def reads_teachers(call: LossCall) -> bool:
     """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
-    r = request
-    on_cpu = is_eager_cpu(r.device) and r.dtype == torch.float32
-    wants_gradient = torch.is_grad_enabled() and r.weights is not None and r.weights.requires_grad
-    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
+    on_cpu = is_eager_cpu(call.device) and call.dtype == torch.float32
+    wants_gradient = torch.is_grad_enabled() and call.weights is not None and call.weights.requires_grad
+    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(call.given)
 
 
 def reads_student(student_logits: Tensor | None) -> bool:
@@ -89,14 +87,14 @@ def reads_student(student_logits: Tensor | None) -> bool:
     )
 
 
-def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
+def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
     """The path for a request, and the reason."""
-    return next((path, reason) for path, reason, taken in RULES if taken(student_logits, request))
+    return next((path, reason) for path, reason, taken in RULES if taken(student_logits, call))
 
 
-def describe_request(student_logits: Tensor, request: Request) -> Choice:
+def describe_call(student_logits: Tensor, call: LossCall) -> Choice:
     """The path and the threads for a request."""
-    path, reason = choose(student_logits, request)
+    path, reason = choose(student_logits, call)
     if path != KERNEL:
         return Choice(path, reason, None, "")
-    return Choice(path, reason, *usable_threads(native.work_of(request), native.PARALLEL_FROM))
+    return Choice(path, reason, *usable_threads(native.work_of(call), native.PARALLEL_FROM))

@@ -24,24 +24,24 @@ from coursepack.kernels import reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coursepack.kernels.values import Arguments
+    from coursepack.kernels.values import LossValues
 
 Compared = tuple[Tensor, Tensor, Tensor]
 """D `(N,)`, dD/dx `(N, C)` and dD/dt `(N, C)`."""
 
 
 def soft(
-    logits: Tensor, weights: Tensor, a: Arguments, wants_weights: bool
+    logits: Tensor, weights: Tensor, values: LossValues, wants_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`soft_weight T² D` per row `(N,)`, its gradient to the logits `(N, C)` and to the weights `(N, K)`."""
-    compare = COMPARISONS[a.divergence]
-    scaled = logits / a.temperature[:, None]
-    weights = weights.to(a.dtype)
+    compare = COMPARISONS[values.spec.divergence]
+    scaled = logits / values.temperature[:, None]
+    weights = weights.to(values.dtype)
     columns: list[Tensor] = []
-    if a.combine == "mixture":
+    if values.spec.combine == "mixture":
         mixture, targets = torch.zeros_like(scaled), []
-        for k in range(len(a.teachers)):
-            each = reference.target(a, k)
+        for k in range(len(values.teachers)):
+            each = reference.target(values, k)
             mixture.addcmul_(each, weights[:, k, None])
             targets += [each] if wants_weights else []
         divergence, slope, target_slope = compare(scaled, mixture)
@@ -49,13 +49,13 @@ def soft(
             columns = [torch.where(each == 0, each, each * target_slope).sum(1) for each in targets]
     else:
         divergence, slope = torch.zeros_like(scaled[:, 0]), torch.zeros_like(scaled)
-        for k in range(len(a.teachers)):
-            one, its_slope, _ = compare(scaled, reference.target(a, k))
+        for k in range(len(values.teachers)):
+            one, its_slope, _ = compare(scaled, reference.target(values, k))
             divergence = divergence + weights[:, k] * one
             slope.addcmul_(its_slope, weights[:, k, None])
             columns.append(one)
-    factor = a.soft_weight * a.temperature
-    squared = factor * a.temperature
+    factor = values.spec.soft_weight * values.temperature
+    squared = factor * values.temperature
     grad_weights = squared[:, None] * torch.stack(columns, dim=1) if wants_weights else None
     return squared * divergence, slope.mul_(factor[:, None]), grad_weights
 

@@ -11,8 +11,8 @@ from coursepack.kernels import analytic, compile_op, dispatch
 from coursepack.kernels.autograd import Evaluate, SoftTargetLoss
 from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import teacher_probs
-from coursepack.kernels.spec import Teachers, check_request
-from coursepack.kernels.values import full_weights, spell_out
+from coursepack.kernels.spec import LossSpec, Teachers, check_call
+from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,10 +83,7 @@ def soft_target_loss(
     >>> float(soft_target_loss(z, z[None], temperature=4.0))
     0.0
     """
-    request = check_request(
-        student_logits,
-        teachers,
-        labels,
+    spec = LossSpec(
         weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -99,15 +96,15 @@ def soft_target_loss(
         row_weight=row_weight,
         ignore_index=ignore_index,
     )
-    path, _ = dispatch.choose(student_logits, request)
+    call = check_call(student_logits, teachers, labels, spec)
+    path, _ = dispatch.choose(student_logits, call)
     if path == dispatch.KERNEL:
-        wide = None if request.weights is None else request.weights.expand(request.rows, request.count)
-        return _apply(student_logits, wide, lambda z, w, *wants: native.evaluate(z, w, request, *wants))
+        return _apply(student_logits, call.wide_weights, lambda *asked: native.evaluate(call, *asked))
     if path == dispatch.OP:
-        return compile_op.call(student_logits, request)
-    arguments = spell_out(request)
-    wide = None if request.weights is None else full_weights(request)
-    return _apply(student_logits, wide, lambda z, w, *wants: analytic.evaluate(z, w, arguments, *wants))
+        return compile_op.call_op(student_logits, call)
+    values = check_values(call)
+    weights = None if call.weights is None else full_weights(call)
+    return _apply(student_logits, weights, lambda *asked: analytic.evaluate(values, *asked))
 
 
 def describe(
@@ -121,9 +118,8 @@ def describe(
     >>> print(describe(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(1, 2, 3)))
     analytic: computes in float64
     """
-    return dispatch.describe_request(
-        student_logits, check_request(student_logits, teachers, labels, **options)
-    )
+    call = check_call(student_logits, teachers, labels, LossSpec(**options))
+    return dispatch.describe_call(student_logits, call)
 
 
 def _apply(student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:
@@ -146,24 +142,21 @@ def soft_targets(
 
     Arguments and errors are those of `soft_target_loss`. Differentiable in `weights`.
     """
-    request = check_request(
-        None,
-        teachers,
-        labels,
+    spec = LossSpec(
         weights=weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         adjustment=adjustment,
         smoothing=smoothing,
         ignore_index=ignore_index,
-        dtype=torch.float64 if isinstance(teachers, Tensor) and teachers.dtype == torch.float64 else None,
     )
-    if dispatch.reads_teachers(request):
-        given = request.weights
-        return native.mixture(None if given is None else given.expand(request.rows, request.count), request)
-    arguments = spell_out(request)
-    wide = full_weights(request).to(arguments.dtype)
-    mixture = wide[:, :1] * teacher_probs(arguments, 0)
-    for k in range(1, len(arguments.teachers)):
-        mixture = mixture + wide[:, k, None] * teacher_probs(arguments, k)
+    double = isinstance(teachers, Tensor) and teachers.dtype == torch.float64
+    call = check_call(None, teachers, labels, spec, torch.float64 if double else torch.float32)
+    if dispatch.reads_teachers(call):
+        return native.mixture(call)
+    values = check_values(call)
+    wide = full_weights(call).to(call.dtype)
+    mixture = wide[:, :1] * teacher_probs(values, 0)
+    for k in range(1, call.teacher_count):
+        mixture = mixture + wide[:, k, None] * teacher_probs(values, k)
     return mixture

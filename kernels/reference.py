@@ -14,32 +14,31 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from coursepack.kernels.values import Arguments, HardLabels
+    from coursepack.kernels.values import HardLabels, LossValues
 
 
-def loss(student_logits: Tensor, weights: Tensor, arguments: Arguments) -> Tensor:
+def loss(student_logits: Tensor, weights: Tensor, values: LossValues) -> Tensor:
     """Loss per row `(N,)` in nats; differentiable in `student_logits (N, C)` and `weights (N, K)`."""
-    a = arguments
-    student_logits = student_logits.to(a.dtype)
-    made = [target(a, k) for k in range(len(a.teachers))]
+    student_logits = student_logits.to(values.dtype)
+    made = [target(values, k) for k in range(len(values.teachers))]
     probs = torch.stack(made, dim=1)
-    if a.row_weight is not None:
-        unread = a.row_weight == 0
+    if values.row_weight is not None:
+        unread = values.row_weight == 0
         student_logits = student_logits.masked_fill(unread[:, None], 0)
         probs = probs.masked_fill(unread[:, None, None], 0)
-    weights = weights.to(a.dtype)
-    scaled = student_logits / a.temperature[:, None]
-    if a.combine == "mixture":
-        divergence = compare(a.divergence, scaled, (weights[:, :, None] * probs).sum(1))
+    weights = weights.to(values.dtype)
+    scaled = student_logits / values.temperature[:, None]
+    if values.spec.combine == "mixture":
+        divergence = compare(values.spec.divergence, scaled, (weights[:, :, None] * probs).sum(1))
     else:
-        divergence = (weights * compare(a.divergence, scaled[:, None], probs)).sum(1)
-    total = a.soft_weight * a.temperature**2 * divergence
-    if a.hard_weight != 0 and a.labels is not None:
-        total = total + a.hard_weight * cross_entropy(student_logits, a.labels)
-    if a.bad_rows is not None:
-        total = total * torch.where(a.bad_rows, float("nan"), 1.0)
-    if a.row_weight is not None:
-        total = torch.where(a.row_weight == 0, 0, a.row_weight * total)
+        divergence = (weights * compare(values.spec.divergence, scaled[:, None], probs)).sum(1)
+    total = values.spec.soft_weight * values.temperature**2 * divergence
+    if values.spec.hard_weight != 0 and values.labels is not None:
+        total = total + values.spec.hard_weight * cross_entropy(student_logits, values.labels)
+    if values.bad_rows is not None:
+        total = total * torch.where(values.bad_rows, float("nan"), 1.0)
+    if values.row_weight is not None:
+        total = torch.where(values.row_weight == 0, 0, values.row_weight * total)
     return total
 
 
@@ -58,39 +57,53 @@ def compare(divergence: str, scaled: Tensor, target: Tensor) -> Tensor:
     return (_times_log_ratio(target, log_m) + _times_log_ratio(q, log_m)).sum(-1) / 2
 
 
-def adjusted_logits(arguments: Arguments, index: int) -> Tensor:
+def adjusted_logits(values: LossValues, index: int) -> Tensor:
     """Logits `(N, C)` of one teacher, those of a wrong one swapped where that is asked for."""
-    a = arguments
-    logits = a.teacher_logits(index)
-    if a.adjustments[index] != "shift" or a.labels is None:
+    logits = values.teacher_logits(index)
+    if values.adjustments[index] != "shift" or values.labels is None:
         return logits
-    label = a.labels.first[:, None]
-    top = logits.argmax(1, keepdim=True)
+    return _shifted(logits, values.labels.first, values.labels.first_valid)
+
+
+def shift_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Swap the logits of the label and of the top class in every row where the label is not on top.
+
+    KA-PS on logits instead of probabilities (Wen et al. 2019, arXiv 1911.07471, section 3.1), which gives the
+    same probabilities at every temperature. Ties of the top go to the lowest class.
+
+    Args:
+        logits: `(N, C)`.
+        labels: class ids `(N,)` int64; a row with a negative one stays as it is.
+    """
+    return _shifted(logits, labels.clamp_min(0), labels >= 0)
+
+
+def _shifted(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    label, top = labels[:, None], logits.argmax(1, keepdim=True)
     at_label, at_top = logits.gather(1, label), logits.gather(1, top)
-    shifted = logits.scatter(1, label, at_top).scatter(1, top, at_label)
-    wrong = (at_label < logits.amax(1, keepdim=True)) & a.labels.first_valid[:, None]
-    return torch.where(wrong, shifted, logits)
+    swapped = logits.scatter(1, label, at_top).scatter(1, top, at_label)
+    wrong = (at_label < logits.amax(1, keepdim=True)) & valid[:, None]
+    return torch.where(wrong, swapped, logits)
 
 
-def target(arguments: Arguments, index: int) -> Tensor:
+def target(values: LossValues, index: int) -> Tensor:
     """What the student is compared with for one teacher, `(N, C)`: probabilities; for "mse" logits over T."""
-    if arguments.divergence == "mse":
-        return adjusted_logits(arguments, index) / arguments.teacher_temperatures[index][:, None]
-    return teacher_probs(arguments, index)
+    if values.spec.divergence == "mse":
+        return adjusted_logits(values, index) / values.teacher_temperatures[index][:, None]
+    return teacher_probs(values, index)
 
 
-def teacher_probs(arguments: Arguments, index: int) -> Tensor:
+def teacher_probs(values: LossValues, index: int) -> Tensor:
     """Softened and adjusted probabilities `(N, C)` of one teacher."""
-    a = arguments
-    logits = adjusted_logits(a, index)
-    probs = softmax(logits, a.teacher_temperatures[index][:, None])
-    if a.adjustments[index] != "smooth" or a.labels is None:
+    logits = adjusted_logits(values, index)
+    probs = softmax(logits, values.teacher_temperatures[index][:, None])
+    if values.adjustments[index] != "smooth" or values.labels is None:
         return probs
-    label = a.labels.first[:, None]
-    wrong = (logits.gather(1, label) < logits.amax(1, keepdim=True)) & a.labels.first_valid[:, None]
+    label = values.labels.first[:, None]
+    wrong = (logits.gather(1, label) < logits.amax(1, keepdim=True)) & values.labels.first_valid[:, None]
     classes = logits.shape[1]
-    smooth = torch.full_like(logits, a.smoothing / classes)
-    smooth.scatter_add_(1, label, torch.full_like(label, 1, dtype=a.dtype) * (1 - a.smoothing))
+    smooth = torch.full_like(logits, values.spec.smoothing / classes)
+    smooth.scatter_add_(1, label, torch.full_like(label, 1, dtype=values.dtype) * (1 - values.spec.smoothing))
     return torch.where(wrong, smooth, probs)
 
 

@@ -11,7 +11,7 @@ from coursepack.kernels import dispatch
 from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import log_softmax
 from coursepack.kernels.rows import decode
-from coursepack.kernels.spec import check_request, check_teachers
+from coursepack.kernels.spec import LossSpec, check_call, check_teachers
 from coursepack.kernels.values import BadRows, class_ids
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def teacher_stats(
         TypeError: labels that are not int64.
     """
     listed = check_teachers(teachers, None if student_logits is None else student_logits.shape)
-    request = check_request(None, teachers, labels, ignore_index=ignore_index)
-    if dispatch.reads_teachers(request) and dispatch.reads_student(student_logits):
-        numbers, tops, correct = native.facts(student_logits, request)
+    call = check_call(None, teachers, labels, LossSpec(ignore_index=ignore_index))
+    if dispatch.reads_teachers(call) and dispatch.reads_student(student_logits):
+        numbers, tops, correct = native.facts(student_logits, call)
         return TeacherStats(
             argmax=tops,
             entropy=numbers[0],
@@ -70,12 +70,10 @@ def teacher_stats(
             cross_entropy=None if labels is None else numbers[2],
             cosine=None if student_logits is None else numbers[3],
         )
-    rows, classes = listed[0].shape
     checked = None
     if labels is not None:
-        bad = BadRows(rows, labels.device)
-        ids, valid = class_ids("labels", labels, rows, classes, listed[0].device, ignore_index, bad)
-        checked = (ids, valid, bad.mask)
+        bad = BadRows(call.rows, labels.device)
+        checked = (*class_ids("labels", labels, call, bad), bad)
     each = [_one_teacher(decode(t).detach(), checked, student_logits) for t in listed]
     return TeacherStats(
         argmax=torch.stack([stats.argmax for stats in each]),
@@ -93,13 +91,13 @@ def _stack(columns: list[Tensor | None]) -> Tensor | None:
 
 
 def _one_teacher(
-    logits: Tensor, labels: tuple[Tensor, Tensor, Tensor | None] | None, student_logits: Tensor | None
+    logits: Tensor, labels: tuple[Tensor, Tensor, BadRows] | None, student_logits: Tensor | None
 ) -> TeacherStats:
     """The facts of one teacher, each `(N,)`."""
     log_probs = log_softmax(logits)
     correct = cross_entropy = cosine = None
     if labels is not None:
-        ids, valid, bad_rows = labels
+        ids, valid, bad_rows = labels[0], labels[1], labels[2].mask
         valid = valid if bad_rows is None else valid & ~bad_rows
         correct = valid & (logits.gather(1, ids[:, None])[:, 0] >= logits.amax(1))
         cross_entropy = torch.where(valid, -log_probs.gather(1, ids[:, None])[:, 0], 0)

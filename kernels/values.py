@@ -1,4 +1,4 @@
-"""A request for the fused loss, its values checked and everything spelled out for paths in torch.
+"""Values of a call of the fused loss, checked and expanded to rows for the paths in torch.
 
 Values (labels, temperatures, weights) are checked on the CPU. On a CUDA device that would wait for the
 device, and under `torch.compile` break the graph, so there indices are clamped and a row with a bad value
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels.rows import decode, is_eager_cpu
-from coursepack.kernels.spec import MAX_TEMPERATURE, check_ids
+from coursepack.kernels.spec import MAX_TEMPERATURE
 
 if TYPE_CHECKING:
     from coursepack.kernels.labels import MixedLabels
     from coursepack.kernels.rows import Rows
-    from coursepack.kernels.spec import Request
+    from coursepack.kernels.spec import LossCall, LossSpec
 
 
 LabelPart = tuple[Tensor, Tensor, Tensor | None]
@@ -51,26 +51,24 @@ class HardLabels:
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Everything of one call but the tensors that receive gradients."""
+class LossValues:
+    """One call of the loss with its values checked and expanded to rows, without what receives gradients."""
 
+    spec: LossSpec
     teachers: list[Tensor | Rows]
+    adjustments: tuple[str, ...]
+    """One per teacher."""
     labels: HardLabels | None
     temperature: Tensor
     """`(N,)`, of the student."""
     teacher_temperatures: list[Tensor]
     """K times `(N,)`."""
-    adjustments: tuple[str, ...]
-    smoothing: float
-    divergence: str
-    combine: str
-    soft_weight: float
-    hard_weight: float
     row_weight: Tensor | None
+    """`(N,)` in the computing dtype."""
     bad_rows: Tensor | None
     """`(N,)` bool: rows that turn to NaN (CUDA and `torch.compile` only)."""
     dtype: torch.dtype
-    """float32, or float64 for a float64 student."""
+    """Computing dtype: float32, or float64 for a float64 student."""
 
     def teacher_logits(self, index: int) -> Tensor:
         """Decoded logits `(N, C)` of one teacher in the computing dtype, without gradient."""
@@ -80,57 +78,51 @@ class Arguments:
         return decode(teacher, self.teacher_temperatures[index]).detach().to(self.dtype)
 
 
-def spell_out(request: Request) -> Arguments:
-    """Check the values of a request and expand them.
+def check_values(call: LossCall) -> LossValues:
+    """Check the values of a call and expand them.
 
     Raises:
         ValueError: a label, temperature or weight that is not allowed (on the CPU); the text names it.
     """
-    r = request
-    teachers = r.teachers
-    bad = BadRows(r.rows, r.device)
-    temperature = _temperature("temperature", r.temperature, r, bad)
-    if r.teacher_temperatures is None:
-        teacher_temperatures = [temperature] * len(teachers)
+    bad = BadRows(call.rows, call.device)
+    temperature = _temperature("temperature", call.spec.temperature, call, bad)
+    if call.teacher_temperatures is None:
+        teacher_temperatures = [temperature] * call.teacher_count
     else:
         teacher_temperatures = [
-            _temperature(f"teacher_temperature[{k}]", each, r, bad)
-            for k, each in enumerate(r.teacher_temperatures)
+            _temperature(f"teacher_temperature[{k}]", each, call, bad)
+            for k, each in enumerate(call.teacher_temperatures)
         ]
-    return Arguments(
-        teachers=teachers,
-        labels=_hard_labels(r.labels, r, bad),
+    return LossValues(
+        spec=call.spec,
+        teachers=call.teachers,
+        adjustments=call.adjustments,
+        labels=_hard_labels(call.labels, call, bad),
         temperature=temperature,
         teacher_temperatures=teacher_temperatures,
-        adjustments=r.adjustments,
-        smoothing=r.smoothing,
-        divergence=r.divergence,
-        combine=r.combine,
-        soft_weight=r.soft_weight,
-        hard_weight=r.hard_weight,
-        row_weight=_row_weight(r.row_weight, r, bad),
+        row_weight=_row_weight(call.spec.row_weight, call, bad),
         bad_rows=bad.mask,
-        dtype=r.dtype,
+        dtype=call.dtype,
     )
 
 
-def full_weights(request: Request) -> Tensor:
+def full_weights(call: LossCall) -> Tensor:
     """Teacher weights as `(N, K)`, keeping their gradient; 1/K where none were given.
 
     Raises:
         ValueError: a negative or NaN weight (on the CPU).
     """
-    weights, count, device = request.weights, request.count, request.device
+    weights, count, device = call.weights, call.teacher_count, call.device
     if weights is None:
         # float64, so that K times 1/K is one and the divergence of equals is zero at any temperature.
         weights = torch.full((1, 1), 1 / count, dtype=torch.float64, device=device)
-        return weights.expand(request.rows, count)
+        return weights.expand(call.rows, count)
     wrong = ~(weights.detach() >= 0)
     if not is_eager_cpu(device):
         weights = weights.masked_fill(wrong, float("nan"))
     elif bool(wrong.any()):
         raise ValueError(f"weights holds {weights.detach()[wrong][0].item():g}, expected no negative weight")
-    return weights.expand(request.rows, count)
+    return weights.expand(call.rows, count)
 
 
 class BadRows:
@@ -152,52 +144,38 @@ class BadRows:
             self.mask = bad.expand(self.rows) if self.mask is None else self.mask | bad
 
 
-def _temperature(name: str, value: float | Tensor, request: Request, bad: BadRows) -> Tensor:
+def _temperature(name: str, value: float | Tensor, call: LossCall, bad: BadRows) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.full((1,), value, dtype=request.dtype, device=request.device).expand(request.rows)
-    value = value.to(request.dtype)
+        return torch.full((1,), value, dtype=call.dtype, device=call.device).expand(call.rows)
+    value = value.to(call.dtype)
     wrong = ~((value > 0) & (value <= MAX_TEMPERATURE))
     bad.report(name, value, wrong, f"0 < T <= {MAX_TEMPERATURE:g}")
-    return value.expand(request.rows)
+    return value.expand(call.rows)
 
 
-def _hard_labels(labels: Tensor | MixedLabels | None, request: Request, bad: BadRows) -> HardLabels | None:
+def _hard_labels(labels: Tensor | MixedLabels | None, call: LossCall, bad: BadRows) -> HardLabels | None:
     if labels is None:
         return None
-    r = request
     if isinstance(labels, Tensor):
-        ids, valid = class_ids("labels", labels, r.rows, r.classes, r.device, r.ignore_index, bad)
-        return HardLabels(ids, valid, r.dtype)
-    first, first_valid = class_ids(
-        "labels.first", labels.first, r.rows, r.classes, r.device, r.ignore_index, bad
-    )
-    second, second_valid = class_ids(
-        "labels.second", labels.second, r.rows, r.classes, r.device, r.ignore_index, bad
-    )
-    lam = labels.lam.detach().to(r.dtype)
+        return HardLabels(*class_ids("labels", labels, call, bad), call.dtype)
+    first, first_valid = class_ids("labels.first", labels.first, call, bad)
+    second, second_valid = class_ids("labels.second", labels.second, call, bad)
+    lam = labels.lam.detach().to(call.dtype)
     bad.report("labels.lam", lam, ~((lam >= 0) & (lam <= 1)), "0 to 1")
-    return HardLabels(first, first_valid, r.dtype, lam, second, second_valid)
+    return HardLabels(first, first_valid, call.dtype, lam, second, second_valid)
 
 
-def class_ids(
-    name: str,
-    ids: Tensor,
-    rows: int,
-    classes: int,
-    device: torch.device,
-    ignore_index: int,
-    bad: BadRows,
-) -> tuple[Tensor, Tensor]:
-    """Checked class ids `(N,)`, safe to index with, and which of them count."""
-    check_ids(name, ids, rows, device)
+def class_ids(name: str, ids: Tensor, call: LossCall, bad: BadRows) -> tuple[Tensor, Tensor]:
+    """Checked class ids `(N,)`, safe to index with, and a mask of those that count."""
+    classes, ignore_index = call.classes, call.spec.ignore_index
     valid = ids != ignore_index
     wrong = valid & ((ids < 0) | (ids >= classes))
     bad.report(name, ids, wrong, f"a class id in 0..{classes - 1} or ignore_index ({ignore_index})")
     return ids.clamp(0, classes - 1), valid
 
 
-def _row_weight(row_weight: Tensor | None, request: Request, bad: BadRows) -> Tensor | None:
+def _row_weight(row_weight: Tensor | None, call: LossCall, bad: BadRows) -> Tensor | None:
     if row_weight is None:
         return None
     bad.report("row_weight", row_weight, row_weight.isnan(), "a number")
-    return row_weight.to(request.dtype)
+    return row_weight.to(call.dtype)

@@ -18,9 +18,9 @@ from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.targets import Targets
-from coursepack.distill.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.distill.temperature import fused_logits, sample_temperatures
 from coursepack.errors import RecipeError
-from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
+from coursepack.kernels import MixedLabels, shift_logits, soft_target_loss, teacher_stats
 
 N, C, K, D = 8, 5, 3, 4
 GOLDEN_STUDENT = torch.tensor([[2, 0.5, -1], [0.1, 0.2, 0]])
@@ -173,7 +173,7 @@ def test_dynamic_temperature_without_slope_is_kd(batch):
 
 def test_shift_of_logits_is_shift_of_probs(batch):
     student, labels, targets = tensors(batch)
-    moved = [shifted(logits, labels) for logits in targets.logits]
+    moved = [shift_logits(logits, labels) for logits in targets.logits]
     for temperature in (1.0, 4.0, 20.0):
         for combine in ("mixture", "sum"):
             fields = {"temperature": temperature, "combine": combine}

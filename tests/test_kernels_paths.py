@@ -24,7 +24,7 @@ from coursepack.kernels import (
     soft_target_loss,
     soft_targets,
 )
-from coursepack.kernels.spec import check_request
+from coursepack.kernels.spec import LossSpec, check_call
 
 Z = torch.zeros(8, 10)
 T = torch.zeros(2, 8, 10)
@@ -194,6 +194,9 @@ COMPILED = {
     "one weight each": lambda: make_case(
         3, 40, 2, 6, torch.float32, weights=torch.rand(2), teacher_temperature=[1.0, 3.0]
     ),
+    "temperatures of both kinds": lambda: make_case(
+        3, 40, 2, 6, torch.float32, temperature=torch.full((6,), 3.0), teacher_temperature=[1.0, 3.0]
+    ),
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
     "encoded": lambda: dataclasses.replace(
@@ -235,7 +238,7 @@ def test_the_operator_passes_opcheck(make, monkeypatch):
     options = dict(case.options)
     if "weights" in options:
         options["weights"] = options["weights"].clone().requires_grad_(True)
-    compile_op.call(student, check_request(student, case.teachers, case.labels, **options))
+    compile_op.call_op(student, check_call(student, case.teachers, case.labels, LossSpec(**options)))
     monkeypatch.undo()
     torch.library.opcheck(compile_op.compute, seen[0])
 

@@ -14,7 +14,7 @@ import numpy as np
 FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK = range(5)
 """How a row is stored."""
 NONE, SHIFT, SMOOTH = range(3)
-"""What is done with a wrong teacher, in the order of `arguments.ADJUSTMENTS`."""
+"""What is done with a wrong teacher, in the order of `spec.ADJUSTMENTS`."""
 
 _CALL = {
     "rows": "q",

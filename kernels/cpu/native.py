@@ -1,4 +1,4 @@
-"""From a checked request to one call of the compiled loss on the CPU: room to work in, threads."""
+"""From a checked call of the loss to one call of the compiled loss on the CPU: room to work in, threads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from coursepack.kernels.cpu.records import KINDS as KINDS
 from coursepack.kernels.cpu.records import pack, plain, row_major
 from coursepack.kernels.cpu.threads import run_kernel, usable_threads
 from coursepack.kernels.rows import TopKRows
-from coursepack.kernels.values import full_weights, spell_out
+from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
-    from coursepack.kernels.spec import Request
+    from coursepack.kernels.spec import LossCall
 
 PARALLEL_FROM = 40_000
 """Exponentials from which on more threads pay for their waking."""
@@ -28,51 +28,59 @@ _room = threading.local()
 _State = ctypes.c_int64 * 3
 
 
-def work_of(request: Request) -> int:
-    """How many exponentials a request costs, about."""
-    return request.rows * request.classes * (request.count + 1)
+def work_of(call: LossCall) -> int:
+    """How many exponentials a call costs, about."""
+    return call.rows * call.classes * (call.teacher_count + 1)
 
 
 def evaluate(
-    student_logits: Tensor, weights: Tensor | None, request: Request, wants_student: bool, wants_weights: bool
+    call: LossCall, student_logits: Tensor, weights: Tensor | None, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss `(N,)` float32 and the gradients of its sum, of which those not wanted are None.
 
     Args:
+        call: a call that `dispatch.choose` leaves to the kernel.
         student_logits: `(N, C)` float32, bfloat16 or float16 on the CPU.
         weights: `(N, K)`, or None for 1/K.
-        request: the rest of the call, as `dispatch.choose` lets through to here.
         wants_student: whether to make the gradient `(N, C)`, in the dtype of the logits.
         wants_weights: whether to make the gradient `(N, K)`, in the dtype of the weights.
 
     Raises:
         ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
     """
-    r = request
-    loss = torch.empty(r.rows)
+    loss = torch.empty(call.rows)
     student = row_major(student_logits)
-    grad = torch.empty(r.rows, r.classes, dtype=student.dtype) if wants_student else None
-    grad_weights = torch.empty(r.rows, r.count) if wants_weights else None
-    keeps = wants_weights and r.combine == "mixture"
-    _launch("jit_loss", r, weights, student, loss, grad, grad_weights, scratch_rows=6 + r.count * keeps)
+    grad = torch.empty(call.rows, call.classes, dtype=student.dtype) if wants_student else None
+    grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
+    kept = call.teacher_count if wants_weights and call.spec.combine == "mixture" else 0
+    _launch(
+        "jit_loss",
+        call,
+        weights,
+        student,
+        loss,
+        grad,
+        grad_weights,
+        scratch_rows=6 + kept,
+    )
     if grad_weights is not None and weights is not None:
         grad_weights = grad_weights.to(weights.dtype)
     return loss, grad, grad_weights
 
 
-def mixture(weights: Tensor | None, request: Request) -> Tensor:
-    """`sum_k w_k P_k`, `(N, C)` float32, of a request that `dispatch.reads_teachers` lets through.
+def mixture(call: LossCall) -> Tensor:
+    """`sum_k w_k P_k`, `(N, C)` float32, of a call that `dispatch.reads_teachers` lets through.
 
     Raises:
         ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
     """
-    out = torch.empty(request.rows, request.classes)
-    _launch("jit_mixture", request, weights, None, None, out, None, scratch_rows=3)
+    out = torch.empty(call.rows, call.classes)
+    _launch("jit_mixture", call, call.wide_weights, None, None, out, None, scratch_rows=3)
     return out
 
 
-def facts(student_logits: Tensor | None, request: Request) -> tuple[Tensor, Tensor, Tensor]:
-    """What `stats.TeacherStats` says, of a request that `dispatch.reads_teachers` lets through.
+def facts(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    """What `stats.TeacherStats` says, of a call that `dispatch.reads_teachers` lets through.
 
     Returns:
         `(4, K, N)` float32: entropy, norm, cross-entropy, cosine; top classes `(K, N)` int64; and whether
@@ -81,17 +89,17 @@ def facts(student_logits: Tensor | None, request: Request) -> tuple[Tensor, Tens
     Raises:
         ValueError: a label or id that is not allowed; the text names the first.
     """
-    shape = (request.count, request.rows)
+    shape = (call.teacher_count, call.rows)
     numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
     correct = torch.empty(shape, dtype=torch.bool)
     student = None if student_logits is None else row_major(student_logits)
-    _launch("jit_stats", request, None, student, numbers, correct, tops, scratch_rows=3)
+    _launch("jit_stats", call, None, student, numbers, correct, tops, scratch_rows=3)
     return numbers, tops, correct
 
 
 def _launch(
     module: str,
-    r: Request,
+    call: LossCall,
     weights: Tensor | None,
     student: Tensor | None,
     loss: Tensor | None,
@@ -100,17 +108,17 @@ def _launch(
     *,
     scratch_rows: int,
 ) -> None:
-    """Call the compiled function of a module on the records of a request; each thread has rows of scratch."""
-    threads, _ = usable_threads(work_of(r), PARALLEL_FROM)
-    stride = scratch_rows * -(-r.classes // LOT) * LOT
+    """Call the compiled function of a module on the records of a call; each thread has rows of scratch."""
+    threads, _ = usable_threads(work_of(call), PARALLEL_FROM)
+    stride = scratch_rows * -(-call.classes // LOT) * LOT
     scratch = _scratch(threads * stride)
     state = _State()
     data, held = pack(
-        r,
+        call,
         plain(weights, torch.float64),
         student,
         (loss, grad, grad_weights),
-        chunk=max(1, r.rows // (8 * threads)),
+        chunk=max(1, call.rows // (8 * threads)),
         state=ctypes.addressof(state),
         scratch=scratch,
         scratch_stride=stride,
@@ -118,7 +126,7 @@ def _launch(
     run_kernel(_compiled(module), data, threads)
     del held  # not before
     if state[2]:
-        _explain(r, state[2] - 1)
+        _explain(call, state[2] - 1)
 
 
 @functools.cache
@@ -138,11 +146,11 @@ def _scratch(size: int) -> Tensor:
     return scratch
 
 
-def _explain(request: Request, row: int) -> None:
+def _explain(call: LossCall, row: int) -> None:
     """Raise the error that the checks in torch have for a bad value."""
-    spell_out(request)
-    full_weights(request)
-    for teacher in request.teachers:
+    check_values(call)
+    full_weights(call)
+    for teacher in call.teachers:
         if isinstance(teacher, TopKRows):
             teacher.decode()
     raise RuntimeError(f"the compiled loss refused row {row}, and the checks in torch did not")

@@ -1,4 +1,4 @@
-"""From a checked request to the records that a compiled loss reads: addresses, strides, numbers."""
+"""From a checked call to the records that a compiled loss reads: addresses, strides, numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
 
 if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
-    from coursepack.kernels.spec import Request
+    from coursepack.kernels.spec import LossCall
 
 _ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
 KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
 
 
 def pack(
-    r: Request,
+    call: LossCall,
     weights: Tensor | None,
     student: Tensor | None,
     results: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -34,7 +34,7 @@ def pack(
     """A CALL record with TEACHER records behind it.
 
     Args:
-        r: the request.
+        call: the checked call.
         weights: `(N, K)` float64 or float32 of any stride, or None for 1/K.
         student: `(N, C)` with rows in one piece.
         results: where to write the loss, and the gradients to student and weights.
@@ -46,14 +46,14 @@ def pack(
     Returns:
         The bytes, and what must live as long as they are used: tensors that had to be copied.
     """
-    first, second, lam = _labels(r.labels)
-    temperature = _temperature(r.temperature)
-    row_weight, where = column(r.row_weight), _where(temperature)
+    first, second, lam = _labels(call.labels)
+    temperature = _temperature(call.spec.temperature)
+    row_weight, where = column(call.spec.row_weight), _where(temperature)
     records = [
         layout.pack_call(
-            r.rows,
-            r.classes,
-            r.count,
+            call.rows,
+            call.classes,
+            call.teacher_count,
             chunk,
             state,
             address(scratch),
@@ -65,25 +65,25 @@ def pack(
             address(first),
             address(second),
             address(lam),
-            r.ignore_index,
+            call.spec.ignore_index,
             address(row_weight),
             *where,
             address(weights),
             *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
-            COMBINATIONS.index(r.combine),
-            r.soft_weight,
-            r.hard_weight,
-            r.smoothing,
+            COMBINATIONS.index(call.spec.combine),
+            call.spec.soft_weight,
+            call.spec.hard_weight,
+            call.spec.smoothing,
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
-    parts, each = _stack(r.given) if isinstance(r.given, Tensor) else _list(r.given)
+    parts, each = _stack(call.given) if isinstance(call.given, Tensor) else _list(call.given)
     for k, fields in enumerate(each):
-        if r.teacher_temperatures is not None:
-            own = _temperature(r.teacher_temperatures[k])
+        if call.teacher_temperatures is not None:
+            own = _temperature(call.teacher_temperatures[k])
             where = _where(own)
             held.append(own)
-        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[r.adjustments[k]]))
+        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[call.adjustments[k]]))
     held.append(parts)
     return b"".join(records), held
 
