@@ -4,9 +4,7 @@ One row at a time: the student's softmax, then each teacher's row from the form 
 and adjusted probabilities, their mixture, the divergence and both gradients. Only a few rows of float32 per
 thread are ever held, whatever N and K. Formulas are those of `coursepack.kernels.analytic`.
 
-Rows are independent and each is summed in a fixed order, so results do not depend on threads. Addresses
-come from `coursepack.kernels.cpu.native`, which has checked every shape; values that could lead outside or
-have no meaning (labels, ids, temperatures, weights) are checked here, and the first bad row is reported.
+Rows are independent and each is summed in a fixed order, so results do not depend on threads.
 """
 
 from __future__ import annotations
@@ -14,88 +12,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_call import each_row, float_at, label_at, temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
-from coursepack.kernels.cpu.jit_math import (
-    LOG2_E,
-    address,
-    load,
-    load_double,
-    load_integer,
-    pointer,
-    store,
-    store_integer,
-    take_ticket,
-)
+from coursepack.kernels.cpu.jit_math import LOG2_E, load, store
 from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
 from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
     fetch_row,
-    ids_are_classes,
     inverse_temperature,
     read_dense,
     teacher_exponentials,
 )
-from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, FLOAT16, FLOAT32, TEACHER, TOPK
-
-MAX_TEMPERATURE = 100.0
-
-
-@njit(forceinline=True)
-def float_at(start: int, n: int, otherwise: float) -> float:
-    """The n-th float32 at an address, as float64; or the other value, where there is no address."""
-    return float64(load(start, n)) if start else otherwise
-
-
-@njit(forceinline=True)
-def temperature_at(record: Any, n: int) -> float:
-    """The temperature of a student or teacher in a row, from the call's record or the teacher's."""
-    return float_at(record.temperature, n * record.temperature_stride, record.fixed_temperature)
-
-
-@njit(forceinline=True)
-def label_at(start: int, n: int, ignore_index: int) -> int:
-    """The n-th label at an address; -1 where it is to be ignored, or there is none."""
-    if not start:
-        return -1
-    label = load_integer(start, n)
-    return -1 if label == ignore_index else label
-
-
-@njit(forceinline=True)
-def weight_at(call: Any, n: int, k: int) -> float:
-    """The weight of a teacher in a row."""
-    if not call.weights:
-        return 1 / call.teachers
-    place = n * call.weights_row + k * call.weights_column
-    return load_double(call.weights, place)
-
-
-@njit(forceinline=True)
-def wrong_label(start: int, n: int, call: Any) -> bool:
-    """Whether a label is no class and not to be ignored either."""
-    if not start:
-        return False
-    label = load_integer(start, n)
-    return label != call.ignore_index and (label < 0 or label >= call.classes)
-
-
-@njit
-def is_bad(call: Any, teachers: Any, n: int) -> bool:
-    """Whether a row holds a value that is not allowed. Logits are not looked at."""
-    if wrong_label(call.labels, n, call) or wrong_label(call.second, n, call):
-        return True
-    temperature, lam = temperature_at(call, n), float_at(call.lam, n, 1.0)
-    row_weight = float_at(call.row_weight, n, 1.0)
-    if not (0 < temperature <= MAX_TEMPERATURE and 0 <= lam <= 1 and row_weight == row_weight):
-        return True
-    for k in range(call.teachers):
-        teacher = teachers[k]
-        if not 0 < temperature_at(teacher, n) <= MAX_TEMPERATURE or not weight_at(call, n, k) >= 0:
-            return True
-        if row_weight != 0 and teacher.kind == TOPK and not ids_are_classes(teacher, n, call.classes):
-            return True
-    return False
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32
 
 
 @njit
@@ -231,23 +160,9 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
 def _entry(sources: int) -> Any:
     @compiled(types.void(types.voidptr))
     def run(data: Any) -> None:
-        """Take chunks of rows until none is left: what every thread does.
-
-        `data` points to a CALL record with TEACHER records behind it.
-        """
-        if sources == 0:  # never: it is here to be part of what numba finds the compiled code by
-            return
-        call = carray(data, (1,), CALL)[0]
-        teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-        scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
-        start = take_ticket(call.state) * call.chunk
-        while start < call.rows and load_integer(call.state, 2) == 0:
-            for n in range(start, start + call.chunk if start + call.chunk < call.rows else call.rows):
-                if is_bad(call, teachers, n):
-                    store_integer(call.state, 2, n + 1)
-                    return
-                one_row(call, teachers, n, scratch)
-            start = take_ticket(call.state) * call.chunk
+        """Compute losses and gradients of the rows of a call: see `jit_call.each_row`."""
+        if sources != 0:  # always: a part of the key that numba finds compiled code by
+            each_row(data, one_row)
 
     return run
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, njit, types
+from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, types
+from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_float32
-from coursepack.kernels.cpu.jit_loss import is_bad, label_at, temperature_at, weight_at
-from coursepack.kernels.cpu.jit_math import address, load_integer, pointer, store_integer, take_ticket
 from coursepack.kernels.cpu.jit_softmax import add_scaled
 from coursepack.kernels.cpu.jit_teacher import teacher_exponentials
-from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER
 
 
 @njit(inline="always")
@@ -31,20 +29,9 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
 def _entry(sources: int) -> Any:
     @compiled(types.void(types.voidptr))
     def run(data: Any) -> None:
-        """As `jit_loss.run`; the mixture goes to where that has the gradient."""
-        if sources == 0:  # never: it is here to be part of what numba finds the compiled code by
-            return
-        call = carray(data, (1,), CALL)[0]
-        teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-        scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
-        start = take_ticket(call.state) * call.chunk
-        while start < call.rows and load_integer(call.state, 2) == 0:
-            for n in range(start, min(start + call.chunk, call.rows)):
-                if is_bad(call, teachers, n):
-                    store_integer(call.state, 2, n + 1)
-                    return
-                one_row(call, teachers, n, scratch)
-            start = take_ticket(call.state) * call.chunk
+        """Compute the mixture of every row, where `jit_loss.run` writes the gradient to the student."""
+        if sources != 0:  # always: a part of the key that numba finds compiled code by
+            each_row(data, one_row)
 
     return run
 

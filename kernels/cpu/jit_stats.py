@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coursepack.kernels.cpu.jit_base import SOURCES, carray, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, float64, njit, types
+from coursepack.kernels.cpu.jit_call import each_row, label_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
-from coursepack.kernels.cpu.jit_loss import is_bad, label_at
 from coursepack.kernels.cpu.jit_math import (
     LOG2_E,
-    address,
     load,
-    load_integer,
-    pointer,
     store,
     store_byte,
     store_integer,
-    take_ticket,
 )
 from coursepack.kernels.cpu.jit_softmax import dot, exponentials, moment
 from coursepack.kernels.cpu.jit_teacher import read_dense, read_row
-from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER
 
 NO_NORM = 1e-8
 """Norms are at least this in a cosine, as in `torch.cosine_similarity`."""
@@ -77,24 +72,14 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
 def _entry(sources: int) -> Any:
     @compiled(types.void(types.voidptr))
     def run(data: Any) -> None:
-        """As `jit_loss.run`.
+        """Compute statistics of every row.
 
-        Where that has the loss are entropies, norms, cross-entropies and cosines, each `(K, N)`; for the
-        gradient to the weights the top classes, for the gradient whether they are right, one byte each.
+        Where `jit_loss.run` writes losses go entropies, norms, cross-entropies and cosines, each `(K, N)`;
+        where it writes the gradient to the weights go the top classes, and in place of the gradient to the
+        student one byte that is 1 if the teacher is right.
         """
-        if sources == 0:  # never: it is here to be part of what numba finds the compiled code by
-            return
-        call = carray(data, (1,), CALL)[0]
-        teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-        scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
-        start = take_ticket(call.state) * call.chunk
-        while start < call.rows and load_integer(call.state, 2) == 0:
-            for n in range(start, min(start + call.chunk, call.rows)):
-                if is_bad(call, teachers, n):
-                    store_integer(call.state, 2, n + 1)
-                    return
-                one_row(call, teachers, n, scratch)
-            start = take_ticket(call.state) * call.chunk
+        if sources != 0:  # always: a part of the key that numba finds compiled code by
+            each_row(data, one_row)
 
     return run
 
