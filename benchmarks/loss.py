@@ -95,7 +95,7 @@ class Floor:
 
     def __init__(self) -> None:
         from coursepack.kernels.cpu.jit_base import carray, compiled, njit, types
-        from coursepack.kernels.cpu.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
+        from coursepack.kernels.cpu.jit_math import SUMS, fetch_add, load, load_uint32, store, wide_vectors
 
         @njit(fastmath=SUMS)
         def copy(origin: int, out: int, count: int) -> None:
@@ -108,13 +108,13 @@ class Floor:
             wide_vectors()
             total = np.uint32(0)
             for c in range(count):
-                total ^= load_id(values, c)
+                total ^= load_uint32(values, c)
             return total
 
         @compiled(types.void(types.voidptr))
         def touch(data: Any) -> None:
             student, teachers, grad, rows, classes, count, ticket, chunk = carray(data, (8,), np.int64)
-            start = take_ticket(ticket) * chunk
+            start = fetch_add(ticket) * chunk
             while start < rows:
                 for n in range(start, min(start + chunk, rows)):
                     place = 4 * n * classes
@@ -122,7 +122,7 @@ class Floor:
                     for k in range(count):
                         total = add_up(teachers + 2 * (k * rows + n) * classes, classes // 2)
                         store(grad, n * classes, np.float32(total))
-                start = take_ticket(ticket) * chunk
+                start = fetch_add(ticket) * chunk
 
         self._function = touch
 

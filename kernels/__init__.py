@@ -1,4 +1,4 @@
-"""Fused maths on tensors, and the encoded rows it reads. Imports nothing else of coursepack."""
+"""Fused loss over stored teacher logits, encoded rows, and pixel normalization."""
 
 from coursepack.kernels.dispatch import Choice as Choice
 from coursepack.kernels.labels import MixedLabels as MixedLabels

@@ -1,6 +1,7 @@
-"""The fused loss with its gradient derived by hand, in torch operations on any device.
+"""The fused loss and its hand-derived gradient in torch operations, for any device.
 
-For `divergence="kl"`; the others are in `coursepack.kernels.divergences`.
+This module covers `divergence="kl"`; `coursepack.kernels.divergences` has the others. Tensors are written in
+place where possible, nothing waits for the device, and a CUDA graph can capture the calls.
 
 With q = softmax(z / T), P_k the softened and adjusted teachers, p = sum_k w_k P_k and W = sum_k w_k:
 
@@ -8,8 +9,8 @@ With q = softmax(z / T), P_k the softened and adjusted teachers, p = sum_k w_k P
     dL/dw_k = soft_weight T² (sum_c P_kc (log p_c - log q_c) + 1)        combine="mixture"
             = soft_weight T² KL(P_k || q)                                combine="sum"
 
-The divergence of the normalised mixture is summed as `p (d + expm1(-d))`, d = log p - log q: equal to
-`p log(p/q)` because both sides sum to one, and free of its cancellation when T is large or both are sure.
+The divergence of the normalized mixture is the sum of `p (d + expm1(-d))`, d = log p - log q. It equals the
+sum of `p log(p/q)` because p and q both sum to one, but does not cancel when T is large or p and q are close.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from coursepack.kernels.values import LossValues
 
 Evaluated = tuple[Tensor, Tensor | None, Tensor | None]
-"""Loss, and the gradients to the student's logits and to the weights."""
+"""Loss and its gradients with respect to the student's logits and the weights."""
 
 
 def evaluate(
@@ -36,9 +37,14 @@ def evaluate(
     wants_student: bool,
     wants_weights: bool,
 ) -> Evaluated:
-    """Loss `(N,)` and the gradients of its sum to logits `(N, C)` and weights `(N, K)`, or None.
+    """Compute the loss `(N,)` and the gradients of its sum with respect to logits and weights.
 
-    `weights` None means 1/K.
+    Args:
+        values: the checked call.
+        student_logits: `(N, C)`.
+        weights: `(N, K)`; None means 1/K.
+        wants_student: compute the gradient `(N, C)` with respect to the logits, otherwise None.
+        wants_weights: compute the gradient `(N, K)` with respect to the weights, otherwise None.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         return _evaluate(values, student_logits, weights, wants_student, wants_weights)
@@ -97,7 +103,7 @@ def _soft(
 
 
 def expanded(weights: Tensor | None, values: LossValues) -> Tensor:
-    """Weights `(N, K)`, 1/K in float64 where there are none."""
+    """Return the weights `(N, K)`; 1/K in float64 if None was given."""
     if weights is not None:
         return weights
     (rows,), count, device = values.temperature.shape, len(values.teachers), values.temperature.device
@@ -155,7 +161,7 @@ def _of_each(q: Tensor, log_q: Tensor, weights: Tensor, values: LossValues) -> S
 
 
 def _shares(weights: Tensor | None, values: LossValues) -> tuple[Tensor | float, Tensor | None]:
-    """W, and the weights over W `(N or 1, K)`; None for a single teacher of weight one."""
+    """Return W and the weights divided by W `(N or 1, K)`, or None for one teacher of weight one."""
     count = len(values.teachers)
     if weights is None:
         weight_sum = sum([1 / count] * count)
@@ -175,7 +181,7 @@ def _is_one(weight_sum: Tensor | float) -> bool:
 
 
 def _teacher_probs(values: LossValues, index: int) -> Tensor:
-    """`reference.teacher_probs` in a buffer of its own, which may be written to."""
+    """Compute `reference.teacher_probs` in a new buffer that the caller may overwrite."""
     if values.adjustments[index] == "smooth" and values.labels is not None:
         return reference.teacher_probs(values, index)
     logits = reference.adjusted_logits(values, index)
@@ -184,7 +190,7 @@ def _teacher_probs(values: LossValues, index: int) -> Tensor:
 
 
 def _divergence(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    """KL(p || q) per row, float64, of normalised rows, `log_ratio` = log p - log q; no term is negative."""
+    """KL(p || q) per row in float64, from normalized rows and `log_ratio` = log p - log q."""
     near = torch.expm1(-log_ratio).add_(log_ratio).mul_(p)
     far = (q - p).add_(p * log_ratio)
     terms = torch.where(log_ratio > -1, near, far)
@@ -194,14 +200,14 @@ def _divergence(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
 def _mixture_weight_gradient(
     probs: list[Tensor], mixture: Tensor, log_q: Tensor, values: LossValues
 ) -> Tensor:
-    """`T² (sum_c P_kc (log p_c - log q_c) + 1)` per teacher, `(N, K)`; no 1 where log p is floored."""
+    """`T² (sum_c P_kc (log p_c - log q_c) + 1)` `(N, K)`, without the 1 where log p is clamped."""
     slope = _log(mixture).sub_(log_q).add_(mixture >= torch.finfo(mixture.dtype).tiny)
     columns = [torch.where(p == 0, p, p * slope).sum(1) for p in probs]
     return (values.spec.soft_weight * values.temperature**2)[:, None] * torch.stack(columns, dim=1)
 
 
 def _hard(logits: Tensor, gradient: Tensor | None, values: LossValues) -> Tensor:
-    """`hard_weight` times the cross-entropy `(N,)`; its gradient is added to `gradient`."""
+    """Compute `hard_weight` times the cross-entropy `(N,)` and add its gradient to `gradient`."""
     assert values.labels is not None
     log_probs = logits - logits.amax(1, keepdim=True)
     exponentials = log_probs.exp()
@@ -218,7 +224,7 @@ def _hard(logits: Tensor, gradient: Tensor | None, values: LossValues) -> Tensor
 
 
 def _scale_rows(results: list[Tensor], values: LossValues) -> None:
-    """Scale rows in place by their weight; one of weight zero is zero whatever it held, a bad one NaN."""
+    """Multiply rows in place by their weight. Rows of weight zero become zero, bad rows NaN."""
     if values.bad_rows is None and values.row_weight is None:
         return
     unread = None if values.row_weight is None else values.row_weight == 0

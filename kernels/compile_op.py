@@ -1,7 +1,7 @@
-"""The compiled loss as a torch operator, which `torch.compile` can put into a graph.
+"""The compiled loss as a torch operator for `torch.compile`.
 
-Eager calls do without it: an autograd Function costs a third of an operator's bookkeeping. A graph may run
-its backward from copies, so here the gradient is scaled out of place.
+Eager calls use an autograd Function instead, whose overhead is a third of an operator's. A compiled graph may
+run its backward on copies, so the gradient is scaled out of place here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _compute(
     wants_student: bool,
     wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`native.evaluate` of the call that `call_op` took apart."""
+    """Rebuild the call that `call_op` flattened and run `native.evaluate`."""
     temperature, *own = (
         number if each is None else each
         for each, number in zip(temperatures, fixed_temperatures, strict=True)
@@ -63,7 +63,7 @@ def _compute(
             row_weight=row_weight,
             ignore_index=ignore_index,
         ),
-        given=_rows(parts, marks),
+        teachers=_rows(parts, marks),
         labels=own_labels,
         weights=weights,
         teacher_temperatures=own or None,
@@ -80,7 +80,7 @@ def _compute(
 
 
 compute = torch.library.custom_op("coursepack::soft_target_loss", _compute, mutates_args=(), schema=SCHEMA)
-"""Loss `(N,)` and the gradients of its sum, `(0,)` where not wanted."""
+"""Operator that returns the loss `(N,)` and its gradients; a gradient that is not needed is empty."""
 
 
 @compute.register_fake
@@ -121,9 +121,9 @@ compute.register_autograd(_backward, setup_context=_setup_context)
 
 
 def call_op(student_logits: Tensor, call: LossCall) -> Tensor:
-    """`soft_target_loss` of a checked call through the operator."""
+    """Compute `soft_target_loss` of a checked call through the operator."""
     spec, labels, weights = call.spec, call.labels, call.wide_weights
-    parts, marks = _parts(call.teachers)
+    parts, marks = _parts(call.teacher_list)
     ids = (
         (labels.first, labels.second, labels.lam) if isinstance(labels, MixedLabels) else (labels, None, None)
     )
@@ -152,8 +152,11 @@ def _wants(tensor: Tensor | None) -> bool:
 
 
 def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
-    """Teachers as tensors, and for each tensor: -1 if it is a dense teacher, 0 if it goes on with the one
-    before, -2 at the start of int8 rows, C at the start of top-k rows."""
+    """Flatten teachers to tensors and a mark for each tensor.
+
+    The mark is -1 for a dense teacher, -2 for the first tensor of int8 rows, C for the first of top-k rows,
+    and 0 for a tensor that belongs to the teacher before it.
+    """
     parts: list[Tensor] = []
     marks: list[int] = []
     for teacher in teachers:
@@ -172,13 +175,13 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
 
 
 def _rows(parts: list[Tensor], marks: list[int]) -> list[Tensor | Rows]:
-    """The teachers that `_parts` took apart."""
+    """Rebuild the teachers that `_parts` flattened."""
     teachers: list[Tensor | Rows] = []
-    for place, mark in enumerate(marks):
+    for index, mark in enumerate(marks):
         if mark == -1:
-            teachers.append(parts[place])
+            teachers.append(parts[index])
         elif mark == -2:
-            teachers.append(Int8Rows(parts[place], parts[place + 1]))
+            teachers.append(Int8Rows(parts[index], parts[index + 1]))
         elif mark > 0:
-            teachers.append(TopKRows(parts[place], parts[place + 1], parts[place + 2], mark))
+            teachers.append(TopKRows(parts[index], parts[index + 1], parts[index + 2], mark))
     return teachers

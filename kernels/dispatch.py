@@ -1,4 +1,4 @@
-"""Which path computes the fused loss, and why: one table, read from the top."""
+"""Choice of the path that computes the fused loss: one table of rules, the first match wins."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
 
 @dataclass(frozen=True)
 class Choice:
-    """What `soft_target_loss` would do with some arguments."""
+    """Path and threads that `soft_target_loss` uses for given arguments."""
 
     path: str
-    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`) or "analytic" (torch)."""
+    """"kernel" (compiled, CPU), "op" (the same under `torch.compile`) or "analytic" (torch operations)."""
     reason: str
-    """Why."""
+    """Reason for the path."""
     threads: int | None
-    """Threads of the kernel; None where torch decides, and for an operator, which asks when it runs."""
+    """Threads of the kernel; None if torch decides, and for an operator, which decides when it runs."""
     threads_reason: str
-    """Why so many."""
+    """Reason for the number of threads."""
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f"; threads: {self.threads} ({self.threads_reason})"
@@ -41,7 +41,7 @@ class Choice:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory can be read through its address: no subclass, no other layout."""
+    """True if the memory can be read through its address: no subclass, strided layout."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
@@ -56,14 +56,14 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
 
 
 Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]
-"""The path, its reason, and whether it is taken."""
+"""Path, reason, and condition on the student's logits and the call."""
 
-# The first that is taken counts.
+# The first rule whose condition holds.
 RULES: tuple[Rule, ...] = (
     (ANALYTIC, "not on the CPU", lambda _, call: call.device.type != "cpu"),
     (ANALYTIC, "computes in float64", lambda _, call: call.dtype == torch.float64),
     (ANALYTIC, "no kernel for this divergence", lambda _, call: call.spec.divergence != "kl"),
-    (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.given)),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.teachers)),
     (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
     (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
@@ -72,14 +72,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def reads_teachers(call: LossCall) -> bool:
-    """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
+    """True if compiled functions can read the teachers and no gradient with respect to weights is needed."""
     on_cpu = is_eager_cpu(call.device) and call.dtype == torch.float32
     wants_gradient = torch.is_grad_enabled() and call.weights is not None and call.weights.requires_grad
-    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(call.given)
+    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(call.teachers)
 
 
 def reads_student(student_logits: Tensor | None) -> bool:
-    """Whether a kernel can read a student's logits, if there are any."""
+    """True if compiled functions can read the student's logits, or there are none."""
     return student_logits is None or (
         student_logits.device.type == "cpu"
         and student_logits.dtype in native.KINDS
@@ -88,12 +88,12 @@ def reads_student(student_logits: Tensor | None) -> bool:
 
 
 def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
-    """The path for a request, and the reason."""
+    """Return the path for a call, and the reason."""
     return next((path, reason) for path, reason, taken in RULES if taken(student_logits, call))
 
 
 def describe_call(student_logits: Tensor, call: LossCall) -> Choice:
-    """The path and the threads for a request."""
+    """Return the path and the threads for a call."""
     path, reason = choose(student_logits, call)
     if path != KERNEL:
         return Choice(path, reason, None, "")

@@ -1,7 +1,7 @@
-"""The plain definition of the fused loss: slow, short, differentiable by autograd.
+"""Plain definition of the fused loss: slow, short, differentiable by autograd.
 
-Everything in `coursepack.kernels` that computes this loss agrees with this module. It takes arguments that
-`coursepack.kernels.values` has checked and spelled out. Formulas: Hinton et al. 2015 (soft targets and
+Every path that computes this loss agrees with this module. It takes arguments that
+`coursepack.kernels.values` has checked and expanded. Formulas: Hinton et al. 2015 (soft targets and
 T²); Wen et al. 2019, arXiv 1911.07471, section 3 (knowledge adjustment: label smoothing and probability
 shift); Liu et al. 2020, arXiv 2103.04062 (the mixture of softened teachers with weights per sample).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def loss(student_logits: Tensor, weights: Tensor, values: LossValues) -> Tensor:
-    """Loss per row `(N,)` in nats; differentiable in `student_logits (N, C)` and `weights (N, K)`."""
+    """Compute the loss per row `(N,)` in nats, differentiable in logits `(N, C)` and weights `(N, K)`."""
     student_logits = student_logits.to(values.dtype)
     made = [target(values, k) for k in range(len(values.teachers))]
     probs = torch.stack(made, dim=1)
@@ -43,7 +43,7 @@ def loss(student_logits: Tensor, weights: Tensor, values: LossValues) -> Tensor:
 
 
 def compare(divergence: str, scaled: Tensor, target: Tensor) -> Tensor:
-    """D over the last dimension, of a target and the student's logits over T."""
+    """Compute D over the last dimension from a target and the student's logits divided by T."""
     if divergence == "mse":
         return (scaled - target).square().mean(-1)
     log_q = log_softmax(scaled)
@@ -58,7 +58,7 @@ def compare(divergence: str, scaled: Tensor, target: Tensor) -> Tensor:
 
 
 def adjusted_logits(values: LossValues, index: int) -> Tensor:
-    """Logits `(N, C)` of one teacher, those of a wrong one swapped where that is asked for."""
+    """Logits `(N, C)` of one teacher, after the adjustment "shift" if it has one."""
     logits = values.teacher_logits(index)
     if values.adjustments[index] != "shift" or values.labels is None:
         return logits
@@ -87,7 +87,7 @@ def _shifted(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 
 def target(values: LossValues, index: int) -> Tensor:
-    """What the student is compared with for one teacher, `(N, C)`: probabilities; for "mse" logits over T."""
+    """Target `(N, C)` of one teacher: probabilities, or for "mse" its logits divided by its temperature."""
     if values.spec.divergence == "mse":
         return adjusted_logits(values, index) / values.teacher_temperatures[index][:, None]
     return teacher_probs(values, index)
@@ -108,12 +108,12 @@ def teacher_probs(values: LossValues, index: int) -> Tensor:
 
 
 def cross_entropy(student_logits: Tensor, labels: HardLabels) -> Tensor:
-    """Cross-entropy `(N,)` to hard or mixed labels; a label to be ignored adds nothing."""
+    """Cross-entropy `(N,)` to hard or mixed labels; an ignored label adds nothing."""
     return picked_entropy(log_softmax(student_logits), labels)
 
 
 def picked_entropy(log_probs: Tensor, labels: HardLabels) -> Tensor:
-    """`cross_entropy` of the student's log-probabilities."""
+    """Cross-entropy `(N,)` from the student's log-probabilities, as `cross_entropy`."""
     total = None
     for label, valid, share in labels.parts():
         picked = log_probs.gather(1, label[:, None])[:, 0]
@@ -128,27 +128,27 @@ def picked_entropy(log_probs: Tensor, labels: HardLabels) -> Tensor:
 def softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Softmax of each row of `logits / temperature`.
 
-    torch's own adds the terms of a row up one after the other: with 21841 classes in float32 on a CPU its
-    error reaches 7e-6 of the largest probability, with `sum` 5e-7.
+    `torch.softmax` adds the terms of a row sequentially: with 21841 classes in float32 on a CPU its error
+    reaches 7e-6 of the largest probability, and 5e-7 with `sum`.
     """
-    scaled = _centred(logits) / temperature
+    scaled = _centered(logits) / temperature
     exponentials = scaled.exp()
     return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def log_softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """Log of `softmax`."""
-    scaled = _centred(logits) / temperature
+    """Logarithm of `softmax`."""
+    scaled = _centered(logits) / temperature
     return scaled - scaled.exp().sum(-1, keepdim=True).log()
 
 
-def _centred(logits: Tensor) -> Tensor:
-    """Logits minus their row's maximum: exact in floating point where it matters, before any division."""
+def _centered(logits: Tensor) -> Tensor:
+    """Subtract each row's maximum before any division."""
     return logits - logits.detach().amax(-1, keepdim=True)
 
 
 def _times_log_ratio(p: Tensor, log_q: Tensor) -> Tensor:
-    """`p (log p - log q)`, with `0 log 0 = 0`; log p is floored at the smallest normal number."""
+    """`p (log p - log q)`, with `0 log 0 = 0`; log p is clamped at the smallest normal number."""
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
     masked_by_both = (p.detach() == 0) & torch.isneginf(log_q.detach())
     return p * (log_p - log_q.masked_fill(masked_by_both, 0))

@@ -1,8 +1,8 @@
-"""Arguments of the fused loss: their one list, and checks of names, numbers, shapes and dtypes.
+"""Arguments of the fused loss, with checks of names, numbers, shapes and dtypes.
 
-Every path starts from a `LossCall`. `values.check_values` checks the values inside tensors and expands
-everything for paths in torch; the compiled kernel reads the call as it is and checks values itself. Cheap on
-purpose: with a small batch this is most of what a call costs.
+Every path starts from a `LossCall`. `values.check_values` checks the values inside tensors and expands them
+for the paths in torch; the compiled kernel reads the call directly and checks values itself. These checks are
+cheap, because they are most of the cost of a call with a small batch.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Teachers = Tensor | Sequence[Tensor | Rows]
 
 
 class LossSpec(NamedTuple):
-    """Options of the fused loss, as `soft_target_loss` documents them: the one list of its arguments.
+    """Options of the fused loss, as documented in `soft_target_loss`.
 
-    A named tuple, because it costs a third of a frozen dataclass to make.
+    A named tuple, because a frozen dataclass takes six times as long to construct.
     """
 
     weights: Tensor | Sequence[float] | None = None
@@ -48,20 +48,20 @@ class LossSpec(NamedTuple):
 
 
 class LossCall(NamedTuple):
-    """One checked call of the loss without the student's logits: its options, teachers, labels and sizes."""
+    """One checked call of the loss without the student's logits: options, teachers, labels and sizes."""
 
     spec: LossSpec
-    given: Tensor | list[Tensor | Rows]
-    """Teachers: `(K, N, C)`, or K tensors or encoded rows `(N, C)`."""
+    teachers: Tensor | list[Tensor | Rows]
+    """`(K, N, C)`, or K tensors or encoded rows `(N, C)`."""
     labels: Tensor | MixedLabels | None
     weights: Tensor | None
     """`(K,)` or `(N, K)`; None means 1/K."""
     teacher_temperatures: list[float | Tensor] | None
     """K times a number, `()` or `(N,)`; None means the student's."""
     adjustments: tuple[str, ...]
-    """One per teacher."""
+    """Adjustment of each teacher."""
     teacher_count: int
-    """K."""
+    """Number of teachers K."""
     rows: int
     classes: int
     device: torch.device
@@ -69,9 +69,9 @@ class LossCall(NamedTuple):
     """Computing dtype: float32, or float64 for a float64 student."""
 
     @property
-    def teachers(self) -> list[Tensor | Rows]:
-        """K times `(N, C)`."""
-        return list(self.given.unbind(0)) if isinstance(self.given, Tensor) else self.given
+    def teacher_list(self) -> list[Tensor | Rows]:
+        """Teachers as a list of K `(N, C)`."""
+        return list(self.teachers.unbind(0)) if isinstance(self.teachers, Tensor) else self.teachers
 
     @property
     def wide_weights(self) -> Tensor | None:
@@ -80,11 +80,11 @@ class LossCall(NamedTuple):
 
 
 def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> Tensor | list[Tensor | Rows]:
-    """The teachers, if each is `(N, C)` and all have `shape`, or the first one's.
+    """Return the teachers after checking that all have `shape`, or else the shape of the first, `(N, C)`.
 
     Raises:
         ValueError: no teacher, or shapes that differ.
-        TypeError: a tensor of another dtype.
+        TypeError: a tensor without a floating-point dtype.
     """
     if isinstance(teachers, Tensor):
         if teachers.ndim != 3:
@@ -114,7 +114,7 @@ def check_call(
     spec: LossSpec,
     dtype: torch.dtype | None = None,
 ) -> LossCall:
-    """Check what can be checked without looking into a tensor.
+    """Check a call as far as possible without reading tensor values.
 
     Args:
         student_logits: `(N, C)`, or None where no student is compared.
@@ -124,7 +124,7 @@ def check_call(
         dtype: computing dtype without a student; None means float32.
 
     Raises:
-        ValueError: a shape, number or name that is not allowed; the text names it.
+        ValueError: an invalid shape, number or name; the text names it.
         TypeError: a tensor of the wrong dtype.
     """
     if student_logits is not None:
@@ -151,7 +151,7 @@ def check_call(
         _check_rows("row_weight", spec.row_weight, rows, device)
     return LossCall(
         spec=spec,
-        given=given,
+        teachers=given,
         labels=labels,
         weights=_weights(spec.weights, rows, count, device, dtype),
         teacher_temperatures=_teacher_temperatures(spec.teacher_temperature, count, rows, device),
@@ -165,7 +165,7 @@ def check_call(
 
 
 def _check_names(spec: LossSpec, count: int) -> tuple[str, ...]:
-    """The adjustment of each teacher."""
+    """Check the names and return the adjustment of each teacher."""
     _check_name("divergence", spec.divergence, DIVERGENCES)
     _check_name("combine", spec.combine, COMBINATIONS)
     adjustments = _adjustments(spec.adjustment, count)
@@ -191,7 +191,7 @@ def _check_student(student_logits: Tensor) -> None:
 
 
 def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
-    """Refuse what is not where the student is."""
+    """Raise ValueError if a tensor is not on the student's device."""
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected {device} (where the student's logits are)")
 
@@ -267,7 +267,7 @@ def _check_labels(labels: Tensor | MixedLabels | None, rows: int, device: torch.
 
 
 def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
-    """Refuse class ids that are not `(N,)` int64."""
+    """Raise an error if class ids are not `(N,)` int64."""
     if tuple(ids.shape) != (rows,):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected ({rows},) (N,)")
     if ids.dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""What teachers say about each sample: what adaptive weights and dynamic temperatures read."""
+"""Statistics of teacher logits per sample, for adaptive weights and dynamic temperatures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """Facts per teacher and sample, all `(K, N)`, at temperature 1, without gradient."""
+    """Statistics per teacher and sample, all `(K, N)`, at temperature 1, without gradient."""
 
     argmax: Tensor
     """Top class, int64; ties go to the lowest class."""
@@ -31,7 +31,7 @@ class TeacherStats:
     norm: Tensor
     """Euclidean norm of the logits, float32."""
     correct: Tensor | None
-    """Whether no class scores above the label, bool; None without labels. False for an ignored label."""
+    """True if no class has a larger logit than the label; None without labels, False for an ignored one."""
     cross_entropy: Tensor | None
     """Cross-entropy to the label, float32, nats; None without labels. 0 for an ignored label."""
     cosine: Tensor | None
@@ -45,13 +45,13 @@ def teacher_stats(
     student_logits: Tensor | None = None,
     ignore_index: int = -100,
 ) -> TeacherStats:
-    """Facts about each teacher's answer to each sample.
+    """Compute statistics of each teacher's logits for each sample.
 
     Args:
         teachers: `(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`.
         labels: class ids `(N,)` int64.
-        student_logits: `(N, C)`, to compare directions with.
-        ignore_index: a label that stands for none.
+        student_logits: `(N, C)`, for the cosine.
+        ignore_index: label of a row without a label.
 
     Raises:
         ValueError: shapes that do not fit, or a label outside the classes (on CUDA its cross-entropy is NaN
@@ -61,7 +61,7 @@ def teacher_stats(
     listed = check_teachers(teachers, None if student_logits is None else student_logits.shape)
     call = check_call(None, teachers, labels, LossSpec(ignore_index=ignore_index))
     if dispatch.reads_teachers(call) and dispatch.reads_student(student_logits):
-        numbers, tops, correct = native.facts(student_logits, call)
+        numbers, tops, correct = native.statistics(student_logits, call)
         return TeacherStats(
             argmax=tops,
             entropy=numbers[0],
@@ -93,7 +93,7 @@ def _stack(columns: list[Tensor | None]) -> Tensor | None:
 def _one_teacher(
     logits: Tensor, labels: tuple[Tensor, Tensor, BadRows] | None, student_logits: Tensor | None
 ) -> TeacherStats:
-    """The facts of one teacher, each `(N,)`."""
+    """Compute the statistics of one teacher, each `(N,)`."""
     log_probs = log_softmax(logits)
     correct = cross_entropy = cosine = None
     if labels is not None:

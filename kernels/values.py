@@ -1,8 +1,8 @@
 """Values of a call of the fused loss, checked and expanded to rows for the paths in torch.
 
-Values (labels, temperatures, weights) are checked on the CPU. On a CUDA device that would wait for the
-device, and under `torch.compile` break the graph, so there indices are clamped and a row with a bad value
-turns to NaN.
+Labels, temperatures and weights are checked on the CPU. On CUDA a check would wait for the device, and under
+`torch.compile` it would break the graph; there, indices are clamped and a row with an invalid value becomes
+NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LabelPart = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class HardLabels:
-    """Hard or mixed labels with their valid rows; ids of invalid rows are never used as indices."""
+    """Hard or mixed labels with a mask of valid rows; all ids are safe to index with."""
 
     first: Tensor
     first_valid: Tensor
@@ -39,30 +39,30 @@ class HardLabels:
     second_valid: Tensor | None = None
 
     def parts(self) -> list[LabelPart]:
-        """`(ids, valid, share)` of each label of a row, all `(N,)`; share None means 1."""
+        """Return `(ids, valid, share)` of each label of a row, all `(N,)`; share None means 1."""
         if self.second is None or self.second_valid is None or self.lam is None:
             return [(self.first, self.first_valid, None)]
         return [(self.first, self.first_valid, self.lam), (self.second, self.second_valid, 1 - self.lam)]
 
     def counted(self, part: LabelPart) -> Tensor:
-        """Share `(N,)` of a label that counts, 0 of one that does not."""
+        """Return the share `(N,)` of a label, 0 where it is not valid."""
         _, valid, share = part
         return valid.to(self.dtype) if share is None else torch.where(valid, share, 0)
 
 
 @dataclass(frozen=True)
 class LossValues:
-    """One call of the loss with its values checked and expanded to rows, without what receives gradients."""
+    """Checked values of one call, expanded to rows, except student logits and weights."""
 
     spec: LossSpec
     teachers: list[Tensor | Rows]
     adjustments: tuple[str, ...]
-    """One per teacher."""
+    """Adjustment of each teacher."""
     labels: HardLabels | None
     temperature: Tensor
-    """`(N,)`, of the student."""
+    """Student's temperature `(N,)`."""
     teacher_temperatures: list[Tensor]
-    """K times `(N,)`."""
+    """Temperature of each teacher, K times `(N,)`."""
     row_weight: Tensor | None
     """`(N,)` in the computing dtype."""
     bad_rows: Tensor | None
@@ -82,7 +82,7 @@ def check_values(call: LossCall) -> LossValues:
     """Check the values of a call and expand them.
 
     Raises:
-        ValueError: a label, temperature or weight that is not allowed (on the CPU); the text names it.
+        ValueError: an invalid label, temperature or weight (on the CPU); the text names it.
     """
     bad = BadRows(call.rows, call.device)
     temperature = _temperature("temperature", call.spec.temperature, call, bad)
@@ -95,7 +95,7 @@ def check_values(call: LossCall) -> LossValues:
         ]
     return LossValues(
         spec=call.spec,
-        teachers=call.teachers,
+        teachers=call.teacher_list,
         adjustments=call.adjustments,
         labels=_hard_labels(call.labels, call, bad),
         temperature=temperature,
@@ -107,7 +107,7 @@ def check_values(call: LossCall) -> LossValues:
 
 
 def full_weights(call: LossCall) -> Tensor:
-    """Teacher weights as `(N, K)`, keeping their gradient; 1/K where none were given.
+    """Return the teacher weights `(N, K)`, differentiable; 1/K if none were given.
 
     Raises:
         ValueError: a negative or NaN weight (on the CPU).
@@ -126,7 +126,7 @@ def full_weights(call: LossCall) -> Tensor:
 
 
 class BadRows:
-    """Refuses bad values on the CPU; on a device and in a graph, which cannot look, collects their rows."""
+    """Handles invalid values: raises on the CPU, collects a mask of their rows on CUDA and under compile."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = rows
@@ -134,7 +134,7 @@ class BadRows:
         self.mask: Tensor | None = None
 
     def report(self, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
-        """Name the first bad value, or remember the rows."""
+        """Raise ValueError for the first bad value, or add its row to the mask."""
         if self.checks_values:
             if bool(bad.any()):
                 row = int(bad.expand(self.rows).to(torch.uint8).argmax())
@@ -166,7 +166,7 @@ def _hard_labels(labels: Tensor | MixedLabels | None, call: LossCall, bad: BadRo
 
 
 def class_ids(name: str, ids: Tensor, call: LossCall, bad: BadRows) -> tuple[Tensor, Tensor]:
-    """Checked class ids `(N,)`, safe to index with, and a mask of those that count."""
+    """Return checked class ids `(N,)`, clamped to valid indices, and a mask of those not ignored."""
     classes, ignore_index = call.classes, call.spec.ignore_index
     valid = ids != ignore_index
     wrong = valid & ((ids < 0) | (ids >= classes))

@@ -1,6 +1,6 @@
-"""numba as the compiled kernels use it. Loaded at first use: importing numba is slow.
+"""numba decorators and types for the compiled kernels. Imported at first use: numba is slow to import.
 
-Its names are untyped here, as what they decorate is no longer a Python function.
+The names are typed `Any`, because a decorated function is no longer a Python function.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numba
 import numpy as np
 from numba.extending import intrinsic as numba_intrinsic
 
-# No wrappers to be called from Python and C by: most of these functions are called by each other only, and
-# the wrappers would be half of what there is to compile.
+# No wrappers for calls from Python and C: most of these functions only call each other, and the wrappers
+# would be half of the code to compile.
 #
-# A function is optimised and compiled again with each that calls it, up to the entry point. So tiny ones are
-# inlined by LLVM (`forceinline`), and some that have one caller already by numba (`inline="always"`), which
-# copies all that is in them, callees that were inlined too. `min` and `max` are functions as well.
+# A function is optimized and compiled again with every caller, up to the entry point. Tiny functions are
+# therefore inlined by LLVM (`forceinline`), and some with a single caller by numba (`inline="always"`), which
+# copies their code including callees that were inlined. `min` and `max` are functions as well.
 njit: Any = functools.partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 carray: Any = getattr(numba, "carray")  # noqa: B009 - mypy does not see it
 intrinsic: Any = numba_intrinsic
@@ -29,15 +29,15 @@ float64: Any = np.float64
 int64: Any = np.int64
 
 SOURCES = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))) | 1
-"""What all sources here say. numba itself looks at one file only to see whether compiled code is stale, not
-at the files of the functions that are called: an entry point takes this number as a closure variable."""
+"""Checksum of all source files in this folder. numba decides from one file whether cached code is stale and
+ignores the files of called functions, so entry points hold this number as a closure variable."""
 
 
 def compiled(signature: Any) -> Any:
-    """A C function that is kept on disk where there is a place for it.
+    """Compile to a C function and cache it on disk if possible.
 
-    numba refuses to compile at all where neither the sources' folder nor the user's cache can be written;
-    then it is compiled anew in every process.
+    numba refuses to cache if neither the source folder nor the user's cache folder is writable. The function
+    is then compiled again in every process.
     """
 
     def wrap(function: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Access to a call's records, and the loop over its rows, compiled. Imported at first use, as numba is slow.
+"""A call's records and the loop over its rows, compiled. Imported at first use: numba is slow to import.
 
 Addresses come from `coursepack.kernels.cpu.native`, which has checked every shape; values that could lead
 outside or have no meaning (labels, ids, temperatures, weights) are checked here, and the first bad row is
@@ -12,12 +12,12 @@ from typing import Any
 from coursepack.kernels.cpu.jit_base import carray, float64, njit
 from coursepack.kernels.cpu.jit_math import (
     address,
+    fetch_add,
     load,
-    load_double,
-    load_integer,
+    load_float64,
+    load_int64,
     pointer,
-    store_integer,
-    take_ticket,
+    store_int64,
 )
 from coursepack.kernels.cpu.jit_teacher import ids_are_classes
 from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER, TOPK
@@ -27,47 +27,47 @@ MAX_TEMPERATURE = 100.0
 
 @njit(forceinline=True)
 def float_at(start: int, n: int, otherwise: float) -> float:
-    """The n-th float32 at an address, as float64; or the other value, where there is no address."""
+    """Return the n-th float32 at an address as float64, or `otherwise` if the address is 0."""
     return float64(load(start, n)) if start else otherwise
 
 
 @njit(forceinline=True)
 def temperature_at(record: Any, n: int) -> float:
-    """The temperature of a student or teacher in a row, from the call's record or the teacher's."""
+    """Return the temperature of row n from the call's record (student) or from a teacher's."""
     return float_at(record.temperature, n * record.temperature_stride, record.fixed_temperature)
 
 
 @njit(forceinline=True)
 def label_at(start: int, n: int, ignore_index: int) -> int:
-    """The n-th label at an address; -1 where it is to be ignored, or there is none."""
+    """Return the n-th label at an address, or -1 if it is ignored or the address is 0."""
     if not start:
         return -1
-    label = load_integer(start, n)
+    label = load_int64(start, n)
     return -1 if label == ignore_index else label
 
 
 @njit(forceinline=True)
 def weight_at(call: Any, n: int, k: int) -> float:
-    """The weight of a teacher in a row."""
+    """Return the weight of teacher k in row n."""
     if not call.weights:
         return 1 / call.teachers
-    place = n * call.weights_row + k * call.weights_column
-    return load_double(call.weights, place)
+    index = n * call.weights_row + k * call.weights_column
+    return load_float64(call.weights, index)
 
 
 @njit(forceinline=True)
-def wrong_label(start: int, n: int, call: Any) -> bool:
-    """Whether a label is no class and not to be ignored either."""
+def is_invalid_label(start: int, n: int, call: Any) -> bool:
+    """True if a label is neither a class nor `ignore_index`."""
     if not start:
         return False
-    label = load_integer(start, n)
+    label = load_int64(start, n)
     return label != call.ignore_index and (label < 0 or label >= call.classes)
 
 
 @njit
-def is_bad(call: Any, teachers: Any, n: int) -> bool:
-    """Whether a row holds a value that is not allowed. Logits are not looked at."""
-    if wrong_label(call.labels, n, call) or wrong_label(call.second, n, call):
+def has_bad_value(call: Any, teachers: Any, n: int) -> bool:
+    """True if a row has an invalid label, class id, temperature or weight. Logits are not checked."""
+    if is_invalid_label(call.labels, n, call) or is_invalid_label(call.second, n, call):
         return True
     temperature, lam = temperature_at(call, n), float_at(call.lam, n, 1.0)
     row_weight = float_at(call.row_weight, n, 1.0)
@@ -84,7 +84,7 @@ def is_bad(call: Any, teachers: Any, n: int) -> bool:
 
 @njit(inline="always")
 def each_row(data: Any, one_row: Any) -> None:
-    """Take chunks of rows until none is left, and call `one_row` for each. Every thread runs this.
+    """Process chunks of rows until none is left, calling `one_row` for each row. Every thread runs this.
 
     Args:
         data: pointer to a CALL record with TEACHER records behind it.
@@ -92,12 +92,12 @@ def each_row(data: Any, one_row: Any) -> None:
     """
     call = carray(data, (1,), CALL)[0]
     teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-    scratch = call.scratch + 4 * call.scratch_stride * take_ticket(call.state + 8)
-    start = take_ticket(call.state) * call.chunk
-    while start < call.rows and load_integer(call.state, 2) == 0:
+    scratch = call.scratch + 4 * call.scratch_stride * fetch_add(call.state + 8)
+    start = fetch_add(call.state) * call.chunk
+    while start < call.rows and load_int64(call.state, 2) == 0:
         for n in range(start, start + call.chunk if start + call.chunk < call.rows else call.rows):
-            if is_bad(call, teachers, n):
-                store_integer(call.state, 2, n + 1)
+            if has_bad_value(call, teachers, n):
+                store_int64(call.state, 2, n + 1)
                 return
             one_row(call, teachers, n, scratch)
-        start = take_ticket(call.state) * call.chunk
+        start = fetch_add(call.state) * call.chunk

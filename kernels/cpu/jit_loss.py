@@ -1,10 +1,10 @@
-"""The fused loss for rows of a batch, compiled. Loaded at first use: importing numba is slow.
+"""The fused loss for the rows of a batch, compiled. Imported at first use: numba is slow to import.
 
-One row at a time: the student's softmax, then each teacher's row from the form it is stored in to softened
-and adjusted probabilities, their mixture, the divergence and both gradients. Only a few rows of float32 per
-thread are ever held, whatever N and K. Formulas are those of `coursepack.kernels.analytic`.
+Rows are processed one at a time: the student's softmax, then for each teacher decoding, softening and
+adjusting, then the mixture, the divergence and both gradients. A thread holds only a few float32 rows,
+whatever N and K. The formulas are those of `coursepack.kernels.analytic`.
 
-Rows are independent and each is summed in a fixed order, so results do not depend on threads.
+Rows are independent and summed in a fixed order, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from coursepack.kernels.cpu.jit_math import LOG2_E, load, store
 from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
 from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
-    fetch_row,
     inverse_temperature,
+    prefetch_row,
     read_dense,
     teacher_exponentials,
 )
@@ -29,7 +29,7 @@ from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32
 
 @njit
 def x_log_x(x: float) -> float:
-    """x log x, 0 at 0."""
+    """Return x log x, 0 at 0."""
     return x * math.log(x) if x > 0 else 0.0
 
 
@@ -37,9 +37,9 @@ def x_log_x(x: float) -> float:
 def soft_part(
     call: Any, teachers: Any, n: int, factor: float, top: float, logits: int, out: int, scratch: int
 ) -> float:
-    """`factor` times T² D of one row; its gradient to the student goes to `out`.
+    """Return `factor` times T² D of one row and write the gradient with respect to the student to `out`.
 
-    `logits` are the student's and `top` the largest; from `scratch` on are rows to work in.
+    `logits` are the student's, `top` is the largest of them, and `scratch` is the start of the working rows.
     """
     length = lots(call.classes + LOT - 1)
     row = 4 * length
@@ -64,12 +64,12 @@ def soft_part(
         probs = kept + k * row if keeps else kept
         own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
         ahead = teachers[k + 1 if k + 1 < call.teachers else 0]
-        fetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
+        prefetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
         size = teacher_exponentials(
             teachers[k], n, label, call.classes, length, own, call.smoothing, spare, probs
         )
         if mixes:
-            # Of the mixture brought to a sum of one.
+            # The mixture is normalized to a sum of one.
             share = weight / weight_sum if weight_sum > 0 else 0.0
             add_scaled(probs, float32(share / size), mixture, length)
             if keeps:
@@ -109,7 +109,7 @@ def soft_part(
 
 @njit
 def hard_part(call: Any, n: int, factor: float, top: float, logits: int, out: int, spare: int) -> float:
-    """`factor` times the cross-entropy of one row to its labels; its gradient is added to `out`."""
+    """Return `factor` times the cross-entropy of one row to its labels and add its gradient to `out`."""
     length = lots(call.classes + LOT - 1)
     total = exponentials(logits, top, float32(LOG2_E), spare, length)
     lam = float_at(call.lam, n, 1.0)
@@ -128,7 +128,7 @@ def hard_part(call: Any, n: int, factor: float, top: float, logits: int, out: in
 
 @njit(inline="always")
 def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
-    """Loss and gradients of one row."""
+    """Compute the loss and gradients of one row."""
     classes = call.classes
     length = lots(classes + LOT - 1)
     logits, out, rest = scratch, scratch + 4 * length, scratch + 8 * length
@@ -140,21 +140,21 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     value = 0.0
     if row_weight != 0:
         top = read_dense(call.student_kind, call.student, n * call.student_stride, classes, logits)
-        fetch_row(call.student_kind, call.student, (n + 1) * call.student_stride, classes)
+        prefetch_row(call.student_kind, call.student, (n + 1) * call.student_stride, classes)
         if call.soft_weight != 0:
             value = soft_part(call, teachers, n, row_weight * call.soft_weight, top, logits, out, rest)
         if call.hard_weight != 0:
             value += hard_part(call, n, row_weight * call.hard_weight, top, logits, out, rest)
     store(call.loss, n, float32(value))
-    place = n * classes
+    index = n * classes
     if not call.grad:
         return
     if call.student_kind == FLOAT32:
-        write_float32(out, call.grad + 4 * place, classes)
+        write_float32(out, call.grad + 4 * index, classes)
     elif call.student_kind == FLOAT16:
-        write_half(out, call.grad + 2 * place, classes)
+        write_half(out, call.grad + 2 * index, classes)
     else:
-        write_bfloat16(out, call.grad + 2 * place, classes)
+        write_bfloat16(out, call.grad + 2 * index, classes)
 
 
 def _entry(sources: int) -> Any:

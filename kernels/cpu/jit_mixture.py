@@ -1,4 +1,4 @@
-"""The mixture of teachers' probabilities, compiled. Loaded at first use: importing numba is slow."""
+"""The mixture of teacher probabilities, compiled. Imported at first use: numba is slow to import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coursepack.kernels.cpu.jit_teacher import teacher_exponentials
 
 @njit(inline="always")
 def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
-    """The mixture of one row."""
+    """Compute the mixture of one row."""
     classes = call.classes
     length = lots(classes + LOT - 1)
     spare, probs, mixture = scratch, scratch + 4 * length, scratch + 8 * length
@@ -29,7 +29,7 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
 def _entry(sources: int) -> Any:
     @compiled(types.void(types.voidptr))
     def run(data: Any) -> None:
-        """Compute the mixture of every row, where `jit_loss.run` writes the gradient to the student."""
+        """Compute the mixture of every row into the field `grad`."""
         if sources != 0:  # always: a part of the key that numba finds compiled code by
             each_row(data, one_row)
 

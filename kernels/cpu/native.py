@@ -1,4 +1,4 @@
-"""From a checked call of the loss to one call of the compiled loss on the CPU: room to work in, threads."""
+"""Runs a checked call on the compiled CPU kernels: scratch memory, records, threads and errors."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from coursepack.kernels.spec import LossCall
 
 PARALLEL_FROM = 40_000
-"""Exponentials from which on more threads pay for their waking."""
+"""Number of exponentials above which more than one thread is faster."""
 LOT = 64
 _LARGEST_KEPT = 1 << 22
-_room = threading.local()
+_buffers = threading.local()
 _State = ctypes.c_int64 * 3
 
 
 def work_of(call: LossCall) -> int:
-    """How many exponentials a call costs, about."""
+    """Estimate the number of exponentials in a call."""
     return call.rows * call.classes * (call.teacher_count + 1)
 
 
 def evaluate(
     call: LossCall, student_logits: Tensor, weights: Tensor | None, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss `(N,)` float32 and the gradients of its sum, of which those not wanted are None.
+    """Compute the loss `(N,)` float32 and the gradients of its sum, None for those not wanted.
 
     Args:
-        call: a call that `dispatch.choose` leaves to the kernel.
+        call: a call for which `dispatch.choose` returns the kernel.
         student_logits: `(N, C)` float32, bfloat16 or float16 on the CPU.
         weights: `(N, K)`, or None for 1/K.
-        wants_student: whether to make the gradient `(N, C)`, in the dtype of the logits.
-        wants_weights: whether to make the gradient `(N, K)`, in the dtype of the weights.
+        wants_student: compute the gradient `(N, C)`, in the dtype of the logits.
+        wants_weights: compute the gradient `(N, K)`, in the dtype of the weights.
 
     Raises:
-        ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
+        ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
     loss = torch.empty(call.rows)
     student = row_major(student_logits)
@@ -69,25 +69,25 @@ def evaluate(
 
 
 def mixture(call: LossCall) -> Tensor:
-    """`sum_k w_k P_k`, `(N, C)` float32, of a call that `dispatch.reads_teachers` lets through.
+    """Compute `sum_k w_k P_k`, `(N, C)` float32, for a call that `dispatch.reads_teachers` accepts.
 
     Raises:
-        ValueError: a label, id, temperature or weight that is not allowed; the text names the first.
+        ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
     out = torch.empty(call.rows, call.classes)
     _launch("jit_mixture", call, call.wide_weights, None, None, out, None, scratch_rows=3)
     return out
 
 
-def facts(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
-    """What `stats.TeacherStats` says, of a call that `dispatch.reads_teachers` lets through.
+def statistics(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the fields of `stats.TeacherStats` for a call that `dispatch.reads_teachers` accepts.
 
     Returns:
         `(4, K, N)` float32: entropy, norm, cross-entropy, cosine; top classes `(K, N)` int64; and whether
         they are right `(K, N)` bool. What needs labels or `student_logits` has no meaning without.
 
     Raises:
-        ValueError: a label or id that is not allowed; the text names the first.
+        ValueError: an invalid label or class id; the text names the first.
     """
     shape = (call.teacher_count, call.rows)
     numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
@@ -108,7 +108,7 @@ def _launch(
     *,
     scratch_rows: int,
 ) -> None:
-    """Call the compiled function of a module on the records of a call; each thread has rows of scratch."""
+    """Run the compiled function of a module on a call, with `scratch_rows` rows of scratch per thread."""
     threads, _ = usable_threads(work_of(call), PARALLEL_FROM)
     stride = scratch_rows * -(-call.classes // LOT) * LOT
     scratch = _scratch(threads * stride)
@@ -124,33 +124,33 @@ def _launch(
         scratch_stride=stride,
     )
     run_kernel(_compiled(module), data, threads)
-    del held  # not before
+    del held  # tensors must live until here
     if state[2]:
         _explain(call, state[2] - 1)
 
 
 @functools.cache
 def _compiled(module: str) -> int:
-    """The address of what a module compiles at its first import."""
+    """Return the address of the function that a module compiles at its first import."""
     return int(importlib.import_module(f"coursepack.kernels.cpu.{module}").run.address)
 
 
 def _scratch(size: int) -> Tensor:
-    """Float32 to work in, kept for the next call of this thread unless it is large."""
-    kept: Tensor | None = getattr(_room, "scratch", None)
+    """Return a float32 buffer, kept for the next call in this thread unless it is large."""
+    kept: Tensor | None = getattr(_buffers, "scratch", None)
     if kept is not None and kept.numel() >= size:
         return kept
     scratch = torch.empty(size)
     if size <= _LARGEST_KEPT:
-        _room.scratch = scratch
+        _buffers.scratch = scratch
     return scratch
 
 
 def _explain(call: LossCall, row: int) -> None:
-    """Raise the error that the checks in torch have for a bad value."""
+    """Raise the error that the checks in torch raise for a bad value."""
     check_values(call)
     full_weights(call)
-    for teacher in call.teachers:
+    for teacher in call.teacher_list:
         if isinstance(teacher, TopKRows):
             teacher.decode()
     raise RuntimeError(f"the compiled loss refused row {row}, and the checks in torch did not")
