@@ -52,6 +52,9 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 """Every path that computes the fused loss, with the signature of `soft_target_loss`."""
 
+LOSSES_IN_DOUBLE = {name: LOSSES[name] for name in ("analytic", "plain")}
+"""Paths that compute in float64: kernel and operator leave it to the analytic one."""
+
 
 @dataclass(frozen=True)
 class LossCase:

@@ -128,7 +128,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 127, 128, 129, 1000, 1024, 1100])
+@pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 129, 1100])
 @pytest.mark.parametrize("combine", ["mixture", "sum"])
 def test_every_kind_of_rows_at_every_length(classes, combine):
     """Lengths around whole lots of vectors, beside the analytic path on the same rows."""
@@ -185,17 +185,19 @@ def test_an_argument_is_never_changed():
 
 COMPILED = {
     "dense": lambda: make_case(0, 40, 3, 6, torch.float32, temperature=4.0, hard_weight=0.3),
-    "shift, per row": lambda: make_case(
-        1, 40, 2, 6, torch.float32, adjustment="shift", temperature=torch.full((6,), 3.0)
-    ),
-    "weights": lambda: make_case(
+    "weights per row": lambda: make_case(
         2, 40, 3, 6, torch.float32, weights=torch.rand(6, 3), combine="sum", row_weight=torch.rand(6)
     ),
-    "one weight each": lambda: make_case(
-        3, 40, 2, 6, torch.float32, weights=torch.rand(2), teacher_temperature=[1.0, 3.0]
-    ),
-    "temperatures of both kinds": lambda: make_case(
-        3, 40, 2, 6, torch.float32, temperature=torch.full((6,), 3.0), teacher_temperature=[1.0, 3.0]
+    "weights, temperatures of both kinds, shift": lambda: make_case(
+        3,
+        40,
+        2,
+        6,
+        torch.float32,
+        weights=torch.rand(2),
+        temperature=torch.full((6,), 3.0),
+        teacher_temperature=[1.0, 3.0],
+        adjustment="shift",
     ),
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
@@ -244,14 +246,10 @@ def test_the_operator_passes_opcheck(make, monkeypatch):
 
 
 IN_TORCH = {
-    "float64": lambda: everything_at_once(12, 3, "mixture", torch.float64),
     "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
     "js of rows": lambda: dataclasses.replace(
         make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
         teachers=[int8_rows((8, 37)), topk_rows()],
-    ),
-    "mse": lambda: make_case(
-        7, 40, 2, 6, torch.float32, divergence="mse", combine="sum", row_weight=torch.rand(6)
     ),
     "reverse_kl": lambda: make_case(
         8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
@@ -364,11 +362,8 @@ assert not [name for name in sys.modules if name.startswith("coursepack.") and "
 """
 
 
-@pytest.mark.parametrize("cpu", ["x86-64", None])
-def test_without_float16_instructions_and_without_a_cache(cpu, tmp_path):
-    environment = dict(os.environ)
-    if cpu is not None:
-        environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+def test_without_float16_instructions_and_without_a_cache(tmp_path):
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", BARE, str(Path(__file__).parent)],
         capture_output=True,
