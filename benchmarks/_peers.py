@@ -169,8 +169,8 @@ def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
 
     from coursepack.data import open_source
     from coursepack.data.batches import Batch
-    from coursepack.distill.prepare import prepare
-    from coursepack.distill.train import train_epoch
+    from coursepack.distill.runs.train import train_epoch
+    from coursepack.distill.setup.prepare import prepare
 
     run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
     trainee = run.trainee()

@@ -18,9 +18,9 @@ from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.layout import block_count
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train_epoch
+from coursepack.distill.runs.train import train_epoch
+from coursepack.distill.setup.prepare import prepare
 
 if TYPE_CHECKING:
     from pathlib import Path

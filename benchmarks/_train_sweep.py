@@ -10,8 +10,8 @@ import torch
 from _harness import row
 
 from coursepack.distill.recipe import TrainRecipe
-from coursepack.distill.sweep import Student, sweep
-from coursepack.distill.train import train
+from coursepack.distill.runs.sweep import Student, sweep
+from coursepack.distill.runs.train import train
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,9 +17,9 @@ from _harness import alternate, arguments, report, row
 
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.train import train, train_epoch
+from coursepack.distill.setup.prepare import prepare
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
 

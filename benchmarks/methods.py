@@ -26,10 +26,10 @@ from scipy import stats
 from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.train import train, train_epoch
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
 from coursepack.errors import TrainingDiverged
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job

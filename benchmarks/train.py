@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from coursepack.console import say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import FirstSamples
-from coursepack.distill.epoch_log import EpochLog
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.student import blocks
-from coursepack.distill.train import train_steps
+from coursepack.distill.runs.train import train_steps
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import blocks
+from coursepack.distill.training.metrics import EpochLog
 from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coursepack.data import Source
-    from coursepack.distill.prepare import Run
+    from coursepack.distill.setup.prepare import Run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100

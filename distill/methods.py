@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coursepack.distill.fusion import FUSIONS
-from coursepack.distill.objective_config import ObjectiveConfig
+from coursepack.distill.fusion.weights import FUSIONS
+from coursepack.distill.losses.config import ObjectiveConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

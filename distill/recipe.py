@@ -9,9 +9,9 @@ from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import ViewRecipe
+from coursepack.distill.losses.config import ObjectiveConfig
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective_config import ObjectiveConfig
-from coursepack.distill.optimiser import OptimiserConfig
+from coursepack.distill.training.optimizer import OptimiserConfig
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import torch
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
+from coursepack.models.hubs.libraries import timm_network, torchvision_network, torchvision_trained
+from coursepack.models.hubs.python import check_logits, own_network
 from coursepack.models.networks import NETWORKS as NETWORKS
-from coursepack.models.own import check_logits, own_network
 from coursepack.models.preprocessing import Preprocessing
 from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
-from coursepack.models.zoos import timm_network, torchvision_network, torchvision_trained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ from coursepack.data.views import draw, view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.kernels import teacher_stats
 from coursepack.models.build import weights_fingerprint
-from coursepack.models.runner import check_finite
+from coursepack.models.teacher import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

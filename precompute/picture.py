@@ -12,7 +12,7 @@ from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import PRESETS, ViewRecipe
 from coursepack.errors import RecipeError, StoreMismatch
-from coursepack.precompute.check import source_of_stores
+from coursepack.precompute.verify import source_of_stores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

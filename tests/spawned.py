@@ -20,12 +20,12 @@ import coursepack.data.jit_philox
 import coursepack.data.jit_pixels  # noqa: F401 - once, not in every process
 from coursepack.distill import Learner, Objective, TrainRecipe, ranks
 from coursepack.distill.cli import main as distill
-from coursepack.distill.epoch_log import EpochLog
-from coursepack.distill.evaluate import evaluate
 from coursepack.distill.methods import METHODS
-from coursepack.distill.prepare import prepare
-from coursepack.distill.train import train, train_steps
-from coursepack.distill.trainee import make_trainee
+from coursepack.distill.runs.train import train, train_steps
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.metrics import EpochLog
+from coursepack.distill.training.state import make_trainee
 from coursepack.errors import RunError
 from coursepack.models import Network, Preprocessing
 from coursepack.models.networks import NETWORKS, NetworkKind

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from coursepack.data import open_source
 from coursepack.distill.cli import main as distill
-from coursepack.distill.train import train
+from coursepack.distill.runs.train import train
 from coursepack.precompute.cli import main as precompute
 
 ALONE = "distill train --student digits-small --source digits --view digits --epochs 1 --out new"

@@ -23,8 +23,8 @@ from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.views import PadCrop, draw, render
 from coursepack.data.views.pixel_ops import Solarize
 from coursepack.distill.cli import main as distill
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import PROVENANCE_FILE
+from coursepack.distill.runs.folder import PROVENANCE_FILE
+from coursepack.distill.setup.prepare import prepare
 from coursepack.errors import StoreMismatch
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main as precompute

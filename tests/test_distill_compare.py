@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from coursepack.data import view_recipe
 from coursepack.distill.cli import main as distill
-from coursepack.distill.compare import compare, plot, table_rows
-from coursepack.distill.run_folder import FinishedRun
-from coursepack.distill.train import train
+from coursepack.distill.runs.compare import compare, plot, table_rows
+from coursepack.distill.runs.folder import FinishedRun
+from coursepack.distill.runs.train import train
 from coursepack.errors import RunError
 
 

@@ -20,7 +20,7 @@ from coursepack.data import open_source
 from coursepack.data.store import StoreReader
 from coursepack.distill import open_course
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import METRICS_FILE
+from coursepack.distill.runs.folder import METRICS_FILE
 from coursepack.models import build_network
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute.cli import main as precompute

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from coursepack.distill.facts import Facts, Inside
-from coursepack.distill.hints import Adapter, Hint, Hints
-from coursepack.distill.student import blocks, look_inside, watched
-from coursepack.distill.targets import Targets
+from coursepack.distill.losses.base import Facts, Inside
+from coursepack.distill.losses.hint import Adapter, Hint, Hints
+from coursepack.distill.setup.student import blocks, look_inside, watched
+from coursepack.distill.targets.stores import Targets
 from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing, build_network
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from coursepack.distill.learning_rate import LearningRateConfig, rate_factor
+from coursepack.distill.training.schedule import LearningRateConfig, rate_factor
 
 STEPS, EPOCHS, LR = 7, 6, 0.3
 

@@ -15,12 +15,12 @@ from coursepack.data import open_source
 from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
-from coursepack.distill.facts import Moment
+from coursepack.distill.losses.base import Moment
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.student import look_inside
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train, train_epoch
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import look_inside
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.kernels import decode
 from coursepack.models import Network, Preprocessing, TeacherRunner, load_teacher, parse_tap

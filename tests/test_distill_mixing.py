@@ -19,9 +19,9 @@ from coursepack.data.views.geometry import HorizontalFlip, PadCrop
 from coursepack.data.views.mixing import Mix
 from coursepack.data.views.params import CUTMIX, MIXUP, NO_MIX
 from coursepack.distill.cli import main
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import METRICS_FILE
-from coursepack.distill.train import train_epoch
+from coursepack.distill.runs.folder import METRICS_FILE
+from coursepack.distill.runs.train import train_epoch
+from coursepack.distill.setup.prepare import prepare
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
 from coursepack.precompute import run_job

@@ -8,17 +8,23 @@ import torch
 from reference import methods as ref
 from reference.loss import soft_target_loss as reference_loss
 
-from coursepack.distill.facts import Inside, Moment
-from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting, confidence_weights, entropy_weights
-from coursepack.distill.hints import Hint, depth_group
+from coursepack.distill.fusion.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.distill.fusion.weights import (
+    FUSIONS,
+    Adaptive,
+    FusionSetting,
+    confidence_weights,
+    entropy_weights,
+)
+from coursepack.distill.losses.base import Inside, Moment
+from coursepack.distill.losses.config import ObjectiveConfig
+from coursepack.distill.losses.hint import Hint, depth_group
+from coursepack.distill.losses.objective import Objective, Setting
+from coursepack.distill.losses.relation import angle_loss, distance_loss, student_embedding
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import Objective, Setting
-from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
 from coursepack.distill.schedule import Schedule
-from coursepack.distill.targets import Targets
-from coursepack.distill.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.distill.targets.stores import Targets
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
 

@@ -17,14 +17,14 @@ from torchvision.models import VisionTransformer
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
 from coursepack.data.views import draw, render
-from coursepack.distill.checks import check_student
 from coursepack.distill.cli import main as distill
-from coursepack.distill.learner import Learner
-from coursepack.distill.objective import Objective
-from coursepack.distill.prepare import prepare
+from coursepack.distill.losses.objective import Objective
 from coursepack.distill.recipe import load_recipe
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.student import look_inside
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.setup.checks import check_student
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import look_inside
+from coursepack.distill.training.learner import Learner
 from coursepack.errors import RecipeError
 from coursepack.models import Preprocessing, build_network, load_teacher
 from coursepack.models.build import Network

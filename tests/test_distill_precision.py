@@ -12,10 +12,10 @@ from spawned import DROPPING
 from torch._dynamo.utils import counters
 
 from coursepack.data import open_source
-from coursepack.distill.facts import Moment
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.losses.base import Moment
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train, train_epoch
+from coursepack.distill.setup.prepare import prepare
 from coursepack.errors import RecipeError
 from coursepack.models import load_teacher
 from coursepack.models.networks import NETWORKS

@@ -19,16 +19,18 @@ from spawned import DROPPING
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
-from coursepack.distill.checkpoint import CHECKPOINT_FILE, load_checkpoint
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from coursepack.errors import RunError
 from coursepack.models import parse_tap
 from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
-TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
-COURSE, TARGETS = (sys.modules[f"coursepack.distill.{name}"] for name in ("course", "targets"))
+TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+COURSE, TARGETS = (
+    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.opening", "targets.stores")
+)
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
-from coursepack.distill.complete import complete
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.resolve import complete
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
 from coursepack.models import load_teacher
 
@@ -134,7 +134,7 @@ def test_with_stores_the_method_source_and_view_go_without_saying(tmp_path, stor
 
 def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
     evaluations = iter([{"accuracy": 0.5, "nll": 1.0}])
-    module = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
+    module = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(evaluations))
     with pytest.raises(StopIteration):
         train(make_recipe(limit=100, epochs=3), tmp_path / "o", device=CPU)
@@ -187,7 +187,7 @@ def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
 
 def scripted(monkeypatch, accuracies):
     """Have evaluations say these; returns the epochs that were over at each."""
-    module, asked = sys.modules["coursepack.distill.train"], iter(accuracies)
+    module, asked = sys.modules["coursepack.distill.runs.train"], iter(accuracies)
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"accuracy": next(asked), "nll": 1.0})
 
 

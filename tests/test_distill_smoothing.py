@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from builders import CPU, make_recipe
 
 from coursepack.data import view_recipe
-from coursepack.distill.facts import Moment
+from coursepack.distill.losses.base import Moment
+from coursepack.distill.losses.objective import Objective, cross_entropy
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import Objective, cross_entropy
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.schedule import value_at
-from coursepack.distill.targets import Targets
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.targets.stores import Targets
 from coursepack.kernels import MixedLabels
 
 

@@ -13,9 +13,9 @@ from builders import CPU
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.sweep import read_grid, student_name, sweep
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.sweep import read_grid, student_name, sweep
+from coursepack.distill.runs.train import train
 from coursepack.errors import CoursepackError, RecipeError, RunError, TrainingDiverged
 
 
@@ -92,7 +92,7 @@ def test_pixels_that_no_student_can_take_are_refused_before_the_first(tmp_path, 
 def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):
     students = [student for student in read_grid(methods_grid) if student.recipe.seed == 0]
     asked = []
-    module = sys.modules["coursepack.distill.targets"]
+    module = sys.modules["coursepack.distill.targets.stores"]
     fetch = module.CachedTargets.fetch
     monkeypatch.setattr(
         module.CachedTargets,
@@ -128,7 +128,7 @@ def test_students_beside_one_that_diverges_stay_together(tmp_path, stores, monke
     path = write_grid(
         tmp_path, grid, student="digits-small", stores=[str(stores[0])], epochs=3, limit=100
     )  # fmt: skip
-    module, groups = sys.modules["coursepack.distill.sweep"], []
+    module, groups = sys.modules["coursepack.distill.runs.sweep"], []
     train_together = module.train_together
     monkeypatch.setattr(
         module,
@@ -146,7 +146,7 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
     """What others of its group run into later cannot take it away."""
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 4, "limit": 100}
     path = write_grid(tmp_path, {"patience": [1, None]}, **common)
-    module = sys.modules["coursepack.distill.train"]
+    module = sys.modules["coursepack.distill.runs.train"]
 
     def never_better(network, source, device, **_):
         if (tmp_path / "o" / "patience=1" / "student.safetensors").is_file():
@@ -168,8 +168,9 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["coursepack.distill.course"], "choose_reading", lambda *_: "mapped")
-        patched.setattr(sys.modules["coursepack.distill.train"], "evaluate", killed)
+        opening = sys.modules["coursepack.distill.targets.opening"]
+        patched.setattr(opening, "choose_reading", lambda *_: "mapped")
+        patched.setattr(sys.modules["coursepack.distill.runs.train"], "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep(students[1:], tmp_path / "o", device=CPU, checkpoint_seconds=0)
     assert sweep(students, tmp_path / "o", device=CPU, together=2, resume=True) == {}

@@ -10,12 +10,12 @@ from builders import CPU, make_recipe, write_store
 from reference.methods import calibration_error
 
 from coursepack.data import Batch, open_source
-from coursepack.distill.evaluate import evaluate
+from coursepack.distill.losses.objective import Objective
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import Objective
-from coursepack.distill.prepare import opening, prepare
-from coursepack.distill.targets import Targets
-from coursepack.distill.train import train_epoch
+from coursepack.distill.runs.train import train_epoch
+from coursepack.distill.setup.prepare import opening, prepare
+from coursepack.distill.targets.stores import Targets
+from coursepack.distill.training.evaluate import evaluate
 from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing
 

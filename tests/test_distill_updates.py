@@ -9,11 +9,11 @@ from builders import CPU, make_recipe
 from safetensors.torch import load_file
 
 from coursepack.data import open_source
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.smoke import smoke_recipe
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.smoke import smoke_recipe
+from coursepack.distill.runs.train import train, train_epoch
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
 from coursepack.errors import RecipeError
 from coursepack.models import build_network
 

@@ -11,7 +11,7 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
 """Package to folder."""
-COMMON = {f"coursepack.{name}" for name in ("errors", "canonical", "config", "console", "files", "own_code")}
+COMMON = {f"coursepack.{name}" for name in ("errors", "canonical", "config", "console", "files", "imports")}
 ALLOWED = {
     "common": COMMON,
     "kernels": {"coursepack.kernels"},
@@ -63,7 +63,7 @@ def test_imports_go_down_only(folder):
         "import coursepack.distill",
         "from coursepack.distill import train",
         "from coursepack import distill",
-        "from coursepack.distill.train import train",
+        "from coursepack.distill.runs.train import train",
         "def later():\n    from coursepack.distill import train",
         "if TYPE_CHECKING:\n    import coursepack.distill as d",
     ],

@@ -18,8 +18,8 @@ from coursepack.data.store import StoreReader
 from coursepack.errors import NonFiniteOutput, RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, NETWORKS, WEIGHTS_FILE, weights_fingerprint
-from coursepack.models.runner import TeacherOutput, check_finite, pick_device
 from coursepack.models.taps import tapped
+from coursepack.models.teacher import TeacherOutput, check_finite, pick_device
 from coursepack.precompute import Job, run_job
 
 TEN = tuple("0123456789")

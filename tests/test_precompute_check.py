@@ -20,8 +20,8 @@ from coursepack.errors import StoreDamaged, StoreMismatch, TeacherMismatch
 from coursepack.models import parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute import run_job
-from coursepack.precompute.check import job_of_store, verify_deep
 from coursepack.precompute.cli import main
+from coursepack.precompute.verify import job_of_store, verify_deep
 
 CPU = torch.device("cpu")
 SAMPLES = 1442

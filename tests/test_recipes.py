@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.learning_rate import LearningRateConfig
-from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.training.optimizer import OptimiserConfig
+from coursepack.distill.training.schedule import LearningRateConfig
 from coursepack.models import build_network, parse_tap
 from coursepack.precompute.cli import main as precompute
 

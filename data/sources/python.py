@@ -15,7 +15,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, sampled, sha256_of
 from coursepack.errors import CoursepackError, RecipeError, SourceError
-from coursepack.own_code import own_object
+from coursepack.imports import own_object
 
 if TYPE_CHECKING:
     from pathlib import Path

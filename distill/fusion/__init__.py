@@ -1,0 +1,1 @@
+"""Fusion of several teachers: how much each counts, and at which temperature."""

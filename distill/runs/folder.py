@@ -1,0 +1,231 @@
+"""A run's folder: the recipe as used, where its targets came from, metrics per epoch, weights.
+
+recipe.yaml          trains this run again
+provenance.json      fingerprints of the stores it read, library versions, device
+network.yaml         what `run:FOLDER` needs to build the student
+metrics.jsonl        one line per epoch
+best.safetensors     the student's weights after the evaluation with the best accuracy
+checkpoint.pt        while a run is unfinished, all it needs to go on
+student.safetensors  the student's weights after the last epoch; its presence says the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from coursepack.canonical import canonical_json, difference_table
+from coursepack.config import parse_config, write_yaml
+from coursepack.distill.recipe import TrainRecipe, load_recipe
+from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
+from coursepack.errors import RunError
+from coursepack.files import partials, write_whole
+from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Self
+
+    from coursepack.models import Network
+
+RECIPE_FILE = "recipe.yaml"
+PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.jsonl"
+BEST_FILE = "best.safetensors"
+
+MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
+"""Parts of the provenance in which a run that is resumed may not differ; but a store may have more views by
+then, as long as they are not the run's."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What is kept of a run."""
+
+    path: Path
+    recipe: TrainRecipe
+    metrics: list[dict[str, Any]]
+    """One entry per epoch."""
+
+
+class RunFolder:
+    """A run being written."""
+
+    def __init__(self, path: Path, recipe: TrainRecipe, provenance: dict[str, Any], network: Network) -> None:
+        """Make the folder.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
+            ) from error
+        write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
+        write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
+        write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
+        (path / METRICS_FILE).write_bytes(b"")
+
+    @classmethod
+    def reopen(cls, path: Path, provenance: dict[str, Any], epoch: int) -> Self:
+        """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped.
+
+        Raises:
+            RunError: recipe, stores, source or views are not those that the run was begun with.
+        """
+        folder = cls.__new__(cls)
+        folder.path = path
+        begun = json.loads((path / PROVENANCE_FILE).read_text())
+        _check_same(path, _lasting(begun), _lasting(provenance))
+        _clear_partials(path)
+        lines = (path / METRICS_FILE).read_text().splitlines(keepends=True)
+        write_whole(path / METRICS_FILE, "".join(lines[:epoch]).encode())
+        return folder
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one epoch's metrics."""
+        with (self.path / METRICS_FILE).open("a") as file:
+            file.write(canonical_json(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that counts on this line reaches the disk after it
+
+    def keep_best(self, network: Network) -> None:
+        """Write the weights of the best student so far."""
+        write_whole(self.path / BEST_FILE, _weights(network))
+
+    def finish(self, network: Network) -> None:
+        """Write the last weights, and clear away what an unfinished run needs."""
+        write_whole(self.path / WEIGHTS_FILE, _weights(network))
+        (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class OthersFolder:
+    """A run that another rank writes."""
+
+    path: Path
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def keep_best(self, network: Network) -> None:
+        """Write nothing."""
+
+    def finish(self, network: Network) -> None:
+        """Write nothing."""
+
+
+def _weights(network: Network) -> bytes:
+    state = {name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()}
+    return save(state)
+
+
+def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
+    """The last metrics of a run that is finished; None where it is not.
+
+    Raises:
+        RunError: it is a run of another recipe.
+    """
+    if not (path / WEIGHTS_FILE).is_file():
+        return None
+    finished = load_run(path)
+    _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # a kill just before that leaves it
+    _clear_partials(path)
+    return finished.metrics[-1]
+
+
+def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with what was decided when an unfinished run was begun: how its stores are read.
+
+    Raises:
+        RunError: it is a run of another recipe.
+    """
+    if not (path / RECIPE_FILE).is_file():
+        return recipe
+    begun = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if not (path / CHECKPOINT_FILE).is_file():
+        return recipe
+    stores = json.loads((path / PROVENANCE_FILE).read_text())["stores"]
+    return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
+
+
+def _lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: provenance.get(name) for name in MUST_STAY}
+    stores = [{**store, "views": None} for store in facts["stores"]]
+    return {**facts, "stores": stores}
+
+
+def _clear_partials(path: Path) -> None:
+    for partial in partials(path):
+        partial.unlink()
+
+
+def _check_same(path: Path, begun: Any, now: Any) -> None:
+    if begun != now:
+        table = difference_table(begun, now, "begun with", "now")
+        raise RunError(
+            f"run {str(path)!r} cannot be resumed, since it was begun with something else.\n{table}\n"
+            "Resume with what it was begun with, or choose another --out."
+        )
+
+
+def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse a folder that holds something, or clear it: of everything, or of a run that hardly began.
+
+    Raises:
+        RunError: the folder is not empty, and is not a run or may not be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
+    if not path.is_dir():
+        return
+    if set(path.iterdir()) <= set(partials(path)):  # what a kill leaves while the folder is made
+        _clear_partials(path)
+        return
+    if not (path / RECIPE_FILE).is_file():
+        raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
+    if overwrite:
+        _clear(path)
+    elif resume:
+        _clear_partials(path)
+        (path / BEST_FILE).unlink(missing_ok=True)
+    else:
+        raise RunError(
+            f"{str(path)!r} already holds a run: choose another --out, go on with it by --resume, or "
+            "remove it (`distill train` has --overwrite)"
+        )
+
+
+def _clear(path: Path) -> None:
+    """Remove a run, what says that it is one last: a kill leaves something that can be overwritten again."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != RECIPE_FILE:
+            child.unlink()
+    (path / RECIPE_FILE).unlink()
+
+
+def load_run(path: Path) -> FinishedRun:
+    """Read a finished run's recipe and metrics.
+
+    Raises:
+        RunError: there is no run, or it is unfinished.
+    """
+    if not (path / RECIPE_FILE).is_file():
+        raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
+    if not (path / WEIGHTS_FILE).is_file():
+        raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
+    recipe = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    lines = (path / METRICS_FILE).read_text().splitlines()
+    return FinishedRun(path, recipe, [json.loads(line) for line in lines])

@@ -1,0 +1,145 @@
+"""What is refused before the first step: recipes, stores, sources and students that do not fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from coursepack.distill.fusion.weights import FUSIONS
+from coursepack.distill.methods import METHODS
+from coursepack.distill.schedule import is_used
+from coursepack.distill.setup.student import UNFIT, wrong_size
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data import Source
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.training.distributed import Ranks
+    from coursepack.distill.training.learner import Learner
+
+
+def check_student(learner: Learner, source: Source) -> None:
+    """Run one black image, so that a student that cannot look at the source is refused before the run."""
+    network = learner.network
+    size, device = network.preprocessing.size, next(learner.parameters()).device
+    pixels = torch.zeros(1, size, size, source.channels, dtype=torch.uint8, device=device)
+    learner.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(network.module(network.preprocessing(pixels)).shape)
+    except UNFIT as error:
+        raise wrong_size(network, error) from error
+    if shape != (1, network.classes):
+        raise RecipeError(
+            f"student {network.spec!r} gives logits of shape {shape}, expected {(1, network.classes)} (N, C)"
+        )
+
+
+def check_recipe(recipe: TrainRecipe) -> None:
+    """Refuse fields that do not fit together.
+
+    Raises:
+        RecipeError: the text names them.
+    """
+    _check_mixing(recipe)
+    _check_parts(recipe)
+    _check_compile(recipe)
+    if recipe.views_per_load > recipe.batch_size:
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
+            "to hold every view of at least one sample"
+        )
+    needs_teachers = recipe.objective.needs_teachers
+    if needs_teachers and not recipe.stores:
+        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
+    if recipe.stores and not needs_teachers and METHODS[recipe.method].term is None:
+        raise RecipeError(
+            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
+            "--store out, or choose a method that learns from them, as --method kd"
+        )
+
+
+def _check_mixing(recipe: TrainRecipe) -> None:
+    """Partners come from the whole split: a student that may know few labels must not learn theirs."""
+    objective = recipe.objective
+    hard = not objective.needs_teachers or is_used(objective.hard_weight)
+    if recipe.view.mix is not None and recipe.limit is not None and hard:
+        raise RecipeError(
+            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
+        )
+
+
+def _check_parts(recipe: TrainRecipe) -> None:
+    """Refuse to work a batch through in parts where its samples depend on each other."""
+    coupled = recipe.objective.batch_coupled
+    if recipe.accumulate > 1 and coupled:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but method {recipe.method!r} relates all samples of a batch "
+            f"({', '.join(coupled)}): leave accumulate out, or choose a smaller batch_size"
+        )
+    if recipe.accumulate > recipe.batch_size:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but batch_size is {recipe.batch_size}: a part needs a sample"
+        )
+
+
+def _check_compile(recipe: TrainRecipe) -> None:
+    """Refuse to compile a student that is looked into: a compiled one runs past what watches its layers."""
+    objective = recipe.objective
+    looks = ["hints"] if objective.uses_hints else []
+    if objective.uses_soft_targets and FUSIONS[objective.fusion.name].needs_representation:
+        looks.append(f"fusion {objective.fusion.name!r}")
+    if recipe.compile and looks:
+        raise RecipeError(
+            f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(looks)}), "
+            "which cannot be done through torch.compile: leave compile out"
+        )
+
+
+def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
+    """Refuse an epoch that would hold a view of a sample twice."""
+    each = recipe.views_per_load
+    if each > len(views):
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views: a batch would hold a view of a "
+            "sample twice"
+        )
+    if recipe.view_order == "shuffled" and len(views) % each:
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views in shuffled order: an epoch that "
+            "ends one round and begins the next might hold a view of a sample twice. Give a number that "
+            f"divides {len(views)}, or leave view_order out"
+        )
+
+
+def fewest_rows(ranks: Ranks) -> int:
+    """Rows of a batch that is divided between ranks: two for each, which batch normalisation needs."""
+    return 2 * ranks.count if ranks.count > 1 else 1
+
+
+def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do together."""
+    if ranks.count == 1:
+        return
+    if recipe.batch_size < fewest_rows(ranks):
+        raise RecipeError(
+            f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
+            f"{fewest_rows(ranks)}, two rows for each"
+        )
+    own_term = METHODS[recipe.method].term is not None
+    coupled = (*recipe.objective.batch_coupled, *(["the method's own term"] if own_term else []))
+    if coupled and recipe.online:
+        raise RecipeError(
+            f"method {recipe.method!r} relates all samples of a batch ({', '.join(coupled)}), so every rank "
+            "needs the teachers' answers to the whole batch, but live teachers see one rank's rows: leave "
+            "--online out, or train in one process"
+        )
+    if own_term and recipe.accumulate > 1:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but the own term of method {recipe.method!r} looks at the "
+            "rows of all ranks at once: leave accumulate out, or train in one process"
+        )

@@ -1,0 +1,260 @@
+"""From a recipe to a run that can begin: everything opened, and refused what cannot be trained."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data import batches, epoch_order, open_source, view_fingerprint
+from coursepack.data.loading import device_images
+from coursepack.data.randomness import Purpose, shuffled
+from coursepack.data.sources import subset
+from coursepack.distill.setup.build import build_arrays, build_objective, build_student
+from coursepack.distill.setup.checks import (
+    check_ranks,
+    check_recipe,
+    check_views,
+    fewest_rows,
+)
+from coursepack.distill.setup.requirements import check_objective
+from coursepack.distill.targets.opening import open_course, open_targets
+from coursepack.distill.targets.stores import OnlineTargets, free_memory, live_teachers
+from coursepack.distill.training.distributed import ALONE
+from coursepack.distill.training.learner import Learner
+from coursepack.distill.training.state import PRECISIONS, Trainee, make_trainee
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coursepack.data import Batch, Source
+    from coursepack.data.batches import Window
+    from coursepack.data.randomness import Samples
+    from coursepack.data.store import StoreReader
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.targets.stores import CachedTargets, TargetsKind
+    from coursepack.distill.training.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a recipe describes, opened and checked, before the first step."""
+
+    recipe: TrainRecipe
+    source: Source
+    evaluation: Source
+    samples: Samples
+    views: tuple[int, ...] | None
+    """Views taken in turn, one per epoch; None means epoch e takes view e."""
+    targets: TargetsKind | None
+    readers: tuple[StoreReader, ...]
+    window: Window | None
+    """How samples are ordered when the stores do not fit into memory."""
+    device: torch.device
+    drift: tuple[str, ...] = ()
+    """What the stores' views are no longer, where that was allowed."""
+    images: torch.Tensor | None = None
+    """The source's images on the device, where views are rendered there."""
+    ranks: Ranks = ALONE
+    """Who trains together."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
+
+    def views_of_epoch(self, epoch: int) -> list[int]:
+        """The views that every sample of an epoch is seen under."""
+        each = self.recipe.views_per_load
+        return [self._view(turn) for turn in range(epoch * each, (epoch + 1) * each)]
+
+    def _view(self, turn: int) -> int:
+        if self.views is None:
+            return turn
+        time_round, place = divmod(turn, len(self.views))
+        if self.recipe.view_order == "cyclic":
+            return self.views[place]
+        views = np.array(self.views, dtype=np.int64)
+        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[place])
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the given one on; tells the targets what will be needed next.
+
+        Of several ranks each gets its share of every batch. A last batch with fewer than two rows for each is
+        not divided: all ranks work it through whole.
+        """
+        views = self.views_of_epoch(epoch)
+        order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
+        begin = done = announced = first * (self.recipe.batch_size // len(views))
+        for batch in batches(
+            self.source,
+            self.recipe.view,
+            order,
+            views=views,
+            batch_size=self.recipe.batch_size,
+            device=self.device,
+            images=self.images,
+            first=first,
+            part=self.ranks.part,
+        ):
+            whole = batch.whole or batch
+            if self.targets is not None and self.window is not None and done >= announced:
+                announced = done + self.window.rows
+                for view in views:
+                    self.targets.will_need(view, order[announced : announced + self.window.rows])
+            if self.targets is not None and done == begin:
+                for view in self.views_of_epoch(epoch + 1):
+                    self.targets.prefetch(view)
+            yield whole if len(whole) < fewest_rows(self.ranks) else batch
+            done += len(whole) // len(views)
+
+    def sizes(self, trainees: Sequence[Trainee]) -> list[int]:
+        """Sides in pixels at which the views of a run are needed."""
+        sizes = {trainee.learner.network.preprocessing.size for trainee in trainees}
+        if isinstance(self.targets, OnlineTargets):
+            sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
+        return sorted(sizes)
+
+    def trainee(self) -> Trainee:
+        """A fresh student of the recipe."""
+        return self.trainee_with(self.recipe)
+
+    def trainee_with(self, recipe: TrainRecipe) -> Trainee:
+        """A fresh student of another recipe on the same batches and targets."""
+        student = build_student(recipe, self.source)
+        objective = build_objective(recipe, self.source, self.readers, student)
+        if recipe.channels_last:
+            student.module.to(memory_format=torch.channels_last)
+        precision = PRECISIONS[recipe.precision]
+        learner = Learner(student, objective, precision=precision, compiled=recipe.compile, ranks=self.ranks)
+        return make_trainee(learner.to(self.device), recipe, self.steps_per_epoch)
+
+
+def prepare(
+    recipe: TrainRecipe,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    others: Sequence[TrainRecipe] = (),
+) -> Run:
+    """Open what a recipe names, and refuse what cannot be trained.
+
+    All ranks read their stores in the same way, one that each has the memory for.
+
+    Args:
+        recipe: whose batches and stores they are.
+        device: where to train.
+        ranks: who trains together.
+        others: recipes of further students of the same batches and stores.
+
+    Raises:
+        StoreMismatch: stores of different views or sources, or of another source than the recipe's.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
+        SourceError: a source's files are missing or damaged.
+        RecipeError, UnknownName: fields that do not fit together.
+    """
+    root = None if recipe.root is None else Path(recipe.root)
+    source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
+    source.check()
+    evaluation.check()
+    recipes = (recipe, *others)
+    for each in recipes:
+        check_recipe(each)
+        check_ranks(each, ranks)
+    views = None if recipe.views is None else tuple(range(recipe.views))
+    cached = _cached_targets(recipe, recipes, source, device, ranks) if recipe.stores else None
+    if cached is not None:
+        views = cached.views
+    if views is not None:
+        check_views(recipe, views)
+    targets: TargetsKind | None = cached
+    if recipe.online:
+        if cached is None:
+            raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+        targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device))
+    return Run(
+        recipe,
+        source,
+        evaluation,
+        subset(source, recipe.limit),
+        views,
+        targets,
+        () if cached is None else tuple(cached.readers),
+        None if cached is None else cached.window,
+        device,
+        () if cached is None else cached.drift,
+        device_images(source, recipe.view, device),
+        ranks,
+    )
+
+
+def _cached_targets(
+    recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
+) -> CachedTargets:
+    """What all the recipes look at in the stores of the first."""
+    course = open_course(recipe.stores, source=source, view=recipe.view, root=recipe.root)
+    asked = []
+    for each in recipes:
+        check_objective(each, course.readers)
+        asked.append(build_arrays(each, source, course.readers))
+    free = min(ranks.gathered(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
+    return open_targets(
+        course,
+        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)],
+        views=recipe.views,
+        device=device,
+        reading=recipe.reading,
+        allow_drift=recipe.allow_drift,
+        free_bytes=free,
+    )
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where a run's targets came from, and what ran it."""
+    stores = [
+        {
+            "path": str(reader.path.resolve()),
+            "fingerprint": reader.manifest.fingerprint,
+            "views": list(reader.views),
+            "reading": reader.reading,
+            "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
+        }
+        for reader in run.readers
+    ]
+    return {
+        "stores": stores,
+        "view_fingerprint": view_fingerprint(run.recipe.view, run.source),
+        "source_fingerprint": run.source.fingerprint,
+        "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
+        "device": str(run.device),
+        "ranks": run.ranks.count,
+        "drift": list(run.drift),
+        "views": None if run.views is None else list(run.views),
+        "window": None if run.window is None else asdict(run.window),
+    }
+
+
+def opening(run: Run) -> str:
+    """What a run says about itself before the first step."""
+    recipe = run.recipe
+    teachers = ", ".join(reader.name for reader in run.readers)
+    said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
+    if run.readers:
+        how = "live" if recipe.online else f"from their stores ({run.readers[0].reading})"
+        said += f", teachers {teachers} {how}"
+    if run.views is None:
+        return f"{said}; a new view every epoch"
+    each = recipe.views_per_load
+    round_trip = -(-len(run.views) // each)
+    order, again = {
+        "cyclic": ("in turn", "in the same order"),
+        "shuffled": ("in random order", "in another order"),
+    }[recipe.view_order]
+    repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
+    per_epoch = "one" if each == 1 else f"{each} of every sample"
+    return f"{said}; {len(run.views)} views {order}, {per_epoch} per epoch{repeats}"

@@ -1,0 +1,185 @@
+"""What students learn from: stores of teachers, checked, with the source and the views that they saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from coursepack.canonical import difference_table
+from coursepack.data import ViewRecipe, open_source, view_fingerprint
+from coursepack.data.drift import drift
+from coursepack.data.store import StoreReader
+from coursepack.distill.targets.stores import (
+    CachedTargets,
+    choose_reading,
+    common_views,
+    free_memory,
+    open_stores,
+)
+from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data import Source
+    from coursepack.data.store.reader import Reading
+    from coursepack.distill.losses.objective import Objective
+
+
+@dataclass(frozen=True)
+class Course:
+    """Stores that belong together, and what makes the pixels that their teachers saw."""
+
+    source: Source
+    view: ViewRecipe
+    readers: tuple[StoreReader, ...]
+    """One per store, in the order given."""
+    root: str | None = None
+    """Folder of the source's files, if it has any."""
+
+
+def open_course(
+    stores: Sequence[str | Path],
+    *,
+    source: Source | None = None,
+    view: ViewRecipe | None = None,
+    root: str | None = None,
+) -> Course:
+    """Open stores with the source and the view recipe that they were written from.
+
+    Args:
+        stores: paths, one per teacher.
+        source: the opened source; None means what the stores name.
+        view: the view recipe; None means the stores' own.
+        root: folder of the source's files, if it has any.
+
+    Raises:
+        RecipeError: no store is given.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
+        StoreMismatch: stores, source and view do not belong together.
+        TeacherMismatch: teachers of other classes than the source's.
+        SourceError: the source's files are missing or damaged.
+    """
+    if not stores:
+        raise RecipeError("there is no store to learn from: give at least one")
+    readers = open_stores(stores)
+    identity = readers[0].manifest.identity
+    if source is None:
+        source = open_source(identity["source"]["name"], None if root is None else Path(root))
+    source.check()
+    if view is None:
+        view = ViewRecipe.model_validate(identity["view"]["recipe"])
+    for reader in readers:
+        _check_store(reader, source, view)
+    return Course(source, view, tuple(readers), root)
+
+
+def make_targets(
+    course: Course,
+    *objectives: Objective,
+    views: int | None = None,
+    device: torch.device | None = None,
+    reading: Reading | Literal["auto"] = "auto",
+    allow_drift: bool = False,
+) -> CachedTargets:
+    """What the stores of a course say, as far as the objectives look at it.
+
+    Args:
+        course: with the stores.
+        objectives: one per student that learns from the same batches.
+        views: take this many views; None means all that the stores have in common.
+        device: where targets are given; None means the CPU.
+        reading: `resident`, `mapped` or `windowed`; `auto` chooses by size and free memory.
+        allow_drift: give them although this version makes other views, and say so in `drift`.
+
+    Raises:
+        StoreMismatch: the stores have no committed view in common, or their views have drifted.
+        RecipeError: the stores have fewer views in common than `views`.
+    """
+    return open_targets(
+        course,
+        read_arrays(course, *objectives),
+        views=views,
+        device=device or torch.device("cpu"),
+        reading=reading,
+        allow_drift=allow_drift,
+    )
+
+
+def open_targets(
+    course: Course,
+    arrays: Sequence[Sequence[str]],
+    *,
+    views: int | None,
+    device: torch.device,
+    reading: Reading | Literal["auto"],
+    allow_drift: bool,
+    free_bytes: int | None = None,
+) -> CachedTargets:
+    """`make_targets` of the given arrays of each store; `free_bytes` is the memory that may be taken.
+
+    Raises:
+        StoreMismatch, RecipeError: as `make_targets`.
+    """
+    chosen = common_views(course.readers, arrays, views)
+    drifted = check_drift(course, chosen, allowed=allow_drift)
+    if reading == "auto":
+        reading = choose_reading(course.readers, free_memory() if free_bytes is None else free_bytes, arrays)
+    readers = [StoreReader(reader.path, reading) for reader in course.readers]
+    for reader in readers:
+        reader.pinned = device.type == "cuda"
+    return CachedTargets(readers, device, arrays, views=chosen, drift=drifted)
+
+
+def read_arrays(course: Course, *objectives: Objective) -> list[list[str]]:
+    """What the objectives look at, for each store of a course."""
+    return [
+        list(dict.fromkeys(name for objective in objectives for name in objective.arrays(place)))
+        for place in range(len(course.readers))
+    ]
+
+
+def check_drift(course: Course, views: Sequence[int], *, allowed: bool) -> tuple[str, ...]:
+    """What the stores' views are no longer.
+
+    Raises:
+        StoreMismatch: there is something of it, and it is not allowed.
+    """
+    found: list[str] = []
+    for reader in course.readers:
+        lines = drift(reader.manifest, course.source, course.view, views)
+        if lines and not allowed:
+            shown = "\n".join(f"  {line}" for line in lines[:8])
+            written = next(iter(reader.manifest.view_records.values()))["environments"]
+            raise StoreMismatch(
+                f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
+                f"{len(lines)} of what was looked at differ. It was written with {written}. Install those "
+                "versions, run `precompute run` again into a new store, or train all the same with "
+                "--allow-drift (allow_drift=True in Python), which the run will say."
+            )
+        found += [f"{reader.name}: {line}" for line in lines]
+    return tuple(found)
+
+
+def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
+    identity = reader.manifest.identity
+    if identity["source"]["fingerprint"] != source.fingerprint:
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} was written from source {identity['source']['name']!r} "
+            f"({identity['source']['fingerprint'][:12]}), but {source.name!r} here is "
+            f"{source.fingerprint[:12]}: train on the source that the teachers saw"
+        )
+    if identity["view"]["fingerprint"] != view_fingerprint(view, source):
+        table = difference_table(identity["view"]["recipe"], view.model_dump(mode="json"), "store", "recipe")
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
+            "Leave the view out, and the store's own is used."
+        )
+    if len(reader.manifest.class_names) != len(source.class_names):
+        raise TeacherMismatch(
+            f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
+            f"{source.name!r} has {len(source.class_names)}"
+        )
