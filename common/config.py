@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping  # noqa: TC003 - dataclasses of pydantic's annotations are read at run time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pydantic.fields import FieldInfo
 
 
 class Config(BaseModel):
@@ -21,6 +26,25 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a field that holds one config of a family, told apart by a key.
+
+    `Annotated[Shape, OneOf("name", {"circle": Circle, "box": Box})]` reads `{"name": "circle"}` as a
+    `Circle`.
+    """
+
+    key: str
+    """Name of the field that tells the family's members apart."""
+    members: Mapping[str, type[Config]]
+    """The family by the value of the key."""
+
+    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Return pydantic's schema of the union."""
+        choices = {name: handler.generate_schema(member) for name, member in self.members.items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self.key)
 
 
 def parse_config(model: type[C], values: Any, where: str) -> C:
@@ -111,16 +135,27 @@ def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type
     for part in path:
         if isinstance(part, int):
             continue
-        held = [each.model_fields[part].annotation for each in found if part in each.model_fields]
+        held = [each.model_fields[part] for each in found if part in each.model_fields]
         if held:
-            found = [inner for annotation in held for inner in _models(annotation)]
+            found = [inner for field in held for inner in _models_of(field)]
         else:
-            found = [each for each in found if any(part == f.default for f in each.model_fields.values())]
+            found = [
+                each for each in found if any(part == f.default for f in each.model_fields.values())
+            ] or found
     return found
+
+
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The configs that a field may hold."""
+    families = [part for part in field.metadata if isinstance(part, OneOf)]
+    return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The configs in an annotation such as a tuple of a union of them."""
+    if isinstance(annotation, OneOf):
+        return list(annotation.members.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [inner for part in get_args(annotation) for inner in _models(part)]
+    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
+    return [inner for part in parts for inner in _models(part)]

@@ -7,15 +7,10 @@ All terms are means over the batch of sums over classes (`batchmean`), in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coursepack.distill.fusion.weights import FUSIONS
-from coursepack.distill.losses.config import ObjectiveConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -29,28 +24,19 @@ class Method:
     objective: ObjectiveConfig
     """Its defaults."""
     note: str = ""
-    """What was converted, or could not be verified."""
-    term: Callable[..., Tensor] | None = None
-    """A term of its own: from `Facts` and the arguments in `ObjectiveConfig.term` to values per sample
-    `(N,)`, or to a scalar that is coupled over the batch."""
+    """Conversions from the paper's conventions, and numbers that could not be verified."""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it needs to be trained, in words."""
-        config, found = self.objective, []
-        fusion = FUSIONS[config.fusion.name]
-        if config.uses_soft_targets or self.term is not None:
-            found.append(
-                "logits of every teacher" if fusion.choose is None else "logits of one teacher a batch"
-            )
-        if config.dynamic_temperature.kind == "flsw":
-            found.append("all of them (no topk store)")
-        if config.uses_hints:
-            found.append("a tapped feature of every teacher")
-        if config.needs_one_label:
-            found.append("one label per sample (no mixing)")
-        if config.batch_coupled:
-            found.append("whole batches: " + ", ".join(config.batch_coupled))
+        """Its needs in words."""
+        needs, found = self.objective.needs(), []
+        if needs.logits:
+            one = FUSIONS[self.objective.fusion.name].choose is not None
+            found.append("logits of one teacher a batch" if one else "logits of every teacher")
+        found += ["all of them (no topk store)"] if needs.dense_logits else []
+        found += ["a tapped feature of every teacher"] if needs.pairs is not None else []
+        found += ["one label per sample (no mixing)"] if needs.one_label else []
+        found += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
         return (*found, "labels")
 
 
@@ -83,8 +69,8 @@ _AMTML: dict[str, Any] = {
     "soft_weight": _AMTML_SOFT,
     "hard_weight": 0.3,
     "temperature": 5.0,
-    "fusion": {"name": "adaptive", "l2": 0.1},
-    "relations": {"angle": 1.0},
+    "fusion": {"name": "adaptive"},
+    "terms": {"angle": {}, "latents": {"weight": 0.1}},
 }
 _WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
 _LIU = "Liu, Zhang and Wang 2020, arXiv 2103.04062"
@@ -162,13 +148,13 @@ METHODS: dict[str, Method] = {
         objective=_config(**_AMTML),
         note="0.14 is 2 alpha / C for C = 10: set soft_weight=1.4/C for other classes. Trained jointly; "
         "fusion.joint_epochs freezes the latents after the release's first phase. Angles are of the "
-        "student's probabilities: the notebooks take its log-probabilities or logits (relations.student), "
-        "and add distances (relations.distance=1)",
+        "student's probabilities: the notebooks take its log-probabilities or logits (terms.angle.student), "
+        "and add distances (terms.distance.weight=1)",
     ),
     "amtml-hints": Method(
         formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",
         source=f"{_LIU}, section 3.4",
-        objective=_config(**_AMTML, hints={"weight": 1.0}),
+        objective=_config(**{**_AMTML, "terms": {**_AMTML["terms"], "hint": {}}}),
         note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
         "compared as they are (the release divides both by their norm over channels)",
     ),
@@ -192,10 +178,10 @@ METHODS: dict[str, Method] = {
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A method as plain values: formula, source, what it needs, and the defaults that set it apart."""
+    """Return a method as plain values: formula, source, needs, and the defaults that set it apart."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
-    teachers = method.objective.needs_teachers
+    teachers = method.objective.needs().teachers
     return {
         "name": name,
         "formula": method.formula,

@@ -5,20 +5,73 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import ViewRecipe
-from coursepack.distill.losses.config import ObjectiveConfig
 from coursepack.distill.methods import METHODS
-from coursepack.distill.training.optimizer import OptimiserConfig
+from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+    from typing import Self
 
 Count = Annotated[int, Field(ge=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LearningRateConfig(Config):
+    """How the learning rate changes over the steps of a run."""
+
+    shape: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    """`step`: times `factor` at every milestone. `cosine`: half a cosine down to `end`. `one_cycle`: up and
+    far down again."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """The rate rises in equal steps for so many epochs first."""
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Of `step`: epochs at whose beginning the rate falls."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of `step`: what the rate is multiplied by."""
+    end: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of `cosine`: the last rate as a share of `lr`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.shape == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones are {list(self.milestones)}, but shape is {self.shape!r}: milestones are for "
+                "shape 'step', which needs at least one. Give --milestones N,N with it, or "
+                "--set optimizer.schedule.milestones=[] with another shape"
+            )
+        if self.shape == "one_cycle" and self.warmup_epochs:
+            raise ValueError("warmup_epochs is set, but shape 'one_cycle' has a rise of its own")
+        return self
+
+
+class OptimizerConfig(Config):
+    """Optimizer of a student, with everything that its objective trains."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent, or AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """Learning rate, which the schedule multiplies."""
+    schedule: LearningRateConfig = LearningRateConfig()
+    """How the learning rate changes."""
+    momentum: BelowOne = 0.9
+    """Of `sgd`."""
+    nesterov: bool = True
+    """Of `sgd`: Nesterov's momentum, where momentum is not zero."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Of `adamw`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 penalty of `sgd`, decoupled decay of `adamw`."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of all gradients together; none means no limit."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of the student's averaged weights, which are then what is evaluated and kept; none
+    means no average."""
 
 
 class TrainRecipe(Config):
@@ -70,8 +123,8 @@ class TrainRecipe(Config):
     """Samples per step."""
     accumulate: Count = 1
     """Parts that a batch is worked through in, to save memory; gradients are those of the whole."""
-    optimiser: OptimiserConfig = OptimiserConfig()
-    """How the student is updated."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the student's matrix products in training, by autocast; float16 with scaled gradients."""
     channels_last: bool = False
@@ -99,14 +152,18 @@ def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> 
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Replace values in place, within groups of fields one by one; another fusion brings its own numbers."""
+    """Replace values in place, field by field; another fusion or term brings its own numbers."""
     for name, change in changes.items():
         held = values.get(name)
-        another = isinstance(change, dict) and "name" in change and change["name"] != (held or {}).get("name")
-        if isinstance(held, dict) and isinstance(change, dict) and not another:
+        if isinstance(held, dict) and isinstance(change, dict) and _is_same_kind(held, change):
             _merge(held, change)
         else:
             values[name] = change
+
+
+def _is_same_kind(held: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    """Return false for a change to another fusion or another kind of term."""
+    return all(change.get(key, held.get(key)) == held.get(key) for key in ("name", "term"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from spawned import drawn, fails_on_all, fails_on_one, on_ranks, one_epoch, resu
 
 from coursepack.data import open_source, view_recipe
 from coursepack.data.views.mixing import Mix
+from coursepack.distill.distributed import ALONE, Ranks, _met
 from coursepack.distill.methods import METHODS
 from coursepack.distill.runs.folder import RunFolder, load_run
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.training.distributed import ALONE, Ranks, _met
-from coursepack.distill.training.metrics import EpochLog
+from coursepack.distill.training.metrics import EpochMetrics
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RankLost, RecipeError, RunError
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.models.taps import Tap
@@ -65,11 +66,10 @@ def cases_of(stores, tapped):
 
     def case(method="kd", *, chosen=stores, **fields):
         fields = {"limit": UNEVEN, **fields}
-        recipe = make_recipe(chosen, method="kd" if method == "pairs" else method, **fields)
-        return {**recipe.model_dump(mode="json"), "method": method}
+        return make_recipe(chosen, method=method, **fields).model_dump(mode="json")
 
     def hinted(method, **hints):
-        objective = {"hints": {"pairs": pairs, **hints}}
+        objective = {"terms": {"hint": {"pairs": pairs, **hints}}}
         return case(method, chosen=tapped, student="digits-cnn", objective=objective)
 
     plain = {name: case(name) for name in METHODS if name not in ("supervised", "amtml-hints")}
@@ -77,18 +77,18 @@ def cases_of(stores, tapped):
         "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
         "hints alone": hinted("kd", weight=1.0),
-        "distance": case(objective={"relations": {"distance": 2.0, "angle": 1.0}}),
-        "own term": case("pairs"),
+        "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
+        "own term": {**case("kd"), "with_pairs": True},
         "even": case("amtml", limit=WHOLE),
         "not divided": case("ca-mkd", limit=SHORT),
         "coupled, not divided": case("amtml", limit=SHORT),
-        "parts": case("amtml", objective={"relations": {"angle": 0.0}}, accumulate=3),
-        "clipped and averaged": case(optimiser={"clip": 0.5, "ema": 0.9}),
+        "parts": case("amtml", objective={"terms": {"angle": None}}, accumulate=3),
+        "clipped and averaged": case(optimizer={"clip": 0.5, "ema": 0.9}),
         "float16": case(precision="float16"),
         "views together": case(views_per_load=2),
         "mixed": case("supervised", chosen=(), limit=None, view=mixed, batch_size=1000),
         "online": case(online=True),
-        "batch statistics": case(student="digits-resnet", optimiser={"ema": 0.9}),
+        "batch statistics": case(student="digits-resnet", optimizer={"ema": 0.9}),
     }
 
 
@@ -162,7 +162,7 @@ def test_each_rank_reads_and_renders_its_own_rows(stores):
         whole = list(prepare(recipe, CPU).batches(0))
         for (first, second), batch in zip(steps, whole, strict=True):
             assert np.concatenate([first.samples, second.samples]).tolist() == batch.samples.tolist()
-        rows = runs[0].trainee().learner.rows_for(steps[0][0])
+        rows = make_state(runs[0]).learner.rows_for(steps[0][0])
         assert len(rows) == looked_at, "targets of all rows are read only where they are coupled"
     short = prepare(make_recipe(limit=SHORT), CPU, Ranks(1, 2))
     assert [(len(batch), batch.whole is None) for batch in short.batches(0)][1:] == [(32, False), (3, True)]
@@ -225,12 +225,12 @@ def test_what_ranks_cannot_do_is_refused_before_the_first_step(stores, fields, m
 
 def test_an_epoch_can_be_continued_by_fewer_ranks(stores):
     run = prepare(make_recipe(stores, limit=128), CPU)
-    logs, states = [EpochLog(3), EpochLog(3)], []
-    trainee = run.trainee()
+    logs, states = [EpochMetrics(3), EpochMetrics(3)], []
+    state = make_state(run)
     for batch, log in zip(run.batches(0), logs, strict=True):
-        log.add(trainee.learner(batch, run.targets.fetch(batch)), batch)
+        log.add(state.learner(batch, run.targets.fetch(batch)), batch)
         states += log.state()
-    together, first = EpochLog(3), EpochLog(3)
+    together, first = EpochMetrics(3), EpochMetrics(3)
     together.restore(states)
     first.restore(states[:1])
     told, halves = together.means(), [log.means() for log in logs]

@@ -8,10 +8,9 @@ from helpers import random_source, rewrite_manifest
 from coursepack.data import batches, epoch_order, open_source, subset, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.data.views import PadCrop
-from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
-from coursepack.distill.methods import METHODS, Method
+from coursepack.distill import Learner, Step, make_objective, make_targets, open_teacher_stores
 from coursepack.distill.targets.stores import WINDOW_CHUNKS, WINDOW_ROWS
-from coursepack.distill.training.optimizer import make_optimiser
+from coursepack.distill.training.optimizer import make_optimizer
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, UnknownName
 from coursepack.models import Network, Preprocessing, TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
@@ -19,7 +18,7 @@ from coursepack.precompute import Job, run_job
 
 @pytest.fixture
 def course(stores):
-    return open_course(stores)
+    return open_teacher_stores(stores)
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +41,28 @@ def first_batch(course, targets):
     return next(batches(course.source, course.view, order, views=targets.views[:1], batch_size=64))
 
 
-def test_a_course_is_what_the_stores_were_written_from(course, stores):
+def test_the_stores_are_opened_with_what_the_stores_were_written_from(course, stores):
     assert [reader.path for reader in course.readers] == stores
     identity = load_manifest(stores[0]).identity
     assert course.source.fingerprint == identity["source"]["fingerprint"]
     assert course.view == view_recipe("digits")
     given = open_source("digits")
-    assert open_course(stores, source=given).source is given
+    assert open_teacher_stores(stores, source=given).source is given
 
 
 def test_stores_that_do_not_fit_are_refused(stores, tmp_path, teachers):
     with pytest.raises(RecipeError, match="no store to learn from"):
-        open_course([])
+        open_teacher_stores([])
     with pytest.raises(StoreMismatch, match="train on the source that the teachers saw"):
-        open_course(stores, source=random_source(1442))
+        open_teacher_stores(stores, source=random_source(1442))
     with pytest.raises(StoreMismatch, match="Leave the view out"):
-        open_course(stores, view=view_recipe("none"))
+        open_teacher_stores(stores, view=view_recipe("none"))
     other = write_store(tmp_path / "other.zarr", teachers[0], view_seed=7)
     with pytest.raises(StoreMismatch, match="do not belong together"):
-        open_course([stores[0], other])
+        open_teacher_stores([stores[0], other])
     rewrite_manifest(other, lambda values: values["class_names"].append("eleventh"))
     with pytest.raises(TeacherMismatch, match="has 11 classes, but source 'digits:train' has 10"):
-        open_course([other])
+        open_teacher_stores([other])
 
 
 def test_a_method_is_checked_against_the_stores(course, stores):
@@ -71,8 +70,8 @@ def test_a_method_is_checked_against_the_stores(course, stores):
         make_objective(course, student(), "amtm")
     with pytest.raises(RecipeError, match="temprature"):
         make_objective(course, student(), "kd", {"temprature": 2})
-    with pytest.raises(RecipeError, match="teacher_weights has 2 numbers, expected 3"):
-        make_objective(course, student(), "kd", {"teacher_weights": (0.5, 0.5)})
+    with pytest.raises(RecipeError, match=r"fusion\.weights has 2 numbers, expected 3"):
+        make_objective(course, student(), "kd", {"fusion": {"weights": (0.5, 0.5)}})
     with pytest.raises(RecipeError) as refused:
         make_objective(course, student(), "amtml-hints")
     line = str(refused.value).splitlines()[2].strip()
@@ -88,10 +87,10 @@ def test_changes_replace_fields_of_the_method(course):
     assert warm.config.soft_weight == plain.config.soft_weight == 0.9
 
 
-def test_targets_are_what_the_objectives_look_at(tapped):
-    course = open_course([tapped])
+def test_targets_are_what_the_objectives_read(tapped):
+    course = open_teacher_stores([tapped])
     methods = {name: make_objective(course, student(), name) for name in ("supervised", "kd", "amtml-hints")}
-    hints = make_objective(course, student(), "supervised", {"hints": {"weight": 1.0}})
+    hints = make_objective(course, student(), "supervised", {"soft_weight": 0.0, "terms": {"hint": {}}})
     read = {name: make_targets(course, objective).arrays for name, objective in methods.items()}
     both = ["logits", "features/conv2"]
     assert read == {"supervised": [[]], "kd": [["logits"]], "amtml-hints": [both]}
@@ -102,26 +101,17 @@ def test_targets_are_what_the_objectives_look_at(tapped):
     assert (len(answers.logits), answers.features) == (1, {})
 
 
-def test_a_method_with_a_term_of_its_own_reads_logits(course, monkeypatch):
-    own = Method(
-        "", "", METHODS["supervised"].objective, term=lambda facts: facts.teachers.logits[0].decode()
-    )
-    monkeypatch.setitem(METHODS, "own", own)
-    targets = make_targets(course, make_objective(course, student(), "own"))
-    assert targets.arrays == [["logits"]] * 3
-
-
 def test_views_are_those_that_every_store_has(stores, tmp_path, teachers):
     # One block per view: view 1 was never reached.
     some = write_store(tmp_path / "p.zarr", teachers[0], views=3, block_rows=1442, order=iter([0, 2]))
-    course = open_course([some, stores[1]])
+    course = open_teacher_stores([some, stores[1]])
     objective = make_objective(course, student(), "kd")
     assert make_targets(course, objective).views == (0, 2)
     assert make_targets(course, objective, views=1).views == (0,)
     with pytest.raises(RecipeError, match="views is 3, but the stores have 2 views in common"):
         make_targets(course, objective, views=3)
     other = write_store(tmp_path / "q.zarr", teachers[1], views=3, block_rows=1442, order=iter([1]))
-    course = open_course([some, other])
+    course = open_teacher_stores([some, other])
     with pytest.raises(StoreMismatch, match="no committed view in common"):
         make_targets(course, make_objective(course, student(), "kd"))
 
@@ -166,7 +156,7 @@ def test_parameter_groups_are_those_of_the_command(course, stores, method):
     latents = {id(value) for value in learner.objective.fusion_parameters()}
     assert set(grouped) - decayed == latents
     assert bool(latents) == (method == "amtml")
-    command = make_optimiser(learner, make_recipe(stores).optimiser)
+    command = make_optimizer(learner, make_recipe(stores).optimizer)
     assert [list(map(id, group["params"])) for group in command.param_groups] == [
         list(map(id, group["params"])) for group in groups
     ]
@@ -177,12 +167,12 @@ def test_a_network_of_ones_own_learns(course):
     own = Network("mine", module, Preprocessing(size=8, mean=(0.3,), std=(0.37,)), 10)
     learner = Learner(own, make_objective(course, own, "ca-mkd"))
     targets = make_targets(course, learner.objective)
-    batch, optimiser = first_batch(course, targets), torch.optim.SGD(learner.parameter_groups(), lr=0.3)
+    batch, optimizer = first_batch(course, targets), torch.optim.SGD(learner.parameter_groups(), lr=0.3)
     losses = []
     for number in range(40):
-        value = learner(batch, targets.fetch(batch), Moment(0, number)).value
-        optimiser.zero_grad()
+        value = learner(batch, targets.fetch(batch), Step(0, number)).value
+        optimizer.zero_grad()
         value.loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(value.loss.item())
     assert losses[-1] < 0.7 * losses[0]

@@ -62,12 +62,12 @@ def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"name": "adaptive", "l2": 0.1, "joint_epochs": 2}, "hints": hints}
-    drawing = {"student": "dropping", "optimiser": ADAMW, "accumulate": 2, "view_order": "shuffled"}
+    drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
         "hints": make_recipe(
             [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
-            optimiser=ONE_CYCLE, **STUDENT,
+            optimizer=ONE_CYCLE, **STUDENT,
         ),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
@@ -154,10 +154,10 @@ def refused(recipe, out, text, **how):
 
 def test_another_recipe_is_refused(tmp_path, monkeypatch):
     recipe = make_recipe(**STUDENT)
-    other = make_recipe(**STUDENT, optimiser={"lr": 0.01})
+    other = make_recipe(**STUDENT, optimizer={"lr": 0.01})
     text = (
         r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
-        r"  optimiser\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+        r"  optimizer\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
     )
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
     refused(other, tmp_path / "o", text)

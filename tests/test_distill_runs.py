@@ -112,7 +112,7 @@ def test_flags_replace_what_a_recipe_says(tmp_path, run):
          "--set", "objective.hard_weight=0.5", "--set", "batch_size=32", "--out", tmp_path / "o")  # fmt: skip
     changed = load_run(tmp_path / "o").recipe
     assert (changed.seed, changed.epochs, changed.batch_size) == (6, 1, 32)
-    assert (changed.optimiser.lr, changed.optimiser.momentum) == (0.1, 0.9)
+    assert (changed.optimizer.lr, changed.optimizer.momentum) == (0.1, 0.9)
     told = changed.objective
     assert (told.temperature, told.hard_weight, told.soft_weight) == (2.0, 0.5, 0.9)
     assert changed.limit == 200, "what no flag names stays"
@@ -163,7 +163,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
 
 
 def test_a_diverged_run_stays_unfinished(tmp_path):
-    recipe = make_recipe(limit=200, epochs=3, optimiser={"lr": 1e30})
+    recipe = make_recipe(limit=200, epochs=3, optimizer={"lr": 1e30})
     with pytest.raises(
         TrainingDiverged, match=r"diverged in epoch 0: \w+ is (nan|inf)\. Use a smaller --lr than 1e"
     ):
@@ -235,15 +235,15 @@ def test_patience_counts_evaluations(tmp_path, monkeypatch):
 
 
 FLAGS = {
-    "--optimiser adamw": ("optimiser.name", "adamw"),
-    "--lr 0.01": ("optimiser.lr", 0.01),
-    "--lr-schedule cosine": ("optimiser.schedule.shape", "cosine"),
-    "--lr-schedule step --milestones 1,2": ("optimiser.schedule.milestones", (1, 2)),
-    "--warmup-epochs 0.5": ("optimiser.schedule.warmup_epochs", 0.5),
-    "--momentum 0.5": ("optimiser.momentum", 0.5),
-    "--weight-decay 0.1": ("optimiser.weight_decay", 0.1),
-    "--clip 2": ("optimiser.clip", 2.0),
-    "--ema 0.9": ("optimiser.ema", 0.9),
+    "--optimizer adamw": ("optimizer.name", "adamw"),
+    "--lr 0.01": ("optimizer.lr", 0.01),
+    "--lr-schedule cosine": ("optimizer.schedule.shape", "cosine"),
+    "--lr-schedule step --milestones 1,2": ("optimizer.schedule.milestones", (1, 2)),
+    "--warmup-epochs 0.5": ("optimizer.schedule.warmup_epochs", 0.5),
+    "--momentum 0.5": ("optimizer.momentum", 0.5),
+    "--weight-decay 0.1": ("optimizer.weight_decay", 0.1),
+    "--clip 2": ("optimizer.clip", 2.0),
+    "--ema 0.9": ("optimizer.ema", 0.9),
     "--accumulate 2": ("accumulate", 2),
     "--patience 3": ("patience", 3),
     "--evaluate-every 2": ("evaluate_every", 2),
@@ -254,9 +254,9 @@ FLAGS = {
     "--compile": ("compile", True),
     "--label-smoothing 0.1": ("objective.label_smoothing", 0.1),
     "--hard-weight 0.5": ("objective.hard_weight", 0.5),
-    "--set optimiser.betas=[0.8,0.9]": ("optimiser.betas", (0.8, 0.9)),
-    "--set optimiser.nesterov=false": ("optimiser.nesterov", False),
-    "--set optimiser.schedule.end=0.1": ("optimiser.schedule.end", 0.1),
+    "--set optimizer.betas=[0.8,0.9]": ("optimizer.betas", (0.8, 0.9)),
+    "--set optimizer.nesterov=false": ("optimizer.nesterov", False),
+    "--set optimizer.schedule.end=0.1": ("optimizer.schedule.end", 0.1),
 }
 
 

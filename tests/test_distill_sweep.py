@@ -30,7 +30,7 @@ def methods_grid(tmp_path, stores):
     """Eight students in two groups of four that see the same batches."""
     grid = {"objective.temperature": [1, 4], "seed": [0, 1], "student": ["digits-small", "digits-cnn"]}
     common = {"stores": [str(store) for store in stores[:2]], "epochs": 2, "limit": 200}
-    return write_grid(tmp_path, grid, method="kd", optimiser={"lr": 0.02}, **common)
+    return write_grid(tmp_path, grid, method="kd", optimizer={"lr": 0.02}, **common)
 
 
 def assert_same_runs(got, want):
@@ -56,11 +56,11 @@ def test_students_of_several_methods_share_batches_and_targets(tmp_path, stores)
     grid = {
         "method": ["random", "amtml", "ka-ps"],
         "patience": [1, None],
-        "optimiser.name": ["sgd", "adamw"],
+        "optimizer.name": ["sgd", "adamw"],
     }
     path = write_grid(
         tmp_path, grid, student="digits-small", stores=[str(s) for s in stores], epochs=3, limit=100,
-        optimiser={"lr": 0.001},
+        optimizer={"lr": 0.001},
     )  # fmt: skip
     students = read_grid(path)
     sweep(students, tmp_path / "swept", device=CPU, together=len(students))
@@ -105,7 +105,7 @@ def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):
 
 
 def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
-    grid = {"optimiser.lr": [0.05, 1.0e30, 0.02]}
+    grid = {"optimizer.lr": [0.05, 1.0e30, 0.02]}
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
     path = write_grid(tmp_path, grid, **common)
     result = CliRunner().invoke(
@@ -124,7 +124,7 @@ def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
 
 def test_students_beside_one_that_diverges_stay_together(tmp_path, stores, monkeypatch):
     """Without a single checkpoint, they go on from where they were; nobody is trained twice."""
-    grid = {"optimiser.lr": [0.05, 1.0e9, 0.02]}
+    grid = {"optimizer.lr": [0.05, 1.0e9, 0.02]}
     path = write_grid(
         tmp_path, grid, student="digits-small", stores=[str(stores[0])], epochs=3, limit=100
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
 def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, monkeypatch):
     """How stores are read is decided when a run begins: another group decides for itself."""
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
-    students = read_grid(write_grid(tmp_path, {"optimiser.lr": [0.05, 0.02]}, **common))
+    students = read_grid(write_grid(tmp_path, {"optimizer.lr": [0.05, 0.02]}, **common))
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -229,9 +229,9 @@ def test_another_grid_with_the_same_names_is_refused(tmp_path, stores):
     ("settings", "name"),
     [
         ({"student": "digits-cnn", "seed": 3}, "student=digits-cnn,seed=3"),
-        ({"optimiser.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
+        ({"optimizer.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
         ({"student": "torchvision:resnet18"}, "student=torchvision-resnet18"),
-        ({"optimiser.name": "sgd", "fusion.name": "best"}, "optimiser.name=sgd,fusion.name=best"),
+        ({"optimizer.name": "sgd", "fusion.name": "best"}, "optimizer.name=sgd,fusion.name=best"),
         ({"stores": ["a.zarr", "b.zarr"]}, "stores=a.zarr-b.zarr"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher,
     assert (shown.exit_code, "ids holds 10" in shown.stderr) == (1, True)
 
 
-def test_the_rows_to_look_at_are_spread_and_always_the_same(store):
+def test_the_rows_to_network_input_are_spread_and_always_the_same(store):
     seen = [[], []]
     for found in seen:
         job = job_of(store)
@@ -199,7 +199,7 @@ def test_another_source_is_refused(store):
         job_of_store(store, manifest, weights=None, root=None, device=CPU)
 
 
-def test_deep_without_a_look_at_bad_files(store, command):
+def test_deep_without_a_network_input_bad_files(store, command):
     """Bad files are reported as they are; the teacher is not even asked for."""
     (store / "logits/q/c.0.1.0").unlink()
     result = command("verify", "--store", store, "--deep", 5, "--weights", "nowhere.pt")

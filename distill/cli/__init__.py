@@ -12,6 +12,7 @@ import click
 from coursepack.console import Commands, parse_numbers, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.loading import Renderer
+from coursepack.distill.distributed import joined
 from coursepack.distill.methods import METHODS, describe
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.compare import compare, plot, table_rows
@@ -20,7 +21,6 @@ from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.sweep import finished, read_grid, sweep
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
 from coursepack.distill.setup.resolve import complete
-from coursepack.distill.training.distributed import joined
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
 from coursepack.errors import TrainingDiverged, UnknownName
 from coursepack.models import load_teacher
@@ -75,7 +75,7 @@ Examples:
 @click.option("--limit", type=click.IntRange(1), help="Train on this many samples, evenly over classes.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the samples.  [default: 40]")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per step.  [default: 64]")
-@click.option("--optimiser", type=click.Choice(["sgd", "adamw"]), help="What updates it.  [default: sgd]")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="What updates it.  [default: sgd]")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.  [default: 0.05]")
 @click.option("--lr-schedule", type=click.Choice(["constant", "step", "cosine", "one_cycle"]),
               help="How the learning rate changes.  [default: constant]")  # fmt: skip
@@ -283,13 +283,12 @@ def _described(method: dict[str, Any]) -> list[str]:
 
 
 _PLACES = {
-    **dict.fromkeys(
-        ("temperature", "soft_weight", "hard_weight", "label_smoothing", "teacher_weights"), "objective.{}"
-    ),
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "clip", "ema"), "optimiser.{}"),
-    **dict.fromkeys(("milestones", "warmup_epochs"), "optimiser.schedule.{}"),
-    "optimiser": "optimiser.name",
-    "lr_schedule": "optimiser.schedule.shape",
+    **dict.fromkeys(("temperature", "soft_weight", "hard_weight", "label_smoothing"), "objective.{}"),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "clip", "ema"), "optimizer.{}"),
+    **dict.fromkeys(("milestones", "warmup_epochs"), "optimizer.schedule.{}"),
+    "teacher_weights": "objective.fusion.weights",
+    "optimizer": "optimizer.name",
+    "lr_schedule": "optimizer.schedule.shape",
 }
 """Where in a recipe a flag's value goes, but at the top under its own name."""
 

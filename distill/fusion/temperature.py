@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from coursepack.config import Config
+from coursepack.distill.losses.base import Needs
 from coursepack.distill.schedule import NotNegative
 from coursepack.kernels import decode
 
@@ -33,7 +34,7 @@ Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class DynamicTemperatureConfig(Config):
-    """How temperatures follow the samples; the objective's `temperature` is T_0."""
+    """Numbers of a temperature per sample; the objective's `temperature` is T_0."""
 
     kind: Literal["none", "flsw", "cwsm"] = "none"
     """What omega is: see `flsw_omega` and `cwsm_omega`."""
@@ -45,6 +46,12 @@ class DynamicTemperatureConfig(Config):
     """Lower bound of T_x."""
     highest: Temperature = 20.0
     """Upper bound of T_x."""
+
+    def needs(self) -> Needs:
+        """Return the needs of the kind: FLSW compares all logits; both relate the samples of a batch."""
+        if self.kind == "none":
+            return Needs()
+        return Needs(dense_logits="FLSW" if self.kind == "flsw" else "", whole_batch=("dynamic_temperature",))
 
 
 @dataclass(frozen=True)

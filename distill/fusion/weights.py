@@ -1,92 +1,99 @@
-"""Fusion: how much each teacher counts, for a batch or for every sample.
-
-A fusion gives weights `(K,)` or `(N, K)` for `soft_target_loss`, or None for 1/K. All sum to one over the
-teachers that are asked, whatever a release did (see `methods`), but for weights of `fixed` that are given:
-those are taken as they are. Only `adaptive` has anything to learn and gives a gradient; the others look at
-teachers and labels alone, without gradient.
-"""
+"""Fusions by a rule: weights of the teachers from what they said and the labels, without gradient."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from coursepack.config import Config
 from coursepack.data.randomness import Purpose, below, random_words
+from coursepack.distill.fusion.base import Fusion, FusionConfig
 from coursepack.distill.schedule import NotNegative
-from coursepack.errors import UnknownName
 from coursepack.kernels import MixedLabels, teacher_stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coursepack.distill.losses.base import Facts, Moment
+    from coursepack.distill.fusion.base import Weigh
+    from coursepack.distill.losses.base import BuildContext, LossInputs, Step
 
-    Weigh = Callable[[Facts], Tensor | None]
 
+class FixedConfig(FusionConfig):
+    """Weights that never change."""
 
-class FusionConfig(Config):
-    """Which fusion, and its numbers."""
+    name: Literal["fixed"] = "fixed"
+    weights: tuple[NotNegative, ...] | None = None
+    """One weight per teacher, in the order of the stores, taken as they are: their sum is a factor of the
+    soft-target term's gradient. None means equal weights that sum to one."""
 
-    name: str = "fixed"
-    """A name in `FUSIONS`."""
-    teacher: Annotated[int, Field(ge=0)] | None = None
-    """Of `best`: the store's place; none means the one whose teacher was right most often when written."""
-    layer: str | None = None
-    """Of `adaptive`: the student's layer whose largest values over places represent a sample; none means
-    what the student's head reads."""
-    l2: NotNegative = 0.1
-    """Of `adaptive`: factor of the squared norms of the latents, as long as they are trained."""
-    init: NotNegative = 1.0
-    """Of `adaptive`: standard deviation of the initial latents. At 1, the release's, wide students begin with
-    nearly all weight on one teacher; with 0.1 they begin close to equal."""
-    joint_epochs: Annotated[int, Field(ge=1)] | None = None
-    """Of `adaptive`: latents are trained for so many epochs and then frozen; none means to the end."""
-
-    @field_validator("name")
+    @field_validator("weights")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in FUSIONS:
-            raise ValueError(str(UnknownName("fusion", name, FUSIONS)))
-        return name
+    def _not_all_zero(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if weights is not None and not any(weights):
+            raise ValueError("teacher weights are all zero: give at least one teacher a weight above zero")
+        return weights
+
+    def refusal(self, teachers: int) -> str:
+        """Say that there are more or fewer weights than teachers."""
+        if self.weights is None or len(self.weights) == teachers:
+            return ""
+        return f"fusion.weights has {len(self.weights)} numbers, expected {teachers}: one per store"
 
 
-@dataclass(frozen=True)
-class FusionSetting:
-    """What a fusion is built from, beside its own numbers."""
+class UniformConfig(FusionConfig):
+    """Equal weights, with the divergences summed."""
 
-    teachers: int = 1
-    """K."""
-    weights: tuple[float, ...] | None = None
-    """Fixed weights."""
-    width: int = 0
-    """D of the student's representation."""
-    accuracies: tuple[float, ...] = ()
-    """Share of samples each teacher was right on when its store was written."""
-    seed: int = 0
-    teacher: int | None = None
-    """As `FusionConfig.teacher`."""
-    init: float = 1.0
-    """As `FusionConfig.init`."""
+    name: Literal["uniform"] = "uniform"
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """One way to weigh teachers."""
+class BestConfig(FusionConfig):
+    """One teacher for all batches."""
 
-    formula: str
-    source: str
-    combine: Literal["mixture", "sum"]
-    """What it is published with: the divergence of the mixture, or the weighted sum of divergences."""
-    make: Callable[[FusionSetting], Weigh]
-    choose: Callable[[FusionSetting, Moment], int] | None = None
-    """The only teacher that is asked for a batch; None where all are."""
-    needs_representation: bool = False
+    name: Literal["best"] = "best"
+    teacher: Annotated[int, Field(ge=0)] | None = None
+    """Index of its store; defaults to the teacher with the highest accuracy recorded in its store."""
+
+    def refusal(self, teachers: int) -> str:
+        """Say that there is no such teacher."""
+        if self.teacher is None or self.teacher < teachers:
+            return ""
+        return f"fusion.teacher is {self.teacher}, but there are {teachers} stores: indices begin at 0"
+
+
+class RandomConfig(FusionConfig):
+    """One teacher per batch, drawn at random."""
+
+    name: Literal["random"] = "random"
+
+
+class ConfidenceConfig(FusionConfig):
+    """Weights that fall with each teacher's cross-entropy to the label."""
+
+    name: Literal["confidence"] = "confidence"
+
+
+class EntropyConfig(FusionConfig):
+    """Weights that fall with each teacher's entropy."""
+
+    name: Literal["entropy"] = "entropy"
+
+
+class Fixed(nn.Module):
+    """Weights that never change."""
+
+    weights: Tensor | None
+
+    def __init__(self, weights: tuple[float, ...] | None) -> None:
+        super().__init__()
+        given = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.register_buffer("weights", given, persistent=False)
+
+    def forward(self, _inputs: LossInputs) -> Tensor | None:
+        """Return weights `(K,)`, or None for 1/K."""
+        return self.weights
 
 
 def confidence_weights(cross_entropy: Tensor) -> Tensor:
@@ -120,122 +127,78 @@ def _less_of(share: Tensor) -> Tensor:
     return ((1 - share) / (len(share) - 1)).T
 
 
-def label_cross_entropy(facts: Facts) -> Tensor:
-    """Cross-entropy of each teacher to the labels at T = 1, `(K, N)` nats; shares for mixed labels."""
+def label_cross_entropy(inputs: LossInputs) -> Tensor:
+    """Return each teacher's cross-entropy to the (mixed) labels at T = 1, `(K, N)` nats."""
 
     def to(labels: Tensor) -> Tensor:
-        found = teacher_stats(facts.teachers.logits, labels).cross_entropy
+        found = teacher_stats(inputs.teachers.logits, labels).cross_entropy
         assert found is not None
         return found
 
-    if isinstance(facts.labels, MixedLabels):
-        lam = facts.labels.lam
-        return lam * to(facts.labels.first) + (1 - lam) * to(facts.labels.second)
-    return to(facts.labels)
+    if isinstance(inputs.labels, MixedLabels):
+        lam = inputs.labels.lam
+        return lam * to(inputs.labels.first) + (1 - lam) * to(inputs.labels.second)
+    return to(inputs.labels)
 
 
-class Fixed(nn.Module):
-    """Weights that never change."""
-
-    weights: Tensor | None
-
-    def __init__(self, weights: tuple[float, ...] | None) -> None:
-        super().__init__()
-        given = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-        self.register_buffer("weights", given, persistent=False)
-
-    def forward(self, _facts: Facts) -> Tensor | None:
-        """`(K,)`, or None for 1/K."""
-        return self.weights
+def best_teacher(config: BestConfig, context: BuildContext, _step: Step) -> int:
+    """Return the index that is given, or the most accurate teacher's; ties go to the first."""
+    return int(np.argmax(context.accuracies)) if config.teacher is None else config.teacher
 
 
-class Adaptive(nn.Module):
-    """AMTML-KD: a latent vector per teacher, compared with the student's representation of each sample.
-
-        a_ki = v . (theta_k * beta_i),   w_i = softmax_k(a_i)
-
-    Liu, Zhang and Wang 2020, arXiv 2103.04062, section 3.2. beta_i gets a gradient, by construction; so do
-    theta and v. With one teacher the weight is exactly one.
-    """
-
-    def __init__(self, teachers: int, width: int, *, init: float = 1.0, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.latents = nn.Parameter(init * torch.randn(teachers, width, generator=generator))
-        self.shared = nn.Parameter(init * torch.randn(width, generator=generator))
-
-    def forward(self, facts: Facts) -> Tensor:
-        """Weights `(N, K)`."""
-        representation = facts.inside.representation
-        assert representation is not None
-        return ((representation.float() * self.shared) @ self.latents.T).softmax(1)
-
-    def squared_norm(self) -> Tensor:
-        """`||v||² + sum_k ||theta_k||²`."""
-        return self.latents.square().sum() + self.shared.square().sum()
+def random_teacher(_config: RandomConfig, context: BuildContext, step: Step) -> int:
+    """Draw one teacher per batch, by (seed, epoch, batch)."""
+    words = random_words(context.seed, np.array([step.batch]), step.epoch, Purpose.TEACHER)
+    return int(below(words[:, 0], context.teachers)[0])
 
 
-def best_teacher(setting: FusionSetting, _moment: Moment) -> int:
-    """The place that is given, or the teacher that was right most often; ties to the first."""
-    return int(np.argmax(setting.accuracies)) if setting.teacher is None else setting.teacher
+def _rule(weigh: Weigh) -> Callable[[Any, BuildContext], Weigh]:
+    return lambda _config, _context: weigh
 
 
-def random_teacher(setting: FusionSetting, moment: Moment) -> int:
-    """One teacher per batch, by (seed, epoch, batch)."""
-    words = random_words(setting.seed, np.array([moment.batch]), moment.epoch, Purpose.TEACHER)
-    return int(below(words[:, 0], setting.teachers)[0])
+_equal = _rule(lambda _inputs: None)
 
-
-def _plain(weigh: Weigh) -> Callable[[FusionSetting], Weigh]:
-    return lambda _setting: weigh
-
-
-_equal = _plain(lambda _facts: None)
-
-FUSIONS: dict[str, Fusion] = {
-    "fixed": Fusion(
-        formula="w_k as given in teacher_weights; 1/K if none are",
-        source="Hinton, Vinyals and Dean 2015, arXiv 1503.02531",
-        combine="mixture",
-        make=lambda setting: Fixed(setting.weights),
-    ),
-    "uniform": Fusion(
-        formula="w_k = 1/K",
-        source="mean of divergences, as AVER in the release of CA-MKD",
-        combine="sum",
-        make=_equal,
-    ),
-    "best": Fusion(
-        formula="w_k = 1 for one teacher; the others are not read",
-        source="the usual single-teacher baseline",
-        combine="mixture",
-        make=_equal,
-        choose=best_teacher,
-    ),
-    "random": Fusion(
-        formula="w_k = 1 for one teacher, drawn anew for every batch; the others are not read",
-        source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3",
-        combine="mixture",
-        make=_equal,
-        choose=random_teacher,
-    ),
-    "confidence": Fusion(
-        formula="w_k = (1 - softmax_k(CE(z_k, y))) / (K - 1)",
-        source="Zhang, Chen and Wang 2022 (CA-MKD), arXiv 2201.00007, equation 2",
-        combine="sum",
-        make=_plain(lambda facts: confidence_weights(label_cross_entropy(facts))),
-    ),
-    "entropy": Fusion(
-        formula="w_k = (1 - H_k / sum_j H_j) / (K - 1)",
-        source="Kwon et al. 2020 (EBKD), as in the release of CA-MKD",
-        combine="sum",
-        make=_plain(lambda facts: entropy_weights(teacher_stats(facts.teachers.logits).entropy)),
-    ),
-    "adaptive": Fusion(
-        formula="w_k = softmax_k(v . (theta_k * beta)), beta the student's representation",
-        source="Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062, section 3.2",
-        combine="mixture",
-        make=lambda setting: Adaptive(setting.teachers, setting.width, init=setting.init, seed=setting.seed),
-        needs_representation=True,
-    ),
-}
+FIXED = Fusion(
+    config=FixedConfig,
+    formula="w_k as given in fusion.weights; 1/K if none are",
+    source="Hinton, Vinyals and Dean 2015, arXiv 1503.02531",
+    combine="mixture",
+    build=lambda config, _context: Fixed(config.weights),
+)
+UNIFORM = Fusion(
+    config=UniformConfig,
+    formula="w_k = 1/K",
+    source="mean of divergences, as AVER in the release of CA-MKD",
+    combine="sum",
+    build=_equal,
+)
+BEST = Fusion(
+    config=BestConfig,
+    formula="w_k = 1 for one teacher; the others are not read",
+    source="the usual single-teacher baseline",
+    combine="mixture",
+    build=_equal,
+    choose=best_teacher,
+)
+RANDOM = Fusion(
+    config=RandomConfig,
+    formula="w_k = 1 for one teacher, drawn anew for every batch; the others are not read",
+    source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3",
+    combine="mixture",
+    build=_equal,
+    choose=random_teacher,
+)
+CONFIDENCE = Fusion(
+    config=ConfidenceConfig,
+    formula="w_k = (1 - softmax_k(CE(z_k, y))) / (K - 1)",
+    source="Zhang, Chen and Wang 2022 (CA-MKD), arXiv 2201.00007, equation 2",
+    combine="sum",
+    build=_rule(lambda inputs: confidence_weights(label_cross_entropy(inputs))),
+)
+ENTROPY = Fusion(
+    config=EntropyConfig,
+    formula="w_k = (1 - H_k / sum_j H_j) / (K - 1)",
+    source="Kwon et al. 2020 (EBKD), as in the release of CA-MKD",
+    combine="sum",
+    build=_rule(lambda inputs: entropy_weights(teacher_stats(inputs.teachers.logits).entropy)),
+)

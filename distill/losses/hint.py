@@ -8,56 +8,36 @@ teacher's features are taken as they are, so its adapter ends without an activat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.config import Config
-from coursepack.distill.schedule import Weight
+from coursepack.distill.losses.base import (
+    BuildContext,
+    FeaturePair,
+    Loss,
+    LossInputs,
+    Needs,
+    PairChoice,
+    PairNeeds,
+    TermConfig,
+)
 from coursepack.kernels import decode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coursepack.distill.losses.base import Facts
 
+class HintConfig(TermConfig):
+    """Numbers of the hints."""
 
-class HintConfig(Config):
-    """One teacher's layer that guides one of the student's."""
-
-    teacher: Annotated[int, Field(ge=0)]
-    """Place of its store."""
-    tap: str
-    """LAYER[:REDUCTION[:SIZE]] in its store, with the reductions map and pooled."""
-    layer: str
-    """The student's layer."""
-
-
-class HintsConfig(Config):
-    """Weights and assignment of the hints."""
-
-    weight: Weight = 0.0
-    """Factor of the sum over the pairs' mean squared errors."""
-    pairs: tuple[HintConfig, ...] = ()
-    """Who guides what; empty means every teacher one layer, by depth."""
+    term: Literal["hint"] = "hint"
+    pairs: tuple[PairChoice, ...] = ()
+    """The layers that guide each other; empty means one layer per teacher, chosen by depth."""
     layers: tuple[str, ...] = ()
-    """The student's groups, shallow to deep, for the assignment by depth; empty means all its blocks."""
-
-
-@dataclass(frozen=True)
-class Hint:
-    """A pair with the shapes of one sample's features."""
-
-    teacher: int
-    tap: str
-    """Its name in the store."""
-    layer: str
-    teacher_shape: tuple[int, ...]
-    student_shape: tuple[int, ...]
+    """The student's layers to choose from by depth, shallow to deep; empty means all its blocks."""
 
 
 class Adapter(nn.Module):
@@ -98,32 +78,36 @@ def _without_places(features: Tensor) -> Tensor:
 class Hints(nn.Module):
     """The sum over pairs of each one's mean squared error, per sample."""
 
-    def __init__(self, hints: Sequence[Hint], *, seed: int = 0) -> None:
+    def __init__(self, pairs: Sequence[FeaturePair], *, seed: int = 0) -> None:
         super().__init__()
-        self.hints = tuple(hints)
+        self.pairs = tuple(pairs)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.adapters = nn.ModuleList(Adapter(h.student_shape, h.teacher_shape) for h in hints)
+            self.adapters = nn.ModuleList(Adapter(p.student_shape, p.teacher_shape) for p in pairs)
 
-    def forward(self, facts: Facts) -> Tensor:
-        """Loss `(N,)`; gradient to the student's features and the adapters."""
-        total = torch.zeros_like(facts.student_logits[:, 0], dtype=torch.float32)
-        for hint, adapter in zip(self.hints, self.adapters, strict=True):
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return the loss `(N,)`; gradient to the student's features and the adapters."""
+        total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
+        for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, Adapter)
-            theirs = adapter.like(decode(facts.teachers.features_of(hint.teacher, hint.tap)).float())
-            error = adapter(facts.inside.features[hint.layer]) - theirs.detach()
+            theirs = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
+            error = adapter(inputs.student.features[pair.layer]) - theirs.detach()
             total = total + error.square().flatten(1).mean(1)
         return total
 
 
-def depth_group(teacher: int, teachers: int, groups: int) -> int:
-    """The student's group that a teacher guides: teachers are spread evenly from shallow to deep.
+def _needs(config: HintConfig) -> Needs:
+    return Needs(pairs=PairNeeds(config.pairs, config.layers), every_teacher="hints")
 
-    One teacher guides the middle, as in FitNets.
 
-    >>> [depth_group(teacher, 3, 4) for teacher in range(3)]
-    [0, 2, 3]
-    """
-    if teachers == 1:
-        return (groups - 1) // 2
-    return (2 * teacher * (groups - 1) + teachers - 1) // (2 * (teachers - 1))
+def _build(_config: HintConfig, context: BuildContext) -> Hints:
+    return Hints(context.pairs, seed=context.seed)
+
+
+LOSS = Loss(
+    config=HintConfig,
+    formula="sum_g mean (u_g(student's layer g) - teacher's layer g)²",
+    source="Romero et al. 2015 (FitNets), arXiv 1412.6550, equation 3",
+    needs=_needs,
+    build=_build,
+)

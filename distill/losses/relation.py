@@ -9,34 +9,59 @@ in the backward pass.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coursepack.config import Config
-from coursepack.distill.schedule import Weight
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CHUNK_BYTES = 32 << 20
 """Memory for one chunk of angles and what its backward pass keeps; a chunk has at least one anchor."""
 
 
-class RelationsConfig(Config):
-    """Weights of the relation losses."""
+class RelationConfig(TermConfig):
+    """Numbers that both relation losses share."""
 
-    angle: Weight = 0.0
-    """Factor of the angle loss."""
-    distance: Weight = 0.0
-    """Factor of the distance loss."""
     student: Literal["probs", "log_probs", "logits"] = "probs"
-    """What of the student is compared with the integrated soft targets, at the objective's temperature.
+    """Form of the student's output that is compared with the fused targets, at the objective's temperature.
     With `probs` a student that equals its teachers has loss zero; AMTML-KD's notebooks take the others."""
 
 
+class AngleConfig(RelationConfig):
+    """Numbers of the angle loss."""
+
+    term: Literal["angle"] = "angle"
+
+
+class DistanceConfig(RelationConfig):
+    """Numbers of the distance loss."""
+
+    term: Literal["distance"] = "distance"
+
+
+class Relation(nn.Module):
+    """A relation loss between the student's outputs and the fused targets."""
+
+    def __init__(self, config: RelationConfig, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.loss = loss
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return a scalar coupled over the batch; gradient to the student's logits."""
+        soft = inputs.soft
+        embedded = student_embedding(inputs.student.logits, self.config.student, soft.temperature)
+        return self.loss(embedded, soft.probs)
+
+
 def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | float) -> Tensor:
-    """`(N, C)`, in float32 or better, of a kind in `RelationsConfig.student`."""
+    """`(N, C)`, in float32 or better, of a kind in `RelationConfig.student`."""
     wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
@@ -102,3 +127,32 @@ def _distances(embedding: Tensor) -> Tensor:
     apart = distances > 0
     mean = (distances * apart).sum() / apart.sum().clamp_min(1)
     return distances / mean.clamp_min(1e-12)
+
+
+def _needs(config: RelationConfig) -> Needs:
+    return Needs(fused=True, whole_batch=(config.term,))
+
+
+def _build_angle(config: AngleConfig, _context: BuildContext) -> Relation:
+    return Relation(config, angle_loss)
+
+
+def _build_distance(config: DistanceConfig, _context: BuildContext) -> Relation:
+    return Relation(config, distance_loss)
+
+
+_PARK = "Park et al. 2019 (RKD), arXiv 1904.05068"
+ANGLE = Loss(
+    config=AngleConfig,
+    formula="mean over triples of SmoothL1(cos angle_ijk(q) - cos angle_ijk(sum_k w_k P_k))",
+    source=f"{_PARK}, equations 7 and 8",
+    needs=_needs,
+    build=_build_angle,
+)
+DISTANCE = Loss(
+    config=DistanceConfig,
+    formula="mean over pairs of SmoothL1(d_ij(q) - d_ij(sum_k w_k P_k)), distances divided by their mean",
+    source=f"{_PARK}, equations 5 and 6",
+    needs=_needs,
+    build=_build_distance,
+)

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
 from coursepack.distill.recipe import TrainRecipe, load_recipe
+from coursepack.distill.renamed import upgraded
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunError
 from coursepack.files import partials, write_whole
@@ -226,6 +227,6 @@ def load_run(path: Path) -> FinishedRun:
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
-    recipe = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    recipe = parse_config(TrainRecipe, upgraded(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE))
     lines = (path / METRICS_FILE).read_text().splitlines()
     return FinishedRun(path, recipe, [json.loads(line) for line in lines])

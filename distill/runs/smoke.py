@@ -21,9 +21,10 @@ from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.targets.stores import FEATURES
-from coursepack.distill.training.schedule import LearningRateConfig
 from coursepack.models import parse_tap
 
 if TYPE_CHECKING:
@@ -59,14 +60,18 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     options = ",".join(f"{name}={number}" for name, number in {**looks, "samples": SAMPLES}.items())
     source = open_source(f"fake,{options}")
     taps: dict[int, list[str]] = {}
-    for pair in recipe.objective.hints.pairs:
-        taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
-    free = recipe.objective.uses_hints and not taps
+    free = False
+    for term in recipe.objective.all_terms().values():
+        needs = LOSSES[term.term].needs(term).pairs
+        free |= needs is not None and not needs.pairs
+        for pair in () if needs is None else needs.pairs:
+            taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
     batch_size = max(min(recipe.batch_size, MOST_BATCH), VIEWS)
     stores = []
-    for place, store in enumerate(recipe.stores):
-        path = folder / f"{place}-{Path(store).name}"
-        write_smoke_store(path, source, recipe.view, [HINT] if free else taps.get(place, []), seed=place)
+    for index, store in enumerate(recipe.stores):
+        path = folder / f"{index}-{Path(store).name}"
+        own = [*taps.get(index, []), *([HINT] if free else [])]
+        write_smoke_store(path, source, recipe.view, own, seed=index)
         stores.append(str(path))
     return recipe.model_copy(
         update={
@@ -84,8 +89,8 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "batch_size": batch_size,
             "accumulate": min(recipe.accumulate, batch_size),
             "objective": _shortened(recipe.objective),
-            "optimiser": _shortened(recipe.optimiser).model_copy(
-                update={"lr": min(recipe.optimiser.lr, GENTLE)}
+            "optimizer": _shortened(recipe.optimizer).model_copy(
+                update={"lr": min(recipe.optimizer.lr, GENTLE)}
             ),
         }
     )
@@ -103,6 +108,8 @@ def _shortened(value: Any) -> Any:
             fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
             fields["milestones"] = value.milestones and (1,)
         return value.model_copy(update=fields)
+    if isinstance(value, dict):
+        return {name: _shortened(inner) for name, inner in value.items()}
     return value
 
 

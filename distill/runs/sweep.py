@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OWN_FIELDS = (
     *("student", "student_size", "student_mean", "student_std"),
-    *("method", "objective", "optimiser", "patience"),
+    *("method", "objective", "optimizer", "patience"),
     *("precision", "channels_last", "compile"),
 )
 """Fields in which students that are trained together may differ: none of them changes a batch."""
@@ -183,18 +183,18 @@ def _train_group(
 ) -> dict[str, str]:
     """Train a group; returns what was wrong with those that diverged."""
     first, *others = [as_begun(out / student.name, student.recipe) for student in group]
-    run = prepare(first, device, others=others)
+    setup = prepare(first, device, others=others)
     trainings = [
-        begin(run, student.recipe, out / student.name, overwrite=False, resume=resume, tensorboard=False)
+        begin(setup, student.recipe, out / student.name, overwrite=False, resume=resume, tensorboard=False)
         for student in group
     ]
-    say(opening(run))
+    say(opening(setup))
     by_position: dict[tuple[int, int], list[Any]] = {}
     for training in trainings:
         place = (training.position.epoch, training.position.batches)
         by_position.setdefault(place, []).append(training)
     for alike in by_position.values():
-        train_together(run, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
+        train_together(setup, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
     return {
         student.name: str(training.diverged)
         for student, training in zip(group, trainings, strict=True)

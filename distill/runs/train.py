@@ -1,4 +1,4 @@
-"""The training loop: trainees on one stream of batches, with targets or without."""
+"""Training runs: one student, or several on the same batches, from setup to finished folder."""
 
 from __future__ import annotations
 
@@ -10,45 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.console import progress
 from coursepack.data.loading import Renderer
-from coursepack.distill.losses.base import Moment
+from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs.folder import OthersFolder, RunFolder, as_begun, check_free, finished_metrics
 from coursepack.distill.runs.tensorboard import Board, NoBoard, check_tensorboard
-from coursepack.distill.setup.checks import check_student
 from coursepack.distill.setup.prepare import opening, prepare, provenance
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position, load_checkpoint, save_checkpoint
-from coursepack.distill.training.distributed import ALONE
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
-from coursepack.distill.training.metrics import EpochLog
+from coursepack.distill.training.loop import new_metrics, train_steps
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RunError, TrainingDiverged
 from coursepack.models.build import WEIGHTS_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
-    from coursepack.data import Batch
+    from coursepack.distill.distributed import Ranks
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.setup.prepare import Run
-    from coursepack.distill.targets.stores import TargetsKind
-    from coursepack.distill.training.distributed import Ranks
-    from coursepack.distill.training.state import Trainee
+    from coursepack.distill.setup.prepare import Setup
+    from coursepack.distill.training.metrics import EpochMetrics
+    from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass
-class Training:
-    """One student on its way: its recipe, its folder, and how far it is."""
+class StudentRun:
+    """One student in training: its recipe, its folder, and its position."""
 
     recipe: TrainRecipe
     folder: RunFolder | OthersFolder
-    trainee: Trainee
+    state: TrainState
     board: Board | NoBoard
     position: Position
-    log: EpochLog
+    log: EpochMetrics
     metrics: dict[str, Any] = field(default_factory=dict)
     """Of the last epoch."""
     diverged: TrainingDiverged | None = None
@@ -69,7 +67,7 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self.folder.path, self.position, self.trainee, self.log)
+        save_checkpoint(self.folder.path, self.position, self.state, self.log)
 
     def end_epoch(self, views: list[int], evaluation: dict[str, float] | None) -> None:
         """Log an epoch, keep the student if it is the best so far, and go on to the next."""
@@ -91,12 +89,12 @@ class Training:
         best, stale = self.position.best, self.position.stale
         if evaluation is not None:
             if best is None or evaluation["accuracy"] > best:
-                self.folder.keep_best(self.trainee.network)
+                self.folder.keep_best(self.state.network)
                 best, stale = evaluation["accuracy"], 0
             else:
                 stale += 1
         self.position = Position(epoch + 1, best=best, stale=stale)
-        self.log = _new_log(self.trainee)
+        self.log = new_metrics(self.state)
 
 
 def train(
@@ -144,11 +142,11 @@ def train(
         return metrics
     begun = as_begun(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        run = prepare(begun, device, ranks)
-        training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
-        ranks.say(opening(run))
+        setup = prepare(begun, device, ranks)
+        training = begin(setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
+        ranks.say(opening(setup))
         try:
-            train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+            train_together(setup, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
         except KeyboardInterrupt:
             ranks.say(f"interrupted: the same command with --resume goes on with {out}")
             raise
@@ -158,36 +156,35 @@ def train(
 
 
 def begin(
-    run: Run, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
-) -> Training:
+    setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
+) -> StudentRun:
     """A fresh student in a new folder, or one as its checkpoint has it.
 
     Raises:
         RunError, RecipeError: as `train`.
     """
-    trainee = run.trainee_with(recipe)
-    check_student(trainee.learner, run.source)
+    state = make_state(setup, recipe)
     if tensorboard:
         check_tensorboard()
-    position, log = Position(), _new_log(trainee)
-    state = load_checkpoint(out, run.device) if resume else None
+    position, log = Position(), new_metrics(state)
+    saved = load_checkpoint(out, setup.device) if resume else None
     # Nobody writes before all have looked.
-    _check_all_see(run.ranks, out, None if state is None else state["position"])
+    _check_all_see(setup.ranks, out, None if saved is None else saved["position"])
     folder: RunFolder | OthersFolder = OthersFolder(out)
-    if state is not None:
-        if run.ranks.is_first:
-            folder = RunFolder.reopen(out, provenance(run), state["position"]["epoch"])
-        trainee.restore(state["trainee"])
-        log.restore(state["log"])
-        position = Position(**state["position"])
-        run.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
-    elif run.ranks.is_first:
+    if saved is not None:
+        if setup.ranks.is_first:
+            folder = RunFolder.reopen(out, provenance(setup), saved["position"]["epoch"])
+        state.restore(saved["state"])
+        log.restore(saved["metrics"])
+        position = Position(**saved["position"])
+        setup.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
+    elif setup.ranks.is_first:
         check_free(out, overwrite=overwrite, resume=resume)
-        folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
-    trainee.agree()
+        folder = RunFolder(out, recipe, provenance(setup), state.learner.network)
+    state.copy_first_rank()
     first = position.epoch if resume else None
-    board = Board(out / "tensorboard", first=first) if tensorboard and run.ranks.is_first else NoBoard()
-    return Training(recipe, folder, trainee, board, position, log)
+    board = Board(out / "tensorboard", first=first) if tensorboard and setup.ranks.is_first else NoBoard()
+    return StudentRun(recipe, folder, state, board, position, log)
 
 
 def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
@@ -201,80 +198,84 @@ def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
 
 
 def train_together(
-    run: Run, trainings: Sequence[Training], *, workers: int | None, checkpoint_seconds: float
+    setup: Setup, trainings: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
 ) -> None:
     """Train students that are equally far on one stream of batches, until all are over.
 
     Each is kept as soon as it is finished. One that diverges is left unfinished, and says so in `diverged`.
     """
-    recipe, first = run.recipe, trainings[0].position
-    trainees = [training.trainee for training in trainings]
-    total = len(run.samples)
-    done = first.epoch * total + _rows_before(run, first)
+    recipe, first = setup.recipe, trainings[0].position
+    states = [training.state for training in trainings]
+    total = len(setup.samples)
+    done = first.epoch * total + _rows_before(setup, first)
     with ExitStack() as stack:
         title = f"train {', '.join(training.folder.path.name for training in trainings)}"
         meter = stack.enter_context(
-            progress(title, recipe.epochs * total, "samples", done=done, shown=run.ranks.is_first)
+            progress(title, recipe.epochs * total, "samples", done=done, shown=setup.ranks.is_first)
         )
-        pin, sizes = run.device.type == "cuda", run.sizes(trainees)
-        renderer = stack.enter_context(Renderer(run.source, recipe.view, sizes, workers=workers, pin=pin))
+        pin, sizes = setup.device.type == "cuda", setup.sizes([state.learner.network for state in states])
+        renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
         looking = stack.enter_context(
-            Renderer(run.evaluation, evaluation_view(run.evaluation), sizes, workers=workers, pin=pin)
+            Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
         )
         for training in trainings:
             stack.enter_context(training.board)
         checkpoints = _Every(checkpoint_seconds)
         while active := [training for training in trainings if not training.is_over]:
-            rows = len(run.samples) - _rows_before(run, active[0].position)
-            _train_epoch_of(run, active, renderer, checkpoints)
-            _evaluate(run, active, looking)
+            rows = len(setup.samples) - _rows_before(setup, active[0].position)
+            _train_epoch_of(setup, active, renderer, checkpoints)
+            _evaluate(setup, active, looking)
             found = [training.position.best for training in active if training.position.best is not None]
             meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
             for training in active:
                 if training.is_finished:
-                    training.folder.finish(training.trainee.network)
+                    training.folder.finish(training.state.network)
 
 
-def _train_epoch_of(run: Run, active: Sequence[Training], renderer: Renderer, checkpoints: _Every) -> None:
+def _train_epoch_of(
+    setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Every
+) -> None:
     """What is left of an epoch of several trainings, with checkpoints on the way."""
     epoch, begun = active[0].position.epoch, active[0].position.batches
     before, started = [training.position.seconds for training in active], time.perf_counter()
     steps = train_steps(
-        [training.trainee for training in active],
-        renderer.ahead(run.batches(epoch, begun)),
-        run.targets,
+        [training.state for training in active],
+        renderer.ahead(setup.batches(epoch, begun)),
+        setup.targets,
         [training.log for training in active],
         epoch,
-        parts=run.recipe.accumulate,
+        micro_batches=setup.recipe.accumulate,
         first=begun,
     )
     for batches in steps:
         spent = (time.perf_counter() - started) / len(active)
         for training, seconds in zip(active, before, strict=True):
             training.position.batches, training.position.seconds = batches, seconds + spent
-        if run.ranks.first_says(checkpoints.is_due()):
+        if setup.ranks.first_says(checkpoints.is_due()):
             for training in active:
                 training.save()
 
 
-def _evaluate(run: Run, active: Sequence[Training], renderer: Renderer) -> None:
+def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) -> None:
     """End an epoch of several trainings, with an evaluation where it is due."""
-    epoch, recipe = active[0].position.epoch, run.recipe
+    epoch, recipe = active[0].position.epoch, setup.recipe
     is_due = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
     for training in active:
-        network = training.trainee.network
+        network = training.state.network
         found = None
         if is_due:
-            found = evaluate(network, run.evaluation, run.device, renderer=renderer, ranks=run.ranks)
+            found = evaluate(network, setup.evaluation, setup.device, renderer=renderer, ranks=setup.ranks)
         try:
-            training.end_epoch(run.views_of_epoch(epoch), found)
+            training.end_epoch(setup.views_of_epoch(epoch), found)
         except TrainingDiverged as error:
             training.diverged = error
 
 
-def _rows_before(run: Run, position: Position) -> int:
+def _rows_before(setup: Setup, position: Position) -> int:
     """Samples of an epoch that are done."""
-    return min(len(run.samples), position.batches * (run.recipe.batch_size // run.recipe.views_per_load))
+    return min(
+        len(setup.samples), position.batches * (setup.recipe.batch_size // setup.recipe.views_per_load)
+    )
 
 
 class _Every:
@@ -291,93 +292,11 @@ class _Every:
         return True
 
 
-def train_epoch(
-    trainees: Sequence[Trainee],
-    batches: Iterable[Batch],
-    targets: TargetsKind | None,
-    epoch: int = 0,
-    *,
-    parts: int = 1,
-) -> list[dict[str, Any]]:
-    """One pass of every trainee over the same batches; returns what each one's `EpochLog` tells."""
-    logs = [_new_log(trainee) for trainee in trainees]
-    for _ in train_steps(trainees, batches, targets, logs, epoch, parts=parts):
-        pass
-    return [log.means() for log in logs]
-
-
-def train_steps(
-    trainees: Sequence[Trainee],
-    batches: Iterable[Batch],
-    targets: TargetsKind | None,
-    logs: Sequence[EpochLog],
-    epoch: int = 0,
-    *,
-    parts: int = 1,
-    first: int = 0,
-) -> Iterator[int]:
-    """Train on the batches of an epoch, or on what is left of them, one step at a time.
-
-    Args:
-        trainees: who learns; all see the same batches.
-        batches: of the epoch, from the first that is not done.
-        targets: what the teachers say; None where nobody asks.
-        logs: where each trainee's epoch is counted.
-        epoch: its number.
-        parts: how many parts each batch is worked through in.
-        first: number of the first batch.
-
-    Yields:
-        After every step, how many batches of the epoch are done.
-    """
-    for trainee in trainees:
-        trainee.learner.train()
-        trainee.learner.begin_epoch(epoch)
-    for number, batch in enumerate(batches, first):
-        for trainee in trainees:
-            trainee.begin_step()
-        for place, part in enumerate(batch.split(parts) if parts > 1 else [batch]):
-            moment = Moment(epoch, number, place)
-            asked = _asked(trainees, moment)
-            looked_at = [trainee.learner.rows_for(part) for trainee in trainees]
-            fetched = {
-                id(rows): None if targets is None else targets.fetch(rows, asked)
-                for rows in _distinct(looked_at)
-            }
-            for trainee, log, rows in zip(trainees, logs, looked_at, strict=True):
-                share = _share(trainee.learner.ranks, rows, part, batch)
-                log.add(trainee.add_gradient(part, fetched[id(rows)], moment, share), rows)
-        for trainee in trainees:
-            trainee.end_step()
-        yield number + 1
-
-
-def _share(ranks: Ranks, rows: Batch, part: Batch, batch: Batch) -> float:
-    """What the loss of a part counts: the mean over ranks of the sum over parts is the mean over all rows."""
-    return len(part) / len(batch) if rows.whole is None else ranks.count * len(part) / len(rows.whole)
-
-
-def _distinct(batches: Sequence[Batch]) -> list[Batch]:
-    return list({id(batch): batch for batch in batches}.values())
-
-
-def _new_log(trainee: Trainee) -> EpochLog:
-    learner = trainee.learner
-    return EpochLog(learner.objective.setting.fusion.teachers, learner.ranks)
-
-
-def _asked(trainees: Sequence[Trainee], moment: Moment) -> list[int] | None:
-    """Places of the teachers that any of the trainees asks for a batch; None means all."""
-    chosen = {trainee.learner.objective.chosen_teacher(moment) for trainee in trainees}
-    places = [place for place in chosen if place is not None]
-    return sorted(places) if len(places) == len(chosen) else None
-
-
 def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"training diverged in epoch {epoch}: {name} is {value}. Use a smaller --lr than "
-                f"{recipe.optimiser.lr:g}. What is left of the run stays until it is removed or --overwrite "
+                f"{recipe.optimizer.lr:g}. What is left of the run stays until it is removed or --overwrite "
                 "is given."
             )

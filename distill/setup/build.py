@@ -1,15 +1,14 @@
-"""From names and numbers to objects: the student, what is read of the stores, the objective between them."""
+"""Students and objectives from names and numbers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.distill.fusion.weights import FUSIONS, FusionSetting
-from coursepack.distill.losses.objective import Objective, Setting
-from coursepack.distill.methods import METHODS
+from coursepack.distill.losses.base import BuildContext
+from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.setup.requirements import check_needs, hint_pairs, hints_between, needed_arrays
-from coursepack.distill.setup.student import look_inside
+from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
+from coursepack.distill.setup.student import probe_student
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
@@ -17,15 +16,14 @@ if TYPE_CHECKING:
 
     from coursepack.data import Source
     from coursepack.data.store import StoreReader
-    from coursepack.distill.losses.config import ObjectiveConfig
-    from coursepack.distill.losses.hint import Hint
+    from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.opening import Course
+    from coursepack.distill.targets.opening import TeacherStores
     from coursepack.models import Network
 
 
 def build_student(recipe: TrainRecipe, source: Source) -> Network:
-    """The recipe's student with fresh weights.
+    """Build the recipe's student with fresh weights.
 
     Raises:
         UnknownName: no such network.
@@ -41,48 +39,22 @@ def build_student(recipe: TrainRecipe, source: Source) -> Network:
     )
 
 
-def build_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:
-    """What the recipe's objective reads of each store.
-
-    Raises:
-        RecipeError: a store does not hold it; the text has the command that adds it.
-    """
-    objective = recipe.objective
-    pairs = hint_pairs(objective, readers, build_student(recipe, source)) if objective.uses_hints else []
-    logits = objective.uses_soft_targets or METHODS[recipe.method].term is not None
-    return needed_arrays(recipe.method, readers, pairs, logits=logits, root=recipe.root)
-
-
-def build_objective(
-    recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader], student: Network
-) -> Objective:
-    """The recipe's objective, fitted to its teachers and its student.
-
-    Raises:
-        UnknownName: a layer that the student does not have.
-        RecipeError: features that cannot be hints, or nothing that represents a sample.
-    """
-    pairs = hint_pairs(recipe.objective, readers, student) if recipe.objective.uses_hints else []
-    hints = hints_between(pairs, readers, student, source.channels)
-    return _fitted(recipe.method, recipe.objective, readers, student, hints, source.channels, recipe.seed)
-
-
 def make_objective(
-    course: Course,
+    stores: TeacherStores,
     student: Network,
     method: str,
     changes: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
 ) -> Objective:
-    """A method's objective for one student, fitted to the teachers of a course.
+    """Build a method's objective for one student and the teachers of some stores.
 
     Args:
-        course: the stores to learn from.
-        student: the network to teach.
+        stores: the teachers' stores.
+        student: the network to train.
         method: a name in `METHODS`.
         changes: fields of its `ObjectiveConfig` to replace, as `{"temperature": 2.0}`.
-        seed: of what the objective draws: initial adapters and latents, a random teacher.
+        seed: seed of everything that the objective draws: initial adapters and latents, a random teacher.
 
     Raises:
         UnknownName: no such method, or a layer that the student does not have.
@@ -90,53 +62,62 @@ def make_objective(
             stored; the text then has the command that adds them.
     """
     config = resolve_objective(method, changes or {}, f"method {method!r}")
-    return fit_objective(course, student, method, config, seed=seed)
+    check_needs(method, config, stores.readers, stores.view, stores.root)
+    return build_objective(
+        config, student, stores.source, stores.readers, method=method, root=stores.root, seed=seed
+    )
 
 
-def fit_objective(
-    course: Course, student: Network, method: str, config: ObjectiveConfig, *, seed: int
+def build_objective(
+    config: ObjectiveConfig,
+    student: Network,
+    source: Source,
+    readers: Sequence[StoreReader],
+    *,
+    method: str,
+    root: str | None,
+    seed: int,
 ) -> Objective:
-    """The same from a config that is spelled out.
+    """Build an objective for one student from numbers that `check_needs` has accepted.
 
     Raises:
         UnknownName: a layer that the student does not have.
-        RecipeError: as `make_objective`.
+        RecipeError: features that are not stored or cannot be compared, or no embedding of a sample.
     """
-    check_needs(method, config, course.readers, course.view, course.root)
-    pairs = hint_pairs(config, course.readers, student) if config.uses_hints else []
-    needed_arrays(method, course.readers, pairs, logits=True, root=course.root)
-    hints = hints_between(pairs, course.readers, student, course.source.channels)
-    return _fitted(method, config, course.readers, student, hints, course.source.channels, seed)
-
-
-def _fitted(
-    method: str,
-    config: ObjectiveConfig,
-    readers: Sequence[StoreReader],
-    student: Network,
-    hints: tuple[Hint, ...],
-    channels: int,
-    seed: int,
-) -> Objective:
+    needs = config.needs()
+    pairs = term_pairs(config, readers, student)
+    needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
     width = 0
-    layer = config.fusion.layer
-    if config.uses_soft_targets and FUSIONS[config.fusion.name].needs_representation:
-        layers = [] if layer is None else [layer]
-        width, _ = look_inside(student, channels, layers, representation=True, layer=layer)
-    fusion = FusionSetting(
+    if needs.embedding:
+        layer = needs.embedding_layer
+        width = probe_student(student, source.channels, embedding=True, embedding_layer=layer).embedding_width
+    context = BuildContext(
         teachers=max(1, len(readers)),
-        weights=config.teacher_weights,
-        width=width,
+        classes=len(source.class_names),
         accuracies=tuple(map(_accuracy, readers)),
+        embedding_width=width,
+        labels=source.labels,
+        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
         seed=seed,
-        teacher=config.fusion.teacher,
-        init=config.fusion.init,
     )
-    return Objective(config, Setting(fusion, hints, METHODS[method].term, seed))
+    return Objective(config, context)
+
+
+def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:
+    """Return the names of the arrays that a recipe's objective reads of each store.
+
+    Raises:
+        RecipeError: a store does not hold one of them; the text has the command that adds it.
+    """
+    needs = recipe.objective.needs()
+    pairs = (
+        {} if needs.pairs is None else term_pairs(recipe.objective, readers, build_student(recipe, source))
+    )
+    return needed_arrays(recipe.method, readers, pairs, logits=needs.logits, root=recipe.root)
 
 
 def _accuracy(reader: StoreReader) -> float:
-    """Share of rows on which the store's teacher was right, over the views that are recorded."""
+    """Return the share of rows on which the store's teacher was right, over the views that are recorded."""
     sums = [record["sums"] for record in reader.manifest.view_records.values()]
     rows = sum(float(each.get("rows", 0)) for each in sums)
     return sum(float(each.get("correct", 0)) for each in sums) / max(rows, 1.0)

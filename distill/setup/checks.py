@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from coursepack.distill.fusion.weights import FUSIONS
-from coursepack.distill.methods import METHODS
 from coursepack.distill.schedule import is_used
-from coursepack.distill.setup.student import UNFIT, wrong_size
+from coursepack.distill.setup.student import probe_student
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coursepack.data import Source
+    from coursepack.distill.distributed import Ranks
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.training.distributed import Ranks
-    from coursepack.distill.training.learner import Learner
+    from coursepack.models import Network
 
 
-def check_student(learner: Learner, source: Source) -> None:
-    """Run one black image, so that a student that cannot look at the source is refused before the run."""
-    network = learner.network
-    size, device = network.preprocessing.size, next(learner.parameters()).device
-    pixels = torch.zeros(1, size, size, source.channels, dtype=torch.uint8, device=device)
-    learner.eval()
-    try:
-        with torch.inference_mode():
-            shape = tuple(network.module(network.preprocessing(pixels)).shape)
-    except UNFIT as error:
-        raise wrong_size(network, error) from error
-    if shape != (1, network.classes):
+def check_student(network: Network, source: Source) -> None:
+    """Refuse a student that cannot take the source's images, before the run."""
+    shape = probe_student(network, source.channels).logits
+    if shape != (network.classes,):
         raise RecipeError(
-            f"student {network.spec!r} gives logits of shape {shape}, expected {(1, network.classes)} (N, C)"
+            f"student {network.spec!r} gives logits of shape {(1, *shape)}, "
+            f"expected {(1, network.classes)} (N, C)"
         )
 
 
@@ -52,10 +41,10 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
             "to hold every view of at least one sample"
         )
-    needs_teachers = recipe.objective.needs_teachers
+    needs_teachers = recipe.objective.needs().teachers
     if needs_teachers and not recipe.stores:
         raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
-    if recipe.stores and not needs_teachers and METHODS[recipe.method].term is None:
+    if recipe.stores and not needs_teachers:
         raise RecipeError(
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"
@@ -65,7 +54,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
 def _check_mixing(recipe: TrainRecipe) -> None:
     """Partners come from the whole split: a student that may know few labels must not learn theirs."""
     objective = recipe.objective
-    hard = not objective.needs_teachers or is_used(objective.hard_weight)
+    hard = not objective.needs().teachers or is_used(objective.hard_weight)
     if recipe.view.mix is not None and recipe.limit is not None and hard:
         raise RecipeError(
             f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
@@ -75,7 +64,7 @@ def _check_mixing(recipe: TrainRecipe) -> None:
 
 def _check_parts(recipe: TrainRecipe) -> None:
     """Refuse to work a batch through in parts where its samples depend on each other."""
-    coupled = recipe.objective.batch_coupled
+    coupled = recipe.objective.needs().whole_batch
     if recipe.accumulate > 1 and coupled:
         raise RecipeError(
             f"accumulate is {recipe.accumulate}, but method {recipe.method!r} relates all samples of a batch "
@@ -88,14 +77,11 @@ def _check_parts(recipe: TrainRecipe) -> None:
 
 
 def _check_compile(recipe: TrainRecipe) -> None:
-    """Refuse to compile a student that is looked into: a compiled one runs past what watches its layers."""
-    objective = recipe.objective
-    looks = ["hints"] if objective.uses_hints else []
-    if objective.uses_soft_targets and FUSIONS[objective.fusion.name].needs_representation:
-        looks.append(f"fusion {objective.fusion.name!r}")
-    if recipe.compile and looks:
+    """Refuse to compile a student whose layers are watched: a compiled one runs past the hooks."""
+    inside = recipe.objective.needs().inside_student
+    if recipe.compile and inside:
         raise RecipeError(
-            f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(looks)}), "
+            f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(inside)}), "
             "which cannot be done through torch.compile: leave compile out"
         )
 
@@ -130,16 +116,10 @@ def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
             f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
             f"{fewest_rows(ranks)}, two rows for each"
         )
-    own_term = METHODS[recipe.method].term is not None
-    coupled = (*recipe.objective.batch_coupled, *(["the method's own term"] if own_term else []))
+    coupled = recipe.objective.needs().whole_batch
     if coupled and recipe.online:
         raise RecipeError(
             f"method {recipe.method!r} relates all samples of a batch ({', '.join(coupled)}), so every rank "
             "needs the teachers' answers to the whole batch, but live teachers see one rank's rows: leave "
             "--online out, or train in one process"
-        )
-    if own_term and recipe.accumulate > 1:
-        raise RecipeError(
-            f"accumulate is {recipe.accumulate}, but the own term of method {recipe.method!r} looks at the "
-            "rows of all ranks at once: leave accumulate out, or train in one process"
         )

@@ -1,4 +1,4 @@
-"""From a recipe to a run that can begin: everything opened, and refused what cannot be trained."""
+"""From a recipe to a setup: everything opened, and refused what cannot be trained."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from coursepack.data import batches, epoch_order, open_source, view_fingerprint
 from coursepack.data.loading import device_images
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
-from coursepack.distill.setup.build import build_arrays, build_objective, build_student
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.setup.build import build_objective, build_student, read_arrays
 from coursepack.distill.setup.checks import (
     check_ranks,
     check_recipe,
+    check_student,
     check_views,
     fewest_rows,
 )
-from coursepack.distill.setup.requirements import check_objective
-from coursepack.distill.targets.opening import open_course, open_targets
+from coursepack.distill.setup.requirements import check_needs
+from coursepack.distill.targets.opening import open_targets, open_teacher_stores
 from coursepack.distill.targets.stores import OnlineTargets, free_memory, live_teachers
-from coursepack.distill.training.distributed import ALONE
-from coursepack.distill.training.learner import Learner
-from coursepack.distill.training.state import PRECISIONS, Trainee, make_trainee
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,14 +36,16 @@ if TYPE_CHECKING:
     from coursepack.data.batches import Window
     from coursepack.data.randomness import Samples
     from coursepack.data.store import StoreReader
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.objective import Objective
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.stores import CachedTargets, TargetsKind
-    from coursepack.distill.training.distributed import Ranks
+    from coursepack.distill.targets.stores import CachedTargets, TargetSource
+    from coursepack.models import Network
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything a recipe describes, opened and checked, before the first step."""
+class Setup:
+    """A recipe opened and checked, before the first step."""
 
     recipe: TrainRecipe
     source: Source
@@ -52,17 +53,17 @@ class Run:
     samples: Samples
     views: tuple[int, ...] | None
     """Views taken in turn, one per epoch; None means epoch e takes view e."""
-    targets: TargetsKind | None
+    targets: TargetSource | None
     readers: tuple[StoreReader, ...]
     window: Window | None
     """How samples are ordered when the stores do not fit into memory."""
     device: torch.device
     drift: tuple[str, ...] = ()
-    """What the stores' views are no longer, where that was allowed."""
+    """Drift detected in the stores' views and accepted with `--allow-drift`."""
     images: torch.Tensor | None = None
     """The source's images on the device, where views are rendered there."""
     ranks: Ranks = ALONE
-    """Who trains together."""
+    """The processes that train together."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +71,7 @@ class Run:
         return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
 
     def views_of_epoch(self, epoch: int) -> list[int]:
-        """The views that every sample of an epoch is seen under."""
+        """Return the views of every sample in an epoch."""
         each = self.recipe.views_per_load
         return [self._view(turn) for turn in range(epoch * each, (epoch + 1) * each)]
 
@@ -114,26 +115,36 @@ class Run:
             yield whole if len(whole) < fewest_rows(self.ranks) else batch
             done += len(whole) // len(views)
 
-    def sizes(self, trainees: Sequence[Trainee]) -> list[int]:
-        """Sides in pixels at which the views of a run are needed."""
-        sizes = {trainee.learner.network.preprocessing.size for trainee in trainees}
+    def sizes(self, students: Sequence[Network]) -> list[int]:
+        """Return the sides in pixels at which students and live teachers need the views."""
+        sizes = {student.preprocessing.size for student in students}
         if isinstance(self.targets, OnlineTargets):
             sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
         return sorted(sizes)
 
-    def trainee(self) -> Trainee:
-        """A fresh student of the recipe."""
-        return self.trainee_with(self.recipe)
+    def student(self, recipe: TrainRecipe) -> Network:
+        """Build a fresh student of a recipe on the same source.
 
-    def trainee_with(self, recipe: TrainRecipe) -> Trainee:
-        """A fresh student of another recipe on the same batches and targets."""
+        Raises:
+            UnknownName, RecipeError: it cannot be built, or cannot take the source's images.
+        """
         student = build_student(recipe, self.source)
-        objective = build_objective(recipe, self.source, self.readers, student)
+        check_student(student, self.source)
         if recipe.channels_last:
             student.module.to(memory_format=torch.channels_last)
-        precision = PRECISIONS[recipe.precision]
-        learner = Learner(student, objective, precision=precision, compiled=recipe.compile, ranks=self.ranks)
-        return make_trainee(learner.to(self.device), recipe, self.steps_per_epoch)
+        return student
+
+    def objective(self, recipe: TrainRecipe, student: Network) -> Objective:
+        """Build a recipe's objective for a student and the setup's teachers."""
+        return build_objective(
+            recipe.objective,
+            student,
+            self.source,
+            self.readers,
+            method=recipe.method,
+            root=recipe.root,
+            seed=recipe.seed,
+        )
 
 
 def prepare(
@@ -141,7 +152,7 @@ def prepare(
     device: torch.device,
     ranks: Ranks = ALONE,
     others: Sequence[TrainRecipe] = (),
-) -> Run:
+) -> Setup:
     """Open what a recipe names, and refuse what cannot be trained.
 
     All ranks read their stores in the same way, one that each has the memory for.
@@ -172,12 +183,12 @@ def prepare(
         views = cached.views
     if views is not None:
         check_views(recipe, views)
-    targets: TargetsKind | None = cached
+    targets: TargetSource | None = cached
     if recipe.online:
         if cached is None:
             raise RecipeError("--online runs the teachers of stores live: give at least one --store")
         targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device))
-    return Run(
+    return Setup(
         recipe,
         source,
         evaluation,
@@ -196,15 +207,15 @@ def prepare(
 def _cached_targets(
     recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
 ) -> CachedTargets:
-    """What all the recipes look at in the stores of the first."""
-    course = open_course(recipe.stores, source=source, view=recipe.view, root=recipe.root)
+    """Open everything that the recipes read in the stores of the first."""
+    stores = open_teacher_stores(recipe.stores, source=source, view=recipe.view, root=recipe.root)
     asked = []
     for each in recipes:
-        check_objective(each, course.readers)
-        asked.append(build_arrays(each, source, course.readers))
+        check_needs(each.method, each.objective, stores.readers, each.view, each.root)
+        asked.append(read_arrays(each, source, stores.readers))
     free = min(ranks.gathered(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
     return open_targets(
-        course,
+        stores,
         [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)],
         views=recipe.views,
         device=device,
@@ -214,8 +225,8 @@ def _cached_targets(
     )
 
 
-def provenance(run: Run) -> dict[str, Any]:
-    """Where a run's targets came from, and what ran it."""
+def provenance(setup: Setup) -> dict[str, Any]:
+    """Return where a run's targets come from, and the software and hardware that run it."""
     stores = [
         {
             "path": str(reader.path.resolve()),
@@ -224,37 +235,39 @@ def provenance(run: Run) -> dict[str, Any]:
             "reading": reader.reading,
             "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
         }
-        for reader in run.readers
+        for reader in setup.readers
     ]
     return {
         "stores": stores,
-        "view_fingerprint": view_fingerprint(run.recipe.view, run.source),
-        "source_fingerprint": run.source.fingerprint,
+        "view_fingerprint": view_fingerprint(setup.recipe.view, setup.source),
+        "source_fingerprint": setup.source.fingerprint,
         "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
-        "device": str(run.device),
-        "ranks": run.ranks.count,
-        "drift": list(run.drift),
-        "views": None if run.views is None else list(run.views),
-        "window": None if run.window is None else asdict(run.window),
+        "device": str(setup.device),
+        "ranks": setup.ranks.count,
+        "drift": list(setup.drift),
+        "views": None if setup.views is None else list(setup.views),
+        "window": None if setup.window is None else asdict(setup.window),
     }
 
 
-def opening(run: Run) -> str:
-    """What a run says about itself before the first step."""
-    recipe = run.recipe
-    teachers = ", ".join(reader.name for reader in run.readers)
-    said = f"{recipe.student} on {len(run.samples):,} samples of {run.source.name}, method {recipe.method}"
-    if run.readers:
-        how = "live" if recipe.online else f"from their stores ({run.readers[0].reading})"
+def opening(setup: Setup) -> str:
+    """Return the line that a run prints before its first step."""
+    recipe = setup.recipe
+    teachers = ", ".join(reader.name for reader in setup.readers)
+    said = (
+        f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
+    )
+    if setup.readers:
+        how = "live" if recipe.online else f"from their stores ({setup.readers[0].reading})"
         said += f", teachers {teachers} {how}"
-    if run.views is None:
+    if setup.views is None:
         return f"{said}; a new view every epoch"
     each = recipe.views_per_load
-    round_trip = -(-len(run.views) // each)
+    round_trip = -(-len(setup.views) // each)
     order, again = {
         "cyclic": ("in turn", "in the same order"),
         "shuffled": ("in random order", "in another order"),
     }[recipe.view_order]
     repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
     per_epoch = "one" if each == 1 else f"{each} of every sample"
-    return f"{said}; {len(run.views)} views {order}, {per_epoch} per epoch{repeats}"
+    return f"{said}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS
-from coursepack.distill.losses.hint import Hint, depth_group
-from coursepack.distill.setup.student import blocks, depth_of, look_inside
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import FeaturePair
+from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.stores import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
@@ -22,17 +24,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from coursepack.data.store import Manifest, StoreReader
-    from coursepack.distill.losses.config import ObjectiveConfig
+    from coursepack.distill.losses.base import PairNeeds
+    from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.models import Network
 
-HINT_REDUCTIONS = ("map", "pooled")
+Pairs = dict[str, list[tuple[int, str, str]]]
+"""Teacher index, tap name and student layer of every pair, by the key of the term that compares them."""
 
 
-def hint_pairs(
-    config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network
-) -> list[tuple[int, str, str]]:
-    """Teacher's place, tap's name and student's layer of every hint: those that are given, or by depth.
+def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
+    """Find the pairs of features of every term: those that are given, or by depth.
 
     By depth, teachers are spread over the student's groups from shallow to deep, and each gives the tap of
     its store that is as deep in it; where there is none, the pair names the block that it should have tapped.
@@ -40,29 +42,52 @@ def hint_pairs(
     Raises:
         RecipeError: a pair names a teacher that is not there.
     """
-    hints = config.hints
-    if hints.pairs:
-        for pair in hints.pairs:
-            if pair.teacher >= len(readers):
-                raise RecipeError(
-                    f"hints.pairs names teacher {pair.teacher}, but there are {len(readers)} stores: places "
-                    "begin at 0"
-                )
-        return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in hints.pairs]
-    groups = list(hints.layers) or blocks(student.module)
-    found = []
-    for place, reader in enumerate(readers):
-        group = depth_group(place, len(readers), len(groups))
-        depth = group / max(1, len(groups) - 1)
-        found.append((place, _tap_at(reader.manifest, depth), groups[group]))
+    found: Pairs = {}
+    for key, term in config.all_terms().items():
+        needs = LOSSES[term.term].needs(term).pairs
+        if needs is not None:
+            found[key] = _pairs(f"terms.{key}", needs, readers, student)
     return found
 
 
-def _tap_at(manifest: Manifest, depth: float) -> str:
+def _pairs(
+    where: str, needs: PairNeeds, readers: Sequence[StoreReader], student: Network
+) -> list[tuple[int, str, str]]:
+    if needs.pairs:
+        for pair in needs.pairs:
+            if pair.teacher >= len(readers):
+                raise RecipeError(
+                    f"{where}.pairs names teacher {pair.teacher}, but there are {len(readers)} stores: "
+                    "indices begin at 0"
+                )
+        return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
+    groups = list(needs.layers) or blocks(student.module)
+    found = []
+    for index, reader in enumerate(readers):
+        group = depth_group(index, len(readers), len(groups))
+        depth = group / max(1, len(groups) - 1)
+        found.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
+    return found
+
+
+def depth_group(teacher: int, teachers: int, groups: int) -> int:
+    """Return the student's group that a teacher guides; teachers are spread evenly from shallow to deep.
+
+    One teacher guides the middle, as in FitNets.
+
+    >>> [depth_group(teacher, 3, 4) for teacher in range(3)]
+    [0, 2, 3]
+    """
+    if teachers == 1:
+        return (groups - 1) // 2
+    return (2 * teacher * (groups - 1) + teachers - 1) // (2 * (teachers - 1))
+
+
+def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
     """The stored tap at a relative depth (0 to 1), or the teacher's block there."""
     module = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
     taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
-    usable = [name for name in taps if tap_from_name(name).reduction in HINT_REDUCTIONS]
+    usable = [name for name in taps if tap_from_name(name).reduction in reductions]
     order = {} if module is None else depth_of(module)
     usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
     choices = usable or ([] if module is None else blocks(module)) or ["LAYER"]
@@ -82,7 +107,7 @@ def _untrained(spec: str, classes: int) -> nn.Module | None:
 def needed_arrays(
     method: str,
     readers: Sequence[StoreReader],
-    pairs: Sequence[tuple[int, str, str]],
+    pairs: Pairs,
     *,
     logits: bool,
     root: str | None,
@@ -93,10 +118,10 @@ def needed_arrays(
         RecipeError: a store does not hold it; the text has the command that adds it.
     """
     arrays = [[LOGITS] if logits else [] for _ in readers]
-    for place, tap, _ in pairs:
+    for index, tap, _ in itertools.chain(*pairs.values()):
         name = f"{FEATURES}{tap}"
-        if name not in arrays[place]:
-            arrays[place].append(name)
+        if name not in arrays[index]:
+            arrays[index].append(name)
     missing = []
     for reader, names in zip(readers, arrays, strict=True):
         lacking = [name for name in names if name not in reader.manifest.arrays]
@@ -122,38 +147,55 @@ def _tap_text(name: str) -> str:
     return f"{text}:{tap.reduction}" + ("" if tap.size is None else f":{tap.size}")
 
 
-def hints_between(
-    pairs: Sequence[tuple[int, str, str]],
+def shaped_pairs(
+    config: ObjectiveConfig,
+    pairs: Pairs,
     readers: Sequence[StoreReader],
     student: Network,
     channels: int,
-) -> tuple[Hint, ...]:
-    """The pairs with their shapes.
+) -> dict[str, tuple[FeaturePair, ...]]:
+    """Return the pairs of every term with their shapes.
 
     Raises:
-        RecipeError: features that are neither maps nor vectors.
+        RecipeError: features that are neither maps nor vectors, or of a reduction that the term cannot
+            compare.
         UnknownName: a layer that the student does not have.
     """
-    if not pairs:
-        return ()
-    layers = sorted({layer for _, _, layer in pairs})
-    _, shapes = look_inside(student, channels, layers, representation=False, layer=None)
-    hints = []
-    for place, tap, layer in pairs:
-        reader = readers[place]
-        theirs = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
-        usable = tap_from_name(tap).reduction in HINT_REDUCTIONS
-        for who, shape in (
-            (f"{tap!r} of store {str(reader.path)!r}", theirs),
-            (f"layer {layer!r} of the student", shapes[layer]),
-        ):
-            if len(shape) not in (1, 3) or not usable:
-                raise RecipeError(
-                    f"a hint cannot be made of {who} (shape {shape}): it takes vectors (D,) and maps "
-                    "(C, H, W), with the reductions map and pooled"
-                )
-        hints.append(Hint(place, tap, layer, theirs, shapes[layer]))
-    return tuple(hints)
+    layers = sorted({layer for _, _, layer in itertools.chain(*pairs.values())})
+    if not layers:
+        return {}
+    shapes = probe_student(student, channels, layers).features
+    terms = config.all_terms()
+    found = {}
+    for key, of_term in pairs.items():
+        needs = LOSSES[terms[key].term].needs(terms[key]).pairs
+        assert needs is not None
+        found[key] = tuple(_shaped(key, needs, readers, shapes, *pair) for pair in of_term)
+    return found
+
+
+def _shaped(
+    key: str,
+    needs: PairNeeds,
+    readers: Sequence[StoreReader],
+    shapes: Mapping[str, tuple[int, ...]],
+    index: int,
+    tap: str,
+    layer: str,
+) -> FeaturePair:
+    reader = readers[index]
+    theirs = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
+    usable = tap_from_name(tap).reduction in needs.reductions
+    for side, shape in (
+        (f"{tap!r} of store {str(reader.path)!r}", theirs),
+        (f"layer {layer!r} of the student", shapes[layer]),
+    ):
+        if len(shape) not in (1, 3) or not usable:
+            raise RecipeError(
+                f"term {key!r} cannot compare {side} (shape {shape}): it takes vectors (D,) and maps "
+                f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
+            )
+    return FeaturePair(index, tap, layer, theirs, shapes[layer])
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
@@ -173,31 +215,28 @@ def check_needs(
     Raises:
         RecipeError: the text says what to do.
     """
-    for name, given in (
-        ("teacher_weights", objective.teacher_weights),
-        ("adjustment", None if isinstance(objective.adjustment, str) else objective.adjustment),
-    ):
-        if given is not None and len(given) != len(readers):
-            kind = "numbers" if name == "teacher_weights" else "names"
-            raise RecipeError(f"{name} has {len(given)} {kind}, expected {len(readers)}: one per store")
-    best = objective.fusion.teacher
-    if best is not None and best >= len(readers):
-        raise RecipeError(f"fusion.teacher is {best}, but there are {len(readers)} stores: places begin at 0")
-    if objective.needs_one_label and view.mix is not None:
+    if not isinstance(objective.adjustment, str) and len(objective.adjustment) != len(readers):
         raise RecipeError(
-            f"adjustment is {objective.adjustment!r}, but the view mixes images: a mixed image has two "
+            f"adjustment has {len(objective.adjustment)} names, expected {len(readers)}: one per store"
+        )
+    if refusal := objective.fusion.refusal(len(readers)):
+        raise RecipeError(refusal)
+    needs = objective.needs()
+    if needs.one_label and view.mix is not None:
+        raise RecipeError(
+            f"{needs.one_label}, but the view mixes images: a mixed image has two "
             "labels and no answer to it is wrong. Use stores of a view without mix, or "
             "--set objective.adjustment=none"
         )
-    if objective.uses_soft_targets and objective.dynamic_temperature.kind == "flsw":
+    if needs.dense_logits:
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
                 line = precompute_line(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
-                    f"method {method!r} (FLSW) needs all logits, but store {str(reader.path)!r} keeps "
-                    f"the largest alone (topk). Write a dense store with\n  {line}\n"
-                    "or use CWSM, which looks at the student only: --method dtd-cwsm"
+                    f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
+                    f"{str(reader.path)!r} keeps the largest alone (topk). Write a dense store with\n"
+                    f"  {line}\nor use CWSM, which looks at the student only: --method dtd-cwsm"
                 )
 
 

@@ -9,6 +9,7 @@ from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.distill.renamed import check_renamed
 from coursepack.distill.targets.stores import open_stores
 from coursepack.errors import RecipeError
 
@@ -21,6 +22,7 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
     """
     if isinstance(values.get("view"), str):
         values["view"] = view_recipe(values["view"])
+    check_renamed(values, where)
     check_given(TrainRecipe, values, where)
     if "student" not in values:
         raise RecipeError("there is no student: give --student NAME, or a recipe file")

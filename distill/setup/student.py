@@ -1,14 +1,15 @@
-"""A look inside the student: what its head reads, outputs of its layers, and their shapes."""
+"""Outputs of a student: its logits, watched layers and the input of its head, and their shapes."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from coursepack.distill.losses.base import Inside
+from coursepack.distill.losses.base import StudentOutput
 from coursepack.errors import RecipeError
 from coursepack.models.taps import tapped
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 UNFIT = (RuntimeError, AssertionError)
-"""What networks raise for images of a size that they are not made for; vision transformers assert."""
+"""Errors that networks raise for images of a size that they are not made for; vision transformers assert."""
 
 
 def wrong_size(network: Network, error: Exception) -> RecipeError:
-    """What to tell of a student that raised one of `UNFIT` for an image."""
+    """Return the error for a student that raised one of `UNFIT` for an image."""
     size = network.preprocessing.size
     return RecipeError(
         f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
@@ -32,34 +33,35 @@ def wrong_size(network: Network, error: Exception) -> RecipeError:
 
 @contextmanager
 def watched(
-    network: Network, layers: Sequence[str], *, representation: bool, layer: str | None
-) -> Iterator[Callable[[], Inside]]:
-    """Catch what is asked for on the forward pass inside the context.
+    network: Network, layers: Sequence[str], *, embedding: bool, embedding_layer: str | None = None
+) -> Iterator[Callable[[Tensor], StudentOutput]]:
+    """Capture outputs of layers, and an embedding of each sample, on the forward pass inside the context.
 
     Args:
         network: the student.
         layers: dotted names of layers whose outputs are wanted.
-        representation: whether a representation of each sample is wanted.
-        layer: the layer, among `layers`, whose largest values over places are it; None means what the last
-            linear layer reads.
+        embedding: true if an embedding of each sample is wanted.
+        embedding_layer: the layer, among `layers`, whose maximum over positions is the embedding; None means
+            the input of the last linear layer.
 
     Yields:
-        A function that gives what was caught, once the pass is over.
+        A function from the student's logits to the whole output, to be called once the pass is over.
     """
     read: list[Tensor] = []
     with ExitStack() as stack:
         caught = stack.enter_context(tapped(network.module, layers))
-        if representation and layer is None:
+        if embedding and embedding_layer is None:
             handle = _head(network).register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
             stack.callback(handle.remove)
 
-        def inside() -> Inside:
+        def output(logits: Tensor) -> StudentOutput:
             found = read[-1] if read else None
-            if representation and layer is not None:
-                found = caught[layer].flatten(2).amax(2) if caught[layer].ndim > 2 else caught[layer]
-            return Inside(found, caught)
+            if embedding and embedding_layer is not None:
+                features = caught[embedding_layer]
+                found = features.flatten(2).amax(2) if features.ndim > 2 else features
+            return StudentOutput(logits, found, caught)
 
-        yield inside
+        yield output
 
 
 def _head(network: Network) -> nn.Linear:
@@ -72,53 +74,70 @@ def _head(network: Network) -> nn.Linear:
     return heads[-1]
 
 
-@torch.inference_mode()
-def look_inside(
-    network: Network, channels: int, layers: Sequence[str], *, representation: bool, layer: str | None
-) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Width of the representation (0 if none is asked for) and shape of one sample's features per layer.
+@dataclass(frozen=True)
+class StudentShapes:
+    """Shapes of a student's output for one sample."""
 
-    Runs one black image.
+    logits: tuple[int, ...]
+    embedding_width: int
+    """D of the embedding; 0 if none was asked for."""
+    features: dict[str, tuple[int, ...]]
+    """Shape of each watched layer's output by layer name."""
+
+
+@torch.inference_mode()
+def probe_student(
+    network: Network,
+    channels: int,
+    layers: Sequence[str] = (),
+    *,
+    embedding: bool = False,
+    embedding_layer: str | None = None,
+) -> StudentShapes:
+    """Run one black image, and return the shapes of everything that training reads of the student.
 
     Raises:
         UnknownName: a layer that the student does not have.
-        RecipeError: a size that it cannot take, a layer that does not run, or nothing that represents a
-            sample: outputs that are neither vectors nor maps.
+        RecipeError: a size that it cannot take, a layer that does not run, or no usable embedding: an output
+            that is neither a vector nor a map.
     """
     module, size = network.module, network.preprocessing.size
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
     pixels = torch.zeros(1, size, size, channels, dtype=torch.uint8, device=device)
-    with watched(network, layers, representation=representation, layer=layer) as inside:
+    layers = list(dict.fromkeys([*layers, *([] if embedding_layer is None else [embedding_layer])]))
+    with watched(network, layers, embedding=embedding, embedding_layer=embedding_layer) as output:
         try:
-            module(network.preprocessing(pixels))
+            logits = module(network.preprocessing(pixels))
         except UNFIT as error:
             raise wrong_size(network, error) from error
-        unused = [name for name in layers if name not in inside().features]
+        seen = output(logits)
+        unused = [name for name in layers if name not in seen.features]
         if unused:
             raise RecipeError(
                 f"student {network.spec!r} never runs its layer {unused[0]!r}: name another layer"
             )
-        seen = inside()
-        shape = tuple(seen.features[layer].shape[1:]) if representation and layer is not None else ()
+        shape = () if embedding_layer is None else tuple(seen.features[embedding_layer].shape[1:])
         if shape and len(shape) not in (1, 3):
             raise RecipeError(
-                f"layer {layer!r} of student {network.spec!r} cannot represent a sample (shape {shape}): it "
-                "takes vectors (D,) and maps (C, H, W). Name another with "
-                "--set objective.fusion.layer=LAYER, or leave it out for what the head reads"
+                f"layer {embedding_layer!r} of student {network.spec!r} cannot represent a sample "
+                f"(shape {shape}): it takes vectors (D,) and maps (C, H, W). Name another with "
+                "--set objective.fusion.layer=LAYER, or leave it out for the input of the head"
             )
     module.train(was_training)
-    width = 0 if seen.representation is None else seen.representation.shape[1]
-    return width, {name: tuple(seen.features[name].shape[1:]) for name in layers}
+    width = 0 if seen.embedding is None else seen.embedding.shape[1]
+    return StudentShapes(
+        tuple(logits.shape[1:]), width, {name: tuple(seen.features[name].shape[1:]) for name in layers}
+    )
 
 
 def blocks(module: nn.Module) -> list[str]:
-    """Names of a network's parts, shallow to deep: its children that have weights, without the head."""
+    """Return the names of a network's parts, shallow to deep: its children with weights, without the head."""
     parts = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
     return parts[:-1] or parts
 
 
 def depth_of(module: nn.Module) -> dict[str, int]:
-    """Every submodule's place in the order of the network."""
-    return {name: place for place, (name, _) in enumerate(module.named_modules()) if name}
+    """Return every submodule's position in the order of the network."""
+    return {name: index for index, (name, _) in enumerate(module.named_modules()) if name}

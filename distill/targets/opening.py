@@ -1,4 +1,4 @@
-"""What students learn from: stores of teachers, checked, with the source and the views that they saw."""
+"""Stores of teachers, opened and checked, with the source and the view recipe that the teachers saw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from coursepack.canonical import difference_table
 from coursepack.data import ViewRecipe, open_source, view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.store import StoreReader
+from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.targets.stores import (
+    FEATURES,
     CachedTargets,
     choose_reading,
     common_views,
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
 
     from coursepack.data import Source
     from coursepack.data.store.reader import Reading
-    from coursepack.distill.losses.objective import Objective
+    from coursepack.distill.objective import Objective
 
 
 @dataclass(frozen=True)
-class Course:
-    """Stores that belong together, and what makes the pixels that their teachers saw."""
+class TeacherStores:
+    """Stores that belong together, with the source and the view recipe that their teachers saw."""
 
     source: Source
     view: ViewRecipe
@@ -41,13 +43,13 @@ class Course:
     """Folder of the source's files, if it has any."""
 
 
-def open_course(
+def open_teacher_stores(
     stores: Sequence[str | Path],
     *,
     source: Source | None = None,
     view: ViewRecipe | None = None,
     root: str | None = None,
-) -> Course:
+) -> TeacherStores:
     """Open stores with the source and the view recipe that they were written from.
 
     Args:
@@ -74,34 +76,34 @@ def open_course(
         view = ViewRecipe.model_validate(identity["view"]["recipe"])
     for reader in readers:
         _check_store(reader, source, view)
-    return Course(source, view, tuple(readers), root)
+    return TeacherStores(source, view, tuple(readers), root)
 
 
 def make_targets(
-    course: Course,
+    stores: TeacherStores,
     *objectives: Objective,
     views: int | None = None,
     device: torch.device | None = None,
     reading: Reading | Literal["auto"] = "auto",
     allow_drift: bool = False,
 ) -> CachedTargets:
-    """What the stores of a course say, as far as the objectives look at it.
+    """Open the targets in the stores that the objectives read.
 
     Args:
-        course: with the stores.
-        objectives: one per student that learns from the same batches.
-        views: take this many views; None means all that the stores have in common.
-        device: where targets are given; None means the CPU.
+        stores: the teachers' stores.
+        objectives: one per student that trains on the same batches.
+        views: number of views to take; None means all that the stores have in common.
+        device: device of the targets; None means the CPU.
         reading: `resident`, `mapped` or `windowed`; `auto` chooses by size and free memory.
-        allow_drift: give them although this version makes other views, and say so in `drift`.
+        allow_drift: accept views that this version renders differently, and list them in `drift`.
 
     Raises:
         StoreMismatch: the stores have no committed view in common, or their views have drifted.
         RecipeError: the stores have fewer views in common than `views`.
     """
     return open_targets(
-        course,
-        read_arrays(course, *objectives),
+        stores,
+        arrays_of(stores, *objectives),
         views=views,
         device=device or torch.device("cpu"),
         reading=reading,
@@ -110,7 +112,7 @@ def make_targets(
 
 
 def open_targets(
-    course: Course,
+    stores: TeacherStores,
     arrays: Sequence[Sequence[str]],
     *,
     views: int | None,
@@ -119,38 +121,47 @@ def open_targets(
     allow_drift: bool,
     free_bytes: int | None = None,
 ) -> CachedTargets:
-    """`make_targets` of the given arrays of each store; `free_bytes` is the memory that may be taken.
+    """Open the given arrays of each store; `free_bytes` is the memory that may be used.
 
     Raises:
         StoreMismatch, RecipeError: as `make_targets`.
     """
-    chosen = common_views(course.readers, arrays, views)
-    drifted = check_drift(course, chosen, allowed=allow_drift)
+    chosen = common_views(stores.readers, arrays, views)
+    drifted = check_drift(stores, chosen, allowed=allow_drift)
     if reading == "auto":
-        reading = choose_reading(course.readers, free_memory() if free_bytes is None else free_bytes, arrays)
-    readers = [StoreReader(reader.path, reading) for reader in course.readers]
+        reading = choose_reading(stores.readers, free_memory() if free_bytes is None else free_bytes, arrays)
+    readers = [StoreReader(reader.path, reading) for reader in stores.readers]
     for reader in readers:
         reader.pinned = device.type == "cuda"
     return CachedTargets(readers, device, arrays, views=chosen, drift=drifted)
 
 
-def read_arrays(course: Course, *objectives: Objective) -> list[list[str]]:
-    """What the objectives look at, for each store of a course."""
+def arrays_of(stores: TeacherStores, *objectives: Objective) -> list[list[str]]:
+    """Return the names of the arrays that the objectives read of each store."""
     return [
-        list(dict.fromkeys(name for objective in objectives for name in objective.arrays(place)))
-        for place in range(len(course.readers))
+        list(
+            dict.fromkeys(
+                name
+                for objective in objectives
+                for name in (
+                    *([LOGITS] if objective.needs.logits else []),
+                    *(f"{FEATURES}{tap}" for tap in objective.taps(index)),
+                )
+            )
+        )
+        for index in range(len(stores.readers))
     ]
 
 
-def check_drift(course: Course, views: Sequence[int], *, allowed: bool) -> tuple[str, ...]:
-    """What the stores' views are no longer.
+def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -> tuple[str, ...]:
+    """Return the differences between the stores' views and those that this version makes.
 
     Raises:
-        StoreMismatch: there is something of it, and it is not allowed.
+        StoreMismatch: there are differences, and they are not allowed.
     """
     found: list[str] = []
-    for reader in course.readers:
-        lines = drift(reader.manifest, course.source, course.view, views)
+    for reader in stores.readers:
+        lines = drift(reader.manifest, stores.source, stores.view, views)
         if lines and not allowed:
             shown = "\n".join(f"  {line}" for line in lines[:8])
             written = next(iter(reader.manifest.view_records.values()))["environments"]

@@ -44,27 +44,27 @@ class Targets:
     """Answers of the teachers to one batch: what the objectives declared, and no more."""
 
     logits: list[Tensor | Rows]
-    """Per asked teacher `(N, C)`; empty where no objective looks at logits."""
+    """Per teacher that was read `(N, C)`; empty where no objective reads logits."""
     features: dict[tuple[int, str], Tensor | Rows] = field(default_factory=dict)
-    """`(N, ...)` by the teacher's place and the name of the tap."""
+    """`(N, ...)` by the teacher's index and the name of the tap."""
     teachers: tuple[int, ...] = ()
-    """Places of the asked teachers among the stores; empty means all, in order."""
+    """Indices of the teachers that were read; empty means all, in order."""
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Place of each entry of `logits` among the stores."""
+    def indices(self) -> tuple[int, ...]:
+        """Index of the teacher of each entry of `logits`."""
         return self.teachers or tuple(range(len(self.logits)))
 
-    def only(self, place: int) -> Targets:
-        """What the teacher at one place said."""
-        return Targets([self.logits[self.places.index(place)]], self.features, (place,))
+    def only(self, index: int) -> Targets:
+        """Return the targets of one teacher."""
+        return Targets([self.logits[self.indices.index(index)]], self.features, (index,))
 
-    def features_of(self, place: int, tap: str) -> Tensor | Rows:
-        """`(N, ...)` of one teacher's tap."""
-        return self.features[place, tap]
+    def features_of(self, index: int, tap: str) -> Tensor | Rows:
+        """Return the features `(N, ...)` of one teacher's tap."""
+        return self.features[index, tap]
 
 
-class TargetsKind(Protocol):
+class TargetSource(Protocol):
     """Where targets come from."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:

@@ -15,11 +15,11 @@ from coursepack.files import write_whole
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coursepack.distill.training.metrics import EpochLog
-    from coursepack.distill.training.state import Trainee
+    from coursepack.distill.training.metrics import EpochMetrics
+    from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_FILE = "checkpoint.pt"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -37,19 +37,19 @@ class Position:
     """Evaluations since then."""
 
 
-def save_checkpoint(folder: Path, position: Position, trainee: Trainee, log: EpochLog) -> None:
+def save_checkpoint(folder: Path, position: Position, state: TrainState, metrics: EpochMetrics) -> None:
     """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does."""
-    state = {
+    content = {
         "version": VERSION,
         "position": asdict(position),
-        "trainee": trainee.state(),
-        "log": log.state(),
+        "state": state.state(),
+        "metrics": metrics.state(),
     }
-    if not trainee.learner.ranks.is_first:
+    if not state.learner.ranks.is_first:
         return
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_whole(folder / CHECKPOINT_FILE, content.getvalue())
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(folder / CHECKPOINT_FILE, buffer.getvalue())
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from coursepack.data import PRESETS, batches
-from coursepack.distill.training.distributed import ALONE
-from coursepack.distill.training.learner import look_at
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.training.learner import network_input
 from coursepack.distill.training.metrics import Calibration, top5_correct
 
 if TYPE_CHECKING:
     from coursepack.console import Meter
     from coursepack.data import Source, ViewRecipe
     from coursepack.data.loading import Renderer
-    from coursepack.distill.training.distributed import Ranks
+    from coursepack.distill.distributed import Ranks
     from coursepack.models import Network
 
 BATCH_SIZE = 512
@@ -52,7 +52,7 @@ def evaluate(
     )
     several = (batch for batch in of_all if len(batch))
     for batch in several if renderer is None else renderer.ahead(several):
-        logits, labels = module(look_at(batch, network.preprocessing)).float(), batch.main_labels
+        logits, labels = module(network_input(batch, network.preprocessing)).float(), batch.main_labels
         found = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
         if "accuracy_top5" in names:
             found.append(top5_correct(logits, labels))
@@ -63,8 +63,8 @@ def evaluate(
     module.train(was_training)
     ranks.summed(sums)
     ranks.summed(calibration.sums)
-    facts = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
-    return {**facts, "calibration_error": calibration.error()}
+    values = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
+    return {**values, "calibration_error": calibration.error()}
 
 
 def evaluation_view(source: Source) -> ViewRecipe:

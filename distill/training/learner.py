@@ -9,30 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from coursepack.data.batches import shares
-from coursepack.distill.losses.base import Inside, Moment
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
 from coursepack.distill.setup.student import watched
-from coursepack.distill.training.distributed import ALONE
 
 if TYPE_CHECKING:
     from coursepack.data import Batch
-    from coursepack.distill.losses.objective import Objective, ObjectiveValue
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.objective import Objective, ObjectiveValue
     from coursepack.distill.targets.stores import Targets
-    from coursepack.distill.training.distributed import Ranks
     from coursepack.models import Network
     from coursepack.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class LearnerOutput:
-    """What a learner makes of a batch."""
+    """Output of a learner for a batch."""
 
     student_logits: Tensor
     """`(N, C)`."""
     value: ObjectiveValue
+    """The objective's value."""
 
 
 class Learner(nn.Module):
-    """One student and its objective. Optimiser, checkpoints and gradient sync see it as a whole."""
+    """One student and its objective. Optimizer, checkpoints and gradient averaging see them as one module."""
 
     def __init__(
         self,
@@ -43,15 +44,15 @@ class Learner(nn.Module):
         compiled: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Join the two.
+        """Join a student and its objective.
 
         Args:
             network: the student.
-            objective: what it learns.
-            precision: of the student's matrix products in training, by autocast; None means float32. The
+            objective: its loss.
+            precision: autocast precision of the student's forward and backward pass; None means float32. The
                 objective computes in float32 whatever it is.
             compiled: train the student through `torch.compile`.
-            ranks: who else trains it, each on its own rows.
+            ranks: the processes that train it together, each on its own rows.
         """
         super().__init__()
         self.network = network
@@ -65,53 +66,70 @@ class Learner(nn.Module):
         self.objective.begin_epoch(epoch)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Everything that learns, for an optimiser: the fusion's latents have an L2 penalty of their own."""
-        latents = self.objective.fusion_parameters()
-        own = {id(value) for value in latents}
+        """Return everything that is trained, for an optimizer; parts with settings of their own come last."""
+        groups = self.objective.parameter_groups()
+        own = {id(value) for group in groups for value in group["params"]}
         rest = [value for value in self.parameters() if id(value) not in own]
-        return [{"params": rest}, *([{"params": latents, "weight_decay": 0.0}] if latents else [])]
+        return [{"params": rest}, *(group for group in groups if group["params"])]
 
     def rows_for(self, batch: Batch) -> Batch:
-        """The rows that the objective looks at: of a rank's share, all ranks' where they are coupled."""
-        return batch if batch.whole is None or not self.objective.may_couple else batch.whole
+        """Return the rows that the objective reads: those of all ranks where it couples them."""
+        return batch if batch.whole is None or not self.objective.needs.whole_batch else batch.whole
 
-    def forward(self, batch: Batch, targets: Targets | None, moment: Moment | None = None) -> LearnerOutput:
-        """Student's logits and the objective's value on one batch.
+    def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
+        """Return the student's logits and the objective's value on one batch.
 
         Args:
-            batch: what the student looks at.
-            targets: of `rows_for(batch)`, as are the logits and the value that are given.
-            moment: epoch and batch.
+            batch: the student's rows.
+            targets: targets of `rows_for(batch)`; logits and value are of these rows too.
+            step: epoch and batch, on which schedules and draws depend.
         """
-        objective = self.objective
-        layers, representation = objective.student_layers, objective.needs_representation
-        if layers or representation:
-            layer = objective.config.fusion.layer if representation else None
-            with watched(self.network, layers, representation=representation, layer=layer) as caught:
-                student_logits = self.predict(batch)
-                inside = caught()
-        else:
-            student_logits, inside = self.predict(batch), Inside()
-        if self.precision is not None:
-            student_logits, inside = student_logits.float(), inside.float()
-        rows = self.rows_for(batch)
-        if rows is not batch:
-            counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
-            student_logits = self.ranks.all_rows(student_logits, counts)
-            inside = inside.each(lambda own: self.ranks.all_rows(own, counts))
-        value = objective(student_logits, rows.labels, targets, inside, moment or Moment())
-        return LearnerOutput(student_logits, value)
+        inputs = self.inputs(batch, self.predict(batch), targets, step or Step())
+        return LearnerOutput(inputs.student.logits, self.objective(inputs))
 
-    def predict(self, batch: Batch) -> Tensor:
-        """Student's logits `(N, C)`, in the precision of training."""
-        images = look_at(batch, self.network.preprocessing)
+    def predict(self, batch: Batch) -> StudentOutput:
+        """Return the student's output for a batch: logits, and the layers that the objective reads.
+
+        Logits are in the precision of training as long as it is float32, and in float32 otherwise.
+        """
+        layers, needs = self.objective.student_layers, self.objective.needs
+        if layers or needs.embedding:
+            with watched(
+                self.network, layers, embedding=bool(needs.embedding), embedding_layer=needs.embedding_layer
+            ) as output:
+                found = output(self.logits(batch))
+        else:
+            found = StudentOutput(self.logits(batch))
+        return found if self.precision is None else found.float()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the student's logits `(N, C)`, in the precision of training."""
+        images = network_input(batch, self.network.preprocessing)
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
             logits: Tensor = self.student(images)
         return logits
 
+    def inputs(
+        self,
+        batch: Batch,
+        output: StudentOutput,
+        targets: Targets | None,
+        step: Step,
+        peers: tuple[StudentOutput, ...] = (),
+    ) -> LossInputs:
+        """Return the objective's inputs, with the rows of all ranks where it couples them."""
+        rows = self.rows_for(batch)
+        if rows is not batch:
+            counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
+            output, *others = (
+                each.map(lambda own: self.ranks.all_rows(own, counts)) for each in (output, *peers)
+            )
+            peers = tuple(others)
+        return LossInputs(output, rows.labels, targets, step, samples=rows.samples, peers=peers)
 
-def look_at(batch: Batch, preprocessing: Preprocessing) -> Tensor:
-    """What a network reads of a batch, `(N, channels, size, size)` float32, channels last in memory.
+
+def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """Return a network's input for a batch, `(N, channels, size, size)` float32, channels last in memory.
 
     In that order a CPU convolves faster, whatever the order of the weights.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from coursepack.distill.training.distributed import ALONE
+from coursepack.distill.distributed import ALONE
 from coursepack.kernels import soft_target_loss, soft_targets, teacher_stats
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.data import Batch
-    from coursepack.distill.losses.objective import ObjectiveValue
-    from coursepack.distill.training.distributed import Ranks
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.objective import ObjectiveValue
     from coursepack.distill.training.learner import LearnerOutput
 
 WATCH_EVERY = 8
@@ -41,8 +41,8 @@ class Calibration:
         """Count one batch: logits `(N, C)`, labels `(N,)`."""
         confidence, top = logits.detach().float().softmax(1).max(1)
         place = (confidence * BINS).long().clamp(0, BINS - 1)
-        facts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
-        self.sums.index_add_(0, place, facts.double())
+        counts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
+        self.sums.index_add_(0, place, counts.double())
 
     def error(self) -> float:
         """Mean over samples of |confidence - accuracy| of their bin."""
@@ -55,7 +55,7 @@ def top5_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.topk(5, dim=1).indices == labels[:, None]).any(1).sum()
 
 
-class EpochLog:
+class EpochMetrics:
     """Means over one epoch of one learner: of what every rank counted."""
 
     def __init__(self, teachers: int = 1, ranks: Ranks = ALONE) -> None:
@@ -123,7 +123,7 @@ class EpochLog:
 
         All ranks have to ask for them.
         """
-        everything = EpochLog(self._teacher_count)
+        everything = EpochMetrics(self._teacher_count)
         everything._continue(_added(self.state()))
         return everything._means()
 
@@ -168,18 +168,18 @@ class EpochLog:
     def _add_weights(self, value: ObjectiveValue, labels: Tensor, classes: int) -> None:
         """Sums of weights per class and teacher `(C, teachers)`; a teacher that is not asked has zero."""
         assert value.targets is not None
-        places, rows = value.targets.places, len(labels)
-        weights = torch.full((rows, len(places)), 1 / len(places), device=labels.device)
+        indices, rows = value.targets.indices, len(labels)
+        weights = torch.full((rows, len(indices)), 1 / len(indices), device=labels.device)
         if value.weights is not None:
-            weights = value.weights.float().expand(rows, len(places))
-        by_class = torch.zeros(classes, len(places), device=labels.device).index_add_(0, labels, weights)
-        self._sum("teachers.by_class", self._placed(by_class, places))
+            weights = value.weights.float().expand(rows, len(indices))
+        by_class = torch.zeros(classes, len(indices), device=labels.device).index_add_(0, labels, weights)
+        self._sum("teachers.by_class", self._placed(by_class, indices))
         self._sum("teachers.per_class", F.one_hot(labels, classes).sum(0))
 
-    def _placed(self, values: Tensor, places: Sequence[int]) -> Tensor:
+    def _placed(self, values: Tensor, indices: Sequence[int]) -> Tensor:
         """Columns of the asked teachers among those of all."""
         full = values.new_zeros(*values.shape[:-1], self._teacher_count)
-        for column, place in enumerate(places):
+        for column, place in enumerate(indices):
             full[..., place] = values[..., column]
         return full
 
@@ -195,9 +195,9 @@ class EpochLog:
         assert correct is not None
         wrong = (~correct).sum(1).float()
         changed = torch.tensor([name != "none" for name in value.adjustments], device=wrong.device)
-        self._sum("watched.wrong", self._placed(wrong, targets.places))
-        self._sum("watched.shifted", self._placed(wrong * changed, targets.places))
-        self._sum("watched.seen", self._placed(torch.full_like(wrong, len(batch)), targets.places))
+        self._sum("watched.wrong", self._placed(wrong, targets.indices))
+        self._sum("watched.shifted", self._placed(wrong * changed, targets.indices))
+        self._sum("watched.seen", self._placed(torch.full_like(wrong, len(batch)), targets.indices))
 
     def _teachers(self) -> dict[str, Any]:
         by_class, per_class = self._sums["teachers.by_class"], self._sums["teachers.per_class"]

@@ -1,50 +1,21 @@
-"""How parameters are updated: the optimiser, its learning rate, gradient clipping, averaged weights."""
+"""The optimizer of a learner, and averaged weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from coursepack.config import Config
-from coursepack.distill.training.schedule import LearningRateConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from coursepack.distill.recipe import OptimizerConfig
     from coursepack.distill.training.learner import Learner
 
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-
-class OptimiserConfig(Config):
-    """How a learner's parameters are updated."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Stochastic gradient descent, or AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    """Learning rate, which the schedule multiplies."""
-    schedule: LearningRateConfig = LearningRateConfig()
-    """How the learning rate changes."""
-    momentum: BelowOne = 0.9
-    """Of `sgd`."""
-    nesterov: bool = True
-    """Of `sgd`: Nesterov's momentum, where momentum is not zero."""
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Of `adamw`."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """L2 penalty of `sgd`, decoupled decay of `adamw`."""
-    clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of all gradients together; none means no limit."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of the student's averaged weights, which are then what is evaluated and kept; none
-    means no average."""
-
-
-def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """An optimiser over all that the learner trains; the fusion's latents have an L2 penalty of their own."""
+def make_optimizer(learner: Learner, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make an optimizer over everything that the learner trains."""
     groups = learner.parameter_groups()
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "adamw":
@@ -54,6 +25,6 @@ def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Opt
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of a module that follows it as an exponential moving average, buffers too."""
+    """Return a copy of a module that follows it as an exponential moving average, buffers too."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types for it
     return AveragedModel(module, multi_avg_fn=average, use_buffers=True)

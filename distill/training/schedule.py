@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field, model_validator
-
-from coursepack.config import Config
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
+
+    from coursepack.distill.recipe import LearningRateConfig
 
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
@@ -20,37 +17,10 @@ ONE_CYCLE_END = 1 / 25e4
 `torch.optim.lr_scheduler.OneCycleLR`, after Smith and Topin, arXiv 1708.07120; momentum is left alone."""
 
 
-class LearningRateConfig(Config):
-    """How the learning rate changes over the steps of a run."""
-
-    shape: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    """`step`: times `factor` at every milestone. `cosine`: half a cosine down to `end`. `one_cycle`: up and
-    far down again."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """The rate rises in equal steps for so many epochs first."""
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Of `step`: epochs at whose beginning the rate falls."""
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Of `step`: what the rate is multiplied by."""
-    end: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Of `cosine`: the last rate as a share of `lr`."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if (self.shape == "step") != bool(self.milestones):
-            raise ValueError(
-                f"milestones are {list(self.milestones)}, but shape is {self.shape!r}: milestones are for "
-                "shape 'step', which needs at least one. Give --milestones N,N with it, or "
-                "--set optimiser.schedule.milestones=[] with another shape"
-            )
-        if self.shape == "one_cycle" and self.warmup_epochs:
-            raise ValueError("warmup_epochs is set, but shape 'one_cycle' has a rise of its own")
-        return self
-
-
 def rate_factor(config: LearningRateConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """What `lr` is multiplied by at step 0, 1, ... of a run.
+    """Return the factor of the learning rate at step 0, 1, ... of a run.
 
+    >>> from coursepack.distill.recipe import LearningRateConfig
     >>> rate_factor(LearningRateConfig(shape="step", milestones=(2,)), 20, 10, 4)
     0.1
     """

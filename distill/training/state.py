@@ -1,4 +1,4 @@
-"""A trainee: a learner, what updates it, and one step of training."""
+"""The state of a student in training: a learner, its optimizer, and everything else that changes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import numpy as np
 import torch
 
 from coursepack.data.randomness import Purpose, random_words
-from coursepack.distill.training.optimizer import OptimiserConfig, averaged, make_optimiser
+from coursepack.distill.recipe import OptimizerConfig
+from coursepack.distill.training.learner import Learner
+from coursepack.distill.training.optimizer import averaged, make_optimizer
 from coursepack.distill.training.schedule import rate_factor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim.swa_utils import AveragedModel
 
-    from coursepack.data import Batch
-    from coursepack.distill.losses.base import Moment
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.stores import Targets
-    from coursepack.distill.training.learner import Learner, LearnerOutput
+    from coursepack.distill.setup.prepare import Setup
     from coursepack.models import Network
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
-class Trainee:
-    """A learner and what updates it. Use `make_trainee` for one of a recipe."""
+class TrainState:
+    """A learner and its optimizer. `make_state` makes a recipe's."""
 
     learner: Learner
-    optimiser: torch.optim.Optimizer
-    config: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: torch.optim.Optimizer
+    config: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps_per_epoch: int = 1
     epochs: int = 1
     seed: int = 0
@@ -42,28 +42,23 @@ class Trainee:
 
     @property
     def network(self) -> Network:
-        """What is evaluated and kept: the student, or its average."""
+        """The network that is evaluated and kept: the student, or its average."""
         network = self.learner.network
         return network if self.average is None else replace(network, module=self.average.module)
 
     def begin_step(self) -> None:
-        """Set the learning rate; forget the last step's gradients."""
+        """Set the learning rate and clear the gradients."""
         rate = self.config.lr * rate_factor(
             self.config.schedule, self.steps, self.steps_per_epoch, self.epochs
         )
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def add_gradient(
-        self, batch: Batch, targets: Targets | None, moment: Moment, share: float = 1.0
-    ) -> LearnerOutput:
-        """Forward and backward of a batch, or of the given share of one."""
-        self._seed(batch.device, moment.part)
-        output: LearnerOutput = self.learner(batch, targets, moment)
-        loss = output.value.loss if share == 1.0 else output.value.loss * share
+    def backward(self, loss: Tensor, share: float = 1.0) -> None:
+        """Add the gradients of a loss, or of the given share of it."""
+        loss = loss if share == 1.0 else loss * share
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
-        return output
 
     def end_step(self) -> None:
         """Update the parameters, and their average, by the mean of all ranks' gradients.
@@ -75,40 +70,40 @@ class Trainee:
         ranks.average_gradients(self.learner.parameters())
         ranks.copy_first(self.learner.buffers())
         if self.scaler is not None and self.config.clip is not None:
-            self.scaler.unscale_(self.optimiser)
+            self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
         if self.scaler is None:
-            self.optimiser.step()
+            self.optimizer.step()
         else:
-            self.scaler.step(self.optimiser)
+            self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.learner.network.module)
         self.steps += 1
 
-    def _seed(self, device: torch.device, part: int) -> None:
-        """What the network draws (dropout) depends on seed, step, part and rank, not on what ran before."""
+    def seed_step(self, device: torch.device, micro_batch: int) -> None:
+        """Seed what the network draws (dropout) by seed, step, micro-batch and rank alone."""
         ranks = self.learner.ranks
-        place = part * ranks.count + ranks.index
-        words = random_words(self.seed, np.array([self.steps]), place, Purpose.STEP)[0]
+        index = micro_batch * ranks.count + ranks.index
+        words = random_words(self.seed, np.array([self.steps]), index, Purpose.STEP)[0]
         seed = int(words[:2].view(np.int64)[0])
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def agree(self) -> None:
-        """Begin with the first rank's weights."""
+    def copy_first_rank(self) -> None:
+        """Take over the first rank's weights."""
         modules = [self.learner, *([] if self.average is None else [self.average])]
         self.learner.ranks.copy_first(
             value for module in modules for value in (*module.parameters(), *module.buffers())
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes while it trains."""
+        """Return everything that changes in training."""
         parts: dict[str, Any] = {
             "learner": self.learner,
-            "optimiser": self.optimiser,
+            "optimizer": self.optimizer,
             "average": self.average,
             "scaler": self.scaler,
         }
@@ -116,9 +111,9 @@ class Trainee:
         return {**states, "steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from a result of `state`."""
         self.learner.load_state_dict(state["learner"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
@@ -126,18 +121,36 @@ class Trainee:
         self.steps = state["steps"]
 
 
-def make_trainee(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> Trainee:
-    """A recipe's trainee: the learner on its device, ready for the first step."""
-    module, config = learner.network.module, recipe.optimiser
+def make_state(setup: Setup, recipe: TrainRecipe | None = None) -> TrainState:
+    """Make a fresh student of a setup, ready for the first step.
+
+    Args:
+        setup: the batches and the teachers.
+        recipe: recipe of the student; defaults to the setup's.
+    """
+    recipe = recipe or setup.recipe
+    student = setup.student(recipe)
+    learner = Learner(
+        student,
+        setup.objective(recipe, student),
+        precision=PRECISIONS[recipe.precision],
+        compiled=recipe.compile,
+        ranks=setup.ranks,
+    ).to(setup.device)
+    return state_of(learner, recipe, setup.steps_per_epoch)
+
+
+def state_of(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> TrainState:
+    """Make the state of a learner that is on its device, ready for the first step."""
+    config = recipe.optimizer
     device = next(learner.parameters()).device
-    average = None if config.ema is None else averaged(module, config.ema)
-    return Trainee(
+    return TrainState(
         learner,
-        make_optimiser(learner, config),
+        make_optimizer(learner, config),
         config,
         steps_per_epoch,
         recipe.epochs,
         recipe.seed,
-        average,
+        None if config.ema is None else averaged(learner.network.module, config.ema),
         torch.amp.GradScaler(device.type) if recipe.precision == "float16" else None,
     )

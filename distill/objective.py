@@ -1,0 +1,189 @@
+"""The objective of a student: a weighted sum of loss terms.
+
+A term gives one value per sample, `(N,)`, or a scalar that is coupled over the batch. The objective takes
+means over the batch (the field's `batchmean`) and adds them up; weights and the reduction live here and
+nowhere else. The factor T² lives in `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.fusion.fused import FusedTargets, dynamic_temperatures
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import BuildContext, LossInputs, Step
+from coursepack.distill.schedule import value_at
+from coursepack.errors import RecipeError, TrainingDiverged
+from coursepack.kernels import MixedLabels
+
+if TYPE_CHECKING:
+    from coursepack.distill.fusion.temperature import SampleTemperatures
+    from coursepack.distill.losses.base import TermConfig
+    from coursepack.distill.objective_config import ObjectiveConfig
+    from coursepack.distill.targets.stores import Targets
+
+
+@dataclass(frozen=True)
+class ObjectiveValue:
+    """Value of an objective on a batch."""
+
+    loss: Tensor
+    """The sum of all terms, a scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Each term's share of it, scalars without gradient."""
+    weights: Tensor | None = None
+    """Weight of each teacher that was read, `(N, K)` or `(K,)`, without gradient; None means 1/K."""
+    adjustments: tuple[str, ...] = ()
+    """Adjustment of each teacher that was read."""
+    temperatures: SampleTemperatures | None = None
+    """Set where every sample has its own."""
+    targets: Targets | None = None
+    """Targets of the teachers that were read; None where no soft targets are made of them."""
+
+
+class Objective(nn.Module):
+    """The weighted sum of a config's terms, with everything in it that learns."""
+
+    def __init__(self, config: ObjectiveConfig, context: BuildContext | None = None) -> None:
+        """Build it.
+
+        Args:
+            config: its numbers.
+            context: the teachers and the student that it is for, as `make_objective` finds them; None for
+                objectives that read teachers' logits alone and weigh all teachers by a rule.
+
+        Raises:
+            RecipeError: it has to be fitted to teachers or to a student, and is not.
+        """
+        super().__init__()
+        self.config = config
+        self.needs = config.needs()
+        self.fusion_kind = FUSIONS[config.fusion.name]
+        fitted = self.needs.pairs is not None or self.needs.embedding or self.fusion_kind.choose is not None
+        if context is None and fitted:
+            part = "hints" if self.needs.pairs is not None else f"fusion {config.fusion.name!r}"
+            raise RecipeError(
+                f"an objective with {part} has to be fitted to its teachers and its student: build it with "
+                "make_objective(stores, student, method)"
+            )
+        self.context = context or BuildContext()
+        self.fusion = self.fusion_kind.build(config.fusion, self.context)
+        self.term_configs: dict[str, TermConfig] = config.all_terms()
+        self.terms = nn.ModuleDict(
+            {
+                key: LOSSES[term.term].build(term, self.context.for_term(key))
+                for key, term in self.term_configs.items()
+            }
+        )
+
+    @property
+    def student_layers(self) -> tuple[str, ...]:
+        """Layers of the student whose outputs it reads."""
+        layers = {pair.layer for pairs in self.context.pairs_by_term.values() for pair in pairs}
+        layer = self.needs.embedding_layer if self.needs.embedding else None
+        return tuple(sorted({*layers, *self.needs.student_layers, *([] if layer is None else [layer])}))
+
+    def taps(self, teacher: int) -> list[str]:
+        """Return the taps that it reads of the teacher with the given index."""
+        pairs = (pair for of_term in self.context.pairs_by_term.values() for pair in of_term)
+        return list(dict.fromkeys(pair.tap for pair in pairs if pair.teacher == teacher))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch: freeze or release what phases of the fusion and the terms say."""
+        for part in self._parts("begin_epoch"):
+            part.begin_epoch(epoch)
+
+    @property
+    def keeps_memory(self) -> bool:
+        """True if a term has to be told of every step."""
+        return bool(self._parts("after_step"))
+
+    def after_step(self, inputs: LossInputs) -> None:
+        """Tell the terms that keep a memory that a step is done."""
+        for part in self._parts("after_step"):
+            part.after_step(inputs)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters that have optimizer settings of their own."""
+        return [group for part in self._parts("parameter_groups") for group in part.parameter_groups()]
+
+    def chosen_teacher(self, step: Step) -> int | None:
+        """Return the index of the only teacher that is read for a batch; None where all are."""
+        if self.fusion_kind.choose is None or not self.needs.fused:
+            return None
+        return self.fusion_kind.choose(self.config.fusion, self.context, step)
+
+    def forward(self, inputs: LossInputs) -> ObjectiveValue:
+        """Return the value on one batch, in float32 under autocast too.
+
+        Args:
+            inputs: student outputs, labels, targets of all teachers or at least of the chosen one, and step.
+        """
+        chosen = self.chosen_teacher(inputs.step)
+        targets = inputs.targets
+        if targets is not None and chosen is not None:
+            targets = targets.only(chosen)
+        fusion = self.fusion if isinstance(self.fusion, nn.Module) else None
+        with torch.autocast(inputs.student.logits.device.type, enabled=False):
+            inputs = replace(inputs, targets=targets, fusion=fusion)
+            return self._value(replace(inputs, fused=self._fuse(inputs)) if self.needs.fused else inputs)
+
+    def _value(self, inputs: LossInputs) -> ObjectiveValue:
+        means: dict[str, Tensor] = {}
+        for key, config in self.term_configs.items():
+            values = self.terms[key](inputs)
+            if values is None:
+                continue
+            weighted = LOSSES[config.term].applies_weight
+            means[key] = (
+                values.mean() if weighted else value_at(config.weight, inputs.step.epoch) * values.mean()
+            )
+        fused = inputs.fused
+        return ObjectiveValue(
+            loss=torch.stack(list(means.values())).sum(),
+            terms={key: value.detach() for key, value in means.items()},
+            weights=None if fused is None or fused.weights is None else fused.weights.detach(),
+            adjustments=() if fused is None else fused.adjustments,
+            temperatures=None if fused is None else fused.temperatures,
+            targets=None if fused is None else inputs.targets,
+        )
+
+    def _fuse(self, inputs: LossInputs) -> FusedTargets:
+        config, teachers = self.config, inputs.teachers
+        weights = self.fusion(inputs)
+        _check_finite("a teacher's weight", weights, inputs.step)
+        adjustments = config.adjustments(teachers.indices)
+        own = dynamic_temperatures(
+            config.dynamic_temperature, config.temperature, inputs, weights, adjustments
+        )
+        if own is not None:
+            _check_finite("a sample's temperature", own.values, inputs.step)
+        return FusedTargets(
+            teachers.logits,
+            None if isinstance(inputs.labels, MixedLabels) else inputs.labels,
+            weights,
+            adjustments,
+            config.smoothing,
+            config.temperature if own is None else own.values,
+            own,
+            self.fusion_kind.combine,
+        )
+
+    def _parts(self, method: str) -> list[Any]:
+        """Return the fusion and the terms that have a method of the given name."""
+        return [part for part in (self.fusion, *self.terms.values()) if hasattr(part, method)]
+
+
+def _check_finite(name: str, values: Tensor | None, step: Step) -> None:
+    """Report that training diverged before the loss refuses its arguments; on the CPU, where it does."""
+    if values is None or values.device.type != "cpu" or bool(torch.isfinite(values).all()):
+        return
+    raise TrainingDiverged(
+        f"training diverged in epoch {step.epoch}: {name} is not finite, since the student's logits are "
+        "not. Use a smaller --lr, and --overwrite what is left of the run."
+    )

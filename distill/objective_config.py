@@ -1,0 +1,133 @@
+"""The numbers of an objective. A method is a named choice of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from coursepack.config import Config, OneOf
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.fusion.base import FusionConfig
+from coursepack.distill.fusion.temperature import DynamicTemperatureConfig, Temperature
+from coursepack.distill.fusion.weights import FixedConfig
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import Needs, TermConfig
+from coursepack.distill.losses.label import LabelConfig
+from coursepack.distill.losses.soft_target import SoftTargetConfig
+from coursepack.distill.schedule import Schedule, Weight, is_used
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+Adjustment = Literal["none", "shift", "smooth"]
+AnyTerm = Annotated[TermConfig, OneOf("term", {name: loss.config for name, loss in LOSSES.items()})]
+AnyFusion = Annotated[FusionConfig, OneOf("name", {name: fusion.config for name, fusion in FUSIONS.items()})]
+SOFT_TARGET, CROSS_ENTROPY, LABEL_SMOOTHING = "soft_target", "cross_entropy", "label_smoothing"
+
+
+class ObjectiveConfig(Config):
+    """Numbers of the loss terms and of what is made of the teachers."""
+
+    soft_weight: Weight = 0.0
+    """Factor of T² D(teachers || student)."""
+    hard_weight: Weight = 1.0
+    """Factor of the cross-entropy to the labels."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the labels' probability that the cross-entropy spreads over all classes (Szegedy et al. 2016,
+    arXiv 1512.00567)."""
+    temperature: Temperature = 4.0
+    """T of teachers and student; T_0 where every sample has its own."""
+    dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
+    """A temperature per sample."""
+    adjustment: Adjustment | tuple[Adjustment, ...] = "none"
+    """Adjustment of a teacher where it is wrong: one for all teachers, or one per teacher."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Epsilon of the adjustment `smooth`."""
+    divergence: str = "kl"
+    """Divergence between soft targets, as `coursepack.kernels.soft_target_loss` names it."""
+    combine: Literal["auto", "mixture", "sum"] = "auto"
+    """Divergence from the teachers' mixture, or weighted sum of divergences; auto: as the fusion is
+    published."""
+    fusion: AnyFusion = FixedConfig()
+    """How much each teacher counts."""
+    terms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyTerm] = Field(default={})
+    """Further loss terms by key. The key is the term's name in `LOSSES`, or any other with the name in
+    `term`."""
+
+    def all_terms(self) -> dict[str, TermConfig]:
+        """Return every term that is ever used, by key, with those of soft targets and labels first."""
+        terms: dict[str, TermConfig] = {}
+        hard = self._scaled(self.hard_weight, 1 - self.label_smoothing)
+        if is_used(self.soft_weight):
+            terms[SOFT_TARGET] = SoftTargetConfig(
+                weight=self.soft_weight, hard_weight=hard, divergence=self.divergence, combine=self.combine
+            )
+        else:
+            terms[CROSS_ENTROPY] = LabelConfig(weight=hard)
+        if self.label_smoothing:
+            weight = self._scaled(self.hard_weight, self.label_smoothing)
+            terms[LABEL_SMOOTHING] = LabelConfig(weight=weight, target="uniform")
+        return terms | {key: term for key, term in self.terms.items() if is_used(term.weight)}
+
+    @staticmethod
+    def _scaled(weight: float | Schedule, factor: float) -> float | Schedule:
+        if isinstance(weight, Schedule):
+            return weight.model_copy(update={"start": weight.start * factor, "end": weight.end * factor})
+        return weight * factor
+
+    def needs(self) -> Needs:
+        """Return everything that the terms and the fusion need together."""
+        needs = Needs()
+        for term in self.all_terms().values():
+            needs |= LOSSES[term.term].needs(term)
+        if not needs.fused:
+            return needs
+        adjusted = self.adjustment != "none" and set(self.adjustment) != {"none"}
+        return (
+            needs
+            | FUSIONS[self.fusion.name].needs(self.fusion)
+            | self.dynamic_temperature.needs()
+            | Needs(teacher_logits=True, one_label=f"adjustment is {self.adjustment!r}" if adjusted else "")
+        )
+
+    def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Return the adjustment of each of the teachers with the given indices."""
+        if isinstance(self.adjustment, str):
+            return (self.adjustment,) * len(indices)
+        return tuple(self.adjustment[index] for index in indices)
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _name_terms(cls, terms: Any) -> Any:
+        """Give every term that does not name its loss the name of its key; leave out those set to null."""
+        if not isinstance(terms, dict):
+            return terms
+        named = {}
+        for key, term in terms.items():
+            if isinstance(term, dict):
+                named[key] = {"term": key, **term}
+            elif term is not None:
+                named[key] = term
+        return named
+
+    @field_validator("fusion", mode="before")
+    @classmethod
+    def _name_fusion(cls, fusion: Any) -> Any:
+        return {"name": "fixed", **fusion} if isinstance(fusion, dict) else fusion
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        needs = self.needs()
+        if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
+            raise ValueError(
+                f"{needs.every_teacher} need every teacher, "
+                f"but fusion {self.fusion.name!r} asks one at a time"
+            )
+        dynamic = self.dynamic_temperature
+        if dynamic.lowest > dynamic.highest:
+            raise ValueError(
+                f"dynamic_temperature.lowest is {dynamic.lowest:g}, above highest ({dynamic.highest:g})"
+            )
+        return self
