@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Config(BaseModel):
     """Base of every config: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 C = TypeVar("C", bound=Config)
@@ -72,6 +72,16 @@ def check_given(model: type[Config], values: Any, where: str) -> None:
         problems = [p for p in error.errors() if p["type"] != "missing" or len(p["loc"]) > 1]
         if problems:
             raise _refusal(model, problems, where) from error
+
+
+def field_at(model: type[BaseModel], path: str) -> FieldInfo:
+    """Return a field of a config by its dotted path, through groups of fields and members of a family."""
+    first, _, rest = path.partition(".")
+    field = model.model_fields[first]
+    if not rest:
+        return field
+    inner = next(each for each in _models_of(field) if rest.partition(".")[0] in each.model_fields)
+    return field_at(inner, rest)
 
 
 def read_yaml(path: Path) -> Any:

@@ -31,14 +31,13 @@ class ObjectiveConfig(Config):
     """Numbers of the loss terms and of what is made of the teachers."""
 
     soft_weight: Weight = 0.0
-    """Factor of T² D(teachers || student)."""
+    """Weight of the soft-target loss T² D(teachers || student)."""
     hard_weight: Weight = 1.0
-    """Factor of the cross-entropy to the labels."""
+    """Weight of the cross-entropy to the labels."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the labels' probability that the cross-entropy spreads over all classes (Szegedy et al. 2016,
-    arXiv 1512.00567)."""
+    """Label smoothing of the cross-entropy (Szegedy et al. 2016, arXiv 1512.00567)."""
     temperature: Temperature = 4.0
-    """T of teachers and student; T_0 where every sample has its own."""
+    """Temperature of teachers and student; T_0 where every sample has its own."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
     """A temperature per sample."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"

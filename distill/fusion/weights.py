@@ -26,8 +26,8 @@ class FixedConfig(FusionConfig):
 
     name: Literal["fixed"] = "fixed"
     weights: tuple[NotNegative, ...] | None = None
-    """One weight per teacher, in the order of the stores, taken as they are: their sum is a factor of the
-    soft-target term's gradient. None means equal weights that sum to one."""
+    """One weight per teacher, in the order of the stores. They are not normalized: their sum is a factor of
+    the soft-target gradient. Defaults to equal weights that sum to one."""
 
     @field_validator("weights")
     @classmethod
