@@ -89,7 +89,8 @@ def make_objective(
         RecipeError: a field that does not exist, numbers that do not fit the stores, or features that are not
             stored; the text then has the command that adds them.
     """
-    config = resolve_objective(method, changes or {}, f"method {method!r}")
+    classes = len(course.source.class_names)
+    config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
     return fit_objective(course, student, method, config, seed=seed)
 
 

@@ -84,16 +84,24 @@ class TrainRecipe(Config):
     """Of initial weights, order, and what the student draws in training."""
 
 
-def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> ObjectiveConfig:
+def resolve_objective(
+    method: str, overrides: Mapping[str, Any], where: str, *, classes: int | None = None
+) -> ObjectiveConfig:
     """A method's objective with some of its fields replaced.
+
+    Args:
+        method: a name in `METHODS`.
+        overrides: fields to replace, groups of fields one by one.
+        where: what the fields were read from, for errors.
+        classes: number of classes; None is refused where a default depends on it.
 
     Raises:
         UnknownName: no such method.
-        RecipeError: a field that does not exist or a value out of range.
+        RecipeError: a field that does not exist, a value out of range, or `classes` is needed.
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    values = METHODS[method].objective.model_dump()
+    values = METHODS[method].values(classes)
     _merge(values, overrides)
     return parse_config(ObjectiveConfig, values, where)
 

@@ -53,9 +53,14 @@ LOOKS = {
 """What images of each source look like; others are taken for ten classes of 32 x 32 colour images."""
 
 
+def looks_of(source: str) -> dict[str, int]:
+    """Classes, size and channels of the images that stand in for a source's."""
+    return LOOKS.get(source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
+
+
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     """The recipe on drawn images for two epochs, with stores in `folder` in place of its own."""
-    looks = LOOKS.get(recipe.source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
+    looks = looks_of(recipe.source)
     options = ",".join(f"{name}={number}" for name, number in {**looks, "samples": SAMPLES}.items())
     source = open_source(f"fake,{options}")
     taps: dict[int, list[str]] = {}

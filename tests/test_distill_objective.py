@@ -207,8 +207,11 @@ def test_relations_against_loops(batch, loss, reference):
     np.testing.assert_allclose(student.grad.numpy(), want, rtol=1e-5, atol=1e-8)
     assert teacher.grad is None
     assert loss(student, student).item() == 0
-    double = torch.cat([student, student])
-    loss(double, torch.cat([teacher, teacher])).backward()
+    student.grad = None
+    value = loss(torch.cat([student, student[:3]]), torch.cat([teacher, teacher[:3]]))
+    twice = [np.concatenate([rows, rows[:3]]) for rows in (batch["student"], batch["teachers"][0])]
+    assert value.item() == pytest.approx(reference(*twice), rel=1e-9), "pairs of equal rows count"
+    value.backward()
     assert torch.isfinite(student.grad).all(), "equal samples have no direction, and no NaN"
 
 
@@ -242,7 +245,7 @@ def test_memory_of_angles_is_bounded():
 def test_amtml_with_one_teacher_is_kd(batch):
     one = batch["teachers"][:1]
     changes = {"relations": {"angle": 0.0}, "fusion": {"l2": 0.0}}
-    amtml = resolve_objective("amtml", changes, "test")
+    amtml = resolve_objective("amtml", changes, "test", classes=10)
     kd = resolve_objective("kd", {"soft_weight": 0.14, "hard_weight": 0.3, "temperature": 5.0}, "test")
     got, student = value_of(batch, amtml, one)
     want, other = value_of(batch, kd, one)
@@ -256,7 +259,7 @@ def test_amtml_with_one_teacher_is_kd(batch):
     "name", [name for name, method in METHODS.items() if method.objective.uses_soft_targets]
 )
 def test_equal_teachers_are_one_teacher(batch, name):
-    config = resolve_objective(name, {"hints": {"weight": 0.0}, "fusion": {"l2": 0.0}}, "test")
+    config = resolve_objective(name, {"hints": {"weight": 0.0}, "fusion": {"l2": 0.0}}, "test", classes=C)
     one, student = value_of(batch, config, batch["teachers"][:1])
     three, other = value_of(batch, config, np.repeat(batch["teachers"][:1], 3, axis=0))
     assert three.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
@@ -278,7 +281,7 @@ def test_combination_is_the_fusions_own_unless_it_is_said(batch):
 
 
 def test_which_tensors_get_gradients(batch):
-    config = resolve_objective("amtml", {"relations": {"distance": 1.0}}, "test")
+    config = resolve_objective("amtml", {"relations": {"distance": 1.0}}, "test", classes=10)
     objective = Objective(config, setting())
     student, labels, targets = tensors(batch)
     for logits in targets.logits:
@@ -290,7 +293,7 @@ def test_which_tensors_get_gradients(batch):
     assert all(logits.grad is None for logits in targets.logits)
 
     alone = resolve_objective(
-        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "fusion": {"l2": 0.0}}, "test"
+        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "fusion": {"l2": 0.0}}, "test", classes=C
     )
     objective = Objective(alone, setting())
     student, labels, targets = tensors(batch)
@@ -302,7 +305,7 @@ def test_which_tensors_get_gradients(batch):
 
 
 def test_latents_are_frozen_after_their_phase(batch):
-    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test")
+    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test", classes=10)
     objective = Objective(config, setting())
     student, labels, targets = tensors(batch)
     representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
@@ -317,7 +320,7 @@ def test_latents_are_frozen_after_their_phase(batch):
 
 
 def test_terms_add_up_and_are_named(batch):
-    value, _ = value_of(batch, resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test"))
+    value, _ = value_of(batch, resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test", classes=10))
     assert list(value.terms) == ["soft_target", "angle", "distance", "latents"]
     assert float(sum(value.terms.values())) == pytest.approx(value.loss.item(), rel=1e-6)
     student, _, targets = tensors(batch)
@@ -478,7 +481,7 @@ def test_old_objectives_still_load():
 
 
 def test_small_latents_begin_with_nearly_equal_weights(batch):
-    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test")
+    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test", classes=10)
     student, labels, targets = tensors(batch)
     inside = Inside(torch.from_numpy(batch["representation"]).float())
     value = Objective(config, setting(init=config.fusion.init))(student, labels, targets, inside)
