@@ -1,6 +1,6 @@
 """Methods: named objectives, each with its formula, its source and the conventions it was converted from.
 
-Notation: z student's logits, z_k teacher k's, y label, q = softmax(z / T), P_k = softmax(z_k / T), C classes of the source.
+Notation: z student's logits, z_k teacher k's, y label, q = softmax(z / T), P_k = softmax(z_k / T), C classes.
 All terms are means over the batch of sums over classes (`batchmean`), in nats.
 """
 
@@ -177,15 +177,15 @@ METHODS: dict[str, Method] = {
         note="as dtd-flsw",
     ),
     "amtml": Method(
-        formula="(1.4 / C) T² KL(sum_k w_k P_k || q) + 0.3 CE + angle + 0.1 (||v||² + sum_k ||theta_k||²), T = 5, "
-        "w = softmax_k(v . (theta_k * beta))",
+        formula="(1.4 / C) T² KL(sum_k w_k P_k || q) + 0.3 CE + angle + 0.1 (||v||² + sum_k ||theta_k||²), "
+        "T = 5, w = softmax_k(v . (theta_k * beta))",
         source=f"{_LIU}, sections 3.2 and 3.3; numbers of its notebooks",
         objective=_config(**_AMTML),
         per_class=("soft_weight",),
         note="soft_weight is 2 alpha / C, since the notebooks' KL divides by the C classes as well. Trained "
-        "jointly; fusion.joint_epochs freezes the latents after the release's first phase. Cross-entropy is at "
-        "T = 1, as in all of the release's notebooks but LR_adaptive_learning, which takes it at T = 5. Angles "
-        "are of the student's probabilities: the notebooks take its log-probabilities or logits "
+        "jointly; fusion.joint_epochs freezes the latents after the release's first phase. Cross-entropy is "
+        "at T = 1, as in all of the release's notebooks but LR_adaptive_learning, which takes it at T = 5. "
+        "Angles are of the student's probabilities: the notebooks take its log-probabilities or logits "
         "(relations.student), and add distances (relations.distance=1)",
     ),
     "amtml-hints": Method(

@@ -345,7 +345,17 @@ def test_a_recipe_spells_the_number_of_its_classes(tmp_path):
     spec = "fake,classes=100,size=8,samples=40,channels=1"
     source, teacher = open_source(spec), write_teacher(tmp_path / "t", classes=100)
     store = write_store(tmp_path / "t.zarr", teacher, source=source)
-    words = ["train", "--student", "digits-small", "--method", "amtml", "--store", str(store), "--epochs", "1"]
+    words = [
+        "train",
+        "--student",
+        "digits-small",
+        "--method",
+        "amtml",
+        "--store",
+        str(store),
+        "--epochs",
+        "1",
+    ]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.001", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     written = (tmp_path / "o" / "recipe.yaml").read_text()

@@ -320,7 +320,8 @@ def test_latents_are_frozen_after_their_phase(batch):
 
 
 def test_terms_add_up_and_are_named(batch):
-    value, _ = value_of(batch, resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test", classes=10))
+    config = resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test", classes=10)
+    value, _ = value_of(batch, config)
     assert list(value.terms) == ["soft_target", "angle", "distance", "latents"]
     assert float(sum(value.terms.values())) == pytest.approx(value.loss.item(), rel=1e-6)
     student, _, targets = tensors(batch)
