@@ -234,9 +234,8 @@ def differences(rows: list[dict[str, Any]], path: Path, *, quick: bool) -> list[
             continue
         was, is_ = before["config"], now[name]["config"]
         if ("refused" in was) != ("refused" in is_):
-            found.append(
-                f"{name}: was {before['unit']}, is {now[name]['unit']}: {is_.get('refused', 'trained')}"
-            )
+            how = is_.get("refused", "trained").splitlines()[0]
+            found.append(f"{name}: was {before['unit']}, is {now[name]['unit']}: {how}")
         elif "refused" not in was:
             parts = [part for part in ("metrics", "weights") if was[part] != is_[part]]
             if parts:
