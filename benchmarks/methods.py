@@ -89,7 +89,7 @@ def recipe(entry: Entry, stores: list[Path], seed: int, epochs: int, **fields: A
     return TrainRecipe.model_validate(
         {
             "student": STUDENT, "method": entry.method,
-            "objective": resolve_objective(entry.method, entry.objective, entry.name),
+            "objective": resolve_objective(entry.method, entry.objective, entry.name, classes=10),
             "stores": [str(store) for store in chosen], "source": "digits:train", "evaluation": "digits:test",
             "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimizer": {"lr": 0.1}, **fields,
         }

@@ -48,7 +48,6 @@ CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
 GENTLE = 1e-3
 """The learning rate: on noise, and with teachers of fresh weights, a student's usual one may diverge."""
-AMTML = {"soft_weight": 1.4 / CLASSES}
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,11 @@ class Place:
         """A recipe on the benchmark's data; `encoding` and `count` say which stores."""
         encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
         stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
-        overrides = AMTML if method.startswith("amtml") else {}
         return TrainRecipe.model_validate(
             {
                 "student": student, "method": method, "stores": [str(store) for store in stores],
-                "objective": resolve_objective(method, overrides, "benchmark"), "source": "cifar100:train",
+                "objective": resolve_objective(method, {}, "benchmark", classes=CLASSES),
+                "source": "cifar100:train",
                 "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
                 "views": None if stores else 1, "batch_size": batch_size,
                 "optimizer": {"lr": GENTLE}, **fields,

@@ -139,16 +139,24 @@ class TrainRecipe(Config):
     """Seed of weight initialization, sample order and dropout."""
 
 
-def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> ObjectiveConfig:
-    """A method's objective with some of its fields replaced.
+def resolve_objective(
+    method: str, overrides: Mapping[str, Any], where: str, *, classes: int | None = None
+) -> ObjectiveConfig:
+    """Return a method's objective with some of its fields replaced.
+
+    Args:
+        method: a name in `METHODS`.
+        overrides: fields to replace, groups of fields one by one.
+        where: file or command that the fields came from, for errors.
+        classes: number of classes; None is refused where a default depends on it.
 
     Raises:
         UnknownName: no such method.
-        RecipeError: a field that does not exist or a value out of range.
+        RecipeError: a field that does not exist, a value out of range, or `classes` is needed.
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    values = METHODS[method].objective.model_dump()
+    values = METHODS[method].values(classes)
     _merge(values, overrides)
     return parse_config(ObjectiveConfig, values, where)
 

@@ -46,13 +46,13 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
 
 
 def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
-    """A recipe for the digits: `kd` with stores, else `supervised`, one epoch."""
+    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
     method = method or ("kd" if stores else "supervised")
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
     values = {
         "student": STUDENT,
         "method": method,
-        "objective": resolve_objective(method, objective or {}, "test"),
+        "objective": resolve_objective(method, objective or {}, "test", classes=10),
         "stores": [str(store) for store in stores],
         "source": "digits:train",
         "evaluation": "digits:test",

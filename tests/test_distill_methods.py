@@ -18,6 +18,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
+from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.prepare import prepare
@@ -320,7 +321,9 @@ def test_every_method_says_what_it_is():
         "arXiv 2103.04062",
         "adaptive: w_k = softmax_k",
         "combined as a mixture",
-        "1.4/C",
+        "loss      (1.4 / C) T²",
+        '"soft_weight": "1.4 / C"',
+        "LR_adaptive_learning, which takes it at T = 5",
         '"angle": 1.0',
     ):
         assert text in shown
@@ -332,10 +335,44 @@ def test_every_method_says_what_it_is():
 
 def test_published_coefficients_are_converted():
     """AMTML's notebooks: mean KL times 2 alpha T², T = 5, alpha = 0.7: 3.5 with ten classes in our units."""
-    assert METHODS["amtml"].objective.soft_weight * 5**2 == pytest.approx(3.5)
+    for name in ("amtml", "amtml-hints"):
+        for classes, want in ((10, 3.5), (100, 0.35)):
+            objective = resolve_objective(name, {}, "test", classes=classes)
+            assert objective.soft_weight * 5**2 == pytest.approx(want)
+        changed = resolve_objective(name, {"soft_weight": 0.5}, "test", classes=100)
+        assert changed.soft_weight == 0.5, "a given number is taken as it is"
     assert from_mean_reduction(1.4, classes=100) * 25 == pytest.approx(0.35)
+    text = r"the default of objective.soft_weight is 1.4 / C, but the number of classes C is not known"
+    with pytest.raises(RecipeError, match=text):
+        resolve_objective("amtml", {}, "test")
     assert describe("amtml")["combine"] == "mixture"
     assert describe("ca-mkd")["combine"] == "sum"
+
+
+def test_a_recipe_spells_the_number_of_its_classes(tmp_path):
+    """The command line and a recipe file know the classes of the source; what is written is a number."""
+    spec = "fake,classes=100,size=8,samples=40,channels=1"
+    source, teacher = open_source(spec), write_teacher(tmp_path / "t", classes=100)
+    store = write_store(tmp_path / "t.zarr", teacher, source=source)
+    words = [
+        "train",
+        "--student",
+        "digits-small",
+        "--method",
+        "amtml",
+        "--store",
+        str(store),
+        "--epochs",
+        "1",
+    ]
+    result = CliRunner().invoke(distill, [*words, "--lr", "0.001", "--out", str(tmp_path / "o")])
+    assert result.exit_code == 0, result.output
+    written = (tmp_path / "o" / "recipe.yaml").read_text()
+    assert "soft_weight: 0.014\n" in written
+    assert load_run(tmp_path / "o").recipe.objective.soft_weight == 0.014
+    again = ["train", str(tmp_path / "o" / "recipe.yaml"), "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(distill, again).exit_code == 0
+    assert (tmp_path / "again" / "recipe.yaml").read_text() == written
 
 
 @pytest.mark.parametrize("name", ["amtml", "dtd-flsw"])

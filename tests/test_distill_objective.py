@@ -216,8 +216,11 @@ def test_relations_against_loops(batch, loss, reference):
     np.testing.assert_allclose(student.grad.numpy(), want, rtol=1e-5, atol=1e-8)
     assert teacher.grad is None
     assert loss(student, student).item() == 0
-    double = torch.cat([student, student])
-    loss(double, torch.cat([teacher, teacher])).backward()
+    student.grad = None
+    value = loss(torch.cat([student, student[:3]]), torch.cat([teacher, teacher[:3]]))
+    twice = [np.concatenate([rows, rows[:3]]) for rows in (batch["student"], batch["teachers"][0])]
+    assert value.item() == pytest.approx(reference(*twice), rel=1e-9), "pairs of equal rows count"
+    value.backward()
     assert torch.isfinite(student.grad).all(), "equal samples have no direction, and no NaN"
 
 
@@ -251,7 +254,7 @@ def test_memory_of_angles_is_bounded():
 def test_amtml_with_one_teacher_is_kd(batch):
     one = batch["teachers"][:1]
     changes = {"terms": {"angle": None, "latents": None}}
-    amtml = resolve_objective("amtml", changes, "test")
+    amtml = resolve_objective("amtml", changes, "test", classes=10)
     kd = resolve_objective("kd", {"soft_weight": 0.14, "hard_weight": 0.3, "temperature": 5.0}, "test")
     got, student = value_of(batch, amtml, one)
     want, other = value_of(batch, kd, one)
@@ -263,7 +266,7 @@ def test_amtml_with_one_teacher_is_kd(batch):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.objective.needs().fused])
 def test_equal_teachers_are_one_teacher(batch, name):
-    config = resolve_objective(name, {"terms": {"hint": None, "latents": None}}, "test")
+    config = resolve_objective(name, {"terms": {"hint": None, "latents": None}}, "test", classes=C)
     one, student = value_of(batch, config, batch["teachers"][:1])
     three, other = value_of(batch, config, np.repeat(batch["teachers"][:1], 3, axis=0))
     assert three.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
@@ -285,7 +288,7 @@ def test_combination_is_the_fusions_own_unless_it_is_said(batch):
 
 
 def test_which_tensors_get_gradients(batch):
-    config = resolve_objective("amtml", {"terms": {"distance": {}}}, "test")
+    config = resolve_objective("amtml", {"terms": {"distance": {}}}, "test", classes=10)
     objective = Objective(config, context())
     student, labels, targets = tensors(batch)
     for logits in targets.logits:
@@ -297,7 +300,7 @@ def test_which_tensors_get_gradients(batch):
     assert all(logits.grad is None for logits in targets.logits)
 
     alone = resolve_objective(
-        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "terms": {"latents": None}}, "test"
+        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "terms": {"latents": None}}, "test", classes=C
     )
     objective = Objective(alone, context())
     student, labels, targets = tensors(batch)
@@ -309,7 +312,7 @@ def test_which_tensors_get_gradients(batch):
 
 
 def test_latents_are_frozen_after_their_phase(batch):
-    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test")
+    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test", classes=10)
     objective = Objective(config, context())
     student, labels, targets = tensors(batch)
     embedding = torch.from_numpy(batch["embedding"]).float().requires_grad_()
@@ -324,7 +327,9 @@ def test_latents_are_frozen_after_their_phase(batch):
 
 
 def test_terms_add_up_and_are_named(batch):
-    value, _ = value_of(batch, resolve_objective("amtml", {"terms": {"distance": {"weight": 2.0}}}, "test"))
+    value, _ = value_of(
+        batch, resolve_objective("amtml", {"terms": {"distance": {"weight": 2.0}}}, "test", classes=10)
+    )
     assert list(value.terms) == ["soft_target", "angle", "latents", "distance"]
     assert float(sum(value.terms.values())) == pytest.approx(value.loss.item(), rel=1e-6)
     student, _, targets = tensors(batch)
@@ -495,7 +500,7 @@ def test_teachers_go_from_shallow_to_deep():
 
 
 def test_small_latents_begin_with_nearly_equal_weights(batch):
-    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test")
+    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test", classes=10)
     student, labels, targets = tensors(batch)
     given = loss_inputs(student, labels, targets, embedding=torch.from_numpy(batch["embedding"]).float())
     value = Objective(config, context())(given)

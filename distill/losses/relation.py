@@ -115,7 +115,8 @@ def _angles(embedding: Tensor, start: int, stop: int) -> Tensor:
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over all pairs of SmoothL1(d_student - d_teacher), a scalar.
 
-    Distances are divided by the mean of those that are not zero. Arguments as `angle_loss`.
+    Distances are divided by their mean over the pairs of two different samples, those at distance 0 counted
+    too, as in the releases. Arguments as `angle_loss`.
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.smooth_l1_loss(_distances(student), _distances(teacher.detach()))
@@ -124,8 +125,8 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _distances(embedding: Tensor) -> Tensor:
     # Differences and not products: a² + b² - 2ab cancels where samples are close.
     distances = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
-    apart = distances > 0
-    mean = (distances * apart).sum() / apart.sum().clamp_min(1)
+    rows = len(embedding)
+    mean = distances.sum() / max(rows * (rows - 1), 1)
     return distances / mean.clamp_min(1e-12)
 
 

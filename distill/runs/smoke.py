@@ -18,6 +18,7 @@ from coursepack.data import batches, open_source, view_fingerprint
 from coursepack.data.drift import content_digest, probe_digests, probe_samples
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.sources import evaluation_spec
+from coursepack.data.sources.fake import stand_in
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
@@ -43,22 +44,10 @@ VIEWS = 2
 HINT = "smoke"
 """The tap that a smoke store has where a recipe leaves the choice to the depth."""
 
-LOOKS = {
-    "digits": {"classes": 10, "size": 8, "channels": 1},
-    "cifar10": {"classes": 10, "size": 32, "channels": 3},
-    "cifar100": {"classes": 100, "size": 32, "channels": 3},
-    "cinic10": {"classes": 10, "size": 32, "channels": 3},
-    "tiny-imagenet": {"classes": 200, "size": 64, "channels": 3},
-    "imagenet": {"classes": 1000, "size": 96, "channels": 3},
-}
-"""What images of each source look like; others are taken for ten classes of 32 x 32 colour images."""
-
 
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     """The recipe on drawn images for two epochs, with stores in `folder` in place of its own."""
-    looks = LOOKS.get(recipe.source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
-    options = ",".join(f"{name}={number}" for name, number in {**looks, "samples": SAMPLES}.items())
-    source = open_source(f"fake,{options}")
+    source = open_source(stand_in(recipe.source, SAMPLES))
     taps: dict[int, list[str]] = {}
     free = False
     for term in recipe.objective.all_terms().values():

@@ -61,7 +61,8 @@ def make_objective(
         RecipeError: a field that does not exist, numbers that do not fit the stores, or features that are not
             stored; the text then has the command that adds them.
     """
-    config = resolve_objective(method, changes or {}, f"method {method!r}")
+    classes = len(stores.source.class_names)
+    config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
     check_needs(method, config, stores.readers, stores.view, stores.root)
     return build_objective(
         config, student, stores.source, stores.readers, method=method, root=stores.root, seed=seed

@@ -8,6 +8,7 @@ from typing import Any
 from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec
+from coursepack.data.sources.fake import stand_in
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.renamed import check_renamed
 from coursepack.distill.targets.stores import open_stores
@@ -28,7 +29,6 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
     values.setdefault("method", "kd" if stores else "supervised")
-    values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
     if stores and not smoke:
         identity = open_stores(stores)[0].manifest.identity
         values.setdefault("source", identity["source"]["name"])
@@ -36,11 +36,16 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
-    if not smoke:
-        values["source"] = open_source(values["source"], root).name
+    if smoke:
+        classes = len(open_source(stand_in(values["source"])).class_names)
+    else:
+        source = open_source(values["source"], root)
+        values["source"], classes = source.name, len(source.class_names)
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))
+    changes = values.get("objective") or {}
+    values["objective"] = resolve_objective(values["method"], changes, where, classes=classes)
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
     return parse_config(TrainRecipe, values, where)
