@@ -65,11 +65,18 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
 
 
 def check_given(model: type[Config], values: Any, where: str) -> None:
-    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`."""
+    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`.
+
+    Whether fields fit together is not judged: what is left out may yet get another value than its default.
+    """
     try:
         model.model_validate(values)
     except ValidationError as error:
-        problems = [p for p in error.errors() if p["type"] != "missing" or len(p["loc"]) > 1]
+        problems = [
+            problem
+            for problem in error.errors()
+            if not _is_about_whole(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
+        ]
         if problems:
             raise _refusal(model, problems, where) from error
 
@@ -128,10 +135,14 @@ def _line(model: type[Config], problem: Any) -> str:
         return f"  {path}: unknown {key.strip(chr(39))} {tag!r}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
         return f"  {path}: {problem['ctx']['discriminator']} is missing, got {problem['input']!r}"
-    whole = problem["type"] == "value_error" and isinstance(problem["input"], dict)
-    given = "" if problem["type"] == "missing" or whole else f", got {problem['input']!r}"
+    given = "" if problem["type"] == "missing" or _is_about_whole(problem) else f", got {problem['input']!r}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
+
+
+def _is_about_whole(problem: Any) -> bool:
+    """Whether a problem is that of fields that do not fit together."""
+    return problem["type"] == "value_error" and isinstance(problem["input"], dict)
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -14,7 +14,7 @@ from coursepack.distill.fusion.weights import FixedConfig
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Needs, TermConfig
 from coursepack.distill.losses.label import LabelConfig
-from coursepack.distill.losses.soft_target import SoftTargetConfig
+from coursepack.distill.losses.soft_target import Divergence, SoftTargetConfig
 from coursepack.distill.schedule import Schedule, Weight, is_used
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ObjectiveConfig(Config):
     """Adjustment of a teacher where it is wrong: one for all teachers, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Epsilon of the adjustment `smooth`."""
-    divergence: str = "kl"
+    divergence: Divergence = "kl"
     """Divergence between soft targets, as `coursepack.kernels.soft_target_loss` names it."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
     """Divergence from the teachers' mixture, or weighted sum of divergences; auto: as the fusion is
@@ -128,5 +128,16 @@ class ObjectiveConfig(Config):
         if dynamic.lowest > dynamic.highest:
             raise ValueError(
                 f"dynamic_temperature.lowest is {dynamic.lowest:g}, above highest ({dynamic.highest:g})"
+            )
+        if dynamic.kind != "none" and not dynamic.lowest <= self.temperature <= dynamic.highest:
+            raise ValueError(
+                f"temperature (T_0) is {self.temperature:g}, expected dynamic_temperature.lowest to highest "
+                f"({dynamic.lowest:g} to {dynamic.highest:g}), within which each sample's temperature is kept"
+            )
+        smooths = needs.fused and "smooth" in (self.adjustment, *self.adjustment)
+        if self.divergence == "mse" and smooths:
+            raise ValueError(
+                "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose "
+                "another of the two"
             )
         return self

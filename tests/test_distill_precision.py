@@ -91,6 +91,24 @@ def test_float16_skips_steps_that_overflow_and_keeps_its_scale():
     assert moved == pytest.approx(1e-3 * 0.05, rel=1e-2)
 
 
+def test_a_step_that_overflows_does_not_move_the_average():
+    run = prepare(make_recipe(limit=300, precision="float16", optimiser={"ema": 0.5}), CPU)
+    state = make_state(run)
+    train_epoch([state], run.batches(0), None)
+    before = copy.deepcopy(state.average.state_dict())
+    for step, batch in enumerate(run.batches(1)):
+        state.begin_step()
+        state.add_gradient(batch, None, Step(1, step))
+        if step == 1:
+            for parameter in state.learner.parameters():
+                parameter.grad.fill_(torch.inf)
+        state.end_step()
+        after = copy.deepcopy(state.average.state_dict())
+        stays = all(torch.equal(after[name], value) for name, value in before.items())
+        assert stays == (step == 1)
+        before = after
+
+
 def test_channels_last_changes_the_layout_alone(tmp_path):
     def run_with(channels_last):
         out = tmp_path / str(channels_last)

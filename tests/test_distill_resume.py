@@ -246,7 +246,31 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"is of version 99, expected 1: finish the run with the version that began it")
+    refused(recipe, out, r"is of version 99, expected 2: finish the run with the version that began it")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": 1}, r"recipe\.seed +checkpoint: 1 +this run: 0"),
+        ({"optimiser": {"lr": 0.01}}, r"recipe\.optimiser\.lr +checkpoint: 0\.01 +this run: 0\.05"),
+        (
+            {"objective": {"temperature": 2.0}},
+            r"recipe\.objective\.temperature +checkpoint: 2\.0 +this run: 4",
+        ),
+        ({"batch_size": 16}, r"recipe\.batch_size +checkpoint: 16 +this run: 32"),
+        ({"stores": [1]}, r"stores\[0\]\.fingerprint +checkpoint: \w+ +this run: \w+"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, stores, change, text):
+    """Everything in the folder is that of the run but the checkpoint."""
+    recipe, out = make_recipe(stores[:1], **STUDENT), tmp_path / "o"
+    chosen = [stores[place] for place in change.get("stores", [0])]
+    fields = {**STUDENT, **{name: value for name, value in change.items() if name != "stores"}}
+    interrupted(monkeypatch, recipe, out, saves=7)
+    interrupted(monkeypatch, make_recipe(chosen, **fields), tmp_path / "other", saves=7)
+    shutil.copy(tmp_path / "other" / CHECKPOINT_FILE, out / CHECKPOINT_FILE)
+    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' is of another run\.\n.*" + text)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
+from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.resolve import complete
@@ -297,3 +298,17 @@ def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
     values = {"student": "digits-small", "source": "digits", "view": "digits"}
     assert complete(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
     assert complete(dict(values), "here").evaluation == "digits:test"
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        ("amtml", {"fusion": {"joint_epochs": 3, "l2": 0.2}}),
+        ("best", {"fusion": {"teacher": 0}}),
+        ("dtd-flsw", {"dynamic_temperature": {"kind": "flsw", "lowest": 5.0}}),
+    ],
+)
+def test_numbers_are_judged_beside_those_of_their_method(stores, method, objective):
+    values = {"student": "digits-small", "stores": [str(stores[0])], "method": method}
+    recipe = complete({**values, "objective": objective}, "here")
+    assert recipe.objective == resolve_objective(method, objective, "here")

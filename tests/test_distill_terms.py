@@ -128,7 +128,7 @@ def test_peers_see_each_others_outputs_detached():
     other = with_terms(make_recipe(limit=100, seed=1), peer=PeerConfig())
     group, told = [make_state(setup), make_state(setup, other)], []
     batch = next(setup.batches(0))
-    want = [state.learner.predict(batch).logits.detach().double() for state in group]
+    want = [state.learner.logits(batch).logits.detach().double() for state in group]
     train_step([group], batch, lambda *_: None, Step(), log=lambda _, output, __: told.append(output.value))
     for index, value in enumerate(told):
         own, peer = want[index].log_softmax(1), want[1 - index].log_softmax(1)

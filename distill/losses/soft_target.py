@@ -6,7 +6,7 @@ Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2. The factor T² is ap
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -14,8 +14,7 @@ from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs
 from coursepack.distill.schedule import Weight, value_at
 from coursepack.kernels import soft_target_loss
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+Divergence = Literal["kl", "reverse_kl", "js", "mse"]
 
 
 class SoftTargetConfig(TermConfig):
@@ -24,7 +23,7 @@ class SoftTargetConfig(TermConfig):
     term: Literal["soft_target"] = "soft_target"
     hard_weight: Weight = 0.0
     """Factor of the cross-entropy to the labels."""
-    divergence: str = "kl"
+    divergence: Divergence = "kl"
     """Divergence between soft targets, as `coursepack.kernels.soft_target_loss` names it."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
     """Divergence from the teachers' mixture, or weighted sum of divergences; auto: as the fusion is
@@ -41,8 +40,6 @@ class SoftTarget(nn.Module):
     def forward(self, inputs: LossInputs) -> Tensor:
         """Return the loss `(N,)` in nats; gradient to the student's logits and the teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
-        # Only what is set is passed on: a divergence that the kernels do not know is theirs to refuse.
-        divergence: Mapping[str, Any] = {"divergence": config.divergence} if config.divergence != "kl" else {}
         return soft_target_loss(
             inputs.student.logits,
             soft.logits,
@@ -54,7 +51,7 @@ class SoftTarget(nn.Module):
             combine=soft.combine if config.combine == "auto" else config.combine,
             soft_weight=value_at(config.weight, epoch),
             hard_weight=value_at(config.hard_weight, epoch),
-            **divergence,
+            divergence=config.divergence,
         )
 
 

@@ -11,12 +11,27 @@ from typing import TYPE_CHECKING, Any
 from coursepack.console import progress
 from coursepack.data.loading import Renderer
 from coursepack.distill.distributed import ALONE
-from coursepack.distill.runs.folder import OthersFolder, RunFolder, as_begun, check_free, finished_metrics
+from coursepack.distill.losses.base import Step
+from coursepack.distill.runs.folder import (
+    BOARD_FOLDER,
+    OthersFolder,
+    RunFolder,
+    as_begun,
+    check_begun,
+    finished_metrics,
+    lasting,
+)
 from coursepack.distill.runs.tensorboard import Board, NoBoard, check_tensorboard
 from coursepack.distill.setup.prepare import opening, prepare, provenance
-from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position, load_checkpoint, save_checkpoint
+from coursepack.distill.training.checkpoint import (
+    CHECKPOINT_FILE,
+    Position,
+    check_identity,
+    load_checkpoint,
+    save_checkpoint,
+)
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
-from coursepack.distill.training.loop import new_metrics, train_steps
+from coursepack.distill.training.loop import new_metrics, teachers_read, train_steps
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RunError, TrainingDiverged
@@ -25,6 +40,7 @@ from coursepack.models.build import WEIGHTS_FILE
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+    from typing import Self
 
     import torch
 
@@ -47,10 +63,19 @@ class StudentRun:
     board: Board | NoBoard
     position: Position
     log: EpochMetrics
+    identity: dict[str, Any]
+    """What a checkpoint of it is bound to: the recipe, and the fingerprints of what it reads."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Of the last epoch."""
     diverged: TrainingDiverged | None = None
     """Why it cannot go on."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give up the folder, and remove it if the run did no step."""
+        self.folder.close(keep=kind is None or self.state.steps > 0)
 
     @property
     def is_finished(self) -> bool:
@@ -67,7 +92,7 @@ class StudentRun:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self.folder.path, self.position, self.state, self.log)
+        save_checkpoint(self.folder.path, self.position, self.state, self.log, self.identity)
 
     def end_epoch(self, views: list[int], evaluation: dict[str, float] | None) -> None:
         """Log an epoch, keep the student if it is the best so far, and go on to the next."""
@@ -109,11 +134,12 @@ def train(
     tensorboard: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ranks: Ranks = ALONE,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
-    Everything that can be refused is refused before the folder is made. Several ranks call it alike, with
-    what `joined` gives each; the first alone writes.
+    Everything that can be refused is refused before the folder is made, and none stays of a run that did no
+    step. Several ranks call it alike, with what `joined` gives each; the first alone writes.
 
     Args:
         recipe: what to train.
@@ -126,11 +152,13 @@ def train(
         tensorboard: write the metrics for TensorBoard too.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
         ranks: who trains it together.
+        trust_code: run live teachers even if their stores name Python code for them.
 
     Returns:
         The metrics of the last epoch.
 
     Raises:
+        RunBusy: another process trains into the folder.
         RunError: the folder is not free, or holds a run that cannot be resumed with this recipe.
         TrainingDiverged: the loss is no longer finite; the run stays unfinished.
         Otherwise as `prepare`.
@@ -142,14 +170,16 @@ def train(
         return metrics
     begun = as_begun(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        setup = prepare(begun, device, ranks)
-        training = begin(setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
-        ranks.say(opening(setup))
-        try:
-            train_together(setup, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
-        except KeyboardInterrupt:
-            ranks.say(f"interrupted: the same command with --resume goes on with {out}")
-            raise
+        setup = prepare(begun, device, ranks, trust_code=trust_code)
+        with begin(
+            setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard
+        ) as training:
+            ranks.say(opening(setup))
+            try:
+                train_together(setup, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+            except KeyboardInterrupt:
+                ranks.say(f"interrupted: the same command with --resume goes on with {out}")
+                raise
     if training.diverged is not None:
         raise training.diverged
     return training.metrics
@@ -158,33 +188,61 @@ def train(
 def begin(
     setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
 ) -> StudentRun:
-    """A fresh student in a new folder, or one as its checkpoint has it.
+    """A fresh student in a new folder, or one as its checkpoint has it; a context that gives up the folder.
 
     Raises:
-        RunError, RecipeError: as `train`.
+        RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
     """
     state = make_state(setup, recipe)
     if tensorboard:
         check_tensorboard()
+    if setup.targets is not None and not (resume and (out / CHECKPOINT_FILE).is_file()):
+        for view in setup.views_of_epoch(0):
+            setup.targets.open(view, teachers_read([state], Step()))
+    is_first = setup.ranks.is_first
+    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else OthersFolder(out)
+    try:
+        return _begun(
+            setup, recipe, folder, state, overwrite=overwrite, resume=resume, tensorboard=tensorboard
+        )
+    except BaseException:
+        folder.close(keep=False)
+        raise
+
+
+def _begun(
+    setup: Setup,
+    recipe: TrainRecipe,
+    folder: RunFolder | OthersFolder,
+    state: TrainState,
+    *,
+    overwrite: bool,
+    resume: bool,
+    tensorboard: bool,
+) -> StudentRun:
+    """`begin` in a folder that is locked."""
+    out, facts = folder.path, provenance(setup)
+    identity = {"recipe": recipe.model_dump(mode="json"), **lasting(facts)}
     position, log = Position(), new_metrics(state)
     saved = load_checkpoint(out, setup.device) if resume else None
+    if saved is not None:
+        check_begun(out, facts)
+        check_identity(out, saved, identity)
     # Nobody writes before all have looked.
     _check_all_see(setup.ranks, out, None if saved is None else saved["position"])
-    folder: RunFolder | OthersFolder = OthersFolder(out)
     if saved is not None:
-        if setup.ranks.is_first:
-            folder = RunFolder.reopen(out, provenance(setup), saved["position"]["epoch"])
+        if isinstance(folder, RunFolder):
+            folder.reopen(saved["position"]["epoch"])
         state.restore(saved["state"])
         log.restore(saved["metrics"])
         position = Position(**saved["position"])
         setup.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
-    elif setup.ranks.is_first:
-        check_free(out, overwrite=overwrite, resume=resume)
-        folder = RunFolder(out, recipe, provenance(setup), state.learner.network)
+    elif isinstance(folder, RunFolder):
+        folder.begin(recipe, facts, state.learner.network, overwrite=overwrite)
     state.copy_first_rank()
     first = position.epoch if resume else None
-    board = Board(out / "tensorboard", first=first) if tensorboard and setup.ranks.is_first else NoBoard()
-    return StudentRun(recipe, folder, state, board, position, log)
+    board = Board(out / BOARD_FOLDER, first=first) if tensorboard and setup.ranks.is_first else NoBoard()
+    return StudentRun(recipe, folder, state, board, position, log, identity)
 
 
 def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:

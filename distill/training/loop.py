@@ -60,7 +60,7 @@ def train_steps(
     groups = [[state] for state in states]
 
     def fetch(rows: Batch, step: Step) -> Targets | None:
-        return None if targets is None else targets.fetch(rows, _teachers_read(states, step))
+        return None if targets is None else targets.fetch(rows, teachers_read(states, step))
 
     def log(state: TrainState, output: LearnerOutput, rows: Batch) -> None:
         by_state[id(state)].add(output, rows)
@@ -79,7 +79,7 @@ def new_metrics(state: TrainState) -> EpochMetrics:
     return EpochMetrics(learner.objective.context.teachers, learner.ranks)
 
 
-def _teachers_read(states: Sequence[TrainState], step: Step) -> list[int] | None:
+def teachers_read(states: Sequence[TrainState], step: Step) -> list[int] | None:
     """Return the indices of the teachers that any of the students reads for a batch; None means all."""
     chosen = {state.learner.objective.chosen_teacher(step) for state in states}
     indices = [index for index in chosen if index is not None]

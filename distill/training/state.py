@@ -73,14 +73,25 @@ class TrainState:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        is_left_out = False
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
-        if self.average is not None:
+            is_left_out = self._update_scale()
+        if self.average is not None and not is_left_out:
             self.average.update_parameters(self.learner.network.module)
         self.steps += 1
+
+    def _update_scale(self) -> bool:
+        """Adjust the scale of float16's gradients; return true if their overflow left the step out."""
+        assert self.scaler is not None
+        if self.average is None:  # reading the scale waits for the device
+            self.scaler.update()
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() < before  # it falls after an overflow, and only then
 
     def seed_step(self, device: torch.device, micro_batch: int) -> None:
         """Seed what the network draws (dropout) by seed, step, micro-batch and rank alone."""
