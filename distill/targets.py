@@ -6,10 +6,11 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 from __future__ import annotations
 
 import functools
-import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import psutil
 
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
@@ -19,6 +20,11 @@ from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]  # a module that Windows does not have
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -238,21 +244,21 @@ def choose_reading(
 
 def free_memory() -> int:
     """Bytes of memory that could be used without swapping, within the limits of control group and process."""
-    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    free: int = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    for resource_limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        most = resource.getrlimit(resource_limit)[0]
-        if most != resource.RLIM_INFINITY:
-            free = min(free, most - _kilobytes("/proc/self/status", name) * 1024)
+    if resource is not None:
+        held = psutil.Process().memory_info()
+        # macOS counts no data segment apart.
+        for kind, bytes_held in (
+            (resource.RLIMIT_DATA, getattr(held, "data", held.rss)),
+            (resource.RLIMIT_AS, held.vms),
+        ):
+            most = resource.getrlimit(kind)[0]
+            if most != resource.RLIM_INFINITY:
+                free = min(free, most - bytes_held)
     return max(0, free)
-
-
-def _kilobytes(file: str, name: str) -> int:
-    """A number from one of the tables that Linux keeps."""
-    table = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-    return int(table[name].split()[0])
 
 
 def live_teachers(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coursepack.errors import NonFiniteOutput, RecipeError, TeacherMismatch
+from coursepack.models.float32 import ieee_float32
 from coursepack.models.own import logits_problem
 from coursepack.models.taps import tap_margins, tapped
 
@@ -52,7 +53,12 @@ class TeacherOutput:
 
 
 class TeacherRunner:
-    """A teacher in evaluation mode, without gradients, on one device."""
+    """A teacher in evaluation mode, without gradients, on one device, in IEEE float32."""
+
+    memory_layout = "contiguous"
+    """Order of the images in memory, `(N, channels, H, W)`."""
+    compiled = False
+    """Whether the network runs through `torch.compile`."""
 
     def __init__(
         self,
@@ -95,7 +101,7 @@ class TeacherRunner:
                 layer's output cannot be reduced.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
-        with tapped(self._module, self._layers) as outputs:
+        with tapped(self._module, self._layers) as outputs, ieee_float32():
             logits = self._module(images)
         if (problem := logits_problem(logits, (len(pixels), self.network.classes))) is not None:
             raise TeacherMismatch(f"teacher {self.network.spec!r} gives {problem}")
