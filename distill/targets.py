@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import psutil
+import torch
 
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
-from coursepack.errors import RecipeError, StoreMismatch
+from coursepack.distill.finite import check_rows_finite
+from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
@@ -29,7 +31,6 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import Tensor
 
     from coursepack.data import Batch
@@ -81,6 +82,12 @@ class TargetsKind(Protocol):
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Say which rows will be asked for soon."""
+
+    def check_unchanged(self) -> None:
+        """Refuse targets whose files were changed since they were opened."""
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Refuse targets of the given views that are not finite: look for the cause of a loss that is not."""
 
 
 class CachedTargets:
@@ -141,12 +148,34 @@ class CachedTargets:
             for name in names:
                 reader.will_need(name, view, samples)
 
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed since they were opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for reader in self.readers:
+            reader.check_unchanged()
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Read all rows of some views and refuse any that holds NaN or infinity.
+
+        Raises:
+            NonFiniteOutput: names the store, the array and the first samples.
+        """
+        for reader, names in zip(self.readers, self.arrays, strict=True):
+            for name in names:
+                for view in views:
+                    check_rows_finite(reader, name, view)
+
 
 class OnlineTargets:
     """Targets asked of teachers that run beside the student: the baseline, and the proof."""
 
     def __init__(self, runners: Sequence[TeacherRunner]) -> None:
         self.runners = list(runners)
+        self._finite: dict[int, Tensor] = {}
+        """Per place whether all answers so far were finite; on the device, so that no step waits for it."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """The teachers' answers to the batch's own views, rendered at each teacher's size."""
@@ -156,6 +185,8 @@ class OnlineTargets:
             runner = self.runners[place]
             output = runner.run(batch.pixels(runner.network.preprocessing.size))
             found |= {(place, name): value.clone() for name, value in output.arrays().items()}
+            finite = torch.stack([torch.isfinite(value).all() for value in output.arrays().values()]).all()
+            self._finite[place] = finite & self._finite.get(place, finite)
         return _targets(found, places)
 
     def prefetch(self, view: int) -> None:
@@ -163,6 +194,23 @@ class OnlineTargets:
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Nothing to do: live teachers answer when asked."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to do: live teachers have no files."""
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Refuse teachers whose weights or answers so far were not finite.
+
+        Raises:
+            NonFiniteOutput: names the teacher.
+        """
+        for place, runner in enumerate(self.runners):
+            runner.check_weights()
+            if not bool(self._finite.get(place, True)):
+                raise NonFiniteOutput(
+                    f"live teacher {runner.network.spec!r} gave answers that are not finite: check its "
+                    "weights and its preprocessing, or leave it out"
+                )
 
 
 def _targets(found: Mapping[tuple[int, str], Tensor | Rows], places: Sequence[int]) -> Targets:

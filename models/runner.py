@@ -134,6 +134,19 @@ class TeacherRunner:
                 kept[tap.name] = margins
         return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
 
+    def check_weights(self) -> None:
+        """Refuse weights that hold NaN or infinity.
+
+        Raises:
+            NonFiniteOutput: names the first of them.
+        """
+        for name, value in self._module.state_dict().items():
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                raise NonFiniteOutput(
+                    f"teacher {self.network.spec!r} has weights that are not finite, first {name!r}: give "
+                    "others"
+                )
+
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of every array, by running one black image.
 
