@@ -27,10 +27,10 @@ def ieee_float32() -> Iterator[None]:
     Where one was made through the older `allow_tf32` or `set_float32_matmul_precision`, torch refuses to read
     it back within.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     general = backends.fp32_precision
     # cuDNN first: operations that follow it, as those that nobody has set do, need no setting of their own.
-    settings: list[Any] = [backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    settings = [backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     settings += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     changed = []
     try:

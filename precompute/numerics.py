@@ -50,12 +50,13 @@ def environment_of(runner: TeacherRunner, batch_size: int) -> dict[str, Any]:
 
 def _device_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
+        cudnn: Any = torch.backends.cudnn
         major, minor = torch.cuda.get_device_capability(device)
         return {
             "device": device.type,
             "device_name": torch.cuda.get_device_name(device),
             "compute_capability": f"{major}.{minor}",
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": cudnn.version(),
         }
     from llvmlite.binding import get_host_cpu_name
 
