@@ -17,6 +17,7 @@ from coursepack.data.store import load_manifest, verify
 from coursepack.data.store.owners import Part
 from coursepack.errors import StoreMismatch
 from coursepack.precompute import run_job
+from coursepack.precompute.check import job_of_store, repair
 from coursepack.precompute.cli import main
 
 SETTINGS = """
@@ -191,6 +192,16 @@ def test_stores_without_numerics_are_read_and_extended(store, teacher, capsys):
     assert capsys.readouterr().err == ""
     result = CliRunner().invoke(main, ["status", "--store", str(store)])
     assert "numerics │ not recorded, views: 1" in " ".join(result.stdout.split())
+
+
+def test_repair_on_another_kind_of_machine_warns(store, monkeypatch, capsys):
+    job = job_of_store(store, load_manifest(store), weights=None, root=None, device=torch.device("cpu"))
+    (store / "logits/values/c.0.0.0").unlink()
+    capability = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VSX")
+    repair(job, verify(store).problems)
+    assert f"cpu_capability store: {capability} here: VSX" in lines(capsys.readouterr().err)
+    assert verify(store).problems == ()
 
 
 def test_status_and_inspect_show_the_numerics(store, teacher):
