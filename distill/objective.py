@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coursepack.distill.finite import cause_of, is_finite
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.fusion.fused import FusedTargets, dynamic_temperatures
 from coursepack.distill.losses import LOSSES
@@ -156,13 +157,13 @@ class Objective(nn.Module):
     def _fuse(self, inputs: LossInputs) -> FusedTargets:
         config, teachers = self.config, inputs.teachers
         weights = self.fusion(inputs)
-        _check_finite("a teacher's weight", weights, inputs.step)
+        self._check_finite("a teacher's weight", weights, inputs)
         adjustments = config.adjustments(teachers.indices)
         own = dynamic_temperatures(
             config.dynamic_temperature, config.temperature, inputs, weights, adjustments
         )
         if own is not None:
-            _check_finite("a sample's temperature", own.values, inputs.step)
+            self._check_finite("a sample's temperature", own.values, inputs)
         return FusedTargets(
             teachers.logits,
             None if isinstance(inputs.labels, MixedLabels) else inputs.labels,
@@ -174,16 +175,15 @@ class Objective(nn.Module):
             self.fusion_kind.combine,
         )
 
+    def _check_finite(self, name: str, values: Tensor | None, inputs: LossInputs) -> None:
+        """Report that training diverged before the loss refuses its arguments; on the CPU, where it does."""
+        if values is None or values.device.type != "cpu" or is_finite(values):
+            return
+        cause, advice = cause_of(inputs, self.fusion)
+        raise TrainingDiverged(
+            f"training diverged in epoch {inputs.step.epoch}: {name} is not finite, since {cause}. {advice}"
+        )
+
     def _parts(self, method: str) -> list[Any]:
         """Return the fusion and the terms that have a method of the given name."""
         return [part for part in (self.fusion, *self.terms.values()) if hasattr(part, method)]
-
-
-def _check_finite(name: str, values: Tensor | None, step: Step) -> None:
-    """Report that training diverged before the loss refuses its arguments; on the CPU, where it does."""
-    if values is None or values.device.type != "cpu" or bool(torch.isfinite(values).all()):
-        return
-    raise TrainingDiverged(
-        f"training diverged in epoch {step.epoch}: {name} is not finite, since the student's logits are "
-        "not. Use a smaller --lr, and --overwrite what is left of the run."
-    )

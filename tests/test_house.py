@@ -24,8 +24,8 @@ ALLOWED = {
 }
 """What the modules of each folder may import of coursepack."""
 FLOORS = (
-    *("schedule", "distributed", "losses", "fusion", "objective_config", "objective", "methods", "recipe"),
-    *("renamed", "targets", "setup", "training", "runs", "cli"),
+    *("schedule", "distributed", "losses", "fusion", "objective_config", "finite", "objective", "methods"),
+    *("recipe", "renamed", "targets", "setup", "training", "runs", "cli"),
 )
 """Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""
 SCRIPTS = ("tests", "examples", "benchmarks")

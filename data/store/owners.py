@@ -2,12 +2,12 @@
 
 A process says which part it owns in a file under `runs/` and holds a lock on that file; the lock vanishes
 with the process, however that ends. The file stays as a record of when and where the run was: the only place
-for times, hosts and pids, and nothing compares it.
+for times, hosts and pids, and nothing compares it. Where the system has no flock(2), as Windows, nothing is
+locked: stores can be read there, and written by one process at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from coursepack.errors import StoreBusy
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # a module that Windows does not have
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +55,7 @@ class Part:
 def store_lock(root: Path) -> Iterator[None]:
     """Be the only process that changes the manifest or claims a part."""
     with (root / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         yield
 
 
@@ -76,7 +81,7 @@ def owning(root: Path, part: Part) -> Iterator[None]:
         name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
         path = folder / name
         file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         _record(file, part, started, ended=None)
     with file:
         try:
@@ -86,8 +91,10 @@ def owning(root: Path, part: Part) -> Iterator[None]:
 
 
 def live_runs(root: Path) -> list[dict[str, Any]]:
-    """Records of the processes that write to the store now."""
-    live = []
+    """Records of the processes that write to the store now; none where the system cannot tell."""
+    live: list[dict[str, Any]] = []
+    if fcntl is None:
+        return live
     for path in sorted((root / RUNS).glob("*.json")):
         with path.open() as file:
             try:
@@ -97,6 +104,11 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
                 if text := file.read():
                     live.append(json.loads(text))
     return live
+
+
+def _lock(file: IO[str]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:

@@ -31,7 +31,7 @@ from coursepack.distill.training.checkpoint import (
     save_checkpoint,
 )
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
-from coursepack.distill.training.loop import new_metrics, teachers_read, train_steps
+from coursepack.distill.training.loop import check_targets, new_metrics, teachers_read, train_steps
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RunError, TrainingDiverged
@@ -282,6 +282,8 @@ def train_together(
         while active := [training for training in trainings if not training.is_over]:
             rows = len(setup.samples) - _rows_before(setup, active[0].position)
             _train_epoch_of(setup, active, renderer, checkpoints)
+            if setup.targets is not None:
+                setup.targets.check_unchanged()
             _evaluate(setup, active, looking)
             found = [training.position.best for training in active if training.position.best is not None]
             meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
@@ -326,6 +328,7 @@ def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) ->
         try:
             training.end_epoch(setup.views_of_epoch(epoch), found)
         except TrainingDiverged as error:
+            check_targets(setup.targets, setup.views_of_epoch(epoch))
             training.diverged = error
 
 

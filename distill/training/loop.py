@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coursepack.distill.losses.base import Step
 from coursepack.distill.training.metrics import EpochMetrics
 from coursepack.distill.training.step import train_step
+from coursepack.errors import TrainingDiverged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -69,8 +72,24 @@ def train_steps(
         state.learner.train()
         state.learner.begin_epoch(epoch)
     for index, batch in enumerate(batches, first):
-        train_step(groups, batch, fetch, Step(epoch, index), micro_batches=micro_batches, log=log)
+        try:
+            train_step(groups, batch, fetch, Step(epoch, index), micro_batches=micro_batches, log=log)
+        except TrainingDiverged:
+            check_targets(targets, np.unique(batch.view).tolist())
+            raise
         yield index + 1
+
+
+def check_targets(targets: TargetSource | None, views: Sequence[int]) -> None:
+    """Refuse targets that are the cause of a loss that is not finite.
+
+    Raises:
+        StoreDamaged: files of a store were changed while they were read.
+        NonFiniteOutput: targets are not finite.
+    """
+    if targets is not None:
+        targets.check_unchanged()
+        targets.check_finite(views)
 
 
 def new_metrics(state: TrainState) -> EpochMetrics:

@@ -14,6 +14,7 @@ from coursepack.data.store.block import BLOCKS
 from coursepack.data.store.owners import live_runs
 from coursepack.models.teacher import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
+from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
 from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
 
@@ -165,6 +166,7 @@ def print_status(store: Path, manifest: Manifest) -> None:
     if facts["accuracy_per_view"]:
         correct = facts["accuracy_per_view"].values()
         rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
+    rows += _numerics_rows(facts["numerics"])
     if len(facts["committed_views"]) < facts["views"]:
         rows.append(["blocks done besides", str(facts["blocks_done_besides"])])
     for writer in facts["writers"]:
@@ -195,6 +197,7 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
         },
         "bytes": sum(size for size, _ in manifest.files.values()),
         "accuracy_per_view": {view: r["sums"]["correct"] / r["sums"]["rows"] for view, r in records},
+        "numerics": views_by_numerics(manifest),
         "writers": live_runs(store),
     }
 
@@ -217,6 +220,13 @@ def _print_store(facts: dict[str, Any]) -> None:
         fidelity = (values["fidelity"][name] for name in temperatures)
         rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
     print_table("", header, rows)
+    for name, text in _numerics_rows(facts["numerics"]):
+        click.echo(f"{name}: {text}")
+
+
+def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """One line per numerics of the committed views, with how many they are."""
+    return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
 
 
 def _shape(row_shape: list[int]) -> str:
