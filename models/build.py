@@ -21,7 +21,7 @@ from coursepack.models.hubs.libraries import timm_network, torchvision_network, 
 from coursepack.models.hubs.python import check_logits, own_network
 from coursepack.models.networks import NETWORKS as NETWORKS
 from coursepack.models.preprocessing import Preprocessing
-from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights
+from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights, without_prefix
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def load_teacher(
     elif Path(weights).suffix in SUFFIXES:
         state = read_weights(Path(weights))
         network = build_network(spec, classes, size=size, mean=mean, std=std)
+        state = without_prefix(state, network.module, weights)
         if columns is not None:
             trained_on = class_count(network.module, classes, state)
             network = build_network(spec, trained_on, size=size, mean=mean, std=std)

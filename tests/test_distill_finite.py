@@ -15,11 +15,11 @@ from builders import CPU, make_recipe, write_store, write_teacher
 from helpers import RowStore, write_rows
 
 from coursepack.data.store import StoreReader
-from coursepack.distill.setup import prepare as prepare_module
 from coursepack.distill.losses.base import Step
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.runs.train import train
+from coursepack.distill.setup import prepare as prepare_module
 from coursepack.distill.targets.stores import CachedTargets, Targets
 from coursepack.errors import NonFiniteOutput, StoreDamaged, TrainingDiverged
 

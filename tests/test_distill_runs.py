@@ -1,6 +1,8 @@
 """Run folders: what is in them, training them again to the last bit, and refusing unfinished ones."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -13,11 +15,11 @@ from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.folder import RunFolder, load_run
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.resolve import complete
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
-from coursepack.models import load_teacher
+from coursepack.models import build_network, load_teacher
 
 NAMES = {
     *("recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl"),
@@ -303,7 +305,7 @@ def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
 @pytest.mark.parametrize(
     ("method", "objective"),
     [
-        ("amtml", {"fusion": {"joint_epochs": 3, "l2": 0.2}}),
+        ("amtml", {"fusion": {"joint_epochs": 3}}),
         ("best", {"fusion": {"teacher": 0}}),
         ("dtd-flsw", {"dynamic_temperature": {"kind": "flsw", "lowest": 5.0}}),
     ],
@@ -311,4 +313,22 @@ def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
 def test_numbers_are_judged_beside_those_of_their_method(stores, method, objective):
     values = {"student": "digits-small", "stores": [str(stores[0])], "method": method}
     recipe = complete({**values, "objective": objective}, "here")
-    assert recipe.objective == resolve_objective(method, objective, "here")
+    assert recipe.objective == resolve_objective(method, objective, "here", classes=10)
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "o", overwrite=False, resume=False)
+    folder.begin(make_recipe(), {}, build_network("digits-small", 10), overwrite=False)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    writes = {
+        "metrics.jsonl": lambda: folder.log({"epoch": 0}),
+        "best.safetensors": lambda: folder.keep_best(build_network("digits-small", 10)),
+    }
+    for name, write in writes.items():
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write()
+        assert error.value.filename == str(tmp_path / "o" / name)

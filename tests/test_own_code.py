@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from coursepack.data import ViewRecipe, open_source, view_recipe
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
-from coursepack.distill.targets.opening import open_course
+from coursepack.distill.targets.opening import open_teacher_stores
 from coursepack.errors import UntrustedCode
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
@@ -158,10 +158,10 @@ def test_in_python_too(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for store in ("source.zarr", "view.zarr"):
         with pytest.raises(UntrustedCode, match=f"store '{store}' names Python code"):
-            open_course([store])
+            open_teacher_stores([store])
     with pytest.raises(PermissionError, match="trust_code=True in Python"):
         load_teacher("run:student", open_source("digits").class_names)
-    assert open_course(["view.zarr"], trust_code=True).view == ViewRecipe.model_validate(
+    assert open_teacher_stores(["view.zarr"], trust_code=True).view == ViewRecipe.model_validate(
         yaml.safe_load((folder / "view.yaml").read_text())
     )
     assert isinstance(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from coursepack.errors import StoreBusy
+from coursepack.files import naming, open_regular
 
 try:
     import fcntl
@@ -54,8 +55,10 @@ class Part:
 @contextmanager
 def store_lock(root: Path) -> Iterator[None]:
     """Be the only process that changes the manifest or claims a part."""
-    with (root / LOCK).open("w") as file:
-        _lock(file)
+    path = root / LOCK
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        with naming(path):
+            _lock(file)
         yield
 
 
@@ -80,14 +83,16 @@ def owning(root: Path, part: Part) -> Iterator[None]:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
         name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
         path = folder / name
-        file = path.open("w")
-        _lock(file)
-        _record(file, part, started, ended=None)
+        file = path.open("wb", buffering=0)
+        with naming(path):
+            _lock(file)
+            _record(file, part, started, ended=None)
     with file:
         try:
             yield
         finally:
-            _record(file, part, started, ended=time.time())
+            with naming(path):
+                _record(file, part, started, ended=time.time())
 
 
 def live_runs(root: Path) -> list[dict[str, Any]]:
@@ -96,6 +101,8 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     if fcntl is None:
         return live
     for path in sorted((root / RUNS).glob("*.json")):
+        if not path.is_file():  # no writer's, and to open a FIFO would be to wait for one
+            continue
         with path.open() as file:
             try:
                 # Shared, so that two who look do not take each other for writers.
@@ -106,12 +113,12 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     return live
 
 
-def _lock(file: IO[str]) -> None:
+def _lock(file: IO[bytes]) -> None:
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
+def _record(file: IO[bytes], part: Part, started: float, ended: float | None) -> None:
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -125,5 +132,4 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
     }
     # One write over the old text, which is never longer: whoever looks meanwhile finds one or the other.
     file.seek(0)
-    file.write(json.dumps(record))
-    file.flush()
+    file.write(json.dumps(record).encode())

@@ -27,7 +27,7 @@ from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.distill.renamed import upgraded
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
-from coursepack.files import partials, write_whole
+from coursepack.files import naming, partials, write_whole
 from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
@@ -142,7 +142,8 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one epoch's metrics."""
-        with (self.path / METRICS_FILE).open("a") as file:
+        path = self.path / METRICS_FILE
+        with naming(path), path.open("a") as file:
             file.write(canonical_json(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that counts on this line reaches the disk after it

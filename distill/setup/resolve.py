@@ -7,7 +7,7 @@ from typing import Any
 
 from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
-from coursepack.data.sources import evaluation_spec
+from coursepack.data.sources import evaluation_spec, open_stored
 from coursepack.data.sources.fake import stand_in
 from coursepack.data.views import stored_view
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
@@ -35,21 +35,27 @@ def complete(
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
     values.setdefault("method", "kd" if stores else "supervised")
+    kept = None
     if stores and not smoke:
         first = open_stores(stores)[0]
         identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
+        stored = str(identity["source"]["name"])
         if "source" not in values:
-            values["source"] = check_trusted(identity["source"]["name"], holder, trust_code=trust_code)
+            values["source"] = check_trusted(stored, holder, trust_code=trust_code)
         if "view" not in values:
             values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
+        if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
+            kept = first.manifest.source_root
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
     if smoke:
         classes = len(open_source(stand_in(values["source"])).class_names)
     else:
-        source = open_source(values["source"], root)
+        source = open_stored(values["source"], root, kept)
         values["source"], classes = source.name, len(source.class_names)
+        if root is None and kept is not None:
+            root, values["root"] = Path(kept), kept
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))

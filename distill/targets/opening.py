@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from coursepack.canonical import difference_table
-from coursepack.data import open_source, view_fingerprint
+from coursepack.data import view_fingerprint
 from coursepack.data.drift import drift
+from coursepack.data.sources import open_stored
+from coursepack.data.sources.roots import some
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import stored_view
@@ -59,7 +62,7 @@ def open_teacher_stores(
         stores: paths, one per teacher.
         source: the opened source; None means what the stores name.
         view: the view recipe; None means the stores' own.
-        root: folder of the source's files, if it has any.
+        root: folder of the source's files; None means the folder that the stores' teachers read them from.
         trust_code: open the source and the views of the stores even if these name Python code for them.
 
     Raises:
@@ -74,15 +77,16 @@ def open_teacher_stores(
         raise RecipeError("there is no store to learn from: give at least one")
     readers = open_stores(stores)
     identity, holder = readers[0].manifest.identity, f"store {str(readers[0].path)!r}"
+    kept = readers[0].manifest.source_root
     if source is None:
         name = check_trusted(identity["source"]["name"], holder, trust_code=trust_code)
-        source = open_source(name, None if root is None else Path(root))
+        source = open_stored(name, None if root is None else Path(root), kept)
     source.check()
     if view is None:
         view = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     for reader in readers:
         _check_store(reader, source, view)
-    return TeacherStores(source, view, tuple(readers), root)
+    return TeacherStores(source, view, tuple(readers), kept if root is None else root)
 
 
 def make_targets(
@@ -199,4 +203,17 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
         raise TeacherMismatch(
             f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
             f"{source.name!r} has {len(source.class_names)}"
+        )
+    labels = reader.labels()
+    if len(labels) != len(source.labels):
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} has {len(labels):,} samples, but source {source.name!r} has "
+            f"{len(source.labels):,}: train on the source that the teachers saw"
+        )
+    others = np.flatnonzero(labels != source.labels)
+    if len(others):
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} has other labels than source {source.name!r} for {len(others):,} of "
+            f"{len(labels):,} samples ({some(map(str, others))}), though its manifest vouches for them, so "
+            "what else was changed cannot be told: run `precompute run` again into a new store"
         )
