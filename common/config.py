@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coursepack.errors import RecipeError
+from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,16 +55,14 @@ def read_yaml(path: Path) -> Any:
     """The plain values in a YAML file.
 
     Raises:
-        RecipeError: the file is missing, is not text or is not YAML.
+        RecipeError: the file is missing, or is not what `parse_yaml` takes.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return parse_yaml(read_bounded(path, MOST_YAML_BYTES))
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r} {error}") from error
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: it is not text") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: {error}") from error
 
 
 def write_yaml(values: Any) -> str:
