@@ -10,7 +10,7 @@ import click
 
 from coursepack.console import byte_size, print_table, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.block import BLOCKS
+from coursepack.data.store.done import BLOCKS
 from coursepack.data.store.owners import live_runs
 from coursepack.models.runner import pick_device
 from coursepack.precompute.check import check_views, job_of_store, repair, verify_deep

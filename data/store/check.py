@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +10,16 @@ import numpy as np
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.manifest import load_manifest, zarr_metadata
 from coursepack.data.store.shards import file_checksum
+from coursepack.parsing import parse_json, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coursepack.data.store.manifest import Manifest
+
+MOST_METADATA_BYTES = 1 << 20
+"""Of a zarr.json, which has less than 2,000."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
-            found = json.loads((path / key).read_text())
+            found = parse_json(read_bounded(path / key, MOST_METADATA_BYTES))
         except (OSError, ValueError):
             yield Problem(key, "missing or not JSON")
             continue

@@ -15,9 +15,13 @@ import socket
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from coursepack.errors import StoreBusy
+from pydantic import Field
+
+from coursepack.config import Config, parse_config
+from coursepack.errors import StoreBusy, StoreDamaged
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +29,18 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 LOCK = "lock"
+MOST_RECORD_BYTES = 1 << 16
+
+
+class _Run(Config):
+    """What `_record` writes."""
+
+    host: str
+    pid: int
+    part_index: Annotated[int, Field(ge=0)]
+    part_count: Annotated[int, Field(ge=1)]
+    started: str | None
+    ended: str | None
 
 
 @dataclass(frozen=True)
@@ -89,14 +105,24 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     """Records of the processes that write to the store now."""
     live = []
     for path in sorted((root / RUNS).glob("*.json")):
-        with path.open() as file:
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
             try:
                 # Shared, so that two who look do not take each other for writers.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if text := file.read():
-                    live.append(json.loads(text))
+                if text := file.read(MOST_RECORD_BYTES):
+                    live.append(_parsed(text, path))
     return live
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        record = parse_json(text)
+        return parse_config(_Run, record, str(path)).model_dump()
+    except ValueError as error:
+        raise StoreDamaged(f"the record of a live run, {str(path)!r}, cannot be read: {error}") from error
 
 
 def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
