@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from coursepack.canonical import canonical_json, difference_table
 from coursepack.errors import RunError
 from coursepack.files import write_whole
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from coursepack.distill.trainee import Trainee
 
 CHECKPOINT_FILE = "checkpoint.pt"
-VERSION = 1
+VERSION = 2
+"""Version 1 did not hold what it was bound to, so that a checkpoint of another run could be taken."""
 
 
 @dataclass
@@ -37,10 +40,21 @@ class Position:
     """Evaluations since then."""
 
 
-def save_checkpoint(folder: Path, position: Position, trainee: Trainee, log: EpochLog) -> None:
-    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does."""
+def save_checkpoint(
+    folder: Path, position: Position, trainee: Trainee, log: EpochLog, identity: dict[str, Any]
+) -> None:
+    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does.
+
+    Args:
+        folder: of the run.
+        position: how far it is.
+        trainee: what is trained.
+        log: sums of the epoch so far.
+        identity: what determines the run, as plain values; `check_identity` compares it.
+    """
     state = {
         "version": VERSION,
+        "identity": canonical_json(identity),
         "position": asdict(position),
         "trainee": trainee.state(),
         "log": log.state(),
@@ -74,6 +88,26 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
             "run with the version that began it, or train again with --overwrite"
         )
     return state
+
+
+def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was written by another run than the one at hand.
+
+    Args:
+        folder: of the run.
+        state: from `load_checkpoint`.
+        identity: what determines the run at hand.
+
+    Raises:
+        RunError: the text says what differs.
+    """
+    held = state["identity"]
+    if held != canonical_json(identity):
+        table = difference_table(json.loads(held), identity, "checkpoint", "this run")
+        raise RunError(
+            f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is of another run.\n{table}\n"
+            "Resume with what it was written with, or train again with --overwrite."
+        )
 
 
 def _check_sums(path: Path) -> None:

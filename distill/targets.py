@@ -70,6 +70,9 @@ class TargetsKind(Protocol):
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """Targets of a batch, from all teachers or from those at the given places."""
 
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Open what a view is read from, and check it, before the first batch asks for it."""
+
     def prefetch(self, view: int) -> None:
         """Say which view will be asked for next."""
 
@@ -123,6 +126,16 @@ class CachedTargets:
                 found[place, name] = rows.to(self.device, non_blocking=True)
         return _targets(found, places)
 
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Open the view's files and check them, of all stores or of those at the given places.
+
+        Raises:
+            StoreIncomplete, StoreDamaged: as `fetch`.
+        """
+        for place in range(len(self.readers)) if teachers is None else teachers:
+            for name in self.arrays[place]:
+                self.readers[place].open(name, view)
+
     def prefetch(self, view: int) -> None:
         """Open the view's files in the background and check them."""
         for reader, names in zip(self.readers, self.arrays, strict=True):
@@ -151,6 +164,9 @@ class OnlineTargets:
             output = runner.run(batch.pixels(runner.network.preprocessing.size))
             found |= {(place, name): value.clone() for name, value in output.arrays().items()}
         return _targets(found, places)
+
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Nothing to do: live teachers answer when asked."""
 
     def prefetch(self, view: int) -> None:
         """Nothing to do: live teachers answer when asked."""
@@ -256,18 +272,29 @@ def _kilobytes(file: str, name: str) -> int:
 
 
 def live_teachers(
-    readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]], device: torch.device
+    readers: Sequence[StoreReader],
+    arrays: Sequence[Sequence[str]],
+    device: torch.device,
+    *,
+    trust_code: bool = False,
 ) -> list[TeacherRunner]:
     """The stores' teachers themselves, loaded from where their weights were when the stores were written.
 
     Raises:
+        UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
         TeacherMismatch: the weights there are not the ones that wrote the store.
     """
     runners = []
     for reader, names in zip(readers, arrays, strict=True):
         manifest = reader.manifest
         teacher = manifest.identity["teacher"]
-        network = reload_teacher(teacher, manifest.class_names, manifest.origin.get("weights_file"))
+        network = reload_teacher(
+            teacher,
+            manifest.class_names,
+            manifest.origin.get("weights_file"),
+            holder=f"store {str(reader.path)!r}",
+            trust_code=trust_code,
+        )
         features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
         taps = [tap_from_name(name) for name in features]
         runners.append(TeacherRunner(network, taps, device, teacher.get("columns")))

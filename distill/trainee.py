@@ -78,14 +78,25 @@ class Trainee:
             self.scaler.unscale_(self.optimiser)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        is_left_out = False
         if self.scaler is None:
             self.optimiser.step()
         else:
             self.scaler.step(self.optimiser)
-            self.scaler.update()
-        if self.average is not None:
+            is_left_out = self._update_scale()
+        if self.average is not None and not is_left_out:
             self.average.update_parameters(self.learner.network.module)
         self.steps += 1
+
+    def _update_scale(self) -> bool:
+        """Adjust the scale of float16's gradients; returns whether their overflow left the step out."""
+        assert self.scaler is not None
+        if self.average is None:  # reading the scale waits for the device
+            self.scaler.update()
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() < before  # it falls after an overflow, and only then
 
     def _seed(self, device: torch.device, part: int) -> None:
         """What the network draws (dropout) depends on seed, step, part and rank, not on what ran before."""

@@ -22,6 +22,7 @@ from coursepack.models.preprocessing import Preprocessing
 from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
 from coursepack.models.zoos import timm_network, torchvision_network, torchvision_trained
+from coursepack.own_code import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -155,6 +156,7 @@ def load_teacher(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     columns: Sequence[int] | None = None,
+    trust_code: bool = False,
 ) -> Network:
     """A trained network, checked against the classes of the source it will look at.
 
@@ -167,8 +169,10 @@ def load_teacher(
         mean: as in `build_network`, instead of the network's own.
         std: as in `build_network`, instead of the network's own.
         columns: for each class of the source the teacher's own class; None means they are the same.
+        trust_code: build the network of a run's folder even if it names Python code for it.
 
     Raises:
+        UntrustedCode: the run's folder names Python code, and `trust_code` is false.
         TeacherMismatch: another class count, a column that the teacher does not have, or weights that do not
             fit the network.
         RecipeError: no weights given.
@@ -178,7 +182,7 @@ def load_teacher(
     if spec.startswith("run:"):
         if weights is not None:
             raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
-        network = _load_run(Path(spec.removeprefix("run:")))
+        network = _load_run(Path(spec.removeprefix("run:")), trust_code=trust_code)
     elif weights is None:
         raise RecipeError(f"teacher {spec!r} has no weights: give --weights {_weights_known(spec)}")
     elif Path(weights).suffix in SUFFIXES:
@@ -226,27 +230,38 @@ def _check_classes(
         )
 
 
-def reload_teacher(identity: Mapping[str, Any], class_names: tuple[str, ...], weights: str | None) -> Network:
+def reload_teacher(
+    identity: Mapping[str, Any],
+    class_names: tuple[str, ...],
+    weights: str | None,
+    *,
+    holder: str = "the store",
+    trust_code: bool = False,
+) -> Network:
     """The teacher that wrote a store, from what the store's manifest says of it.
 
     Args:
         identity: the manifest's `identity["teacher"]`.
         class_names: the source's.
         weights: where its weights are.
+        holder: the store, for errors: `store 'cnn.zarr'`.
+        trust_code: build the network even if the manifest names Python code for it.
 
     Raises:
+        UntrustedCode: it does, and `trust_code` is false.
         TeacherMismatch: the weights there are not the ones that wrote the store.
         Otherwise as `load_teacher`.
     """
     pixels = Preprocessing.model_validate(identity["preprocessing"])
     network = load_teacher(
-        identity["network"],
+        check_trusted(identity["network"], holder, trust_code=trust_code),
         class_names,
         weights=weights,
         size=pixels.size,
         mean=pixels.mean,
         std=pixels.std,
         columns=identity.get("columns"),
+        trust_code=trust_code,
     )
     if weights_fingerprint(network.module) != identity["weights"]:
         raise TeacherMismatch(
@@ -264,8 +279,9 @@ def _description(folder: Path) -> _Description:
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
 
 
-def _load_run(folder: Path) -> Network:
+def _load_run(folder: Path, *, trust_code: bool) -> Network:
     stated, weights = _description(folder), folder / WEIGHTS_FILE
+    check_trusted(stated.spec, f"run {str(folder)!r}", trust_code=trust_code)
     pixels = stated.preprocessing
     network = build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
     load_weights(stated.spec, network.module, stated.classes, read_weights(weights), str(weights))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import byte_size, print_table, progress, say
+from coursepack.console import TRUST_CODE, byte_size, print_table, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.done import BLOCKS
 from coursepack.data.store.owners import live_runs
@@ -54,6 +54,7 @@ Examples:
 @click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
 @click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @JSON
 def verify_command(
@@ -63,6 +64,7 @@ def verify_command(
     mend: bool,
     weights: str | None,
     root: Path | None,
+    trust_code: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -73,7 +75,8 @@ def verify_command(
         report = verify(store, on_file=meter.advance)
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
-        job = job_of_store(store, manifest, weights=weights, root=root, device=pick_device(device))
+        chosen = pick_device(device)
+        job = job_of_store(store, manifest, weights=weights, root=root, device=chosen, trust_code=trust_code)
     if report.problems and mend:
         for problem in report.problems:
             say(f"{problem}: written again")
@@ -81,7 +84,7 @@ def verify_command(
             say(f"{key}: the new content rounds differently; the manifest vouches for it now")
         report = verify(store)
     if not report.problems:
-        wrong = check_views(manifest, root, content=content)
+        wrong = check_views(manifest, root, content=content, trust_code=trust_code)
     if deep and not report.problems:
         with progress("run the teacher again", deep, "rows") as meter:
             wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
@@ -111,16 +114,22 @@ Examples:
 @click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@TRUST_CODE
 @JSON
 def inspect(
-    stores: tuple[Path, ...], views: int | None, out: Path | None, root: Path | None, as_json: bool
+    stores: tuple[Path, ...],
+    views: int | None,
+    out: Path | None,
+    root: Path | None,
+    trust_code: bool,
+    as_json: bool,
 ) -> None:
     """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers.
 
     With --out, a picture instead: some samples, their views, and what each teacher says to every one.
     """
     if out is not None:
-        draw_grid(stores, root, views or 4, out)
+        draw_grid(stores, root, views or 4, out, trust_code=trust_code)
         click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
     if views is not None:
