@@ -16,6 +16,7 @@ from coursepack.distill.checkpoint import (
     Position,
     check_identity,
     load_checkpoint,
+    restore,
     save_checkpoint,
 )
 from coursepack.distill.checks import check_student
@@ -228,14 +229,13 @@ def _begun(
     if state is not None:
         check_begun(out, facts)
         check_identity(out, state, identity)
+        steps = run.steps_per_epoch
+        position = restore(out, state, trainee, log, epochs=recipe.epochs, batches=steps)
     # Nobody writes before all have looked.
     _check_all_see(run.ranks, out, None if state is None else state["position"])
     if state is not None:
         if isinstance(folder, RunFolder):
-            folder.reopen(state["position"]["epoch"])
-        trainee.restore(state["trainee"])
-        log.restore(state["log"])
-        position = Position(**state["position"])
+            folder.reopen(position.epoch)
         run.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
     elif isinstance(folder, RunFolder):
         folder.begin(recipe, facts, trainee.learner.network, overwrite=overwrite)

@@ -134,7 +134,11 @@ class Trainee:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
+        for parameter, held in self.optimiser.state.items():
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and value.shape not in ((), parameter.shape):
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
 
 
 def make_trainee(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> Trainee:

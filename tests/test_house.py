@@ -13,10 +13,7 @@ FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].spl
 """Package to folder."""
 COMMON = {
     f"coursepack.{name}"
-COMMON = {
-    f"coursepack.{name}"
     for name in ("errors", "canonical", "config", "console", "files", "locks", "own_code", "parsing")
-}
 }
 ALLOWED = {
     "common": COMMON,
