@@ -90,7 +90,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     if facts.st_size > most_bytes:
         raise ValueError(f"has {facts.st_size:,} bytes, expected at most {most_bytes:,}")
     with path.open("rb") as file:
-        return file.read(most_bytes)
+        return file.read(facts.st_size)
 
 
 def parse_yaml(text: str | bytes) -> Any:

@@ -97,9 +97,10 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         ) from error
     if not isinstance(state, dict):
         raise _damaged(folder, f"it holds a {type(state).__name__}")
-    if state.get("version") != VERSION:
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
         raise RunError(
-            f"checkpoint {str(path)!r} is of version {state.get('version')}, expected {VERSION}: finish the "
+            f"checkpoint {str(path)!r} is of version {version!r:.40}, expected {VERSION}: finish the "
             "run with the version that began it, or train again with --overwrite"
         )
     if missing := PARTS - state.keys():
@@ -148,7 +149,7 @@ def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]
         RunError: the text says what differs.
     """
     held = state["identity"]
-    if held != canonical_json(identity):
+    if not isinstance(held, str) or held != canonical_json(identity):
         try:
             table = difference_table(parse_json(held), identity, "checkpoint", "this run")
         except (ValueError, TypeError, AttributeError) as error:

@@ -10,7 +10,7 @@ import torch
 
 from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.learning_rate import rate_factor
-from coursepack.distill.optimiser import OptimiserConfig, averaged, make_optimiser
+from coursepack.distill.optimiser import OptimiserConfig, averaged, make_optimiser, restore_optimiser
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -129,16 +129,12 @@ class Trainee:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
         self.learner.load_state_dict(state["learner"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        restore_optimiser(self.optimiser, state["optimiser"]["state"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.steps = int(state["steps"])
-        for parameter, held in self.optimiser.state.items():
-            for name, value in held.items():
-                if isinstance(value, torch.Tensor) and value.shape not in ((), parameter.shape):
-                    raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
 
 
 def make_trainee(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> Trainee:
