@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from coursepack.parsing import parse_json
+
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import IO
@@ -22,6 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]  # a module elsewhere
 
+MOST_BYTES = 1 << 16
 _open: set[IO[str]] = set()
 """Files of the locks that this process holds."""
 
@@ -92,7 +95,7 @@ def _locked(path: Path) -> IO[str]:
 def _holder(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
-        found = json.loads(file.read())
+        found = parse_json(file.read(MOST_BYTES))
     except ValueError:  # not written yet
         found = None
     return found if isinstance(found, dict) else {}

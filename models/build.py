@@ -10,24 +10,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
-from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
+from coursepack.errors import CoursepackError, RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.imports import check_trusted
 from coursepack.models.hubs.libraries import timm_network, torchvision_network, torchvision_trained
 from coursepack.models.hubs.python import check_logits, own_network
 from coursepack.models.networks import NETWORKS as NETWORKS
 from coursepack.models.preprocessing import Preprocessing
-from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights, without_prefix
+from coursepack.models.weights import (
+    SUFFIXES,
+    class_count,
+    fitting_weights,
+    load_weights,
+    read_weights,
+    without_prefix,
+)
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 NETWORK_FILE = "network.yaml"
 WEIGHTS_FILE = "student.safetensors"
@@ -63,7 +71,7 @@ class _Description(Config):
     """What `Network.describe` gives."""
 
     spec: str
-    classes: int
+    classes: Annotated[int, Field(ge=1)]
     preprocessing: Preprocessing
 
 
@@ -253,7 +261,7 @@ def reload_teacher(
         TeacherMismatch: the weights there are not the ones that wrote the store.
         Otherwise as `load_teacher`.
     """
-    pixels = Preprocessing.model_validate(identity["preprocessing"])
+    pixels = parse_config(Preprocessing, identity["preprocessing"], f"the preprocessing in {holder}")
     network = load_teacher(
         check_trusted(identity["network"], holder, trust_code=trust_code),
         class_names,
@@ -280,10 +288,33 @@ def _description(folder: Path) -> _Description:
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
 
 
+def _described(stated: _Description) -> Network:
+    pixels = stated.preprocessing
+    return build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
+
+
+def _check_size(stated: _Description, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a network that is not that of its weights before it takes memory."""
+    if not any(stated.classes in value.shape for value in state.values()):
+        raise TeacherMismatch(
+            f"{str(folder / NETWORK_FILE)!r} says {stated.classes} classes, but no tensor of "
+            f"{WEIGHTS_FILE} has a side of that length"
+        )
+    try:
+        with torch.device("meta"):
+            sketch = _described(stated)
+    except CoursepackError:
+        raise
+    except Exception:  # a network whose making computes with its own tensors
+        return
+    fitting_weights(stated.spec, sketch.module, stated.classes, state, str(folder / WEIGHTS_FILE))
+
+
 def _load_run(folder: Path, *, trust_code: bool) -> Network:
     stated, weights = _description(folder), folder / WEIGHTS_FILE
     check_trusted(stated.spec, f"run {str(folder)!r}", trust_code=trust_code)
-    pixels = stated.preprocessing
-    network = build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
-    load_weights(stated.spec, network.module, stated.classes, read_weights(weights), str(weights))
+    state = read_weights(weights)
+    _check_size(stated, state, folder)
+    network = _described(stated)
+    load_weights(stated.spec, network.module, stated.classes, state, str(weights))
     return replace(network, weights_file=str(weights.resolve()))

@@ -18,7 +18,7 @@ import torch
 
 from coursepack.canonical import difference_table, fingerprint
 from coursepack.console import say
-from coursepack.data.store.block import BLOCKS
+from coursepack.data.store.done import BLOCKS
 from coursepack.errors import StoreMismatch
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 from coursepack.data.batches import Batch
 from coursepack.data.randomness import below, random_words
 from coursepack.data.store import StoreReader
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import PRESETS, stored_view
 from coursepack.errors import RecipeError, StoreMismatch
@@ -61,6 +62,8 @@ def draw_grid(
     if path.suffix not in FORMATS:
         raise RecipeError(f"picture {str(path)!r} ends in {path.suffix!r}, expected one of {FORMATS}")
     readers = [StoreReader(store) for store in stores]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
     holder, manifests = f"store {str(stores[0])!r}", [reader.manifest for reader in readers]
     recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
     source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)

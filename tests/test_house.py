@@ -12,7 +12,8 @@ SETUP.read(ROOT / "setup.cfg")
 FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
 """Package to folder."""
 COMMON = {
-    f"coursepack.{name}" for name in ("errors", "canonical", "config", "console", "files", "imports", "locks")
+    f"coursepack.{name}"
+    for name in ("errors", "canonical", "config", "console", "files", "imports", "locks", "parsing")
 }
 ALLOWED = {
     "common": COMMON,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from coursepack.data.encodings import Encoding, encoding_from_dict
 from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict, whole
 from coursepack.data.store.validation import check_manifest, listed, mapping
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
+from coursepack.parsing import parse_json
 
 FORMAT = "coursepack store"
 FORMAT_VERSION = 1
@@ -146,7 +146,7 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         StoreMismatch: it is one of a format version that this release cannot read.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         if values.get("format") != FORMAT:
             raise StoreDamaged(f"{where!r} is not the manifest of a coursepack store")
         if values["format_version"] != FORMAT_VERSION:

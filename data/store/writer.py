@@ -8,13 +8,13 @@ computed again. What a block's files hold does not depend on who wrote them when
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json
-from coursepack.data.store.block import BLOCKS, Block, BlockFiles, done_path
+from coursepack.data.store.block import Block, BlockFiles
+from coursepack.data.store.done import BLOCKS, check_done, done_objects, done_path, read_done
 from coursepack.data.store.layout import (
     block_count,
     table_key,
@@ -162,14 +162,14 @@ class StoreWriter:
     def _is_done(self, view: int, index: int, arrays: tuple[str, ...]) -> bool:
         if not arrays:
             return True
-        try:
-            entry = json.loads(done_path(self.root, view, index).read_text())
-        except FileNotFoundError:
-            return False
-        return set(arrays) <= set(entry["arrays"])
+        entry = read_done(self.root, view, index)
+        return entry is not None and set(arrays) <= set(entry["arrays"])
 
     def _commit_view(self, view: int, arrays: tuple[str, ...]) -> None:
-        done = [json.loads(done_path(self.root, view, index).read_text()) for index in range(self.blocks)]
+        entries = [read_done(self.root, view, index) for index in range(self.blocks)]
+        done = [entry for entry in entries if entry is not None]
+        for index, entry in enumerate(done):
+            check_done(self.root, self.manifest, view, index, entry)
         committed = {
             **self.manifest.committed,
             **{name: tuple(sorted((*self.manifest.committed.get(name, ()), view))) for name in arrays},
@@ -188,11 +188,10 @@ class StoreWriter:
 
     def _sweep(self) -> None:
         """Remove done-objects that the manifest has taken in, and what killed writers left behind."""
-        for path in sorted((self.root / BLOCKS).glob("*.json")):
-            view = int(path.name.partition(".")[0])
-            arrays = json.loads(path.read_text())["arrays"]
-            if all(view in self.manifest.committed.get(name, ()) for name in arrays):
-                path.unlink()
+        for view, index in done_objects(self.root):
+            entry = read_done(self.root, view, index)
+            if entry and all(view in self.manifest.committed.get(name, ()) for name in entry["arrays"]):
+                done_path(self.root, view, index).unlink()
         for view in range(self.manifest.views):
             if not self._missing(view):
                 _remove_partials(self.root / BLOCKS, f"{view}.")

@@ -141,7 +141,9 @@ def view_recipe(name: str, seed: int | None = None) -> ViewRecipe:
         recipe = PRESETS[name]
     else:
         raise UnknownName("view", name, [*PRESETS, "a .yaml file"])
-    return recipe if seed is None else recipe.model_copy(update={"seed": seed})
+    if seed is None:
+        return recipe
+    return parse_config(ViewRecipe, recipe.model_dump() | {"seed": seed}, f"view {name!r} with --view-seed")
 
 
 def stored_view(values: Any, holder: str, *, trust_code: bool) -> ViewRecipe:

@@ -12,7 +12,6 @@ student.safetensors  the student's weights after the last epoch; its presence sa
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -25,6 +24,7 @@ from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.distill.renamed import upgraded
+from coursepack.distill.runs.records import read_metrics, read_provenance
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
 from coursepack.files import naming, partials, write_whole
@@ -127,8 +127,8 @@ class RunFolder:
         """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped."""
         path = self.path
         _clear_partials(path)
-        lines = (path / METRICS_FILE).read_text().splitlines(keepends=True)
-        write_whole(path / METRICS_FILE, "".join(lines[:epoch]).encode())
+        lines = (path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        write_whole(path / METRICS_FILE, *lines[:epoch])
 
     def close(self, *, keep: bool = True) -> None:
         """Unlock the folder; without `keep`, remove it if it was made for this run."""
@@ -209,7 +209,7 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if not (path / CHECKPOINT_FILE).is_file():
         return recipe
-    stores = json.loads((path / PROVENANCE_FILE).read_text())["stores"]
+    stores = read_provenance(path / PROVENANCE_FILE)["stores"]
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 
 
@@ -226,7 +226,7 @@ def check_begun(path: Path, provenance: dict[str, Any]) -> None:
     Raises:
         RunError: the text says what differs.
     """
-    begun = json.loads((path / PROVENANCE_FILE).read_text())
+    begun = read_provenance(path / PROVENANCE_FILE)
     _check_same(path, lasting(begun), lasting(provenance))
 
 
@@ -293,5 +293,4 @@ def load_run(path: Path) -> FinishedRun:
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
     recipe = parse_config(TrainRecipe, upgraded(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE))
-    lines = (path / METRICS_FILE).read_text().splitlines()
-    return FinishedRun(path, recipe, [json.loads(line) for line in lines])
+    return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))

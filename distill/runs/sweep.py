@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import os
 import re
 from contextlib import ExitStack
@@ -46,6 +47,7 @@ OWN_FIELDS = (
 )
 """Fields in which students that are trained together may differ: none of them changes a batch."""
 LONGEST_NAME = 100
+MOST_STUDENTS = 10_000
 
 
 class Grid(Config):
@@ -77,6 +79,9 @@ def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
     empty = [key for key, values in grid.grid.items() if not values]
     if empty or not grid.grid:
         raise RecipeError(f"{str(path)!r} has no values for {', '.join(empty) or 'grid'}: give at least one")
+    count = math.prod(map(len, grid.grid.values()))
+    if count > MOST_STUDENTS:
+        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MOST_STUDENTS:,}")
     students = []
     for chosen in itertools.product(*grid.grid.values()):
         settings = dict(zip(grid.grid, chosen, strict=True))

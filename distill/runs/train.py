@@ -28,6 +28,7 @@ from coursepack.distill.training.checkpoint import (
     Position,
     check_identity,
     load_checkpoint,
+    restore,
     save_checkpoint,
 )
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
@@ -228,14 +229,13 @@ def _begun(
     if saved is not None:
         check_begun(out, facts)
         check_identity(out, saved, identity)
+        steps = setup.steps_per_epoch
+        position = restore(out, saved, state, log, epochs=recipe.epochs, batches=steps)
     # Nobody writes before all have looked.
     _check_all_see(setup.ranks, out, None if saved is None else saved["position"])
     if saved is not None:
         if isinstance(folder, RunFolder):
-            folder.reopen(saved["position"]["epoch"])
-        state.restore(saved["state"])
-        log.restore(saved["metrics"])
-        position = Position(**saved["position"])
+            folder.reopen(position.epoch)
         setup.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
     elif isinstance(folder, RunFolder):
         folder.begin(recipe, facts, state.learner.network, overwrite=overwrite)

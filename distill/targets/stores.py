@@ -16,6 +16,7 @@ import torch
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.finite import check_rows_finite
 from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch
@@ -249,6 +250,8 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
         StoreMismatch: they were written from different sources or views; the text shows what differs.
     """
     readers = [StoreReader(Path(path)) for path in paths]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
     first = readers[0]
     for other in readers[1:]:
         if other.manifest.view_fingerprint == first.manifest.view_fingerprint:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
 from coursepack.canonical import canonical_json, difference_table
+from coursepack.config import Config, parse_config
 from coursepack.errors import RunError
 from coursepack.files import write_whole
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_FILE = "checkpoint.pt"
+PARTS = {"version", "identity", "position", "state", "metrics"}
 VERSION = 2
 """Version 1 did not hold the identity of its run, so that a checkpoint of another run could be taken."""
 
@@ -38,6 +41,16 @@ class Position:
     """The best accuracy of an evaluation so far."""
     stale: int = 0
     """Evaluations since then."""
+
+
+class _StatedPosition(Config):
+    """A position as a file gives it."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    batches: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    best: Annotated[float, Field(ge=0, le=1)] | None
+    stale: Annotated[int, Field(ge=0)]
 
 
 def save_checkpoint(
@@ -82,12 +95,52 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         raise RunError(
             f"checkpoint {str(path)!r} cannot be read ({error}): train again with --overwrite"
         ) from error
-    if state.get("version") != VERSION:
+    if not isinstance(state, dict):
+        raise _damaged(folder, f"it holds a {type(state).__name__}")
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
         raise RunError(
-            f"checkpoint {str(path)!r} is of version {state.get('version')}, expected {VERSION}: finish the "
+            f"checkpoint {str(path)!r} is of version {version!r:.40}, expected {VERSION}: finish the "
             "run with the version that began it, or train again with --overwrite"
         )
+    if missing := PARTS - state.keys():
+        raise _damaged(folder, f"it has no {', '.join(sorted(missing))}")
     return state
+
+
+def restore(
+    folder: Path,
+    content: dict[str, Any],
+    state: TrainState,
+    metrics: EpochMetrics,
+    *,
+    epochs: int,
+    batches: int,
+) -> Position:
+    """Put a student and its metrics where a checkpoint has them, and return the position.
+
+    Args:
+        folder: the run's folder.
+        content: a result of `load_checkpoint`.
+        state: the student in training; changed in place.
+        metrics: sums of the epoch; changed in place.
+        epochs: epochs of the run.
+        batches: batches of an epoch.
+
+    Raises:
+        RunError: the checkpoint is not one of this run.
+    """
+    try:
+        stated = parse_config(_StatedPosition, content["position"], "its position")
+        position = Position(**stated.model_dump())
+        if position.epoch >= epochs or position.batches > batches:
+            raise ValueError(f"it is in epoch {position.epoch} after {position.batches} batches")
+        state.restore(content["state"])
+        metrics.restore(content["metrics"])
+        metrics.means()
+    except Exception as error:  # torch raises half a dozen kinds for states of another form
+        raise _damaged(folder, " ".join(str(error).split())[:500] or type(error).__name__) from error
+    return position
 
 
 def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -102,8 +155,11 @@ def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]
         RunError: the text says what differs.
     """
     held = state["identity"]
-    if held != canonical_json(identity):
-        table = difference_table(json.loads(held), identity, "checkpoint", "this run")
+    if not isinstance(held, str) or held != canonical_json(identity):
+        try:
+            table = difference_table(parse_json(held), identity, "checkpoint", "this run")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(folder, "it does not say which run it is of") from error
         raise RunError(
             f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is of another run.\n{table}\n"
             "Resume with what it was written with, or train again with --overwrite."
@@ -113,6 +169,14 @@ def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]
 def _check_sums(path: Path) -> None:
     """Compare the file's checksums, which torch writes but does not look at."""
     with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed, as torch writes none")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+
+
+def _damaged(folder: Path, fault: str) -> RunError:
+    return RunError(
+        f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is damaged: {fault}. Train again with --overwrite."
+    )

@@ -11,7 +11,7 @@ import torch
 from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.recipe import OptimizerConfig
 from coursepack.distill.training.learner import Learner
-from coursepack.distill.training.optimizer import averaged, make_optimizer
+from coursepack.distill.training.optimizer import averaged, make_optimizer, restore_optimizer
 from coursepack.distill.training.schedule import rate_factor
 
 if TYPE_CHECKING:
@@ -124,12 +124,12 @@ class TrainState:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a result of `state`."""
         self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"]["state"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
 
 
 def make_state(setup: Setup, recipe: TrainRecipe | None = None) -> TrainState:

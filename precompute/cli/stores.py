@@ -10,7 +10,8 @@ import click
 
 from coursepack.console import TRUST_CODE, byte_size, print_table, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.block import BLOCKS
+from coursepack.data.store.done import BLOCKS
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.owners import live_runs
 from coursepack.models.teacher import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
@@ -32,6 +33,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(store: Path, as_json: bool) -> None:
     """Say what a store holds, what is still missing, and who is writing to it."""
     manifest = load_manifest(store)
+    check_complete(manifest, str(store))
     if as_json:
         click.echo(json.dumps(_status(store, manifest), indent=1))
     else:
@@ -72,6 +74,7 @@ def verify_command(
 ) -> None:
     """Check every file against the manifest; exit status 1 if anything is wrong."""
     manifest = load_manifest(store)
+    check_complete(manifest, str(store))
     total = sum(size for size, _ in manifest.files.values())
     with progress(f"verify {store.name}", total, "bytes") as meter:
         report = verify(store, on_file=meter.advance)
@@ -138,6 +141,8 @@ def inspect(
     if views is not None:
         raise click.UsageError("--views is of the picture: give --out grid.png too")
     readers = [StoreReader(path) for path in stores]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
     if as_json:
