@@ -146,7 +146,7 @@ def beside_probs(values: np.ndarray, what: str, k: int, size: int, ours: dict[st
             rows.append(fidelity_row(title, size, at, entry))
             rows[-1]["config"]["rows without a tail"] = empty
             ratio = entry["mean"] / ours[at]["mean"]
-            title = f"KL {what} TinyViT top-{entries} / topk:{k} ({size} B each) {at}"
+            title = f"KL {what} TinyViT top-{entries} {named} / topk:{k} ({size} B each) {at}"
             rows.append(exact(title, ratio, "ratio", {"bytes a view": size}, ">= 1.0"))
     return rows
 
