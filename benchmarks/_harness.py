@@ -139,7 +139,8 @@ def row(
     median = statistics.median(values)
     if bar is None:
         low, high = np.quantile(values, [0.25, 0.75]).tolist()
-        return _row(identifier, median, low, high, unit, len(values), config | {"interval": "quartiles"})
+        config = config | {"interval": "quartiles" if len(values) > 1 else "one run"}
+        return _row(identifier, median, low, high, unit, len(values), config)
     low, high = (float(end) for end in stats.quantile_test(values, p=0.5).confidence_interval(0.95))
     if math.isnan(low):
         config = config | {"interval": "range"}

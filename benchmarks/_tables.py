@@ -251,4 +251,5 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods, first teachers: experts": partial(study, "methods-first", "experts"),
     "methods, first teachers: confident": partial(study, "methods-first", "sure"),
     "methods": partial(settings, "methods"),
+    "methods, teachers' time": partial(listed, "methods-first", "teacher-hours-saved"),
 }  # fmt: skip
