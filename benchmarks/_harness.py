@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import random
 import statistics
@@ -38,6 +37,8 @@ LATEST = 25 * 60.0
 """Seconds after the start of the process from which no rounds are added, so that a run ends in 30 minutes."""
 DOUBLINGS = 5
 """How often the rounds of an undecided measurement are doubled at most."""
+FEWEST = 6
+"""Rounds from which on the order statistics of the median have a 95 % interval."""
 RESAMPLES = 2000
 
 
@@ -141,10 +142,10 @@ def row(
         low, high = np.quantile(values, [0.25, 0.75]).tolist()
         config = config | {"interval": "quartiles" if len(values) > 1 else "one run"}
         return _row(identifier, median, low, high, unit, len(values), config)
-    low, high = (float(end) for end in stats.quantile_test(values, p=0.5).confidence_interval(0.95))
-    if math.isnan(low):
+    if len(values) < FEWEST:
         config = config | {"interval": "range"}
         return _row(identifier, median, min(values), max(values), unit, len(values), config, bar, "undecided")
+    low, high = (float(end) for end in stats.quantile_test(values, p=0.5).confidence_interval(0.95))
     config = config | {"interval": "95 %"}
     return _row(identifier, median, low, high, unit, len(values), config, bar, verdict(low, high, bar))
 
@@ -159,14 +160,20 @@ def ratio_of_sums(
     identifier: str, seconds: Seconds, over: str, under: str, config: dict[str, Any], bar: str | None = None
 ) -> Row:
     """Return one variant's total time over another's, with a 95 % interval from resampling the rounds."""
+    value = sum(seconds[over]) / sum(seconds[under])
+    rounds = ratios(seconds, over, under)
+    if len(rounds) < FEWEST:
+        holds = None if bar is None else "undecided"
+        config = config | {"interval": "range"}
+        low, high = min(value, *rounds), max(value, *rounds)
+        return _row(identifier, value, low, high, "ratio", len(rounds), config, bar, holds)
     above, below = np.array(seconds[over]), np.array(seconds[under])
     chosen = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     low, high = np.quantile(above[chosen].sum(1) / below[chosen].sum(1), [0.025, 0.975]).tolist()
-    value = float(above.sum() / below.sum())
-    # The bootstrap of a few rounds is too narrow to decide by.
-    holds = None if bar is None else verdict(low, high, bar) if len(above) >= 6 else "undecided"
     low, high = min(low, value), max(high, value)
-    return _row(identifier, value, low, high, "ratio", len(above), config | {"interval": "95 %"}, bar, holds)
+    holds = None if bar is None else verdict(low, high, bar)
+    config = config | {"interval": "95 %"}
+    return _row(identifier, value, low, high, "ratio", len(rounds), config, bar, holds)
 
 
 def verdict(low: float, high: float, bar: str) -> str:
