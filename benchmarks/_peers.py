@@ -166,7 +166,7 @@ def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
     return DenseRows(targets.log()), float((left <= 0).float().mean())
 
 
-def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
+def digit_logits(epochs: int) -> tuple[np.ndarray, str, np.ndarray]:
     """A real teacher's answers to the test digits, after a short training."""
     from epoch import DEVICE, recipe
 
@@ -177,7 +177,7 @@ def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
 
     run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
     trainee = run.trainee()
-    for epoch in range(8):
+    for epoch in range(epochs):
         train_epoch([trainee], run.batches(epoch), None)
     source = open_source("digits:test")
     samples = np.arange(len(source.labels))

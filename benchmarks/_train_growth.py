@@ -46,7 +46,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(64, (1, 2), (1, 2), (1, 2), (10, 20), rounds=1, large=(1000, 4))
+QUICK = Size(16, (1, 2), (1, 2), (1,), (10,), rounds=1, large=(1000, 4))
 
 
 def growth(folder: Path, size: Size) -> list[dict[str, Any]]:

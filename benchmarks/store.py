@@ -44,6 +44,7 @@ class Size:
     batches: int = 32
     rounds: int = 15
     step_rounds: int = 60
+    digit_epochs: int = 8
     patience: float = PATIENCE
 
     @property
@@ -53,7 +54,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(rows=2_048, peer_rows=512, batches=4, rounds=2, step_rounds=2, patience=0)
+QUICK = Size(rows=1_024, peer_rows=256, batches=2, rounds=1, step_rounds=1, digit_epochs=1, patience=0)
 
 
 def reading(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
@@ -318,7 +319,7 @@ def main() -> None:
         rows += fidelities(
             values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
         )
-        rows += fidelities(*digit_logits())
+        rows += fidelities(*digit_logits(size.digit_epochs))
     report("Stores", rows, chosen.json)
 
 

@@ -74,8 +74,8 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    samples=64, teachers=("resnet8", "resnet14"), students=("resnet8",), batch_sizes=(16,), steps=(2,),
-    live_counts=(1,), live_steps=2,
+    samples=32, teachers=("resnet8", "resnet14"), students=("resnet8",), batch_sizes=(16,), steps=(1,),
+    live_counts=(1,), live_steps=1,
     precompute_teachers=("resnet8",), precompute_samples=32, precompute_rounds=1, patience=0,
     growth=_train_growth.QUICK, sweep=_train_sweep.QUICK,
 )  # fmt: skip
