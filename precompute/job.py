@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,7 @@ class Job:
 
     def environment(self) -> dict[str, Any]:
         """What may change the last bits of a teacher's answer without being part of its identity."""
-        libraries = {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")}
-        return {**libraries, "device": self.runner.device.type, "batch_size": self.batch_size}
+        return {**_library_versions(), "device": self.runner.device.type, "batch_size": self.batch_size}
 
 
 def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool = False) -> Manifest:
@@ -231,6 +231,11 @@ def _answers(
             output = job.runner.run(batch.pixels(size))
             check_finite(output, batch.samples.tolist(), job.runner.network.spec)
             yield place, batch, {name: value.cpu().numpy() for name, value in output.arrays().items()}
+
+
+@cache
+def _library_versions() -> Mapping[str, str]:
+    return {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")}
 
 
 class _Sums:
