@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import RowStore, rewrite_manifest, store_files, write_rows
 
-from coursepack.data.store import StoreReader, load_manifest, verify
+from coursepack.data.store import StoreReader, load_manifest, sampling, verify
 from coursepack.errors import StoreDamaged, StoreMismatch
 
 ROWS = RowStore(views=3, shapes={"logits": (10,), "features/stem": (2, 3)})
@@ -91,3 +91,33 @@ def test_verify_counts_and_notices_other_labels(store):
     assert lines(store) == [f"labels/c.0: 5 bytes, expected {len(labels)}"]
     (store / "labels/c.0").write_bytes(labels)
     assert lines(store) == []
+
+
+def test_verify_reads_a_chunk_of_every_array_through_zarr(store, monkeypatch):
+    read, opened = sampling.read_rows, []
+
+    def note(root, array, view, start, stop):
+        rows = read(root, array, view, start, stop)
+        opened.append((array, view, start, stop))
+        return rows
+
+    monkeypatch.setattr(sampling, "read_rows", note)
+    for _ in range(20):
+        assert verify(store).problems == ()
+    assert {array for array, *_ in opened} == {"labels", "logits/values", "features/stem/values"}
+    assert len({view for array, view, *_ in opened if array == "logits/values"}) > 1
+    assert len({(start, stop) for array, _, start, stop in opened if array == "logits/values"}) > 1
+
+
+def test_an_array_that_zarr_reads_otherwise_is_reported(store, monkeypatch):
+    read = sampling.read_rows
+    monkeypatch.setattr(sampling, "read_rows", lambda *place: read(*place) + 1)
+    arrays = ["features/stem/values", "labels", "logits/values"]
+    assert sorted(line.partition(":")[0] for line in lines(store)) == [f"{name}/zarr.json" for name in arrays]
+    assert "zarr reads other values in rows" in lines(store)[0]
+
+    def refuse(*_):
+        raise KeyError("no such codec")
+
+    monkeypatch.setattr(sampling, "read_rows", refuse)
+    assert lines(store)[0] == "labels/zarr.json: zarr cannot read the array: KeyError: 'no such codec'"

@@ -10,6 +10,7 @@ import numpy as np
 
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.sampling import unlike_zarr
 from coursepack.data.store.shards import file_checksum
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class StoreReport:
 def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
     """Check sizes and checksums of all files, and the Zarr metadata.
 
+    Where all that is sound, also read one random chunk of every array through the `zarr` library.
+
     Args:
         path: the store.
         on_file: called with a file's number of bytes after each, for progress.
@@ -59,6 +62,8 @@ def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> Store
         *_unvouched(manifest),
         *_metadata_problems(path, manifest),
     ]
+    if not problems:
+        problems = [Problem(key, what) for key, what in unlike_zarr(path, manifest)]
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.encodings import Encoding, encoding_from_dict
-from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict, whole
+from coursepack.data.store.layout import ArrayLayout, layout_from_dict, whole
 from coursepack.data.store.validation import check_manifest, listed, mapping
+from coursepack.data.store.zarr_metadata import METADATA, array_metadata, group_metadata
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 
 if TYPE_CHECKING:
@@ -214,17 +215,30 @@ def check_not_foreign(path: Path) -> None:
 
 def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Every zarr.json of a store by its key, arrays first and the group's own last."""
-    arrays = manifest.zarr_arrays()
     metadata = {
-        f"{path}/zarr.json": array_metadata(layout, shape) for path, (layout, shape) in arrays.items()
+        f"{path}/{METADATA}": array_metadata(layout, shape)
+        for path, (layout, shape) in manifest.zarr_arrays().items()
     }
+    return metadata | {_metadata_key(group): _group_metadata(group) for group in _zarr_groups(manifest)}
+
+
+def zarr_keys(manifest: Manifest) -> list[str]:
+    """Keys of `zarr_metadata`."""
+    arrays = [f"{path}/{METADATA}" for path in manifest.zarr_arrays()]
+    return arrays + [_metadata_key(group) for group in _zarr_groups(manifest)]
+
+
+def _zarr_groups(manifest: Manifest) -> list[str]:
+    """Paths of the groups, inner ones first; the store's own is empty."""
     groups = {""}
-    for path in arrays:
+    for path in manifest.zarr_arrays():
         parents = path.split("/")[:-1]
         groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
-    for group in sorted(groups, reverse=True):
-        metadata[f"{group}/zarr.json" if group else "zarr.json"] = _group_metadata(group)
-    return metadata
+    return sorted(groups, reverse=True)
+
+
+def _metadata_key(group: str) -> str:
+    return f"{group}/{METADATA}" if group else METADATA
 
 
 def _group_metadata(group: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from coursepack.data.store.manifest import (
     Manifest,
     check_not_foreign,
     load_manifest,
+    zarr_keys,
     zarr_metadata,
 )
 from coursepack.data.store.owners import Part, owning, store_lock
@@ -222,7 +223,7 @@ class StoreWriter:
 
         Lists every folder, so it is done once a run and not at every commit.
         """
-        for key in zarr_metadata(self.manifest):
+        for key in zarr_keys(self.manifest):
             _remove_partials((self.root / key).parent, "zarr.json.")
         for folder in (self.root, *(self.root / name for name in self.manifest.tables)):
             _remove_partials(folder)
