@@ -101,7 +101,7 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     for key, metadata in zarr_metadata(manifest).items():
         try:
             found = json.loads((path / key).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             yield Problem(key, "missing or not JSON")
             continue
         if found != metadata:
