@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from coursepack.errors import RecipeError
+from coursepack.files import naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ class Board:
         """Write into a folder; what was written of epoch `first` and later ones is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._path = path
         self._writer: Any = SummaryWriter(str(path), purge_step=first)  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
 
     def __enter__(self) -> Self:
@@ -44,9 +46,10 @@ class Board:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Write one epoch's metrics, so that they can be looked at and outlive the process."""
-        for name, value in scalars(metrics):
-            self._writer.add_scalar(name, value, metrics["epoch"])
-        self._writer.flush()  # a run that is killed has told what it finished
+        with naming(self._path):
+            for name, value in scalars(metrics):
+                self._writer.add_scalar(name, value, metrics["epoch"])
+            self._writer.flush()  # a run that is killed has told what it finished
 
 
 class NoBoard:

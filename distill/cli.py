@@ -61,7 +61,7 @@ Examples:
 @click.option("--method", help="See `distill methods`.  [default: kd with stores, else supervised]")
 @click.option("--online", is_flag=True, default=None, help="Run the stores' teachers live instead.")
 @click.option("--source", help="NAME or NAME:SPLIT.  [default: the stores']")
-@click.option("--root", help="Folder of the source's files, if it has any.")
+@click.option("--root", help="Folder of the source's files, if it has any.  [default: the stores']")
 @click.option("--view", "view", help="View recipe: a preset's name or a YAML file.  [default: the stores']")
 @click.option("--views", type=click.IntRange(1), help="Views to take in turn, one per epoch.")
 @click.option("--view-order", type=click.Choice(["cyclic", "shuffled"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
-from coursepack.data.sources import evaluation_spec
+from coursepack.data.sources import evaluation_spec, open_stored
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.targets import open_stores
 from coursepack.errors import RecipeError
@@ -27,15 +27,21 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
     stores = values.get("stores") or ()
     values.setdefault("method", "kd" if stores else "supervised")
     values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
+    kept = None
     if stores and not smoke:
-        identity = open_stores(stores)[0].manifest.identity
-        values.setdefault("source", identity["source"]["name"])
-        values.setdefault("view", identity["view"]["recipe"])
+        manifest = open_stores(stores)[0].manifest
+        stored = str(manifest.identity["source"]["name"])
+        values.setdefault("source", stored)
+        values.setdefault("view", manifest.identity["view"]["recipe"])
+        if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
+            kept = manifest.source_root
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
     if not smoke:
-        values["source"] = open_source(values["source"], root).name
+        values["source"] = open_stored(values["source"], root, kept).name
+        if root is None and kept is not None:
+            root, values["root"] = Path(kept), kept
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from coursepack.canonical import difference_table
-from coursepack.data import ViewRecipe, open_source, view_fingerprint
+from coursepack.data import ViewRecipe, view_fingerprint
 from coursepack.data.drift import drift
+from coursepack.data.sources import open_stored
+from coursepack.data.sources.roots import some
 from coursepack.data.store import StoreReader
 from coursepack.distill.targets import CachedTargets, choose_reading, common_views, free_memory, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
@@ -48,7 +51,7 @@ def open_course(
         stores: paths, one per teacher.
         source: the opened source; None means what the stores name.
         view: the view recipe; None means the stores' own.
-        root: folder of the source's files, if it has any.
+        root: folder of the source's files, if it has any; None means where the stores' teachers read them.
 
     Raises:
         RecipeError: no store is given.
@@ -60,15 +63,15 @@ def open_course(
     if not stores:
         raise RecipeError("there is no store to learn from: give at least one")
     readers = open_stores(stores)
-    identity = readers[0].manifest.identity
+    identity, kept = readers[0].manifest.identity, readers[0].manifest.source_root
     if source is None:
-        source = open_source(identity["source"]["name"], None if root is None else Path(root))
+        source = open_stored(identity["source"]["name"], None if root is None else Path(root), kept)
     source.check()
     if view is None:
         view = ViewRecipe.model_validate(identity["view"]["recipe"])
     for reader in readers:
         _check_store(reader, source, view)
-    return Course(source, view, tuple(readers), root)
+    return Course(source, view, tuple(readers), kept if root is None else root)
 
 
 def make_targets(
@@ -176,4 +179,17 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
         raise TeacherMismatch(
             f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
             f"{source.name!r} has {len(source.class_names)}"
+        )
+    labels = reader.labels()
+    if len(labels) != len(source.labels):
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} has {len(labels):,} samples, but source {source.name!r} has "
+            f"{len(source.labels):,}: train on the source that the teachers saw"
+        )
+    others = np.flatnonzero(labels != source.labels)
+    if len(others):
+        raise StoreMismatch(
+            f"store {str(reader.path)!r} has other labels than source {source.name!r} for {len(others):,} of "
+            f"{len(labels):,} samples ({some(map(str, others))}), though its manifest vouches for them, so "
+            "what else was changed cannot be told: run `precompute run` again into a new store"
         )

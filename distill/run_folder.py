@@ -24,7 +24,7 @@ from coursepack.config import parse_config, write_yaml
 from coursepack.distill.checkpoint import CHECKPOINT_FILE
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.errors import RunError
-from coursepack.files import partials, write_whole
+from coursepack.files import naming, partials, write_whole
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one epoch's metrics."""
-        with (self.path / METRICS_FILE).open("a") as file:
+        path = self.path / METRICS_FILE
+        with naming(path), path.open("a") as file:
             file.write(canonical_json(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that counts on this line reaches the disk after it

@@ -19,7 +19,7 @@ from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownNam
 from coursepack.models.networks import NETWORKS as NETWORKS
 from coursepack.models.own import check_logits, own_network
 from coursepack.models.preprocessing import Preprocessing
-from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights
+from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights, without_prefix
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
 from coursepack.models.zoos import timm_network, torchvision_network, torchvision_trained
 
@@ -184,6 +184,7 @@ def load_teacher(
     elif Path(weights).suffix in SUFFIXES:
         state = read_weights(Path(weights))
         network = build_network(spec, classes, size=size, mean=mean, std=std)
+        state = without_prefix(state, network.module, weights)
         if columns is not None:
             trained_on = class_count(network.module, classes, state)
             network = build_network(spec, trained_on, size=size, mean=mean, std=std)

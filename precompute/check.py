@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from coursepack.console import say
-from coursepack.data import open_source
 from coursepack.data.drift import changed_content, drift
 from coursepack.data.randomness import below, random_words
+from coursepack.data.sources import open_stored
 from coursepack.data.store import StoreReader, StoreWriter
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.check import make_way
+from coursepack.data.store.layout import table_key
+from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import ViewRecipe, draw, render
 from coursepack.errors import CoursepackError, StoreMismatch
 from coursepack.models import TeacherRunner
@@ -80,7 +82,7 @@ def source_of_stores(manifests: Sequence[Manifest], root: Path | None) -> Source
     first = manifests[0].identity
     if len({manifest.view_fingerprint for manifest in manifests}) > 1:
         raise StoreMismatch("the stores' teachers saw different pixels: give stores of one source and view")
-    source = open_source(first["source"]["name"], root)
+    source = open_stored(first["source"]["name"], root, manifests[0].source_root)
     if source.fingerprint != first["source"]["fingerprint"]:
         raise StoreMismatch(
             f"source {source.name!r} is {source.fingerprint[:12]} here, but the teacher saw "
@@ -89,12 +91,15 @@ def source_of_stores(manifests: Sequence[Manifest], root: Path | None) -> Source
     return source
 
 
-def check_views(manifest: Manifest, root: Path | None, *, content: bool = False) -> tuple[str, ...]:
+def check_views(
+    path: Path, manifest: Manifest, root: Path | None, *, content: bool = False
+) -> tuple[str, ...]:
     """Whether this version draws and renders the views that the store's teacher saw.
 
     Args:
+        path: the store.
         manifest: the store's.
-        root: folder of the source's files.
+        root: folder of the source's files; None means where they were.
         content: also read every file of the source and compare it with what was seen.
 
     Returns:
@@ -106,7 +111,7 @@ def check_views(manifest: Manifest, root: Path | None, *, content: bool = False)
     """
     identity = manifest.identity
     try:
-        source = open_source(identity["source"]["name"], root)
+        source = open_stored(identity["source"]["name"], root, manifest.source_root)
     except CoursepackError as error:
         if content:
             raise
@@ -119,7 +124,12 @@ def check_views(manifest: Manifest, root: Path | None, *, content: bool = False)
     found = drift(manifest, source, recipe, views, every_block=True)
     if content and "content" not in manifest.view_records.get("0", {}):
         say("the store keeps no checksums of its source's content, so that was not compared")
-    return found + (changed_content(manifest, source) if content else ())
+    return found + (changed_content(manifest, source, _begun(path, manifest)) if content else ())
+
+
+def _begun(path: Path, manifest: Manifest) -> float:
+    """When a store was begun, as its file system has it: the labels are written once."""
+    return (path / table_key(LABELS, manifest.tables[LABELS].layout)).stat().st_mtime
 
 
 def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = None) -> DeepReport:
@@ -167,9 +177,11 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
 
     Raises:
         StoreBusy: a live process writes to the store.
+        StoreDamaged: in the place of a file is something that may be worth keeping.
     """
     keys = {problem.key for problem in problems}
     with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
+        make_way(job.store, keys)
         before = writer.manifest.files
         sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)

@@ -48,7 +48,7 @@ JOB_OPTIONS = (
     click.option("--std", callback=parse_numbers, metavar="X,X,X",
                  help="Divided by, per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML: for each class of the source the teacher's own class."),
+                 help="YAML: the teacher's class ids, in the order of the source's classes or by name."),
     click.option("--source", "source_spec", required=True, help="NAME or NAME:SPLIT."),
     click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if any."),
     click.option("--view", required=True, help="View recipe: a preset's name or a YAML file."),
@@ -149,7 +149,8 @@ def _job(
         teacher, source.class_names, weights=weights, size=size, mean=mean, std=std, columns=columns
     )
     runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
-    job = Job(source=source, recipe=view_recipe(view, view_seed), runner=runner, **numbers)
+    recipe = view_recipe(view, view_seed)
+    job = Job(source=source, recipe=recipe, runner=runner, root=root, **numbers)
     stored = job.plan().arrays[LOGITS][0].name
     if stored != job.encoding:
         say(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from coursepack.data.store import Manifest
 
 STORE = click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
+ROOT_HELP = "Folder of the source's files, if it has any.  [default: where they were]"
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -54,7 +55,7 @@ Examples:
 )
 @click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
 @click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @JSON
 def verify_command(
@@ -76,13 +77,14 @@ def verify_command(
     if (report.problems and mend) or (deep and not report.problems):
         job = job_of_store(store, manifest, weights=weights, root=root, device=pick_device(device))
     if report.problems and mend:
+        others = repair(job, report.problems)
         for problem in report.problems:
             say(f"{problem}: written again")
-        for key in repair(job, report.problems):
+        for key in others:
             say(f"{key}: the new content rounds differently; the manifest vouches for it now")
         report = verify(store)
     if not report.problems:
-        wrong = check_views(manifest, root, content=content)
+        wrong = check_views(store, manifest, root, content=content)
     if deep and not report.problems:
         with progress("run the teacher again", deep, "rows") as meter:
             wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
@@ -111,7 +113,7 @@ Examples:
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @JSON
 def inspect(
     stores: tuple[Path, ...], views: int | None, out: Path | None, root: Path | None, as_json: bool

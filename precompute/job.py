@@ -67,6 +67,8 @@ class Job:
     workers: int | None = None
     """Processes that decode and render; None means one per core for image files, none for images in
     memory."""
+    root: Path | None = None
+    """Folder of the source's files, if it has any, for the store to remember."""
 
     def renderer(self) -> Renderer:
         """What renders the views at the size that the teacher reads."""
@@ -103,7 +105,10 @@ class Job:
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
                 "precision": "float32",
             },
-            origin={"weights_file": network.weights_file},
+            origin={
+                "weights_file": network.weights_file,
+                "root": None if self.root is None else str(self.root.expanduser().absolute()),
+            },
             labels=self.source.labels,
             class_names=self.source.class_names,
             views=self.views,

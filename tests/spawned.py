@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from moments import at_rename, die
 from torch import nn
 
 import coursepack.data.jit_philox
@@ -59,14 +60,19 @@ DROPPING = NetworkKind(Dropping, NETWORKS["digits-small"].preprocessing)
 
 
 def serve_distill():
-    """Run `distill` commands that come line by line, in forked processes that may be killed; import once."""
+    """Run `distill` commands that come line by line, in forked processes that may die; import once.
+
+    A line is a JSON list: the command's words, and before which rename it dies, as (number, name), or null.
+    """
     NETWORKS["dropping"] = DROPPING
     for line in sys.stdin:
+        words, moment = json.loads(line)
         child = os.fork()
         if child == 0:
             os.dup2(2, 1)
-            distill(json.loads(line))
-        print(child, flush=True)
+            if moment is not None:
+                at_rename(moment[0], die, moment[1])
+            distill(words)
         print(os.waitpid(child, 0)[1], flush=True)
 
 

@@ -1,18 +1,22 @@
 """The parts of training for a loop of one's own: what they give, and what they refuse."""
 
+import shutil
+
 import pytest
 import torch
 from builders import make_recipe, write_store, write_teacher
 from helpers import random_source, rewrite_manifest
 
 from coursepack.data import batches, epoch_order, open_source, subset, view_recipe
-from coursepack.data.store import load_manifest
+from coursepack.data.store import StoreReader, load_manifest
+from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.data.views import PadCrop
 from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
 from coursepack.distill.methods import METHODS, Method
 from coursepack.distill.optimiser import make_optimiser
+from coursepack.distill.prepare import prepare
 from coursepack.distill.targets import WINDOW_CHUNKS, WINDOW_ROWS
-from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch, UnknownName
+from coursepack.errors import RecipeError, StoreDamaged, StoreMismatch, TeacherMismatch, UnknownName
 from coursepack.models import Network, Preprocessing, TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
@@ -64,6 +68,31 @@ def test_stores_that_do_not_fit_are_refused(stores, tmp_path, teachers):
     rewrite_manifest(other, lambda values: values["class_names"].append("eleventh"))
     with pytest.raises(TeacherMismatch, match="has 11 classes, but source 'digits:train' has 10"):
         open_course([other])
+
+
+@pytest.mark.parametrize("vouched", [False, True])
+def test_damaged_labels_are_refused_before_anything_is_read(stores, tmp_path, vouched):
+    """Students learn the source's labels; a store whose own are others is not what was written."""
+    path = tmp_path / "s.zarr"
+    shutil.copytree(stores[0], path)
+    if vouched:
+        layout = load_manifest(path).tables["labels"].layout
+        labels = StoreReader(path).labels()
+        labels[[3, 700]] = (labels[[3, 700]] + 1) % 10
+        pieces = shard_pieces(labels, layout)
+        (path / "labels/c.0").write_bytes(b"".join(map(bytes, pieces)))
+        entry = [sum(map(len, pieces)), shard_checksum(pieces)]
+        rewrite_manifest(path, lambda values: values["files"].update({"labels/c.0": entry}))
+        text = r"has other labels than source 'digits:train' for 2 of 1,442 samples \(3, 700\)"
+    else:
+        content = bytearray((path / "labels/c.0").read_bytes())
+        content[40] ^= 1
+        (path / "labels/c.0").write_bytes(content)
+        text = r"labels/c\.0' does not match its checksum\. Run `precompute verify"
+    with pytest.raises((StoreMismatch, StoreDamaged), match=text):
+        open_course([stores[1], path])
+    with pytest.raises((StoreMismatch, StoreDamaged), match=text):
+        prepare(make_recipe([path]), torch.device("cpu"))
 
 
 def test_a_method_is_checked_against_the_stores(course, stores):

@@ -1,6 +1,8 @@
 """Run folders: what is in them, training them again to the last bit, and refusing unfinished ones."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -13,10 +15,10 @@ from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.complete import complete
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.run_folder import RunFolder, load_run
 from coursepack.distill.train import train
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
-from coursepack.models import load_teacher
+from coursepack.models import build_network, load_teacher
 
 NAMES = {
     *("recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl"),
@@ -297,3 +299,20 @@ def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
     values = {"student": "digits-small", "source": "digits", "view": "digits"}
     assert complete(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
     assert complete(dict(values), "here").evaluation == "digits:test"
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "o", make_recipe(), {}, build_network("digits-small", 10))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    writes = {
+        "metrics.jsonl": lambda: folder.log({"epoch": 0}),
+        "best.safetensors": lambda: folder.keep_best(build_network("digits-small", 10)),
+    }
+    for name, write in writes.items():
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write()
+        assert error.value.filename == str(tmp_path / "o" / name)

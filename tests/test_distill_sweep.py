@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -182,24 +181,20 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
 def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
     students = read_grid(methods_grid)
     sweep(students, tmp_path / "whole", device=CPU, together=2)
-    command = [
-        sys.executable, "-c", "from coursepack.distill.cli import main; main()", "sweep", str(methods_grid),
-        "--out", str(tmp_path / "killed"), "--together", "2", "--resume", "--json",
-        "--checkpoint-seconds", "0",
+    words = [
+        "sweep", str(methods_grid), "--out", str(tmp_path / "killed"), "--together", "2", "--resume",
+        "--json", "--checkpoint-seconds", "0",
     ]  # fmt: skip
-    kills = 0
-    for wait in (3.5, 4.5, 5.5, 120):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        deadline = time.monotonic() + wait
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        told = process.communicate()[0]
-    assert process.returncode == 0
-    assert kills > 0
-    assert [group["runs"] for group in json.loads(told)] == [2, 2, 2, 2], "two seeds of each"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Of 64 checkpoints in all: with the first two students, with later ones, with those after them.
+    for checkpoint in (5, 20, 20, None):
+        code = "from coursepack.distill.cli import main; "
+        if checkpoint is not None:
+            code += f"from moments import at_rename, die; at_rename({checkpoint}, die, 'checkpoint.pt'); "
+        command = [sys.executable, "-c", f"{code}main()", *words]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        assert done.returncode == (0 if checkpoint is None else -signal.SIGKILL), done.stderr
+    assert [group["runs"] for group in json.loads(done.stdout)] == [2, 2, 2, 2], "two seeds of each"
     for student in students:
         assert_same_runs(tmp_path / "killed" / student.name, tmp_path / "whole" / student.name)
 

@@ -88,6 +88,9 @@ class Fake:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self._draw(np.asarray(samples)))
 
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
+
     def check(self) -> None:
         """Nothing on disk, nothing to be damaged."""
 

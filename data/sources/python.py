@@ -68,6 +68,9 @@ class MapStyle:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self.pixels(samples))
 
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
+
     def check(self) -> None:
         """Nothing that opening did not see."""
 

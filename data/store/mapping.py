@@ -18,6 +18,7 @@ from coursepack.data.store.shards import (
     stored_checksum,
 )
 from coursepack.errors import StoreDamaged
+from coursepack.files import naming, open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,7 +199,7 @@ class _Component:
     def _content(self, shard: ShardFile, *, resident: bool) -> NDArray[np.uint8]:
         path = shard.root / shard.key
         try:
-            with path.open("rb") as file:
+            with naming(path), os.fdopen(open_regular(path), "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != shard.size:
                     raise StoreDamaged(

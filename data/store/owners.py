@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from coursepack.errors import StoreBusy
+from coursepack.files import naming, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,8 +50,10 @@ class Part:
 @contextmanager
 def store_lock(root: Path) -> Iterator[None]:
     """Be the only process that changes the manifest or claims a part."""
-    with (root / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path = root / LOCK
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        with naming(path):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -75,20 +78,24 @@ def owning(root: Path, part: Part) -> Iterator[None]:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
         name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
         path = folder / name
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _record(file, part, started, ended=None)
+        file = path.open("wb", buffering=0)
+        with naming(path):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _record(file, part, started, ended=None)
     with file:
         try:
             yield
         finally:
-            _record(file, part, started, ended=time.time())
+            with naming(path):
+                _record(file, part, started, ended=time.time())
 
 
 def live_runs(root: Path) -> list[dict[str, Any]]:
     """Records of the processes that write to the store now."""
     live = []
     for path in sorted((root / RUNS).glob("*.json")):
+        if not path.is_file():  # no writer's, and to open a FIFO would be to wait for one
+            continue
         with path.open() as file:
             try:
                 # Shared, so that two who look do not take each other for writers.
@@ -99,7 +106,7 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     return live
 
 
-def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
+def _record(file: IO[bytes], part: Part, started: float, ended: float | None) -> None:
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -113,5 +120,4 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
     }
     # One write over the old text, which is never longer: whoever looks meanwhile finds one or the other.
     file.seek(0)
-    file.write(json.dumps(record))
-    file.flush()
+    file.write(json.dumps(record).encode())
