@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 @click.group(cls=Commands)
 def main() -> None:
     """Train students from precomputed stores, evaluate them and compare their runs."""
+    # A mapped file that is cut short while it is read ends the process by SIGBUS: at least say where.
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
 
 
 EXAMPLES_TRAIN = """\b

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.facts import Facts, Inside, Moment
+from coursepack.distill.finite import cause_of, is_finite
 from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting
 from coursepack.distill.hints import Hint, Hints
 from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
@@ -206,7 +207,7 @@ class Objective(nn.Module):
     def _soft(self, facts: Facts) -> _Soft:
         teachers = facts.teachers
         weights = self.fusion(facts)
-        _check_finite("a teacher's weight", weights, facts.moment)
+        self._check_finite("a teacher's weight", weights, facts)
         adjustments = self.config.adjustments(teachers.places)
         dynamic = self.config.dynamic_temperature
         if dynamic.kind == "none":
@@ -219,8 +220,17 @@ class Objective(nn.Module):
         temperatures = sample_temperatures(
             facts.student_logits, fused, base=self.config.temperature, **dynamic.model_dump()
         )
-        _check_finite("a sample's temperature", temperatures.values, facts.moment)
+        self._check_finite("a sample's temperature", temperatures.values, facts)
         return _Soft(weights, adjustments, temperatures, temperatures.values)
+
+    def _check_finite(self, name: str, values: Tensor | None, facts: Facts) -> None:
+        """Say that training diverged before the loss refuses its arguments; on the CPU, where it does."""
+        if values is None or values.device.type != "cpu" or is_finite(values):
+            return
+        cause, advice = cause_of(facts, self.fusion)
+        raise TrainingDiverged(
+            f"training diverged in epoch {facts.moment.epoch}: {name} is not finite, since {cause}. {advice}"
+        )
 
     def _soft_target(self, facts: Facts, soft: _Soft) -> Tensor:
         """Fused soft targets of the teachers, with the cross-entropy in the same pass, `(N,)`."""
@@ -262,16 +272,6 @@ class Objective(nn.Module):
             name: value_at(getattr(relations, name), epoch) * loss(ours, theirs)
             for name, loss in used.items()
         }
-
-
-def _check_finite(name: str, values: Tensor | None, moment: Moment) -> None:
-    """Say that training diverged before the loss refuses its arguments; on the CPU, where it does."""
-    if values is None or values.device.type != "cpu" or bool(torch.isfinite(values).all()):
-        return
-    raise TrainingDiverged(
-        f"training diverged in epoch {moment.epoch}: {name} is not finite, since the student's logits are "
-        "not. Use a smaller --lr, and --overwrite what is left of the run."
-    )
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tensor:

@@ -6,24 +6,31 @@ Both kinds have one method, `fetch(batch, teachers=None)`, and give the same ans
 from __future__ import annotations
 
 import functools
-import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import torch
 
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
-from coursepack.errors import RecipeError, StoreMismatch
+from coursepack.distill.finite import check_rows_finite
+from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
 
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]  # a module that Windows does not have
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import Tensor
 
     from coursepack.data import Batch
@@ -75,6 +82,12 @@ class TargetsKind(Protocol):
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Say which rows will be asked for soon."""
+
+    def check_unchanged(self) -> None:
+        """Refuse targets whose files were changed since they were opened."""
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Refuse targets of the given views that are not finite: look for the cause of a loss that is not."""
 
 
 class CachedTargets:
@@ -135,12 +148,34 @@ class CachedTargets:
             for name in names:
                 reader.will_need(name, view, samples)
 
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed since they were opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for reader in self.readers:
+            reader.check_unchanged()
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Read all rows of some views and refuse any that holds NaN or infinity.
+
+        Raises:
+            NonFiniteOutput: names the store, the array and the first samples.
+        """
+        for reader, names in zip(self.readers, self.arrays, strict=True):
+            for name in names:
+                for view in views:
+                    check_rows_finite(reader, name, view)
+
 
 class OnlineTargets:
     """Targets asked of teachers that run beside the student: the baseline, and the proof."""
 
     def __init__(self, runners: Sequence[TeacherRunner]) -> None:
         self.runners = list(runners)
+        self._finite: dict[int, Tensor] = {}
+        """Per place whether all answers so far were finite; on the device, so that no step waits for it."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """The teachers' answers to the batch's own views, rendered at each teacher's size."""
@@ -150,6 +185,8 @@ class OnlineTargets:
             runner = self.runners[place]
             output = runner.run(batch.pixels(runner.network.preprocessing.size))
             found |= {(place, name): value.clone() for name, value in output.arrays().items()}
+            finite = torch.stack([torch.isfinite(value).all() for value in output.arrays().values()]).all()
+            self._finite[place] = finite & self._finite.get(place, finite)
         return _targets(found, places)
 
     def prefetch(self, view: int) -> None:
@@ -157,6 +194,23 @@ class OnlineTargets:
 
     def will_need(self, view: int, samples: Samples) -> None:
         """Nothing to do: live teachers answer when asked."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to do: live teachers have no files."""
+
+    def check_finite(self, views: Sequence[int]) -> None:
+        """Refuse teachers whose weights or answers so far were not finite.
+
+        Raises:
+            NonFiniteOutput: names the teacher.
+        """
+        for place, runner in enumerate(self.runners):
+            runner.check_weights()
+            if not bool(self._finite.get(place, True)):
+                raise NonFiniteOutput(
+                    f"live teacher {runner.network.spec!r} gave answers that are not finite: check its "
+                    "weights and its preprocessing, or leave it out"
+                )
 
 
 def _targets(found: Mapping[tuple[int, str], Tensor | Rows], places: Sequence[int]) -> Targets:
@@ -238,21 +292,21 @@ def choose_reading(
 
 def free_memory() -> int:
     """Bytes of memory that could be used without swapping, within the limits of control group and process."""
-    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    free: int = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    for resource_limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        most = resource.getrlimit(resource_limit)[0]
-        if most != resource.RLIM_INFINITY:
-            free = min(free, most - _kilobytes("/proc/self/status", name) * 1024)
+    if resource is not None:
+        held = psutil.Process().memory_info()
+        # macOS counts no data segment apart.
+        for kind, bytes_held in (
+            (resource.RLIMIT_DATA, getattr(held, "data", held.rss)),
+            (resource.RLIMIT_AS, held.vms),
+        ):
+            most = resource.getrlimit(kind)[0]
+            if most != resource.RLIM_INFINITY:
+                free = min(free, most - bytes_held)
     return max(0, free)
-
-
-def _kilobytes(file: str, name: str) -> int:
-    """A number from one of the tables that Linux keeps."""
-    table = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-    return int(table[name].split()[0])
 
 
 def live_teachers(

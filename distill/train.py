@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coursepack.console import progress
 from coursepack.data.loading import Renderer
 from coursepack.distill.board import Board, NoBoard, check_tensorboard
@@ -227,6 +229,8 @@ def train_together(
         while active := [training for training in trainings if not training.is_over]:
             rows = len(run.samples) - _rows_before(run, active[0].position)
             _train_epoch_of(run, active, renderer, checkpoints)
+            if run.targets is not None:
+                run.targets.check_unchanged()
             _evaluate(run, active, looking)
             found = [training.position.best for training in active if training.position.best is not None]
             meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
@@ -269,6 +273,7 @@ def _evaluate(run: Run, active: Sequence[Training], renderer: Renderer) -> None:
         try:
             training.end_epoch(run.views_of_epoch(epoch), found)
         except TrainingDiverged as error:
+            _check_targets(run.targets, run.views_of_epoch(epoch))
             training.diverged = error
 
 
@@ -346,7 +351,12 @@ def train_steps(
             }
             for trainee, log, rows in zip(trainees, logs, looked_at, strict=True):
                 share = _share(trainee.learner.ranks, rows, part, batch)
-                log.add(trainee.add_gradient(part, fetched[id(rows)], moment, share), rows)
+                try:
+                    output = trainee.add_gradient(part, fetched[id(rows)], moment, share)
+                except TrainingDiverged:
+                    _check_targets(targets, np.unique(rows.view).tolist())
+                    raise
+                log.add(output, rows)
         for trainee in trainees:
             trainee.end_step()
         yield number + 1
@@ -371,6 +381,18 @@ def _asked(trainees: Sequence[Trainee], moment: Moment) -> list[int] | None:
     chosen = {trainee.learner.objective.chosen_teacher(moment) for trainee in trainees}
     places = [place for place in chosen if place is not None]
     return sorted(places) if len(places) == len(chosen) else None
+
+
+def _check_targets(targets: TargetsKind | None, views: Sequence[int]) -> None:
+    """Refuse targets that are the cause of a loss that is not finite.
+
+    Raises:
+        StoreDamaged: files of a store were changed while they were read.
+        NonFiniteOutput: targets are not finite.
+    """
+    if targets is not None:
+        targets.check_unchanged()
+        targets.check_finite(views)
 
 
 def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coursepack.errors import NonFiniteOutput, RecipeError, TeacherMismatch
+from coursepack.models.float32 import ieee_float32
 from coursepack.models.own import logits_problem
 from coursepack.models.taps import tap_margins, tapped
 
@@ -52,7 +53,12 @@ class TeacherOutput:
 
 
 class TeacherRunner:
-    """A teacher in evaluation mode, without gradients, on one device."""
+    """A teacher in evaluation mode, without gradients, on one device, in IEEE float32."""
+
+    memory_layout = "contiguous"
+    """Order of the images in memory, `(N, channels, H, W)`."""
+    compiled = False
+    """Whether the network runs through `torch.compile`."""
 
     def __init__(
         self,
@@ -95,7 +101,7 @@ class TeacherRunner:
                 layer's output cannot be reduced.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
-        with tapped(self._module, self._layers) as outputs:
+        with tapped(self._module, self._layers) as outputs, ieee_float32():
             logits = self._module(images)
         if (problem := logits_problem(logits, (len(pixels), self.network.classes))) is not None:
             raise TeacherMismatch(f"teacher {self.network.spec!r} gives {problem}")
@@ -127,6 +133,19 @@ class TeacherRunner:
             if margins is not None:
                 kept[tap.name] = margins
         return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
+
+    def check_weights(self) -> None:
+        """Refuse weights that hold NaN or infinity.
+
+        Raises:
+            NonFiniteOutput: names the first of them.
+        """
+        for name, value in self._module.state_dict().items():
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                raise NonFiniteOutput(
+                    f"teacher {self.network.spec!r} has weights that are not finite, first {name!r}: give "
+                    "others"
+                )
 
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of every array, by running one black image.

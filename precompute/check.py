@@ -22,6 +22,7 @@ from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
 from coursepack.precompute.job import Job, write_blocks
+from coursepack.precompute.numerics import NumericsGuard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -169,7 +170,8 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
 def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     """Write the files with problems again, and of their blocks whatever comes out otherwise than it stands.
 
-    Files of committed views that the manifest does not name are among them: it vouches for them afterwards.
+    Files of committed views that the manifest does not name are among them: it vouches for them afterwards. A
+    machine of other numerics than the store's is warned of.
 
     Returns:
         The files whose new content has another checksum than before (another machine rounds differently); the
@@ -182,6 +184,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     keys = {problem.key for problem in problems}
     with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
         make_way(job.store, keys)
+        NumericsGuard(job.store, job.environment()).check(writer.manifest)
         before = writer.manifest.files
         sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)

@@ -93,7 +93,12 @@ Examples:
 @main.command(epilog=EXAMPLES_RUN)
 @job_options
 @click.option("--ignore-space", is_flag=True, help="Begin even if the store will not fit on the disk.")
-def run(ignore_space: bool, **flags: Any) -> None:
+@click.option(
+    "--same-numerics",
+    is_flag=True,
+    help="Refuse a store with rows of another kind of machine or batch size, instead of warning.",
+)
+def run(ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
     """Run one teacher over all views and write its store.
 
     Run the same command again after any interruption: it goes on where it stopped. More --views, or another
@@ -103,7 +108,7 @@ def run(ignore_space: bool, **flags: Any) -> None:
     if not ignore_space:
         check_space(job)
     with _stoppable(job.store):
-        manifest = run_job(job)
+        manifest = run_job(job, same_numerics=same_numerics)
     print_status(job.store, manifest)
 
 

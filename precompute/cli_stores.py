@@ -16,6 +16,7 @@ from coursepack.data.store.records import view_mean
 from coursepack.models.runner import pick_device
 from coursepack.precompute.check import check_views, job_of_store, repair, verify_deep
 from coursepack.precompute.inspection import agreement, describe_store
+from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def print_status(store: Path, manifest: Manifest) -> None:
     if facts["accuracy_per_view"]:
         correct = facts["accuracy_per_view"].values()
         rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
+    rows += _numerics_rows(facts["numerics"])
     if len(facts["committed_views"]) < facts["views"]:
         rows.append(["blocks done besides", str(facts["blocks_done_besides"])])
     for writer in facts["writers"]:
@@ -192,6 +194,7 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
             view: view_mean(record, "correct", f"view {view} of store {str(store)!r}")
             for view, record in records
         },
+        "numerics": views_by_numerics(manifest),
         "writers": live_runs(store),
     }
 
@@ -214,6 +217,13 @@ def _print_store(facts: dict[str, Any]) -> None:
         fidelity = (values["fidelity"][name] for name in temperatures)
         rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
     print_table("", header, rows)
+    for name, text in _numerics_rows(facts["numerics"]):
+        click.echo(f"{name}: {text}")
+
+
+def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """One line per numerics of the committed views, with how many they are."""
+    return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
 
 
 def _shape(row_shape: list[int]) -> str:

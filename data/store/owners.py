@@ -2,12 +2,12 @@
 
 A process says which part it owns in a file under `runs/` and holds a lock on that file; the lock vanishes
 with the process, however that ends. The file stays as a record of when and where the run was: the only place
-for times, hosts and pids, and nothing compares it.
+for times, hosts and pids, and nothing compares it. Where the system has no flock(2), as Windows, nothing is
+locked: stores can be read there, and written by one process at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -19,6 +19,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from coursepack.errors import StoreBusy
 from coursepack.files import naming, open_regular
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # a module that Windows does not have
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +58,7 @@ def store_lock(root: Path) -> Iterator[None]:
     path = root / LOCK
     with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
         with naming(path):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
         yield
 
 
@@ -80,7 +85,7 @@ def owning(root: Path, part: Part) -> Iterator[None]:
         path = folder / name
         file = path.open("wb", buffering=0)
         with naming(path):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             _record(file, part, started, ended=None)
     with file:
         try:
@@ -91,8 +96,10 @@ def owning(root: Path, part: Part) -> Iterator[None]:
 
 
 def live_runs(root: Path) -> list[dict[str, Any]]:
-    """Records of the processes that write to the store now."""
-    live = []
+    """Records of the processes that write to the store now; none where the system cannot tell."""
+    live: list[dict[str, Any]] = []
+    if fcntl is None:
+        return live
     for path in sorted((root / RUNS).glob("*.json")):
         if not path.is_file():  # no writer's, and to open a FIFO would be to wait for one
             continue
@@ -104,6 +111,11 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
                 if text := file.read():
                     live.append(json.loads(text))
     return live
+
+
+def _lock(file: IO[bytes]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _record(file: IO[bytes], part: Part, started: float, ended: float | None) -> None:
