@@ -9,9 +9,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coursepack.errors import RecipeError
+from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+MOST_LINES = 20
+"""Problems of a file that are shown."""
+MOST_SHOWN = 200
+"""Characters of a wrong value that are shown."""
 
 
 class Config(BaseModel):
@@ -54,16 +61,14 @@ def read_yaml(path: Path) -> Any:
     """The plain values in a YAML file.
 
     Raises:
-        RecipeError: the file is missing, is not text or is not YAML.
+        RecipeError: the file is missing, or is not what `parse_yaml` takes.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return parse_yaml(read_bounded(path, MOST_YAML_BYTES))
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r} {error}") from error
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: it is not text") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: {error}") from error
 
 
 def write_yaml(values: Any) -> str:
@@ -72,7 +77,10 @@ def write_yaml(values: Any) -> str:
 
 
 def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
-    return RecipeError(f"{where} is not valid:\n" + "\n".join(_line(model, problem) for problem in problems))
+    lines = [_line(model, problem) for problem in problems[:MOST_LINES]]
+    if len(problems) > MOST_LINES:
+        lines.append(f"  and {len(problems) - MOST_LINES:,} more")
+    return RecipeError(f"{where} is not valid:\n" + "\n".join(lines))
 
 
 _EXPECTED = {
@@ -84,20 +92,30 @@ _EXPECTED = {
 
 
 def _line(model: type[Config], problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(_cut(str(part)) for part in problem["loc"]) or "it"
     if problem["type"] == "extra_forbidden":
         known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
         return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
     if problem["type"] == "union_tag_invalid":
         key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
         near = _near(tag, tags.replace("'", "").split(", "))
-        return f"  {path}: unknown {key.strip(chr(39))} {tag!r}{near or ', expected one of ' + tags}"
+        return (
+            f"  {path}: unknown {key.strip(chr(39))} {_cut(repr(tag))}{near or ', expected one of ' + tags}"
+        )
     if problem["type"] == "union_tag_not_found":
-        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {problem['input']!r}"
+        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {_shown(problem['input'])}"
     whole = problem["type"] == "value_error" and isinstance(problem["input"], dict)
-    given = "" if problem["type"] == "missing" or whole else f", got {problem['input']!r}"
+    given = "" if problem["type"] == "missing" or whole else f", got {_shown(problem['input'])}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
+
+
+def _shown(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 LOG_SECONDS = 10.0
 
 
+TRUST_CODE = click.option(
+    "--trust-code", is_flag=True, help="Import and run Python code that a store or a run's folder names."
+)
+"""The option of every command that may build or open what a store or a run's folder describes."""
+
+
 class Commands(click.Group):
     """A click group whose commands print an error as one message and exit with status 1."""
 

@@ -33,6 +33,10 @@ class RecipeError(CoursepackError, ValueError):
     """A recipe, or the flags that make one, does not describe a run that can be made."""
 
 
+class UntrustedCode(CoursepackError, PermissionError):
+    """A store or a run's folder names Python code, and the user has neither named nor trusted it."""
+
+
 class SourceError(CoursepackError, OSError):
     """A data set's files are missing or damaged."""
 
@@ -79,6 +83,10 @@ class TrainingDiverged(CoursepackError, FloatingPointError):
 
 class RankLost(CoursepackError, ConnectionError):
     """Another of the processes that train together has ended or does not answer."""
+
+
+class RunBusy(CoursepackError, RuntimeError):
+    """Another process is training into the same run folder."""
 
 
 class RunError(CoursepackError, OSError):

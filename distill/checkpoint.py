@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
+from coursepack.canonical import canonical_json, difference_table
+from coursepack.config import Config, parse_config
 from coursepack.errors import RunError
 from coursepack.files import write_whole
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
     from coursepack.distill.trainee import Trainee
 
 CHECKPOINT_FILE = "checkpoint.pt"
-VERSION = 1
+PARTS = {"version", "identity", "position", "trainee", "log"}
+VERSION = 2
+"""Version 1 did not hold what it was bound to, so that a checkpoint of another run could be taken."""
 
 
 @dataclass
@@ -37,10 +43,31 @@ class Position:
     """Evaluations since then."""
 
 
-def save_checkpoint(folder: Path, position: Position, trainee: Trainee, log: EpochLog) -> None:
-    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does."""
+class _StatedPosition(Config):
+    """A position as a file gives it."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    batches: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    best: Annotated[float, Field(ge=0, le=1)] | None
+    stale: Annotated[int, Field(ge=0)]
+
+
+def save_checkpoint(
+    folder: Path, position: Position, trainee: Trainee, log: EpochLog, identity: dict[str, Any]
+) -> None:
+    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does.
+
+    Args:
+        folder: of the run.
+        position: how far it is.
+        trainee: what is trained.
+        log: sums of the epoch so far.
+        identity: what determines the run, as plain values; `check_identity` compares it.
+    """
     state = {
         "version": VERSION,
+        "identity": canonical_json(identity),
         "position": asdict(position),
         "trainee": trainee.state(),
         "log": log.state(),
@@ -68,17 +95,82 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         raise RunError(
             f"checkpoint {str(path)!r} cannot be read ({error}): train again with --overwrite"
         ) from error
-    if state.get("version") != VERSION:
+    if not isinstance(state, dict):
+        raise _damaged(folder, f"it holds a {type(state).__name__}")
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
         raise RunError(
-            f"checkpoint {str(path)!r} is of version {state.get('version')}, expected {VERSION}: finish the "
+            f"checkpoint {str(path)!r} is of version {version!r:.40}, expected {VERSION}: finish the "
             "run with the version that began it, or train again with --overwrite"
         )
+    if missing := PARTS - state.keys():
+        raise _damaged(folder, f"it has no {', '.join(sorted(missing))}")
     return state
+
+
+def restore(
+    folder: Path, state: dict[str, Any], trainee: Trainee, log: EpochLog, *, epochs: int, batches: int
+) -> Position:
+    """Put a trainee and its sums where a checkpoint has them.
+
+    Args:
+        folder: of the run.
+        state: from `load_checkpoint`.
+        trainee: changed in place.
+        log: changed in place.
+        epochs: of the run.
+        batches: of an epoch.
+
+    Raises:
+        RunError: the checkpoint is not one of this run.
+    """
+    try:
+        stated = parse_config(_StatedPosition, state["position"], "its position")
+        position = Position(**stated.model_dump())
+        if position.epoch >= epochs or position.batches > batches:
+            raise ValueError(f"it is in epoch {position.epoch} after {position.batches} batches")
+        trainee.restore(state["trainee"])
+        log.restore(state["log"])
+        log.means()
+    except Exception as error:  # torch raises half a dozen kinds for states of another form
+        raise _damaged(folder, " ".join(str(error).split())[:500] or type(error).__name__) from error
+    return position
+
+
+def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was written by another run than the one at hand.
+
+    Args:
+        folder: of the run.
+        state: from `load_checkpoint`.
+        identity: what determines the run at hand.
+
+    Raises:
+        RunError: the text says what differs.
+    """
+    held = state["identity"]
+    if not isinstance(held, str) or held != canonical_json(identity):
+        try:
+            table = difference_table(parse_json(held), identity, "checkpoint", "this run")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(folder, "it does not say which run it is of") from error
+        raise RunError(
+            f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is of another run.\n{table}\n"
+            "Resume with what it was written with, or train again with --overwrite."
+        )
 
 
 def _check_sums(path: Path) -> None:
     """Compare the file's checksums, which torch writes but does not look at."""
     with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed, as torch writes none")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+
+
+def _damaged(folder: Path, fault: str) -> RunError:
+    return RunError(
+        f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is damaged: {fault}. Train again with --overwrite."
+    )

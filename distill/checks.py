@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
     _check_mixing(recipe)
     _check_parts(recipe)
     _check_compile(recipe)
+    _check_schedule(recipe)
+    _check_term(recipe)
     if recipe.views_per_load > recipe.batch_size:
         raise RecipeError(
             f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
@@ -98,6 +101,51 @@ def _check_compile(recipe: TrainRecipe) -> None:
             f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(looks)}), "
             "which cannot be done through torch.compile: leave compile out"
         )
+
+
+def _check_schedule(recipe: TrainRecipe) -> None:
+    """Refuse a learning rate whose changes lie past the end of the run."""
+    schedule, epochs = recipe.optimiser.schedule, recipe.epochs
+    late = [milestone for milestone in schedule.milestones if milestone >= epochs]
+    if late:
+        raise RecipeError(
+            f"optimiser.schedule.milestones are {list(schedule.milestones)}, but the run ends after epoch "
+            f"{epochs - 1}, so the learning rate would never fall at {late[0]}: give --milestones below "
+            f"{epochs}, or more --epochs"
+        )
+    if schedule.warmup_epochs > epochs:
+        raise RecipeError(
+            f"optimiser.schedule.warmup_epochs is {schedule.warmup_epochs:g}, but the run has {epochs} "
+            f"epochs, so the learning rate would never reach lr: give --warmup-epochs up to {epochs}, or "
+            "more --epochs"
+        )
+
+
+def _check_term(recipe: TrainRecipe) -> None:
+    """Refuse arguments that the method's own term does not take."""
+    term, given = METHODS[recipe.method].term, recipe.objective.term
+    if term is None and given:
+        raise RecipeError(
+            f"objective.term is {given}, but method {recipe.method!r} has no term of its own: leave it out"
+        )
+    if term is not None:
+        try:
+            inspect.signature(term).bind(None, **given)
+        except TypeError as error:
+            raise RecipeError(f"objective.term does not fit method {recipe.method!r}: {error}") from error
+
+
+def check_evaluation(source: Source, evaluation: Source) -> None:
+    """Refuse to evaluate on images or classes that the student is not trained on."""
+    for what, trained, evaluated in (
+        ("classes", len(source.class_names), len(evaluation.class_names)),
+        ("channels", source.channels, evaluation.channels),
+    ):
+        if trained != evaluated:
+            raise RecipeError(
+                f"evaluation {evaluation.name!r} has {evaluated} {what}, but source {source.name!r} has "
+                f"{trained}: evaluate on a split of the same data"
+            )
 
 
 def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import Commands, parse_numbers, print_table, progress
+from coursepack.console import TRUST_CODE, Commands, parse_numbers, print_table, progress
 from coursepack.data import open_source, view_recipe
 from coursepack.data.loading import Renderer
 from coursepack.distill.compare import compare, plot, table_rows
@@ -27,6 +27,7 @@ from coursepack.distill.train import CHECKPOINT_SECONDS, train
 from coursepack.errors import TrainingDiverged, UnknownName
 from coursepack.models import load_teacher
 from coursepack.models.runner import pick_device
+from coursepack.own_code import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,12 +124,14 @@ Examples:
 @click.option("--threads", type=click.IntRange(1),
               help="Threads of torch and the kernels.  [default: one per core]")  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard into the run, too.")
+@TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
     recipe_file: Path | None,
     out: Path,
     overwrite: bool,
     tensorboard: bool,
+    trust_code: bool,
     smoke: bool,
     device: str,
     workers: int | None,
@@ -152,13 +155,14 @@ def train_command(
         _apply_flags(values, flags)
         set_values(values, assignments)
         where = "the recipe" if recipe_file is None else str(recipe_file)
-        recipe = complete(values, where, smoke=smoke)
+        recipe = complete(values, where, smoke=smoke, trust_code=trust_code)
         how: dict[str, Any] = {
             "overwrite": overwrite,
             "resume": resume,
             "workers": workers,
             "threads": threads,
             "tensorboard": tensorboard,
+            "trust_code": trust_code,
             "checkpoint_seconds": checkpoint_seconds,
         }
         if smoke:
@@ -190,9 +194,12 @@ def train_command(
               help="Threads of torch and the kernels.  [default: one per core]")  # fmt: skip
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
               help="Time between checkpoints; 0 means after every step.")  # fmt: skip
+@TRUST_CODE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-def sweep_command(grid_file: Path, out: Path, device: str, as_json: bool, **how: Any) -> None:
+def sweep_command(
+    grid_file: Path, out: Path, device: str, as_json: bool, trust_code: bool, **how: Any
+) -> None:
     """Train many students: every combination of the values in a grid file.
 
     The file has `base`, the recipe fields that all share, and `grid`, lists of values by field.subfield.
@@ -205,8 +212,8 @@ def sweep_command(grid_file: Path, out: Path, device: str, as_json: bool, **how:
       objective.temperature: [2, 4]
       seed: [0, 1, 2]
     """
-    students = read_grid(grid_file)
-    diverged = sweep(students, out, device=pick_device(device), **how)
+    students = read_grid(grid_file, trust_code=trust_code)
+    diverged = sweep(students, out, device=pick_device(device), trust_code=trust_code, **how)
     _show(finished(students, out), as_json=as_json)
     if diverged:
         raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")
@@ -216,14 +223,18 @@ def sweep_command(grid_file: Path, out: Path, device: str, as_json: bool, **how:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--source", help="NAME:SPLIT.  [default: what the run was evaluated on]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if it has any.")
+@TRUST_CODE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-def eval_command(run: Path, source: str | None, root: Path | None, as_json: bool, device: str) -> None:
+def eval_command(
+    run: Path, source: str | None, root: Path | None, trust_code: bool, as_json: bool, device: str
+) -> None:
     """Evaluate the student of a finished run."""
     finished = load_run(run)
     recipe = finished.recipe
-    data = open_source(source or recipe.evaluation, root or (Path(recipe.root) if recipe.root else None))
-    network = load_teacher(f"run:{run}", data.class_names)
+    name = source or check_trusted(recipe.evaluation, f"run {str(run)!r}", trust_code=trust_code)
+    data = open_source(name, root or (Path(recipe.root) if recipe.root else None))
+    network = load_teacher(f"run:{run}", data.class_names, trust_code=trust_code)
     chosen = pick_device(device)
     network.module.to(chosen)
     with progress(f"eval {run.name}", len(data.labels), "samples") as meter:

@@ -8,15 +8,21 @@ from typing import Any
 from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec, open_stored
+from coursepack.data.views import stored_view
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.targets import open_stores
 from coursepack.errors import RecipeError
+from coursepack.own_code import check_trusted
 
 
-def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> TrainRecipe:
+def complete(
+    values: dict[str, Any], where: str, *, smoke: bool = False, trust_code: bool = False
+) -> TrainRecipe:
     """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.
 
     Raises:
+        UntrustedCode: a store names Python code for a source or a view that the values leave out, and
+            `trust_code` is false.
         RecipeError: something is missing, unknown or out of range.
     """
     if isinstance(values.get("view"), str):
@@ -29,12 +35,14 @@ def complete(values: dict[str, Any], where: str, *, smoke: bool = False) -> Trai
     values["objective"] = resolve_objective(values["method"], values.get("objective") or {}, where)
     kept = None
     if stores and not smoke:
-        manifest = open_stores(stores)[0].manifest
-        stored = str(manifest.identity["source"]["name"])
-        values.setdefault("source", stored)
-        values.setdefault("view", manifest.identity["view"]["recipe"])
-        if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
-            kept = manifest.source_root
+        first = open_stores(stores)[0]
+        identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
+        if "source" not in values:
+            values["source"] = check_trusted(identity["source"]["name"], holder, trust_code=trust_code)
+        if "view" not in values:
+            values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
+        if str(values["source"]).partition(":")[0] == identity["source"]["name"].partition(":")[0]:
+            kept = first.manifest.source_root
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None

@@ -10,18 +10,20 @@ import numpy as np
 import torch
 
 from coursepack.canonical import difference_table
-from coursepack.data import ViewRecipe, view_fingerprint
+from coursepack.data import view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.sources import open_stored
 from coursepack.data.sources.roots import some
 from coursepack.data.store import StoreReader
+from coursepack.data.views import stored_view
 from coursepack.distill.targets import CachedTargets, choose_reading, common_views, free_memory, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
+from coursepack.own_code import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coursepack.data import Source
+    from coursepack.data import Source, ViewRecipe
     from coursepack.data.store.reader import Reading
     from coursepack.distill.objective import Objective
 
@@ -44,6 +46,7 @@ def open_course(
     source: Source | None = None,
     view: ViewRecipe | None = None,
     root: str | None = None,
+    trust_code: bool = False,
 ) -> Course:
     """Open stores with the source and the view recipe that they were written from.
 
@@ -52,9 +55,11 @@ def open_course(
         source: the opened source; None means what the stores name.
         view: the view recipe; None means the stores' own.
         root: folder of the source's files, if it has any; None means where the stores' teachers read them.
+        trust_code: open the source and the views of the stores even if these name Python code for them.
 
     Raises:
         RecipeError: no store is given.
+        UntrustedCode: the stores name Python code, and `trust_code` is false.
         StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
         StoreMismatch: stores, source and view do not belong together.
         TeacherMismatch: teachers of other classes than the source's.
@@ -63,12 +68,14 @@ def open_course(
     if not stores:
         raise RecipeError("there is no store to learn from: give at least one")
     readers = open_stores(stores)
-    identity, kept = readers[0].manifest.identity, readers[0].manifest.source_root
+    kept = readers[0].manifest.source_root
+    identity, holder = readers[0].manifest.identity, f"store {str(readers[0].path)!r}"
     if source is None:
-        source = open_stored(identity["source"]["name"], None if root is None else Path(root), kept)
+        name = check_trusted(identity["source"]["name"], holder, trust_code=trust_code)
+        source = open_stored(name, None if root is None else Path(root), kept)
     source.check()
     if view is None:
-        view = ViewRecipe.model_validate(identity["view"]["recipe"])
+        view = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     for reader in readers:
         _check_store(reader, source, view)
     return Course(source, view, tuple(readers), kept if root is None else root)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from coursepack.config import Config
@@ -24,6 +24,7 @@ from coursepack.kernels import MixedLabels, teacher_stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from coursepack.distill.facts import Facts, Moment
 
@@ -54,6 +55,18 @@ class FusionConfig(Config):
         if name not in FUSIONS:
             raise ValueError(str(UnknownName("fusion", name, FUSIONS)))
         return name
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if field == "name" or field in FUSIONS[self.name].numbers or value == info.default:
+                continue
+            readers = ", ".join(repr(name) for name, fusion in FUSIONS.items() if field in fusion.numbers)
+            raise ValueError(
+                f"fusion.{field} is for fusion {readers}, but fusion is {self.name!r}: leave {field} out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ class Fusion:
     choose: Callable[[FusionSetting, Moment], int] | None = None
     """The only teacher that is asked for a batch; None where all are."""
     needs_representation: bool = False
+    numbers: tuple[str, ...] = ()
+    """Fields of `FusionConfig` that it reads; another is refused unless it has its default."""
 
 
 def confidence_weights(cross_entropy: Tensor) -> Tensor:
@@ -211,6 +226,7 @@ FUSIONS: dict[str, Fusion] = {
         combine="mixture",
         make=_equal,
         choose=best_teacher,
+        numbers=("teacher",),
     ),
     "random": Fusion(
         formula="w_k = 1 for one teacher, drawn anew for every batch; the others are not read",
@@ -237,5 +253,6 @@ FUSIONS: dict[str, Fusion] = {
         combine="mixture",
         make=lambda setting: Adaptive(setting.teachers, setting.width, init=setting.init, seed=setting.seed),
         needs_representation=True,
+        numbers=("layer", "l2", "init", "joint_epochs"),
     ),
 }

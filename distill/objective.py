@@ -8,7 +8,7 @@ nowhere else. The factor T² lives in `coursepack.kernels.soft_target_loss` (doc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -235,8 +235,6 @@ class Objective(nn.Module):
     def _soft_target(self, facts: Facts, soft: _Soft) -> Tensor:
         """Fused soft targets of the teachers, with the cross-entropy in the same pass, `(N,)`."""
         config = self.config
-        # Only what is set is passed on: a divergence that the kernels do not know is theirs to refuse.
-        divergence: dict[str, Any] = {"divergence": config.divergence} if config.divergence != "kl" else {}
         return soft_target_loss(
             facts.student_logits,
             facts.teachers.logits,
@@ -248,7 +246,7 @@ class Objective(nn.Module):
             combine=self.kind.combine if config.combine == "auto" else config.combine,
             soft_weight=value_at(config.soft_weight, facts.moment.epoch),
             hard_weight=self._label_weight(facts.moment),
-            **divergence,
+            divergence=config.divergence,
         )
 
     def _relations(self, facts: Facts, soft: _Soft) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 Adjustment = Literal["none", "shift", "smooth"]
+Divergence = Literal["kl", "reverse_kl", "js", "mse"]
 
 
 class ObjectiveConfig(Config):
@@ -36,7 +37,7 @@ class ObjectiveConfig(Config):
     """What to do with a teacher that is wrong: one for all, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Epsilon of the adjustment `smooth`."""
-    divergence: str = "kl"
+    divergence: Divergence = "kl"
     """How soft targets are compared, as `coursepack.kernels.soft_target_loss` names it."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
     """Divergence of the teachers' mixture, or weighted sum of divergences; auto: what the fusion is
@@ -86,6 +87,11 @@ class ObjectiveConfig(Config):
         dynamic = self.uses_soft_targets and self.dynamic_temperature.kind != "none"
         return (*found, *(["dynamic_temperature"] if dynamic else []))
 
+    @property
+    def adjustments_given(self) -> tuple[str, ...]:
+        """The adjustments that are named: one for all teachers, or one of each."""
+        return (self.adjustment,) if isinstance(self.adjustment, str) else self.adjustment
+
     def adjustments(self, places: Sequence[int]) -> tuple[str, ...]:
         """The adjustment of each of the teachers at some places."""
         if isinstance(self.adjustment, str):
@@ -98,13 +104,21 @@ class ObjectiveConfig(Config):
             raise ValueError(f"teacher_weights are for fusion 'fixed', but fusion is {self.fusion.name!r}")
         if self.teacher_weights is not None and not any(self.teacher_weights):
             raise ValueError("teacher_weights are all zero: give at least one teacher a weight above zero")
-        if self.fusion.teacher is not None and self.fusion.name != "best":
-            raise ValueError(f"fusion.teacher is for fusion 'best', but fusion is {self.fusion.name!r}")
         if FUSIONS[self.fusion.name].choose is not None and self.uses_hints:
             raise ValueError(f"hints need every teacher, but fusion {self.fusion.name!r} asks one at a time")
         dynamic = self.dynamic_temperature
         if dynamic.lowest > dynamic.highest:
             raise ValueError(
                 f"dynamic_temperature.lowest is {dynamic.lowest:g}, above highest ({dynamic.highest:g})"
+            )
+        if dynamic.kind != "none" and not dynamic.lowest <= self.temperature <= dynamic.highest:
+            raise ValueError(
+                f"temperature (T_0) is {self.temperature:g}, expected dynamic_temperature.lowest to highest "
+                f"({dynamic.lowest:g} to {dynamic.highest:g}), within which each sample's temperature is kept"
+            )
+        if self.divergence == "mse" and self.needs_one_label and "smooth" in self.adjustments_given:
+            raise ValueError(
+                "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose "
+                "another of the two"
             )
         return self

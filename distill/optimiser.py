@@ -53,6 +53,28 @@ def make_optimiser(learner: Learner, config: OptimiserConfig) -> torch.optim.Opt
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **common)
 
 
+_KEPT = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+"""What optimisers keep of a parameter."""
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Continue from the `state` of another optimiser's `state_dict`; what groups are told stays as it is.
+
+    Raises:
+        ValueError: it was the state of other parameters, or of another kind of optimiser.
+    """
+    groups = optimiser.state_dict()["param_groups"]
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for index, kept in state.items():
+        if kept.keys() != _KEPT[type(optimiser)]:
+            raise ValueError(f"the optimiser keeps {', '.join(map(str, kept))} of a parameter")
+        for name, value in kept.items():
+            expected = () if name == "step" else tuple(parameters[index].shape)
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(f"the optimiser's {name} has shape {tuple(value.shape)}, not {expected}")
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
     """A copy of a module that follows it as an exponential moving average, buffers too."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types for it

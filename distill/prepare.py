@@ -17,6 +17,7 @@ from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
 from coursepack.distill.building import build_arrays, build_objective, build_student
 from coursepack.distill.checks import (
+    check_evaluation,
     check_ranks,
     check_recipe,
     check_views,
@@ -141,6 +142,8 @@ def prepare(
     device: torch.device,
     ranks: Ranks = ALONE,
     others: Sequence[TrainRecipe] = (),
+    *,
+    trust_code: bool = False,
 ) -> Run:
     """Open what a recipe names, and refuse what cannot be trained.
 
@@ -151,8 +154,10 @@ def prepare(
         device: where to train.
         ranks: who trains together.
         others: recipes of further students of the same batches and stores.
+        trust_code: run live teachers even if their stores name Python code for them.
 
     Raises:
+        UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
         StoreMismatch: stores of different views or sources, or of another source than the recipe's.
         StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
         SourceError: a source's files are missing or damaged.
@@ -162,6 +167,7 @@ def prepare(
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
     source.check()
     evaluation.check()
+    check_evaluation(source, evaluation)
     recipes = (recipe, *others)
     for each in recipes:
         check_recipe(each)
@@ -176,7 +182,7 @@ def prepare(
     if recipe.online:
         if cached is None:
             raise RecipeError("--online runs the teachers of stores live: give at least one --store")
-        targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device))
+        targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device, trust_code=trust_code))
     return Run(
         recipe,
         source,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
@@ -13,6 +12,7 @@ from coursepack.distill.methods import METHODS
 from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.errors import RecipeError, UnknownName
+from coursepack.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -133,9 +133,9 @@ def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
         if not equals or not all(key.split(".")):
             raise RecipeError(f"--set {assignment!r} is not key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {assignment!r}: the value is not YAML") from error
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"--set {assignment!r}: the value {error}") from error
         set_value(values, key, value, f"--set {assignment!r}")
 
 

@@ -6,14 +6,15 @@ network.yaml         what `run:FOLDER` needs to build the student
 metrics.jsonl        one line per epoch
 best.safetensors     the student's weights after the evaluation with the best accuracy
 checkpoint.pt        while a run is unfinished, all it needs to go on
+lock                 while a process trains it, which process that is
 student.safetensors  the student's weights after the last epoch; its presence says the run is finished
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,15 @@ from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
 from coursepack.distill.checkpoint import CHECKPOINT_FILE
 from coursepack.distill.recipe import TrainRecipe, load_recipe
-from coursepack.errors import RunError
+from coursepack.distill.run_records import read_metrics, read_provenance
+from coursepack.errors import RunBusy, RunError
 from coursepack.files import naming, partials, write_whole
+from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
-    from typing import Self
 
     from coursepack.models import Network
 
@@ -37,6 +40,10 @@ RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
+LOCK_FILE = "lock"
+BOARD_FOLDER = "tensorboard"
+OWN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
+"""Files of a run that is unfinished."""
 
 MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
 """Parts of the provenance in which a run that is resumed may not differ; but a store may have more views by
@@ -54,41 +61,83 @@ class FinishedRun:
 
 
 class RunFolder:
-    """A run being written."""
+    """The folder of a run that this process trains, locked against other processes until it is closed."""
 
-    def __init__(self, path: Path, recipe: TrainRecipe, provenance: dict[str, Any], network: Network) -> None:
-        """Make the folder.
+    def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Make the folder where there is none, and lock it.
+
+        Args:
+            path: the folder.
+            overwrite: whether it may hold a run that will be replaced.
+            resume: whether it may hold a run that is unfinished.
 
         Raises:
-            RunError: the folder cannot be made.
+            RunError: the folder cannot be made, or holds something else.
+            RunBusy: another process trains this run.
         """
         self.path = path
+        check_free(path, overwrite=overwrite, resume=resume)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"cannot make the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
             ) from error
+        try:
+            self._lock = FileLock(path / LOCK_FILE)
+        except Held as holder:
+            raise RunBusy(
+                f"run {str(path)!r} is being trained by {holder}: wait for it, stop it, or choose another "
+                "--out"
+            ) from holder
+        except OSError:
+            _remove_empty(missing)
+            raise
+        self._made: list[Path] | None = None
+        """Folders that were made for this run; None where it was there before."""
+        try:
+            # Once more, since another process may have trained it meanwhile.
+            check_free(path, overwrite=overwrite, resume=resume)
+            if (path / WEIGHTS_FILE).is_file() and not overwrite:
+                raise RunError(f"run {str(path)!r} was finished by another process just now")
+        except BaseException:
+            self.close()
+            raise
+        if not (path / RECIPE_FILE).is_file():
+            self._made = missing
+
+    def begin(
+        self, recipe: TrainRecipe, provenance: dict[str, Any], network: Network, *, overwrite: bool
+    ) -> None:
+        """Write what describes the run, in the place of one that was begun before or is overwritten."""
+        path = self.path
+        _clear_partials(path)
+        if overwrite and (path / RECIPE_FILE).is_file():
+            _clear(path)
+            self._made = []
+        (path / BEST_FILE).unlink(missing_ok=True)
         write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
         write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
         write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
         (path / METRICS_FILE).write_bytes(b"")
 
-    @classmethod
-    def reopen(cls, path: Path, provenance: dict[str, Any], epoch: int) -> Self:
-        """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped.
-
-        Raises:
-            RunError: recipe, stores, source or views are not those that the run was begun with.
-        """
-        folder = cls.__new__(cls)
-        folder.path = path
-        begun = json.loads((path / PROVENANCE_FILE).read_text())
-        _check_same(path, _lasting(begun), _lasting(provenance))
+    def reopen(self, epoch: int) -> None:
+        """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped."""
+        path = self.path
         _clear_partials(path)
-        lines = (path / METRICS_FILE).read_text().splitlines(keepends=True)
-        write_whole(path / METRICS_FILE, "".join(lines[:epoch]).encode())
-        return folder
+        lines = (path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        write_whole(path / METRICS_FILE, *lines[:epoch])
+
+    def close(self, *, keep: bool = True) -> None:
+        """Unlock the folder; without `keep`, remove it if it was made for this run."""
+        if not keep and self._made is not None:
+            shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
+            for file in (*(self.path / name for name in OWN_FILES), *partials(self.path)):
+                file.unlink(missing_ok=True)
+        self._lock.release()
+        if not keep and self._made is not None:
+            _remove_empty(self._made)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one epoch's metrics."""
@@ -113,6 +162,9 @@ class OthersFolder:
     """A run that another rank writes."""
 
     path: Path
+
+    def close(self, *, keep: bool = True) -> None:
+        """Nothing to give up."""
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write nothing."""
@@ -156,14 +208,32 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if not (path / CHECKPOINT_FILE).is_file():
         return recipe
-    stores = json.loads((path / PROVENANCE_FILE).read_text())["stores"]
+    stores = read_provenance(path / PROVENANCE_FILE)["stores"]
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 
 
-def _lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+def lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's provenance in which it may not differ when it is resumed."""
     facts: dict[str, Any] = {name: provenance.get(name) for name in MUST_STAY}
     stores = [{**store, "views": None} for store in facts["stores"]]
     return {**facts, "stores": stores}
+
+
+def check_begun(path: Path, provenance: dict[str, Any]) -> None:
+    """Refuse to resume a run whose stores, source or views are not those that it was begun with.
+
+    Raises:
+        RunError: the text says what differs.
+    """
+    begun = read_provenance(path / PROVENANCE_FILE)
+    _check_same(path, lasting(begun), lasting(provenance))
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, as far as they hold nothing."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _clear_partials(path: Path) -> None:
@@ -181,7 +251,7 @@ def _check_same(path: Path, begun: Any, now: Any) -> None:
 
 
 def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that holds something, or clear it: of everything, or of a run that hardly began.
+    """Refuse a folder that holds something that is not to be replaced or resumed.
 
     Raises:
         RunError: the folder is not empty, and is not a run or may not be overwritten.
@@ -190,17 +260,11 @@ def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
         raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
     if not path.is_dir():
         return
-    if set(path.iterdir()) <= set(partials(path)):  # what a kill leaves while the folder is made
-        _clear_partials(path)
+    if set(path.iterdir()) <= {*partials(path), path / LOCK_FILE}:  # what a kill leaves of a new folder
         return
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
-    if overwrite:
-        _clear(path)
-    elif resume:
-        _clear_partials(path)
-        (path / BEST_FILE).unlink(missing_ok=True)
-    else:
+    if not (overwrite or resume):
         raise RunError(
             f"{str(path)!r} already holds a run: choose another --out, go on with it by --resume, or "
             "remove it (`distill train` has --overwrite)"
@@ -212,7 +276,7 @@ def _clear(path: Path) -> None:
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
-        elif child.name != RECIPE_FILE:
+        elif child.name not in (RECIPE_FILE, LOCK_FILE):
             child.unlink()
     (path / RECIPE_FILE).unlink()
 
@@ -228,5 +292,4 @@ def load_run(path: Path) -> FinishedRun:
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
     recipe = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
-    lines = (path / METRICS_FILE).read_text().splitlines()
-    return FinishedRun(path, recipe, [json.loads(line) for line in lines])
+    return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))

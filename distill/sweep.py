@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ OWN_FIELDS = (
 )
 """Fields in which students that are trained together may differ: none of them changes a batch."""
 LONGEST_NAME = 100
+MOST_STUDENTS = 10_000
 
 
 class Grid(Config):
@@ -65,23 +68,28 @@ class Student:
     recipe: TrainRecipe
 
 
-def read_grid(path: Path) -> list[Student]:
+def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
     """The students of a grid file, in the order of its values, the last key's changing first.
 
     Raises:
         RecipeError: the file is not a grid, or one of its recipes is not valid.
+        UntrustedCode: a store names Python code for what the grid leaves out, and `trust_code` is false.
     """
     grid = parse_config(Grid, load_recipe(path), str(path))
     empty = [key for key, values in grid.grid.items() if not values]
     if empty or not grid.grid:
         raise RecipeError(f"{str(path)!r} has no values for {', '.join(empty) or 'grid'}: give at least one")
+    count = math.prod(map(len, grid.grid.values()))
+    if count > MOST_STUDENTS:
+        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MOST_STUDENTS:,}")
     students = []
     for chosen in itertools.product(*grid.grid.values()):
         settings = dict(zip(grid.grid, chosen, strict=True))
         values = copy.deepcopy(grid.base)
         for key, value in settings.items():
             set_value(values, key, copy.deepcopy(value), f"grid of {str(path)!r}")
-        students.append(Student(student_name(settings), complete(values, str(path))))
+        recipe = complete(values, str(path), trust_code=trust_code)
+        students.append(Student(student_name(settings), recipe))
     names = [student.name for student in students]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -115,6 +123,7 @@ def sweep(
     workers: int | None = None,
     threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    trust_code: bool = False,
 ) -> dict[str, str]:
     """Train the students of a sweep, each into its own folder in `out`.
 
@@ -127,6 +136,7 @@ def sweep(
         workers: processes that decode and render.
         threads: of torch and the kernels.
         checkpoint_seconds: time between checkpoints.
+        trust_code: run live teachers even if their stores name Python code for them.
 
     Returns:
         What was wrong with students that diverged, by name; the others are finished.
@@ -160,7 +170,7 @@ def sweep(
         try:
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
-                found = _train_group(group, out, device, again, workers, checkpoint_seconds)
+                found = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
         except TrainingDiverged as error:
             if len(group) > 1:
                 # Within a step, whoever it was: the others go on from their checkpoints, each alone.
@@ -180,21 +190,25 @@ def _train_group(
     resume: bool,
     workers: int | None,
     checkpoint_seconds: float,
+    trust_code: bool,
 ) -> dict[str, str]:
     """Train a group; returns what was wrong with those that diverged."""
     first, *others = [as_begun(out / student.name, student.recipe) for student in group]
-    run = prepare(first, device, others=others)
-    trainings = [
-        begin(run, student.recipe, out / student.name, overwrite=False, resume=resume, tensorboard=False)
-        for student in group
-    ]
-    say(opening(run))
-    by_position: dict[tuple[int, int], list[Any]] = {}
-    for training in trainings:
-        place = (training.position.epoch, training.position.batches)
-        by_position.setdefault(place, []).append(training)
-    for alike in by_position.values():
-        train_together(run, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
+    run = prepare(first, device, others=others, trust_code=trust_code)
+    with ExitStack() as stack:
+        trainings = [
+            stack.enter_context(
+                begin(run, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False)
+            )
+            for each in group
+        ]
+        say(opening(run))
+        by_position: dict[tuple[int, int], list[Any]] = {}
+        for training in trainings:
+            place = (training.position.epoch, training.position.batches)
+            by_position.setdefault(place, []).append(training)
+        for alike in by_position.values():
+            train_together(run, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
     return {
         student.name: str(training.diverged)
         for student, training in zip(group, trainings, strict=True)

@@ -16,6 +16,7 @@ import torch
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.finite import check_rows_finite
 from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch
@@ -77,6 +78,9 @@ class TargetsKind(Protocol):
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """Targets of a batch, from all teachers or from those at the given places."""
 
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Open what a view is read from, and check it, before the first batch asks for it."""
+
     def prefetch(self, view: int) -> None:
         """Say which view will be asked for next."""
 
@@ -136,6 +140,16 @@ class CachedTargets:
                 found[place, name] = rows.to(self.device, non_blocking=True)
         return _targets(found, places)
 
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Open the view's files and check them, of all stores or of those at the given places.
+
+        Raises:
+            StoreIncomplete, StoreDamaged: as `fetch`.
+        """
+        for place in range(len(self.readers)) if teachers is None else teachers:
+            for name in self.arrays[place]:
+                self.readers[place].open(name, view)
+
     def prefetch(self, view: int) -> None:
         """Open the view's files in the background and check them."""
         for reader, names in zip(self.readers, self.arrays, strict=True):
@@ -189,6 +203,9 @@ class OnlineTargets:
             self._finite[place] = finite & self._finite.get(place, finite)
         return _targets(found, places)
 
+    def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Nothing to do: live teachers answer when asked."""
+
     def prefetch(self, view: int) -> None:
         """Nothing to do: live teachers answer when asked."""
 
@@ -233,6 +250,8 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
         StoreMismatch: they were written from different sources or views; the text shows what differs.
     """
     readers = [StoreReader(Path(path)) for path in paths]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
     first = readers[0]
     for other in readers[1:]:
         if other.manifest.view_fingerprint == first.manifest.view_fingerprint:
@@ -310,18 +329,29 @@ def free_memory() -> int:
 
 
 def live_teachers(
-    readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]], device: torch.device
+    readers: Sequence[StoreReader],
+    arrays: Sequence[Sequence[str]],
+    device: torch.device,
+    *,
+    trust_code: bool = False,
 ) -> list[TeacherRunner]:
     """The stores' teachers themselves, loaded from where their weights were when the stores were written.
 
     Raises:
+        UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
         TeacherMismatch: the weights there are not the ones that wrote the store.
     """
     runners = []
     for reader, names in zip(readers, arrays, strict=True):
         manifest = reader.manifest
         teacher = manifest.identity["teacher"]
-        network = reload_teacher(teacher, manifest.class_names, manifest.origin.get("weights_file"))
+        network = reload_teacher(
+            teacher,
+            manifest.class_names,
+            manifest.origin.get("weights_file"),
+            holder=f"store {str(reader.path)!r}",
+            trust_code=trust_code,
+        )
         features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
         taps = [tap_from_name(name) for name in features]
         runners.append(TeacherRunner(network, taps, device, teacher.get("columns")))

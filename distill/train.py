@@ -13,7 +13,14 @@ import numpy as np
 from coursepack.console import progress
 from coursepack.data.loading import Renderer
 from coursepack.distill.board import Board, NoBoard, check_tensorboard
-from coursepack.distill.checkpoint import CHECKPOINT_FILE, Position, load_checkpoint, save_checkpoint
+from coursepack.distill.checkpoint import (
+    CHECKPOINT_FILE,
+    Position,
+    check_identity,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from coursepack.distill.checks import check_student
 from coursepack.distill.epoch_log import EpochLog
 from coursepack.distill.evaluate import evaluate, evaluation_view
@@ -21,13 +28,22 @@ from coursepack.distill.facts import Moment
 from coursepack.distill.machine import algorithms, generators_of, threads_of
 from coursepack.distill.prepare import opening, prepare, provenance
 from coursepack.distill.ranks import ALONE
-from coursepack.distill.run_folder import OthersFolder, RunFolder, as_begun, check_free, finished_metrics
+from coursepack.distill.run_folder import (
+    BOARD_FOLDER,
+    OthersFolder,
+    RunFolder,
+    as_begun,
+    check_begun,
+    finished_metrics,
+    lasting,
+)
 from coursepack.errors import RunError, TrainingDiverged
 from coursepack.models.build import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+    from typing import Self
 
     import torch
 
@@ -51,10 +67,19 @@ class Training:
     board: Board | NoBoard
     position: Position
     log: EpochLog
+    identity: dict[str, Any]
+    """What a checkpoint of it is bound to: the recipe, and the fingerprints of what it reads."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Of the last epoch."""
     diverged: TrainingDiverged | None = None
     """Why it cannot go on."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give up the folder, and remove it if the run did no step."""
+        self.folder.close(keep=kind is None or self.trainee.steps > 0)
 
     @property
     def is_finished(self) -> bool:
@@ -71,7 +96,7 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self.folder.path, self.position, self.trainee, self.log)
+        save_checkpoint(self.folder.path, self.position, self.trainee, self.log, self.identity)
 
     def end_epoch(self, views: list[int], evaluation: dict[str, float] | None) -> None:
         """Log an epoch, keep the student if it is the best so far, and go on to the next."""
@@ -113,11 +138,12 @@ def train(
     tensorboard: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ranks: Ranks = ALONE,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
-    Everything that can be refused is refused before the folder is made. Several ranks call it alike, with
-    what `joined` gives each; the first alone writes.
+    Everything that can be refused is refused before the folder is made, and none stays of a run that did no
+    step. Several ranks call it alike, with what `joined` gives each; the first alone writes.
 
     Args:
         recipe: what to train.
@@ -130,11 +156,13 @@ def train(
         tensorboard: write the metrics for TensorBoard too.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
         ranks: who trains it together.
+        trust_code: run live teachers even if their stores name Python code for them.
 
     Returns:
         The metrics of the last epoch.
 
     Raises:
+        RunBusy: another process trains into the folder.
         RunError: the folder is not free, or holds a run that cannot be resumed with this recipe.
         TrainingDiverged: the loss is no longer finite; the run stays unfinished.
         Otherwise as `prepare`.
@@ -146,14 +174,14 @@ def train(
         return metrics
     begun = as_begun(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        run = prepare(begun, device, ranks)
-        training = begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard)
-        ranks.say(opening(run))
-        try:
-            train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
-        except KeyboardInterrupt:
-            ranks.say(f"interrupted: the same command with --resume goes on with {out}")
-            raise
+        run = prepare(begun, device, ranks, trust_code=trust_code)
+        with begin(run, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard) as training:
+            ranks.say(opening(run))
+            try:
+                train_together(run, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+            except KeyboardInterrupt:
+                ranks.say(f"interrupted: the same command with --resume goes on with {out}")
+                raise
     if training.diverged is not None:
         raise training.diverged
     return training.metrics
@@ -162,34 +190,61 @@ def train(
 def begin(
     run: Run, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
 ) -> Training:
-    """A fresh student in a new folder, or one as its checkpoint has it.
+    """A fresh student in a new folder, or one as its checkpoint has it; a context that gives up the folder.
 
     Raises:
-        RunError, RecipeError: as `train`.
+        RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
     """
     trainee = run.trainee_with(recipe)
     check_student(trainee.learner, run.source)
     if tensorboard:
         check_tensorboard()
+    if run.targets is not None and not (resume and (out / CHECKPOINT_FILE).is_file()):
+        for view in run.views_of_epoch(0):
+            run.targets.open(view, _asked([trainee], Moment()))
+    is_first = run.ranks.is_first
+    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else OthersFolder(out)
+    try:
+        return _begun(
+            run, recipe, folder, trainee, overwrite=overwrite, resume=resume, tensorboard=tensorboard
+        )
+    except BaseException:
+        folder.close(keep=False)
+        raise
+
+
+def _begun(
+    run: Run,
+    recipe: TrainRecipe,
+    folder: RunFolder | OthersFolder,
+    trainee: Trainee,
+    *,
+    overwrite: bool,
+    resume: bool,
+    tensorboard: bool,
+) -> Training:
+    """`begin` in a folder that is locked."""
+    out, facts = folder.path, provenance(run)
+    identity = {"recipe": recipe.model_dump(mode="json"), **lasting(facts)}
     position, log = Position(), _new_log(trainee)
     state = load_checkpoint(out, run.device) if resume else None
+    if state is not None:
+        check_begun(out, facts)
+        check_identity(out, state, identity)
+        steps = run.steps_per_epoch
+        position = restore(out, state, trainee, log, epochs=recipe.epochs, batches=steps)
     # Nobody writes before all have looked.
     _check_all_see(run.ranks, out, None if state is None else state["position"])
-    folder: RunFolder | OthersFolder = OthersFolder(out)
     if state is not None:
-        if run.ranks.is_first:
-            folder = RunFolder.reopen(out, provenance(run), state["position"]["epoch"])
-        trainee.restore(state["trainee"])
-        log.restore(state["log"])
-        position = Position(**state["position"])
+        if isinstance(folder, RunFolder):
+            folder.reopen(position.epoch)
         run.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
-    elif run.ranks.is_first:
-        check_free(out, overwrite=overwrite, resume=resume)
-        folder = RunFolder(out, recipe, provenance(run), trainee.learner.network)
+    elif isinstance(folder, RunFolder):
+        folder.begin(recipe, facts, trainee.learner.network, overwrite=overwrite)
     trainee.agree()
     first = position.epoch if resume else None
-    board = Board(out / "tensorboard", first=first) if tensorboard and run.ranks.is_first else NoBoard()
-    return Training(recipe, folder, trainee, board, position, log)
+    board = Board(out / BOARD_FOLDER, first=first) if tensorboard and run.ranks.is_first else NoBoard()
+    return Training(recipe, folder, trainee, board, position, log, identity)
 
 
 def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:

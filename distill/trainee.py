@@ -10,7 +10,7 @@ import torch
 
 from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.learning_rate import rate_factor
-from coursepack.distill.optimiser import OptimiserConfig, averaged, make_optimiser
+from coursepack.distill.optimiser import OptimiserConfig, averaged, make_optimiser, restore_optimiser
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -78,14 +78,25 @@ class Trainee:
             self.scaler.unscale_(self.optimiser)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        is_left_out = False
         if self.scaler is None:
             self.optimiser.step()
         else:
             self.scaler.step(self.optimiser)
-            self.scaler.update()
-        if self.average is not None:
+            is_left_out = self._update_scale()
+        if self.average is not None and not is_left_out:
             self.average.update_parameters(self.learner.network.module)
         self.steps += 1
+
+    def _update_scale(self) -> bool:
+        """Adjust the scale of float16's gradients; returns whether their overflow left the step out."""
+        assert self.scaler is not None
+        if self.average is None:  # reading the scale waits for the device
+            self.scaler.update()
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() < before  # it falls after an overflow, and only then
 
     def _seed(self, device: torch.device, part: int) -> None:
         """What the network draws (dropout) depends on seed, step, part and rank, not on what ran before."""
@@ -118,12 +129,12 @@ class Trainee:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
         self.learner.load_state_dict(state["learner"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        restore_optimiser(self.optimiser, state["optimiser"]["state"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
 
 
 def make_trainee(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> Trainee:

@@ -10,23 +10,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
-from coursepack.errors import RecipeError, RunError, TeacherMismatch, UnknownName
+from coursepack.errors import CoursepackError, RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.models.networks import NETWORKS as NETWORKS
 from coursepack.models.own import check_logits, own_network
 from coursepack.models.preprocessing import Preprocessing
-from coursepack.models.weights import SUFFIXES, class_count, load_weights, read_weights, without_prefix
+from coursepack.models.weights import (
+    SUFFIXES,
+    class_count,
+    fitting_weights,
+    load_weights,
+    read_weights,
+    without_prefix,
+)
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
 from coursepack.models.zoos import timm_network, torchvision_network, torchvision_trained
+from coursepack.own_code import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 NETWORK_FILE = "network.yaml"
 WEIGHTS_FILE = "student.safetensors"
@@ -62,7 +71,7 @@ class _Description(Config):
     """What `Network.describe` gives."""
 
     spec: str
-    classes: int
+    classes: Annotated[int, Field(ge=1)]
     preprocessing: Preprocessing
 
 
@@ -155,6 +164,7 @@ def load_teacher(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     columns: Sequence[int] | None = None,
+    trust_code: bool = False,
 ) -> Network:
     """A trained network, checked against the classes of the source it will look at.
 
@@ -167,8 +177,10 @@ def load_teacher(
         mean: as in `build_network`, instead of the network's own.
         std: as in `build_network`, instead of the network's own.
         columns: for each class of the source the teacher's own class; None means they are the same.
+        trust_code: build the network of a run's folder even if it names Python code for it.
 
     Raises:
+        UntrustedCode: the run's folder names Python code, and `trust_code` is false.
         TeacherMismatch: another class count, a column that the teacher does not have, or weights that do not
             fit the network.
         RecipeError: no weights given.
@@ -178,7 +190,7 @@ def load_teacher(
     if spec.startswith("run:"):
         if weights is not None:
             raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
-        network = _load_run(Path(spec.removeprefix("run:")))
+        network = _load_run(Path(spec.removeprefix("run:")), trust_code=trust_code)
     elif weights is None:
         raise RecipeError(f"teacher {spec!r} has no weights: give --weights {_weights_known(spec)}")
     elif Path(weights).suffix in SUFFIXES:
@@ -227,27 +239,38 @@ def _check_classes(
         )
 
 
-def reload_teacher(identity: Mapping[str, Any], class_names: tuple[str, ...], weights: str | None) -> Network:
+def reload_teacher(
+    identity: Mapping[str, Any],
+    class_names: tuple[str, ...],
+    weights: str | None,
+    *,
+    holder: str = "the store",
+    trust_code: bool = False,
+) -> Network:
     """The teacher that wrote a store, from what the store's manifest says of it.
 
     Args:
         identity: the manifest's `identity["teacher"]`.
         class_names: the source's.
         weights: where its weights are.
+        holder: the store, for errors: `store 'cnn.zarr'`.
+        trust_code: build the network even if the manifest names Python code for it.
 
     Raises:
+        UntrustedCode: it does, and `trust_code` is false.
         TeacherMismatch: the weights there are not the ones that wrote the store.
         Otherwise as `load_teacher`.
     """
-    pixels = Preprocessing.model_validate(identity["preprocessing"])
+    pixels = parse_config(Preprocessing, identity["preprocessing"], f"the preprocessing in {holder}")
     network = load_teacher(
-        identity["network"],
+        check_trusted(identity["network"], holder, trust_code=trust_code),
         class_names,
         weights=weights,
         size=pixels.size,
         mean=pixels.mean,
         std=pixels.std,
         columns=identity.get("columns"),
+        trust_code=trust_code,
     )
     if weights_fingerprint(network.module) != identity["weights"]:
         raise TeacherMismatch(
@@ -265,9 +288,33 @@ def _description(folder: Path) -> _Description:
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
 
 
-def _load_run(folder: Path) -> Network:
-    stated, weights = _description(folder), folder / WEIGHTS_FILE
+def _described(stated: _Description) -> Network:
     pixels = stated.preprocessing
-    network = build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
-    load_weights(stated.spec, network.module, stated.classes, read_weights(weights), str(weights))
+    return build_network(stated.spec, stated.classes, size=pixels.size, mean=pixels.mean, std=pixels.std)
+
+
+def _check_size(stated: _Description, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a network that is not that of its weights before it takes memory."""
+    if not any(stated.classes in value.shape for value in state.values()):
+        raise TeacherMismatch(
+            f"{str(folder / NETWORK_FILE)!r} says {stated.classes} classes, but no tensor of "
+            f"{WEIGHTS_FILE} has a side of that length"
+        )
+    try:
+        with torch.device("meta"):
+            sketch = _described(stated)
+    except CoursepackError:
+        raise
+    except Exception:  # a network whose making computes with its own tensors
+        return
+    fitting_weights(stated.spec, sketch.module, stated.classes, state, str(folder / WEIGHTS_FILE))
+
+
+def _load_run(folder: Path, *, trust_code: bool) -> Network:
+    stated, weights = _description(folder), folder / WEIGHTS_FILE
+    check_trusted(stated.spec, f"run {str(folder)!r}", trust_code=trust_code)
+    state = read_weights(weights)
+    _check_size(stated, state, folder)
+    network = _described(stated)
+    load_weights(stated.spec, network.module, stated.classes, state, str(weights))
     return replace(network, weights_file=str(weights.resolve()))

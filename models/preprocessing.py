@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_SIZE = 4096
+"""Of an image's side in pixels, as in view recipes."""
 LUMINANCE = (0.299, 0.587, 0.114)
 """Of red, green and blue (ITU-R 601)."""
 
@@ -25,7 +27,7 @@ LUMINANCE = (0.299, 0.587, 0.114)
 class Preprocessing(Config):
     """What a network expects of its images."""
 
-    size: Annotated[int, Field(ge=1)]
+    size: Annotated[int, Field(ge=1, le=MOST_SIZE)]
     """Side in pixels at which views are rendered for it."""
     mean: tuple[float, ...]
     """Subtracted per channel, of values in [0, 1]."""

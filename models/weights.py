@@ -140,6 +140,17 @@ def load_weights(spec: str, module: nn.Module, classes: int, state: Mapping[str,
         where: where they came from, for the error's text.
 
     Raises:
+        TeacherMismatch: as `fitting_weights`.
+    """
+    module.load_state_dict(dict(fitting_weights(spec, module, classes, state, where)))
+
+
+def fitting_weights(
+    spec: str, module: nn.Module, classes: int, state: Mapping[str, Tensor], where: str
+) -> Mapping[str, Tensor]:
+    """The weights that a network has a place for; as `load_weights`, but the network stays as it is.
+
+    Raises:
         TeacherMismatch: a name or a shape differs.
     """
     own = module.state_dict()
@@ -160,4 +171,4 @@ def load_weights(spec: str, module: nn.Module, classes: int, state: Mapping[str,
                 f"weights {where!r} do not fit network {spec!r} with {classes} classes: "
                 f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}{advice}"
             )
-    module.load_state_dict(dict(state))
+    return state

@@ -16,11 +16,12 @@ from coursepack.data.store import StoreReader, StoreWriter
 from coursepack.data.store.check import make_way
 from coursepack.data.store.layout import table_key
 from coursepack.data.store.manifest import LABELS, LOGITS
-from coursepack.data.views import ViewRecipe, draw, render
-from coursepack.errors import CoursepackError, StoreMismatch
+from coursepack.data.views import draw, render, stored_view
+from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
+from coursepack.own_code import check_trusted
 from coursepack.precompute.job import Job, write_blocks
 from coursepack.precompute.numerics import NumericsGuard
 
@@ -48,42 +49,59 @@ class DeepReport:
 
 
 def job_of_store(
-    path: Path, manifest: Manifest, *, weights: str | None, root: Path | None, device: torch.device
+    path: Path,
+    manifest: Manifest,
+    *,
+    weights: str | None,
+    root: Path | None,
+    device: torch.device,
+    trust_code: bool = False,
 ) -> Job:
     """The job that wrote a store, from its manifest.
 
     Raises:
+        UntrustedCode: the manifest names Python code, and `trust_code` is false.
         StoreMismatch: the source is not the one that the teacher saw.
         TeacherMismatch, RecipeError: the teacher's weights are not where they were, or are others.
     """
     identity = manifest.identity
-    source = source_of_stores([manifest], root)
+    holder = f"store {str(path)!r}"
+    source = source_of_stores([manifest], root, holder=holder, trust_code=trust_code)
     teacher = identity["teacher"]
-    network = reload_teacher(teacher, manifest.class_names, weights or manifest.origin.get("weights_file"))
+    weights = weights or manifest.origin.get("weights_file")
+    network = reload_teacher(teacher, manifest.class_names, weights, holder=holder, trust_code=trust_code)
     taps = [tap_from_name(name.removeprefix("features/")) for name in manifest.arrays if name != LOGITS]
     runner = TeacherRunner(network, taps, device, teacher.get("columns"))
     environments = [e for record in manifest.view_records.values() for e in record["environments"]]
     return Job(
         store=path,
         source=source,
-        recipe=ViewRecipe.model_validate(identity["view"]["recipe"]),
+        recipe=stored_view(identity["view"]["recipe"], holder, trust_code=trust_code),
         runner=runner,
         views=manifest.views,
         batch_size=environments[0]["batch_size"] if environments else BATCH_SIZE,
     )
 
 
-def source_of_stores(manifests: Sequence[Manifest], root: Path | None) -> Source:
+def source_of_stores(
+    manifests: Sequence[Manifest],
+    root: Path | None,
+    *,
+    holder: str = "the store",
+    trust_code: bool = False,
+) -> Source:
     """What the teachers of stores saw.
 
     Raises:
+        UntrustedCode: the first manifest names Python code for it, and `trust_code` is false.
         StoreMismatch: they saw different pixels, or the source at hand is another.
         SourceError, RecipeError: it cannot be opened.
     """
     first = manifests[0].identity
     if len({manifest.view_fingerprint for manifest in manifests}) > 1:
         raise StoreMismatch("the stores' teachers saw different pixels: give stores of one source and view")
-    source = open_stored(first["source"]["name"], root, manifests[0].source_root)
+    name = check_trusted(first["source"]["name"], holder, trust_code=trust_code)
+    source = open_stored(name, root, manifests[0].source_root)
     if source.fingerprint != first["source"]["fingerprint"]:
         raise StoreMismatch(
             f"source {source.name!r} is {source.fingerprint[:12]} here, but the teacher saw "
@@ -93,7 +111,12 @@ def source_of_stores(manifests: Sequence[Manifest], root: Path | None) -> Source
 
 
 def check_views(
-    path: Path, manifest: Manifest, root: Path | None, *, content: bool = False
+    path: Path,
+    manifest: Manifest,
+    root: Path | None,
+    *,
+    content: bool = False,
+    trust_code: bool = False,
 ) -> tuple[str, ...]:
     """Whether this version draws and renders the views that the store's teacher saw.
 
@@ -102,17 +125,26 @@ def check_views(
         manifest: the store's.
         root: folder of the source's files; None means where they were.
         content: also read every file of the source and compare it with what was seen.
+        trust_code: draw the views even if the manifest names Python code for source or views.
 
     Returns:
-        One line per block or sample that differs. A source that is not at hand is said, and only an error
-        if its content was asked for.
+        One line per block or sample that differs. A source that is not at hand or not trusted is said, and
+        only an error if its content was asked for.
 
     Raises:
+        UntrustedCode: `content`, and the manifest names Python code that is not trusted.
         SourceError, RecipeError: `content`, and the source cannot be opened.
     """
     identity = manifest.identity
     try:
-        source = open_stored(identity["source"]["name"], root, manifest.source_root)
+        name = check_trusted(identity["source"]["name"], "the store", trust_code=trust_code)
+        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code)
+        source = open_stored(name, root, manifest.source_root)
+    except UntrustedCode as error:
+        if content:
+            raise
+        say(f"views are not drawn again: {error}")
+        return ()
     except CoursepackError as error:
         if content:
             raise
@@ -120,7 +152,6 @@ def check_views(
         return ()
     if source.fingerprint != identity["source"]["fingerprint"]:
         return (f"source {source.name!r} here is not the one that the teacher saw",)
-    recipe = ViewRecipe.model_validate(identity["view"]["recipe"])
     views = [int(view) for view in manifest.view_records]
     found = drift(manifest, source, recipe, views, every_block=True)
     if content and "content" not in manifest.view_records.get("0", {}):

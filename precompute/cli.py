@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import Commands, byte_size, parse_numbers, print_table, say
+from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
@@ -69,6 +69,7 @@ JOB_OPTIONS = (
                  help="Views rendered from one decoding of an image; changes no byte of the store."),
     click.option("--workers", type=click.IntRange(0),
                  help="Processes that decode and render.  [default: one per core for image files]"),
+    TRUST_CODE,
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
 )
 # fmt: on
@@ -144,6 +145,7 @@ def _job(
     view: str,
     view_seed: int | None,
     taps: tuple[str, ...],
+    trust_code: bool,
     device: str,
     **numbers: Any,
 ) -> Job:
@@ -151,7 +153,14 @@ def _job(
     source.check()
     columns = None if class_map is None else load_columns(class_map, source.class_names)
     network = load_teacher(
-        teacher, source.class_names, weights=weights, size=size, mean=mean, std=std, columns=columns
+        teacher,
+        source.class_names,
+        weights=weights,
+        size=size,
+        mean=mean,
+        std=std,
+        columns=columns,
+        trust_code=trust_code,
     )
     runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
     recipe = view_recipe(view, view_seed)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import byte_size, print_table, printable, progress, say
+from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.block import BLOCKS
+from coursepack.data.store.done import BLOCKS
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
 from coursepack.models.runner import pick_device
@@ -33,6 +34,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(store: Path, as_json: bool) -> None:
     """Say what a store holds, what is still missing, and who is writing to it."""
     manifest = load_manifest(store)
+    check_complete(manifest, str(store))
     if as_json:
         click.echo(json.dumps(_status(store, manifest), indent=1))
     else:
@@ -57,6 +59,7 @@ Examples:
 @click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
 @click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @JSON
 def verify_command(
@@ -66,17 +69,20 @@ def verify_command(
     mend: bool,
     weights: str | None,
     root: Path | None,
+    trust_code: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Check every file against the manifest; exit status 1 if anything is wrong."""
     manifest = load_manifest(store)
+    check_complete(manifest, str(store))
     total = sum(size for size, _ in manifest.files.values())
     with progress(f"verify {store.name}", total, "bytes") as meter:
         report = verify(store, on_file=meter.advance)
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
-        job = job_of_store(store, manifest, weights=weights, root=root, device=pick_device(device))
+        chosen = pick_device(device)
+        job = job_of_store(store, manifest, weights=weights, root=root, device=chosen, trust_code=trust_code)
     if report.problems and mend:
         others = repair(job, report.problems)
         for problem in report.problems:
@@ -85,7 +91,7 @@ def verify_command(
             say(f"{key}: the new content rounds differently; the manifest vouches for it now")
         report = verify(store)
     if not report.problems:
-        wrong = check_views(store, manifest, root, content=content)
+        wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
     if deep and not report.problems:
         with progress("run the teacher again", deep, "rows") as meter:
             wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
@@ -115,21 +121,29 @@ Examples:
 @click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
 @JSON
 def inspect(
-    stores: tuple[Path, ...], views: int | None, out: Path | None, root: Path | None, as_json: bool
+    stores: tuple[Path, ...],
+    views: int | None,
+    out: Path | None,
+    root: Path | None,
+    trust_code: bool,
+    as_json: bool,
 ) -> None:
     """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers.
 
     With --out, a picture instead: some samples, their views, and what each teacher says to every one.
     """
     if out is not None:
-        draw_grid(stores, root, views or 4, out)
+        draw_grid(stores, root, views or 4, out, trust_code=trust_code)
         click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
     if views is not None:
         raise click.UsageError("--views is of the picture: give --out grid.png too")
     readers = [StoreReader(path) for path in stores]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
     if as_json:

@@ -9,8 +9,9 @@ import numpy as np
 from coursepack.data.batches import Batch
 from coursepack.data.randomness import below, random_words
 from coursepack.data.store import StoreReader
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.views import PRESETS, ViewRecipe
+from coursepack.data.views import PRESETS, stored_view
 from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.precompute.check import source_of_stores
 
@@ -35,7 +36,9 @@ TITLE_LETTERS = 26
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def draw_grid(stores: Sequence[Path], root: Path | None, views: int, path: Path) -> None:
+def draw_grid(
+    stores: Sequence[Path], root: Path | None, views: int, path: Path, *, trust_code: bool = False
+) -> None:
     """Write a picture: a row per sample, first as it is, then under the first views that all stores have.
 
     Below each view stands every teacher's top class with its probability, green where it is the label's (of
@@ -46,8 +49,10 @@ def draw_grid(stores: Sequence[Path], root: Path | None, views: int, path: Path)
         root: folder of the source's files.
         views: how many views, at most those that are there.
         path: of the picture; its suffix says the format, `.png`, `.svg` or `.pdf`.
+        trust_code: draw it even if the stores name Python code for source or views.
 
     Raises:
+        UntrustedCode: they do, and `trust_code` is false.
         StoreMismatch: stores of other pixels, without a view in common, or of another source than the one at
             hand.
         RecipeError: the picture cannot be written there.
@@ -57,8 +62,11 @@ def draw_grid(stores: Sequence[Path], root: Path | None, views: int, path: Path)
     if path.suffix not in FORMATS:
         raise RecipeError(f"picture {str(path)!r} ends in {path.suffix!r}, expected one of {FORMATS}")
     readers = [StoreReader(store) for store in stores]
-    source = source_of_stores([reader.manifest for reader in readers], root)
-    recipe = ViewRecipe.model_validate(readers[0].manifest.identity["view"]["recipe"])
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
+    holder, manifests = f"store {str(stores[0])!r}", [reader.manifest for reader in readers]
+    recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
+    source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")

@@ -32,6 +32,7 @@ from coursepack.distill.train import train
 
 WIDTH = 1000
 FEW = 600
+PIXELS = {"size": 8, "mean": [0.5], "std": [0.5]}
 """Samples of the store that everything is tried on before the limit is set."""
 
 
@@ -81,7 +82,7 @@ class WideStore(RowStore):
         """With the source's identity, as training wants it."""
         recipe = self.view_recipe.model_dump(mode="json")
         identity = {
-            "teacher": {"network": "made up"},
+            "teacher": {"network": "made up", "weights": "", "preprocessing": PIXELS},
             "view": {"recipe": recipe, "fingerprint": view_fingerprint(self.view_recipe, self.source)},
             "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }

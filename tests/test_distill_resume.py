@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"is of version 99, expected 1: finish the run with the version that began it")
+    refused(recipe, out, r"is of version 99, expected 2: finish the run with the version that began it")
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):

@@ -11,7 +11,10 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
 """Package to folder."""
-COMMON = {f"coursepack.{name}" for name in ("errors", "canonical", "config", "console", "files", "own_code")}
+COMMON = {
+    f"coursepack.{name}"
+    for name in ("errors", "canonical", "config", "console", "files", "locks", "own_code", "parsing")
+}
 ALLOWED = {
     "common": COMMON,
     "kernels": {"coursepack.kernels"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, same_sizes, sampled, sha256_of
 from coursepack.data.sources.roots import Layout, found_in
+from coursepack.parsing import MOST_JSON_BYTES, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,9 +132,9 @@ def _class_names(spec: Spec, base: Path, path: Path, classes: int) -> tuple[str,
     if not path.is_file():
         return tuple(str(label) for label in range(classes))
     try:
-        names = json.loads(path.read_text())
+        names = parse_json(read_bounded(path, MOST_JSON_BYTES))
     except ValueError as error:
-        raise LAYOUT.error(spec, base, f"{CLASSES} is not JSON: {error}") from error
+        raise LAYOUT.error(spec, base, f"{CLASSES} {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LAYOUT.error(spec, base, f"{CLASSES} is not a list of names")
     return tuple(names)

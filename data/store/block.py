@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from coursepack.canonical import canonical_json
+from coursepack.data.store.done import done_path
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity, merge_fidelity
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data.store.manifest import Manifest
-
-BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,3 @@ class BlockFiles:
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []
-
-
-def done_path(root: Path, view: int, index: int) -> Path:
-    """Where the done-object of a block is."""
-    return root / BLOCKS / f"{view}.{index}.json"

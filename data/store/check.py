@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from coursepack.data.store.sampling import unlike_zarr
 from coursepack.data.store.shards import file_checksum
 from coursepack.errors import StoreDamaged
 from coursepack.files import open_regular
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.manifest import Manifest
+
+MOST_METADATA_BYTES = 1 << 20
+"""Of a zarr.json, which has less than 2,000."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     for key, metadata in zarr_metadata(manifest).items():
         try:
             with os.fdopen(open_regular(path / key), "rb") as file:
-                found = json.load(file)
-        except (FileNotFoundError, ValueError, RecursionError):
+                found = parse_json(file.read(MOST_METADATA_BYTES))
+        except (FileNotFoundError, ValueError):
             yield Problem(key, "missing or not JSON")
         except OSError as error:
             yield Problem(key, _unreadable(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from coursepack.data.store.layout import ArrayLayout, layout_from_dict, whole
 from coursepack.data.store.validation import check_manifest, listed, mapping
 from coursepack.data.store.zarr_metadata import METADATA, array_metadata, group_metadata
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
+from coursepack.parsing import parse_json
 
 FORMAT = "coursepack store"
 FORMAT_VERSION = 1
@@ -155,7 +155,7 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         StoreMismatch: it is one of a format version that this release cannot read.
     """
     try:
-        values = json.loads(text if isinstance(text, str) else text.decode())
+        values = parse_json(text)
         if values.get("format") != FORMAT:
             raise StoreDamaged(f"{where!r} is not the manifest of a coursepack store")
         if values["format_version"] != FORMAT_VERSION:
@@ -183,14 +183,11 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         )
         check_manifest(manifest)
         return manifest
-    except UnicodeDecodeError as error:
-        raise StoreDamaged(
-            f"the manifest of {where!r} cannot be understood: byte {error.start} is not UTF-8. {ADVICE}"
-        ) from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, StoreMismatch):
             raise
-        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r:.300}") from error
+        fault = f"{error!r:.300}"
+        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {fault}. {ADVICE}") from error
 
 
 def load_manifest(path: Path) -> Manifest:

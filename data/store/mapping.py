@@ -45,7 +45,7 @@ class ShardFile:
     @property
     def advice(self) -> str:
         """What to do about a bad one."""
-        return f"Run `precompute verify --store {self.root}`."
+        return f"Run `precompute verify --store {self.root} --repair`, which writes damaged files again."
 
 
 class OpenView:

@@ -15,10 +15,14 @@ import socket
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from coursepack.errors import StoreBusy
+from pydantic import Field
+
+from coursepack.config import Config, parse_config
+from coursepack.errors import StoreBusy, StoreDamaged
 from coursepack.files import naming, open_regular
+from coursepack.parsing import parse_json
 
 try:
     import fcntl
@@ -31,6 +35,18 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 LOCK = "lock"
+MOST_RECORD_BYTES = 1 << 16
+
+
+class _Run(Config):
+    """What `_record` writes."""
+
+    host: str
+    pid: int
+    part_index: Annotated[int, Field(ge=0)]
+    part_count: Annotated[int, Field(ge=1)]
+    started: str | None
+    ended: str | None
 
 
 @dataclass(frozen=True)
@@ -103,19 +119,27 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     for path in sorted((root / RUNS).glob("*.json")):
         if not path.is_file():  # no writer's, and to open a FIFO would be to wait for one
             continue
-        with path.open() as file:
+        with path.open("rb") as file:
             try:
                 # Shared, so that two who look do not take each other for writers.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if text := file.read():
-                    live.append(json.loads(text))
+                if text := file.read(MOST_RECORD_BYTES):
+                    live.append(_parsed(text, path))
     return live
 
 
 def _lock(file: IO[bytes]) -> None:
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        record = parse_json(text)
+        return parse_config(_Run, record, str(path)).model_dump()
+    except ValueError as error:
+        raise StoreDamaged(f"the record of a live run, {str(path)!r}, cannot be read: {error}") from error
 
 
 def _record(file: IO[bytes], part: Part, started: float, ended: float | None) -> None:

@@ -126,6 +126,14 @@ class StoreReader:
             )
         return self._opened(array, view).gather(samples)
 
+    def open(self, array: str, view: int) -> None:
+        """Open the files of a view and check them, as the first `rows` of it would.
+
+        Raises:
+            UnknownName, StoreIncomplete, StoreDamaged: as `components`.
+        """
+        self.components(array, view, np.empty(0, np.int64))
+
     def rows(self, array: str, views: int | Samples, samples: Samples) -> Rows:
         """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`.
 
@@ -233,6 +241,6 @@ class StoreReader:
         if key not in self.manifest.files:
             raise StoreDamaged(
                 f"the manifest of {str(self.path)!r} does not vouch for {key!r}. "
-                f"Run `precompute verify --store {self.path}`."
+                f"Run `precompute verify --store {self.path} --repair`, which writes damaged files again."
             )
         return ShardFile(self.path, key, *self.manifest.files[key])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coursepack.data.store.identity import check_identity
 from coursepack.data.store.layout import MOST, block_count, shard_key, table_key, whole
 from coursepack.data.store.shards import shard_size
 
@@ -47,6 +48,7 @@ def check_manifest(manifest: Manifest) -> None:
     """
     if not isinstance(manifest.identity["view"]["fingerprint"], str):
         raise ValueError("the fingerprint of the view is no text")
+    check_identity(manifest.identity, manifest.origin)
     _check_names([*manifest.arrays, *manifest.tables])
     _check_tables(manifest)
     for name, array in manifest.arrays.items():

@@ -8,13 +8,13 @@ computed again. What a block's files hold does not depend on who wrote them when
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json
-from coursepack.data.store.block import BLOCKS, Block, BlockFiles, done_path
+from coursepack.data.store.block import Block, BlockFiles
+from coursepack.data.store.done import BLOCKS, check_done, done_objects, done_path, read_done
 from coursepack.data.store.layout import (
     block_count,
     table_key,
@@ -135,7 +135,7 @@ class StoreWriter:
         """Vouch for every view whose blocks are all done, whoever did them, and tidy up behind it."""
         with store_lock(self.root):
             self._refresh()
-            views = sorted({view for view, _ in self._done_objects()})
+            views = sorted({view for view, _ in done_objects(self.root)})
             manifest = self.manifest
             for view in views:
                 if self.is_complete(view):
@@ -181,16 +181,16 @@ class StoreWriter:
     def _is_done(self, view: int, index: int, arrays: tuple[str, ...]) -> bool:
         if not arrays:
             return True
-        try:
-            entry = json.loads(done_path(self.root, view, index).read_text())
-        except FileNotFoundError:
-            return False
-        return set(arrays) <= set(entry["arrays"])
+        entry = read_done(self.root, view, index)
+        return entry is not None and set(arrays) <= set(entry["arrays"])
 
     def _with_view(self, manifest: Manifest, view: int) -> Manifest:
         """A manifest that vouches for one view more, whose blocks are all done."""
         arrays = self._missing(view)
-        done = [json.loads(done_path(self.root, view, index).read_text()) for index in range(self.blocks)]
+        entries = [read_done(self.root, view, index) for index in range(self.blocks)]
+        done = [entry for entry in entries if entry is not None]
+        for index, entry in enumerate(done):
+            check_done(self.root, manifest, view, index, entry)
         committed = {
             **manifest.committed,
             **{name: tuple(sorted((*manifest.committed.get(name, ()), view))) for name in arrays},
@@ -206,17 +206,12 @@ class StoreWriter:
         }
         return replace(manifest, committed=committed, view_records=records).with_files(files)
 
-    def _done_objects(self) -> Iterator[tuple[int, Path]]:
-        """View and file of every done-object."""
-        for path in sorted((self.root / BLOCKS).glob("*.json")):
-            yield int(path.name.partition(".")[0]), path
-
     def _sweep_done_objects(self) -> None:
         """Remove the done-objects that the manifest has taken in."""
-        for view, path in self._done_objects():
-            arrays = json.loads(path.read_text())["arrays"]
-            if all(view in self.manifest.committed.get(name, ()) for name in arrays):
-                path.unlink()
+        for view, index in done_objects(self.root):
+            entry = read_done(self.root, view, index)
+            if entry and all(view in self.manifest.committed.get(name, ()) for name in entry["arrays"]):
+                done_path(self.root, view, index).unlink()
 
     def _sweep_partials(self) -> None:
         """Remove what killed writers left: everywhere but in blocks that somebody may be writing now.

@@ -11,6 +11,7 @@ from coursepack.data.views.params import GRID as GRID
 from coursepack.data.views.params import ViewParams as ViewParams
 from coursepack.data.views.recipe import PRESETS as PRESETS
 from coursepack.data.views.recipe import ViewRecipe as ViewRecipe
+from coursepack.data.views.recipe import stored_view as stored_view
 from coursepack.data.views.recipe import view_fingerprint as view_fingerprint
 from coursepack.data.views.recipe import view_recipe as view_recipe
 from coursepack.data.views.rendering import render as render
@@ -27,6 +28,7 @@ __all__ = [
     "render",
     "render_normalised",
     "render_on_device",
+    "stored_view",
     "view_fingerprint",
     "view_recipe",
 ]

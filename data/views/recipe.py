@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ from coursepack.data.views.pixel_ops import (
 )
 from coursepack.data.views.policies import AugMix, AutoAugment, RandAugment, TrivialAugmentWide
 from coursepack.errors import UnknownName
+from coursepack.own_code import KIND, check_trusted
 
 if TYPE_CHECKING:
     from coursepack.data.sources import Source
@@ -140,7 +141,27 @@ def view_recipe(name: str, seed: int | None = None) -> ViewRecipe:
         recipe = PRESETS[name]
     else:
         raise UnknownName("view", name, [*PRESETS, "a .yaml file"])
-    return recipe if seed is None else recipe.model_copy(update={"seed": seed})
+    if seed is None:
+        return recipe
+    return parse_config(ViewRecipe, recipe.model_dump() | {"seed": seed}, f"view {name!r} with --view-seed")
+
+
+def stored_view(values: Any, holder: str, *, trust_code: bool) -> ViewRecipe:
+    """The view recipe that a store's manifest holds.
+
+    Args:
+        values: `identity["view"]["recipe"]` of the manifest.
+        holder: the store, for errors: `store 'cnn.zarr'`.
+        trust_code: whether a pipeline that it names may be imported and run.
+
+    Raises:
+        RecipeError: the values are not a view recipe.
+        UntrustedCode: it names a pipeline, and is not trusted.
+    """
+    recipe = parse_config(ViewRecipe, values, f"the view recipe of {holder}")
+    if recipe.pipeline is not None:
+        check_trusted(f"{KIND}:{recipe.pipeline.factory}", holder, trust_code=trust_code)
+    return recipe
 
 
 def view_fingerprint(recipe: ViewRecipe, source: Source) -> str:

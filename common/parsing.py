@@ -1,0 +1,287 @@
+"""JSON and YAML that somebody else may have written: plain values, or one sentence about the fault.
+
+Refused here, so that nothing downstream has to expect it: a key that is given twice, deep nesting, aliases
+that repeat too much, numbers of absurd length, bytes that are not UTF-8, and files too large to be what they
+claim. YAML is limited to what JSON has: null, booleans, numbers, text, lists, mappings; dates stay text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+    from pathlib import Path
+
+    from coursepack.errors import CoursepackError
+
+MOST_DEPTH = 64
+"""Levels of lists and mappings."""
+MOST_DIGITS = 40
+"""Digits of a whole number; characters of a number in YAML."""
+MOST_REPEATED = 10_000
+"""Values that the aliases of a YAML text may repeat."""
+MOST_YAML_BYTES = 1 << 20
+MOST_YAML_VALUES = 100_000
+MOST_JSON_BYTES = 64 << 20
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The plain values of a JSON text; bytes are UTF-8.
+
+    Raises:
+        ValueError: says what is wrong as the end of a sentence that begins with the text's name.
+
+    >>> parse_json('{"seed": 1, "seed": 2}')
+    Traceback (most recent call last):
+    ValueError: gives the key 'seed' twice
+    """
+    try:
+        value = json.loads(
+            _decoded(text),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_short,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    _check_depth(value)
+    return value
+
+
+def read_json(path: Path, kind: type[CoursepackError], most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """The plain values of a JSON file.
+
+    Args:
+        path: the file.
+        kind: the class of error to raise.
+        most_bytes: refuse a larger file without reading it.
+
+    Raises:
+        CoursepackError: of class `kind`; names the file and what is wrong with it.
+    """
+    try:
+        return parse_json(read_bounded(path, most_bytes))
+    except ValueError as error:
+        raise kind(f"{str(path)!r} {error}") from error
+    except OSError as error:
+        raise kind(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        ValueError: it is no regular file, or larger; worded as by `parse_json`.
+        OSError: it cannot be read.
+    """
+    facts = path.stat()  # before opening, which would wait for the writer of a FIFO
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+        raise ValueError("is not a regular file")
+    if facts.st_size > most_bytes:
+        raise ValueError(f"has {facts.st_size:,} bytes, expected at most {most_bytes:,}")
+    with path.open("rb") as file:
+        return file.read(facts.st_size)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The plain values of a YAML text; bytes are UTF-8.
+
+    Raises:
+        ValueError: as `parse_json`.
+
+    >>> parse_yaml("{lr: 0.1, on: 2026-01-31}")
+    {'lr': 0.1, True: '2026-01-31'}
+    """
+    if len(text) > MOST_YAML_BYTES:
+        raise ValueError(f"is longer than {MOST_YAML_BYTES:,} bytes")
+    text = _decoded(text)
+    try:
+        _check_events(text)
+        return yaml.load(text, Loader=_PlainLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is not text: it holds the character {error.object[error.start]!r}") from error
+
+
+def _decoded(text: str | bytes) -> str:
+    try:
+        return text if isinstance(text, str) else text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text: byte {error.start:,} is not UTF-8") from error
+
+
+# JSON
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # add gives None
+        raise ValueError(_twice(repeated))
+    return values
+
+
+def _twice(key: object) -> str:
+    return f"gives the key {key!r:.80} twice"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"holds {name}, which JSON has no number for")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"holds the number {digits[:MOST_DIGITS]}, which is too large")
+    return value
+
+
+def _short(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"holds a whole number of {len(digits):,} digits, expected at most {MOST_DIGITS}")
+    return int(digits)
+
+
+_TOO_DEEP = f"is nested more than {MOST_DEPTH} levels deep"
+
+
+def _check_depth(value: Any) -> None:
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MOST_DEPTH):
+        level = [inner for each in level for inner in _children(each)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _children(value: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:
+    """The mappings and lists directly in one."""
+    inner = value.values() if isinstance(value, dict) else value
+    return [each for each in inner if isinstance(each, (dict, list))]
+
+
+# YAML
+
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass
+class _Extent:
+    """What a value of a YAML text comes to with its aliases written out."""
+
+    anchor: str | None = None
+    values: int = 1
+    depth: int = 0
+
+    def add(self, inner: _Extent) -> None:
+        self.values += inner.values
+        self.depth = max(self.depth, inner.depth + 1)
+
+
+def _check_events(text: str) -> None:
+    """Refuse deep nesting, and aliases that repeat much or themselves, before anything is built."""
+    anchors: dict[str, _Extent] = {}
+    unfinished: list[_Extent] = []
+    values = repeated = 0
+    for event in yaml.parse(text, Loader=_PlainLoader):
+        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            unfinished.append(_Extent(event.anchor))
+            depth = len(unfinished)
+        elif isinstance(event, yaml.AliasEvent):
+            if any(each.anchor == event.anchor for each in unfinished):
+                raise ValueError(f"repeats {'*' + event.anchor!r:.80} within itself")
+            ended = anchors.get(event.anchor, _Extent())  # an unknown one is refused when it is built
+            repeated += ended.values
+            depth = len(unfinished) + ended.depth
+        elif isinstance(event, yaml.ScalarEvent):
+            ended, depth = _Extent(event.anchor), 0
+        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            ended, depth = unfinished.pop(), 0
+        else:
+            continue  # the ends of the text and its documents
+        if isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
+            values += 1
+            if ended.anchor is not None:
+                anchors[ended.anchor] = ended
+        if not isinstance(event, yaml.CollectionStartEvent) and unfinished:
+            unfinished[-1].add(ended)
+        if depth > MOST_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        if repeated > MOST_REPEATED:
+            raise ValueError(f"repeats more than {MOST_REPEATED:,} values by aliases")
+        if values > MOST_YAML_VALUES:
+            raise ValueError(f"holds more than {MOST_YAML_VALUES:,} values")
+
+
+# The parser in C, where PyYAML was built with it, takes a tenth of the time.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _PlainLoader(_Loader):  # type: ignore[misc]  # a class only known at run time
+    """Builds what JSON has, with keys that differ."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping; keys that are merged in by `<<` may be given again."""
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says where it is
+            is_merge = key_node.tag == f"{_TAG}merge"
+            key = key_node.value if is_merge else self.construct_object(key_node)
+            if seen & {key, str(key)}:
+                raise ValueError(_twice(key))
+            seen |= {key, str(key)}
+        values: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
+        return values
+
+    def number(self, node: yaml.ScalarNode) -> Any:
+        """A number that is not longer than any has to be."""
+        if len(node.value) > MOST_DIGITS:
+            raise ValueError(
+                f"holds a number of {len(node.value):,} characters, expected at most {MOST_DIGITS}"
+            )
+        whole = node.tag.endswith(":int")
+        try:
+            return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"holds {node.value!r} as a number") from error
+
+    def boolean(self, node: yaml.ScalarNode) -> Any:
+        """A boolean."""
+        try:
+            return self.construct_yaml_bool(node)
+        except KeyError as error:
+            raise ValueError(f"holds {node.value!r:.80} as a boolean") from error
+
+    def text(self, node: yaml.ScalarNode) -> str:
+        """Text that a file may be named by."""
+        value = str(self.construct_scalar(node))
+        wrong = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        if wrong is not None:
+            raise ValueError(f"holds the character {wrong!r}")
+        return value
+
+
+_PlainLoader.yaml_constructors = {
+    f"{_TAG}null": _PlainLoader.construct_yaml_null,
+    f"{_TAG}bool": _PlainLoader.boolean,
+    f"{_TAG}int": _PlainLoader.number,
+    f"{_TAG}float": _PlainLoader.number,
+    f"{_TAG}str": _PlainLoader.text,
+    f"{_TAG}timestamp": _PlainLoader.text,
+    f"{_TAG}seq": _PlainLoader.construct_yaml_seq,
+    f"{_TAG}map": _PlainLoader.construct_yaml_map,
+    None: _PlainLoader.construct_undefined,
+}
