@@ -22,6 +22,7 @@ import zarr
 from _content import BATCH, LOGITS, Shuffle, logits, made_labels, write_store
 from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
 from _peers import digit_logits, fidelities, peers
+from _store_growth import FULL_GROWTH, QUICK_GROWTH, view_growth
 from torch import nn
 
 from coursepack.data.encodings import parse_encoding
@@ -320,6 +321,7 @@ def main() -> None:
             values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
         )
         rows += fidelities(*digit_logits(size.digit_epochs))
+        rows += view_growth(folder / "growth", QUICK_GROWTH if chosen.quick else FULL_GROWTH)
     report("Stores", rows, chosen.json)
 
 
