@@ -177,7 +177,7 @@ METHODS: dict[str, Method] = {
     "amtml-hints": Method(
         formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",
         source=f"{_LIU}, section 3.4",
-        objective=_config(**{**_AMTML, "terms": {**_AMTML["terms"], "hint": {}}}),
+        objective=_config(**{**_AMTML, "terms": {"angle": {}, "hint": {}, "latents": {}}}),
         per_class=("soft_weight",),
         note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
         "compared as they are (the release divides both by their norm over channels)",

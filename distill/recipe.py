@@ -154,11 +154,21 @@ def resolve_objective(
         UnknownName: no such method.
         RecipeError: a field that does not exist, a value out of range, or `classes` is needed.
     """
+    return parse_config(ObjectiveConfig, objective_values(method, overrides, classes=classes), where)
+
+
+def objective_values(method: str, overrides: Mapping[str, Any], *, classes: int | None) -> dict[str, Any]:
+    """Return the plain values of a method's objective with some of its fields replaced, not yet checked.
+
+    Raises:
+        UnknownName: no such method.
+        RecipeError: `classes` is needed.
+    """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
     values = METHODS[method].values(classes)
     _merge(values, overrides)
-    return parse_config(ObjectiveConfig, values, where)
+    return values
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:

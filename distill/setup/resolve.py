@@ -10,7 +10,8 @@ from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec, open_stored
 from coursepack.data.sources.fake import stand_in
 from coursepack.data.views import stored_view
-from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.distill.methods import METHODS
+from coursepack.distill.recipe import TrainRecipe, objective_values, resolve_objective
 from coursepack.distill.renamed import check_renamed
 from coursepack.distill.targets.stores import open_stores
 from coursepack.errors import RecipeError
@@ -30,11 +31,11 @@ def complete(
     if isinstance(values.get("view"), str):
         values["view"] = view_recipe(values["view"])
     check_renamed(values, where)
-    check_given(TrainRecipe, values, where)
+    _check_fields(values, where)
     if "student" not in values:
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
-    values.setdefault("method", "kd" if stores else "supervised")
+    values.setdefault("method", _usual_method(values))
     kept = None
     if stores and not smoke:
         first = open_stores(stores)[0]
@@ -64,3 +65,18 @@ def complete(
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
     return parse_config(TrainRecipe, values, where)
+
+
+def _usual_method(values: dict[str, Any]) -> str:
+    return "kd" if values.get("stores") else "supervised"
+
+
+def _check_fields(values: dict[str, Any], where: str) -> None:
+    """Refuse fields that do not exist or are out of range, before anything is opened.
+
+    An objective is checked beside the numbers of its method, of which it may replace a few.
+    """
+    changes, method = values.get("objective"), values.get("method", _usual_method(values))
+    if isinstance(changes, dict) and method in METHODS:
+        changes = objective_values(method, changes, classes=1)
+    check_given(TrainRecipe, values if changes is None else {**values, "objective": changes}, where)
