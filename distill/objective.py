@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from coursepack.distill.fusion.temperature import SampleTemperatures
     from coursepack.distill.losses.base import TermConfig
     from coursepack.distill.objective_config import ObjectiveConfig
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
 
 
 @dataclass(frozen=True)

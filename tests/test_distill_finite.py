@@ -20,7 +20,8 @@ from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup import prepare as prepare_module
-from coursepack.distill.targets.stores import CachedTargets, Targets
+from coursepack.distill.targets.base import Targets
+from coursepack.distill.targets.stores import CachedTargets
 from coursepack.errors import NonFiniteOutput, StoreDamaged, TrainingDiverged
 
 FIRST = "logits/values/c.0.0.0"

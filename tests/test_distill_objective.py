@@ -28,7 +28,7 @@ from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.requirements import depth_group
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
 

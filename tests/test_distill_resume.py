@@ -27,8 +27,8 @@ from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
-COURSE, TARGETS = (
-    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.opening", "targets.stores")
+TEACHER_STORES, TARGETS = (
+    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -328,7 +328,7 @@ def test_stores_are_read_as_when_the_run_began(tmp_path, monkeypatch, stores):
     monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
     recipe = make_recipe(stores[:2], **STUDENT)
     choices = iter(["windowed", "windowed"])
-    monkeypatch.setattr(COURSE, "choose_reading", lambda *_: next(choices))
+    monkeypatch.setattr(TEACHER_STORES, "choose_reading", lambda *_: next(choices))
     train(recipe, tmp_path / "once", device=CPU)
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=7)
     train(recipe, tmp_path / "o", device=CPU, resume=True)

@@ -13,7 +13,7 @@ from coursepack.data import Batch, open_source
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.setup.prepare import opening, prepare
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.evaluate import evaluate
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from coursepack.distill.fusion.fused import FusedTargets
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
     from coursepack.kernels import MixedLabels
 
 

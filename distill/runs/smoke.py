@@ -25,7 +25,7 @@ from coursepack.data.views import draw
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
-from coursepack.distill.targets.stores import FEATURES
+from coursepack.distill.targets.base import FEATURES
 from coursepack.models import parse_tap
 
 if TYPE_CHECKING:

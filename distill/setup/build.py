@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from coursepack.data.store import StoreReader
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.opening import TeacherStores
+    from coursepack.distill.targets.teacher_stores import TeacherStores
     from coursepack.models import Network
 
 

@@ -26,8 +26,9 @@ from coursepack.distill.setup.checks import (
     fewest_rows,
 )
 from coursepack.distill.setup.requirements import check_needs
-from coursepack.distill.targets.opening import open_targets, open_teacher_stores
-from coursepack.distill.targets.stores import OnlineTargets, free_memory, live_teachers
+from coursepack.distill.targets.live import OnlineTargets, live_teachers
+from coursepack.distill.targets.reading import free_memory
+from coursepack.distill.targets.teacher_stores import open_targets, open_teacher_stores
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.objective import Objective
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.stores import CachedTargets, TargetSource
+    from coursepack.distill.targets.base import TargetSource
+    from coursepack.distill.targets.stores import CachedTargets
     from coursepack.models import Network
 
 

@@ -12,7 +12,7 @@ from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import FeaturePair
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
-from coursepack.distill.targets.stores import FEATURES
+from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
 from coursepack.models.build import WEIGHTS_FILE, own_preprocessing

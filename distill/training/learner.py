@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.objective import Objective, ObjectiveValue
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
     from coursepack.models import Network
     from coursepack.models.preprocessing import Preprocessing
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from coursepack.data import Batch
-    from coursepack.distill.targets.stores import Targets, TargetSource
+    from coursepack.distill.targets.base import Targets, TargetSource
     from coursepack.distill.training.learner import LearnerOutput
     from coursepack.distill.training.state import TrainState
 

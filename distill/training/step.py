@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from coursepack.data import Batch
     from coursepack.distill.losses.base import LossInputs, StudentOutput
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
     from coursepack.distill.training.state import TrainState
 
     Group = Sequence[TrainState]

@@ -17,14 +17,9 @@ from coursepack.data.sources.roots import some
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import stored_view
-from coursepack.distill.targets.stores import (
-    FEATURES,
-    CachedTargets,
-    choose_reading,
-    common_views,
-    free_memory,
-    open_stores,
-)
+from coursepack.distill.targets.base import FEATURES
+from coursepack.distill.targets.reading import choose_reading, free_memory
+from coursepack.distill.targets.stores import CachedTargets, common_views, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 from coursepack.imports import check_trusted
 
