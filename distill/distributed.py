@@ -39,7 +39,7 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=15)
 """For one rank to wait for another: longer than opening sources and checking the first view of large stores,
 shorter than a night."""
-SILENT_SECONDS = 10.0
+EXIT_DELAY_SECONDS = 10.0
 """How long a rank with nothing to add lets another tell an error. torchrun ends all when the first ends."""
 
 
@@ -62,33 +62,33 @@ class Ranks:
         """Its share of every batch; None means all of it."""
         return None if self.count == 1 else Part(self.index, self.count)
 
-    def say(self, text: str) -> None:
+    def log_once(self, text: str) -> None:
         """Say a line once, whatever the number of ranks."""
         if self.is_first:
             say(text)
 
-    def gathered(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Every rank's value, in order; nobody goes on before all have come here."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        with self._talking():
+        with self._rank_lost_on_error():
             dist.all_gather_object(values, value)
         return values
 
-    def first_says(self, flag: bool) -> bool:
+    def broadcast_flag(self, flag: bool) -> bool:
         """The first rank's flag. Through the CPU, so that no GPU is waited for."""
         if self.count == 1:
             return flag
-        told = torch.tensor([flag], dtype=torch.uint8)
-        with self._talking():
-            dist.broadcast(told, src=0)
-        return bool(told.item())
+        value = torch.tensor([flag], dtype=torch.uint8)
+        with self._rank_lost_on_error():
+            dist.broadcast(value, src=0)
+        return bool(value.item())
 
-    def summed(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.count > 1:
-            with self._talking():
+            with self._rank_lost_on_error():
                 dist.all_reduce(values)
         return values
 
@@ -100,11 +100,11 @@ class Ranks:
         if self.count == 1:
             return
         gradients = [value.grad for value in parameters if value.grad is not None]
-        mean = self.summed(torch.cat([gradient.reshape(-1) for gradient in gradients])) / self.count
+        mean = self.all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients])) / self.count
         for gradient, piece in zip(gradients, _pieces(mean, gradients), strict=True):
             gradient.copy_(piece.view_as(gradient))
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace the values of tensors on one device by the first rank's, bit by bit."""
         if self.count == 1:
             return
@@ -114,13 +114,13 @@ class Ranks:
             return
         rows = [value.reshape(-1).view(torch.uint8) for value in several]
         everything = torch.cat(rows)
-        with self._talking():
+        with self._rank_lost_on_error():
             dist.broadcast(everything, src=0)
         if not self.is_first:
             for value, piece in zip(several, _pieces(everything, rows), strict=True):
                 value.copy_(piece.view(value.dtype).view(value.shape))
 
-    def all_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows `(N, ...)` of all ranks from each one's own `(n, ...)`.
 
         The gradient of the own rows is multiplied by the number of ranks: where each computes the same loss
@@ -132,11 +132,11 @@ class Ranks:
         """
         if self.count == 1:
             return own
-        rows: Tensor = _AllRows.apply(own, self, tuple(counts))
+        rows: Tensor = _GatherRows.apply(own, self, tuple(counts))
         return rows
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _rank_lost_on_error(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -155,14 +155,14 @@ def _pieces(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.split(flat, [value.numel() for value in like])
 
 
-class _AllRows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Tensor:
         ctx.start, ctx.count, ctx.ranks = sum(counts[: ranks.index]), len(own), ranks.count
         padded = own.new_zeros(max(counts), *own.shape[1:])
         padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in counts]
-        with ranks._talking():
+        with ranks._rank_lost_on_error():
             dist.all_gather(found, padded)
         return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
 
@@ -172,7 +172,7 @@ class _AllRows(torch.autograd.Function):
 
 
 @contextmanager
-def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """Be one of the ranks that the environment speaks of, and their device; alone where it speaks of none.
 
     An error inside the context, on whichever rank it comes first, leaves it on that rank alone. The others
@@ -190,7 +190,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         return
     try:
         kept, index, count = next(rendezvous("env://", timeout=TIMEOUT))
-        store = _met(kept, index, count)
+        store = _start_store(kept, index, count)
     except dist.DistError as error:
         raise RankLost(f"the ranks do not find each other: {error}") from error
     try:
@@ -200,13 +200,13 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(index, count, _environment("LOCAL_WORLD_SIZE", 1)), own
     except Exception:
         if not _is_first_to_fail(store):
-            time.sleep(SILENT_SECONDS)
+            time.sleep(EXIT_DELAY_SECONDS)
             raise SystemExit(1) from None
         raise
     dist.destroy_process_group()
 
 
-def _met(store: Any, index: int, count: int) -> Any:
+def _start_store(store: Any, index: int, count: int) -> Any:
     """A corner of the store for the ranks that were started together.
 
     torchrun keeps one store over all restarts, and in it the addresses of ranks that are gone, which others
@@ -219,7 +219,7 @@ def _met(store: Any, index: int, count: int) -> Any:
         store.set(f"hello/{index}", own)
         start = store.get(f"answer/{own}").decode()
         store.set(f"{start}/heard/{index}", "yes")
-        return _corner(start, store)
+        return _prefixed(start, store)
     given_up, others = time.monotonic() + TIMEOUT.total_seconds(), range(1, count)
     while not all(store.check([f"{own}/heard/{rank}"]) for rank in others):
         if time.monotonic() > given_up:
@@ -228,10 +228,10 @@ def _met(store: Any, index: int, count: int) -> Any:
             if store.check([f"hello/{rank}"]):
                 store.set(f"answer/{store.get(f'hello/{rank}').decode()}", own)
         time.sleep(0.02)
-    return _corner(own, store)
+    return _prefixed(own, store)
 
 
-def _corner(name: str, store: Any) -> Any:
+def _prefixed(name: str, store: Any) -> Any:
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined, unused-ignore]  # public, but not in its stubs
 
 

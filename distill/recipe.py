@@ -172,18 +172,18 @@ def objective_values(method: str, overrides: Mapping[str, Any], *, classes: int 
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Replace values in place, field by field; another fusion or term brings its own numbers."""
+    """Replace values in group, field by field; another fusion or term brings its own numbers."""
     for name, change in changes.items():
-        held = values.get(name)
-        if isinstance(held, dict) and isinstance(change, dict) and _is_same_kind(held, change):
-            _merge(held, change)
+        current = values.get(name)
+        if isinstance(current, dict) and isinstance(change, dict) and _is_same_kind(current, change):
+            _merge(current, change)
         else:
             values[name] = change
 
 
-def _is_same_kind(held: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+def _is_same_kind(current: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
     """Return false for a change to another fusion or another kind of term."""
-    return all(change.get(key, held.get(key)) == held.get(key) for key in ("name", "term"))
+    return all(change.get(key, current.get(key)) == current.get(key) for key in ("name", "term"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -194,13 +194,13 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
-        raise RecipeError(f"{str(path)!r} holds {held}, expected a mapping of recipe fields")
+        current = "nothing" if values is None else f"a {type(values).__name__}"
+        raise RecipeError(f"{str(path)!r} holds {current}, expected a mapping of recipe fields")
     return values
 
 
 def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Apply `key.subkey=value` assignments in place; values are YAML.
+    """Apply `key.subkey=value` assignments in group; values are YAML.
 
     Raises:
         RecipeError: an assignment without `=`, or into something that is no mapping.
@@ -216,16 +216,16 @@ def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
         set_value(values, key, value, f"--set {assignment!r}")
 
 
-def set_value(values: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Put one value where `key.subkey` says; `said` names the flag in errors.
+def set_value(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put one value where `key.subkey` says; `where` names the flag in errors.
 
     Raises:
         RecipeError: a part of the key is no mapping.
     """
     *parents, leaf = key.split(".")
-    place = values
+    group = values
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise RecipeError(f"{said}: {parent!r} is {place!r}, not a group of fields")
-    place[leaf] = value
+        group = group.setdefault(parent, {})
+        if not isinstance(group, dict):
+            raise RecipeError(f"{where}: {parent!r} is {group!r}, not a group of fields")
+    group[leaf] = value

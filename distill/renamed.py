@@ -34,7 +34,7 @@ def check_renamed(values: dict[str, Any], where: str) -> None:
         raise RecipeError(f"{where} has keys that were renamed:\n{lines}")
 
 
-def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+def upgrade_recipe(values: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe of a run that an earlier version finished, with today's keys."""
     if not any(_has(values, old) for old in RENAMED):
         return values

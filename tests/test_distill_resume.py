@@ -310,7 +310,7 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
         return evaluate(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN._Every, "is_due", lambda _: next(steps) == STEPS + 2)
+        patch.setattr(TRAIN._Interval, "is_due", lambda _: next(steps) == STEPS + 2)
         patch.setattr(TRAIN, "evaluate", three_times)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU)

@@ -22,13 +22,13 @@ def methods_command(name: str | None, as_json: bool) -> None:
     """
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)
-    told = [describe(each) for each in METHODS if name in (None, each)]
+    methods = [describe(each) for each in METHODS if name in (None, each)]
     if as_json:
-        click.echo(json.dumps(told, indent=1))
+        click.echo(json.dumps(methods, indent=1))
     elif name is None:
-        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in told])
+        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in methods])
     else:
-        click.echo("\n".join(_described(told[0])))
+        click.echo("\n".join(_described(methods[0])))
 
 
 def _described(method: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from coursepack.data import open_source
 from coursepack.data.loading import Renderer
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.folder import load_run
-from coursepack.distill.runs.sweep import finished, read_grid, sweep
+from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
 from coursepack.errors import TrainingDiverged
@@ -61,7 +61,7 @@ def sweep_command(
     """
     students = read_grid(grid_file, trust_code=trust_code)
     diverged = sweep(students, out, device=pick_device(device), trust_code=trust_code, **how)
-    _show(finished(students, out), as_json=as_json)
+    _show(finished_runs(students, out), as_json=as_json)
     if diverged:
         raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")
 
@@ -87,11 +87,11 @@ def eval_command(
     with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
         size = network.preprocessing.size
         with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
-            facts = evaluate(network, data, chosen, renderer=renderer, meter=meter)
+            values = evaluate(network, data, chosen, renderer=renderer, meter=meter)
     if as_json:
-        click.echo(json.dumps({"run": str(run), "source": data.name, **facts}, indent=1))
+        click.echo(json.dumps({"run": str(run), "source": data.name, **values}, indent=1))
     else:
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         click.echo(f"{run}: {numbers} on {data.name}, {len(data.labels):,} samples")
 
 

@@ -11,11 +11,11 @@ import click
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
 from coursepack.distill.cli.options import recipe_options, recipe_values
-from coursepack.distill.distributed import joined
+from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.resolve import resolve_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def train_command(
 
     Options replace fields of RECIPE_FILE. The recipe as used is kept in the run's folder.
     """
-    with joined(device) as (ranks, own):
+    with process_group(device) as (ranks, own):
         values = {} if recipe_file is None else load_recipe(recipe_file)
         changes: dict[str, Any] = {}
         _apply(changes, options, assignments)
@@ -77,7 +77,7 @@ def train_command(
             values.pop("objective", None)  # those numbers are another method's
         _apply(values, options, assignments)
         where = "the recipe" if recipe_file is None else str(recipe_file)
-        recipe = complete(values, where, smoke=smoke, trust_code=trust_code)
+        recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         how: dict[str, Any] = {
             "overwrite": overwrite,
             "resume": resume,

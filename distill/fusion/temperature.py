@@ -76,8 +76,8 @@ def flsw_omega(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> 
         logits / (logits.norm(dim=1, keepdim=True) + NORM_EPSILON)
         for logits in (student_logits, teacher_logits)
     )
-    apart: Tensor = (1 - (student * teacher).sum(1)).clamp_min(0) ** gamma
-    return apart
+    distance: Tensor = (1 - (student * teacher).sum(1)).clamp_min(0) ** gamma
+    return distance
 
 
 def cwsm_omega(student_logits: Tensor) -> Tensor:
@@ -102,15 +102,15 @@ def fused_logits(
         labels: `(N,)`, needed by "shift".
         adjustments: one name per teacher; empty means none.
     """
-    parts, shares = [], []
-    for place, teacher in enumerate(teachers):
+    weighted, shares = [], []
+    for index, teacher in enumerate(teachers):
         logits = decode(teacher).detach()
-        if adjustments and adjustments[place] == "shift" and labels is not None:
+        if adjustments and adjustments[index] == "shift" and labels is not None:
             logits = shifted(logits, labels)
-        share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., place]
-        parts.append(share.reshape(-1, 1) * logits)
+        share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., index]
+        weighted.append(share.reshape(-1, 1) * logits)
         shares.append(share.reshape(-1, 1))
-    return torch.stack(parts).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
+    return torch.stack(weighted).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
 
 
 def shifted(logits: Tensor, labels: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def confidence_weights(cross_entropy: Tensor) -> Tensor:
 
     Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007, equation 2.
     """
-    return _less_of(cross_entropy.softmax(0))
+    return _complementary_weights(cross_entropy.softmax(0))
 
 
 def entropy_weights(entropy: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def entropy_weights(entropy: Tensor) -> Tensor:
     """
     total = entropy.sum(0)
     share = torch.where(total > 0, entropy / total, 1 / len(entropy))
-    return _less_of(share)
+    return _complementary_weights(share)
 
 
-def _less_of(share: Tensor) -> Tensor:
+def _complementary_weights(share: Tensor) -> Tensor:
     """Weights `(N, K)` that sum to one and fall with each teacher's share `(K, N)`."""
     if len(share) == 1:
         return torch.ones_like(share).T

@@ -59,19 +59,19 @@ class Adapter(nn.Module):
         features = features.float()
         if self.size is not None:
             features = F.adaptive_avg_pool2d(features, self.size)
-        changed: Tensor = self.change(_without_places(features) if self.size is None else features)
+        changed: Tensor = self.change(_pooled(features) if self.size is None else features)
         return changed
 
     def like(self, teacher_features: Tensor) -> Tensor:
         """The teacher's features in the form of the adapter's output."""
-        return teacher_features if self.size is not None else _without_places(teacher_features)
+        return teacher_features if self.size is not None else _pooled(teacher_features)
 
 
 def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 1)
 
 
-def _without_places(features: Tensor) -> Tensor:
+def _pooled(features: Tensor) -> Tensor:
     return features if features.ndim == 2 else features.flatten(2).mean(2)
 
 
@@ -90,8 +90,8 @@ class Hints(nn.Module):
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, Adapter)
-            theirs = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
-            error = adapter(inputs.student.features[pair.layer]) - theirs.detach()
+            target = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
+            error = adapter(inputs.student.features[pair.layer]) - target.detach()
             total = total + error.square().flatten(1).mean(1)
         return total
 

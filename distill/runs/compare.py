@@ -45,7 +45,7 @@ class Group:
     paired: int
     """Seeds it shares with the first group."""
     extras: dict[str, float]
-    """Means over seeds of what its last epochs told besides, as far as all runs told it."""
+    """Means over seeds of what its last epochs compared besides, as far as all runs told it."""
     curve: dict[int, float]
     """Mean accuracy on the evaluation split by number of epochs, where all runs were evaluated."""
 
@@ -98,23 +98,23 @@ def compare(runs: Sequence[FinishedRun]) -> list[Group]:
     recipes = [_shared_fields(members[0]) for members in grouped.values()]
     first = {run.recipe.seed: _final(run)["accuracy"] for run in next(iter(grouped.values()))}
     return [
-        _group(members, _label(recipe, recipes), first, is_first=place == 0)
-        for place, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
+        _group(members, _label(recipe, recipes), first, is_first=index == 0)
+        for index, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
     ]
 
 
 def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Header and rows for `print_table`."""
-    told = [name for name in EXTRAS if any(name in group.extras for group in groups)]
+    shown_extras = [name for name in EXTRAS if any(name in group.extras for group in groups)]
     header = ["recipe", "runs", "accuracy", "+- sd", "nll", "epoch", "beats first"]
-    header += [EXTRAS[name][1] for name in told]
+    header += [EXTRAS[name][1] for name in shown_extras]
     rows = []
     for group in groups:
         spread = "-" if math.isnan(group.spread) else f"{group.spread:.2%}"
         wins = "-" if group.wins is None else f"{group.wins} of {group.paired}"
         nll = statistics.fmean(group.nll.values())
         runs, epoch = str(len(group.accuracy)), f"{group.epoch_seconds * 1000:.1f} ms"
-        more = [f"{group.extras[name]:.3f}" if name in group.extras else "-" for name in told]
+        more = [f"{group.extras[name]:.3f}" if name in group.extras else "-" for name in shown_extras]
         rows.append([group.label, runs, f"{group.mean:.2%}", spread, f"{nll:.3f}", epoch, wins, *more])
     return header, rows
 
@@ -172,8 +172,8 @@ def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 def _extras(members: Sequence[FinishedRun]) -> dict[str, float]:
     found = {}
-    for name, (place, _) in EXTRAS.items():
-        values = [run.metrics[-1].get(place[0], {}).get(place[1]) for run in members]
+    for name, (keys, _) in EXTRAS.items():
+        values = [run.metrics[-1].get(keys[0], {}).get(keys[1]) for run in members]
         known = [float(value) for value in values if value is not None]
         if len(known) == len(members):
             found[name] = statistics.fmean(known)
@@ -195,7 +195,7 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
     if recipe["stores"]:
         names = ", ".join(_store_names(recipe["stores"], recipes))
         words.append(f"from {names}" + (" live" if recipe["online"] else ""))
-    told = {"method", "student", "online"}
+    compared = {"method", "student", "online"}
     for other in recipes:
         for path, mine, _ in differences(recipe, other):
             top = path.partition(".")[0].partition("[")[0]
@@ -205,8 +205,8 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
                 "view": bool(recipe["stores"] or other["stores"]),
                 "objective": other["method"] != recipe["method"],
             }.get(top, False)
-            if path not in told and not implied:
-                told.add(path)
+            if path not in compared and not implied:
+                compared.add(path)
                 words.append(f"{path}={mine}")
     return " ".join(words)
 

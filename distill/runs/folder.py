@@ -23,7 +23,7 @@ from safetensors.torch import save
 from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
 from coursepack.distill.recipe import TrainRecipe, load_recipe
-from coursepack.distill.renamed import upgraded
+from coursepack.distill.renamed import upgrade_recipe
 from coursepack.distill.runs.records import read_metrics, read_provenance
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
@@ -42,11 +42,11 @@ PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
 LOCK_FILE = "lock"
-BOARD_FOLDER = "tensorboard"
-OWN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
+TENSORBOARD_FOLDER = "tensorboard"
+RUN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
 """Files of a run that is unfinished."""
 
-MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
+FIXED_PROVENANCE = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
 """Parts of the provenance in which a run that is resumed may not differ; but a store may have more views by
 then, as long as they are not the run's."""
 
@@ -133,8 +133,8 @@ class RunFolder:
     def close(self, *, keep: bool = True) -> None:
         """Unlock the folder; without `keep`, remove it if it was made for this run."""
         if not keep and self._made is not None:
-            shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
-            for file in (*(self.path / name for name in OWN_FILES), *partials(self.path)):
+            shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
+            for file in (*(self.path / name for name in RUN_FILES), *partials(self.path)):
                 file.unlink(missing_ok=True)
         self._lock.release()
         if not keep and self._made is not None:
@@ -159,7 +159,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class OthersFolder:
+class ReadOnlyRunFolder:
     """A run that another rank writes."""
 
     path: Path
@@ -197,7 +197,7 @@ def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
     return finished.metrics[-1]
 
 
-def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
+def recipe_to_resume(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with what was decided when an unfinished run was begun: how its stores are read.
 
     Raises:
@@ -213,21 +213,21 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 
 
-def lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+def fixed_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's provenance in which it may not differ when it is resumed."""
-    facts: dict[str, Any] = {name: provenance.get(name) for name in MUST_STAY}
+    facts: dict[str, Any] = {name: provenance.get(name) for name in FIXED_PROVENANCE}
     stores = [{**store, "views": None} for store in facts["stores"]]
     return {**facts, "stores": stores}
 
 
-def check_begun(path: Path, provenance: dict[str, Any]) -> None:
+def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
     """Refuse to resume a run whose stores, source or views are not those that it was begun with.
 
     Raises:
         RunError: the text says what differs.
     """
     begun = read_provenance(path / PROVENANCE_FILE)
-    _check_same(path, lasting(begun), lasting(provenance))
+    _check_same(path, fixed_provenance(begun), fixed_provenance(provenance))
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -292,5 +292,7 @@ def load_run(path: Path) -> FinishedRun:
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
-    recipe = parse_config(TrainRecipe, upgraded(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE))
+    recipe = parse_config(
+        TrainRecipe, upgrade_recipe(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE)
+    )
     return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))

@@ -12,32 +12,32 @@ from coursepack.parsing import parse_json, read_bounded, read_json
 if TYPE_CHECKING:
     from pathlib import Path
 
-MOST_METRICS_BYTES = 1 << 28
+MAX_METRICS_BYTES = 1 << 28
 Index = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     """What is read of a mapping; it may hold more, as what a later release adds."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class _Evaluation(_Part):
+class _Evaluation(_Record):
     accuracy: float
     nll: float
     calibration_error: float | None = None
 
 
-class _Teachers(_Part):
+class _Teachers(_Record):
     agreement: float | None = None
     kl: float | None = None
 
 
-class _Temperature(_Part):
+class _Temperature(_Record):
     clamped: float | None = None
 
 
-class _Epoch(_Part):
+class _Epoch(_Record):
     epoch: Index
     seconds: float
     evaluation: _Evaluation | None = None
@@ -49,15 +49,15 @@ class _Evaluated(_Epoch):
     evaluation: _Evaluation
 
 
-class _Store(_Part):
+class _Store(_Record):
     reading: Literal["resident", "mapped", "windowed"]
 
 
-class _Provenance(_Part):
+class _Provenance(_Record):
     stores: list[_Store]
 
 
-P = TypeVar("P", bound=_Part)
+P = TypeVar("P", bound=_Record)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         RunError: the file cannot be read, or a line is not what a run writes.
     """
     try:
-        lines = read_bounded(path, MOST_METRICS_BYTES).splitlines()
+        lines = read_bounded(path, MAX_METRICS_BYTES).splitlines()
     except ValueError as error:
         raise RunError(f"{str(path)!r} {error}") from error
     except OSError as error:
@@ -105,6 +105,6 @@ def _check(model: type[P], values: Any, where: str) -> None:
         model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "it"
+        key = ".".join(map(str, problem["loc"])) or "it"
         text = problem["msg"] if problem["loc"] else "Input should be a mapping"
-        raise RunError(f"{where} is damaged: {place}: {text}") from error
+        raise RunError(f"{where} is damaged: {key}: {text}") from error

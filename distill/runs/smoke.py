@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from coursepack.distill.recipe import TrainRecipe
 
 SAMPLES = 16
-MOST_BATCH = 8
-GENTLE = 1e-3
+MAX_BATCH_SIZE = 8
+MAX_LEARNING_RATE = 1e-3
 """Largest learning rate: a few steps of a recipe's own on noise may diverge."""
 VIEWS = 2
-HINT = "smoke"
+DEFAULT_TAP = "smoke"
 """The tap that a smoke store has where a recipe leaves the choice to the depth."""
 
 
@@ -55,11 +55,11 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
         free |= needs is not None and not needs.pairs
         for pair in () if needs is None else needs.pairs:
             taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
-    batch_size = max(min(recipe.batch_size, MOST_BATCH), VIEWS)
+    batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
     stores = []
     for index, store in enumerate(recipe.stores):
         path = folder / f"{index}-{Path(store).name}"
-        own = [*taps.get(index, []), *([HINT] if free else [])]
+        own = [*taps.get(index, []), *([DEFAULT_TAP] if free else [])]
         write_smoke_store(path, source, recipe.view, own, seed=index)
         stores.append(str(path))
     return recipe.model_copy(
@@ -79,7 +79,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "accumulate": min(recipe.accumulate, batch_size),
             "objective": _shortened(recipe.objective),
             "optimizer": _shortened(recipe.optimizer).model_copy(
-                update={"lr": min(recipe.optimizer.lr, GENTLE)}
+                update={"lr": min(recipe.optimizer.lr, MAX_LEARNING_RATE)}
             ),
         }
     )
@@ -107,7 +107,7 @@ def write_smoke_store(
 ) -> None:
     """A store of an untrained teacher over all of a source."""
     size = next(iter(source.sizes(np.arange(1))))[0].item()
-    answer = _teacher(source, taps, seed)
+    run_teacher = _teacher(source, taps, seed)
     identity = {
         "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": {"size": size}},
         "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": view_fingerprint(recipe, source)},
@@ -116,7 +116,8 @@ def write_smoke_store(
     }
     float32 = parse_encoding("float32")
     shapes = {
-        name: value.shape[1:] for name, value in answer(torch.zeros(1, size, size, source.channels)).items()
+        name: value.shape[1:]
+        for name, value in run_teacher(torch.zeros(1, size, size, source.channels)).items()
     }
     plan = StorePlan(
         identity=identity,
@@ -140,7 +141,7 @@ def write_smoke_store(
                 record["content"] = content_digest(source, block.samples)
             files = writer.write(block, record)
             for batch in batches(source, recipe, block.samples, views=[block.view], batch_size=64):
-                files.add({name: value.numpy() for name, value in answer(batch.pixels(size)).items()})
+                files.add({name: value.numpy() for name, value in run_teacher(batch.pixels(size)).items()})
             files.finish({"rows": float(len(block)), "correct": 0.0})
         writer.commit()
 
@@ -153,10 +154,10 @@ def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
         head = nn.Linear(8, len(source.class_names))
 
     @torch.inference_mode()
-    def answer(pixels: Tensor) -> Mapping[str, Tensor]:
+    def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
         maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
         pooled = maps.mean((2, 3))
         features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
         return {LOGITS: 4 * head(pooled), **features}
 
-    return answer
+    return run_teacher

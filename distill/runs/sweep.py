@@ -22,11 +22,11 @@ from coursepack.canonical import canonical_json
 from coursepack.config import Config, parse_config
 from coursepack.console import say
 from coursepack.distill.recipe import load_recipe, set_value
-from coursepack.distill.runs.folder import as_begun, check_free, finished_metrics
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, begin, train_together
+from coursepack.distill.runs.folder import check_free, finished_metrics, recipe_to_resume
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS, start_run, train_together
 from coursepack.distill.setup.checks import check_recipe
-from coursepack.distill.setup.prepare import opening, prepare
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import build_network
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from coursepack.distill.recipe import TrainRecipe
 
-OWN_FIELDS = (
+FREE_FIELDS = (
     *("student", "student_size", "student_mean", "student_std"),
     *("method", "objective", "optimizer", "patience"),
     *("precision", "channels_last", "compile"),
 )
 """Fields in which students that are trained together may differ: none of them changes a batch."""
-LONGEST_NAME = 100
-MOST_STUDENTS = 10_000
+MAX_NAME_LENGTH = 100
+MAX_STUDENTS = 10_000
 
 
 class Grid(Config):
@@ -80,15 +80,15 @@ def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
     if empty or not grid.grid:
         raise RecipeError(f"{str(path)!r} has no values for {', '.join(empty) or 'grid'}: give at least one")
     count = math.prod(map(len, grid.grid.values()))
-    if count > MOST_STUDENTS:
-        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MOST_STUDENTS:,}")
+    if count > MAX_STUDENTS:
+        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MAX_STUDENTS:,}")
     students = []
     for chosen in itertools.product(*grid.grid.values()):
         settings = dict(zip(grid.grid, chosen, strict=True))
         values = copy.deepcopy(grid.base)
         for key, value in settings.items():
             set_value(values, key, copy.deepcopy(value), f"grid of {str(path)!r}")
-        recipe = complete(values, str(path), trust_code=trust_code)
+        recipe = resolve_recipe(values, str(path), trust_code=trust_code)
         students.append(Student(student_name(settings), recipe))
     names = [student.name for student in students]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -107,10 +107,10 @@ def student_name(settings: Mapping[str, Any]) -> str:
         text = value if isinstance(value, str) else canonical_json(value)
         words.append(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '-', text).strip('-')}")
     name = ",".join(words)
-    if len(name) <= LONGEST_NAME and "/" not in "".join(map(str, settings.values())):
+    if len(name) <= MAX_NAME_LENGTH and "/" not in "".join(map(str, settings.values())):
         return name
     digest = hashlib.sha256(canonical_json(dict(settings)).encode()).hexdigest()[:8]
-    return f"{name[:LONGEST_NAME]}-{digest}"
+    return f"{name[:MAX_NAME_LENGTH]}-{digest}"
 
 
 def sweep(
@@ -157,11 +157,11 @@ def sweep(
     if not resume:
         for student in students:
             check_free(out / student.name, overwrite=False)
-    left = _unfinished(students, out) if resume else list(students)
-    if len(left) < len(students):
-        say(f"{len(students) - len(left)} of {len(students)} students are finished")
+    remaining = _unfinished(students, out) if resume else list(students)
+    if len(remaining) < len(students):
+        say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
     waiting: list[list[Student]] = []
-    for alike in _alike(left, out):
+    for alike in _by_batches(remaining, out):
         waiting += [alike[start : start + together] for start in range(0, len(alike), together)]
     diverged: dict[str, str] = {}
     while waiting:
@@ -170,16 +170,16 @@ def sweep(
         try:
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
-                found = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
+                failures = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
         except TrainingDiverged as error:
             if len(group) > 1:
                 # Within a step, whoever it was: the others go on from their checkpoints, each alone.
                 waiting = [[student] for student in _unfinished(group, out)] + waiting
                 continue
-            found = {group[0].name: str(error)}
-        for name, reason in found.items():
+            failures = {group[0].name: str(error)}
+        for name, reason in failures.items():
             say(f"{name}: {reason}")
-        diverged |= found
+        diverged |= failures
     return diverged
 
 
@@ -193,35 +193,37 @@ def _train_group(
     trust_code: bool,
 ) -> dict[str, str]:
     """Train a group; returns what was wrong with those that diverged."""
-    first, *others = [as_begun(out / student.name, student.recipe) for student in group]
+    first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
     setup = prepare(first, device, others=others, trust_code=trust_code)
     with ExitStack() as stack:
-        trainings = [
+        student_runs = [
             stack.enter_context(
-                begin(setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False)
+                start_run(
+                    setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
+                )
             )
             for each in group
         ]
-        say(opening(setup))
+        say(describe_setup(setup))
         by_position: dict[tuple[int, int], list[Any]] = {}
-        for training in trainings:
-            position = (training.position.epoch, training.position.batches)
-            by_position.setdefault(position, []).append(training)
+        for run in student_runs:
+            position = (run.position.epoch, run.position.batches)
+            by_position.setdefault(position, []).append(run)
         for alike in by_position.values():
             train_together(setup, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
     return {
-        student.name: str(training.diverged)
-        for student, training in zip(group, trainings, strict=True)
-        if training.diverged is not None
+        student.name: str(run.diverged)
+        for student, run in zip(group, student_runs, strict=True)
+        if run.diverged is not None
     }
 
 
-def _alike(students: Sequence[Student], out: Path) -> list[list[Student]]:
+def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
     """The students in groups that see the same batches, and read stores in the same way, in their order."""
     groups: dict[str, list[Student]] = {}
     for student in students:
-        begun = as_begun(out / student.name, student.recipe)
-        shared = begun.model_dump(mode="json", exclude=set(OWN_FIELDS))
+        resumed = recipe_to_resume(out / student.name, student.recipe)
+        shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS))
         groups.setdefault(canonical_json(shared), []).append(student)
     return list(groups.values())
 
@@ -230,6 +232,6 @@ def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
     return [each for each in students if finished_metrics(out / each.name, each.recipe) is None]
 
 
-def finished(students: Sequence[Student], out: Path) -> list[Path]:
+def finished_runs(students: Sequence[Student], out: Path) -> list[Path]:
     """Folders of the students that are finished."""
     return [out / student.name for student in students if (out / student.name / WEIGHTS_FILE).is_file()]

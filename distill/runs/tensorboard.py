@@ -28,7 +28,7 @@ def check_tensorboard() -> None:
         ) from error
 
 
-class Board:
+class MetricWriter:
     """Scalars by epoch, in a folder of event files."""
 
     def __init__(self, path: Path, *, first: int | None = None) -> None:
@@ -52,7 +52,7 @@ class Board:
             self._writer.flush()  # a run that is killed has told what it finished
 
 
-class NoBoard:
+class NoMetricWriter:
     """Nowhere."""
 
     def __enter__(self) -> Self:
@@ -75,7 +75,7 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         for key, inner in value.items():
             yield from scalars(inner, f"{name}/{key}" if name else str(key))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from scalars(inner, f"{name}/{place}")
+        for index, inner in enumerate(value):
+            yield from scalars(inner, f"{name}/{index}")
     elif isinstance(value, (int, float)):
         yield name, float(value)

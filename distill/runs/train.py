@@ -13,16 +13,16 @@ from coursepack.data.loading import Renderer
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.losses.base import Step
 from coursepack.distill.runs.folder import (
-    BOARD_FOLDER,
-    OthersFolder,
+    TENSORBOARD_FOLDER,
+    ReadOnlyRunFolder,
     RunFolder,
-    as_begun,
-    check_begun,
+    check_provenance,
     finished_metrics,
-    lasting,
+    fixed_provenance,
+    recipe_to_resume,
 )
-from coursepack.distill.runs.tensorboard import Board, NoBoard, check_tensorboard
-from coursepack.distill.setup.prepare import opening, prepare, provenance
+from coursepack.distill.runs.tensorboard import MetricWriter, NoMetricWriter, check_tensorboard
+from coursepack.distill.setup.prepare import describe_setup, prepare, provenance
 from coursepack.distill.training.checkpoint import (
     CHECKPOINT_FILE,
     Position,
@@ -59,9 +59,9 @@ class StudentRun:
     """One student in training: its recipe, its folder, and its position."""
 
     recipe: TrainRecipe
-    folder: RunFolder | OthersFolder
+    folder: RunFolder | ReadOnlyRunFolder
     state: TrainState
-    board: Board | NoBoard
+    writer: MetricWriter | NoMetricWriter
     position: Position
     log: EpochMetrics
     identity: dict[str, Any]
@@ -99,8 +99,8 @@ class StudentRun:
         """Log an epoch, keep the student if it is the best so far, and go on to the next."""
         epoch = self.position.epoch
         train_metrics = self.log.means()
-        told = train_metrics.keys() & {"teachers", "temperature"}
-        groups: dict[str, Any] = {name: train_metrics.pop(name) for name in sorted(told)}
+        group_names = train_metrics.keys() & {"teachers", "temperature"}
+        groups: dict[str, Any] = {name: train_metrics.pop(name) for name in sorted(group_names)}
         _check_finite(train_metrics | (evaluation or {}), epoch, self.recipe)
         self.metrics = {
             "epoch": epoch,
@@ -111,7 +111,7 @@ class StudentRun:
             **groups,
         }
         self.folder.log(self.metrics)
-        self.board.log(self.metrics)
+        self.writer.log(self.metrics)
         best, stale = self.position.best, self.position.stale
         if evaluation is not None:
             if best is None or evaluation["accuracy"] > best:
@@ -165,28 +165,30 @@ def train(
         Otherwise as `prepare`.
     """
     if resume:
-        _check_all_see(ranks, out, [(out / name).is_file() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)])
+        _check_same_on_all_ranks(
+            ranks, out, [(out / name).is_file() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)]
+        )
     if resume and (metrics := finished_metrics(out, recipe)) is not None:
-        ranks.say(f"{out} is finished: there is nothing to resume")
+        ranks.log_once(f"{out} is finished: there is nothing to resume")
         return metrics
-    begun = as_begun(out, recipe) if resume else recipe
+    begun = recipe_to_resume(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
         setup = prepare(begun, device, ranks, trust_code=trust_code)
-        with begin(
+        with start_run(
             setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard
-        ) as training:
-            ranks.say(opening(setup))
+        ) as run:
+            ranks.log_once(describe_setup(setup))
             try:
-                train_together(setup, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+                train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)
             except KeyboardInterrupt:
-                ranks.say(f"interrupted: the same command with --resume goes on with {out}")
+                ranks.log_once(f"interrupted: the same command with --resume goes on with {out}")
                 raise
-    if training.diverged is not None:
-        raise training.diverged
-    return training.metrics
+    if run.diverged is not None:
+        raise run.diverged
+    return run.metrics
 
 
-def begin(
+def start_run(
     setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
 ) -> StudentRun:
     """A fresh student in a new folder, or one as its checkpoint has it; a context that gives up the folder.
@@ -201,9 +203,9 @@ def begin(
         for view in setup.views_of_epoch(0):
             setup.targets.open(view, teachers_read([state], Step()))
     is_first = setup.ranks.is_first
-    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else OthersFolder(out)
+    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else ReadOnlyRunFolder(out)
     try:
-        return _begun(
+        return _start_in_folder(
             setup, recipe, folder, state, overwrite=overwrite, resume=resume, tensorboard=tensorboard
         )
     except BaseException:
@@ -211,10 +213,10 @@ def begin(
         raise
 
 
-def _begun(
+def _start_in_folder(
     setup: Setup,
     recipe: TrainRecipe,
-    folder: RunFolder | OthersFolder,
+    folder: RunFolder | ReadOnlyRunFolder,
     state: TrainState,
     *,
     overwrite: bool,
@@ -222,32 +224,36 @@ def _begun(
     tensorboard: bool,
 ) -> StudentRun:
     """`begin` in a folder that is locked."""
-    out, facts = folder.path, provenance(setup)
-    identity = {"recipe": recipe.model_dump(mode="json"), **lasting(facts)}
+    out, origin = folder.path, provenance(setup)
+    identity = {"recipe": recipe.model_dump(mode="json"), **fixed_provenance(origin)}
     position, log = Position(), new_metrics(state)
     saved = load_checkpoint(out, setup.device) if resume else None
     if saved is not None:
-        check_begun(out, facts)
+        check_provenance(out, origin)
         check_identity(out, saved, identity)
         steps = setup.steps_per_epoch
         position = restore(out, saved, state, log, epochs=recipe.epochs, batches=steps)
     # Nobody writes before all have looked.
-    _check_all_see(setup.ranks, out, None if saved is None else saved["position"])
+    _check_same_on_all_ranks(setup.ranks, out, None if saved is None else saved["position"])
     if saved is not None:
         if isinstance(folder, RunFolder):
             folder.reopen(position.epoch)
-        setup.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
+        setup.ranks.log_once(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
     elif isinstance(folder, RunFolder):
-        folder.begin(recipe, facts, state.learner.network, overwrite=overwrite)
-    state.copy_first_rank()
+        folder.begin(recipe, origin, state.learner.network, overwrite=overwrite)
+    state.broadcast_weights()
     first = position.epoch if resume else None
-    board = Board(out / BOARD_FOLDER, first=first) if tensorboard and setup.ranks.is_first else NoBoard()
-    return StudentRun(recipe, folder, state, board, position, log, identity)
+    writer = (
+        MetricWriter(out / TENSORBOARD_FOLDER, first=first)
+        if tensorboard and setup.ranks.is_first
+        else NoMetricWriter()
+    )
+    return StudentRun(recipe, folder, state, writer, position, log, identity)
 
 
-def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
+def _check_same_on_all_ranks(ranks: Ranks, out: Path, seen: object) -> None:
     """Refuse ranks that would begin at different places."""
-    everywhere = ranks.gathered(seen)
+    everywhere = ranks.all_gather(seen)
     if any(other != everywhere[0] for other in everywhere):
         raise RunError(
             f"ranks see different checkpoints in {str(out)!r}: --out has to be one folder for all of them, "
@@ -256,80 +262,82 @@ def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
 
 
 def train_together(
-    setup: Setup, trainings: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
+    setup: Setup, student_runs: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
 ) -> None:
     """Train students that are equally far on one stream of batches, until all are over.
 
     Each is kept as soon as it is finished. One that diverges is left unfinished, and says so in `diverged`.
     """
-    recipe, first = setup.recipe, trainings[0].position
-    states = [training.state for training in trainings]
+    recipe, first = setup.recipe, student_runs[0].position
+    states = [run.state for run in student_runs]
     total = len(setup.samples)
     done = first.epoch * total + _rows_before(setup, first)
     with ExitStack() as stack:
-        title = f"train {', '.join(training.folder.path.name for training in trainings)}"
+        title = f"train {', '.join(run.folder.path.name for run in student_runs)}"
         meter = stack.enter_context(
             progress(title, recipe.epochs * total, "samples", done=done, shown=setup.ranks.is_first)
         )
         pin, sizes = setup.device.type == "cuda", setup.sizes([state.learner.network for state in states])
         renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
-        looking = stack.enter_context(
+        evaluation_renderer = stack.enter_context(
             Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
         )
-        for training in trainings:
-            stack.enter_context(training.board)
-        checkpoints = _Every(checkpoint_seconds)
-        while active := [training for training in trainings if not training.is_over]:
+        for run in student_runs:
+            stack.enter_context(run.writer)
+        checkpoints = _Interval(checkpoint_seconds)
+        while active := [run for run in student_runs if not run.is_over]:
             rows = len(setup.samples) - _rows_before(setup, active[0].position)
-            _train_epoch_of(setup, active, renderer, checkpoints)
+            _train_epoch(setup, active, renderer, checkpoints)
             if setup.targets is not None:
                 setup.targets.check_unchanged()
-            _evaluate(setup, active, looking)
-            found = [training.position.best for training in active if training.position.best is not None]
-            meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
-            for training in active:
-                if training.is_finished:
-                    training.folder.finish(training.state.network)
+            _evaluate(setup, active, evaluation_renderer)
+            best = [run.position.best for run in active if run.position.best is not None]
+            meter.advance(rows, f"best accuracy {max(best):.2%}" if best else "")
+            for run in active:
+                if run.is_finished:
+                    run.folder.finish(run.state.network)
 
 
-def _train_epoch_of(
-    setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Every
+def _train_epoch(
+    setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Interval
 ) -> None:
-    """What is left of an epoch of several trainings, with checkpoints on the way."""
+    """What is left of an epoch of several runs, with checkpoints on the way."""
     epoch, begun = active[0].position.epoch, active[0].position.batches
-    before, started = [training.position.seconds for training in active], time.perf_counter()
+    before, started = [run.position.seconds for run in active], time.perf_counter()
     steps = train_steps(
-        [training.state for training in active],
+        [run.state for run in active],
         renderer.ahead(setup.batches(epoch, begun)),
         setup.targets,
-        [training.log for training in active],
+        [run.log for run in active],
         epoch,
         micro_batches=setup.recipe.accumulate,
         first=begun,
     )
     for batches in steps:
         spent = (time.perf_counter() - started) / len(active)
-        for training, seconds in zip(active, before, strict=True):
-            training.position.batches, training.position.seconds = batches, seconds + spent
-        if setup.ranks.first_says(checkpoints.is_due()):
-            for training in active:
-                training.save()
+        for run, seconds in zip(active, before, strict=True):
+            run.position.batches, run.position.seconds = batches, seconds + spent
+        if setup.ranks.broadcast_flag(checkpoints.is_due()):
+            for run in active:
+                run.save()
 
 
 def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) -> None:
-    """End an epoch of several trainings, with an evaluation where it is due."""
+    """End an epoch of several runs, with an evaluation where it is due."""
     epoch, recipe = active[0].position.epoch, setup.recipe
     is_due = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
-    for training in active:
-        network = training.state.network
-        found = None
+    for run in active:
+        network = run.state.network
+        evaluation = None
         if is_due:
-            found = evaluate(network, setup.evaluation, setup.device, renderer=renderer, ranks=setup.ranks)
+            evaluation = evaluate(
+                network, setup.evaluation, setup.device, renderer=renderer, ranks=setup.ranks
+            )
         try:
-            training.end_epoch(setup.views_of_epoch(epoch), found)
+            run.end_epoch(setup.views_of_epoch(epoch), evaluation)
         except TrainingDiverged as error:
             check_targets(setup.targets, setup.views_of_epoch(epoch))
-            training.diverged = error
+            run.diverged = error
 
 
 def _rows_before(setup: Setup, position: Position) -> int:
@@ -339,7 +347,7 @@ def _rows_before(setup: Setup, position: Position) -> int:
     )
 
 
-class _Every:
+class _Interval:
     """Says when so many seconds have gone by."""
 
     def __init__(self, seconds: float) -> None:

@@ -34,7 +34,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
         RecipeError: the text names them.
     """
     _check_mixing(recipe)
-    _check_parts(recipe)
+    _check_accumulation(recipe)
     _check_compile(recipe)
     _check_schedule(recipe)
     if recipe.views_per_load > recipe.batch_size:
@@ -63,7 +63,7 @@ def _check_mixing(recipe: TrainRecipe) -> None:
         )
 
 
-def _check_parts(recipe: TrainRecipe) -> None:
+def _check_accumulation(recipe: TrainRecipe) -> None:
     """Refuse to work a batch through in parts where its samples depend on each other."""
     coupled = recipe.objective.needs().whole_batch
     if recipe.accumulate > 1 and coupled:
@@ -107,13 +107,13 @@ def _check_schedule(recipe: TrainRecipe) -> None:
 
 def check_evaluation(source: Source, evaluation: Source) -> None:
     """Refuse to evaluate on images or classes that the student is not trained on."""
-    for what, trained, evaluated in (
+    for kind, trained, evaluated in (
         ("classes", len(source.class_names), len(evaluation.class_names)),
         ("channels", source.channels, evaluation.channels),
     ):
         if trained != evaluated:
             raise RecipeError(
-                f"evaluation {evaluation.name!r} has {evaluated} {what}, but source {source.name!r} has "
+                f"evaluation {evaluation.name!r} has {evaluated} {kind}, but source {source.name!r} has "
                 f"{trained}: evaluate on a split of the same data"
             )
 

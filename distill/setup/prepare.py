@@ -81,11 +81,11 @@ class Setup:
     def _view(self, turn: int) -> int:
         if self.views is None:
             return turn
-        time_round, place = divmod(turn, len(self.views))
+        time_round, index = divmod(turn, len(self.views))
         if self.recipe.view_order == "cyclic":
-            return self.views[place]
+            return self.views[index]
         views = np.array(self.views, dtype=np.int64)
-        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[place])
+        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[index])
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from the given one on; tells the targets what will be needed next.
@@ -217,14 +217,14 @@ def _cached_targets(
 ) -> CachedTargets:
     """Open everything that the recipes read in the stores of the first."""
     stores = open_teacher_stores(recipe.stores, source=source, view=recipe.view, root=recipe.root)
-    asked = []
+    arrays = []
     for each in recipes:
         check_needs(each.method, each.objective, stores.readers, each.view, each.root)
-        asked.append(read_arrays(each, source, stores.readers))
-    free = min(ranks.gathered(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
+        arrays.append(read_arrays(each, source, stores.readers))
+    free = min(ranks.all_gather(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
     return open_targets(
         stores,
-        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)],
+        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*arrays, strict=True)],
         views=recipe.views,
         device=device,
         reading=recipe.reading,
@@ -258,18 +258,18 @@ def provenance(setup: Setup) -> dict[str, Any]:
     }
 
 
-def opening(setup: Setup) -> str:
+def describe_setup(setup: Setup) -> str:
     """Return the line that a run prints before its first step."""
     recipe = setup.recipe
     teachers = ", ".join(reader.name for reader in setup.readers)
-    said = (
+    text = (
         f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
     )
     if setup.readers:
         how = "live" if recipe.online else f"from their stores ({setup.readers[0].reading})"
-        said += f", teachers {teachers} {how}"
+        text += f", teachers {teachers} {how}"
     if setup.views is None:
-        return f"{said}; a new view every epoch"
+        return f"{text}; a new view every epoch"
     each = recipe.views_per_load
     round_trip = -(-len(setup.views) // each)
     order, again = {
@@ -278,4 +278,4 @@ def opening(setup: Setup) -> str:
     }[recipe.view_order]
     repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
     per_epoch = "one" if each == 1 else f"{each} of every sample"
-    return f"{said}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"
+    return f"{text}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"

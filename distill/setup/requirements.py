@@ -124,12 +124,12 @@ def needed_arrays(
             arrays[index].append(name)
     missing = []
     for reader, names in zip(readers, arrays, strict=True):
-        lacking = [name for name in names if name not in reader.manifest.arrays]
-        if lacking:
-            taps = [_tap_text(name.removeprefix(FEATURES)) for name in lacking]
+        absent = [name for name in names if name not in reader.manifest.arrays]
+        if absent:
+            taps = [_tap_text(name.removeprefix(FEATURES)) for name in absent]
             missing.append(
-                f"store {str(reader.path)!r} has no {', '.join(map(repr, lacking))}\n"
-                f"  {precompute_line(reader, root, taps=taps)}"
+                f"store {str(reader.path)!r} has no {', '.join(map(repr, absent))}\n"
+                f"  {precompute_command(reader, root, taps=taps)}"
             )
     if missing:
         raise RecipeError(
@@ -170,11 +170,11 @@ def shaped_pairs(
     for key, of_term in pairs.items():
         needs = LOSSES[terms[key].term].needs(terms[key]).pairs
         assert needs is not None
-        found[key] = tuple(_shaped(key, needs, readers, shapes, *pair) for pair in of_term)
+        found[key] = tuple(_with_shapes(key, needs, readers, shapes, *pair) for pair in of_term)
     return found
 
 
-def _shaped(
+def _with_shapes(
     key: str,
     needs: PairNeeds,
     readers: Sequence[StoreReader],
@@ -232,7 +232,7 @@ def check_needs(
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
-                line = precompute_line(reader, root, store=dense, encoding="float16")
+                line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
                     f"{str(reader.path)!r} keeps the largest alone (topk). Write a dense store with\n"
@@ -240,7 +240,7 @@ def check_needs(
                 )
 
 
-def precompute_line(
+def precompute_command(
     reader: StoreReader,
     root: str | None,
     *,
@@ -258,10 +258,10 @@ def precompute_line(
     else:
         spec = teacher["network"]
         words += ["--teacher", spec, "--weights", str(weights or "FILE")]
-    words += _pixel_words(spec, teacher["preprocessing"])
+    words += _pixel_options(spec, teacher["preprocessing"])
     words += ["--source", manifest.identity["source"]["name"]]
     words += [] if root is None else ["--root", root]
-    words += [*_view_words(manifest), "--views", str(manifest.views)]
+    words += [*_view_options(manifest), "--views", str(manifest.views)]
     words += [] if teacher.get("columns") is None else ["--classes", "FILE"]
     logits = encoding or manifest.arrays[LOGITS].encoding.name
     words += [] if logits == "float16" else ["--encoding", logits]
@@ -271,7 +271,7 @@ def precompute_line(
     return shlex.join(words)
 
 
-def _pixel_words(spec: str, stored: Mapping[str, Any]) -> list[str]:
+def _pixel_options(spec: str, stored: Mapping[str, Any]) -> list[str]:
     """The flags for what a teacher saw that is not, or may not be, what it expects by itself."""
     try:
         own = own_preprocessing(spec)
@@ -286,7 +286,7 @@ def _pixel_words(spec: str, stored: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _view_words(manifest: Manifest) -> list[str]:
+def _view_options(manifest: Manifest) -> list[str]:
     recipe = ViewRecipe.model_validate(manifest.identity["view"]["recipe"])
     for name, preset in PRESETS.items():
         if preset.model_copy(update={"seed": recipe.seed}) == recipe:

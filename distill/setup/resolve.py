@@ -18,7 +18,7 @@ from coursepack.errors import RecipeError
 from coursepack.imports import check_trusted
 
 
-def complete(
+def resolve_recipe(
     values: dict[str, Any], where: str, *, smoke: bool = False, trust_code: bool = False
 ) -> TrainRecipe:
     """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.

@@ -30,19 +30,19 @@ class OnlineTargets:
     def __init__(self, runners: Sequence[TeacherRunner]) -> None:
         self.runners = list(runners)
         self._finite: dict[int, Tensor] = {}
-        """Per place whether all answers so far were finite; on the device, so that no step waits for it."""
+        """Per index whether all answers so far were finite; on the device, so that no step waits for it."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
         """The teachers' answers to the batch's own views, rendered at each teacher's size."""
-        places = range(len(self.runners)) if teachers is None else teachers
-        found: dict[tuple[int, str], Tensor | Rows] = {}
-        for place in places:
-            runner = self.runners[place]
+        indices = range(len(self.runners)) if teachers is None else teachers
+        arrays: dict[tuple[int, str], Tensor | Rows] = {}
+        for index in indices:
+            runner = self.runners[index]
             output = runner.run(batch.pixels(runner.network.preprocessing.size))
-            found |= {(place, name): value.clone() for name, value in output.arrays().items()}
+            arrays |= {(index, name): value.clone() for name, value in output.arrays().items()}
             finite = torch.stack([torch.isfinite(value).all() for value in output.arrays().values()]).all()
-            self._finite[place] = finite & self._finite.get(place, finite)
-        return targets_of(found, places)
+            self._finite[index] = finite & self._finite.get(index, finite)
+        return targets_of(arrays, indices)
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Nothing to do: live teachers answer when asked."""
@@ -62,9 +62,9 @@ class OnlineTargets:
         Raises:
             NonFiniteOutput: names the teacher.
         """
-        for place, runner in enumerate(self.runners):
+        for index, runner in enumerate(self.runners):
             runner.check_weights()
-            if not bool(self._finite.get(place, True)):
+            if not bool(self._finite.get(index, True)):
                 raise NonFiniteOutput(
                     f"live teacher {runner.network.spec!r} gave answers that are not finite: check its "
                     "weights and its preprocessing, or leave it out"

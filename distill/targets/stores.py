@@ -69,23 +69,23 @@ class CachedTargets:
             StoreIncomplete: a view that is not committed.
             StoreDamaged: a file is not what its manifest vouches for.
         """
-        places = range(len(self.readers)) if teachers is None else teachers
-        found: dict[tuple[int, str], Tensor | Rows] = {}
-        for place in places:
-            for name in self.arrays[place]:
-                rows = self.readers[place].rows(name, batch.view, batch.samples)
-                found[place, name] = rows.to(self.device, non_blocking=True)
-        return targets_of(found, places)
+        indices = range(len(self.readers)) if teachers is None else teachers
+        arrays: dict[tuple[int, str], Tensor | Rows] = {}
+        for index in indices:
+            for name in self.arrays[index]:
+                rows = self.readers[index].rows(name, batch.view, batch.samples)
+                arrays[index, name] = rows.to(self.device, non_blocking=True)
+        return targets_of(arrays, indices)
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
-        """Open the view's files and check them, of all stores or of those at the given places.
+        """Open the view's files and check them, of all stores or of those at the given indices.
 
         Raises:
             StoreIncomplete, StoreDamaged: as `fetch`.
         """
-        for place in range(len(self.readers)) if teachers is None else teachers:
-            for name in self.arrays[place]:
-                self.readers[place].open(name, view)
+        for index in range(len(self.readers)) if teachers is None else teachers:
+            for name in self.arrays[index]:
+                self.readers[index].open(name, view)
 
     def prefetch(self, view: int) -> None:
         """Open the view's files in the background and check them."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_FILE = "checkpoint.pt"
-PARTS = {"version", "identity", "position", "state", "metrics"}
+KEYS = {"version", "identity", "position", "state", "metrics"}
 VERSION = 2
 """Version 1 did not hold the identity of its run, so that a checkpoint of another run could be taken."""
 
@@ -43,7 +43,7 @@ class Position:
     """Evaluations since then."""
 
 
-class _StatedPosition(Config):
+class _PositionConfig(Config):
     """A position as a file gives it."""
 
     epoch: Annotated[int, Field(ge=0)]
@@ -103,7 +103,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
             f"checkpoint {str(path)!r} is of version {version!r:.40}, expected {VERSION}: finish the "
             "run with the version that began it, or train again with --overwrite"
         )
-    if missing := PARTS - state.keys():
+    if missing := KEYS - state.keys():
         raise _damaged(folder, f"it has no {', '.join(sorted(missing))}")
     return state
 
@@ -131,7 +131,7 @@ def restore(
         RunError: the checkpoint is not one of this run.
     """
     try:
-        stated = parse_config(_StatedPosition, content["position"], "its position")
+        stated = parse_config(_PositionConfig, content["position"], "its position")
         position = Position(**stated.model_dump())
         if position.epoch >= epochs or position.batches > batches:
             raise ValueError(f"it is in epoch {position.epoch} after {position.batches} batches")
@@ -169,11 +169,11 @@ def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]
 def _check_sums(path: Path) -> None:
     """Compare the file's checksums, which torch writes but does not look at."""
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, as torch writes none")
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+        raise ValueError(f"the checksum of its entry {damaged!r} is wrong")
 
 
 def _damaged(folder: Path, fault: str) -> RunError:

@@ -61,8 +61,8 @@ def evaluate(
         if meter is not None:
             meter.advance(len(batch))
     module.train(was_training)
-    ranks.summed(sums)
-    ranks.summed(calibration.sums)
+    ranks.all_reduce_sum(sums)
+    ranks.all_reduce_sum(calibration.sums)
     values = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
     return {**values, "calibration_error": calibration.error()}
 

@@ -122,7 +122,7 @@ class Learner(nn.Module):
         if rows is not batch:
             counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
             output, *others = (
-                each.map(lambda own: self.ranks.all_rows(own, counts)) for each in (output, *peers)
+                each.map(lambda own: self.ranks.gather_rows(own, counts)) for each in (output, *peers)
             )
             peers = tuple(others)
         return LossInputs(output, rows.labels, targets, step, samples=rows.samples, peers=peers)

@@ -40,9 +40,9 @@ class Calibration:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits `(N, C)`, labels `(N,)`."""
         confidence, top = logits.detach().float().softmax(1).max(1)
-        place = (confidence * BINS).long().clamp(0, BINS - 1)
+        index = (confidence * BINS).long().clamp(0, BINS - 1)
         counts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
-        self.sums.index_add_(0, place, counts.double())
+        self.sums.index_add_(0, index, counts.double())
 
     def error(self) -> float:
         """Mean over samples of |confidence - accuracy| of their bin."""
@@ -102,14 +102,14 @@ class EpochMetrics:
             "calibration": None if self._calibration is None else self._calibration.sums.cpu(),
             "extremes": None if self._extremes is None else tuple(value.cpu() for value in self._extremes),
         }
-        return self._ranks.gathered(own)
+        return self._ranks.all_gather(own)
 
     def restore(self, states: list[dict[str, Any]]) -> None:
         """Continue from what `state` gave; where ranks were more or fewer, the first has counted it all."""
         if len(states) == self._ranks.count:
             self._continue(states[self._ranks.index])
         elif self._ranks.is_first:
-            self._continue(_added(states))
+            self._continue(_merged(states))
 
     def _continue(self, state: dict[str, Any]) -> None:
         self._batches, self._samples, self._watched = state["counts"]
@@ -124,7 +124,7 @@ class EpochMetrics:
         All ranks have to ask for them.
         """
         everything = EpochMetrics(self._teacher_count)
-        everything._continue(_added(self.state()))
+        everything._continue(_merged(self.state()))
         return everything._means()
 
     def _means(self) -> dict[str, Any]:
@@ -173,14 +173,14 @@ class EpochMetrics:
         if value.weights is not None:
             weights = value.weights.float().expand(rows, len(indices))
         by_class = torch.zeros(classes, len(indices), device=labels.device).index_add_(0, labels, weights)
-        self._sum("teachers.by_class", self._placed(by_class, indices))
+        self._sum("teachers.by_class", self._all_teachers(by_class, indices))
         self._sum("teachers.per_class", F.one_hot(labels, classes).sum(0))
 
-    def _placed(self, values: Tensor, indices: Sequence[int]) -> Tensor:
+    def _all_teachers(self, values: Tensor, indices: Sequence[int]) -> Tensor:
         """Columns of the asked teachers among those of all."""
         full = values.new_zeros(*values.shape[:-1], self._teacher_count)
-        for column, place in enumerate(indices):
-            full[..., place] = values[..., column]
+        for column, index in enumerate(indices):
+            full[..., index] = values[..., column]
         return full
 
     def _watch(self, value: ObjectiveValue, logits: Tensor, batch: Batch) -> None:
@@ -195,25 +195,25 @@ class EpochMetrics:
         assert correct is not None
         wrong = (~correct).sum(1).float()
         changed = torch.tensor([name != "none" for name in value.adjustments], device=wrong.device)
-        self._sum("watched.wrong", self._placed(wrong, targets.indices))
-        self._sum("watched.shifted", self._placed(wrong * changed, targets.indices))
-        self._sum("watched.seen", self._placed(torch.full_like(wrong, len(batch)), targets.indices))
+        self._sum("watched.wrong", self._all_teachers(wrong, targets.indices))
+        self._sum("watched.shifted", self._all_teachers(wrong * changed, targets.indices))
+        self._sum("watched.seen", self._all_teachers(torch.full_like(wrong, len(batch)), targets.indices))
 
     def _teachers(self) -> dict[str, Any]:
         by_class, per_class = self._sums["teachers.by_class"], self._sums["teachers.per_class"]
-        told: dict[str, Any] = {
+        values: dict[str, Any] = {
             "weight": (by_class.sum(0) / self._samples).tolist(),
             "weight_by_class": (by_class / per_class.clamp_min(1)[:, None]).T.tolist(),
         }
         seen = self._sums["watched.seen"].clamp_min(1)
         for name in ("wrong", "shifted"):
-            told[name] = (self._sums[f"watched.{name}"] / seen).tolist()
+            values[name] = (self._sums[f"watched.{name}"] / seen).tolist()
         for name in ("agreement", "kl"):
-            told[name] = float(self._sums[f"watched.{name}"]) / self._watched
-        return told
+            values[name] = float(self._sums[f"watched.{name}"]) / self._watched
+        return values
 
 
-def _added(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several ranks counted, as if one had."""
     batches, samples, watched = zip(*(state["counts"] for state in states), strict=True)
     names = dict.fromkeys(name for state in states for name in state["sums"])

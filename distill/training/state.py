@@ -68,7 +68,7 @@ class TrainState:
         """
         ranks = self.learner.ranks
         ranks.average_gradients(self.learner.parameters())
-        ranks.copy_first(self.learner.buffers())
+        ranks.broadcast_tensors(self.learner.buffers())
         if self.scaler is not None and self.config.clip is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
@@ -103,10 +103,10 @@ class TrainState:
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def copy_first_rank(self) -> None:
+    def broadcast_weights(self) -> None:
         """Take over the first rank's weights."""
         modules = [self.learner, *([] if self.average is None else [self.average])]
-        self.learner.ranks.copy_first(
+        self.learner.ranks.broadcast_tensors(
             value for module in modules for value in (*module.parameters(), *module.buffers())
         )
 

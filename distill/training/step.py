@@ -45,17 +45,17 @@ def train_step(
     for state in states:
         state.begin_step()
     seen: list[tuple[TrainState, LossInputs]] = []
-    for index, part in enumerate(batch.split(micro_batches) if micro_batches > 1 else [batch]):
+    for index, micro in enumerate(batch.split(micro_batches) if micro_batches > 1 else [batch]):
         now = Step(step.epoch, step.batch, index)
-        rows_of = {id(state): state.learner.rows_for(part) for state in states}
+        rows_of = {id(state): state.learner.rows_for(micro) for state in states}
         targets = {id(rows): fetch(rows, now) for rows in {id(r): r for r in rows_of.values()}.values()}
         for group in groups:
-            outputs = predict(group, part, now)
+            outputs = predict(group, micro, now)
             fetched = [targets[id(rows_of[id(state)])] for state in group]
-            for state, inputs in zip(group, exchange(group, part, outputs, fetched, now), strict=True):
+            for state, inputs in zip(group, exchange(group, micro, outputs, fetched, now), strict=True):
                 rows = rows_of[id(state)]
                 value = state.learner.objective(inputs)
-                state.backward(value.loss, _share(state.learner.ranks.count, rows, part, batch))
+                state.backward(value.loss, _share(state.learner.ranks.count, rows, micro, batch))
                 log(state, LearnerOutput(inputs.student.logits, value), rows)
                 if state.learner.objective.keeps_memory:
                     seen.append((state, inputs))
@@ -85,18 +85,18 @@ def exchange(
 
     Peers' outputs are detached, and are passed only to objectives that read them.
     """
-    found = []
+    inputs = []
     for index, (state, output, target) in enumerate(zip(group, outputs, targets, strict=True)):
         others = [each for other, each in enumerate(outputs) if other != index]
         reads = bool(state.learner.objective.needs.peers)
         peers = tuple(each.map(lambda value: value.detach()) for each in others) if reads else ()
-        found.append(state.learner.inputs(batch, output, target, step, peers))
-    return found
+        inputs.append(state.learner.inputs(batch, output, target, step, peers))
+    return inputs
 
 
-def _share(ranks: int, rows: Batch, part: Batch, batch: Batch) -> float:
+def _share(ranks: int, rows: Batch, micro: Batch, batch: Batch) -> float:
     """Return the factor of a micro-batch's loss.
 
     With it, the mean over ranks of the sum over micro-batches is the mean over all rows.
     """
-    return len(part) / len(batch) if rows.whole is None else ranks * len(part) / len(rows.whole)
+    return len(micro) / len(batch) if rows.whole is None else ranks * len(micro) / len(rows.whole)
