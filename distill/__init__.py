@@ -1,6 +1,6 @@
-"""Stage two: train students from stores, or from teachers run live, or alone.
+"""Stage two: train students from teachers' stores, from teachers run live, or without teachers.
 
-For a training loop of your own: `open_teacher_stores`, `make_objective`, `make_targets`, `Learner`
+A custom training loop uses `open_teacher_stores`, `make_objective`, `make_targets` and `Learner`
 (docs/library.md).
 """
 

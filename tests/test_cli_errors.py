@@ -145,7 +145,7 @@ DOMAIN = [
     (f"{ALONE} --lr-schedule step --milestones 2.5",
      "optimizer.schedule.milestones.0: Input should be a valid integer, got a number with a fractional part"),
     (f"{ALONE} --lr-schedule one_cycle --warmup-epochs 1",
-     "warmup_epochs is set, but shape 'one_cycle' has a rise of its own"),
+     "warmup_epochs is 1, but shape 'one_cycle' has its own warm-up"),
     (f"{ALONE} --lr-schedule step --milestones 1,5 --epochs 5",
      "optimizer.schedule.milestones are [1, 5], but the run ends after epoch 4, so the learning rate would "
      "never fall at 5: give --milestones below 5, or more --epochs"),

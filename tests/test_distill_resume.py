@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"is of version 99, expected 2: finish the run with the version that began it")
+    refused(recipe, out, r"has version 99, expected 2: finish the run with the release that started it")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, stores, c
     interrupted(monkeypatch, recipe, out, saves=7)
     interrupted(monkeypatch, make_recipe(chosen, **fields), tmp_path / "other", saves=7)
     shutil.copy(tmp_path / "other" / CHECKPOINT_FILE, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' is of another run\.\n.*" + text)
+    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' belongs to another run\.\n.*" + text)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):

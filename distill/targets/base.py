@@ -22,18 +22,18 @@ FEATURES = "features/"
 
 @dataclass(frozen=True)
 class Targets:
-    """Answers of the teachers to one batch: what the objectives declared, and no more."""
+    """Teachers' outputs for one batch, limited to those that the objectives read."""
 
     logits: list[Tensor | Rows]
-    """Per teacher that was read `(N, C)`; empty where no objective reads logits."""
+    """Logits `(N, C)` of each teacher that was read; empty if no objective reads logits."""
     features: dict[tuple[int, str], Tensor | Rows] = field(default_factory=dict)
-    """`(N, ...)` by the teacher's index and the name of the tap."""
+    """Features `(N, ...)` by teacher index and tap name."""
     teachers: tuple[int, ...] = ()
     """Indices of the teachers that were read; empty means all, in order."""
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """Index of the teacher of each entry of `logits`."""
+        """Teacher index of each entry of `logits`."""
         return self.teachers or tuple(range(len(self.logits)))
 
     def only(self, index: int) -> Targets:
@@ -46,25 +46,25 @@ class Targets:
 
 
 class TargetSource(Protocol):
-    """Where targets come from."""
+    """Source of the teachers' targets."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
-        """Targets of a batch, from all teachers or from those at the given places."""
+        """Return the targets for a batch, of all teachers or of those with the given indices."""
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
-        """Open what a view is read from, and check it, before the first batch asks for it."""
+        """Open and check the files of a view before its first batch."""
 
     def prefetch(self, view: int) -> None:
-        """Say which view will be asked for next."""
+        """Start to open the files of the next view in the background."""
 
     def will_need(self, view: int, samples: Samples) -> None:
-        """Say which rows will be asked for soon."""
+        """Start to read rows of a view in the background."""
 
     def check_unchanged(self) -> None:
-        """Refuse targets whose files were changed since they were opened."""
+        """Raise an error if files were changed since they were opened."""
 
     def check_finite(self, views: Sequence[int]) -> None:
-        """Refuse targets of the given views that are not finite: look for the cause of a loss that is not."""
+        """Raise an error if targets of the given views are not finite."""
 
 
 def targets_of(arrays: Mapping[tuple[int, str], Tensor | Rows], indices: Sequence[int]) -> Targets:

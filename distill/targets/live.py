@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class OnlineTargets:
-    """Targets asked of teachers that run beside the student: the baseline, and the proof."""
+    """Targets computed by teachers that run live: the baseline that stores are compared with."""
 
     def __init__(self, runners: Sequence[TeacherRunner]) -> None:
         self.runners = list(runners)
         self._finite: dict[int, Tensor] = {}
-        """Per index whether all answers so far were finite; on the device, so that no step waits for it."""
+        """Flag per teacher that all outputs so far were finite; on the device, to avoid a synchronization."""
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
-        """The teachers' answers to the batch's own views, rendered at each teacher's size."""
+        """Return the teachers' outputs for the batch's views, rendered at each teacher's image size."""
         indices = range(len(self.runners)) if teachers is None else teachers
         arrays: dict[tuple[int, str], Tensor | Rows] = {}
         for index in indices:
@@ -45,29 +45,29 @@ class OnlineTargets:
         return targets_of(arrays, indices)
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
-        """Nothing to do: live teachers answer when asked."""
+        """Do nothing: live teachers have no files."""
 
     def prefetch(self, view: int) -> None:
-        """Nothing to do: live teachers answer when asked."""
+        """Do nothing: live teachers have no files."""
 
     def will_need(self, view: int, samples: Samples) -> None:
-        """Nothing to do: live teachers answer when asked."""
+        """Do nothing: live teachers have no files."""
 
     def check_unchanged(self) -> None:
-        """Nothing to do: live teachers have no files."""
+        """Do nothing: live teachers have no files."""
 
     def check_finite(self, views: Sequence[int]) -> None:
-        """Refuse teachers whose weights or answers so far were not finite.
+        """Check that the teachers' weights and all outputs so far are finite.
 
         Raises:
-            NonFiniteOutput: names the teacher.
+            NonFiniteOutput: they are not; the message names the teacher.
         """
         for index, runner in enumerate(self.runners):
             runner.check_weights()
             if not bool(self._finite.get(index, True)):
                 raise NonFiniteOutput(
-                    f"live teacher {runner.network.spec!r} gave answers that are not finite: check its "
-                    "weights and its preprocessing, or leave it out"
+                    f"outputs of live teacher {runner.network.spec!r} are not finite: check its weights and "
+                    "its preprocessing, or train without it"
                 )
 
 
@@ -78,11 +78,11 @@ def live_teachers(
     *,
     trust_code: bool = False,
 ) -> list[TeacherRunner]:
-    """The stores' teachers themselves, loaded from where their weights were when the stores were written.
+    """Load the teachers of some stores from the weights files that the stores were written with.
 
     Raises:
         UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
-        TeacherMismatch: the weights there are not the ones that wrote the store.
+        TeacherMismatch: a weights file has changed since its store was written.
     """
     runners = []
     for reader, names in zip(readers, arrays, strict=True):

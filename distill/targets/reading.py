@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 def choose_reading(
     readers: Sequence[StoreReader], free_bytes: int, arrays: Sequence[Sequence[str]] | None = None
 ) -> Reading:
-    """How to read stores together, from the size of a view and the memory that is free.
+    """Choose how stores are read, from the size of a view and the free memory.
 
-    `arrays` says what is read of each; None means the logits.
+    `resident` if two views of every store fit into half of the free memory; `mapped`, served by the page
+    cache, if one view of every store fits into four fifths of it; otherwise `windowed`.
 
-    Two views of every store in half of the memory: `resident`. One in four fifths of it: `mapped`, which the
-    page cache serves. More than that: `windowed`.
+    Args:
+        readers: the stores.
+        free_bytes: free memory.
+        arrays: names of the arrays to read from each store; None means the logits.
     """
     arrays = [[LOGITS] for _ in readers] if arrays is None else arrays
     view_bytes = sum(reader.view_bytes(names) for reader, names in zip(readers, arrays, strict=True))
@@ -39,14 +42,14 @@ def choose_reading(
 
 
 def free_memory() -> int:
-    """Bytes of memory that could be used without swapping, within the limits of control group and process."""
+    """Return the bytes available without swapping, within the limits of the control group and the process."""
     free: int = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     if resource is not None:
         held = psutil.Process().memory_info()
-        # macOS counts no data segment apart.
+        # psutil reports no data segment on macOS.
         for kind, bytes_held in (
             (resource.RLIMIT_DATA, getattr(held, "data", held.rss)),
             (resource.RLIMIT_AS, held.vms),

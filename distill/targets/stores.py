@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW_CHUNKS = 16
 WINDOW_ROWS = 8192
-"""A window holds at least this many chunks and rows, so that batches are well mixed."""
+"""Minimum number of chunks and rows in a window, so that batches are well mixed."""
 
 
 class CachedTargets:
@@ -43,18 +43,18 @@ class CachedTargets:
         views: tuple[int, ...] = (),
         drift: tuple[str, ...] = (),
     ) -> None:
-        """Read some arrays of each store; None means the logits of all."""
+        """Initialize a source that reads the given arrays of each store; None means the logits."""
         self.readers = list(readers)
         self.device = device
         self.arrays = [[LOGITS] for _ in readers] if arrays is None else [list(names) for names in arrays]
         self.views = views
-        """Views to take in turn, where they are known."""
+        """Views that all stores have committed, used in turn."""
         self.drift = drift
-        """What the stores' views are no longer, where that was allowed."""
+        """Drift detected in the stores' views and accepted with `--allow-drift`."""
 
     @functools.cached_property
     def window(self) -> Window | None:
-        """How samples are to be ordered where the stores do not fit into memory."""
+        """Window within which samples are shuffled if the stores do not fit into memory; otherwise None."""
         if self.readers[0].reading != "windowed":
             return None
         rows = max(
@@ -63,11 +63,11 @@ class CachedTargets:
         return Window(rows, max(WINDOW_CHUNKS, -(-WINDOW_ROWS // rows)))
 
     def fetch(self, batch: Batch, teachers: Sequence[int] | None = None) -> Targets:
-        """Rows of the batch's samples and views, still encoded.
+        """Return the stored rows of the batch's samples and views, still encoded.
 
         Raises:
-            StoreIncomplete: a view that is not committed.
-            StoreDamaged: a file is not what its manifest vouches for.
+            StoreIncomplete: a view is not committed.
+            StoreDamaged: a file does not match its checksum in the manifest.
         """
         indices = range(len(self.readers)) if teachers is None else teachers
         arrays: dict[tuple[int, str], Tensor | Rows] = {}
@@ -78,7 +78,7 @@ class CachedTargets:
         return targets_of(arrays, indices)
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
-        """Open the view's files and check them, of all stores or of those at the given indices.
+        """Open and check the files of a view, in all stores or in those with the given indices.
 
         Raises:
             StoreIncomplete, StoreDamaged: as `fetch`.
@@ -88,31 +88,31 @@ class CachedTargets:
                 self.readers[index].open(name, view)
 
     def prefetch(self, view: int) -> None:
-        """Open the view's files in the background and check them."""
+        """Open and check the files of a view in the background."""
         for reader, names in zip(self.readers, self.arrays, strict=True):
             for name in names:
                 reader.prefetch(name, view)
 
     def will_need(self, view: int, samples: Samples) -> None:
-        """Have the rows read from the disk in the background."""
+        """Read rows of a view from disk in the background."""
         for reader, names in zip(self.readers, self.arrays, strict=True):
             for name in names:
                 reader.will_need(name, view, samples)
 
     def check_unchanged(self) -> None:
-        """Refuse mapped files that were changed since they were opened.
+        """Check that mapped files have not been changed since they were opened.
 
         Raises:
-            StoreDamaged: names the first such file.
+            StoreDamaged: a file was changed; the message names the first one.
         """
         for reader in self.readers:
             reader.check_unchanged()
 
     def check_finite(self, views: Sequence[int]) -> None:
-        """Read all rows of some views and refuse any that holds NaN or infinity.
+        """Check all rows of some views for NaN and infinity.
 
         Raises:
-            NonFiniteOutput: names the store, the array and the first samples.
+            NonFiniteOutput: some rows are not finite; the message names store, array and first samples.
         """
         for reader, names in zip(self.readers, self.arrays, strict=True):
             for name in names:
@@ -121,11 +121,11 @@ class CachedTargets:
 
 
 def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
-    """Open stores that belong together.
+    """Open stores of one source and one view recipe.
 
     Raises:
-        StoreNotFound, StoreIncomplete, StoreDamaged: one of them cannot be read.
-        StoreMismatch: they were written from different sources or views; the text shows what differs.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
+        StoreMismatch: sources or view recipes differ; the message shows the differences.
     """
     readers = [StoreReader(Path(path)) for path in paths]
     for reader in readers:
@@ -149,11 +149,16 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
 def common_views(
     readers: Sequence[StoreReader], arrays: Sequence[Sequence[str]], count: int | None = None
 ) -> tuple[int, ...]:
-    """The first views, or all, that every store has committed of its logits and of what else is read of it.
+    """Return the views that every store has committed for its logits and for all arrays that are read.
+
+    Args:
+        readers: the stores.
+        arrays: names of the arrays to read from each store.
+        count: number of views to return; None means all.
 
     Raises:
-        StoreMismatch: there are none.
-        RecipeError: there are fewer than `count`.
+        StoreMismatch: the stores have no view in common.
+        RecipeError: the stores have fewer than `count` views in common.
     """
     committed = [
         set(reader.manifest.committed_views(list(dict.fromkeys([LOGITS, *names]))))

@@ -1,7 +1,7 @@
-"""One training step in three parts: predict, exchange, loss and backward.
+"""Training step in three parts: predict, exchange, and loss with backward pass.
 
-A group of students learns from each other; a student that learns from no other is a group of its own. Groups
-of one run may share their batches and the teachers' targets.
+Students of one group learn from each other; a student that learns independently is a group of one. Groups
+share the batches and the teachers' targets.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def train_step(
     micro_batches: int = 1,
     log: Callable[[TrainState, LearnerOutput, Batch], None],
 ) -> None:
-    """Update every student once, on one batch.
+    """Update every student once on one batch.
 
     Args:
-        groups: the students, in groups that learn from each other.
-        batch: their rows.
-        fetch: returns the teachers' targets for rows; called once for rows that several students share.
+        groups: groups of students that learn from each other.
+        batch: rows to train on.
+        fetch: returns the teachers' targets for some rows; called once for rows that several students share.
         step: epoch and batch.
-        micro_batches: number of parts that the batch is worked through in.
-        log: called with every student's output for every micro-batch.
+        micro_batches: number of micro-batches that the batch is split into.
+        log: called with each student's state, output and rows for every micro-batch.
     """
     states = [state for group in groups for state in group]
     for state in states:
@@ -66,7 +66,7 @@ def train_step(
 
 
 def predict(group: Group, batch: Batch, step: Step) -> list[StudentOutput]:
-    """Return each student's output for a batch."""
+    """Return the output of each student for a batch."""
     outputs = []
     for state in group:
         state.seed_step(batch.device, step.micro_batch)
@@ -81,9 +81,9 @@ def exchange(
     targets: Sequence[Targets | None],
     step: Step,
 ) -> list[LossInputs]:
-    """Return each student's loss inputs: its own output, its teachers' targets, and the outputs of its peers.
+    """Return the loss inputs of each student: its output, the teachers' targets and its peers' outputs.
 
-    Peers' outputs are detached, and are passed only to objectives that read them.
+    Peers' outputs are detached, and passed only to objectives that read them.
     """
     inputs = []
     for index, (state, output, target) in enumerate(zip(group, outputs, targets, strict=True)):
@@ -95,8 +95,8 @@ def exchange(
 
 
 def _share(ranks: int, rows: Batch, micro: Batch, batch: Batch) -> float:
-    """Return the factor of a micro-batch's loss.
+    """Return the factor of a micro-batch's mean loss.
 
-    With it, the mean over ranks of the sum over micro-batches is the mean over all rows.
+    It makes the mean over ranks of the sum over micro-batches equal to the mean over all rows.
     """
     return len(micro) / len(batch) if rows.whole is None else ranks * len(micro) / len(rows.whole)
