@@ -83,7 +83,7 @@ _CA_MKD_SOFT = 1.0
 _EBKD_SOFT = 1.0
 
 _KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
-"""Values for Hinton's method in RepDistiller (Tian et al. 2020). Methods without known values use them too, so
+"""Values of Hinton's method in RepDistiller (Tian et al. 2020). Methods with unknown values use them too, so
 that they differ from `kd` only in the method itself."""
 _FLSW: dict[str, Any] = {"kind": "flsw", "slope": 40.0, "gamma": 0.5}
 _AMTML: dict[str, Any] = {
@@ -138,15 +138,15 @@ METHODS: dict[str, Method] = {
         formula="as ka-ps, but a wrong teacher's row becomes (1 - eps) onehot + eps / C",
         source=f"{_WEN}, section 3.1 (label smoothing regularisation)",
         objective=_config(**_KD, adjustment="smooth", smoothing=0.1),
-        note="the smoothed label is not softened by T; the paper's values, eps included, were not available",
+        note="the smoothed label is not softened by T; the paper's values were not available",
     ),
     "dtd-flsw": Method(
         formula="0.9 mean_x T_x² KL(P(T_x) || q(T_x)) + 0.1 CE, T_x = T_0 + slope (mean omega - omega_x), "
         "omega = (1 - cos(z, z_t))^gamma",
         source=f"{_WEN}, section 3.2 (focal-loss-style weights)",
         objective=_config(soft_weight=0.9, hard_weight=0.1, temperature=10.0, dynamic_temperature=_FLSW),
-        note="T_0 = 10 and slope 40 are from a re-implementation and not verified in the paper. z_t is the weighted "
-        "mean of the teachers' logits",
+        note="T_0 = 10 and slope 40 are from a re-implementation and not verified in the paper. z_t is the "
+        "weighted mean of the teachers' logits",
     ),
     "dtd-cwsm": Method(
         formula="as dtd-flsw with omega = 1 / max softmax(z)",

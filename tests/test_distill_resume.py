@@ -155,8 +155,8 @@ def test_another_recipe_is_refused(tmp_path, monkeypatch):
     recipe = make_recipe(**STUDENT)
     other = make_recipe(**STUDENT, optimizer={"lr": 0.01})
     text = (
-        r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
-        r"  optimizer\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+        r"run '.*o' cannot be resumed, since it was started with other values\.\n"
+        r"  optimizer\.lr +started with: 0\.05 +now: 0\.01\nResume with the values it was started with, or"
     )
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
     refused(other, tmp_path / "o", text)
@@ -179,7 +179,7 @@ def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, mon
         train(make_recipe(**STUDENT), out, device=CPU)
     assert not (out / CHECKPOINT_FILE).exists()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-    refused(make_recipe(**STUDENT, seed=1), out, r"seed +begun with: 0 +now: 1")
+    refused(make_recipe(**STUDENT, seed=1), out, r"seed +started with: 0 +now: 1")
     monkeypatch.undo()
     (out / "notes.txt").write_text("mine")
     train(make_recipe(**STUDENT), out, device=CPU, resume=True)
@@ -194,7 +194,7 @@ def test_another_store_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     old = shutil.move(store, tmp_path / "old.zarr")
     write_store(store, write_teacher(tmp_path / "two", seed=2))
-    refused(recipe, out, r"stores\[0\]\.fingerprint +begun with: \"?\w+")
+    refused(recipe, out, r"stores\[0\]\.fingerprint +started with: \"?\w+")
     shutil.rmtree(store)
     shutil.move(old, store)
     train(recipe, out, device=CPU, resume=True)
@@ -211,7 +211,7 @@ def test_more_views_by_then_are_refused_if_they_would_be_taken(tmp_path, monkeyp
     write_store(store, teacher, views=3)
     assert load_manifest(store).committed_views() == (0, 1, 2)
     if views is None:
-        refused(recipe, out, r"views.*begun with: .*now: 2")
+        refused(recipe, out, r"views.*started with: .*now: 2")
         return
     train(recipe, out, device=CPU, resume=True)
     assert told(out) == told(tmp_path / "once")

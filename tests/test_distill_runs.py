@@ -147,7 +147,10 @@ def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(distill, words)
         assert result.exit_code == 1
-        assert result.stderr == "Error: run 'o' is unfinished: go on with --resume, or --overwrite it\n"
+        assert (
+            result.stderr
+            == "Error: run 'o' is unfinished: continue it with --resume, or replace it with --overwrite\n"
+        )
     with pytest.raises(RunError, match="has no trained weights: it is unfinished"):
         load_teacher("run:o", open_source("digits").class_names)
 

@@ -1,4 +1,4 @@
-"""The command `distill methods`."""
+"""Command `distill methods`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from coursepack.errors import UnknownName
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
-    """Say what each method computes, where it is from, and what it needs.
+    """List the methods, or print formula, source, needs and defaults of one.
 
-    Every default can be replaced with --set objective.FIELD=VALUE.
+    Replace any default with `distill train --set objective.FIELD=VALUE`.
     """
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)

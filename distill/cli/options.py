@@ -55,14 +55,14 @@ FIELDS = {
     "label-smoothing": "objective.label_smoothing",
     "teacher-weights": "objective.fusion.weights",
 }
-"""Recipe field by option. Every other field is set by `--set FIELD=VALUE`."""
+"""Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
 
 DEFAULTS = {
     "method": "kd with stores, else supervised",
     "source": "the stores'",
     "view": "the stores'",
 }
-"""Defaults that are no constant."""
+"""Help text for defaults that are not constants."""
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, by the recipe field that each sets."""
+    """Return the values of the given options, by recipe field."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     return {FIELDS[name.replace("_", "-")]: value for name, value in given.items()}
 
@@ -83,7 +83,7 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     kind = _kind(field.annotation)
     text = " ".join((field.description or "").split())
     default = DEFAULTS.get(name)
-    # A method brings its own objective, so its fields have no default of their own.
+    # Defaults of objective fields depend on the method, so no default is shown for them.
     if default is None and not field.is_required() and not path.startswith("objective."):
         default = None if field.default in (None, False, ()) else str(field.default)
     shown = text + (f"  [default: {default}]" if default else "")
@@ -98,7 +98,7 @@ def _option(name: str, path: str) -> Callable[..., Any]:
 
 
 def _kind(annotation: Any) -> Any:
-    """Return click's type for a field; `bool` stands for a flag and `tuple` for a list."""
+    """Return click's type for a field's annotation; `bool` means a flag and `tuple` a list of numbers."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kind(get_args(annotation)[0])

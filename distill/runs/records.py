@@ -1,4 +1,4 @@
-"""What a run's folder says of a run: its metrics and its provenance, checked before they are believed."""
+"""Metrics and provenance of a run, validated when they are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Index = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
 class _Record(BaseModel):
-    """What is read of a mapping; it may hold more, as what a later release adds."""
+    """Mapping with validated keys; unknown keys, as later releases may add, are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -61,10 +61,10 @@ P = TypeVar("P", bound=_Record)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a finished run's metrics, one per epoch.
+    """Return the metrics of a finished run, one mapping per epoch.
 
     Raises:
-        RunError: the file cannot be read, or a line is not what a run writes.
+        RunError: the file cannot be read, or a line is damaged.
     """
     try:
         lines = read_bounded(path, MAX_METRICS_BYTES).splitlines()
@@ -81,10 +81,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Where an unfinished run's targets come from, as `prepare.provenance` gave it.
+    """Return the provenance of an unfinished run.
 
     Raises:
-        RunError: the file cannot be read, or is not what a run writes.
+        RunError: the file cannot be read, or is damaged.
     """
     values: dict[str, Any] = read_json(path, RunError)
     _check(_Provenance, values, str(path))

@@ -1,8 +1,8 @@
-"""Any recipe in seconds: drawn images instead of its data, and stores of tiny untrained teachers.
+"""Smoke tests: any recipe in seconds, on synthetic images and stores of tiny untrained teachers.
 
-A smoke run says nothing about accuracy. It shows that a recipe is complete, that its student takes its views,
-and that its objective can be computed. Teachers are one convolution with fresh weights; whatever
-tap the recipe's hints name, they give a map for it.
+A smoke test tells nothing about accuracy. It shows that a recipe is complete, that its student accepts the
+views, and that its objective can be computed. Teachers are a single convolution with random weights, and
+return a map for every tap that the recipe names.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 SAMPLES = 16
 MAX_BATCH_SIZE = 8
 MAX_LEARNING_RATE = 1e-3
-"""Largest learning rate: a few steps of a recipe's own on noise may diverge."""
+"""Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
 DEFAULT_TAP = "smoke"
-"""The tap that a smoke store has where a recipe leaves the choice to the depth."""
+"""Tap in the stores of recipes that choose taps by depth."""
 
 
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
-    """The recipe on drawn images for two epochs, with stores in `folder` in place of its own."""
+    """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
     source = open_source(stand_in(recipe.source, SAMPLES))
     taps: dict[int, list[str]] = {}
     free = False
@@ -86,7 +86,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
 
 
 def _shortened(value: Any) -> Any:
-    """Schedules and phases within two epochs, anywhere in a config."""
+    """Return a config with all schedules and phases, at any depth, shortened to fit two epochs."""
     if isinstance(value, Schedule):
         return value.model_copy(update={"epochs": 1})
     if hasattr(value, "model_fields_set"):
@@ -105,7 +105,7 @@ def _shortened(value: Any) -> Any:
 def write_smoke_store(
     path: Path, source: Source, recipe: ViewRecipe, taps: Sequence[str], *, seed: int
 ) -> None:
-    """A store of an untrained teacher over all of a source."""
+    """Write the store of an untrained teacher for all samples of a source."""
     size = next(iter(source.sizes(np.arange(1))))[0].item()
     run_teacher = _teacher(source, taps, seed)
     identity = {
@@ -147,7 +147,7 @@ def write_smoke_store(
 
 
 def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
-    """From pixels `(N, size, size, channels)` to arrays by their name in a store."""
+    """Return a function from pixels `(N, size, size, channels)` to arrays by their name in a store."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)

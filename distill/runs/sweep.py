@@ -1,7 +1,7 @@
-"""A sweep: many students of one grid over shared stores, resumable, with one table at the end.
+"""Sweeps: one student per combination of values in a grid, resumable, with a table at the end.
 
-Students that see the same batches may be trained together: their views are rendered and their targets read
-once for all of them. Each comes out as if it had been trained alone, to the last bit on a CPU.
+Students that use the same batches can be trained together: views are rendered and targets are read once for
+all of them. On a CPU, each student is identical, bit for bit, to one that is trained alone.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ FREE_FIELDS = (
     *("method", "objective", "optimizer", "patience"),
     *("precision", "channels_last", "compile"),
 )
-"""Fields in which students that are trained together may differ: none of them changes a batch."""
+"""Fields in which students that are trained together may differ, since none of them affects batches."""
 MAX_NAME_LENGTH = 100
 MAX_STUDENTS = 10_000
 
 
 class Grid(Config):
-    """A grid file."""
+    """Content of a grid file."""
 
     base: dict[str, Any] = Field(default={})
-    """Recipe fields that all students share, as in the file of a recipe."""
+    """Recipe fields that all students share, nested as in a recipe file."""
     grid: dict[str, list[Any]]
-    """Values to combine, each with each, by `field.subfield`."""
+    """Values to combine, by `field.subfield`."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,17 @@ class Student:
     """One student of a sweep."""
 
     name: str
-    """What sets it apart; its folder's name."""
+    """Name of the student's folder, made of the values that distinguish it."""
     recipe: TrainRecipe
 
 
 def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
-    """The students of a grid file, in the order of its values, the last key's changing first.
+    """Return the students of a grid file, with the values of the last key varying fastest.
 
     Raises:
         RecipeError: the file is not a grid, or one of its recipes is not valid.
-        UntrustedCode: a store names Python code for what the grid leaves out, and `trust_code` is false.
+        UntrustedCode: a store names Python code for a source or view that the grid leaves out, and
+            `trust_code` is false.
     """
     grid = parse_config(Grid, load_recipe(path), str(path))
     empty = [key for key, values in grid.grid.items() if not values]
@@ -93,12 +94,12 @@ def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
     names = [student.name for student in students]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise RecipeError(f"{str(path)!r} gives {repeated[0]!r} more than once: name every value once")
+        raise RecipeError(f"{str(path)!r} gives {repeated[0]!r} more than once: list every value once")
     return students
 
 
 def student_name(settings: Mapping[str, Any]) -> str:
-    """A folder's name from what sets a student apart: `student=resnet20,seed=1`."""
+    """Return a student's folder name, for example `student=resnet20,seed=1`."""
     words = []
     short = [key.rpartition(".")[2] for key in settings]
     for key, value in settings.items():
@@ -128,22 +129,22 @@ def sweep(
     """Train the students of a sweep, each into its own folder in `out`.
 
     Args:
-        students: as `read_grid` gives them.
-        out: folder of the runs' folders.
-        device: where to train.
-        together: students that may be trained at a time, if they see the same batches.
-        resume: leave out those that are finished, go on with those that are not.
-        workers: processes that decode and render.
-        threads: of torch and the kernels.
+        students: a result of `read_grid`.
+        out: folder for the runs' folders.
+        device: device to train on.
+        together: maximum number of students to train at the same time, if they use the same batches.
+        resume: skip finished runs, and continue unfinished ones.
+        workers: number of processes that decode and render images.
+        threads: number of threads of torch and the loss kernels.
         checkpoint_seconds: time between checkpoints.
-        trust_code: run live teachers even if their stores name Python code for them.
+        trust_code: allow stores to name Python code for live teachers.
 
     Returns:
-        What was wrong with students that diverged, by name; the others are finished.
+        The error messages of the students that diverged, by name; all others are finished.
 
     Raises:
-        RunError: a folder is not free, or holds another run than the grid's.
-        Otherwise as `train`, but for divergence.
+        RunError: a folder is not empty, or holds another run.
+        Otherwise as `train`, except for divergence.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
@@ -151,7 +152,7 @@ def sweep(
     for spec, size, mean, std in dict.fromkeys(
         tuple(getattr(student.recipe, name) for name in pixels) for student in students
     ):
-        build_network(spec, 2, size=size, mean=mean, std=std)  # refuses, before the first is trained
+        build_network(spec, 2, size=size, mean=mean, std=std)  # raises an error before any training
     for student in students:
         check_recipe(student.recipe)
     if not resume:
@@ -161,8 +162,8 @@ def sweep(
     if len(remaining) < len(students):
         say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
     waiting: list[list[Student]] = []
-    for alike in _by_batches(remaining, out):
-        waiting += [alike[start : start + together] for start in range(0, len(alike), together)]
+    for same in _by_batches(remaining, out):
+        waiting += [same[start : start + together] for start in range(0, len(same), together)]
     diverged: dict[str, str] = {}
     while waiting:
         group = waiting.pop(0)
@@ -173,7 +174,7 @@ def sweep(
                 failures = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
         except TrainingDiverged as error:
             if len(group) > 1:
-                # Within a step, whoever it was: the others go on from their checkpoints, each alone.
+                # It is unknown which student diverged in this step: continue each alone from its checkpoint.
                 waiting = [[student] for student in _unfinished(group, out)] + waiting
                 continue
             failures = {group[0].name: str(error)}
@@ -192,7 +193,7 @@ def _train_group(
     checkpoint_seconds: float,
     trust_code: bool,
 ) -> dict[str, str]:
-    """Train a group; returns what was wrong with those that diverged."""
+    """Train students together, and return the error messages of those that diverged, by name."""
     first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
     setup = prepare(first, device, others=others, trust_code=trust_code)
     with ExitStack() as stack:
@@ -209,8 +210,8 @@ def _train_group(
         for run in student_runs:
             position = (run.position.epoch, run.position.batches)
             by_position.setdefault(position, []).append(run)
-        for alike in by_position.values():
-            train_together(setup, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
+        for runs in by_position.values():
+            train_together(setup, runs, workers=workers, checkpoint_seconds=checkpoint_seconds)
     return {
         student.name: str(run.diverged)
         for student, run in zip(group, student_runs, strict=True)
@@ -219,7 +220,7 @@ def _train_group(
 
 
 def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
-    """The students in groups that see the same batches, and read stores in the same way, in their order."""
+    """Return the students in groups that use the same batches and read stores in the same way."""
     groups: dict[str, list[Student]] = {}
     for student in students:
         resumed = recipe_to_resume(out / student.name, student.recipe)
@@ -233,5 +234,5 @@ def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
 
 
 def finished_runs(students: Sequence[Student], out: Path) -> list[Path]:
-    """Folders of the students that are finished."""
+    """Return the folders of the finished students."""
     return [out / student.name for student in students if (out / student.name / WEIGHTS_FILE).is_file()]

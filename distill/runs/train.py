@@ -52,11 +52,12 @@ if TYPE_CHECKING:
     from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_SECONDS = 60.0
+"""Default time between checkpoints."""
 
 
 @dataclass
 class StudentRun:
-    """One student in training: its recipe, its folder, and its position."""
+    """Student in training, with its recipe, folder and progress."""
 
     recipe: TrainRecipe
     folder: RunFolder | ReadOnlyRunFolder
@@ -64,23 +65,24 @@ class StudentRun:
     writer: MetricWriter | NoMetricWriter
     position: Position
     log: EpochMetrics
+    """Metrics of the current epoch."""
     identity: dict[str, Any]
-    """What a checkpoint of it is bound to: the recipe, and the fingerprints of what it reads."""
+    """Recipe and fingerprints of the data, with which a checkpoint must agree."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the last epoch."""
+    """Metrics of the last completed epoch."""
     diverged: TrainingDiverged | None = None
-    """Why it cannot go on."""
+    """Error that ended the run, if training diverged."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give up the folder, and remove it if the run did no step."""
+        """Unlock the folder, and remove it if an error occurred before the first step."""
         self.folder.close(keep=kind is None or self.state.steps > 0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has had its last epoch."""
+        """True after the last epoch, or when `patience` is exhausted."""
         patience = self.recipe.patience
         return self.position.epoch >= self.recipe.epochs or (
             patience is not None and self.position.stale >= patience
@@ -88,7 +90,7 @@ class StudentRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do."""
+        """True if the run is finished or has diverged."""
         return self.is_finished or self.diverged is not None
 
     def save(self) -> None:
@@ -96,7 +98,7 @@ class StudentRun:
         save_checkpoint(self.folder.path, self.position, self.state, self.log, self.identity)
 
     def end_epoch(self, views: list[int], evaluation: dict[str, float] | None) -> None:
-        """Log an epoch, keep the student if it is the best so far, and go on to the next."""
+        """Log the metrics of an epoch, save the student if it is the best, and start the next epoch."""
         epoch = self.position.epoch
         train_metrics = self.log.means()
         group_names = train_metrics.keys() & {"teachers", "temperature"}
@@ -139,29 +141,30 @@ def train(
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
-    Everything that can be refused is refused before the folder is made, and none stays of a run that did no
-    step. Several ranks call it alike, with what `joined` gives each; the first alone writes.
+    Invalid input is refused before the folder is created, and the folder is removed if an error occurs before
+    the first step. With several ranks, each calls this function with the rank and device that
+    `process_group` returns; only the first rank writes.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe.
         out: the run's folder.
-        device: where to train.
-        overwrite: replace a run that is there.
-        resume: go on with a run that was interrupted, from its checkpoint; begin it where there is none.
-        workers: processes that decode and render, see `Renderer`.
-        threads: of torch and the kernels; None means as many as torch has, see `machine`.
-        tensorboard: write the metrics for TensorBoard too.
+        device: device to train on.
+        overwrite: replace an existing run.
+        resume: continue an interrupted run from its checkpoint, or start a new one if there is none.
+        workers: number of processes that decode and render images, see `Renderer`.
+        threads: number of threads of torch and the loss kernels; defaults to torch's current number.
+        tensorboard: also write the metrics for TensorBoard.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
-        ranks: who trains it together.
-        trust_code: run live teachers even if their stores name Python code for them.
+        ranks: rank of this process.
+        trust_code: allow stores to name Python code for live teachers.
 
     Returns:
         The metrics of the last epoch.
 
     Raises:
-        RunBusy: another process trains into the folder.
-        RunError: the folder is not free, or holds a run that cannot be resumed with this recipe.
-        TrainingDiverged: the loss is no longer finite; the run stays unfinished.
+        RunBusy: another process is training into the folder.
+        RunError: the folder is not empty, or holds a run that cannot be resumed with this recipe.
+        TrainingDiverged: the loss is not finite; the run stays unfinished.
         Otherwise as `prepare`.
     """
     if resume:
@@ -171,9 +174,9 @@ def train(
     if resume and (metrics := finished_metrics(out, recipe)) is not None:
         ranks.log_once(f"{out} is finished: there is nothing to resume")
         return metrics
-    begun = recipe_to_resume(out, recipe) if resume else recipe
+    resumed = recipe_to_resume(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        setup = prepare(begun, device, ranks, trust_code=trust_code)
+        setup = prepare(resumed, device, ranks, trust_code=trust_code)
         with start_run(
             setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard
         ) as run:
@@ -181,7 +184,7 @@ def train(
             try:
                 train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)
             except KeyboardInterrupt:
-                ranks.log_once(f"interrupted: the same command with --resume goes on with {out}")
+                ranks.log_once(f"interrupted: the same command with --resume continues {out}")
                 raise
     if run.diverged is not None:
         raise run.diverged
@@ -191,7 +194,9 @@ def train(
 def start_run(
     setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
 ) -> StudentRun:
-    """A fresh student in a new folder, or one as its checkpoint has it; a context that gives up the folder.
+    """Start a run in a new folder, or restore it from its checkpoint.
+
+    The result is a context manager that unlocks the folder.
 
     Raises:
         RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
@@ -223,7 +228,7 @@ def _start_in_folder(
     resume: bool,
     tensorboard: bool,
 ) -> StudentRun:
-    """`begin` in a folder that is locked."""
+    """Start or restore a run in a folder that is already locked."""
     out, origin = folder.path, provenance(setup)
     identity = {"recipe": recipe.model_dump(mode="json"), **fixed_provenance(origin)}
     position, log = Position(), new_metrics(state)
@@ -233,7 +238,7 @@ def _start_in_folder(
         check_identity(out, saved, identity)
         steps = setup.steps_per_epoch
         position = restore(out, saved, state, log, epochs=recipe.epochs, batches=steps)
-    # Nobody writes before all have looked.
+    # No rank may write before all ranks have read the folder.
     _check_same_on_all_ranks(setup.ranks, out, None if saved is None else saved["position"])
     if saved is not None:
         if isinstance(folder, RunFolder):
@@ -252,21 +257,26 @@ def _start_in_folder(
 
 
 def _check_same_on_all_ranks(ranks: Ranks, out: Path, seen: object) -> None:
-    """Refuse ranks that would begin at different places."""
-    everywhere = ranks.all_gather(seen)
-    if any(other != everywhere[0] for other in everywhere):
+    """Check that all ranks see the same files.
+
+    Raises:
+        RunError: they do not, so they would start at different positions.
+    """
+    gathered = ranks.all_gather(seen)
+    if any(other != gathered[0] for other in gathered):
         raise RunError(
-            f"ranks see different checkpoints in {str(out)!r}: --out has to be one folder for all of them, "
-            "as on a shared file system"
+            f"ranks see different checkpoints in {str(out)!r}: --out must be the same folder for all of "
+            "them, for example on a shared file system"
         )
 
 
 def train_together(
     setup: Setup, student_runs: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
 ) -> None:
-    """Train students that are equally far on one stream of batches, until all are over.
+    """Train students at the same position on one stream of batches, until all are finished or diverged.
 
-    Each is kept as soon as it is finished. One that diverges is left unfinished, and says so in `diverged`.
+    Each student is saved as soon as it is finished. A diverged one stays unfinished, with the error in
+    `diverged`.
     """
     recipe, first = setup.recipe, student_runs[0].position
     states = [run.state for run in student_runs]
@@ -301,17 +311,17 @@ def train_together(
 def _train_epoch(
     setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Interval
 ) -> None:
-    """What is left of an epoch of several runs, with checkpoints on the way."""
-    epoch, begun = active[0].position.epoch, active[0].position.batches
+    """Train several students on the rest of an epoch, writing checkpoints when they are due."""
+    epoch, first = active[0].position.epoch, active[0].position.batches
     before, started = [run.position.seconds for run in active], time.perf_counter()
     steps = train_steps(
         [run.state for run in active],
-        renderer.ahead(setup.batches(epoch, begun)),
+        renderer.ahead(setup.batches(epoch, first)),
         setup.targets,
         [run.log for run in active],
         epoch,
         micro_batches=setup.recipe.accumulate,
-        first=begun,
+        first=first,
     )
     for batches in steps:
         spent = (time.perf_counter() - started) / len(active)
@@ -323,7 +333,7 @@ def _train_epoch(
 
 
 def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) -> None:
-    """End an epoch of several runs, with an evaluation where it is due."""
+    """End an epoch of several students, with an evaluation if it is due."""
     epoch, recipe = active[0].position.epoch, setup.recipe
     is_due = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
     for run in active:
@@ -341,20 +351,20 @@ def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) ->
 
 
 def _rows_before(setup: Setup, position: Position) -> int:
-    """Samples of an epoch that are done."""
+    """Return the number of samples of the epoch that are completed at a position."""
     return min(
         len(setup.samples), position.batches * (setup.recipe.batch_size // setup.recipe.views_per_load)
     )
 
 
 class _Interval:
-    """Says when so many seconds have gone by."""
+    """Timer that is due every given number of seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._since = seconds, time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time; if so, the time runs anew."""
+        """Return true, and restart the timer, if the interval has passed."""
         if time.monotonic() - self._since < self._seconds:
             return False
         self._since = time.monotonic()
@@ -366,6 +376,6 @@ def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) ->
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"training diverged in epoch {epoch}: {name} is {value}. Use a smaller --lr than "
-                f"{recipe.optimizer.lr:g}. What is left of the run stays until it is removed or --overwrite "
-                "is given."
+                f"{recipe.optimizer.lr:g}. The unfinished run stays in its folder: remove it, or replace it "
+                "with --overwrite."
             )

@@ -1,4 +1,4 @@
-"""What an objective needs of its stores, and the command that would add what is missing."""
+"""Requirements of an objective on its stores, and the `precompute run` command that adds missing arrays."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 
 
 def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
-    """Find the pairs of features of every term: those that are given, or by depth.
+    """Return the pairs of taps and student layers of every term, as configured or chosen by depth.
 
-    By depth, teachers are spread over the student's groups from shallow to deep, and each gives the tap of
-    its store that is as deep in it; where there is none, the pair names the block that it should have tapped.
+    By depth, teachers are spread over the student's blocks from shallow to deep, and each contributes the
+    stored tap at the same relative depth. If a store has no usable tap, the pair names the teacher's block at
+    that depth.
 
     Raises:
-        RecipeError: a pair names a teacher that is not there.
+        RecipeError: a configured pair names a teacher that does not exist.
     """
-    found: Pairs = {}
+    pairs: Pairs = {}
     for key, term in config.all_terms().items():
         needs = LOSSES[term.term].needs(term).pairs
         if needs is not None:
-            found[key] = _pairs(f"terms.{key}", needs, readers, student)
-    return found
+            pairs[key] = _pairs(f"terms.{key}", needs, readers, student)
+    return pairs
 
 
 def _pairs(
@@ -71,9 +72,9 @@ def _pairs(
 
 
 def depth_group(teacher: int, teachers: int, groups: int) -> int:
-    """Return the student's group that a teacher guides; teachers are spread evenly from shallow to deep.
+    """Return the index of the student group that a teacher guides, spread evenly from shallow to deep.
 
-    One teacher guides the middle, as in FitNets.
+    A single teacher guides the middle group, as in FitNets.
 
     >>> [depth_group(teacher, 3, 4) for teacher in range(3)]
     [0, 2, 3]
@@ -84,7 +85,7 @@ def depth_group(teacher: int, teachers: int, groups: int) -> int:
 
 
 def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
-    """The stored tap at a relative depth (0 to 1), or the teacher's block there."""
+    """Return the stored tap at a relative depth (0 to 1), or else the teacher's block at that depth."""
     module = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
     taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
     usable = [name for name in taps if tap_from_name(name).reduction in reductions]
@@ -95,7 +96,7 @@ def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
 
 
 def _untrained(spec: str, classes: int) -> nn.Module | None:
-    """A teacher's network, to name its layers; none of a user's own, whose code a store must not run."""
+    """Return a teacher's network for its layer names; None for user code, which stores must not run."""
     if spec.startswith("python:"):
         return None
     try:
@@ -112,10 +113,10 @@ def needed_arrays(
     logits: bool,
     root: str | None,
 ) -> list[list[str]]:
-    """What is read of each store.
+    """Return the names of the arrays to read from each store.
 
     Raises:
-        RecipeError: a store does not hold it; the text has the command that adds it.
+        RecipeError: an array is not stored; the message has the command that adds it.
     """
     arrays = [[LOGITS] if logits else [] for _ in readers]
     for index, tap, _ in itertools.chain(*pairs.values()):
@@ -139,7 +140,7 @@ def needed_arrays(
 
 
 def _tap_text(name: str) -> str:
-    """A tap as a flag says it."""
+    """Return a tap as a value of `--tap`."""
     tap = tap_from_name(name)
     text = "+".join(tap.layers)
     if tap.reduction == "map" and tap.size is None:
@@ -154,12 +155,11 @@ def shaped_pairs(
     student: Network,
     channels: int,
 ) -> dict[str, tuple[FeaturePair, ...]]:
-    """Return the pairs of every term with their shapes.
+    """Return the pairs of every term with the shapes of their features.
 
     Raises:
-        RecipeError: features that are neither maps nor vectors, or of a reduction that the term cannot
-            compare.
-        UnknownName: a layer that the student does not have.
+        RecipeError: features are neither maps nor vectors, or the term does not support their reduction.
+        UnknownName: a layer does not exist in the student.
     """
     layers = sorted({layer for _, _, layer in itertools.chain(*pairs.values())})
     if not layers:
@@ -184,10 +184,10 @@ def _with_shapes(
     layer: str,
 ) -> FeaturePair:
     reader = readers[index]
-    theirs = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
+    teacher_shape = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
     usable = tap_from_name(tap).reduction in needs.reductions
     for side, shape in (
-        (f"{tap!r} of store {str(reader.path)!r}", theirs),
+        (f"{tap!r} of store {str(reader.path)!r}", teacher_shape),
         (f"layer {layer!r} of the student", shapes[layer]),
     ):
         if len(shape) not in (1, 3) or not usable:
@@ -195,11 +195,11 @@ def _with_shapes(
                 f"term {key!r} cannot compare {side} (shape {shape}): it takes vectors (D,) and maps "
                 f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
             )
-    return FeaturePair(index, tap, layer, theirs, shapes[layer])
+    return FeaturePair(index, tap, layer, teacher_shape, shapes[layer])
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
-    """`check_needs` of a recipe."""
+    """Check a recipe's objective with `check_needs`."""
     check_needs(recipe.method, recipe.objective, readers, recipe.view, recipe.root)
 
 
@@ -210,10 +210,10 @@ def check_needs(
     view: ViewRecipe,
     root: str | None,
 ) -> None:
-    """Refuse what the objective's numbers ask of stores and views in vain.
+    """Check that stores and views meet the needs of an objective.
 
     Raises:
-        RecipeError: the text says what to do.
+        RecipeError: they do not; the message has a remedy.
     """
     if not isinstance(objective.adjustment, str) and len(objective.adjustment) != len(readers):
         raise RecipeError(
@@ -225,7 +225,7 @@ def check_needs(
     if needs.one_label and view.mix is not None:
         raise RecipeError(
             f"{needs.one_label}, but the view mixes images: a mixed image has two "
-            "labels and no answer to it is wrong. Use stores of a view without mix, or "
+            "labels, so no prediction is wrong. Use stores of a view without mix, or "
             "--set objective.adjustment=none"
         )
     if needs.dense_logits:
@@ -235,8 +235,8 @@ def check_needs(
                 line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
-                    f"{str(reader.path)!r} keeps the largest alone (topk). Write a dense store with\n"
-                    f"  {line}\nor use CWSM, which looks at the student only: --method dtd-cwsm"
+                    f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
+                    f"  {line}\nor use CWSM, which reads only the student: --method dtd-cwsm"
                 )
 
 
@@ -248,7 +248,7 @@ def precompute_command(
     store: Path | None = None,
     encoding: str | None = None,
 ) -> str:
-    """The `precompute run` that writes such a store again, or adds taps to it."""
+    """Return the `precompute run` command that writes a store again, or adds taps to it."""
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
     words = ["precompute", "run"]
@@ -272,7 +272,7 @@ def precompute_command(
 
 
 def _pixel_options(spec: str, stored: Mapping[str, Any]) -> list[str]:
-    """The flags for what a teacher saw that is not, or may not be, what it expects by itself."""
+    """Return options for the teacher's preprocessing if it differs from the network's or is unknown."""
     try:
         own = own_preprocessing(spec)
     except CoursepackError:

@@ -179,8 +179,8 @@ def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -
             raise StoreMismatch(
                 f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
                 f"Differences: {len(lines)}. It was written with {written}. Install those versions, run "
-                "`precompute run` again into a new store, or train anyway with --allow-drift (allow_drift=True "
-                "in Python), which is recorded in the run's provenance."
+                "`precompute run` again into a new store, or train anyway with --allow-drift "
+                "(allow_drift=True in Python), which is recorded in the run's provenance."
             )
         differences += [f"{reader.name}: {line}" for line in lines]
     return tuple(differences)
