@@ -162,10 +162,10 @@ class _GatherRows(torch.autograd.Function):
         ctx.start, ctx.count, ctx.ranks = sum(counts[: ranks.index]), len(own), ranks.count
         padded = own.new_zeros(max(counts), *own.shape[1:])
         padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in counts]
+        all_rows = [torch.empty_like(padded) for _ in counts]
         with ranks._rank_lost_on_error():
-            dist.all_gather(found, padded)
-        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+            dist.all_gather(all_rows, padded)
+        return torch.cat([rows[:count] for rows, count in zip(all_rows, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -28,9 +28,9 @@ def check_renamed(values: dict[str, Any], where: str) -> None:
     Raises:
         RecipeError: an old key is present; the message lists the new name of each.
     """
-    found = [old for old in RENAMED if _has(values, old)]
-    if found:
-        lines = "\n".join(f"  {old}: now {RENAMED[old]}" for old in found)
+    old_keys = [old for old in RENAMED if _has(values, old)]
+    if old_keys:
+        lines = "\n".join(f"  {old}: now {RENAMED[old]}" for old in old_keys)
         raise RecipeError(f"{where} has keys that were renamed:\n{lines}")
 
 

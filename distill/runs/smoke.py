@@ -1,6 +1,6 @@
 """Smoke tests: any recipe in seconds, on synthetic images and stores of tiny untrained teachers.
 
-A smoke test tells nothing about accuracy. It shows that a recipe is complete, that its student accepts the
+A smoke test does not measure accuracy. It shows that a recipe is complete, that its student accepts the
 views, and that its objective can be computed. Teachers are a single convolution with random weights, and
 return a map for every tap that the recipe names.
 """

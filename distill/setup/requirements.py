@@ -63,12 +63,12 @@ def _pairs(
                 )
         return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
     groups = list(needs.layers) or blocks(student.module)
-    found = []
+    pairs = []
     for index, reader in enumerate(readers):
         group = depth_group(index, len(readers), len(groups))
         depth = group / max(1, len(groups) - 1)
-        found.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
-    return found
+        pairs.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
+    return pairs
 
 
 def depth_group(teacher: int, teachers: int, groups: int) -> int:
@@ -166,12 +166,12 @@ def shaped_pairs(
         return {}
     shapes = probe_student(student, channels, layers).features
     terms = config.all_terms()
-    found = {}
+    shaped = {}
     for key, of_term in pairs.items():
         needs = LOSSES[terms[key].term].needs(terms[key]).pairs
         assert needs is not None
-        found[key] = tuple(_with_shapes(key, needs, readers, shapes, *pair) for pair in of_term)
-    return found
+        shaped[key] = tuple(_with_shapes(key, needs, readers, shapes, *pair) for pair in of_term)
+    return shaped
 
 
 def _with_shapes(
