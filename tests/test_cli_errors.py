@@ -156,7 +156,7 @@ DOMAIN = [
      "the recipe is not valid:\n  objective.divergence: Input should be 'kl', 'reverse_kl', 'js' or 'mse', "
      "got 'klx'"),
     (f"{KD} --store s.zarr --method ka-lsr --set objective.divergence=mse",
-     "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose another of the"),
+     "adjustment 'smooth' returns probabilities, but divergence 'mse' compares logits: choose another"),
     (f"{KD} --store s.zarr --method dtd-cwsm --temperature 30",
      "temperature (T_0) is 30, expected dynamic_temperature.lowest to highest (1 to 20), within which each"),
     (f"{KD} --store s.zarr --method dtd-flsw --set objective.dynamic_temperature.lowest=12",
