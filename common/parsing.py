@@ -200,9 +200,10 @@ def _check_events(text: str) -> None:
             unfinished.append(_Extent(event.anchor))
             depth = len(unfinished)
         elif isinstance(event, yaml.AliasEvent):
-            if any(each.anchor == event.anchor for each in unfinished):
-                raise ValueError(f"repeats {'*' + event.anchor!r:.80} within itself")
-            ended = anchors.get(event.anchor, _Extent())  # an unknown one is refused when it is built
+            anchor = str(event.anchor)
+            if any(each.anchor == anchor for each in unfinished):
+                raise ValueError(f"repeats {'*' + anchor!r:.80} within itself")
+            ended = anchors.get(anchor, _Extent())  # an unknown one is refused when it is built
             repeated += ended.values
             depth = len(unfinished) + ended.depth
         elif isinstance(event, yaml.ScalarEvent):

@@ -70,8 +70,9 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, state: dict[int, dict[st
             raise ValueError(f"the optimiser keeps {', '.join(map(str, kept))} of a parameter")
         for name, value in kept.items():
             expected = () if name == "step" else tuple(parameters[index].shape)
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"the optimiser's {name} has shape {tuple(value.shape)}, not {expected}")
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+            if found != expected:
+                raise ValueError(f"the optimiser's {name} has shape {found!r:.80}, not {expected}")
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 

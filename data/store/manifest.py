@@ -208,7 +208,7 @@ def check_not_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise StoreMismatch(f"{str(path)!r} is a file, expected a folder for the store: use another --store")
     metadata = path / "zarr.json"
-    if metadata.is_file() and metadata.read_text() != canonical_json(_group_metadata(""), indent=1):
+    if metadata.is_file() and metadata.read_bytes() != canonical_json(_group_metadata(""), indent=1).encode():
         raise StoreMismatch(f"{str(path)!r} holds Zarr data that is no coursepack store: use another --store")
 
 
