@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels data data/encodings data/sources data/store data/views models precompute distill
+FOLDERS := common kernels data data/encodings data/sources data/store data/views models models/networks models/hubs precompute precompute/cli distill distill/losses distill/fusion distill/targets distill/setup distill/training distill/runs distill/cli
 
 .PHONY: help demo test test-slow lint bench clean
 

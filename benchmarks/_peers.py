@@ -169,17 +169,18 @@ def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
 
     from coursepack.data import open_source
     from coursepack.data.batches import Batch
-    from coursepack.distill.prepare import prepare
-    from coursepack.distill.train import train_epoch
+    from coursepack.distill.setup.prepare import prepare
+    from coursepack.distill.training.loop import train_epoch
+    from coursepack.distill.training.state import make_state
 
     run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
-    trainee = run.trainee()
+    state = make_state(run)
     for epoch in range(8):
-        train_epoch([trainee], run.batches(epoch), None)
+        train_epoch([state], run.batches(epoch), None)
     source = open_source("digits:test")
     samples = np.arange(len(source.labels))
     batch = Batch(source, run.recipe.view, samples, np.zeros_like(samples), DEVICE)
-    trainee.learner.eval()
+    state.learner.eval()
     with torch.inference_mode():
-        answers = trainee.learner.predict(batch).float().cpu().numpy()
+        answers = state.learner.logits(batch).float().cpu().numpy()
     return answers, "digits", source.labels

@@ -26,10 +26,12 @@ from scipy import stats
 from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import TrainingDiverged
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
@@ -71,11 +73,11 @@ def entries(names: tuple[str, ...] | None = None) -> list[Entry]:
         Entry("dtd-flsw-preset", "dtd-flsw", {}),
         Entry("ca-mkd", "ca-mkd", KD),
         Entry("ebkd", "ebkd", KD),
-        Entry("adaptive", "amtml", {**KD, "relations": {"angle": 0.0}}),
-        Entry("adaptive-small", "amtml", {**KD, "relations": {"angle": 0.0}, "fusion": {"init": 0.1}}),
+        Entry("adaptive", "amtml", {**KD, "terms": {"angle": None}}),
+        Entry("adaptive-small", "amtml", {**KD, "terms": {"angle": None}, "fusion": {"init": 0.1}}),
         Entry("amtml", "amtml", KD),
         Entry("amtml-small", "amtml", {**KD, "fusion": {"init": 0.1}}),
-        Entry("amtml-hints", "amtml-hints", {**KD, "hints": {"weight": 0.01}}),
+        Entry("amtml-hints", "amtml-hints", {**KD, "terms": {"hint": {"weight": 0.01}}}),
         Entry("amtml-preset", "amtml", {}),
     ]
     return made if names is None else [entry for entry in made if entry.name in names]
@@ -87,9 +89,9 @@ def recipe(entry: Entry, stores: list[Path], seed: int, epochs: int, **fields: A
     return TrainRecipe.model_validate(
         {
             "student": STUDENT, "method": entry.method,
-            "objective": resolve_objective(entry.method, entry.objective, entry.name),
+            "objective": resolve_objective(entry.method, entry.objective, entry.name, classes=10),
             "stores": [str(store) for store in chosen], "source": "digits:train", "evaluation": "digits:test",
-            "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimiser": {"lr": 0.1}, **fields,
+            "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimizer": {"lr": 0.1}, **fields,
         }
     )  # fmt: skip
 
@@ -153,7 +155,7 @@ def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
         network = "mlp" if name == "weak" else name
         plain = recipe(supervised, [], 0, epochs, student=f"digits-{network}", limit=None)
         changes = {"lr": 0.01} if name == "weak" else {"lr": 0.05}
-        plain = TrainRecipe.model_validate({**plain.model_dump(), "optimiser": changes})
+        plain = TrainRecipe.model_validate({**plain.model_dump(), "optimizer": changes})
         train(plain, folder / name, device=CPU)
         made[name] = folder / name
     good = [made[name] for name in TEACHERS]
@@ -188,16 +190,16 @@ def study(setting: str, stores: list[Path], seeds: int, epochs: int) -> dict[str
         found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
         for seed in range(seeds):
             run = prepare(recipe(entry, stores, seed, epochs, views=len(StoreReader(stores[0]).views)), CPU)
-            trainee = run.trainee()
+            state = make_state(run)
             started = time.perf_counter()
             try:
                 for epoch in range(epochs):
-                    train_epoch([trainee], run.batches(epoch), run.targets, epoch)
+                    train_epoch([state], run.batches(epoch), run.targets, epoch)
             except TrainingDiverged:
                 say(f"{setting} {entry.name}: seed {seed} diverged, counted as untrained")
-                trainee = run.trainee()
+                state = make_state(run)
             found["seconds"].append(time.perf_counter() - started)
-            for name, value in evaluate(trainee.network, run.evaluation, CPU).items():
+            for name, value in evaluate(state.network, run.evaluation, CPU).items():
                 if name in found:
                     found[name].append(value)
         told[entry.name] = found

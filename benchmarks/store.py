@@ -157,14 +157,14 @@ def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> 
     student = nn.Sequential(
         nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 1000)
     )
-    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     images = torch.randn(BATCH, 1024)
     held = [torch.from_numpy(values).half() for _ in readers]
 
     def step(teachers: list[Any]) -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         soft_target_loss(student(images), teachers, temperature=4.0).mean().backward()
-        optimiser.step()
+        optimizer.step()
 
     shuffle = Shuffle(len(values), 1)
     variants = {

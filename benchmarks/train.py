@@ -28,11 +28,12 @@ from safetensors.torch import save_file
 from coursepack.console import say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import FirstSamples
-from coursepack.distill.epoch_log import EpochLog
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.student import blocks
-from coursepack.distill.train import train_steps
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import blocks
+from coursepack.distill.training.loop import train_steps
+from coursepack.distill.training.metrics import EpochMetrics
+from coursepack.distill.training.state import make_state
 from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
@@ -40,14 +41,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coursepack.data import Source
-    from coursepack.distill.prepare import Run
+    from coursepack.distill.setup.prepare import Setup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
 GENTLE = 1e-3
 """The learning rate: on noise, and with teachers of fresh weights, a student's usual one may diverge."""
-AMTML = {"soft_weight": 1.4 / CLASSES}
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class Place:
         """A recipe on the benchmark's data; `encoding` and `count` say which stores."""
         encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
         stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
-        overrides = AMTML if method.startswith("amtml") else {}
         return TrainRecipe.model_validate(
             {
                 "student": student, "method": method, "stores": [str(store) for store in stores],
-                "objective": resolve_objective(method, overrides, "benchmark"), "source": "cifar100:train",
+                "objective": resolve_objective(method, {}, "benchmark", classes=CLASSES),
+                "source": "cifar100:train",
                 "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
                 "views": None if stores else 1, "batch_size": batch_size,
-                "optimiser": {"lr": GENTLE}, **fields,
+                "optimizer": {"lr": GENTLE}, **fields,
             }
         )  # fmt: skip
 
@@ -156,14 +156,14 @@ def write_cifar100(folder: Path, samples: int) -> None:
     (inside / "meta").write_bytes(pickle.dumps(names, protocol=2))
 
 
-def stepper(run: Run) -> Callable[[], None]:
+def stepper(run: Setup) -> Callable[[], None]:
     """A function that takes the next step of a fresh student, epoch after epoch."""
-    trainee = run.trainee()
+    state = make_state(run)
 
     def steps() -> Iterator[int]:
         for epoch in itertools.count():
-            log = EpochLog(max(1, len(run.readers)))
-            yield from train_steps([trainee], run.batches(epoch), run.targets, [log], epoch)
+            log = EpochMetrics(max(1, len(run.readers)))
+            yield from train_steps([state], run.batches(epoch), run.targets, [log], epoch)
 
     stream = steps()
     return lambda: _waited(lambda: next(stream))
@@ -173,7 +173,7 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
     """The shortest loop one would write, on normalised float32 images already on the device, as they are."""
     network = build_network(student, CLASSES)
     module = network.module.to(DEVICE).train()
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         module.parameters(), lr=GENTLE, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
     )
     pixels = torch.from_numpy(source.pixels(np.arange(len(source.labels)))).to(DEVICE)
@@ -184,9 +184,9 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
         while True:
             for chosen in torch.randperm(len(labels), device=DEVICE).split(batch_size):
                 loss = F.cross_entropy(module(images[chosen]), labels[chosen])
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 yield
 
     stream = steps()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping  # noqa: TC003 - dataclasses of pydantic's annotations are read at run time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
 from coursepack.canonical import cut
 from coursepack.errors import RecipeError
@@ -14,6 +17,8 @@ from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pydantic.fields import FieldInfo
 
 
 MOST_LINES = 20
@@ -23,10 +28,29 @@ MOST_LINES = 20
 class Config(BaseModel):
     """Base of every config: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a field that holds one config of a family, told apart by a key.
+
+    `Annotated[Shape, OneOf("name", {"circle": Circle, "box": Box})]` reads `{"name": "circle"}` as a
+    `Circle`.
+    """
+
+    key: str
+    """Name of the field that tells the family's members apart."""
+    members: Mapping[str, type[Config]]
+    """The family by the value of the key."""
+
+    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Return pydantic's schema of the union."""
+        choices = {name: handler.generate_schema(member) for name, member in self.members.items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self.key)
 
 
 def parse_config(model: type[C], values: Any, where: str) -> C:
@@ -47,13 +71,30 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
 
 
 def check_given(model: type[Config], values: Any, where: str) -> None:
-    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`."""
+    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`.
+
+    Whether fields fit together is not judged: what is left out may yet get another value than its default.
+    """
     try:
         model.model_validate(values)
     except ValidationError as error:
-        problems = [p for p in error.errors() if p["type"] != "missing" or len(p["loc"]) > 1]
+        problems = [
+            problem
+            for problem in error.errors()
+            if not _is_about_whole(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
+        ]
         if problems:
             raise _refusal(model, problems, where) from error
+
+
+def field_at(model: type[BaseModel], path: str) -> FieldInfo:
+    """Return a field of a config by its dotted path, through groups of fields and members of a family."""
+    first, _, rest = path.partition(".")
+    field = model.model_fields[first]
+    if not rest:
+        return field
+    inner = next(each for each in _models_of(field) if rest.partition(".")[0] in each.model_fields)
+    return field_at(inner, rest)
 
 
 def read_yaml(path: Path) -> Any:
@@ -101,10 +142,15 @@ def _line(model: type[Config], problem: Any) -> str:
         return f"  {path}: unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
         return f"  {path}: {problem['ctx']['discriminator']} is missing, got {cut(repr(problem['input']))}"
-    whole = problem["type"] == "value_error" and isinstance(problem["input"], dict)
-    given = "" if problem["type"] == "missing" or whole else f", got {cut(repr(problem['input']))}"
+    whole = problem["type"] == "missing" or _is_about_whole(problem)
+    given = "" if whole else f", got {cut(repr(problem['input']))}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
+
+
+def _is_about_whole(problem: Any) -> bool:
+    """Whether a problem is that of fields that do not fit together."""
+    return problem["type"] == "value_error" and isinstance(problem["input"], dict)
 
 
 def _near(word: str, known: list[str]) -> str:
@@ -118,16 +164,27 @@ def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type
     for part in path:
         if isinstance(part, int):
             continue
-        held = [each.model_fields[part].annotation for each in found if part in each.model_fields]
+        held = [each.model_fields[part] for each in found if part in each.model_fields]
         if held:
-            found = [inner for annotation in held for inner in _models(annotation)]
+            found = [inner for field in held for inner in _models_of(field)]
         else:
-            found = [each for each in found if any(part == f.default for f in each.model_fields.values())]
+            found = [
+                each for each in found if any(part == f.default for f in each.model_fields.values())
+            ] or found
     return found
+
+
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The configs that a field may hold."""
+    families = [part for part in field.metadata if isinstance(part, OneOf)]
+    return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The configs in an annotation such as a tuple of a union of them."""
+    if isinstance(annotation, OneOf):
+        return list(annotation.members.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [inner for part in get_args(annotation) for inner in _models(part)]
+    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
+    return [inner for part in parts for inner in _models(part)]

@@ -84,13 +84,13 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         ValueError: it is no regular file, or larger; worded as by `parse_json`.
         OSError: it cannot be read.
     """
-    facts = path.stat()  # before opening, which would wait for the writer of a FIFO
-    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+    status = path.stat()  # before opening, which would wait for the writer of a FIFO
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("is not a regular file")
-    if facts.st_size > most_bytes:
-        raise ValueError(f"has {facts.st_size:,} bytes, expected at most {most_bytes:,}")
+    if status.st_size > most_bytes:
+        raise ValueError(f"has {status.st_size:,} bytes, expected at most {most_bytes:,}")
     with path.open("rb") as file:
-        return file.read(facts.st_size)
+        return file.read(status.st_size)
 
 
 def parse_yaml(text: str | bytes) -> Any:
@@ -200,10 +200,10 @@ def _check_events(text: str) -> None:
             unfinished.append(_Extent(event.anchor))
             depth = len(unfinished)
         elif isinstance(event, yaml.AliasEvent):
-            anchor = str(event.anchor)
-            if any(each.anchor == anchor for each in unfinished):
-                raise ValueError(f"repeats {'*' + anchor!r:.80} within itself")
-            ended = anchors.get(anchor, _Extent())  # an unknown one is refused when it is built
+            name = event.anchor or ""
+            if any(each.anchor == name for each in unfinished):
+                raise ValueError(f"repeats {'*' + name!r:.80} within itself")
+            ended = anchors.get(name, _Extent())  # an unknown one is refused when it is built
             repeated += ended.values
             depth = len(unfinished) + ended.depth
         elif isinstance(event, yaml.ScalarEvent):

@@ -6,12 +6,15 @@ Before a student's first step they are drawn and rendered again.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
 
 from coursepack.data.randomness import Purpose, below, random_words
+from coursepack.data.sources.roots import some
 from coursepack.data.store.layout import block_count
 from coursepack.data.views import draw, render
 
@@ -53,8 +56,12 @@ def content_digest(source: Source, samples: Samples) -> str:
     return f"{google_crc32c.value(source.contents(samples).astype('<u4').tobytes()):08x}"
 
 
-def changed_content(manifest: Manifest, source: Source) -> tuple[str, ...]:
-    """Blocks of samples whose files or pixels are not what the teacher saw; reads all of the source."""
+def changed_content(manifest: Manifest, source: Source, begun: float = math.inf) -> tuple[str, ...]:
+    """Blocks of samples whose files or pixels are not what the teacher saw; reads all of the source.
+
+    A store keeps one checksum per block, so the file itself is not known: the first and the last of the
+    block are named, and those that changed after `begun`, seconds since the epoch.
+    """
     recorded = manifest.view_records.get("0", {}).get("content", [])
     found = []
     for block, digest in enumerate(recorded):
@@ -63,8 +70,20 @@ def changed_content(manifest: Manifest, source: Source) -> tuple[str, ...]:
         if content_digest(source, np.arange(start, stop)) != digest:
             found.append(
                 f"source {source.name!r}: samples {start} to {stop - 1} are not what the teacher saw"
+                f"{_files(source, range(start, stop), begun)}"
             )
     return tuple(found)
+
+
+def _files(source: Source, samples: range, begun: float) -> str:
+    """The files of some samples and those of them that changed since, as the end of a line."""
+    first, last = source.path(samples[0]), source.path(samples[-1])
+    if first is None or last is None:
+        return ""
+    paths = (source.path(sample) for sample in samples)
+    later = [path for path in paths if path is not None and Path(path).stat().st_mtime > begun]
+    since = f"; changed since the store was begun: {some(later)}" if later else ""
+    return f": {first} to {last}{since}"
 
 
 def drift(

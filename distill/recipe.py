@@ -4,109 +4,176 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import ViewRecipe
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective_config import ObjectiveConfig
-from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.errors import RecipeError, UnknownName
 from coursepack.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+    from typing import Self
 
 Count = Annotated[int, Field(ge=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LearningRateConfig(Config):
+    """Learning rate as a function of the step."""
+
+    shape: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    """Learning-rate schedule. `step`: multiplied by `factor` at every milestone; `cosine`: half a cosine down
+    to `end`; `one_cycle`: up, and far down again."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up."""
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Epochs at whose start the schedule `step` lowers the learning rate."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor of the learning rate at each milestone of the schedule `step`."""
+    end: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Final learning rate of the schedule `cosine`, as a fraction of `lr`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.shape == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones are {list(self.milestones)}, but shape is {self.shape!r}: milestones are for "
+                "shape 'step', which needs at least one. Give --milestones N,N with it, or "
+                "--set optimizer.schedule.milestones=[] with another shape"
+            )
+        if self.shape == "one_cycle" and self.warmup_epochs:
+            raise ValueError("warmup_epochs is set, but shape 'one_cycle' has a rise of its own")
+        return self
+
+
+class OptimizerConfig(Config):
+    """Optimizer of a student, with everything that its objective trains."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """Learning rate."""
+    schedule: LearningRateConfig = LearningRateConfig()
+    """Learning-rate schedule."""
+    momentum: BelowOne = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Use Nesterov momentum in SGD."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay rates of AdamW's running averages."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay: L2 penalty of SGD, decoupled for AdamW."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Maximum norm of all gradients together."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, which is then evaluated and kept."""
 
 
 class TrainRecipe(Config):
-    """A config that fully determines a training run, but for the hardware."""
+    """A config that determines a training run in everything but the hardware."""
 
     student: str
-    """A network's name."""
+    """Name of the student's network."""
     student_size: Count | None = None
-    """Side in pixels to render views at for the student; none means its own."""
+    """Side in pixels of the student's images; defaults to the network's own."""
     student_mean: tuple[float, ...] | None = None
-    """Subtracted per channel of the student's pixels in [0, 1]; none means its own."""
+    """Mean per channel, subtracted from the student's pixels in [0, 1]; defaults to the network's own."""
     student_std: tuple[float, ...] | None = None
-    """Divided by, per channel; none means its own."""
+    """Standard deviation per channel that the student's pixels are divided by; defaults to the network's
+    own."""
     method: str = "supervised"
-    """A name in `METHODS`."""
+    """Name of the method, see `distill methods`."""
     objective: ObjectiveConfig
-    """The method's numbers, all spelled out."""
+    """Numbers of the method, all spelled out."""
     stores: tuple[str, ...] = ()
-    """Stores of the teachers, in the order of `teacher_weights`."""
+    """A teacher's store."""
     reading: Literal["auto", "resident", "mapped", "windowed"] = "auto"
-    """Whole views in memory, memory maps, or windows of chunks; auto chooses by size and free memory."""
+    """How stores are read: whole views in memory, memory maps, or windows of chunks; auto chooses by size and
+    free memory."""
     online: bool = False
-    """Run the stores' teachers live instead of reading what they said."""
+    """Run the stores' teachers live instead of reading their stored outputs."""
     source: str
-    """NAME:SPLIT to train on."""
+    """Data to train on, NAME or NAME:SPLIT."""
     evaluation: str
-    """NAME:SPLIT to evaluate on."""
+    """Data to evaluate on, NAME:SPLIT."""
     root: str | None = None
-    """Folder of the source's files, if it has any."""
+    """Folder of the source's files."""
     view: ViewRecipe
-    """The view recipe; that of the stores where there are any."""
+    """View recipe: the name of a preset or a YAML file."""
     views: Count | None = None
-    """Views to take in turn, one per epoch; none means all that the stores have, or a new one each epoch."""
+    """Number of views to use, one per epoch in turn; defaults to all in the stores, or to a new one every
+    epoch."""
     view_order: Literal["cyclic", "shuffled"] = "cyclic"
-    """The order in which views are taken: always the same, or another one every time round."""
+    """Order of the views: the same in every round, or shuffled anew for each."""
     views_per_load: Count = 1
-    """Views of every sample in one epoch, from one decoding each; a batch holds all of them."""
+    """Views of every sample in one epoch; each image is decoded once for all of them."""
     allow_drift: bool = False
-    """Train although this version makes other views than the stores' teachers saw."""
+    """Train although this version renders other views than the stores' teachers saw."""
     limit: Count | None = None
-    """Train on this many samples only."""
+    """Number of training samples, chosen evenly over the classes; defaults to all."""
     epochs: Count = 40
-    """Passes over the samples."""
+    """Number of epochs."""
     patience: Count | None = None
-    """Stop after so many evaluations in a row without a better accuracy; none means never."""
+    """Stop after this many evaluations in a row without a better accuracy."""
     evaluate_every: Count = 1
-    """Evaluate after every so many epochs, and after the last."""
+    """Evaluate every this many epochs, and after the last."""
     batch_size: Count = 64
     """Samples per step."""
     accumulate: Count = 1
-    """Parts that a batch is worked through in, to save memory; gradients are those of the whole."""
-    optimiser: OptimiserConfig = OptimiserConfig()
-    """How the student is updated."""
+    """Micro-batches per step, to save memory; gradients are those of the whole batch."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the student's matrix products in training, by autocast; float16 with scaled gradients."""
+    """Autocast precision of the student's forward and backward pass; float16 with gradient scaling."""
     channels_last: bool = False
-    """Keep the student's weights in channels-last order, which many devices convolve faster in."""
+    """Keep the student's weights in channels-last memory format."""
     compile: bool = False
     """Train the student through torch.compile."""
     deterministic: bool = False
-    """Let torch use only algorithms that give the same bits every time; on a CPU most do anyway."""
+    """Use deterministic algorithms only."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Of initial weights, order, and what the student draws in training."""
+    """Seed of weight initialization, sample order and dropout."""
 
 
-def resolve_objective(method: str, overrides: Mapping[str, Any], where: str) -> ObjectiveConfig:
-    """A method's objective with some of its fields replaced.
+def resolve_objective(
+    method: str, overrides: Mapping[str, Any], where: str, *, classes: int | None = None
+) -> ObjectiveConfig:
+    """Return a method's objective with some of its fields replaced.
+
+    Args:
+        method: a name in `METHODS`.
+        overrides: fields to replace, groups of fields one by one.
+        where: file or command that the fields came from, for errors.
+        classes: number of classes; None is refused where a default depends on it.
 
     Raises:
         UnknownName: no such method.
-        RecipeError: a field that does not exist or a value out of range.
+        RecipeError: a field that does not exist, a value out of range, or `classes` is needed.
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    values = METHODS[method].objective.model_dump()
+    values = METHODS[method].values(classes)
     _merge(values, overrides)
     return parse_config(ObjectiveConfig, values, where)
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Replace values in place, within groups of fields one by one; another fusion brings its own numbers."""
+    """Replace values in place, field by field; another fusion or term brings its own numbers."""
     for name, change in changes.items():
         held = values.get(name)
-        another = isinstance(change, dict) and "name" in change and change["name"] != (held or {}).get("name")
-        if isinstance(held, dict) and isinstance(change, dict) and not another:
+        if isinstance(held, dict) and isinstance(change, dict) and _is_same_kind(held, change):
             _merge(held, change)
         else:
             values[name] = change
+
+
+def _is_same_kind(held: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    """Return false for a change to another fusion or another kind of term."""
+    return all(change.get(key, held.get(key)) == held.get(key) for key in ("name", "term"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -26,8 +26,8 @@ import matplotlib.pyplot as plt
 
 from coursepack.console import print_table
 from coursepack.distill.cli import main as distill
-from coursepack.distill.compare import Group, compare, table_rows
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.runs.compare import Group, compare, table_rows
+from coursepack.distill.runs.folder import load_run
 from coursepack.precompute.cli import main as precompute
 
 TEACHERS = ("mlp", "cnn", "resnet")

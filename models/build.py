@@ -17,13 +17,20 @@ from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.errors import CoursepackError, RecipeError, RunError, TeacherMismatch, UnknownName
+from coursepack.imports import check_trusted
+from coursepack.models.hubs.libraries import timm_network, torchvision_network, torchvision_trained
+from coursepack.models.hubs.python import check_logits, own_network
 from coursepack.models.networks import NETWORKS as NETWORKS
-from coursepack.models.own import check_logits, own_network
 from coursepack.models.preprocessing import Preprocessing
-from coursepack.models.weights import SUFFIXES, class_count, fitting_weights, load_weights, read_weights
+from coursepack.models.weights import (
+    SUFFIXES,
+    class_count,
+    fitting_weights,
+    load_weights,
+    read_weights,
+    without_prefix,
+)
 from coursepack.models.weights import weights_fingerprint as weights_fingerprint
-from coursepack.models.zoos import timm_network, torchvision_network, torchvision_trained
-from coursepack.own_code import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -189,6 +196,7 @@ def load_teacher(
     elif Path(weights).suffix in SUFFIXES:
         state = read_weights(Path(weights))
         network = build_network(spec, classes, size=size, mean=mean, std=std)
+        state = without_prefix(state, network.module, weights)
         if columns is not None:
             trained_on = class_count(network.module, classes, state)
             network = build_network(spec, trained_on, size=size, mean=mean, std=std)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,8 @@ from coursepack.data.views import draw, view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.kernels import teacher_stats
 from coursepack.models.build import weights_fingerprint
-from coursepack.models.runner import check_finite
+from coursepack.models.teacher import check_finite
+from coursepack.precompute.numerics import NumericsGuard, environment_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +66,8 @@ class Job:
     workers: int | None = None
     """Processes that decode and render; None means one per core for image files, none for images in
     memory."""
+    root: Path | None = None
+    """Folder of the source's files, if it has any, for the store to remember."""
 
     def renderer(self) -> Renderer:
         """What renders the views at the size that the teacher reads."""
@@ -102,7 +104,10 @@ class Job:
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
                 "precision": "float32",
             },
-            origin={"weights_file": network.weights_file},
+            origin={
+                "weights_file": network.weights_file,
+                "root": None if self.root is None else str(self.root.expanduser().absolute()),
+            },
             labels=self.source.labels,
             class_names=self.source.class_names,
             views=self.views,
@@ -121,28 +126,38 @@ class Job:
         )
 
     def environment(self) -> dict[str, Any]:
-        """What may change the last bits of a teacher's answer without being part of its identity."""
-        libraries = {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")}
-        return {**libraries, "device": self.runner.device.type, "batch_size": self.batch_size}
+        """Versions, device and settings, recorded for every block and no part of the store's identity."""
+        return environment_of(self.runner, self.batch_size)
 
 
-def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool = False) -> Manifest:
+def run_job(
+    job: Job,
+    *,
+    block_order: Iterator[int] | None = None,
+    quiet: bool = False,
+    same_numerics: bool = False,
+) -> Manifest:
     """Write whatever of the store's part is not there yet, and commit every view that is complete.
 
     Args:
         job: what to run.
         block_order: numbers `view * blocks + block` in the order to do them; by default ascending.
         quiet: show no progress.
+        same_numerics: refuse a store with rows of another kind of machine or batch size, instead of warning.
 
     Returns:
         The manifest as it is when this process is done.
 
     Raises:
-        StoreMismatch: the store was written by another recipe; nothing is changed.
+        StoreMismatch: the store was written by another recipe, or under other numerics where these are to be
+            the same; nothing is changed.
         StoreBusy: a live process writes this part.
         NonFiniteOutput, EncodingRange: the teacher's answer cannot be stored; done blocks stay done.
     """
-    with StoreWriter(job.store, job.plan(), job.part) as writer, job.renderer() as renderer:
+    writer = StoreWriter(job.store, job.plan(), job.part)
+    guard = NumericsGuard(job.store, job.environment(), same_numerics)
+    seen = guard.check(writer.planned())
+    with writer, job.renderer() as renderer:
         writer.commit()
         title = f"precompute {job.store.name}"
         shown = progress(title, writer.owned_rows(), "images", done=writer.done_rows())
@@ -155,6 +170,8 @@ def run_job(job: Job, *, block_order: Iterator[int] | None = None, quiet: bool =
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()
         writer.commit()
+        # Other processes may have written since.
+        guard.check(writer.manifest, seen=seen)
         return writer.manifest
 
 

@@ -13,7 +13,7 @@ from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import PRESETS, stored_view
 from coursepack.errors import RecipeError, StoreMismatch
-from coursepack.precompute.check import source_of_stores
+from coursepack.precompute.verify import source_of_stores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,15 @@ SAMPLES = 6
 """Rows of the picture."""
 INCHES = 1.7
 """Side of one image."""
+GAP = 0.1
+"""Between columns, and below a row's last line, in inches."""
+LINE = 0.125
+"""Height of a line of text, in inches."""
 FONT_SIZE = 6
+NAME_LETTERS = 14
+"""Letters of a store's name and of a class beside it; more do not fit below an image."""
+TITLE_LETTERS = 26
+"""Letters of a class above an image."""
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -65,22 +73,48 @@ def draw_grid(
     samples = _chosen(len(source.labels))
     size = max(reader.manifest.identity["teacher"]["preprocessing"]["size"] for reader in readers)
     shape = (len(samples), 1 + len(common))
-    height = INCHES + 0.1 * (1 + len(readers))
-    figure = Figure(figsize=(INCHES * shape[1], height * shape[0]), layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False)
+    figure = Figure()
+    axes = _axes(figure, shape, lines=len(readers))
     plain = Batch(source, PRESETS["none"], samples, np.zeros_like(samples)).pixels(size)
     for row, sample in enumerate(samples):
-        _show(axes[row, 0], plain[row].numpy(), f"{sample}: {source.class_names[source.labels[sample]]}", [])
+        title = f"{sample}: {_short(source.class_names[source.labels[sample]], TITLE_LETTERS)}"
+        _show(axes[row][0], plain[row].numpy(), title, [])
     for column, view in enumerate(common, start=1):
         batch = Batch(source, recipe, samples, np.full_like(samples, view))
         pixels = batch.pixels(size)
         said = [_top(reader, view, batch) for reader in readers]
         for row in range(len(samples)):
-            _show(axes[row, column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in said])
+            _show(axes[row][column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in said])
     try:
         figure.savefig(path, dpi=160)
     except OSError as error:
         raise RecipeError(f"cannot write the picture {str(path)!r}: {error.strerror}") from error
+
+
+def _axes(figure: Any, shape: tuple[int, int], lines: int) -> list[list[Any]]:
+    """Axes for the images, row by row, each with room for a title above it and so many lines below."""
+    rows, columns = shape
+    wide, high = INCHES + GAP, LINE + INCHES + LINE * lines + GAP
+    width, height = wide * columns, high * rows
+    figure.set_size_inches(width, height)
+    return [
+        [
+            figure.add_axes(
+                (
+                    (column * wide + GAP / 2) / width,
+                    1 - (row * high + LINE + INCHES) / height,
+                    INCHES / width,
+                    INCHES / height,
+                )
+            )
+            for column in range(columns)
+        ]
+        for row in range(rows)
+    ]
+
+
+def _short(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _chosen(count: int) -> np.ndarray:
@@ -93,7 +127,11 @@ def _top(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]
     probs = reader.rows(LOGITS, view, batch.samples).decode().softmax(dim=1)
     share, top = probs.max(dim=1)
     names, right = reader.manifest.class_names, (top == batch.main_labels).tolist()
-    texts = [f"{reader.name}: {names[k]} {p:.0%}" for k, p in zip(top.tolist(), share.tolist(), strict=True)]
+    name = _short(reader.name, NAME_LETTERS)
+    texts = [
+        f"{name}: {_short(names[k], NAME_LETTERS)} {p:.0%}"
+        for k, p in zip(top.tolist(), share.tolist(), strict=True)
+    ]
     return list(zip(texts, right, strict=True))
 
 
@@ -101,11 +139,11 @@ def _show(axis: Any, pixels: np.ndarray, title: str, lines: list[tuple[str, bool
     image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_axis_off()
-    axis.set_title(title, fontsize=FONT_SIZE)
+    axis.text(0.5, 1.02, title, transform=axis.transAxes, fontsize=FONT_SIZE, ha="center", va="bottom")
     for place, (text, right) in enumerate(lines):
         axis.text(
             0.5,
-            -0.04 - 0.09 * place,
+            -(0.2 + place) * LINE / INCHES,
             text,
             transform=axis.transAxes,
             fontsize=FONT_SIZE,

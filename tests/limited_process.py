@@ -27,8 +27,8 @@ from coursepack.data.batches import Window
 from coursepack.data.sources import SOURCES, SourceKind
 from coursepack.data.store import StoreReader, verify
 from coursepack.data.views import draw, view_fingerprint
-from coursepack.distill.run_folder import PROVENANCE_FILE
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import PROVENANCE_FILE
+from coursepack.distill.runs.train import train
 
 WIDTH = 1000
 FEW = 600

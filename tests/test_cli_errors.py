@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from coursepack.data import open_source
 from coursepack.distill.cli import main as distill
-from coursepack.distill.train import train
+from coursepack.distill.runs.train import train
 from coursepack.precompute.cli import main as precompute
 
 ALONE = "distill train --student digits-small --source digits --view digits --epochs 1 --out new"
@@ -137,17 +137,44 @@ DOMAIN = [
     ("distill eval run --source digits:tes", "unknown split of source 'digits' 'tes'. Did you mean 'test'?"),
     # Numbers.
     (f"{ALONE} --limit 1443", "limit is 1443, but source 'digits:train' has 1442 samples"),
-    (f"{ALONE} --lr nan", "optimiser.lr: Input should be a finite number, got nan"),
+    (f"{ALONE} --lr nan", "optimizer.lr: Input should be a finite number, got nan"),
     (f"{ALONE} --lr-schedule step",
-     "the recipe is not valid:\n  optimiser.schedule: milestones are [], but shape is 'step': "
+     "the recipe is not valid:\n  optimizer.schedule: milestones are [], but shape is 'step': "
      "milestones are for shape 'step', which needs at least one"),
     (f"{ALONE} --milestones 3,5", "milestones are [3, 5], but shape is 'constant'"),
     (f"{ALONE} --lr-schedule step --milestones 2.5",
-     "optimiser.schedule.milestones.0: Input should be a valid integer, got a number with a fractional part"),
+     "optimizer.schedule.milestones.0: Input should be a valid integer, got a number with a fractional part"),
     (f"{ALONE} --lr-schedule one_cycle --warmup-epochs 1",
      "warmup_epochs is set, but shape 'one_cycle' has a rise of its own"),
-    (f"{ALONE} --set optimiser.betas=[0.9,1]", "optimiser.betas.1: Input should be less than 1, got 1"),
-    (f"{ALONE} --set optimiser.nestrov=true", "optimiser.nestrov: unknown key, did you mean 'nesterov'?"),
+    (f"{ALONE} --lr-schedule step --milestones 1,5 --epochs 5",
+     "optimizer.schedule.milestones are [1, 5], but the run ends after epoch 4, so the learning rate would "
+     "never fall at 5: give --milestones below 5, or more --epochs"),
+    (f"{ALONE} --warmup-epochs 1.5",
+     "optimizer.schedule.warmup_epochs is 1.5, but the run has 1 epochs, so the learning rate would never "
+     "reach lr: give --warmup-epochs up to 1, or more --epochs"),
+    (f"{KD} --store s.zarr --set objective.divergence=klx",
+     "the recipe is not valid:\n  objective.divergence: Input should be 'kl', 'reverse_kl', 'js' or 'mse', "
+     "got 'klx'"),
+    (f"{KD} --store s.zarr --method ka-lsr --set objective.divergence=mse",
+     "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose another of the"),
+    (f"{KD} --store s.zarr --method dtd-cwsm --temperature 30",
+     "temperature (T_0) is 30, expected dynamic_temperature.lowest to highest (1 to 20), within which each"),
+    (f"{KD} --store s.zarr --method dtd-flsw --set objective.dynamic_temperature.lowest=12",
+     "temperature (T_0) is 10, expected dynamic_temperature.lowest to highest (12 to 20)"),
+    (f"{KD} --store s.zarr --set objective.fusion.layer=conv2",
+     "objective.fusion.fixed.layer: unknown key"),
+    (f"{KD} --store s.zarr --method best --set objective.fusion.joint_epochs=3",
+     "objective.fusion.best.joint_epochs: unknown key"),
+    (f"{KD} --store s.zarr --method amtml --set objective.fusion.teacher=0",
+     "objective.fusion.adaptive.teacher: unknown key"),
+    (f"{KD} --store s.zarr --set objective.fusion.l2=0.5",
+     "the recipe has keys that were renamed:\n  objective.fusion.l2: now objective.terms.latents.weight"),
+    (f"{ALONE} --set optimiser.lr=1", "optimiser: now optimizer"),
+    (f"{ALONE} --set evaluation=fake,classes=9,size=8,channels=1:test",
+     "evaluation 'fake,classes=9,size=8,channels=1:test' has 9 classes, but source 'digits:train' has 10: "
+     "evaluate on a split of the same data"),
+    (f"{ALONE} --set optimizer.betas=[0.9,1]", "optimizer.betas.1: Input should be less than 1, got 1"),
+    (f"{ALONE} --set optimizer.nestrov=true", "optimizer.nestrov: unknown key, did you mean 'nesterov'?"),
     (f"{ALONE} --accumulate 65", "accumulate is 65, but batch_size is 64: a part needs a sample"),
     (f"{KD} --store s.zarr --method dtd-flsw --accumulate 2",
      "accumulate is 2, but method 'dtd-flsw' relates all samples of a batch (dynamic_temperature): leave "
@@ -183,7 +210,7 @@ DOMAIN = [
     ("distill train many.yaml --out new",
      "many.yaml is not valid:\n  student: Input should be a valid string, got 3\n  objective.temprature: "
      "unknown key, did you mean 'temperature'?\n  view.sed: unknown key, did you mean 'seed'?\n  epochs: "
-     "Input should be greater than or equal to 1, got 0\n  optimiser.lr: Input should be a valid number, "
+     "Input should be greater than or equal to 1, got 0\n  optimizer.lr: Input should be a valid number, "
      "unable to parse string as a number, got 'fast'\n"),
     ("distill train broken.yaml --out new",
      '\'broken.yaml\' is not YAML: while parsing a flow sequence\n  in "<unicode string>", line 1, column '
@@ -268,7 +295,7 @@ USAGE = [
     (f"{ALONE} --momentum 1", "'--momentum': 1.0 is not in the range 0<=x<1"),
     (f"{ALONE} --weight-decay -1", "'--weight-decay': -1.0 is not in the range x>=0"),
     (f"{ALONE} --batch-size 0", "'--batch-size': 0 is not in the range x>=1"),
-    (f"{ALONE} --optimiser adam", "'--optimiser': 'adam' is not one of 'sgd', 'adamw'."),
+    (f"{ALONE} --optimizer adam", "'--optimizer': 'adam' is not one of 'sgd', 'adamw'."),
     (f"{ALONE} --lr-schedule linear", "'linear' is not one of 'constant', 'step', 'cosine', 'one_cycle'."),
     (f"{ALONE} --milestones 1,x", "'--milestones': '1,x' is not numbers with commas between"),
     (f"{ALONE} --warmup-epochs -1", "'--warmup-epochs': -1.0 is not in the range x>=0"),

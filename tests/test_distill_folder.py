@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from coursepack.data import open_source
 from coursepack.data.store import StoreReader
-from coursepack.distill import open_course
+from coursepack.distill import open_teacher_stores
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import METRICS_FILE
+from coursepack.distill.runs.folder import METRICS_FILE
 from coursepack.models import build_network
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute.cli import main as precompute
@@ -138,7 +138,7 @@ def test_a_file_that_is_damaged_after_the_start_stops_training_by_name(place, st
         cut(damaged, 0.5)
         return ()
 
-    monkeypatch.setattr(sys.modules[open_course.__module__], "check_drift", cut_late)
+    monkeypatch.setattr(sys.modules[open_teacher_stores.__module__], "check_drift", cut_late)
     intact = damaged.read_bytes()
     texts = []
     for workers in (0, 2):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,16 +18,18 @@ from spawned import DROPPING
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
-from coursepack.distill.checkpoint import CHECKPOINT_FILE, load_checkpoint
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from coursepack.errors import RunError
 from coursepack.models import parse_tap
 from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
-TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
-COURSE, TARGETS = (sys.modules[f"coursepack.distill.{name}"] for name in ("course", "targets"))
+TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+COURSE, TARGETS = (
+    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.opening", "targets.stores")
+)
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
@@ -60,12 +61,12 @@ def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"name": "adaptive", "l2": 0.1, "joint_epochs": 2}, "hints": hints}
-    drawing = {"student": "dropping", "optimiser": ADAMW, "accumulate": 2, "view_order": "shuffled"}
+    drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
         "hints": make_recipe(
             [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
-            optimiser=ONE_CYCLE, **STUDENT,
+            optimizer=ONE_CYCLE, **STUDENT,
         ),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
@@ -152,10 +153,10 @@ def refused(recipe, out, text, **how):
 
 def test_another_recipe_is_refused(tmp_path, monkeypatch):
     recipe = make_recipe(**STUDENT)
-    other = make_recipe(**STUDENT, optimiser={"lr": 0.01})
+    other = make_recipe(**STUDENT, optimizer={"lr": 0.01})
     text = (
         r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
-        r"  optimiser\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+        r"  optimizer\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
     )
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
     refused(other, tmp_path / "o", text)
@@ -245,6 +246,30 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
     refused(recipe, out, r"is of version 99, expected 2: finish the run with the version that began it")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": 1}, r"recipe\.seed +checkpoint: 1 +this run: 0"),
+        ({"optimiser": {"lr": 0.01}}, r"recipe\.optimiser\.lr +checkpoint: 0\.01 +this run: 0\.05"),
+        (
+            {"objective": {"temperature": 2.0}},
+            r"recipe\.objective\.temperature +checkpoint: 2\.0 +this run: 4",
+        ),
+        ({"batch_size": 16}, r"recipe\.batch_size +checkpoint: 16 +this run: 32"),
+        ({"stores": [1]}, r"stores\[0\]\.fingerprint +checkpoint: \w+ +this run: \w+"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, stores, change, text):
+    """Everything in the folder is that of the run but the checkpoint."""
+    recipe, out = make_recipe(stores[:1], **STUDENT), tmp_path / "o"
+    chosen = [stores[place] for place in change.get("stores", [0])]
+    fields = {**STUDENT, **{name: value for name, value in change.items() if name != "stores"}}
+    interrupted(monkeypatch, recipe, out, saves=7)
+    interrupted(monkeypatch, make_recipe(chosen, **fields), tmp_path / "other", saves=7)
+    shutil.copy(tmp_path / "other" / CHECKPOINT_FILE, out / CHECKPOINT_FILE)
+    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' is of another run\.\n.*" + text)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
@@ -358,17 +383,11 @@ def server(log):
             process.kill()
 
 
-def start(process, words):
-    process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+def run(process, words, moment=None):
+    """Exit status of a command, which may die before a rename, given as (number, name)."""
+    process.stdin.write(json.dumps([[str(word) for word in words], moment]) + "\n")
     process.stdin.flush()
     return int(process.stdout.readline())
-
-
-def wait_until(condition, log, seconds=100):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, log.read_text()[-2000:]
-        time.sleep(0.0005)
 
 
 def kill_and_resume(folder, recipe, *, kills, seed):
@@ -376,32 +395,19 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     (folder / "recipe.yaml").write_text(write_yaml(recipe.model_dump(mode="json")))
     log, out, once = folder / "log", folder / "o", folder / "once"
     words = ["train", folder / "recipe.yaml", "--device", "cpu", "--threads", 1]
+    again = [*words, "--out", out, "--resume"]
     rng = np.random.default_rng(seed)
-    checkpoint = out / CHECKPOINT_FILE
-
-    def version():
-        return checkpoint.stat().st_ino if checkpoint.exists() else None
-
     with server(log) as process:
-        start(process, [*words, "--out", once])
-        assert process.stdout.readline().strip() == "0", log.read_text()
+        assert run(process, [*words, "--out", once]) == 0, log.read_text()
         # The first dies before there is a checkpoint.
-        child = start(process, [*words, "--out", out, "--resume"])
-        wait_until(lambda: (out / "best.safetensors").exists(), log)
-        os.kill(child, signal.SIGKILL)
-        landed = [int(process.stdout.readline())]
-        assert not checkpoint.exists()
+        assert run(process, again, (1, "best.safetensors")) == signal.SIGKILL
+        assert not (out / CHECKPOINT_FILE).exists()
         for _ in range(kills):
-            child = start(process, [*words, "--out", out, "--resume", "--checkpoint-seconds", 0])
-            for _ in range(int(rng.integers(1, 5))):
-                last = version()
-                wait_until(lambda last=last: version() != last, log)
-            time.sleep(rng.uniform(0, 0.004))
-            os.kill(child, signal.SIGKILL)
-            landed.append(int(process.stdout.readline()))
-        assert set(landed) == {signal.SIGKILL}, "a run was over before it was killed"
-        start(process, [*words, "--out", out, "--resume"])
-        assert process.stdout.readline().strip() == "0", log.read_text()
+            moment = (int(rng.integers(2, 6)), CHECKPOINT_FILE)
+            assert run(process, [*again, "--checkpoint-seconds", 0], moment) == signal.SIGKILL, (
+                log.read_text()
+            )
+        assert run(process, again) == 0, log.read_text()
     found = re.findall(r"resuming .* in epoch (\d+) after (\d+) batches", log.read_text())
     positions = [(int(epoch), int(batches)) for epoch, batches in found]
     assert len(positions) == kills

@@ -12,7 +12,7 @@ from builders import write_teacher
 from click.testing import CliRunner
 
 from coursepack.data import Renderer, epoch_order, open_source, subset, view_recipe
-from coursepack.distill import Learner, Objective, ObjectiveConfig, open_course
+from coursepack.distill import Learner, Objective, ObjectiveConfig, open_teacher_stores
 from coursepack.distill.cli import main as distill
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
@@ -115,7 +115,7 @@ def test_the_page_shows_the_loop_as_it_is():
 def test_the_other_code_of_the_page_runs(tapped):
     page = (ROOT / "docs" / "library.md").read_text()
     loop, network, images = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"course": open_course(tapped), "views": [0], "Renderer": Renderer}
+    names = {"course": open_teacher_stores(tapped), "views": [0], "Renderer": Renderer}
     names["order"] = epoch_order(subset(names["course"].source, limit=None), seed=0, epoch=0)
     for code in (loop, network, images):
         exec(code, names)

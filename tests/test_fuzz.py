@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from coursepack.canonical import fingerprint
 from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader, StoreWriter, load_manifest
-from coursepack.distill.checks import check_recipe
-from coursepack.distill.compare import compare, table_rows
-from coursepack.distill.complete import complete
 from coursepack.distill.recipe import load_recipe
-from coursepack.distill.run_folder import as_begun, load_run
-from coursepack.distill.sweep import read_grid
-from coursepack.distill.train import train
+from coursepack.distill.runs.compare import compare, table_rows
+from coursepack.distill.runs.folder import as_begun, load_run
+from coursepack.distill.runs.sweep import read_grid
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.checks import check_recipe
+from coursepack.distill.setup.resolve import complete
 from coursepack.models import load_teacher
 from coursepack.models.classes import load_columns
 from coursepack.precompute.cli import main as precompute
@@ -82,9 +82,9 @@ class Workplace:
                 "student": "digits-small",
                 "source": "digits",
                 "view": "digits",
-                "optimiser": {"lr": 0.1},
+                "optimizer": {"lr": 0.1},
             },
-            "grid": {"method": ["supervised"], "seed": [0, 1], "optimiser.momentum": [0, 0.9]},
+            "grid": {"method": ["supervised"], "seed": [0, 1], "optimizer.momentum": [0, 0.9]},
         }
 
     def halt(self):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coursepack.distill.student import blocks
+from coursepack.distill.setup.student import blocks
 from coursepack.models import Tap, TeacherRunner, build_network
 from coursepack.models.networks import CIFAR, NETWORKS
 

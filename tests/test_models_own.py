@@ -105,13 +105,16 @@ def test_pixels_are_stated_by_the_network_or_by_the_caller(module):
 def test_a_run_and_a_store_of_an_own_network_find_it_again(module, tmp_path):
     folder = write_run(tmp_path / "run", build_network(SPEC, 10, seed=4))
     source = random_source(12)
-    network = load_teacher(f"run:{folder}", source.class_names)
+    network = load_teacher(f"run:{folder}", source.class_names, trust_code=True)
     assert (network.spec, type(network.module)) == (SPEC, Own)
     job = make_job(tmp_path / "s.zarr", write_teacher(tmp_path / "any"), source=source, encoding="float32")
     run_job(Job(job.store, source, job.recipe, TeacherRunner(network), 1, "float32"))
     manifest = StoreReader(tmp_path / "s.zarr").manifest
     again = reload_teacher(
-        manifest.identity["teacher"], source.class_names, manifest.origin.get("weights_file")
+        manifest.identity["teacher"],
+        source.class_names,
+        manifest.origin.get("weights_file"),
+        trust_code=True,
     )
     assert weights_fingerprint(again.module) == weights_fingerprint(network.module)
     assert again.preprocessing == network.preprocessing
@@ -138,10 +141,10 @@ def test_weights_from_a_file_or_from_the_factory(module, tmp_path):
         "weights": weights_fingerprint(trained),
         "preprocessing": own.preprocessing.model_dump(mode="json"),
     }
-    assert reload_teacher(identity, TEN, own.weights_file).module is trained
+    assert reload_teacher(identity, TEN, own.weights_file, trust_code=True).module is trained
     trained.head.bias.data[0] += 1
     with pytest.raises(TeacherMismatch, match="weights in 'own' are not the ones that wrote the store"):
-        reload_teacher(identity, TEN, own.weights_file)
+        reload_teacher(identity, TEN, own.weights_file, trust_code=True)
     with pytest.raises(RecipeError, match="weights 'none' are no file"):
         load_teacher(SPEC, TEN, weights="none")
     with pytest.raises(RecipeError, match="weights 'own' are no file"):

@@ -24,8 +24,8 @@ from coursepack.models.build import reload_teacher
 from coursepack.models.classes import load_columns
 from coursepack.models.taps import KNOWN_REDUCTIONS, tap_from_name
 from coursepack.precompute import run_job
-from coursepack.precompute.check import job_of_store, verify_deep
 from coursepack.precompute.cli import main as precompute
+from coursepack.precompute.verify import job_of_store, verify_deep
 
 RESNET18 = "torchvision:resnet18"
 TEN = tuple("0123456789")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +24,8 @@ from coursepack.errors import StoreDamaged, StoreMismatch, TeacherMismatch
 from coursepack.models import parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute import run_job
-from coursepack.precompute.check import job_of_store, verify_deep
 from coursepack.precompute.cli import main
+from coursepack.precompute.verify import job_of_store, verify_deep
 
 CPU = torch.device("cpu")
 SAMPLES = 1442
@@ -154,7 +158,7 @@ def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher,
     assert (shown.exit_code, "ids holds 10" in shown.stderr) == (1, True)
 
 
-def test_the_rows_to_look_at_are_spread_and_always_the_same(store):
+def test_the_rows_to_network_input_are_spread_and_always_the_same(store):
     seen = [[], []]
     for found in seen:
         job = job_of(store)
@@ -199,7 +203,7 @@ def test_another_source_is_refused(store):
         job_of_store(store, manifest, weights=None, root=None, device=CPU)
 
 
-def test_deep_without_a_look_at_bad_files(store, command):
+def test_deep_without_a_network_input_bad_files(store, command):
     """Bad files are reported as they are; the teacher is not even asked for."""
     (store / "logits/q/c.0.1.0").unlink()
     result = command("verify", "--store", store, "--deep", 5, "--weights", "nowhere.pt")
@@ -280,6 +284,112 @@ def test_repair_writes_bad_files_and_no_others(store, command, damage):
     assert {key: after[key] for key in others} == {key: kept[key] for key in others}
     assert all(after[key] != kept[key] for key in kept.keys() & set(bad))
     assert verify_deep(job_of(store), 200).wrong == ()
+
+
+@contextmanager
+def at_most(seconds):
+    """End the block by an error rather than hang."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def other_kind(path, kind):
+    """Put something that is no regular file in a file's place."""
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a link to nothing"])
+def test_what_is_no_regular_file_is_reported_and_replaced(store, command, kind):
+    before = store_files(store)
+    bad = [
+        "features/hidden1/values/c.1.0.0",
+        "labels/c.0",
+        "logits/q/c.0.1.0",
+        "logits/q/zarr.json",
+        "zarr.json",
+    ]
+    for key in bad:
+        other_kind(store / key, kind)
+    with at_most(60):
+        told = command("verify", "--store", store, "--json")
+        assert told.exit_code == 1
+        problems = dict(line.split(": ", 1) for line in json.loads(told.stdout)["problems"])
+        assert sorted(problems) == bad
+        if kind != "a link to nothing":
+            assert set(problems.values()) == {f"cannot be read: It is {kind}, expected a regular file"}
+            with pytest.raises(OSError, match=f"It is {kind}, expected a regular file"):
+                StoreReader(store).rows("logits", 0, np.array([700]))
+        result = command("verify", "--store", store, "--repair")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("written again") == len(bad)
+    assert store_files(store) == before
+
+
+@pytest.mark.parametrize("place", ["logits/q/c.0.1.0", "logits/q"])
+def test_what_may_be_worth_keeping_stays_where_it_is(store, command, place):
+    """Nothing is said to be written again that is not."""
+    (store / "labels/c.0").unlink()
+    (store / place).rename(store.with_name("aside"))
+    if place == "logits/q":
+        (store / place).write_text("notes")
+        text = f"{str(store / place)!r} is not a folder: move that away"
+    else:
+        (store / place).mkdir()
+        (store / place / "notes").write_text("notes")
+        text = f"{str(store / place)!r} is a folder that holds something, expected a file: move that away"
+    damaged = store_files(store)
+    result = command("verify", "--store", store, "--repair")
+    assert (result.exit_code, text in result.stderr, "written again" in result.stderr) == (1, True, False)
+    assert store_files(store) == damaged
+
+
+def test_files_that_may_not_be_read_are_reported_with_all_others(written, tmp_path):
+    """As another user, whom root becomes for the test."""
+    folder = Path(tempfile.mkdtemp())  # tmp_path is closed to others
+    shutil.copytree(written, folder / "s.zarr")
+    folder.chmod(0o755)
+    bad = ["labels/c.0", "logits/q/c.0.1.0", "zarr.json"]
+    for key in bad:
+        (folder / "s.zarr" / key).chmod(0)
+    (folder / "s.zarr/logits/affine/c.1.1.0").unlink()
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        problems = verify(folder / "s.zarr").problems
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(folder)
+    expected = dict.fromkeys(bad, "cannot be read: Permission denied")
+    assert {problem.key: problem.what for problem in problems} == {
+        **expected,
+        "logits/affine/c.1.1.0": "missing",
+    }
+
+
+@pytest.mark.parametrize("place", ["lock", "runs/other.json"])
+def test_a_fifo_beside_the_data_stops_nothing_for_ever(store, command, place):
+    (store / "labels/c.0").unlink()
+    (store / place).unlink(missing_ok=True)
+    os.mkfifo(store / place)
+    with at_most(60):
+        assert command("verify", "--store", store).exit_code == 1
+        result = command("verify", "--store", store, "--repair")
+    if place == "lock":
+        assert f"Error: It is a FIFO, expected a regular file: {store / place}" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
 
 
 LOST = {

@@ -109,7 +109,7 @@ def test_a_disk_that_fills_at_any_write(tmp_path, command, once, monkeypatch, wr
                 f"coursepack.data.store.{module}.write_whole",
                 lambda path, *pieces: whole(FullPath(path), *pieces),
             )
-        assert_refused(command(path), "No space left on device")
+        assert_refused(command(path), f"No space left on device: {path}/")
     assert count > writes
     kept = file_identities(path)
     if (path / "manifest.json").is_file():
@@ -124,7 +124,7 @@ def test_a_disk_that_is_really_full(small_disk, command, once, monkeypatch):
     path = small_disk / "s.zarr"
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (270 << 10))
-    assert_refused(command(path), "No space left on device")
+    assert_refused(command(path), f"No space left on device: {path}/logits/values/c.")
     assert_nothing_is_torn(path)
     assert 0 < len(list((path / "logits/values").glob("c.*"))) < 10
     kept = file_identities(path)

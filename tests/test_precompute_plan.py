@@ -23,7 +23,7 @@ from coursepack.models import parse_tap
 from coursepack.precompute import plan as plan_module
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
-from coursepack.precompute.inspection import agreement, describe_store
+from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.plan import Probe, check_space, costs
 
 SAMPLES = 1442

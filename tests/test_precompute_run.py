@@ -17,8 +17,8 @@ from coursepack.data.store.owners import Part
 from coursepack.data.views import draw, render
 from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch, UnknownName
 from coursepack.models.build import WEIGHTS_FILE
-from coursepack.models.runner import TeacherOutput
 from coursepack.models.taps import Tap
+from coursepack.models.teacher import TeacherOutput
 from coursepack.precompute import run_job
 
 EVERYTHING = np.arange(1442)

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.learning_rate import LearningRateConfig
-from coursepack.distill.optimiser import OptimiserConfig
 from coursepack.distill.recipe import TrainRecipe, load_recipe
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.training.optimizer import OptimizerConfig
+from coursepack.distill.training.schedule import LearningRateConfig
 from coursepack.models import build_network, parse_tap
 from coursepack.precompute.cli import main as precompute
 
@@ -144,21 +144,21 @@ def test_a_smoke_run_goes_through_every_phase_in_two_epochs(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "student: digits-cnn\nsource: digits\nview: digits\nepochs: 90\npatience: 9\nevaluate_every: 30\n"
         "batch_size: 512\naccumulate: 64\n"
-        "optimiser: {schedule: {shape: step, milestones: [30, 60], warmup_epochs: 5}}\n"
+        "optimizer: {schedule: {shape: step, milestones: [30, 60], warmup_epochs: 5}}\n"
     )
     words = ["train", str(tmp_path / "r.yaml"), "--smoke", "--out", str(tmp_path / "o")]
     result = CliRunner().invoke(distill, words)
     assert result.exit_code == 0, result.output
     run = load_run(tmp_path / "o")
     assert [set(line["evaluation"]) >= {"accuracy"} for line in run.metrics] == [True, True]
-    schedule = run.recipe.optimiser.schedule
+    schedule = run.recipe.optimizer.schedule
     assert (schedule.milestones, schedule.warmup_epochs, run.recipe.patience) == ((1,), 1.0, 1)
 
 
 @pytest.mark.parametrize("path", UNRUN, ids=name_of)
 def test_learning_rates_fall_within_the_epochs(path):
     values = load_recipe(path)
-    assert max(values["optimiser"]["schedule"]["milestones"]) < values["epochs"]
+    assert max(values["optimizer"]["schedule"]["milestones"]) < values["epochs"]
 
 
 def table_of_fields():
@@ -189,6 +189,6 @@ def test_the_page_on_training_knows_the_fields_flags_and_defaults():
             assert default == (f"{value:g}" if isinstance(value, float) else str(value)), field
         assert not flag or flag in flags, field
     told = {field for field, _, _ in rows}
-    config, schedule = OptimiserConfig.model_fields, LearningRateConfig.model_fields
-    assert {f"optimiser.{name}" for name in config if name != "schedule"} <= told
-    assert {f"optimiser.schedule.{name}" for name in schedule} <= told
+    config, schedule = OptimizerConfig.model_fields, LearningRateConfig.model_fields
+    assert {f"optimizer.{name}" for name in config if name != "schedule"} <= told
+    assert {f"optimizer.schedule.{name}" for name in schedule} <= told

@@ -12,7 +12,7 @@ from helpers import RowStore, rewrite_manifest, write_rows
 from coursepack.data.store import StoreWriter
 from coursepack.data.store.owners import live_runs
 from coursepack.distill.cli import main as distill
-from coursepack.distill.train import train
+from coursepack.distill.runs.train import train
 from coursepack.errors import RunError, StoreDamaged
 from coursepack.models.build import _load_run
 from coursepack.precompute.cli import main as precompute
@@ -40,8 +40,8 @@ FAULTS = [
     (distill, f"{ALONE} --view view.yaml", "Error: 'view.yaml' gives the key 'seed' twice\n"),
     (distill, f"{ALONE} --view string.yaml",
      "Error: view recipe 'string.yaml' is not valid:\n  it: Input should be a mapping, got 'cifar'\n"),
-    (distill, f"{ALONE} --set optimiser={{lr,lr}}",
-     "Error: --set 'optimiser={lr,lr}': the value gives the key 'lr' twice\n"),
+    (distill, f"{ALONE} --set optimizer={{lr,lr}}",
+     "Error: --set 'optimizer={lr,lr}': the value gives the key 'lr' twice\n"),
     (distill, "sweep grid.yaml --out new", "Error: 'grid.yaml' gives the key 'seed' twice\n"),
     (distill, "sweep many.yaml --out new",
      "Error: 'many.yaml' combines to 1,000,000,000 students, expected at most 10,000\n"),
@@ -218,11 +218,12 @@ def test_records_of_live_runs(tmp_path):
     [
         (lambda state: state["position"].update(epoch=10**9), "it is in epoch 1000000000"),
         (lambda state: state["position"].update(batches="x"), "position"),
-        (lambda state: state.pop("log"), "it has no log"),
-        (lambda state: state["trainee"].pop("learner"), "learner"),
-        (lambda state: state["trainee"]["optimiser"]["state"][0].update(momentum_buffer=torch.zeros(1)),
+        (lambda state: state.pop("metrics"), "it has no metrics"),
+        (lambda state: state["state"].pop("learner"), "learner"),
+        (lambda state: state["state"]["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
          "shape (1,)"),
-        (lambda state: state["log"][0].update(counts=(1,)), "values to unpack"),
+        (lambda state: state["state"]["optimizer"]["state"][0].update(momentum_buffer=None), "shape None"),
+        (lambda state: state["metrics"][0].update(counts=(1,)), "values to unpack"),
         (lambda state: state.update(identity=5), "it does not say which run it is of"),
     ],
 )  # fmt: skip

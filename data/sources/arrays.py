@@ -74,6 +74,9 @@ class MappedImages:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self.whole[sample] for sample in samples)
 
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
+
     def check(self) -> None:
         """Nothing that opening did not see: a file that is cut off cannot be mapped."""
 

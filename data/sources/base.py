@@ -75,6 +75,9 @@ class Source(Protocol):
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """crc32c `(n,)` of what each sample's pixels come from: the file's bytes, or those of its pixels."""
 
+    def path(self, sample: int) -> str | None:
+        """The file of a sample, where each has its own."""
+
     def check(self) -> None:
         """Look for damage that can be seen without decoding everything.
 
@@ -143,6 +146,9 @@ class InMemory:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self.images[sample] for sample in samples)
 
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
+
     def check(self) -> None:
         """Nothing on disk, nothing to be damaged."""
 
@@ -196,6 +202,10 @@ class FirstSamples:
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """crc32c `(n,)`."""
         return self.source.contents(samples)
+
+    def path(self, sample: int) -> str | None:
+        """As in the whole source."""
+        return self.source.path(sample)
 
     def check(self) -> None:
         """Check the whole source."""

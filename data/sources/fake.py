@@ -88,6 +88,9 @@ class Fake:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self._draw(np.asarray(samples)))
 
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
+
     def check(self) -> None:
         """Nothing on disk, nothing to be damaged."""
 
@@ -195,3 +198,21 @@ def _numbers(spec: Spec) -> dict[str, int]:
             f"option seed of source {spec.name!r} is {numbers['seed']}, expected less than 2**64"
         )
     return numbers
+
+
+LOOKS = {
+    "digits": {"classes": 10, "size": 8, "channels": 1},
+    "cifar10": {"classes": 10, "size": 32, "channels": 3},
+    "cifar100": {"classes": 100, "size": 32, "channels": 3},
+    "cinic10": {"classes": 10, "size": 32, "channels": 3},
+    "tiny-imagenet": {"classes": 200, "size": 64, "channels": 3},
+    "imagenet": {"classes": 1000, "size": 96, "channels": 3},
+}
+"""Classes, size and channels of each source's images; others are taken for ten classes of 32 x 32 color
+images."""
+
+
+def stand_in(source: str, samples: int = 16) -> str:
+    """Return the name of a fake source whose images have the classes, size and channels of another's."""
+    looks = LOOKS.get(source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
+    return "fake," + ",".join(f"{name}={number}" for name, number in {**looks, "samples": samples}.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coursepack.data.sources.arrays import arrays
@@ -13,11 +14,10 @@ from coursepack.data.sources.fake import fake
 from coursepack.data.sources.folders import cinic10, folder, imagenet, tiny_imagenet
 from coursepack.data.sources.python import python
 from coursepack.data.sources.splits import hold_out, parse_hold_out
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import RecipeError, SourceError, UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from coursepack.data.sources.base import Source
     from coursepack.data.sources.splits import HoldOut
@@ -50,6 +50,23 @@ def open_source(spec: str, root: Path | None = None) -> Source:
     parsed, held = _parse(spec)
     source = SOURCES[parsed.name].open(parsed, root)
     return source if held is None else hold_out(source, held)
+
+
+def open_stored(spec: str, root: Path | None, kept: str | None) -> Source:
+    """`open_source` of what a store's teacher saw: from `root`, else from the folder that the store keeps.
+
+    Raises:
+        SourceError: also that folder is not there any more.
+        Otherwise as `open_source`.
+    """
+    if root is not None or kept is None:
+        return open_source(spec, root)
+    try:
+        return open_source(spec, Path(kept))
+    except SourceError as error:
+        raise SourceError(
+            f"{error} The store's teacher read it there: if it is elsewhere, give --root"
+        ) from error
 
 
 def evaluation_spec(spec: str) -> str:

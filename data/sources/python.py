@@ -15,7 +15,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, sampled, sha256_of
 from coursepack.errors import CoursepackError, RecipeError, SourceError
-from coursepack.own_code import own_object
+from coursepack.imports import own_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +67,9 @@ class MapStyle:
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """crc32c `(n,)` of each image's pixels."""
         return checksums(self.pixels(samples))
+
+    def path(self, sample: int) -> None:
+        """Samples have no file each."""
 
     def check(self) -> None:
         """Nothing that opening did not see."""

@@ -121,6 +121,10 @@ class Picked:
         """crc32c `(n,)`."""
         return self.source.contents(self.picked[samples])
 
+    def path(self, sample: int) -> str | None:
+        """As in the whole source."""
+        return self.source.path(int(self.picked[sample]))
+
     def check(self) -> None:
         """Check the whole source."""
         self.source.check()

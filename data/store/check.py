@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,15 @@ import numpy as np
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.manifest import load_manifest, zarr_metadata
 from coursepack.data.store.shards import file_checksum
+from coursepack.errors import StoreDamaged
+from coursepack.files import open_regular
 from coursepack.parsing import parse_json, read_bounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.manifest import Manifest
 
 MOST_METADATA_BYTES = 1 << 20
@@ -66,21 +70,56 @@ def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> Store
     return StoreReport(len(manifest.files), size, tuple(problems))
 
 
+def make_way(path: Path, keys: Iterable[str]) -> None:
+    """Remove what a file cannot replace where the files of the keys belong: empty folders, nothing else.
+
+    Raises:
+        StoreDamaged: something is in the way that may be worth keeping; nothing was removed.
+    """
+    folders = [path / key for key in keys if (path / key).is_dir() and not (path / key).is_symlink()]
+    parents = {
+        path.joinpath(*key.split("/")[:depth]) for key in keys for depth in range(1, key.count("/") + 1)
+    }
+    full = [f"{str(folder)!r} is a folder that holds something, expected a file" for folder in folders
+            if any(folder.iterdir())]  # fmt: skip
+    other = [f"{str(parent)!r} is not a folder" for parent in sorted(parents)
+             if os.path.lexists(parent) and not parent.is_dir()]  # fmt: skip
+    if full or other:
+        raise StoreDamaged(f"{'; '.join(full + other)}: move that away and run the same command again")
+    for folder in folders:
+        folder.rmdir()
+
+
 def _file_problems(
     path: Path, manifest: Manifest, on_file: Callable[[int], None] | None
 ) -> Iterator[Problem]:
     arrays = manifest.zarr_arrays()
     for key, (size, crc) in manifest.files.items():
         layout, _ = arrays[key.rpartition("/")[0]]
-        file = path / key
-        if not file.is_file():
-            yield Problem(key, "missing")
-        elif file.stat().st_size != size:
-            yield Problem(key, f"{file.stat().st_size} bytes, expected {size}")
-        elif file_checksum(np.memmap(file, dtype=np.uint8, mode="r"), layout) != crc:
-            yield Problem(key, "content does not match its checksum")
+        problem = _file_problem(path / key, size, crc, layout)
+        if problem is not None:
+            yield Problem(key, problem)
         if on_file is not None:
             on_file(size)
+
+
+def _file_problem(file: Path, size: int, crc: int, layout: ArrayLayout) -> str | None:
+    try:
+        with os.fdopen(open_regular(file), "rb") as opened:
+            found = os.fstat(opened.fileno()).st_size
+            if found != size:
+                return f"{found} bytes, expected {size}"
+            if file_checksum(np.memmap(opened, dtype=np.uint8, mode="r"), layout) != crc:
+                return "content does not match its checksum"
+    except OSError as error:
+        return _unreadable(error)
+    return None
+
+
+def _unreadable(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return f"cannot be read: {error.strerror or error}"
 
 
 def _unvouched(manifest: Manifest) -> Iterator[Problem]:
@@ -98,9 +137,12 @@ def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
+            os.close(open_regular(path / key))
             found = parse_json(read_bounded(path / key, MOST_METADATA_BYTES))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             yield Problem(key, "missing or not JSON")
-            continue
-        if found != metadata:
-            yield Problem(key, "does not describe what the manifest does")
+        except OSError as error:
+            yield Problem(key, _unreadable(error))
+        else:
+            if found != metadata:
+                yield Problem(key, "does not describe what the manifest does")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.encodings import Encoding, encoding_from_dict
@@ -11,9 +12,6 @@ from coursepack.data.store.layout import ArrayLayout, array_metadata, group_meta
 from coursepack.data.store.validation import check_manifest, listed, mapping
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 from coursepack.parsing import parse_json
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FORMAT = "coursepack store"
 FORMAT_VERSION = 1
@@ -67,7 +65,7 @@ class Manifest:
     identity: dict[str, Any]
     """What determines the stored values: teacher, view recipe, source, precision."""
     origin: dict[str, Any]
-    """Where the teacher's weights were."""
+    """Where the teacher's weights and the source's files were."""
     samples: int
     class_names: tuple[str, ...]
     views: int
@@ -91,6 +89,12 @@ class Manifest:
     def view_fingerprint(self) -> str:
         """sha256 of view recipe and source."""
         return str(self.identity["view"]["fingerprint"])
+
+    @property
+    def source_root(self) -> str | None:
+        """Where the source's files were when the store was begun, for sources of files."""
+        root = self.origin.get("root")
+        return root if isinstance(root, str) and Path(root).is_absolute() else None
 
     def committed_views(self, arrays: list[str] | None = None) -> tuple[int, ...]:
         """Views for which all the given arrays (by default all there are) are committed."""

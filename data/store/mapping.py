@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from coursepack.data.store.shards import (
     stored_checksum,
 )
 from coursepack.errors import StoreDamaged
+from coursepack.files import naming, open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,10 +99,13 @@ class OpenView:
 
         Raises:
             IndexError: a sample outside the view.
-            StoreDamaged: a chunk that is served for the first time does not match its checksum.
+            StoreDamaged: a chunk that is served for the first time does not match its checksum, or a file
+                was cut short since it was mapped.
         """
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         count = len(samples)
+        for part in self._parts:
+            part.check_sizes()
         if not self._trusted:
             self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
         sizes = [-(-count * part.row_bytes // self._alignment) * self._alignment for part in self._parts]
@@ -115,6 +119,15 @@ class OpenView:
             rows[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
             start += size
         return rows
+
+    def check_unchanged(self) -> None:
+        """Refuse mapped files whose content is no longer what was opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for part in self._parts:
+            part.check_unchanged()
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         if self._pinned:
@@ -134,6 +147,20 @@ class OpenView:
             for chunk in chunks[unchecked[chunks]]:
                 part.check_chunk(int(chunk))
                 unchecked[chunk] = False
+
+
+class _Stamp(NamedTuple):
+    """What changes when a file is written to."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Stamp:
+        """The stamp in a file's status."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class _Component:
@@ -160,6 +187,7 @@ class _Component:
         self._shards = shards
         self._maps: list[mmap.mmap] = []
         self._files: list[NDArray[np.uint8]] = []
+        self._stamps: list[_Stamp] = []
         addresses = []
         for place, shard in enumerate(shards):
             content = self._content(shard, resident=resident)
@@ -176,7 +204,7 @@ class _Component:
     def advise(self, chunk: int) -> None:
         """Have a mapped chunk read in the background."""
         place, start = self._place(chunk)
-        if place < len(self._maps):
+        if place < len(self._maps) and hasattr(mmap, "MADV_WILLNEED"):
             aligned = start - start % PAGE
             length = self.layout.chunk_rows * self.row_bytes + start - aligned
             self._maps[place].madvise(mmap.MADV_WILLNEED, aligned, length)
@@ -190,6 +218,33 @@ class _Component:
             where = str(shard.root / shard.key)
             raise StoreDamaged(f"chunk {chunk} of {where!r} does not match its checksum. {shard.advice}")
 
+    def check_sizes(self) -> None:
+        """Refuse mapped files that were cut short: touching what is gone would end the process by SIGBUS."""
+        for mapped, shard in zip(self._maps, self._shards, strict=False):
+            if (found := mapped.size()) < shard.size:
+                raise StoreDamaged(
+                    f"{str(shard.root / shard.key)!r} was changed while it was read: it has {found} bytes, "
+                    f"expected {shard.size}. {shard.advice}"
+                )
+
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed in place; their times say which to compare again."""
+        self.check_sizes()
+        # A resident component has no stamps: nobody else can change it.
+        for shard, content, stamp in zip(self._shards, self._files, self._stamps, strict=False):
+            path = shard.root / shard.key
+            try:
+                found = _Stamp.of(path.stat())
+            except FileNotFoundError:
+                continue
+            # A file that was replaced as a whole is another one: the map still shows the old.
+            is_touched = found != stamp and found.inode == stamp.inode
+            if is_touched and file_checksum(content, self.layout) != shard.crc:
+                raise StoreDamaged(
+                    f"{str(path)!r} was changed while it was read, and no longer matches its checksum: rows "
+                    f"read since it was opened may be wrong. {shard.advice}"
+                )
+
     def _place(self, chunk: int) -> tuple[int, int]:
         """Shard of a chunk, and where in its file the chunk starts."""
         place = chunk * self.layout.chunk_rows // self.layout.shard_rows
@@ -198,15 +253,16 @@ class _Component:
     def _content(self, shard: ShardFile, *, resident: bool) -> NDArray[np.uint8]:
         path = shard.root / shard.key
         try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != shard.size:
+            with naming(path), os.fdopen(open_regular(path), "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != shard.size:
                     raise StoreDamaged(
-                        f"{str(path)!r} has {found} bytes, expected {shard.size}. {shard.advice}"
+                        f"{str(path)!r} has {status.st_size} bytes, expected {shard.size}. {shard.advice}"
                     )
                 if resident:
                     return np.fromfile(file, dtype=np.uint8)
-                self._maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._stamps.append(_Stamp.of(status))
                 return np.frombuffer(self._maps[-1], dtype=np.uint8)
         except FileNotFoundError as error:
             raise StoreDamaged(f"{str(path)!r} is missing. {shard.advice}") from error

@@ -2,12 +2,12 @@
 
 A process says which part it owns in a file under `runs/` and holds a lock on that file; the lock vanishes
 with the process, however that ends. The file stays as a record of when and where the run was: the only place
-for times, hosts and pids, and nothing compares it.
+for times, hosts and pids, and nothing compares it. Where the system has no flock(2), as Windows, nothing is
+locked: stores can be read there, and written by one process at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -21,7 +21,13 @@ from pydantic import Field
 
 from coursepack.config import Config, parse_config
 from coursepack.errors import StoreBusy, StoreDamaged
+from coursepack.files import naming, open_regular
 from coursepack.parsing import parse_json
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # a module that Windows does not have
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +71,10 @@ class Part:
 @contextmanager
 def store_lock(root: Path) -> Iterator[None]:
     """Be the only process that changes the manifest or claims a part."""
-    with (root / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path = root / LOCK
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        with naming(path):
+            _lock(file)
         yield
 
 
@@ -91,21 +99,25 @@ def owning(root: Path, part: Part) -> Iterator[None]:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
         name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
         path = folder / name
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _record(file, part, started, ended=None)
+        file = path.open("wb", buffering=0)
+        with naming(path):
+            _lock(file)
+            _record(file, part, started, ended=None)
     with file:
         try:
             yield
         finally:
-            _record(file, part, started, ended=time.time())
+            with naming(path):
+                _record(file, part, started, ended=time.time())
 
 
 def live_runs(root: Path) -> list[dict[str, Any]]:
-    """Records of the processes that write to the store now."""
-    live = []
+    """Records of the processes that write to the store now; none where the system cannot tell."""
+    live: list[dict[str, Any]] = []
+    if fcntl is None:
+        return live
     for path in sorted((root / RUNS).glob("*.json")):
-        if not path.is_file():
+        if not path.is_file():  # no writer's, and to open a FIFO would be to wait for one
             continue
         with path.open("rb") as file:
             try:
@@ -117,6 +129,11 @@ def live_runs(root: Path) -> list[dict[str, Any]]:
     return live
 
 
+def _lock(file: IO[bytes]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     try:
         record = parse_json(text)
@@ -125,7 +142,7 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
         raise StoreDamaged(f"the record of a live run, {str(path)!r}, cannot be read: {error}") from error
 
 
-def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
+def _record(file: IO[bytes], part: Part, started: float, ended: float | None) -> None:
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -139,5 +156,4 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
     }
     # One write over the old text, which is never longer: whoever looks meanwhile finds one or the other.
     file.seek(0)
-    file.write(json.dumps(record))
-    file.flush()
+    file.write(json.dumps(record).encode())

@@ -182,6 +182,15 @@ class StoreReader:
         """Ask the system to read these rows' chunks in the background."""
         self._opened(array, view).will_need(samples)
 
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed since they were opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for opened in list(self._open.values()):
+            opened.check_unchanged()
+
     def _open_quietly(self, array: str, view: int) -> None:
         # The read that needs the view meets the same error, and reports it.
         with contextlib.suppress(OSError, MemoryError):

@@ -32,7 +32,7 @@ from coursepack.data.views.pixel_ops import (
 )
 from coursepack.data.views.policies import AugMix, AutoAugment, RandAugment, TrivialAugmentWide
 from coursepack.errors import UnknownName
-from coursepack.own_code import KIND, check_trusted
+from coursepack.imports import KIND, check_trusted
 
 if TYPE_CHECKING:
     from coursepack.data.sources import Source

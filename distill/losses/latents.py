@@ -1,0 +1,58 @@
+"""Penalty on the latent vectors of an adaptive fusion, as long as they are trained.
+
+Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062; its release adds it to the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+from coursepack.distill.schedule import Weight
+from coursepack.errors import RecipeError
+
+
+class LatentsConfig(TermConfig):
+    """Numbers of the penalty."""
+
+    term: Literal["latents"] = "latents"
+    weight: Weight = 0.1
+
+
+class Latents(nn.Module):
+    """The sum of the squared norms of the fusion's latent vectors."""
+
+    def forward(self, inputs: LossInputs) -> Tensor | None:
+        """Return `||v||² + sum_k ||theta_k||²`, a scalar; None once the latents are frozen.
+
+        Raises:
+            RecipeError: the objective's fusion has no latents.
+        """
+        latents = None if inputs.fusion is None else dict(inputs.fusion.named_parameters())
+        if not latents:
+            raise RecipeError("the term 'latents' is for fusion 'adaptive': this objective's has no latents")
+        trained = [value for value in latents.values() if value.requires_grad]
+        return (
+            sum((value.square().sum() for value in trained[1:]), trained[0].square().sum())
+            if trained
+            else None
+        )
+
+
+def _needs(_config: LatentsConfig) -> Needs:
+    return Needs(fused=True)
+
+
+def _build(_config: LatentsConfig, _context: BuildContext) -> Latents:
+    return Latents()
+
+
+LOSS = Loss(
+    config=LatentsConfig,
+    formula="||v||² + sum_k ||theta_k||²",
+    source="Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062, and its release",
+    needs=_needs,
+    build=_build,
+)

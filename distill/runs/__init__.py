@@ -1,0 +1,1 @@
+"""Runs on disk: training one, sweeps, comparison, smoke runs, TensorBoard."""

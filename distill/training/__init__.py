@@ -1,0 +1,1 @@
+"""The training loop: step, state, optimizer, schedule, checkpoints, evaluation, distributed processes."""

@@ -1,0 +1,1 @@
+"""Networks of others, one module per hub."""

@@ -1,0 +1,223 @@
+"""The command `precompute`: plan and write stores. `cli_stores` has the commands that look at them."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
+from coursepack.data import open_source, view_recipe
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.owners import Part
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.models.classes import load_columns
+from coursepack.models.teacher import pick_device
+from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
+from coursepack.precompute.job import Job, run_job
+from coursepack.precompute.plan import check_space, costs, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from coursepack.precompute.plan import Costs, Probe
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Run frozen teachers once over augmented views and keep what they say in Zarr stores."""
+
+
+def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str) -> Part:
+    index, _, count = value.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise click.BadParameter(f"{value!r} is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2")
+    return Part(int(index), int(count))
+
+
+# fmt: off
+JOB_OPTIONS = (
+    click.option("--teacher", required=True, help="run:FOLDER, or a network's name with --weights."),
+    click.option("--weights", help="The teacher's weights: .safetensors, .pt, or a name of torchvision's."),
+    click.option("--size", type=click.IntRange(1), help="Side in pixels to render views at for it."),
+    click.option("--mean", callback=parse_numbers, metavar="X,X,X",
+                 help="Subtracted per channel of values in [0, 1].  [default: the teacher's own]"),
+    click.option("--std", callback=parse_numbers, metavar="X,X,X",
+                 help="Divided by, per channel.  [default: the teacher's own]"),
+    click.option("--classes", "class_map", type=click.Path(path_type=Path),
+                 help="YAML: the teacher's class ids, in the order of the source's classes or by name."),
+    click.option("--source", "source_spec", required=True, help="NAME or NAME:SPLIT."),
+    click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if any."),
+    click.option("--view", required=True, help="View recipe: a preset's name or a YAML file."),
+    click.option("--view-seed", type=click.IntRange(0), help="Seed of the view recipe.  [default: its own]"),
+    click.option("--views", type=click.IntRange(1), required=True, help="Views of every sample."),
+    click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store."),
+    click.option("--tap", "taps", multiple=True, help="LAYER[:REDUCTION[:SIZE]] to store too. Repeatable."),
+    click.option("--encoding", default="float16", show_default=True,
+                 help="How logits are stored: float32, float16, bfloat16, int8, topk:K."),
+    click.option("--feature-encoding", default="float16", show_default=True,
+                 help="How features are stored: float32, float16, bfloat16, int8, bits."),
+    click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,
+                 help="Images at a time."),
+    click.option("--block-rows", type=click.IntRange(1), help="Rows done as a whole.  [default: auto]"),
+    click.option("--part", callback=_parse_part, metavar="I/COUNT", default="0/1", show_default=True,
+                 help="Do only this share of the blocks; other processes do the rest."),
+    click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
+                 help="Views rendered from one decoding of an image; changes no byte of the store."),
+    click.option("--workers", type=click.IntRange(0),
+                 help="Processes that decode and render.  [default: one per core for image files]"),
+    TRUST_CODE,
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+)
+# fmt: on
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that describe a job."""
+    for option in reversed(JOB_OPTIONS):
+        command = option(command)
+    return command
+
+
+EXAMPLES_RUN = """\b
+Examples:
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr \\
+      --tap conv2:attention
+"""
+
+
+@main.command(epilog=EXAMPLES_RUN)
+@job_options
+@click.option("--ignore-space", is_flag=True, help="Begin even if the store will not fit on the disk.")
+@click.option(
+    "--same-numerics",
+    is_flag=True,
+    help="Refuse a store with rows of another kind of machine or batch size, instead of warning.",
+)
+def run(ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
+    """Run one teacher over all views and write its store.
+
+    Run the same command again after any interruption: it goes on where it stopped. More --views, or another
+    --tap, on a finished store adds only what is missing.
+    """
+    job = _job(**flags)
+    if not ignore_space:
+        check_space(job)
+    with _stoppable(job.store):
+        manifest = run_job(job, same_numerics=same_numerics)
+    print_status(job.store, manifest)
+
+
+EXAMPLES_PLAN = """\b
+Example:
+  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr
+"""
+
+
+@main.command(epilog=EXAMPLES_PLAN)
+@job_options
+def plan(**flags: Any) -> None:
+    """Say what `precompute run` with the same options would write, how long it takes, and when it pays.
+
+    Runs the teacher on a few batches; writes nothing to the store. Exit status 1 if it will not fit.
+    """
+    job = _job(**flags)
+    cost, timing = costs(job), probe(job)
+    _print_plan(cost, timing, job)
+    check_space(job)
+
+
+def _job(
+    *,
+    teacher: str,
+    weights: str | None,
+    size: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    class_map: Path | None,
+    source_spec: str,
+    root: Path | None,
+    view: str,
+    view_seed: int | None,
+    taps: tuple[str, ...],
+    trust_code: bool,
+    device: str,
+    **numbers: Any,
+) -> Job:
+    source = open_source(source_spec, root)
+    source.check()
+    columns = None if class_map is None else load_columns(class_map, source.class_names)
+    network = load_teacher(
+        teacher,
+        source.class_names,
+        weights=weights,
+        size=size,
+        mean=mean,
+        std=std,
+        columns=columns,
+        trust_code=trust_code,
+    )
+    runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
+    recipe = view_recipe(view, view_seed)
+    job = Job(source=source, recipe=recipe, runner=runner, root=root, **numbers)
+    stored = job.plan().arrays[LOGITS][0].name
+    if stored != job.encoding:
+        say(
+            f"encoding {job.encoding} would not be smaller than {stored} for {len(source.class_names)} "
+            f"classes: logits are stored as {stored}"
+        )
+    return job
+
+
+@contextmanager
+def _stoppable(store: Path) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into one sentence and exit status 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped. What is done is kept; run the same command again to finish {str(store)!r}.")
+        raise click.exceptions.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
+    header = ["array", "encoding", "bytes a row", "in all", "files"]
+    rows = [
+        [
+            array.name,
+            array.encoding,
+            f"{array.row_bytes:,}",
+            byte_size(array.total_bytes),
+            f"{array.shards:,}",
+        ]
+        for array in cost.arrays
+    ]
+    rows.append(["labels, static", "", "", byte_size(cost.table_bytes), f"{cost.table_files:,}"])
+    rows.append(["in all", "", "", byte_size(cost.total_bytes), f"{cost.files:,}"])
+    print_table(str(job.store), header, rows)
+    seconds = cost.rows_left * timing.teacher
+    pays = timing.break_even(job.views)
+    click.echo(
+        f"{cost.rows:,} rows in {cost.blocks:,} blocks of {cost.block_rows:,}, {cost.rows_left:,} to do\n"
+        f"free disk {byte_size(cost.free_bytes)}, needed {byte_size(cost.bytes_left)}\n"
+        f"about {_duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {job.runner.device}\n"
+        f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
+        f"reading it back {timing.read * 1e6:,.1f} us)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+for command in (status, verify_command, inspect):
+    main.add_command(command)

@@ -1,0 +1,240 @@
+"""Commands that look at stores: status, verify, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE, byte_size, print_table, progress, say
+from coursepack.data.store import StoreReader, load_manifest, verify
+from coursepack.data.store.done import BLOCKS
+from coursepack.data.store.identity import check_complete
+from coursepack.data.store.owners import live_runs
+from coursepack.models.teacher import pick_device
+from coursepack.precompute.inspect import agreement, describe_store
+from coursepack.precompute.numerics import describe_numerics, views_by_numerics
+from coursepack.precompute.picture import draw_grid
+from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
+
+if TYPE_CHECKING:
+    from coursepack.data.store import Manifest
+
+STORE = click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
+ROOT_HELP = "Folder of the source's files, if it has any.  [default: where they were]"
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command(epilog="\b\nExample:\n  precompute status --store cnn.zarr")
+@STORE
+@JSON
+def status(store: Path, as_json: bool) -> None:
+    """Say what a store holds, what is still missing, and who is writing to it."""
+    manifest = load_manifest(store)
+    check_complete(manifest, str(store))
+    if as_json:
+        click.echo(json.dumps(_status(store, manifest), indent=1))
+    else:
+        print_status(store, manifest)
+
+
+EXAMPLES_VERIFY = """\b
+Examples:
+  precompute verify --store cnn.zarr
+  precompute verify --store cnn.zarr --deep 100
+  precompute verify --store cnn.zarr --content
+  precompute verify --store cnn.zarr --repair
+"""
+
+
+@click.command("verify", epilog=EXAMPLES_VERIFY)
+@STORE
+@click.option("--deep", type=click.IntRange(1), help="Also run the teacher again on this many random rows.")
+@click.option(
+    "--content", is_flag=True, help="Also read all of the source and compare it with what was seen."
+)
+@click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
+@click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@JSON
+def verify_command(
+    store: Path,
+    deep: int | None,
+    content: bool,
+    mend: bool,
+    weights: str | None,
+    root: Path | None,
+    trust_code: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check every file against the manifest; exit status 1 if anything is wrong."""
+    manifest = load_manifest(store)
+    check_complete(manifest, str(store))
+    total = sum(size for size, _ in manifest.files.values())
+    with progress(f"verify {store.name}", total, "bytes") as meter:
+        report = verify(store, on_file=meter.advance)
+    wrong: tuple[str, ...] = ()
+    if (report.problems and mend) or (deep and not report.problems):
+        chosen = pick_device(device)
+        job = job_of_store(store, manifest, weights=weights, root=root, device=chosen, trust_code=trust_code)
+    if report.problems and mend:
+        others = repair(job, report.problems)
+        for problem in report.problems:
+            say(f"{problem}: written again")
+        for key in others:
+            say(f"{key}: the new content rounds differently; the manifest vouches for it now")
+        report = verify(store)
+    if not report.problems:
+        wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
+    if deep and not report.problems:
+        with progress("run the teacher again", deep, "rows") as meter:
+            wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
+    problems = [*map(str, report.problems), *wrong]
+    if as_json:
+        values = {"files": report.files, "bytes": report.size, "rows": deep, "problems": problems}
+        click.echo(json.dumps(values, indent=1))
+    else:
+        for line in problems:
+            click.echo(line)
+        verdict = f"{len(problems)} problems" if problems else "sound"
+        compared = f", {deep} rows as the teacher gives them now" if deep and not problems else ""
+        click.echo(f"{store}: {verdict}, {report.files} files, {byte_size(report.size)}{compared}")
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+EXAMPLES_INSPECT = """\b
+Examples:
+  precompute inspect cnn.zarr resnet.zarr
+  precompute inspect cnn.zarr resnet.zarr --views 4 --out grid.png
+"""
+
+
+@click.command(epilog=EXAMPLES_INSPECT)
+@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
+@JSON
+def inspect(
+    stores: tuple[Path, ...],
+    views: int | None,
+    out: Path | None,
+    root: Path | None,
+    trust_code: bool,
+    as_json: bool,
+) -> None:
+    """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers.
+
+    With --out, a picture instead: some samples, their views, and what each teacher says to every one.
+    """
+    if out is not None:
+        draw_grid(stores, root, views or 4, out, trust_code=trust_code)
+        click.echo(f"{out}: {len(stores)} teachers on some samples")
+        return
+    if views is not None:
+        raise click.UsageError("--views is of the picture: give --out grid.png too")
+    readers = [StoreReader(path) for path in stores]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
+    described = [describe_store(reader) for reader in readers]
+    agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
+    if as_json:
+        click.echo(json.dumps({"stores": described, "agreement": agree}, indent=1))
+        return
+    for facts in described:
+        _print_store(facts)
+    if agree is not None and len(readers) > 1:
+        header = ["agreement of top classes", *[reader.name for reader in readers]]
+        rows = [
+            [reader.name, *[f"{share:.2%}" for share in row]]
+            for reader, row in zip(readers, agree, strict=True)
+        ]
+        print_table("", header, rows)
+
+
+def print_status(store: Path, manifest: Manifest) -> None:
+    """Print what a store holds."""
+    facts = _status(store, manifest)
+    rows = [
+        ["teacher", f"{facts['network']} from {facts['weights']}"],
+        ["source", f"{facts['source']}, {facts['samples']:,} samples, {facts['classes']} classes"],
+        ["views committed", f"{len(facts['committed_views'])} of {facts['views']}"],
+    ]
+    for name, array in facts["arrays"].items():
+        rows.append([name, f"{_shape(array['row_shape'])}, {array['encoding']}"])
+    rows.append(["size", byte_size(facts["bytes"])])
+    if facts["accuracy_per_view"]:
+        correct = facts["accuracy_per_view"].values()
+        rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
+    rows += _numerics_rows(facts["numerics"])
+    if len(facts["committed_views"]) < facts["views"]:
+        rows.append(["blocks done besides", str(facts["blocks_done_besides"])])
+    for writer in facts["writers"]:
+        part = f"part {writer['part_index']}/{writer['part_count']}"
+        rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
+    print_table(str(store), ["", ""], rows)
+
+
+def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
+    identity = manifest.identity
+    records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
+    return {
+        "store": str(store),
+        "fingerprint": manifest.fingerprint,
+        "network": identity["teacher"]["network"],
+        "weights": manifest.origin.get("weights_file"),
+        "source": identity["source"]["name"],
+        "view_fingerprint": manifest.view_fingerprint,
+        "samples": manifest.samples,
+        "classes": len(manifest.class_names),
+        "views": manifest.views,
+        "committed_views": list(manifest.committed_views()),
+        "blocks_done_besides": len(list((store / BLOCKS).glob("*.json"))),
+        "block_rows": manifest.block_rows,
+        "arrays": {
+            name: {"encoding": array.encoding.name, "row_shape": list(array.row_shape)}
+            for name, array in manifest.arrays.items()
+        },
+        "bytes": sum(size for size, _ in manifest.files.values()),
+        "accuracy_per_view": {view: r["sums"]["correct"] / r["sums"]["rows"] for view, r in records},
+        "numerics": views_by_numerics(manifest),
+        "writers": live_runs(store),
+    }
+
+
+def _print_store(facts: dict[str, Any]) -> None:
+    teacher = facts["identity"]["teacher"]
+    click.echo(f"{facts['store']}: {teacher['network']}, weights {teacher['weights'][:12]}")
+    rows = [
+        [name, array["encoding"], _shape(array["row_shape"]), f"{array['row_bytes']:,}", str(array["views"])]
+        for name, array in facts["arrays"].items()
+    ]
+    print_table("", ["array", "encoding", "row", "bytes a row", "views"], rows)
+    header = ["view", "accuracy", "cross-entropy", "entropy", "calibration error"]
+    temperatures = list(next(iter(facts["views"].values()))["fidelity"])
+    header += [f"KL {name}: mean, p99" for name in temperatures]
+    rows = []
+    for view, values in facts["views"].items():
+        row = [view, f"{values['accuracy']:.2%}"]
+        row += [f"{values[name]:.4f}" for name in ("cross_entropy", "entropy", "calibration_error")]
+        fidelity = (values["fidelity"][name] for name in temperatures)
+        rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
+    print_table("", header, rows)
+    for name, text in _numerics_rows(facts["numerics"]):
+        click.echo(f"{name}: {text}")
+
+
+def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """One line per numerics of the committed views, with how many they are."""
+    return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
+
+
+def _shape(row_shape: list[int]) -> str:
+    return " x ".join(map(str, row_shape))

@@ -1,0 +1,84 @@
+"""What is inside stores: their teachers' accuracy, calibration, fidelity, and how far they agree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.records import fidelity_summary
+from coursepack.precompute.numerics import views_by_numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data.store import StoreReader
+
+ROWS_AT_A_TIME = 8192
+BINS = 15
+"""Confidence bins of the calibration error (Guo et al. 2017, equation 3)."""
+
+
+def describe_store(reader: StoreReader) -> dict[str, Any]:
+    """Everything about one store as plain values; reads all logits of all committed views once."""
+    manifest = reader.manifest
+    labels = torch.from_numpy(reader.labels())
+    views = {}
+    for view in reader.views:
+        record = manifest.view_records[str(view)]
+        sums = record["sums"]
+        views[str(view)] = {
+            "accuracy": sums["correct"] / sums["rows"],
+            "cross_entropy": sums["cross_entropy"] / sums["rows"],
+            "entropy": sums["entropy"] / sums["rows"],
+            "calibration_error": _calibration_error(reader, view, labels),
+            "fidelity": fidelity_summary(record["fidelity"]),
+        }
+    return {
+        "store": str(reader.path),
+        "fingerprint": manifest.fingerprint,
+        "identity": manifest.identity,
+        "arrays": {
+            name: {
+                "encoding": array.encoding.name,
+                "row_shape": list(array.row_shape),
+                "row_bytes": array.row_bytes,
+                "views": len(manifest.committed.get(name, ())),
+            }
+            for name, array in manifest.arrays.items()
+        },
+        "static": [name for name in manifest.tables if name.startswith("static/")],
+        "views": views,
+        "numerics": views_by_numerics(manifest),
+    }
+
+
+def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
+    """Share of samples on which two teachers name the same class `(K, K)`, in the first view all have."""
+    view = min(set.intersection(*(set(reader.views) for reader in readers)))
+    answers = []
+    for reader in readers:
+        parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
+        answers.append(torch.cat(parts))
+    return [[float((one == other).double().mean()) for other in answers] for one in answers]
+
+
+def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
+    """Mean gap between confidence and accuracy over bins of confidence, weighted by their samples."""
+    counts, confidence_sums, correct_sums = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
+    for logits, samples in _logits(reader, view):
+        confidence, top = torch.softmax(logits, dim=1).max(1)
+        place = (confidence * BINS).long().clamp(max=BINS - 1)
+        counts += torch.bincount(place, minlength=BINS)
+        confidence_sums += torch.bincount(place, weights=confidence.double(), minlength=BINS)
+        correct = (top == labels[samples]).double()
+        correct_sums += torch.bincount(place, weights=correct, minlength=BINS)
+    return float((confidence_sums - correct_sums).abs().sum() / counts.sum())
+
+
+def _logits(reader: StoreReader, view: int) -> Any:
+    for start in range(0, reader.manifest.samples, ROWS_AT_A_TIME):
+        samples = np.arange(start, min(start + ROWS_AT_A_TIME, reader.manifest.samples))
+        yield reader.rows(LOGITS, view, samples).decode(), samples
