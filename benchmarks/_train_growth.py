@@ -41,13 +41,13 @@ class Size:
     teachers: tuple[int, ...] = (1, 2, 4, 8)
     views: tuple[int, ...] = (1, 4, 16)
     classes: tuple[int, ...] = (10, 100, 1000)
-    rounds: int = 5
+    rounds: int = 6
     large: tuple[int, int] = (1_000_000, 64)
     """Samples and views of the store that a run has to begin with quickly."""
 
 
 FULL = Size()
-QUICK = Size(64, (1, 2), (1, 2), (1, 2), (10, 20), rounds=1, large=(1000, 4))
+QUICK = Size(16, (1, 2), (1, 2), (1,), (10,), rounds=1, large=(1000, 4))
 
 
 def growth(folder: Path, size: Size) -> list[dict[str, Any]]:

@@ -29,11 +29,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STUDENT = "digits-small"
 
 
-def make_stores(folder: Path, views: int) -> list[Path]:
+def make_stores(folder: Path, views: int, limit: int | None) -> list[Path]:
     source = open_source("digits")
     stores = []
     for name in ("mlp", "cnn", "resnet"):
-        supervised = recipe("supervised", [], student=f"digits-{name}", epochs=1)
+        supervised = recipe("supervised", [], student=f"digits-{name}", epochs=1, limit=limit)
         train(supervised, folder / name, device=DEVICE)
         network = load_teacher(f"run:{folder / name}", source.class_names)
         runner = TeacherRunner(network, device=DEVICE)
@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, nargs="+", help="stores of digit teachers")
     parser.add_argument("--limit", type=int, help="train on this many samples")
     chosen = parser.parse_args()
-    rounds = 3 if chosen.quick else 40
+    rounds = 1 if chosen.quick else 40
     with tempfile.TemporaryDirectory() as folder:
-        stores = chosen.stores or make_stores(Path(folder), views=2 if chosen.quick else 8)
+        stores = chosen.stores or make_stores(Path(folder), *((1, 64) if chosen.quick else (8, None)))
         rows = measure(stores, chosen.limit or (200 if chosen.quick else None), rounds)
     report("One epoch of a digit student", rows, chosen.json)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,10 +39,10 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CoursepackError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
-            raise click.ClickException(f"{error.strerror or error}{where}") from error
+            raise click.ClickException(printable(f"{error.strerror or error}{where}")) from error
 
 
 def parse_numbers(
@@ -54,9 +55,24 @@ def parse_numbers(
         raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
 
 
+def printable(text: str) -> str:
+    """Text with control characters, which a terminal would obey, as escapes; line breaks stay.
+
+    Names come from manifests, which somebody else may have written.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\\x1b[2Jb
+    """
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character if character == "\n" else character.encode("unicode_escape").decode()
+
+
 def say(text: str) -> None:
     """A line about the work itself, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 class Meter(Protocol):
@@ -132,11 +148,11 @@ class _Lines:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: first column to the left, the others to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        table.add_column(printable(name), justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     width = None if sys.stdout.isatty() else 200
     Console(width=width, markup=False).print(table)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
+import secrets
 import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARTIAL = ".partial"
+HOST_LENGTH = 32
+"""Characters of the host's name in the name of a partial file."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -28,13 +33,13 @@ KINDS = {
 def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
     """Write a file so that `path` holds either its old content or all of the new.
 
-    The pieces go to `<name>.<pid>.partial` beside it, are flushed to the disk, and take the name by a rename
-    that is flushed too. A kill leaves at most a `.partial` file, which no reader looks at.
+    The pieces go to a `.partial` file beside it, are flushed to the disk, and take the name by a rename that
+    is flushed too. A kill leaves at most that file, which no reader opens.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is as it was. It names `path`.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(_partial_name(path.name))
     try:
         with partial.open("wb", buffering=0) as file:
             for piece in pieces:
@@ -50,6 +55,15 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
             error.filename = str(path)
         raise
     flush_folder(path.parent)
+
+
+def _partial_name(name: str) -> str:
+    """A name for the partial file that no other process uses, on this host or on others that share the disk.
+
+    A process number alone is not enough: containers and hosts number their processes alike.
+    """
+    host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:HOST_LENGTH]
+    return f"{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def flush_folder(folder: Path) -> None:

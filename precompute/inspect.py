@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.records import fidelity_summary
+from coursepack.data.store.records import fidelity_summary, view_mean
 from coursepack.precompute.numerics import views_by_numerics
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
     views = {}
     for view in reader.views:
         record = manifest.view_records[str(view)]
-        sums = record["sums"]
+        where = f"view {view} of store {str(reader.path)!r}"
         views[str(view)] = {
-            "accuracy": sums["correct"] / sums["rows"],
-            "cross_entropy": sums["cross_entropy"] / sums["rows"],
-            "entropy": sums["entropy"] / sums["rows"],
+            "accuracy": view_mean(record, "correct", where),
+            "cross_entropy": view_mean(record, "cross_entropy", where),
+            "entropy": view_mean(record, "entropy", where),
             "calibration_error": _calibration_error(reader, view, labels),
             "fidelity": fidelity_summary(record["fidelity"]),
         }

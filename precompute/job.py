@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,10 @@ class Job:
 
     def environment(self) -> dict[str, Any]:
         """Versions, device and settings, recorded for every block and no part of the store's identity."""
+        return self._environment
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
         return environment_of(self.runner, self.batch_size)
 
 

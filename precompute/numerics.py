@@ -8,7 +8,6 @@ what in it may change bits. Within one `numerics` a store's bytes do not depend 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,7 @@ import torch
 
 from coursepack.canonical import difference_table, fingerprint
 from coursepack.console import say
-from coursepack.data.store.done import BLOCKS
+from coursepack.data.store.done import done_objects, read_done
 from coursepack.errors import StoreMismatch
 
 if TYPE_CHECKING:
@@ -126,12 +125,10 @@ def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any
     found: list[dict[str, Any]] = []
     for record in manifest.view_records.values():
         _add(found, record["environments"])
-    for path in sorted((store / BLOCKS).glob("*.json")):
-        try:
-            entry = json.loads(path.read_text())
-        except FileNotFoundError:  # another process has committed its view since
-            continue
-        _add(found, [entry["record"]["environment"]])
+    for view, index in done_objects(store):
+        entry = read_done(store, view, index)
+        if entry is not None:  # else another process has committed its view since
+            _add(found, [entry["record"]["environment"]])
     return found
 
 

@@ -214,8 +214,8 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     """
     keys = {problem.key for problem in problems}
     with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
-        NumericsGuard(job.store, job.environment()).check(writer.manifest)
         make_way(job.store, keys)
+        NumericsGuard(job.store, job.environment()).check(writer.manifest)
         before = writer.manifest.files
         sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)

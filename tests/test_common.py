@@ -215,6 +215,21 @@ def test_a_killed_write_leaves_a_partial_file_only(tmp_path):
     assert list(partials(tmp_path / "none")) == []
 
 
+def test_partial_names_tell_processes_and_hosts_apart(tmp_path, monkeypatch):
+    names = set()
+
+    def note(descriptor):
+        names.update(partial.name for partial in partials(tmp_path))
+
+    monkeypatch.setattr(files.os, "fsync", note)
+    for host in ("one", "two", "two", "odd/../höst" * 40):
+        monkeypatch.setattr(files.platform, "node", lambda host=host: host)
+        write_whole(tmp_path / "f", b"new")
+    assert len(names) == 4
+    assert sum(".two." in name for name in names) == 2
+    assert all(f".{os.getpid()}." in name and len(name) < 100 for name in names)
+
+
 # Progress and tables
 
 

@@ -319,6 +319,7 @@ import test_data_store_hostile as tests
 import coursepack.data.store.jit_gather
 base, folder = Path(sys.argv[2]), Path(sys.argv[3])
 tests.read_everything(base, "mapped")
+verify(base)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
 text = (base / "manifest.json").read_text()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import write_teacher
 from click.testing import CliRunner
-from helpers import make_job, store_files
+from helpers import make_job, rewrite_manifest, store_files
 from safetensors.torch import load_file, save_file
 
 from coursepack.data.store import StoreWriter, load_manifest
@@ -165,6 +165,32 @@ def test_verify(store, command):
     report = command("verify", "--store", store, "--json")
     assert report.exit_code == 1
     assert json.loads(report.stdout)["problems"] == ["logits/values/c.1.2.0: missing"]
+
+
+def test_names_that_would_command_the_terminal_are_shown_as_text(store, tmp_path, command):
+    shutil.copytree(store, tmp_path / "odd.zarr")
+
+    def rename(values):
+        values["identity"]["teacher"]["network"] = "\x1b[2Jmlp\x07"
+        values["origin"]["weights_file"] = "\x9b31mweights"
+
+    rewrite_manifest(tmp_path / "odd.zarr", rename)
+    for words in (("status", "--store", tmp_path / "odd.zarr"), ("inspect", tmp_path / "odd.zarr")):
+        result = command(*words)
+        assert result.exit_code == 0
+        assert r"\x1b[2Jmlp\x07" in result.stdout
+        assert not set("\x1b\x07\x9b") & set(result.stdout)
+
+
+@pytest.mark.parametrize("name", ["status", "inspect"])
+def test_a_view_without_the_sums_that_are_shown_is_said_so(store, tmp_path, command, name):
+    path = tmp_path / "odd.zarr"
+    shutil.copytree(store, path)
+    rewrite_manifest(path, lambda values: values["view_records"]["1"]["sums"].pop("correct"))
+    result = command(*(("status", "--store", path) if name == "status" else ("inspect", path)))
+    assert result.exit_code == 1
+    assert f"the manifest has no sum of 'correct' for view 1 of store '{path}'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["status", "verify"])

@@ -8,8 +8,9 @@ from typing import Any
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.encodings import Encoding, encoding_from_dict
-from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict, whole
+from coursepack.data.store.layout import ArrayLayout, layout_from_dict, whole
 from coursepack.data.store.validation import check_manifest, listed, mapping
+from coursepack.data.store.zarr_metadata import METADATA, array_metadata, group_metadata
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 from coursepack.parsing import parse_json
 
@@ -19,8 +20,16 @@ MANIFEST = "manifest.json"
 LABELS = "labels"
 LOGITS = "logits"
 STATIC = "static"
+MOST_BYTES = 32 << 20
+"""A longer manifest is refused unread: one takes about six times its length to read. Manifests of 100,000
+files have a tenth of that."""
 CHECKSUM = "checksum"
 """Member of the manifest: sha256 of the canonical JSON of all others."""
+ADVICE = (
+    "Put a copy of it back; without one, remove it and run the same `precompute run` again, which writes "
+    "every row again."
+)
+"""What to do about a damaged manifest."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +160,11 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
             raise StoreDamaged(f"{where!r} is not the manifest of a coursepack store")
         if values["format_version"] != FORMAT_VERSION:
             raise StoreMismatch(
-                f"store {where!r} has format version {values['format_version']}, this release reads "
+                f"store {where!r} has format version {values['format_version']!r:.40}, this release reads "
                 f"{FORMAT_VERSION}. Install a newer coursepack."
             )
         if values.pop(CHECKSUM, None) != fingerprint(values):
-            raise StoreDamaged(
-                f"the manifest of {where!r} does not match its own checksum. Put a copy of it back; without "
-                "one, remove it and run the same `precompute run` again, which writes every row again."
-            )
+            raise StoreDamaged(f"the manifest of {where!r} does not match its own checksum. {ADVICE}")
         manifest = Manifest(
             identity=mapping(values["identity"]),
             origin=mapping(values["origin"]),
@@ -180,7 +186,8 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, StoreMismatch):
             raise
-        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r}") from error
+        fault = f"{error!r:.300}"
+        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {fault}. {ADVICE}") from error
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -200,6 +207,10 @@ def load_manifest(path: Path) -> Manifest:
         raise StoreNotFound(
             f"there is no store at {str(path)!r}. Make one with `precompute run ... --store {path}`."
         )
+    if (size := (path / MANIFEST).stat().st_size) > MOST_BYTES:
+        raise StoreDamaged(
+            f"the manifest of {str(path)!r} has {size:,} bytes, expected at most {MOST_BYTES:,}. {ADVICE}"
+        )
     return parse_manifest((path / MANIFEST).read_bytes(), str(path))
 
 
@@ -218,17 +229,30 @@ def check_not_foreign(path: Path) -> None:
 
 def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Every zarr.json of a store by its key, arrays first and the group's own last."""
-    arrays = manifest.zarr_arrays()
     metadata = {
-        f"{path}/zarr.json": array_metadata(layout, shape) for path, (layout, shape) in arrays.items()
+        f"{path}/{METADATA}": array_metadata(layout, shape)
+        for path, (layout, shape) in manifest.zarr_arrays().items()
     }
+    return metadata | {_metadata_key(group): _group_metadata(group) for group in _zarr_groups(manifest)}
+
+
+def zarr_keys(manifest: Manifest) -> list[str]:
+    """Keys of `zarr_metadata`."""
+    arrays = [f"{path}/{METADATA}" for path in manifest.zarr_arrays()]
+    return arrays + [_metadata_key(group) for group in _zarr_groups(manifest)]
+
+
+def _zarr_groups(manifest: Manifest) -> list[str]:
+    """Paths of the groups, inner ones first; the store's own is empty."""
     groups = {""}
-    for path in arrays:
+    for path in manifest.zarr_arrays():
         parents = path.split("/")[:-1]
         groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
-    for group in sorted(groups, reverse=True):
-        metadata[f"{group}/zarr.json" if group else "zarr.json"] = _group_metadata(group)
-    return metadata
+    return sorted(groups, reverse=True)
+
+
+def _metadata_key(group: str) -> str:
+    return f"{group}/{METADATA}" if group else METADATA
 
 
 def _group_metadata(group: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from coursepack.errors import StoreDamaged
 from coursepack.kernels import soft_target_loss
 
 if TYPE_CHECKING:
@@ -84,6 +85,21 @@ def fidelity_summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
             "largest": entry["largest"],
         }
     return summary
+
+
+def view_mean(record: dict[str, Any], name: str, where: str) -> float:
+    """The mean over a view's rows of one of its `sums`: `correct`, `cross_entropy` or `entropy`.
+
+    Raises:
+        StoreDamaged: the record lacks that sum; `where` names its view and store.
+    """
+    sums = record["sums"]
+    if "rows" not in sums or name not in sums:
+        raise StoreDamaged(
+            f"the manifest has no sum of {name!r} for {where}, which `precompute run` always writes. Write "
+            "the store again."
+        )
+    return float(sums[name] / sums["rows"])
 
 
 def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:

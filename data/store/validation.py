@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coursepack.data.store.identity import check_identity
-from coursepack.data.store.layout import MOST, block_count, shard_key, table_key
+from coursepack.data.store.layout import MOST, block_count, shard_key, table_key, whole
 from coursepack.data.store.shards import shard_size
 
 if TYPE_CHECKING:
@@ -128,18 +128,35 @@ def _check_views(manifest: Manifest) -> None:
         for layout in manifest.arrays[name].components.values():
             if views and layout.shard_count(manifest.samples) > len(manifest.files):
                 raise ValueError(f"{name!r} has more shards than there are files")
-    blocks = block_count(manifest.samples, manifest.block_rows)
     for view, record in manifest.view_records.items():
         if not view.isdecimal() or not str(int(view)) == view or int(view) >= manifest.views:
             raise ValueError(f"{view!r:.40} is no view")
-        mapping(record["sums"]), mapping(record["fidelity"]), listed(record["environments"], dict)
-        if len(listed(record["draws"], str)) != blocks:
-            raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
-        # Stores written before these were kept have none.
-        if len(listed(record.get("content", []), str)) not in (0, blocks):
-            raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
-        for sample, digest in mapping(record.get("probes", {})).items():
-            if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
-                raise ValueError(f"{sample!r:.40} is no sample with a checksum")
+        _check_record(manifest, view, mapping(record))
     if missing := set(manifest.committed.get("logits", ())) - set(map(int, manifest.view_records)):
         raise ValueError(f"views {sorted(missing)!r:.40} are committed but have no record")
+
+
+def _check_record(manifest: Manifest, view: str, record: Mapping[str, Any]) -> None:
+    blocks = block_count(manifest.samples, manifest.block_rows)
+    _check_numbers(view, mapping(record["sums"]))
+    for entry in mapping(record["fidelity"]).values():
+        _check_numbers(view, {name: entry[name] for name in ("rows", "sum", "largest")})
+        _check_numbers(view, {int(place): count for place, count in entry["histogram"].items()})
+    for environment in listed(record["environments"], dict):
+        whole(environment.get("batch_size", 1), 1)
+    if len(listed(record["draws"], str)) != blocks:
+        raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
+    # Stores written before these were kept have none.
+    if len(listed(record.get("content", []), str)) not in (0, blocks):
+        raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
+    for sample, digest in mapping(record.get("probes", {})).items():
+        if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
+            raise ValueError(f"{sample!r:.40} is no sample with a checksum")
+
+
+def _check_numbers(view: str, numbers: Mapping[Any, Any]) -> None:
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{value!r:.40} is no number for {name!r:.40} of view {view}")
+    if numbers.get("rows", 1) < 1:
+        raise ValueError(f"view {view} has {numbers['rows']!r} rows")

@@ -24,6 +24,7 @@ from coursepack.data.store.manifest import (
     Manifest,
     check_not_foreign,
     load_manifest,
+    zarr_keys,
     zarr_metadata,
 )
 from coursepack.data.store.owners import Part, owning, store_lock
@@ -48,6 +49,7 @@ class StoreWriter:
         self._plan = plan
         self._stack = ExitStack()
         self.manifest: Manifest
+        self._seen: tuple[int, ...] = ()
 
     def __enter__(self) -> Self:
         """Create or extend the store and take the part.
@@ -64,13 +66,18 @@ class StoreWriter:
             opening.enter_context(owning(self.root, self.part))
             with store_lock(self.root):
                 self._create_or_extend()
+                self._sweep_partials()
             self._stack = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with self._stack:
+            if kind is None:
+                with store_lock(self.root):
+                    self._refresh()
+                    self._sweep_partials()
 
     def planned(self) -> Manifest:
         """The manifest as `__enter__` would make it; nothing is written.
@@ -79,7 +86,7 @@ class StoreWriter:
             StoreMismatch: the store was written by another recipe, source or teacher.
         """
         if (self.root / MANIFEST).is_file():
-            return extended_manifest(self._plan, load_manifest(self.root), self.root)
+            return extended_manifest(self._plan, self._load(), self.root)
         check_not_foreign(self.root)
         return fresh_manifest(self._plan)
 
@@ -103,8 +110,7 @@ class StoreWriter:
             if self._is_done(view, index, self._missing(view)):
                 continue
             # Not done, or committed by another process that swept the done-object: the manifest knows.
-            if (self.root / MANIFEST).is_file():
-                self.manifest = extended_manifest(self._plan, load_manifest(self.root), self.root)
+            self._refresh()
             if missing := self._missing(view):
                 yield self.block(view, index, missing)
 
@@ -128,11 +134,15 @@ class StoreWriter:
     def commit(self) -> None:
         """Vouch for every view whose blocks are all done, whoever did them, and tidy up behind it."""
         with store_lock(self.root):
-            self.manifest = load_manifest(self.root)
-            for view in range(self.manifest.views):
+            self._refresh()
+            views = sorted({view for view, _ in done_objects(self.root)})
+            manifest = self.manifest
+            for view in views:
                 if self.is_complete(view):
-                    self._commit_view(view, self._missing(view))
-            self._sweep()
+                    manifest = self._with_view(manifest, view)
+            if manifest is not self.manifest:
+                self._put_manifest(manifest)
+            self._sweep_done_objects()
 
     def is_complete(self, view: int) -> bool:
         """Whether a view waits for nothing but `commit`."""
@@ -147,12 +157,21 @@ class StoreWriter:
     def replace_files(self, files: dict[str, tuple[int, int]]) -> None:
         """Vouch for files that were written again."""
         with store_lock(self.root):
-            self._put_manifest(load_manifest(self.root).with_files(files))
+            self._put_manifest(self._load().with_files(files))
 
     def repair_tables(self, keys: set[str]) -> dict[str, tuple[int, int]]:
         """Write tables and metadata among `keys` again; returns size and crc32c of the tables' files."""
         self._put_metadata(self.manifest, lambda key: key in keys)
         return self._put_tables(self.manifest, lambda key: key in keys)
+
+    def _load(self) -> Manifest:
+        self._seen = _file_state(self.root / MANIFEST)
+        return load_manifest(self.root)
+
+    def _refresh(self) -> None:
+        """Read the manifest again if it was replaced since this writer read or wrote it."""
+        if (state := _file_state(self.root / MANIFEST)) and state != self._seen:
+            self.manifest = extended_manifest(self._plan, self._load(), self.root)
 
     def _missing(self, view: int) -> tuple[str, ...]:
         """Quantities of the plan that are not committed for a view; others in the store are not our work."""
@@ -165,16 +184,18 @@ class StoreWriter:
         entry = read_done(self.root, view, index)
         return entry is not None and set(arrays) <= set(entry["arrays"])
 
-    def _commit_view(self, view: int, arrays: tuple[str, ...]) -> None:
+    def _with_view(self, manifest: Manifest, view: int) -> Manifest:
+        """A manifest that vouches for one view more, whose blocks are all done."""
+        arrays = self._missing(view)
         entries = [read_done(self.root, view, index) for index in range(self.blocks)]
         done = [entry for entry in entries if entry is not None]
         for index, entry in enumerate(done):
-            check_done(self.root, self.manifest, view, index, entry)
+            check_done(self.root, manifest, view, index, entry)
         committed = {
-            **self.manifest.committed,
-            **{name: tuple(sorted((*self.manifest.committed.get(name, ()), view))) for name in arrays},
+            **manifest.committed,
+            **{name: tuple(sorted((*manifest.committed.get(name, ()), view))) for name in arrays},
         }
-        records = dict(self.manifest.view_records)
+        records = dict(manifest.view_records)
         # Statistics come from the logits: arrays that are added later leave them as they are.
         records.setdefault(str(view), reduce_records([entry["record"] for entry in done]))
         files = {
@@ -183,28 +204,37 @@ class StoreWriter:
             for key, (size, crc) in entry["files"].items()
             if key.startswith(tuple(f"{name}/" for name in arrays))
         }
-        manifest = replace(self.manifest, committed=committed, view_records=records).with_files(files)
-        self._put_manifest(manifest)
+        return replace(manifest, committed=committed, view_records=records).with_files(files)
 
-    def _sweep(self) -> None:
-        """Remove done-objects that the manifest has taken in, and what killed writers left behind."""
+    def _sweep_done_objects(self) -> None:
+        """Remove the done-objects that the manifest has taken in."""
         for view, index in done_objects(self.root):
             entry = read_done(self.root, view, index)
             if entry and all(view in self.manifest.committed.get(name, ()) for name in entry["arrays"]):
                 done_path(self.root, view, index).unlink()
-        for view in range(self.manifest.views):
-            if not self._missing(view):
-                _remove_partials(self.root / BLOCKS, f"{view}.")
-                for name in self._plan.arrays:
-                    for component in self.manifest.arrays[name].components:
-                        _remove_partials(self.root / name / component, f"c.{view}.")
-        _remove_partials(self.root)
-        for name in self.manifest.tables:
-            _remove_partials(self.root / name)
+
+    def _sweep_partials(self) -> None:
+        """Remove what killed writers left: everywhere but in blocks that somebody may be writing now.
+
+        Lists every folder, so it is done once a run and not at every commit.
+        """
+        for key in zarr_keys(self.manifest):
+            _remove_partials((self.root / key).parent, "zarr.json.")
+        for folder in (self.root, *(self.root / name for name in self.manifest.tables)):
+            _remove_partials(folder)
+        _remove_partials(self.root / BLOCKS, "", self._is_whole)
+        for name in self._plan.arrays:
+            for component in self.manifest.arrays[name].components:
+                _remove_partials(self.root / name / component, "c.", self._is_whole)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether nothing is left to write of the view with which a file's name begins."""
+        view = name.partition(".")[0]
+        return view.isdecimal() and int(view) < self.manifest.views and not self._missing(int(view))
 
     def _create_or_extend(self) -> None:
         if (self.root / MANIFEST).is_file():
-            stored = load_manifest(self.root)
+            stored = self._load()
             manifest = extended_manifest(self._plan, stored, self.root)
             self.manifest = manifest
             if manifest != stored:
@@ -239,10 +269,20 @@ class StoreWriter:
 
     def _put_manifest(self, manifest: Manifest) -> None:
         write_whole(self.root / MANIFEST, manifest.to_json().encode())
-        self.manifest = manifest
+        self.manifest, self._seen = manifest, _file_state(self.root / MANIFEST)
 
 
-def _remove_partials(folder: Path, prefix: str = "") -> None:
+def _file_state(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file is replaced; empty if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _remove_partials(folder: Path, prefix: str = "", wanted: Callable[[str], bool] = lambda _: True) -> None:
+    """Remove partial files whose names begin with `prefix` and whose rest is wanted."""
     for path in partials(folder):
-        if path.name.startswith(prefix):
+        if path.name.startswith(prefix) and wanted(path.name.removeprefix(prefix)):
             path.unlink(missing_ok=True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import TRUST_CODE, byte_size, print_table, progress, say
+from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.done import BLOCKS
 from coursepack.data.store.identity import check_complete
 from coursepack.data.store.owners import live_runs
+from coursepack.data.store.records import view_mean
 from coursepack.models.teacher import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
@@ -100,7 +101,7 @@ def verify_command(
         click.echo(json.dumps(values, indent=1))
     else:
         for line in problems:
-            click.echo(line)
+            click.echo(printable(line))
         verdict = f"{len(problems)} problems" if problems else "sound"
         compared = f", {deep} rows as the teacher gives them now" if deep and not problems else ""
         click.echo(f"{store}: {verdict}, {report.files} files, {byte_size(report.size)}{compared}")
@@ -203,7 +204,10 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
             for name, array in manifest.arrays.items()
         },
         "bytes": sum(size for size, _ in manifest.files.values()),
-        "accuracy_per_view": {view: r["sums"]["correct"] / r["sums"]["rows"] for view, r in records},
+        "accuracy_per_view": {
+            view: view_mean(record, "correct", f"view {view} of store {str(store)!r}")
+            for view, record in records
+        },
         "numerics": views_by_numerics(manifest),
         "writers": live_runs(store),
     }
@@ -211,7 +215,7 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _print_store(facts: dict[str, Any]) -> None:
     teacher = facts["identity"]["teacher"]
-    click.echo(f"{facts['store']}: {teacher['network']}, weights {teacher['weights'][:12]}")
+    click.echo(printable(f"{facts['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
     rows = [
         [name, array["encoding"], _shape(array["row_shape"]), f"{array['row_bytes']:,}", str(array["views"])]
         for name, array in facts["arrays"].items()
