@@ -88,7 +88,7 @@ def test_a_file_with_many_faults_shows_the_first(workplace, monkeypatch):
     ("change", "text"),
     [
         (lambda lines: [lines[0], b"\xff" + lines[1]],
-         "line 2 of 'r/metrics.jsonl' is not text: byte 0 is not UTF-8"),
+         "line 2 of 'r/metrics.jsonl' is not JSON: it is not text (byte 0 is not UTF-8)"),
         (lambda lines: [lines[0], b"{"], "line 2 of 'r/metrics.jsonl' is not JSON: Expecting property name"),
         (lambda lines: [lines[0], b'{"epoch": 1, "seconds": 1.0}'],
          "line 2 of 'r/metrics.jsonl' is damaged: evaluation: Field required"),
