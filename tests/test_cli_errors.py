@@ -275,7 +275,8 @@ DOMAIN = [
      "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
      "Linear: tap the one before the activation"),
     (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
-    (f"{WRITE} --encoding topk", "encoding 'topk' does not say how many entries to keep, as topk:10 does"),
+    (f"{WRITE} --encoding topk",
+     "encoding 'topk' has no number of entries to keep, expected topk:K such as topk:10"),
     (f"{WRITE} --encoding bits", "unknown encoding 'bits'."),
     (f"{WRITE} --tap hidden1 --feature-encoding topk:3", "unknown encoding 'topk'."),
     (f"{WRITE} --classes no.yaml", "cannot read 'no.yaml': No such file or directory"),

@@ -19,8 +19,8 @@ from coursepack.data.sources.cache import cache_folder
 def looks(monkeypatch):
     """Paths whose headers are read, and samples that are decoded."""
     seen = []
-    look, decode = scan.look, files.ImageFiles._decode
-    monkeypatch.setattr(scan, "look", lambda path: seen.append(path) or look(path))
+    look, decode = scan.inspect_image, files.ImageFiles._decode
+    monkeypatch.setattr(scan, "inspect_image", lambda path: seen.append(path) or look(path))
     monkeypatch.setattr(files.ImageFiles, "_decode", lambda self, i: seen.append(i) or decode(self, i))
     return seen
 

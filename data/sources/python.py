@@ -186,7 +186,7 @@ def _load(name: str, data: Any, index: int, channels: int) -> NDArray[np.uint8]:
 def _array(name: str, index: int, image: Any, channels: int | None = None) -> NDArray[np.uint8]:
     """Convert an image of any accepted type to `(H, W, channels)` uint8.
 
-    PIL images are converted to the values number of channels.
+    PIL images are converted to the given number of channels.
     """
     import torch
     from PIL import Image
@@ -205,7 +205,7 @@ def _array(name: str, index: int, image: Any, channels: int | None = None) -> ND
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((1,), (3,)):
         raise SourceError(
             f"source {name!r}: the image of sample {index} is a {actual}, expected a PIL image, a uint8 "
-            "array (H, W, channels) or (H, W), or a uint8 tensor (channels, H, W). Remove the transforms from "
-            "the data set"
+            "array (H, W, channels) or (H, W), or a uint8 tensor (channels, H, W). Remove the data set's "
+            "transforms"
         )
     return np.ascontiguousarray(image)

@@ -139,7 +139,7 @@ def inspect_image(path: str) -> tuple[int, int, str]:
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str = "") -> list[R]:
     """Apply `work` to every item in threads and return the results in order.
 
-    With a title, progress is meters if there are many items.
+    With a title, progress is shown if there are many items.
     """
     pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
     results: list[R] = []

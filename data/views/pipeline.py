@@ -36,7 +36,7 @@ class Pipeline(Config):
     def _check_format(cls, factory: str) -> str:
         module, _, name = factory.partition(":")
         if not (module and name):
-            raise ValueError(f"factory is {factory!r}, expected module:function")
+            raise ValueError("expected module:function")
         return factory
 
     def draw(self, draws: Draws, reference_size: int) -> NDArray[np.int32]:
