@@ -293,7 +293,7 @@ def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_pat
         asked = command(precompute, "verify", "--store", store, "--content", *words)
         assert (asked.exit_code, said in asked.stderr, "Traceback" in asked.stderr) == (1, False, False)
         assert "sound" not in asked.stdout
-        assert ("if it is elsewhere, give --root" in asked.stderr) == (words == [])
+        assert ("if the files have moved, give --root" in asked.stderr) == (words == [])
     assert command(precompute, "verify", "--store", store, "--content", "--root", aside).exit_code == 0
 
 
@@ -318,7 +318,7 @@ def test_a_store_remembers_where_its_source_is(folder_store, tmp_path, monkeypat
     gone = command(distill, *train, "--out", tmp_path / "other")
     assert (gone.exit_code, (tmp_path / "other").exists()) == (1, False)
     assert "there is no such folder" in gone.stderr
-    assert "if it is elsewhere, give --root" in gone.stderr
+    assert "if the files have moved, give --root" in gone.stderr
     told = command(distill, *train, "--root", "aside", "--out", tmp_path / "other")
     assert told.exit_code == 0, told.output
     teacher, source = tmp_path / "two" / "mlp", open_source("folder", aside)

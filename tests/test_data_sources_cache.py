@@ -140,7 +140,7 @@ def test_large_trees_stay_on_disk(tree, monkeypatch):
 def test_progress_of_a_long_scan(tree, monkeypatch, capsys, own_cache):
     open_source("folder", tree)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(scan, "LONG", 9)
+    monkeypatch.setattr(scan, "MANY", 9)
     shutil.rmtree(own_cache)
     open_source("folder", tree)
     assert "scan folder:train: 9 of 9 files" in capsys.readouterr().err

@@ -52,21 +52,21 @@ def open_source(spec: str, root: Path | None = None) -> Source:
     return source if held is None else hold_out(source, held)
 
 
-def open_stored(spec: str, root: Path | None, kept: str | None) -> Source:
+def open_stored(spec: str, root: Path | None, recorded_root: str | None) -> Source:
     """Open the source that a store's teacher saw, from `root`, else from the folder recorded in the store.
 
     Args:
         spec: name of the source, as for `open_source`.
         root: folder of the files now, if they have moved.
-        kept: folder that the store recorded.
+        recorded_root: folder that the store recorded.
 
     Raises:
         SourceError: as `open_source`, or the recorded folder no longer exists.
     """
-    if root is not None or kept is None:
+    if root is not None or recorded_root is None:
         return open_source(spec, root)
     try:
-        return open_source(spec, Path(kept))
+        return open_source(spec, Path(recorded_root))
     except SourceError as error:
         raise SourceError(
             f"{error} This folder is recorded in the store: if the files have moved, give --root"

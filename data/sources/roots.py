@@ -24,7 +24,7 @@ class Layout:
     contents: str
     """Description of the expected files, for error messages."""
     download: str
-    """Sentence that says where to download the files; empty for a user's own files."""
+    """Download instructions as a sentence; empty for a user's own files."""
 
     def root(self, spec: Spec, root: Path | None) -> Path:
         """Return the given root as an absolute path.
