@@ -275,7 +275,8 @@ DOMAIN = [
      "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
      "Linear: tap the one before the activation"),
     (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
-    (f"{WRITE} --encoding topk", "encoding 'topk' does not say how many entries to keep, as topk:10 does"),
+    (f"{WRITE} --encoding topk",
+     "encoding 'topk' has no number of entries to keep, expected topk:K such as topk:10"),
     (f"{WRITE} --encoding bits", "unknown encoding 'bits'."),
     (f"{WRITE} --tap hidden1 --feature-encoding topk:3", "unknown encoding 'topk'."),
     (f"{WRITE} --classes no.yaml", "cannot read 'no.yaml': No such file or directory"),
@@ -310,7 +311,7 @@ USAGE = [
     (f"{ALONE} --threads 0", "'--threads': 0 is not in the range x>=1"),
     (f"{ALONE} --checkpoint-seconds -1", "'--checkpoint-seconds': -1.0 is not in the range x>=0"),
     (f"{ALONE} --views 0", "'--views': 0 is not in the range x>=1"),
-    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range x>=0"),
+    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range 0<=x<"),
     (f"{ALONE} --hard-weight -1", "'--hard-weight': -1.0 is not in the range x>=0"),
     (f"{ALONE} --teacher-weights 1,x", "'1,x' is not numbers with commas between, as in 0.5,0.3,0.2"),
     ("distill train --student digits-small", "Missing option '--out'"),

@@ -125,5 +125,5 @@ def _range(number: type, bounds: Sequence[Any]) -> click.ParamType:
     for bound in bounds:
         for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
             if hasattr(bound, name):
-                limits |= {side: number(getattr(bound, name)), f"{side}_open": name in ("gt", "lt")}
+                limits |= {side: getattr(bound, name), f"{side}_open": name in ("gt", "lt")}
     return (click.IntRange if number is int else click.FloatRange)(**limits)
