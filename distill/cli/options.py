@@ -119,7 +119,7 @@ def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
     return bool if annotation is bool else str
 
 
-def _range(number: type, bounds: Sequence[Any]) -> click.ParamType:
+def _range(number: type, bounds: Sequence[Any]) -> click.IntRange | click.FloatRange:
     """Return click's range of numbers within pydantic's bounds."""
     limits: dict[str, Any] = {}
     for bound in bounds:
