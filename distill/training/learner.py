@@ -74,7 +74,8 @@ class Learner(nn.Module):
 
     def rows_for(self, batch: Batch) -> Batch:
         """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples."""
-        return batch if batch.whole is None or not self.objective.needs.whole_batch else batch.whole
+        couples = bool(self.objective.needs.whole_batch)
+        return batch.global_batch if couples and batch.global_batch is not None else batch
 
     def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
         """Return the student's logits and the objective's value on one batch.
@@ -134,5 +135,5 @@ def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     Convolutions on a CPU are faster in this format, whatever the format of the weights.
     """
     size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
-    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalised(size, *levels)
+    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalized(size, *levels)
     return images.contiguous(memory_format=torch.channels_last)

@@ -69,7 +69,7 @@ class EpochMetrics:
 
     def add(self, output: LearnerOutput, batch: Batch) -> None:
         """Add one batch. Each rank adds its share; a batch that every rank computed whole counts once."""
-        if batch.whole is None and not self._ranks.is_first:
+        if batch.global_batch is None and not self._ranks.is_first:
             return
         count, labels = len(batch), batch.main_labels
         logits = output.student_logits.detach().float()

@@ -99,4 +99,6 @@ def _share(ranks: int, rows: Batch, micro: Batch, batch: Batch) -> float:
 
     It makes the mean over ranks of the sum over micro-batches equal to the mean over all rows.
     """
-    return len(micro) / len(batch) if rows.whole is None else ranks * len(micro) / len(rows.whole)
+    if rows.global_batch is None:
+        return len(micro) / len(batch)
+    return ranks * len(micro) / len(rows.global_batch)
