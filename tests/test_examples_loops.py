@@ -115,9 +115,9 @@ def test_the_page_shows_the_loop_as_it_is():
 def test_the_other_code_of_the_page_runs(tapped):
     page = (ROOT / "docs" / "library.md").read_text()
     loop, network, images = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"course": open_teacher_stores(tapped), "views": [0], "Renderer": Renderer}
-    names["order"] = epoch_order(subset(names["course"].source, limit=None), seed=0, epoch=0)
+    names = {"teachers": open_teacher_stores(tapped), "views": [0], "Renderer": Renderer}
+    names["order"] = epoch_order(subset(names["teachers"].source, limit=None), seed=0, epoch=0)
     for code in (loop, network, images):
         exec(code, names)
-    logits = Learner(names["student"], Objective(ObjectiveConfig())).predict(names["batch"])
+    logits = Learner(names["student"], Objective(ObjectiveConfig())).predict(names["batch"]).logits
     assert logits.shape == (1442 % 64, 10)
