@@ -20,7 +20,7 @@ from coursepack.data.views import draw, render, stored_view
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
-from coursepack.models.build import reload_teacher
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import tap_from_name
 from coursepack.precompute.job import Job, write_blocks
 from coursepack.precompute.numerics import NumericsGuard

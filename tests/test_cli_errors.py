@@ -252,7 +252,7 @@ DOMAIN = [
      "cannot make the run's folder '/proc/run': No such file or directory. Choose"),
     # Teachers.
     (f"{WRITE} --teacher run:seven",
-     "teacher 'run:seven' tells 7 classes apart, but the source has 10 (0, 1, 2, ...): use a teacher "
+     "teacher 'run:seven' has 7 classes, but the source has 10 (0, 1, 2, ...): use a teacher "
      "trained on the source's classes"),
     (f"{WRITE} --teacher run:no", "there is no run at 'no'. Make one with `distill train --out no`."),
     (f"{WRITE} --teacher run:notes", "run 'notes' has no trained weights: it is unfinished or not a run"),

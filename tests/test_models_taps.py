@@ -20,7 +20,7 @@ from coursepack.data.views import PRESETS, draw, render
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
 from coursepack.kernels import reductions
 from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap
-from coursepack.models.build import reload_teacher
+from coursepack.models.load import reload_teacher
 from coursepack.models.classes import load_columns
 from coursepack.models.taps import KNOWN_REDUCTIONS, tap_from_name
 from coursepack.precompute import run_job

@@ -98,7 +98,7 @@ def test_what_gives_more_than_logits_is_refused():
     network = build_network("resnet20", 10)
     network.module.forward = lambda images: (images, images)
     with pytest.raises(
-        TeacherMismatch, match=r"'resnet20' gives a tuple, expected one tensor of shape \(2, 10\) \(N, C\)"
+        TeacherMismatch, match=r"'resnet20' returns a tuple, expected one tensor of shape \(2, 10\) \(N, C\)"
     ):
         TeacherRunner(network).run(pixels_of(2, size=32))
 

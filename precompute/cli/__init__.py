@@ -13,9 +13,9 @@ from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, p
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
+from coursepack.device import pick_device
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.models.classes import load_columns
-from coursepack.models.teacher import pick_device
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe

@@ -14,7 +14,7 @@ from coursepack.data.store.done import BLOCKS
 from coursepack.data.store.identity import check_complete
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
-from coursepack.models.teacher import pick_device
+from coursepack.device import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
