@@ -1,7 +1,7 @@
 """Networks by name, with the pixels they expect.
 
-The spec of a network is a name in `NETWORKS` or the spec of a hub, such as `timm:NAME`. Networks built here have
-fresh weights; `models.load` gives them trained ones.
+The spec of a network is a name in `NETWORKS` or the spec of a hub, such as `timm:NAME`. Networks built here
+have fresh weights; `models.load` loads trained ones.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
-    """Read a class map and return the teacher's class index for each class of a source, in the source's order.
+    """Read a class map: the teacher's class index for each class of a source, in the source's order.
 
     Args:
         path: YAML file with a list of the teacher's class indices in the order of the source's classes, or a

@@ -1,8 +1,8 @@
 """IEEE float32 arithmetic independent of torch's precision settings.
 
-By default torch lets cuDNN round the inputs of float32 convolutions and recurrent layers to tf32, which has ten
-bits of mantissa, and a caller may have enabled tf32 or bfloat16 for matrix products. The values in a store whose
-precision is `float32` must not depend on either setting.
+By default torch lets cuDNN round the inputs of float32 convolutions and recurrent layers to tf32, which has
+ten bits of mantissa, and a caller may have enabled tf32 or bfloat16 for matrix products. Values in a store
+whose precision is `float32` must not depend on these.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Preprocessing(Config):
         """Return a copy in which the given values replace its own.
 
         Raises:
-            RecipeError: `mean` or `std` has another number of channels, or a standard deviation is not above 0.
+            RecipeError: `mean` or `std` has another number of channels, or a value of `std` is not above 0.
         """
         given = {"size": size, "mean": mean, "std": std}
         values = self.model_dump() | {key: value for key, value in given.items() if value is not None}

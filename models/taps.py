@@ -137,7 +137,7 @@ def tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
         def capture(_module: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
             if not isinstance(output, Tensor):
                 raise TeacherMismatch(
-                    f"layer {layer!r} returns a {type(output).__name__}, expected one tensor: tap another layer"
+                    f"layer {layer!r} returns a {type(output).__name__}, expected one tensor: tap another"
                 )
             # Copied, because the next layer may work in place, as torchvision's ReLUs do.
             outputs[layer] = output.clone()

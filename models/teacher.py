@@ -57,8 +57,8 @@ class TeacherRunner:
             network: the teacher.
             taps: features to return besides the logits.
             device: defaults to the CPU.
-            columns: index of the teacher's class for each class of the source. Defaults to the same classes in
-                the same order.
+            columns: index of the teacher's class for each class of the source. Defaults to the same classes
+                in the same order.
 
         Raises:
             UnknownName: a tap names a layer that the network does not have.
@@ -94,7 +94,7 @@ class TeacherRunner:
             logits = logits[:, list(self.columns)]
         if unused := [layer for layer in self._layers if layer not in outputs]:
             raise TeacherMismatch(
-                f"teacher {self.network.spec!r} does not run layer {unused[0]!r} in its forward pass: tap another"
+                f"teacher {self.network.spec!r} never runs layer {unused[0]!r}: tap another layer"
             )
         features = {}
         for tap in self.taps:

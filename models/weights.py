@@ -65,8 +65,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
                 f"{len(wrapped)} of them ({', '.join(wrapped)})" if wrapped else f"{list(state)[:5]!r:.100}"
             )
         raise TeacherMismatch(
-            f"{str(path)!r} holds no state dict, expected a mapping from parameter names to tensors, at the top "
-            f"level or under one of the keys {', '.join(WRAPPERS)}; it holds {held}"
+            f"{str(path)!r} holds no state dict, expected a mapping from parameter names to tensors, "
+            f"directly or under one of the keys {', '.join(WRAPPERS)}; it holds {held}"
         )
     say(f"{path}: using the state dict under {wrapped[0]!r}")
     return dict(state[wrapped[0]])

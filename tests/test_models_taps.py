@@ -20,8 +20,8 @@ from coursepack.data.views import PRESETS, draw, render
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
 from coursepack.kernels import reductions
 from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap
-from coursepack.models.load import reload_teacher
 from coursepack.models.classes import load_columns
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import KNOWN_REDUCTIONS, tap_from_name
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main as precompute
@@ -188,7 +188,7 @@ def test_margins_are_those_of_a_batch_normalisation(layer, kind):
 def test_margins_need_weight_and_bias():
     network = build_network(NETWORK, 10)
     network.module.layer1[0].bn1 = nn.BatchNorm2d(32, affine=False)
-    with pytest.raises(TeacherMismatch, match=r"needs a batch normalisation with weight and bias"):
+    with pytest.raises(TeacherMismatch, match=r"needs a batch normalization with weight and bias"):
         TeacherRunner(network, [parse_tap("layer1.0.bn1:margin")])
 
 
