@@ -284,7 +284,7 @@ def test_a_source_that_is_another_one_is_a_problem(folder_store):
 
 def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_path):
     store, root = folder_store
-    said = "views are not drawn again, because their source is not at hand: "
+    said = "the views are not checked, because their source cannot be opened: "
     aside = root.rename(tmp_path / "aside")
     for words in ([], ["--root", tmp_path / "gone"]):
         found = command(precompute, "verify", "--store", store, *words)

@@ -449,7 +449,7 @@ def test_json_of_a_repair_and_of_a_deep_check(store, command):
     assert (result.exit_code, json.loads(result.stdout)) == (0, {**facts, "rows": 50})
     shown = command("verify", "--store", store, "--deep", 50).stdout
     assert "sound" in shown
-    assert "50 rows as the teacher gives them now" in shown
+    assert "50 rows equal to the teacher's outputs" in shown
 
 
 def test_repair_of_some_views_leaves_a_store_that_can_be_extended(store, command, teacher, written):

@@ -153,7 +153,7 @@ def test_other_formats_are_refused(stores, tmp_path, name):
 
 def test_what_cannot_be_drawn_is_said(stores, colour, teachers, tmp_path):
     views = inspect(stores[0], "--views", 2)
-    assert (views.exit_code, "--views is of the picture: give --out grid.png too" in views.stderr) == (
+    assert (views.exit_code, "--views applies to the picture: give --out grid.png too" in views.stderr) == (
         2,
         True,
     )
