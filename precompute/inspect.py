@@ -1,4 +1,4 @@
-"""Statistics of stores: accuracy and calibration of teachers, fidelity of encodings, agreement of teachers."""
+"""Statistics of stores: teachers' accuracy and calibration, fidelity of encodings, agreement."""
 
 from __future__ import annotations
 

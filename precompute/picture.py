@@ -93,7 +93,7 @@ def draw_grid(
 
 
 def _axes(figure: Any, shape: tuple[int, int], lines: int) -> list[list[Any]]:
-    """Return axes for the images by row and column, with space for a title above and `lines` lines below each."""
+    """Return axes for the images by row and column, with space for a title and `lines` lines each."""
     rows, columns = shape
     wide, high = INCHES + GAP, LINE + INCHES + LINE * lines + GAP
     width, height = wide * columns, high * rows

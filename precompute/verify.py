@@ -109,7 +109,7 @@ def source_of_stores(
 
     Raises:
         UntrustedCode: the first manifest names Python code for the source, and `trust_code` is false.
-        StoreMismatch: the stores were written from different pixels, or the opened source differs from theirs.
+        StoreMismatch: the stores were written from different pixels, or from another source.
         SourceError, RecipeError: the source cannot be opened.
     """
     first = manifests[0].identity
@@ -121,8 +121,8 @@ def source_of_stores(
     source = open_stored(name, root, manifests[0].source_root)
     if source.fingerprint != first["source"]["fingerprint"]:
         raise StoreMismatch(
-            f"source {source.name!r} has fingerprint {source.fingerprint[:12]}, but the store was written from "
-            f"{first['source']['fingerprint'][:12]}: give the --root of the store's source"
+            f"source {source.name!r} has fingerprint {source.fingerprint[:12]}, but the store was written "
+            f"from {first['source']['fingerprint'][:12]}: give the --root of the store's source"
         )
     return source
 
@@ -135,7 +135,7 @@ def check_views(
     content: bool = False,
     trust_code: bool = False,
 ) -> tuple[str, ...]:
-    """Check that this version of coursepack renders the same views as those that a store was written from.
+    """Check that this version of coursepack renders the views that a store was written from.
 
     If the source cannot be opened or is not trusted, the check is skipped with a message on stderr, unless
     `content` is true.
@@ -179,7 +179,7 @@ def check_views(
 
 
 def _begun(path: Path, manifest: Manifest) -> float:
-    """Return the time when a store was begun: the modification time of its labels, which are written once."""
+    """Return the time when a store was begun: that of its labels, which are written once."""
     return (path / table_key(LABELS, manifest.tables[LABELS].layout)).stat().st_mtime
 
 

@@ -279,7 +279,9 @@ def test_a_source_that_is_another_one_is_a_problem(folder_store):
     write_bitmap(bitmap(root, int(sampled(FILES)[0])), "other")
     found = command(precompute, "verify", "--store", store, "--root", root)
     assert found.exit_code == 1
-    assert found.stdout.startswith("source 'folder:train' here is not the one that the teacher saw\n")
+    assert found.stdout.startswith(
+        "source 'folder:train' differs from the one that the store was written from\n"
+    )
 
 
 def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_path):

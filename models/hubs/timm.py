@@ -6,7 +6,7 @@ Nothing is downloaded: weights come from a file.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coursepack.errors import RecipeError, UnknownName
 from coursepack.models.hubs.base import HubNetwork
@@ -46,7 +46,7 @@ def build(name: str, classes: int, size: int | None) -> HubNetwork:
         near = difflib.get_close_matches(name, known, n=MAX_NAMES, cutoff=0.4) or known[:MAX_NAMES]
         raise UnknownName("timm network", name, [*near, f"and {len(known) - len(near)} more of timm's"])
     try:
-        published = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+        published: Any = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         tags = timm.list_pretrained(name.partition(".")[0] + ".*")
         raise UnknownName("timm network", name, tags) from error
@@ -56,7 +56,7 @@ def build(name: str, classes: int, size: int | None) -> HubNetwork:
             f"network 'timm:{name}' reads images of {height} x {width} pixels, but views are square: "
             "use another network"
         )
-    options = {"img_size": size} if published.fixed_input_size and size is not None else {}
+    options: dict[str, Any] = {"img_size": size} if published.fixed_input_size and size is not None else {}
     module: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, **options)
     preprocessing = Preprocessing(size=height, mean=tuple(published.mean), std=tuple(published.std))
     return HubNetwork(module, preprocessing, classes)

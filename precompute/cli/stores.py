@@ -53,7 +53,7 @@ Examples:
 @click.command("verify", epilog=EXAMPLES_VERIFY)
 @STORE
 @click.option(
-    "--deep", type=click.IntRange(1), help="Number of random rows to compare by running the teacher again."
+    "--deep", type=click.IntRange(1), help="Number of random rows to compare with the teacher's outputs."
 )
 @click.option("--content", is_flag=True, help="Also compare all of the source with the recorded checksums.")
 @click.option("--repair", "mend", is_flag=True, help="Write damaged files again.")
@@ -122,9 +122,7 @@ Examples:
 @click.command(epilog=EXAMPLES_INSPECT)
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="File of a picture of some samples and views to write."
-)
+@click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
 @JSON
