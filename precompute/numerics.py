@@ -3,7 +3,7 @@
 They determine the last bits of a teacher's outputs, which differ between AVX-512 and AVX2, between GPUs and
 between batch sizes. They are not part of a store's identity: rows of different kinds are equally correct, but
 not the same bytes. Every block records its `environment`; `numerics` is the fingerprint of the entries that
-may change bits. For one value of `numerics`, a store's bytes do not depend on which process wrote which block.
+may change bits. While it is the same, a store's bytes do not depend on which process wrote which block.
 """
 
 from __future__ import annotations
