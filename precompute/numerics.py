@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NUMERICS = "numerics"
 """Key of the fingerprint in an environment."""
 NOT_NUMERIC = ("coursepack", "torchvision", "numpy", NUMERICS)
-"""Keys of an environment that do not change a teacher's outputs for given pixels."""
+"""Keys of an environment that do not affect a teacher's outputs for given pixels."""
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that limit CPU instructions without a change of `cpu_capability`."""
 
@@ -124,7 +124,7 @@ class NumericsGuard:
 
 
 def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return the distinct environments of committed views and of finished blocks of other views."""
+    """Return the distinct environments of committed views and of finished blocks of uncommitted ones."""
     found: list[dict[str, Any]] = []
     for record in manifest.view_records.values():
         _add(found, record["environments"])

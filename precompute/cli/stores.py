@@ -179,7 +179,7 @@ def print_status(store: Path, manifest: Manifest) -> None:
         rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
     rows += _numerics_rows(content["numerics"])
     if len(content["committed_views"]) < content["views"]:
-        rows.append(["finished blocks of other views", str(content["blocks_done_besides"])])
+        rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
     for writer in content["writers"]:
         part = f"part {writer['part_index']}/{writer['part_count']}"
         rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
