@@ -157,7 +157,7 @@ def test_taps_that_cannot_be_had():
     with pytest.raises(TeacherMismatch, match="'digits-resnet' never runs layer 'spare': tap another layer"):
         TeacherRunner(network, [Tap(("spare",))]).run(pixels_of(1))
     attention = torch.nn.Sequential(torch.nn.LSTM(3, 4))
-    text = "layer '0' gives a tuple, expected one tensor"
+    text = "layer '0' returns a tuple, expected one tensor"
     with tapped(attention, ["0"]), pytest.raises(TeacherMismatch, match=text):
         attention(torch.zeros(2, 3))
     assert not attention[0]._forward_hooks
@@ -220,7 +220,7 @@ def test_weights_files_that_are_not_weights_are_refused(tmp_path, monkeypatch, n
         ("script.pt", "it holds TorchScript code, expected only tensors."),
         (
             "nested.pt",
-            "one of the names state_dict, model_state_dict, model, net; it holds ['weights', 'epoch']",
+            "one of the keys state_dict, model_state_dict, model, net; it holds ['weights', 'epoch']",
         ),
         ("two.pt", "it holds 2 of them (model, net)"),
         ("list.pt", "it holds a list"),
