@@ -145,7 +145,7 @@ DOMAIN = [
     (f"{ALONE} --lr-schedule step --milestones 2.5",
      "optimizer.schedule.milestones.0: Input should be a valid integer, got a number with a fractional part"),
     (f"{ALONE} --lr-schedule one_cycle --warmup-epochs 1",
-     "warmup_epochs is set, but shape 'one_cycle' has a rise of its own"),
+     "warmup_epochs is 1, but shape 'one_cycle' has its own warm-up"),
     (f"{ALONE} --lr-schedule step --milestones 1,5 --epochs 5",
      "optimizer.schedule.milestones are [1, 5], but the run ends after epoch 4, so the learning rate would "
      "never fall at 5: give --milestones below 5, or more --epochs"),
@@ -156,7 +156,7 @@ DOMAIN = [
      "the recipe is not valid:\n  objective.divergence: Input should be 'kl', 'reverse_kl', 'js' or 'mse', "
      "got 'klx'"),
     (f"{KD} --store s.zarr --method ka-lsr --set objective.divergence=mse",
-     "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose another of the"),
+     "adjustment 'smooth' returns probabilities, but divergence 'mse' compares logits: choose another"),
     (f"{KD} --store s.zarr --method dtd-cwsm --temperature 30",
      "temperature (T_0) is 30, expected dynamic_temperature.lowest to highest (1 to 20), within which each"),
     (f"{KD} --store s.zarr --method dtd-flsw --set objective.dynamic_temperature.lowest=12",
@@ -175,19 +175,19 @@ DOMAIN = [
      "evaluate on a split of the same data"),
     (f"{ALONE} --set optimizer.betas=[0.9,1]", "optimizer.betas.1: Input should be less than 1, got 1"),
     (f"{ALONE} --set optimizer.nestrov=true", "optimizer.nestrov: unknown key, did you mean 'nesterov'?"),
-    (f"{ALONE} --accumulate 65", "accumulate is 65, but batch_size is 64: a part needs a sample"),
+    (f"{ALONE} --accumulate 65", "accumulate is 65, but batch_size is 64: a micro-batch needs at least one"),
     (f"{KD} --store s.zarr --method dtd-flsw --accumulate 2",
      "accumulate is 2, but method 'dtd-flsw' relates all samples of a batch (dynamic_temperature): leave "
      "accumulate out, or choose a smaller batch_size"),
     (f"{KD} --store s.zarr --method amtml --compile",
-     "compile is set, but method 'amtml' looks inside the student (fusion 'adaptive'), which cannot be done "
-     "through torch.compile: leave compile out"),
+     "compile is set, but method 'amtml' reads layers of the student (fusion 'adaptive'), which "
+     "torch.compile does not support: leave compile out"),
     (f"{ALONE} --views 3 --views-per-load 2 --view-order shuffled",
      "views_per_load is 2, but the run has 3 views in shuffled order: an epoch that ends one round and "
      "begins the next might hold a view of a sample twice. Give a number that divides 3, or leave "
      "view_order out"),
     (f"{ALONE} --out run --resume --lr 0.1",
-     "run 'run' cannot be resumed, since it was begun with something else.\n  "),
+     "run 'run' cannot be resumed, since it was started with other values.\n  "),
     (f"{ALONE} --out notes --resume", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --set student_size=9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
     (f"{ALONE} --student-size 9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
@@ -240,16 +240,16 @@ DOMAIN = [
     (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
     # Where to write.
     (f"{ALONE} --out run",
-     "'run' already holds a run: choose another --out, go on with it by --resume, or remove it "
+     "'run' already holds a run: choose another --out, continue it with --resume, or remove it "
      "(`distill train` has --overwrite)"),
     (f"{ALONE} --out notes", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out notes --overwrite", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out list.yaml",
      "'list.yaml' is a file, expected a folder for the run: choose another --out"),
     (f"{ALONE} --out list.yaml/run",
-     "cannot make the run's folder 'list.yaml/run': Not a directory. Choose another"),
+     "cannot create the run's folder 'list.yaml/run': Not a directory. Choose another"),
     (f"{ALONE} --out /proc/run",
-     "cannot make the run's folder '/proc/run': No such file or directory. Choose"),
+     "cannot create the run's folder '/proc/run': No such file or directory. Choose"),
     # Teachers.
     (f"{WRITE} --teacher run:seven",
      "teacher 'run:seven' has 7 classes, but the source has 10 (0, 1, 2, ...): use a teacher "

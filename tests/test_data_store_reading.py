@@ -23,7 +23,7 @@ from coursepack.data import epoch_order
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store import reader as reader_module
-from coursepack.distill.targets.stores import choose_reading, free_memory
+from coursepack.distill.targets.reading import choose_reading, free_memory
 from coursepack.errors import StoreDamaged
 
 READINGS = ("resident", "mapped", "windowed")

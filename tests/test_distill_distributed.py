@@ -18,7 +18,7 @@ from spawned import drawn, fails_on_all, fails_on_one, on_ranks, one_epoch, resu
 
 from coursepack.data import open_source, view_recipe
 from coursepack.data.views.mixing import Mix
-from coursepack.distill.distributed import ALONE, Ranks, _met
+from coursepack.distill.distributed import ALONE, Ranks, _start_store
 from coursepack.distill.methods import METHODS
 from coursepack.distill.runs.folder import RunFolder, load_run
 from coursepack.distill.runs.train import train
@@ -193,7 +193,7 @@ def test_ranks_meet_in_a_store_that_earlier_ones_have_left(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 3)
     for start in ("first", "second", "third"):
         with ThreadPoolExecutor(3) as pool:
-            corners = [pool.submit(_met, store, index, 3) for index in (2, 1, 0)]
+            corners = [pool.submit(_start_store, store, index, 3) for index in (2, 1, 0)]
         one, two, three = (corner.result() for corner in corners)
         assert not one.check(["left"]), "what earlier ranks left is not seen"
         two.set("left", start)

@@ -22,7 +22,7 @@ from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.requirements import depth_group
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
 
@@ -414,7 +414,7 @@ def test_weights_follow_their_schedule(batch):
         ({"terms": {"hnt": {}}}, "terms.hnt: unknown term 'hnt', did you mean 'hint'?"),
         ({"terms": {"hint": {"weigth": 1}}}, "weigth: unknown key, did you mean 'weight'?"),
         ({"fusion": {"name": "random"}, "terms": {"hint": {"weight": 1}}},
-         "hints need every teacher, but fusion 'random' asks one at a time"),
+         "hints need every teacher, but fusion 'random' reads one at a time"),
         ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
         ({"dynamic_temperature": {"kind": "dtd"}}, "kind: Input should be 'none', 'flsw'"),
         ({"soft_weight": {"shape": "step", "epochs": 3}}, "Schedule.shape: Input should be 'warmup'"),

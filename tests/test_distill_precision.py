@@ -152,7 +152,7 @@ def test_a_compiled_student_learns_the_same_and_is_kept_alike(tmp_path, stores):
 
 
 def test_a_student_that_is_looked_into_is_not_compiled(stores):
-    text = r"compile is set, but method '{}' looks inside the student \({}\).*: leave compile out"
+    text = r"compile is set, but method '{}' reads layers of the student \({}\).*: leave compile out"
     with pytest.raises(RecipeError, match=text.format("amtml", "fusion 'adaptive'")):
         prepare(make_recipe(stores, method="amtml", compile=True), CPU)
     with pytest.raises(RecipeError, match=text.format("amtml-hints", "hints, fusion 'adaptive'")):

@@ -15,7 +15,7 @@ from coursepack.distill.losses.base import BuildContext
 from coursepack.distill.losses.relation import angle_loss, distance_loss
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.kernels import soft_target_loss, soft_targets
 
 PUBLISHED = Path(__file__).parent / "golden" / "published"

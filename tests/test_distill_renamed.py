@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.renamed import RENAMED, upgraded
+from coursepack.distill.renamed import RENAMED, upgrade_recipe
 from coursepack.distill.runs.folder import load_run
 from coursepack.models import load_teacher
 
@@ -40,7 +40,7 @@ def test_hints_and_given_weights_are_carried_over():
             "term_weight": 1.0,
         }
     }
-    objective = upgraded(old)["objective"]
+    objective = upgrade_recipe(old)["objective"]
     assert objective["fusion"] == {"name": "fixed", "weights": [1.0, 2.0]}
     assert objective["terms"] == {"hint": {"weight": 0.5, "pairs": []}}
 

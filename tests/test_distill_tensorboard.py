@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from coursepack.distill import train
 from coursepack.distill.cli import main as distill
-from coursepack.distill.runs.tensorboard import Board
+from coursepack.distill.runs.tensorboard import MetricWriter
 from coursepack.errors import RecipeError
 
 
@@ -51,7 +51,7 @@ def test_every_number_is_on_the_board(tmp_path, stores, method):
 
 def test_an_epoch_is_on_the_board_once_it_is_over(tmp_path):
     pytest.importorskip("tensorboard")
-    with Board(tmp_path) as board:
+    with MetricWriter(tmp_path) as board:
         for epoch in range(2):
             board.log({"epoch": epoch, "train": {"loss": 1.5 - epoch}})
             assert curves(tmp_path)["train/loss"] == [(0, 1.5), (1, 0.5)][: epoch + 1]
@@ -60,7 +60,7 @@ def test_an_epoch_is_on_the_board_once_it_is_over(tmp_path):
 def test_a_run_that_goes_on_replaces_what_came_after(tmp_path):
     pytest.importorskip("tensorboard")
     for first, losses in ((0, (5.0, 4.0, 3.0)), (1, (2.0, 1.0))):
-        with Board(tmp_path, first=first) as board:
+        with MetricWriter(tmp_path, first=first) as board:
             for epoch, loss in enumerate(losses, start=first):
                 board.log({"epoch": epoch, "loss": loss})
     assert curves(tmp_path)["loss"] == [(0, 5.0), (1, 2.0), (2, 1.0)]

@@ -16,7 +16,7 @@ from coursepack.distill.losses.base import BuildContext, Loss, Needs, Step, Term
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.distill.training.step import train_step

@@ -234,7 +234,7 @@ def test_parts_are_refused_where_samples_depend_on_each_other(stores):
     for method, text in (("amtml", "angle"), ("dtd-flsw", "dynamic_temperature")):
         with pytest.raises(RecipeError, match=rf"accumulate is 2, but method '{method}' relates.*{text}"):
             prepare(make_recipe(stores, method=method, accumulate=2), CPU)
-    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a part needs a sample"):
+    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a micro-batch"):
         prepare(make_recipe(accumulate=65), CPU)
 
 

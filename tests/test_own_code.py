@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from coursepack.data import ViewRecipe, open_source, view_recipe
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
-from coursepack.distill.targets.opening import open_teacher_stores
+from coursepack.distill.targets.teacher_stores import open_teacher_stores
 from coursepack.errors import UntrustedCode
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job

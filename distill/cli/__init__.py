@@ -1,4 +1,4 @@
-"""The command `distill`: train students, evaluate and compare them."""
+"""Command `distill`: trains, evaluates and compares students."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coursepack.distill.cli.train import train_command
 @click.group(cls=Commands)
 def main() -> None:
     """Train students from precomputed stores, evaluate them and compare their runs."""
-    # A mapped file that is cut short while it is read ends the process by SIGBUS: at least say where.
+    # Reading a mapped file that was truncated kills the process with SIGBUS: print a traceback then.
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
 

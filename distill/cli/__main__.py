@@ -1,4 +1,4 @@
-"""`python -m coursepack.distill.cli`, as torchrun starts it."""
+"""Entry point of `python -m coursepack.distill.cli`, for torchrun."""
 
 from coursepack.distill.cli import main
 

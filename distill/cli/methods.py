@@ -1,4 +1,4 @@
-"""The command `distill methods`."""
+"""Command `distill methods`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from coursepack.errors import UnknownName
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
-    """Say what each method computes, where it is from, and what it needs.
+    """List the methods, or print formula, source, needs and defaults of one.
 
-    Every default can be replaced with --set objective.FIELD=VALUE.
+    Replace any default with `distill train --set objective.FIELD=VALUE`.
     """
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)
-    told = [describe(each) for each in METHODS if name in (None, each)]
+    methods = [describe(each) for each in METHODS if name in (None, each)]
     if as_json:
-        click.echo(json.dumps(told, indent=1))
+        click.echo(json.dumps(methods, indent=1))
     elif name is None:
-        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in told])
+        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in methods])
     else:
-        click.echo("\n".join(_described(told[0])))
+        click.echo("\n".join(_described(methods[0])))
 
 
 def _described(method: dict[str, Any]) -> list[str]:

@@ -55,14 +55,14 @@ FIELDS = {
     "label-smoothing": "objective.label_smoothing",
     "teacher-weights": "objective.fusion.weights",
 }
-"""Recipe field by option. Every other field is set by `--set FIELD=VALUE`."""
+"""Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
 
 DEFAULTS = {
     "method": "kd with stores, else supervised",
     "source": "the stores'",
     "view": "the stores'",
 }
-"""Defaults that are no constant."""
+"""Help text for defaults that are not constants."""
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given_options(options: dict[str, Any]) -> list[tuple[str, str, Any]]:
-    """Return flag, recipe field and value of every option that was given."""
+    """Return flag, recipe field and value of every given option."""
     flags = {name: name.replace("_", "-") for name in options}
     return [
         (f"--{flags[name]}", FIELDS[flags[name]], value)
@@ -87,7 +87,7 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     kind = _kind(field.annotation, field.metadata)
     text = " ".join((field.description or "").split())
     default = DEFAULTS.get(name)
-    # A method brings its own objective, so its fields have no default of their own.
+    # Defaults of objective fields depend on the method, so no default is shown for them.
     if default is None and not field.is_required() and not path.startswith("objective."):
         default = None if field.default in (None, False, ()) else str(field.default)
     shown = text + (f"  [default: {default}]" if default else "")
@@ -102,7 +102,7 @@ def _option(name: str, path: str) -> Callable[..., Any]:
 
 
 def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
-    """Return click's type for a field; `bool` stands for a flag and `tuple` for a list."""
+    """Return click's type for a field; `bool` means a flag and `tuple` a list of numbers."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *marks = get_args(annotation)

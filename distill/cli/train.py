@@ -1,4 +1,4 @@
-"""The command `distill train`."""
+"""Command `distill train`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import click
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
 from coursepack.distill.cli.options import given_options, recipe_options
-from coursepack.distill.distributed import joined
+from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.resolve import resolve_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,22 +32,22 @@ Examples:
 @click.command("train", epilog=EXAMPLES_TRAIN)
 @click.argument("recipe_file", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @recipe_options
 @click.option("--workers", type=click.IntRange(0),
-              help="Processes that decode and render.  [default: one per core for image files]")  # fmt: skip
+              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option(
-    "--set", "assignments", multiple=True, help="Any recipe field, as key.subkey=value. Repeatable."
+    "--set", "assignments", multiple=True, help="Recipe field to set, as key.subkey=value. Repeatable."
 )
 @click.option("--smoke", is_flag=True,
-              help="Run it for two epochs on made-up data and teachers, to see that it runs.")  # fmt: skip
+              help="Test the recipe: train for two epochs on synthetic data and teachers.")  # fmt: skip
 @click.option("--resume", is_flag=True,
-              help="Go on with a run that was interrupted; begin it where there is none.")  # fmt: skip
+              help="Continue an interrupted run, or start a new one if there is none.")  # fmt: skip
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
-              help="Time between checkpoints; 0 means after every step.")  # fmt: skip
+              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),
-              help="Threads of torch and the kernels.  [default: one per core]")  # fmt: skip
-@click.option("--tensorboard", is_flag=True, help="Write metrics for TensorBoard into the run, too.")
+              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
+@click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
 @TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
@@ -65,19 +65,19 @@ def train_command(
     assignments: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train one student: from stores, from their teachers run live, or alone.
+    """Train a student from stores, from teachers run live, or without teachers.
 
-    Options replace fields of RECIPE_FILE. The recipe as used is kept in the run's folder.
+    Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """
-    with joined(device) as (ranks, own):
+    with process_group(device) as (ranks, own):
         values = {} if recipe_file is None else load_recipe(recipe_file)
         changes: dict[str, Any] = {}
         _apply(changes, options, assignments)
         if "method" in values and changes.get("method", values["method"]) != values["method"]:
-            values.pop("objective", None)  # those numbers are another method's
+            values.pop("objective", None)  # its fields belong to the file's method
         _apply(values, options, assignments)
         where = "the recipe" if recipe_file is None else str(recipe_file)
-        recipe = complete(values, where, smoke=smoke, trust_code=trust_code)
+        recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         how: dict[str, Any] = {
             "overwrite": overwrite,
             "resume": resume,
@@ -103,10 +103,10 @@ def train_command(
 
 
 def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Put the options and assignments that were given into a recipe's plain values.
+    """Apply options and assignments to a recipe's plain values in place.
 
     Raises:
-        UnknownName, RecipeError: no such view, or options that do not fit the recipe.
+        UnknownName, RecipeError: a view does not exist, or an option does not fit the recipe.
     """
     for flag, field, value in given_options(options):
         plain = view_recipe(value).model_dump(mode="json") if field == "view" else value

@@ -1,4 +1,4 @@
-"""From the fields that someone gave to a whole recipe: what stores and method say fills the gaps."""
+"""Resolution of recipes: fields that are not given are filled in from the stores and the method."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from coursepack.errors import RecipeError
 from coursepack.imports import check_trusted
 
 
-def complete(
+def resolve_recipe(
     values: dict[str, Any], where: str, *, smoke: bool = False, trust_code: bool = False
 ) -> TrainRecipe:
-    """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.
+    """Return a complete recipe from plain values, with missing fields taken from the stores and the method.
+
+    Args:
+        values: recipe fields; changed in place.
+        where: file or command that the fields came from, for error messages.
+        smoke: open neither stores nor sources, for a smoke run.
+        trust_code: allow stores to name Python code for sources and views.
 
     Raises:
-        UntrustedCode: a store names Python code for a source or a view that the values leave out, and
+        UntrustedCode: a store names Python code for a source or view that `values` leaves out, and
             `trust_code` is false.
-        RecipeError: something is missing, unknown or out of range.
+        RecipeError: a field is missing, unknown or out of range.
     """
     if isinstance(values.get("view"), str):
         values["view"] = view_recipe(values["view"])
@@ -36,7 +42,7 @@ def complete(
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
     values.setdefault("method", _usual_method(values))
-    kept = None
+    stored_root = None
     if stores and not smoke:
         first = open_stores(stores)[0]
         identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
@@ -46,17 +52,17 @@ def complete(
         if "view" not in values:
             values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
         if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
-            kept = first.manifest.source_root
+            stored_root = first.manifest.source_root
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
     if smoke:
         classes = len(open_source(stand_in(values["source"])).class_names)
     else:
-        source = open_stored(values["source"], root, kept)
+        source = open_stored(values["source"], root, stored_root)
         values["source"], classes = source.name, len(source.class_names)
-        if root is None and kept is not None:
-            root, values["root"] = Path(kept), kept
+        if root is None and stored_root is not None:
+            root, values["root"] = Path(stored_root), stored_root
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))
@@ -72,9 +78,9 @@ def _usual_method(values: dict[str, Any]) -> str:
 
 
 def _check_fields(values: dict[str, Any], where: str) -> None:
-    """Refuse fields that do not exist or are out of range, before anything is opened.
+    """Check the given fields before anything is opened.
 
-    An objective is checked beside the numbers of its method, of which it may replace a few.
+    Fields of the objective are checked together with the method's defaults, which they may replace in part.
     """
     changes, method = values.get("objective"), values.get("method", _usual_method(values))
     if isinstance(changes, dict) and method in METHODS:

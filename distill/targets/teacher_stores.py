@@ -1,4 +1,4 @@
-"""Stores of teachers, opened and checked, with the source and the view recipe that the teachers saw."""
+"""Teachers' stores, opened and checked together with the source and view recipe they were written from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,9 @@ from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import stored_view
-from coursepack.distill.targets.stores import (
-    FEATURES,
-    CachedTargets,
-    choose_reading,
-    common_views,
-    free_memory,
-    open_stores,
-)
+from coursepack.distill.targets.base import FEATURES
+from coursepack.distill.targets.reading import choose_reading, free_memory
+from coursepack.distill.targets.stores import CachedTargets, common_views, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 from coursepack.imports import check_trusted
 
@@ -38,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherStores:
-    """Stores that belong together, with the source and the view recipe that their teachers saw."""
+    """Stores of one source and view recipe, together with these."""
 
     source: Source
     view: ViewRecipe
     readers: tuple[StoreReader, ...]
-    """One per store, in the order given."""
+    """Reader of each store, in the given order."""
     root: str | None = None
     """Folder of the source's files, if it has any."""
 
@@ -60,18 +55,18 @@ def open_teacher_stores(
 
     Args:
         stores: paths, one per teacher.
-        source: the opened source; None means what the stores name.
-        view: the view recipe; None means the stores' own.
-        root: folder of the source's files; None means the folder that the stores' teachers read them from.
-        trust_code: open the source and the views of the stores even if these name Python code for them.
+        source: an opened source; defaults to the source named in the stores.
+        view: view recipe; defaults to that of the stores.
+        root: folder of the source's files; defaults to the folder recorded in the stores.
+        trust_code: allow stores to name Python code for their source and views.
 
     Raises:
         RecipeError: no store is given.
-        UntrustedCode: the stores name Python code, and `trust_code` is false.
+        UntrustedCode: a store names Python code, and `trust_code` is false.
         StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
-        StoreMismatch: stores, source and view do not belong together.
-        TeacherMismatch: teachers of other classes than the source's.
-        SourceError: the source's files are missing or damaged.
+        StoreMismatch: stores, source and view recipe do not match.
+        TeacherMismatch: a teacher has other classes than the source.
+        SourceError: files of the source are missing or damaged.
     """
     if not stores:
         raise RecipeError("there is no store to learn from: give at least one")
@@ -97,18 +92,18 @@ def make_targets(
     reading: Reading | Literal["auto"] = "auto",
     allow_drift: bool = False,
 ) -> CachedTargets:
-    """Open the targets in the stores that the objectives read.
+    """Return the source of targets for some objectives, read from stores.
 
     Args:
         stores: the teachers' stores.
-        objectives: one per student that trains on the same batches.
-        views: number of views to take; None means all that the stores have in common.
-        device: device of the targets; None means the CPU.
+        objectives: the objective of each student that trains on the same batches.
+        views: number of views to use; defaults to all that the stores have in common.
+        device: device of the targets; defaults to the CPU.
         reading: `resident`, `mapped` or `windowed`; `auto` chooses by size and free memory.
         allow_drift: accept views that this version renders differently, and list them in `drift`.
 
     Raises:
-        StoreMismatch: the stores have no committed view in common, or their views have drifted.
+        StoreMismatch: the stores have no committed view in common, or this version renders other views.
         RecipeError: the stores have fewer views in common than `views`.
     """
     return open_targets(
@@ -131,10 +126,16 @@ def open_targets(
     allow_drift: bool,
     free_bytes: int | None = None,
 ) -> CachedTargets:
-    """Open the given arrays of each store; `free_bytes` is the memory that may be used.
+    """Return the source of the given arrays of each store; arguments and errors otherwise as `make_targets`.
 
-    Raises:
-        StoreMismatch, RecipeError: as `make_targets`.
+    Args:
+        stores: the teachers' stores.
+        arrays: names of the arrays to read from each store.
+        views: number of views to use; None means all that the stores have in common.
+        device: device of the targets.
+        reading: `resident`, `mapped` or `windowed`; `auto` chooses by size and free memory.
+        allow_drift: accept views that this version renders differently.
+        free_bytes: memory that `auto` may use; defaults to the free memory.
     """
     chosen = common_views(stores.readers, arrays, views)
     drifted = check_drift(stores, chosen, allowed=allow_drift)
@@ -147,7 +148,7 @@ def open_targets(
 
 
 def arrays_of(stores: TeacherStores, *objectives: Objective) -> list[list[str]]:
-    """Return the names of the arrays that the objectives read of each store."""
+    """Return the names of the arrays that the objectives read from each store."""
     return [
         list(
             dict.fromkeys(
@@ -164,12 +165,12 @@ def arrays_of(stores: TeacherStores, *objectives: Objective) -> list[list[str]]:
 
 
 def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -> tuple[str, ...]:
-    """Return the differences between the stores' views and those that this version makes.
+    """Return the differences between the stores' views and those that this version renders.
 
     Raises:
-        StoreMismatch: there are differences, and they are not allowed.
+        StoreMismatch: there are differences, and `allowed` is false.
     """
-    found: list[str] = []
+    differences: list[str] = []
     for reader in stores.readers:
         lines = drift(reader.manifest, stores.source, stores.view, views)
         if lines and not allowed:
@@ -177,12 +178,12 @@ def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -
             written = next(iter(reader.manifest.view_records.values()))["environments"]
             raise StoreMismatch(
                 f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
-                f"{len(lines)} of what was looked at differ. It was written with {written}. Install those "
-                "versions, run `precompute run` again into a new store, or train all the same with "
-                "--allow-drift (allow_drift=True in Python), which the run will say."
+                f"Differences: {len(lines)}. It was written with {written}. Install those versions, run "
+                "`precompute run` again into a new store, or train anyway with --allow-drift "
+                "(allow_drift=True in Python), which is recorded in the run's provenance."
             )
-        found += [f"{reader.name}: {line}" for line in lines]
-    return tuple(found)
+        differences += [f"{reader.name}: {line}" for line in lines]
+    return tuple(differences)
 
 
 def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
@@ -197,7 +198,7 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
         table = difference_table(identity["view"]["recipe"], view.model_dump(mode="json"), "store", "recipe")
         raise StoreMismatch(
             f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
-            "Leave the view out, and the store's own is used."
+            "Leave the view out to use the store's own."
         )
     if len(reader.manifest.class_names) != len(source.class_names):
         raise TeacherMismatch(
@@ -214,6 +215,6 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
     if len(others):
         raise StoreMismatch(
             f"store {str(reader.path)!r} has other labels than source {source.name!r} for {len(others):,} of "
-            f"{len(labels):,} samples ({summarize_names(map(str, others))}), though its manifest vouches for "
-            "them, so what else was changed cannot be told: run `precompute run` again into a new store"
+            f"{len(labels):,} samples ({summarize_names(map(str, others))}), although their checksum is "
+            "right, so other data may have changed too: run `precompute run` again into a new store"
         )
