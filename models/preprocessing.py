@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config
 from coursepack.errors import RecipeError
-from coursepack.kernels import normalise
+from coursepack.kernels import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Preprocessing(Config):
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
             gray = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             return ((gray - self.mean[0]) / self.std[0]).contiguous()
-        return normalise(pixels, *levels)
+        return normalize(pixels, *levels)
 
     def levels(self, given: int) -> tuple[list[int], Tensor] | None:
         """Return the normalization as a table lookup, or None if color pixels have to be converted to gray.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
-from coursepack.kernels import reductions
+from coursepack.models import reductions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

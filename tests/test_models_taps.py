@@ -18,8 +18,7 @@ from coursepack.data import open_source
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.views import PRESETS, draw, render
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
-from coursepack.kernels import reductions
-from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap
+from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap, reductions
 from coursepack.models.classes import load_columns
 from coursepack.models.load import reload_teacher
 from coursepack.models.taps import KNOWN_REDUCTIONS, tap_from_name

@@ -1,7 +1,7 @@
-"""The two records that tell a compiled loss what to do: one of the call, one of each teacher.
+"""Layout of the records that a compiled loss reads: one for the call, one for each teacher.
 
-Every field is a 64-bit integer or float, so that a record is packed in one step. An address of 0 means that
-there is no such tensor; strides are in elements.
+Every field is a 64-bit integer or float, so a record is packed in one step. An address of 0 means that the
+tensor is absent; strides count elements.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK = range(5)
-"""How a row is stored."""
+"""Storage kinds of a row."""
 NONE, SHIFT, SMOOTH = range(3)
-"""What is done with a wrong teacher, in the order of `arguments.ADJUSTMENTS`."""
+"""Adjustments of a wrong teacher, in the order of `spec.ADJUSTMENTS`."""
 
 _CALL = {
     "rows": "q",
     "classes": "q",
     "teachers": "q",
-    "chunk": "q",  # rows that a thread takes at a time
+    "chunk": "q",  # rows per chunk
     "state": "q",  # int64: the next chunk, the next thread, the first bad row + 1
     "scratch": "q",  # float32, `scratch_stride` for each thread
     "scratch_stride": "q",
@@ -37,7 +37,7 @@ _CALL = {
     "row_weight": "q",  # (N,) float32
     "temperature": "q",  # float32
     "temperature_stride": "q",
-    "fixed_temperature": "d",  # where there is no such tensor
+    "fixed_temperature": "d",  # if there is no tensor
     "weights": "q",
     "weights_row": "q",
     "weights_column": "q",
@@ -73,6 +73,6 @@ def _record(fields: dict[str, str]) -> np.dtype[Any]:
 CALL, TEACHER = _record(_CALL), _record(_TEACHER)
 CALL_BYTES = CALL.itemsize
 pack_call = struct.Struct("".join(_CALL.values())).pack
-"""Bytes of a call's record from its fields in order."""
+"""Packs the fields of a CALL record, in order, to bytes."""
 pack_teacher = struct.Struct("".join(_TEACHER.values())).pack
-"""Bytes of a teacher's record from its fields in order."""
+"""Packs the fields of a TEACHER record, in order, to bytes."""

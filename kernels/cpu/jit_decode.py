@@ -1,7 +1,6 @@
-"""Serial decoders of encoded rows, compiled. Loaded at first use: importing numba is slow.
+"""Serial decoders of encoded rows, compiled. Imported at first use: numba is slow to import.
 
-Serial on purpose: a batch is decoded in tens of microseconds, and a parallel region would fight the student's
-threads for the cores.
+Decoding a batch takes tens of microseconds; a parallel region would compete with the student's threads.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def int8_decode(q: np.ndarray, affine: np.ndarray, out: np.ndarray) -> None:
-    """`affine[n, 1] + affine[n, 0] * q` of `q (N, D)` uint8 and `affine (N, 2)` into `out (N, D)` float32."""
+    """Write `affine[n, 1] + affine[n, 0] * q` to `out (N, D)` float32; `q (N, D)` uint8, `affine (N, 2)`."""
     for n in range(q.shape[0]):
         scale, minimum = affine[n, 0], affine[n, 1]
         for d in range(q.shape[1]):
@@ -28,7 +27,7 @@ def topk_decode(
     knots: np.ndarray,
     out: np.ndarray,
 ) -> int:
-    """`TopKRows.decode` on the CPU.
+    """Decode top-k rows on the CPU.
 
     Args:
         ids: `(N, k)` unsigned.
@@ -39,7 +38,7 @@ def topk_decode(
         out: `(N, C)` float32.
 
     Returns:
-        -1, or the first row with an id outside: then nothing of that row was written at it.
+        -1, or the first row with a class id out of range, which is not written.
     """
     classes = out.shape[1]
     dropped = classes - ids.shape[1]
@@ -66,7 +65,7 @@ def topk_decode(
 
 @njit(cache=True, nogil=True)
 def bit_decode(bits: np.ndarray, out: np.ndarray) -> None:
-    """+1 or -1 per bit of `bits (N, B)` uint8, highest bit first, into `out (N, D)` float32."""
+    """Write +1 or -1 for every bit of `bits (N, B)` uint8, highest bit first, into `out (N, D)` float32."""
     for n in range(out.shape[0]):
         for d in range(out.shape[1]):
             bit = (bits[n, d >> 3] >> (7 - (d & 7))) & 1

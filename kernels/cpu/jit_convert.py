@@ -1,7 +1,7 @@
-"""Rows of stored numbers to float32 and back, compiled. Loaded at first use: importing numba is slow.
+"""Conversion of stored rows to float32 and back, compiled. Imported at first use: numba is slow to import.
 
-float16 is converted by the CPU's own instruction where the CPU that is compiled for has one, otherwise by
-integer arithmetic: LLVM would call a library function that is not there, and the process would abort.
+float16 uses the CPU's conversion instruction if the target CPU has one, and integer arithmetic otherwise:
+LLVM would call a library function that is missing, and the process would abort.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from coursepack.kernels.jit_base import float32, intrinsic, njit, types
-from coursepack.kernels.jit_math import (
+from coursepack.kernels.cpu.jit_base import float32, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_math import (
     NO_SIGNED,
     NO_UNSIGNED,
     SUMS,
     highest_signed,
     largest,
     load,
-    load_bits,
-    load_byte,
+    load_uint8,
+    load_uint16,
     lowest_unsigned,
     store,
-    store_bits,
+    store_uint16,
     wide_vectors,
 )
 
@@ -31,14 +31,14 @@ I16, I32, F32, F16 = ir.IntType(16), ir.IntType(32), ir.FloatType(), ir.HalfType
 
 
 def _converts_half(context: Any) -> bool:
-    """Whether the CPU that is compiled for converts float16."""
+    """True if the target CPU has instructions to convert float16."""
     triple, _, features = context.codegen().magic_tuple()
     return not triple.startswith(("x86", "i386", "i686")) or "+f16c" in features.split(",")
 
 
 @intrinsic
 def from_half(typingctx: Any, code: Any) -> Any:
-    """The float32 of a float16's 16 bits."""
+    """Convert the 16 bits of a float16 to float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _converts_half(context):
@@ -59,7 +59,7 @@ def from_half(typingctx: Any, code: Any) -> Any:
 
 @intrinsic
 def to_half(typingctx: Any, value: Any) -> Any:
-    """The 16 bits of a float32 rounded to float16, ties to even."""
+    """Round a float32 to float16, ties to even, and return its 16 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _converts_half(context):
@@ -89,7 +89,7 @@ def to_half(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def from_bfloat16(typingctx: Any, code: Any) -> Any:
-    """The float32 of a bfloat16's 16 bits."""
+    """Convert the 16 bits of a bfloat16 to float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), F32)
@@ -99,7 +99,7 @@ def from_bfloat16(typingctx: Any, code: Any) -> Any:
 
 @intrinsic
 def to_bfloat16(typingctx: Any, value: Any) -> Any:
-    """The 16 bits of a float32 rounded to bfloat16, ties to even."""
+    """Round a float32 to bfloat16, ties to even, and return its 16 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = builder.bitcast(args[0], I32)
@@ -114,31 +114,31 @@ def to_bfloat16(typingctx: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-# Rows are addresses: an array would be seven words to every call. Loops go over whole lots of `LOT` classes,
-# and once more over the last lot where it is not whole: what vectors leave over would be done one by one, at
-# the cost of several lots.
+# Rows are passed as addresses, because an array takes seven words per call. Loops process whole lots of `LOT`
+# classes, and then the last `LOT` classes again if C is not a multiple: a scalar remainder loop would cost as
+# much as several lots.
 LOT = 64
 
 
 @njit(forceinline=True)
 def lots(classes: int) -> int:
-    """Classes in whole lots."""
+    """Round down to a multiple of `LOT`."""
     return (classes >> 6) << 6
 
 
 @njit
 def fill(out: int, start: int, stop: int, value: float) -> None:
-    """Set the places of a row from one to before another."""
+    """Set `out[start:stop]` to a value."""
     wide_vectors()
     for c in range(start, stop):
         store(out, c, value)
 
 
 def _reader(convert: Any) -> Any:
-    """A function `read(row, classes, scale, minimum, out) -> top` that decodes a row into float32.
+    """Make a function `read(row, classes, scale, minimum, out) -> top` that decodes a row into float32.
 
-    `out` has room for whole lots, and is filled up with -inf. The largest value is returned; with NaN in the
-    row it may be any.
+    `out` has room for a multiple of `LOT` values and is padded with -inf. The function returns the largest
+    value; if the row holds a NaN, the returned value is unspecified.
     """
 
     @njit(fastmath=SUMS)
@@ -170,24 +170,24 @@ def _as_is(row: int, c: int, scale: float, minimum: float) -> float:
 
 @njit(forceinline=True)
 def _half(row: int, c: int, scale: float, minimum: float) -> float:
-    return from_half(load_bits(row, c))
+    return from_half(load_uint16(row, c))
 
 
 @njit(forceinline=True)
 def _bfloat16(row: int, c: int, scale: float, minimum: float) -> float:
-    return from_bfloat16(load_bits(row, c))
+    return from_bfloat16(load_uint16(row, c))
 
 
 @njit(forceinline=True)
 def _affine(row: int, c: int, scale: float, minimum: float) -> float:
-    return minimum + scale * float32(load_byte(row, c))
+    return minimum + scale * float32(load_uint8(row, c))
 
 
 read_float32, read_half, read_bfloat16, read_int8 = map(_reader, (_as_is, _half, _bfloat16, _affine))
 
 
 def _writer(convert: Any) -> Any:
-    """A function `write(values, row, classes)` that rounds a row of float32 to what the row holds."""
+    """Make a function `write(values, row, classes)` that rounds a float32 row to another dtype."""
 
     @njit
     def write(values: int, row: int, classes: int) -> None:
@@ -210,12 +210,12 @@ def _same(row: int, c: int, value: float) -> None:
 
 @njit(forceinline=True)
 def _to_half(row: int, c: int, value: float) -> None:
-    store_bits(row, c, to_half(value))
+    store_uint16(row, c, to_half(value))
 
 
 @njit(forceinline=True)
 def _to_bfloat16(row: int, c: int, value: float) -> None:
-    store_bits(row, c, to_bfloat16(value))
+    store_uint16(row, c, to_bfloat16(value))
 
 
 write_float32, write_half, write_bfloat16 = map(_writer, (_same, _to_half, _to_bfloat16))

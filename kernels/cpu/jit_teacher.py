@@ -1,4 +1,4 @@
-"""One teacher's row from the form it is stored in, compiled. Loaded at first use: importing numba is slow."""
+"""Decoding and softmax of one teacher row, compiled. Imported at first use: numba is slow to import."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from coursepack.kernels.call import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
-from coursepack.kernels.jit_base import float32, float64, int64, njit
-from coursepack.kernels.jit_convert import (
+from coursepack.kernels.cpu.jit_base import float32, float64, int64, njit
+from coursepack.kernels.cpu.jit_convert import (
     LOT,
     fill,
     from_half,
@@ -20,73 +19,73 @@ from coursepack.kernels.jit_convert import (
     read_int8,
     write_float32,
 )
-from coursepack.kernels.jit_math import LOG2_E, exp2, fetch, load, load_bits, load_id, store
-from coursepack.kernels.jit_softmax import exponentials
+from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
+from coursepack.kernels.cpu.jit_softmax import exponentials
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
 
 LARGEST = 1.0e30
-"""What the inverse of a tiny temperature is held to, so that its products stay finite: the loss is T² D then,
-and T² is far below what float32 can tell from zero."""
+"""Upper bound of 1/T, which keeps products finite. The loss T² D is zero in float32 at such temperatures."""
 FETCHED = 4096
-"""Bytes of a row that are fetched ahead; it reads on by itself."""
-# 1/T from 0 upwards at which the mass of dropped classes is known: `rows.TAIL_TEMPERATURES` and the limit.
+"""Bytes of a row to prefetch; the CPU prefetches the rest on its own."""
+# Values of 1/T at which the mass of dropped classes is known: 0 and the inverse `rows.TAIL_TEMPERATURES`.
 KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
 @njit(forceinline=True)
 def inverse_temperature(temperature: float) -> float:
-    """1/T, finite."""
+    """Return 1/T, at most `LARGEST`."""
     inverse = 1 / temperature
     return inverse if inverse < LARGEST else LARGEST
 
 
 @njit(forceinline=True)
 def factor_of(inverse: float) -> float:
-    """What logits are multiplied with to be exponents of two."""
+    """Return the factor that turns logits into exponents of two."""
     factor = inverse * LOG2_E
     return float32(factor if factor < LARGEST else LARGEST)
 
 
 @njit
-def read_dense(kind: int, values: int, place: int, classes: int, out: int) -> float:
-    """Decode the floating-point row that starts at a place, counted in elements; its largest value."""
+def read_dense(kind: int, values: int, index: int, classes: int, out: int) -> float:
+    """Decode the floating-point row that starts at an element index and return its largest value."""
     zero, one = float32(0), float32(1)
     if kind == FLOAT32:
-        return read_float32(values + 4 * place, classes, one, zero, out)
+        return read_float32(values + 4 * index, classes, one, zero, out)
     if kind == FLOAT16:
-        return read_half(values + 2 * place, classes, one, zero, out)
-    return read_bfloat16(values + 2 * place, classes, one, zero, out)
+        return read_half(values + 2 * index, classes, one, zero, out)
+    return read_bfloat16(values + 2 * index, classes, one, zero, out)
 
 
 @njit
-def fetch_row(kind: int, values: int, place: int, classes: int) -> None:
-    """Ask for the head of a row while another is worked on.
+def prefetch_row(kind: int, values: int, index: int, classes: int) -> None:
+    """Prefetch the start of a row while another is processed.
 
-    Rows are far apart, and the CPU notices that one is read through only after a few lines of it.
+    Rows are far apart, and the CPU detects a sequential read only after a few cache lines.
     """
     size = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
-    start = values + size * place
+    start = values + size * index
     for line in range(0, size * classes if size * classes < FETCHED else FETCHED, 64):
-        fetch(start + line)
+        prefetch(start + line)
 
 
 @njit
 def class_id(teacher: Any, n: int, i: int) -> int:
-    """The i-th class that a top-k row kept."""
-    place = n * teacher.ids_stride + i
+    """Return the i-th kept class of a top-k row."""
+    index = n * teacher.ids_stride + i
     if teacher.ids_bytes == 2:
-        return int64(load_bits(teacher.ids, place))
-    return int64(load_id(teacher.ids, place))
+        return int64(load_uint16(teacher.ids, index))
+    return int64(load_uint32(teacher.ids, index))
 
 
 @njit
-def half_at(start: int, place: int) -> float:
-    """One float16."""
-    return from_half(load_bits(start, place))
+def half_at(start: int, index: int) -> float:
+    """Read one float16 as float32."""
+    return from_half(load_uint16(start, index))
 
 
 @njit
 def top_value(teacher: Any, n: int) -> float:
-    """The largest logit that a top-k row kept, NaN if one is."""
+    """Return the largest kept logit of a top-k row, NaN if any is NaN."""
     top = half_at(teacher.values, n * teacher.stride)
     for i in range(1, teacher.kept):
         value = half_at(teacher.values, n * teacher.stride + i)
@@ -96,7 +95,7 @@ def top_value(teacher: Any, n: int) -> float:
 
 @njit
 def dropped_logit(teacher: Any, n: int, dropped: int, top: float, temperature: float) -> float:
-    """The logit of every class that a top-k row dropped, as `TopKRows.tail_logit` has it."""
+    """Return the common logit of the dropped classes of a top-k row, as `TopKRows.tail_logit`."""
     if dropped == 0:
         return top
     inverse, limit = float32(1 / temperature), float32(math.log(dropped))
@@ -113,17 +112,17 @@ def dropped_logit(teacher: Any, n: int, dropped: int, top: float, temperature: f
 
 @njit
 def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
-    """Whether a top-k row may be written from."""
+    """True if all class ids of a top-k row are below `classes`."""
     highest = 0
     for i in range(teacher.kept):
-        place = class_id(teacher, n, i)
-        highest = place if place > highest else highest
+        index = class_id(teacher, n, i)
+        highest = index if index > highest else highest
     return highest < classes
 
 
 @njit(inline="always")
 def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float, out: int) -> float:
-    """Decode a row of any kind; its largest value."""
+    """Decode a row of any kind and return its largest value."""
     if teacher.kind == INT8:
         affine = n * teacher.affine_stride
         scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
@@ -140,10 +139,10 @@ def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float
 
 
 @njit(inline="always")
-def few_exponentials(
+def topk_exponentials(
     teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, spare: int, out: int
 ) -> float:
-    """`exponentials` of a top-k row, of which only those of the classes it kept are worked out."""
+    """Compute `exponentials` of a top-k row, evaluating only those of the kept classes."""
     kept = teacher.kept
     dropped = classes - kept
     row = teacher.values + 2 * n * teacher.stride
@@ -170,7 +169,7 @@ def teacher_exponentials(
     logits: int,
     out: int,
 ) -> float:
-    """Probabilities of a teacher's row, softened and adjusted, up to a factor; their sum.
+    """Write the softened and adjusted probabilities of a teacher row, up to a factor, and return their sum.
 
     Args:
         teacher: its record.
@@ -186,11 +185,11 @@ def teacher_exponentials(
     factor = factor_of(inverse_temperature(temperature))
     adjusts = teacher.adjustment != NONE and label >= 0
     if teacher.kind == TOPK and not adjusts:
-        return few_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
+        return topk_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
     top = read_row(teacher, n, classes, length, temperature, logits)
     wrong = adjusts and load(logits, label) < top
     if wrong and teacher.adjustment == SHIFT:
-        # Swapping two logits swaps their probabilities. Ties of the top go to the lowest class.
+        # Swapping two logits swaps their probabilities. Ties for the top go to the lowest class.
         first = 0
         while first < classes - 1 and load(logits, first) != top:
             first += 1
@@ -202,6 +201,6 @@ def teacher_exponentials(
         fill(out, 0, classes, float32(smoothing / classes))
         fill(out, classes, length, float32(0))
         store(out, label, load(out, label) + float32(1 - smoothing))
-        # A row with a NaN stays NaN: the sum of its exponentials tells.
+        # A row with a NaN stays NaN: its sum of exponentials is NaN.
         total = 1.0 if total == total else total
     return total

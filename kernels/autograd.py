@@ -1,4 +1,4 @@
-"""The one autograd Function around every path: gradients made in the forward pass, used once."""
+"""Autograd Function around every eager path: gradients are computed in the forward pass and used once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Evaluate = Callable[[Tensor, Tensor | None, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
-"""(student_logits, weights, whether each wants a gradient) to loss `(N,)` and gradients of its sum."""
+"""Function of student logits, weights and a flag for each gradient; returns the loss `(N,)` and gradients."""
 
 USED_TWICE = (
     "soft_target_loss keeps its gradient for one backward pass only: call it again for a second backward"
@@ -18,11 +18,11 @@ USED_TWICE = (
 
 
 class SoftTargetLoss(torch.autograd.Function):
-    """Keeps the gradients that `evaluate` made; backward scales them in place."""
+    """Autograd Function that stores the gradients from `evaluate` and scales them in place in backward."""
 
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:
-        """Loss per row `(N,)`."""
+        """Compute the loss per row `(N,)`."""
         wants_student, wants_weights = ctx.needs_input_grad[:2]
         loss, *ctx.gradients = evaluate(student_logits, weights, wants_student, wants_weights)
         return loss
@@ -30,7 +30,7 @@ class SoftTargetLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients to student logits `(N, C)` and weights `(N, K)`.
+        """Return the gradients with respect to student logits `(N, C)` and weights `(N, K)`.
 
         Raises:
             RuntimeError: a second backward pass.

@@ -1,30 +1,30 @@
-"""Loops over the classes of one row, compiled. Loaded at first use: importing numba is slow.
+"""Loops over the classes of one row, compiled. Imported at first use: numba is slow to import.
 
-Rows are addresses of float32, whole lots of classes long (`jit_convert.LOT`), so that no loop has a rest;
-what lies beyond the classes holds probability 0. `out` is none of the other rows: a loop whose rows overlap
-is not vectorised.
+Rows are addresses of float32 values, padded to a multiple of `jit_convert.LOT` so that no loop has a
+remainder; the padding has probability 0. `out` never overlaps another row, because LLVM would not vectorize
+such a loop.
 """
 
 from __future__ import annotations
 
-from coursepack.kernels.jit_base import float32, njit
-from coursepack.kernels.jit_convert import lots
-from coursepack.kernels.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
+from coursepack.kernels.cpu.jit_base import float32, njit
+from coursepack.kernels.cpu.jit_convert import lots
+from coursepack.kernels.cpu.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
 
 BLOCK = 1024
-"""So many terms are added up in float32, and these sums in float64."""
+"""Number of terms summed in float32 before the partial sum is added in float64."""
 
 
 @njit(forceinline=True)
 def block_end(start: int, length: int) -> int:
-    """The end of a block of whole lots."""
+    """Return the end of the block that starts at `start`."""
     left = length - start
     return start + lots(left if left < BLOCK else BLOCK)
 
 
 @njit(fastmath=SUMS)
 def exponentials(logits: int, top: float, factor: float, out: int, length: int) -> float:
-    """`2^((logits - top) factor)` into `out`; their sum."""
+    """Write `2^((logits - top) factor)` to `out` and return the sum."""
     wide_vectors()
     total = 0.0
     for start in range(0, length, BLOCK):
@@ -59,9 +59,9 @@ def divergence(
     out: int,
     length: int,
 ) -> float:
-    """KL of `scale_p p` to `scale_q q`, whose log is `(logits - top) inverse - log_total`.
+    """Return KL(`scale_p p` || `scale_q q`) and write `slope (scale_q q - scale_p p)` to `out`.
 
-    `slope (scale_q q - scale_p p)` goes to `out`.
+    The log of `scale_q q` is `(logits - top) inverse - log_total`.
     """
     wide_vectors()
     total = 0.0
@@ -80,7 +80,7 @@ def divergence(
 def weight_slopes(
     p: int, scale_p: float, logits: int, top: float, inverse: float, log_total: float, out: int, length: int
 ) -> None:
-    """`log(scale_p p) - log q + 1`; where the first is floored, and so constant, without the 1."""
+    """Write `log(scale_p p) - log q + 1` to `out`, without the 1 where the first logarithm is clamped."""
     wide_vectors()
     for c in range(lots(length)):
         log_q = (load(logits, c) - top) * inverse - log_total
@@ -91,7 +91,7 @@ def weight_slopes(
 
 @njit(fastmath=SUMS)
 def dot(probs: int, values: int, length: int) -> float:
-    """Sum of products, where zero times infinity is zero."""
+    """Return the sum of products, where zero times infinity is zero."""
     wide_vectors()
     total = 0.0
     for start in range(0, length, BLOCK):
@@ -105,7 +105,7 @@ def dot(probs: int, values: int, length: int) -> float:
 
 @njit(fastmath=SUMS)
 def moment(probs: int, logits: int, top: float, length: int) -> float:
-    """`sum probs (logits - top)`, where zero times infinity is zero."""
+    """Return `sum probs (logits - top)`, where zero times infinity is zero."""
     wide_vectors()
     total = 0.0
     for start in range(0, length, BLOCK):

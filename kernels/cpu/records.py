@@ -1,4 +1,4 @@
-"""From a checked request to the records that a compiled loss reads: addresses, strides, numbers."""
+"""Packs a checked call into the records that the compiled kernels read: addresses, strides, numbers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import call
+from coursepack.kernels.cpu import layout
 from coursepack.kernels.labels import MixedLabels
-from coursepack.kernels.request import ADJUSTMENTS, COMBINATIONS
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
 
 if TYPE_CHECKING:
-    from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import LossCall
 
 _ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
-KINDS = {torch.float32: call.FLOAT32, torch.float16: call.FLOAT16, torch.bfloat16: call.BFLOAT16}
+KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
 
 
 def pack(
-    r: Request,
+    call: LossCall,
     weights: Tensor | None,
     student: Tensor | None,
     results: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -31,29 +31,29 @@ def pack(
     chunk: int = 0,
     state: int = 0,
 ) -> tuple[bytes, list[object]]:
-    """A CALL record with TEACHER records behind it.
+    """Pack a CALL record followed by TEACHER records.
 
     Args:
-        r: the request.
+        call: the checked call.
         weights: `(N, K)` float64 or float32 of any stride, or None for 1/K.
-        student: `(N, C)` with rows in one piece.
-        results: where to write the loss, and the gradients to student and weights.
-        scratch: float32 to work in.
-        scratch_stride: how much of it each worker has.
-        chunk: rows that a thread takes at a time.
-        state: address of three int64 (`call`).
+        student: `(N, C)` with contiguous rows.
+        results: tensors for the loss and the gradients with respect to student and weights.
+        scratch: float32 scratch memory.
+        scratch_stride: number of scratch values per thread.
+        chunk: rows per chunk.
+        state: address of three int64 (`layout`).
 
     Returns:
-        The bytes, and what must live as long as they are used: tensors that had to be copied.
+        The bytes, and objects that must stay alive while the bytes are in use.
     """
-    first, second, lam = _labels(r.labels)
-    temperature = _temperature(r.temperature)
-    row_weight, where = column(r.row_weight), _where(temperature)
+    first, second, lam = _labels(call.labels)
+    temperature = _temperature(call.spec.temperature)
+    row_weight, where = column(call.spec.row_weight), _temperature_fields(temperature)
     records = [
-        call.pack_call(
-            r.rows,
-            r.classes,
-            r.count,
+        layout.pack_call(
+            call.rows,
+            call.classes,
+            call.teacher_count,
             chunk,
             state,
             address(scratch),
@@ -65,47 +65,47 @@ def pack(
             address(first),
             address(second),
             address(lam),
-            r.ignore_index,
+            call.spec.ignore_index,
             address(row_weight),
             *where,
             address(weights),
             *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
-            COMBINATIONS.index(r.combine),
-            r.soft_weight,
-            r.hard_weight,
-            r.smoothing,
+            COMBINATIONS.index(call.spec.combine),
+            call.spec.soft_weight,
+            call.spec.hard_weight,
+            call.spec.smoothing,
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
-    parts, each = _stack(r.given) if isinstance(r.given, Tensor) else _list(r.given)
+    parts, each = _stack(call.teachers) if isinstance(call.teachers, Tensor) else _list(call.teachers)
     for k, fields in enumerate(each):
-        if r.teacher_temperatures is not None:
-            own = _temperature(r.teacher_temperatures[k])
-            where = _where(own)
+        if call.teacher_temperatures is not None:
+            own = _temperature(call.teacher_temperatures[k])
+            where = _temperature_fields(own)
             held.append(own)
-        records.append(call.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[r.adjustments[k]]))
+        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[call.adjustments[k]]))
     held.append(parts)
     return b"".join(records), held
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor starts; 0 for none."""
+    """Return the address of a tensor, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def row_major(values: Tensor) -> Tensor:
-    """The same values as they lie in memory, each row in one piece."""
+    """Return the values with contiguous rows and no lazy negation."""
     values = values.detach().resolve_neg()
     return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
 
 
 def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The same values in a dtype as they lie in memory."""
+    """Return the values in another dtype, without lazy negation."""
     return None if values is None else values.detach().resolve_neg().to(dtype)
 
 
 def column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """The same values `(N,)` in one piece."""
+    """Return the values `(N,)` contiguous and in another dtype."""
     return None if values is None else values.detach().resolve_neg().to(dtype).contiguous()
 
 
@@ -120,19 +120,19 @@ def _temperature(value: float | Tensor) -> float | Tensor:
     return value.detach().resolve_neg().to(torch.float32) if isinstance(value, Tensor) else value
 
 
-def _where(temperature: float | Tensor) -> tuple[int, int, float]:
-    """Address, stride and fixed value of a temperature."""
+def _temperature_fields(temperature: float | Tensor) -> tuple[int, int, float]:
+    """Return the address, stride and fixed value of a temperature."""
     if isinstance(temperature, Tensor):
         return temperature.data_ptr(), temperature.stride(0) if temperature.ndim else 0, 0.0
     return 0, 0, temperature
 
 
 Fields = tuple[int, ...]
-"""Of a teacher's record, from `kind` to `tail_stride`."""
+"""Fields of a TEACHER record, from `kind` to `tail_stride`."""
 
 
 def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
-    """What must live, and the fields of each of `(K, N, C)`."""
+    """Return the tensor to keep alive and the fields of each teacher of `(K, N, C)`."""
     values = teachers.detach().resolve_neg()
     step, row, column = values.stride()
     if column != 1 and values.shape[2] != 1:
@@ -144,22 +144,22 @@ def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
 
 
 def _list(teachers: list[Tensor | Rows]) -> tuple[list[list[Tensor]], list[Fields]]:
-    """What must live, and the fields of each teacher."""
+    """Return the tensors to keep alive and the fields of each teacher."""
     both = [_teacher(each) for each in teachers]
     return [parts for parts, _ in both], [fields for _, fields in both]
 
 
 def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
-    """The tensors of a teacher, and its fields."""
+    """Return the tensors of a teacher and its fields."""
     if isinstance(teacher, Int8Rows):
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
-        fields = (call.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
         return [q, affine], fields
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
         tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
         return [ids, values, tail], (
-            call.TOPK,
+            layout.TOPK,
             values.data_ptr(),
             kept,
             0,

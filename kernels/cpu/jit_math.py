@@ -1,8 +1,8 @@
-"""What LLVM offers and numba does not; vectorised exp and log. Loaded at first use: numba is slow to import.
+"""LLVM operations that numba does not offer, and vectorized exp and log. Imported at first use.
 
-Everything here is inlined into loops over classes, so it has no branch and no call: a polynomial costs a
-tenth of libm's exponential. Flags for fast maths are chosen per function: sums may be reordered, but neither
-NaN nor infinity is assumed away, and rounding by a large constant must stay as written.
+Everything here is inlined into loops over classes and so has no branch and no call: a polynomial costs a
+tenth of libm's exponential. Fast-math flags are chosen per function: sums may be reordered, but NaN and
+infinity keep their meaning, and rounding by adding a large constant must stay as written.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llvmlite import ir
 
-from coursepack.kernels.jit_base import float32, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_base import float32, intrinsic, njit, types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 EXACT = {"contract"}
-"""As written, but a product and a sum may be one instruction."""
+"""Fast-math flags that allow only fused multiply-add."""
 SUMS = {"reassoc", "nsz", "contract", "arcp"}
-"""Sums in any fixed order. Without nnan and ninf: both occur and are to be seen."""
+"""Fast-math flags that allow reordering of sums. NaN and infinity are preserved."""
 
 I32, F32 = ir.IntType(32), ir.FloatType()
 
 
 def _unary(result: Any, argument: Any) -> Callable[[Callable[..., Any]], Any]:
-    """An intrinsic of one argument from a function of a builder and a value."""
+    """Make a decorator that turns a function of an IR builder and a value into an intrinsic."""
 
     def wrap(emit: Callable[[Any, Any], Any]) -> Any:
         def typed(typingctx: Any, value: Any) -> Any:
@@ -42,32 +42,32 @@ def _unary(result: Any, argument: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @_unary(types.float32, types.float32)
 def power_of_two(builder: Any, shifted: Any) -> Any:
-    """2^n from `1.5 * 2^23 + n`, for n of -127 (which gives 0) to 127."""
+    """Return 2^n from `1.5 * 2^23 + n`, for n of -127 (which gives 0) to 127."""
     bits = builder.shl(builder.bitcast(shifted, I32), ir.Constant(I32, 23))
     return builder.bitcast(builder.add(bits, ir.Constant(I32, 0x3F800000)), F32)
 
 
 def _exponent(builder: Any, bits: Any) -> Any:
-    """The exponent of a number once its mantissa is brought to between sqrt(1/2) and sqrt(2)."""
+    """Exponent of a number whose mantissa is scaled to between sqrt(1/2) and sqrt(2)."""
     return builder.ashr(builder.sub(bits, ir.Constant(I32, 0x3F3504F3)), ir.Constant(I32, 23))
 
 
 @_unary(types.float32, types.float32)
 def exponent(builder: Any, value: Any) -> Any:
-    """e of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
+    """Return e of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
     return builder.sitofp(_exponent(builder, builder.bitcast(value, I32)), F32)
 
 
 @_unary(types.float32, types.float32)
 def mantissa(builder: Any, value: Any) -> Any:
-    """m of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
+    """Return m of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
     bits = builder.bitcast(value, I32)
     shift = builder.shl(_exponent(builder, bits), ir.Constant(I32, 23))
     return builder.bitcast(builder.sub(bits, shift), F32)
 
 
 def _extreme(name: str, word: Any) -> Any:
-    """An intrinsic `f(so far, float32)`: the extreme of bit patterns, taken as integers."""
+    """Make an intrinsic `f(extreme, value)`: the new extreme of float32 bit patterns read as integers."""
 
     def typed(typingctx: Any, extreme: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -79,9 +79,9 @@ def _extreme(name: str, word: Any) -> Any:
     return intrinsic(typed)
 
 
-# The largest float of a row, in two instructions that vectorise; LLVM's own maximum, which has to mind NaN,
-# takes eight. Patterns of positive numbers rise with them and stand above all others as signed integers; of
-# negative ones the largest has the lowest pattern.
+# The largest float of a row in two instructions that vectorize; LLVM's own maximum handles NaN in eight.
+# Read as signed integers, bit patterns of positive floats are ordered like the floats and exceed all negative
+# ones; the largest negative float has the lowest pattern as an unsigned integer.
 highest_signed = _extreme("llvm.smax", types.int32)
 lowest_unsigned = _extreme("llvm.umin", types.uint32)
 NO_SIGNED, NO_UNSIGNED = np.int32(-(2**31)), np.uint32(2**32 - 1)
@@ -89,7 +89,7 @@ NO_SIGNED, NO_UNSIGNED = np.int32(-(2**31)), np.uint32(2**32 - 1)
 
 @intrinsic
 def largest(typingctx: Any, signed: Any, unsigned: Any) -> Any:
-    """The float32 that the two extremes of a row stand for. A row with NaN may answer anything."""
+    """Combine the two extremes of a row to its largest float32; unspecified if the row holds a NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         negative = builder.icmp_signed("<", args[0], ir.Constant(I32, 0))
@@ -100,10 +100,10 @@ def largest(typingctx: Any, signed: Any, unsigned: Any) -> Any:
 
 @intrinsic
 def wide_vectors(typingctx: Any) -> Any:
-    """Let LLVM use 512-bit vectors in this function where there are any; by default it often stops at 256."""
+    """Allow 512-bit vectors in this function if the CPU has them; LLVM often stops at 256."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        # Apart from its callers: the attribute stays with the loop, and the loop is compiled once.
+        # Not inlined: the attribute belongs to the function that holds the loop.
         builder.function.attributes.add("noinline")
         # A plain set's `add`: llvmlite's own knows only attributes without a value.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
@@ -113,9 +113,9 @@ def wide_vectors(typingctx: Any) -> Any:
 
 
 def _load(word: Any, result: Any) -> Any:
-    """An intrinsic `load(start, place)`: the place-th number of a row that starts at an address."""
+    """Make an intrinsic `load(start, index)` that reads one number of the row at an address."""
 
-    def typed(typingctx: Any, start: Any, place: Any) -> Any:
+    def typed(typingctx: Any, start: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.gep(builder.inttoptr(args[0], word.as_pointer()), [args[1]])
             return builder.load(pointer, align=1)
@@ -126,9 +126,9 @@ def _load(word: Any, result: Any) -> Any:
 
 
 def _store(word: Any, value: Any) -> Any:
-    """An intrinsic `store(start, place, number)`."""
+    """Make an intrinsic `store(start, index, number)` that writes one number of the row at an address."""
 
-    def typed(typingctx: Any, start: Any, place: Any, number: Any) -> Any:
+    def typed(typingctx: Any, start: Any, index: Any, number: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.gep(builder.inttoptr(args[0], word.as_pointer()), [args[1]])
             builder.store(args[2], pointer, align=1)
@@ -140,16 +140,16 @@ def _store(word: Any, value: Any) -> Any:
 
 
 load, store = _load(F32, types.float32), _store(F32, types.float32)
-load_bits, store_bits = _load(ir.IntType(16), types.uint16), _store(ir.IntType(16), types.uint16)
-load_byte, store_byte = _load(ir.IntType(8), types.uint8), _store(ir.IntType(8), types.uint8)
-load_id = _load(I32, types.uint32)
-load_integer, store_integer = _load(ir.IntType(64), types.int64), _store(ir.IntType(64), types.int64)
-load_double = _load(ir.DoubleType(), types.float64)
+load_uint16, store_uint16 = _load(ir.IntType(16), types.uint16), _store(ir.IntType(16), types.uint16)
+load_uint8, store_uint8 = _load(ir.IntType(8), types.uint8), _store(ir.IntType(8), types.uint8)
+load_uint32 = _load(I32, types.uint32)
+load_int64, store_int64 = _load(ir.IntType(64), types.int64), _store(ir.IntType(64), types.int64)
+load_float64 = _load(ir.DoubleType(), types.float64)
 
 
 @intrinsic
-def fetch(typingctx: Any, start: Any) -> Any:
-    """Ask for the cache line at an address ahead of its use; any address will do."""
+def prefetch(typingctx: Any, start: Any) -> Any:
+    """Prefetch the cache line at an address, which need not be valid."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -165,7 +165,7 @@ def fetch(typingctx: Any, start: Any) -> Any:
 
 @intrinsic
 def pointer(typingctx: Any, start: Any) -> Any:
-    """An address as a pointer."""
+    """Convert an integer address to a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
@@ -175,7 +175,7 @@ def pointer(typingctx: Any, start: Any) -> Any:
 
 @intrinsic
 def address(typingctx: Any, pointer: Any) -> Any:
-    """A pointer as an integer."""
+    """Convert a pointer to an integer address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ptrtoint(args[0], ir.IntType(64))
@@ -184,8 +184,8 @@ def address(typingctx: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def take_ticket(typingctx: Any, counter: Any) -> Any:
-    """Add one to the int64 at an address, in one step for all threads; what it was before."""
+def fetch_add(typingctx: Any, counter: Any) -> Any:
+    """Atomically add one to the int64 at an address and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
@@ -205,7 +205,7 @@ TINY = float32(1.1754943508222875e-38)
 
 @njit(fastmath=EXACT, forceinline=True)
 def exp2(t: float) -> float:
-    """2^t for t <= 0, relative error at most 2e-7; 0 below t = -126.5, exactly 1 at 0, NaN at NaN."""
+    """Return 2^t for t <= 0; relative error at most 2e-7; 0 below t = -126.5, exactly 1 at 0, NaN at NaN."""
     t = _LOWEST if t < _LOWEST else t
     shifted = t + _ROUND
     f = t - (shifted - _ROUND)
@@ -237,7 +237,7 @@ def log(value: float) -> float:
 
 @njit(fastmath=EXACT, forceinline=True)
 def divergence_term(p: float, q: float, log_p: float, log_q: float) -> float:
-    """`p log(p / q) + q - p`, never negative but for rounding; q where p is 0, whatever `log_q`.
+    """`p log(p / q) + q - p`, never negative except by rounding, and q if p is 0, whatever `log_q`.
 
     With d = log p - log q it is `p (d + exp(-d) - 1)`, which near d = 0 is a series in d² without the
     cancellation of either form.

@@ -1,7 +1,7 @@
-"""The compiled loss as a torch operator, which `torch.compile` can put into a graph.
+"""The compiled loss as a torch operator for `torch.compile`.
 
-Eager calls do without it: an autograd Function costs a third of an operator's bookkeeping. A graph may run
-its backward from copies, so here the gradient is scaled out of place.
+Eager calls use an autograd Function instead, whose overhead is a third of an operator's. A compiled graph may
+run its backward on copies, so the gradient is scaled out of place here.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coursepack.kernels import native
+from coursepack.kernels.cpu import native
 from coursepack.kernels.labels import MixedLabels
-from coursepack.kernels.request import Request
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.spec import LossCall, LossSpec
 
 if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
 
 SCHEMA = (
-    "(Tensor student_logits, Tensor? weights, Tensor[] parts, int[] classes_of_parts, Tensor? first, "
-    "Tensor? second, Tensor? lam, Tensor? temperature, float fixed_temperature, "
-    "Tensor?[] teacher_temperatures, float[] fixed_teacher_temperatures, str adjustments, float smoothing, "
-    "str divergence, str combine, float soft_weight, float hard_weight, Tensor? row_weight, "
+    "(Tensor student_logits, Tensor? weights, Tensor[] parts, int[] marks, Tensor?[] labels, "
+    "Tensor?[] temperatures, float[] fixed_temperatures, Tensor? row_weight, str names, float[] numbers, "
     "int ignore_index, bool wants_student, bool wants_weights) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -32,57 +30,57 @@ def _compute(
     student_logits: Tensor,
     weights: Tensor | None,
     parts: list[Tensor],
-    classes_of_parts: list[int],
-    first: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    teacher_temperatures: list[Tensor | None],
-    fixed_teacher_temperatures: list[float],
-    adjustments: str,
-    smoothing: float,
-    divergence: str,
-    combine: str,
-    soft_weight: float,
-    hard_weight: float,
+    marks: list[int],
+    labels: list[Tensor | None],
+    temperatures: list[Tensor | None],
+    fixed_temperatures: list[float],
     row_weight: Tensor | None,
+    names: str,
+    numbers: list[float],
     ignore_index: int,
     wants_student: bool,
     wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    own: list[float | Tensor] = [
+    """Rebuild the call that `call_op` flattened and run `native.evaluate`."""
+    temperature, *own = (
         number if each is None else each
-        for each, number in zip(teacher_temperatures, fixed_teacher_temperatures, strict=True)
-    ]
-    labels = first
-    request = Request(
-        given=_rows(parts, classes_of_parts),
-        labels=labels if second is None or lam is None or first is None else MixedLabels(first, second, lam),
+        for each, number in zip(temperatures, fixed_temperatures, strict=True)
+    )
+    divergence, combine, *adjustments = names.split()
+    smoothing, soft_weight, hard_weight = numbers
+    first, second, lam = labels
+    own_labels: Tensor | MixedLabels | None = first
+    if first is not None and second is not None and lam is not None:
+        own_labels = MixedLabels(first, second, lam)
+    call = LossCall(
+        spec=LossSpec(
+            temperature=temperature,
+            smoothing=smoothing,
+            divergence=divergence,
+            combine=combine,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            row_weight=row_weight,
+            ignore_index=ignore_index,
+        ),
+        teachers=_rows(parts, marks),
+        labels=own_labels,
         weights=weights,
-        temperature=fixed_temperature if temperature is None else temperature,
         teacher_temperatures=own or None,
-        adjustments=tuple(adjustments.split()),
-        smoothing=smoothing,
-        divergence=divergence,
-        combine=combine,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        row_weight=row_weight,
-        ignore_index=ignore_index,
-        count=len(adjustments.split()),
+        adjustments=tuple(adjustments),
+        teacher_count=len(adjustments),
         rows=student_logits.shape[0],
         classes=student_logits.shape[1],
         device=student_logits.device,
         dtype=torch.float32,
     )
-    loss, grad, grad_weights = native.evaluate(student_logits, weights, request, wants_student, wants_weights)
+    loss, grad, grad_weights = native.evaluate(call, student_logits, weights, wants_student, wants_weights)
     none = student_logits.new_empty(0)
     return loss, none if grad is None else grad, none.clone() if grad_weights is None else grad_weights
 
 
 compute = torch.library.custom_op("coursepack::soft_target_loss", _compute, mutates_args=(), schema=SCHEMA)
-"""Loss `(N,)` and the gradients of its sum, `(0,)` where not wanted."""
+"""Operator that returns the loss `(N,)` and its gradients; a gradient that is not needed is empty."""
 
 
 @compute.register_fake
@@ -122,34 +120,26 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
 compute.register_autograd(_backward, setup_context=_setup_context)
 
 
-def call(student_logits: Tensor, request: Request) -> Tensor:
-    """`soft_target_loss` of a request through the operator."""
-    r = request
-    labels, temperature = r.labels, r.temperature
-    mixed = labels if isinstance(labels, MixedLabels) else None
-    own = r.teacher_temperatures or []
-    weights = None if r.weights is None else r.weights.expand(r.rows, r.count)
-    parts, classes_of_parts = _parts(r.teachers)
+def call_op(student_logits: Tensor, call: LossCall) -> Tensor:
+    """Compute `soft_target_loss` of a checked call through the operator."""
+    spec, labels, weights = call.spec, call.labels, call.wide_weights
+    parts, marks = _parts(call.teacher_list)
+    ids = (
+        (labels.first, labels.second, labels.lam) if isinstance(labels, MixedLabels) else (labels, None, None)
+    )
+    temperatures = [spec.temperature, *(call.teacher_temperatures or ())]
     loss, _, _ = compute(
         student_logits,
         weights,
         parts,
-        classes_of_parts,
-        labels if mixed is None else mixed.first,
-        None if mixed is None else mixed.second,
-        None if mixed is None else mixed.lam,
-        temperature if isinstance(temperature, Tensor) else None,
-        1.0 if isinstance(temperature, Tensor) else float(temperature),
-        [each if isinstance(each, Tensor) else None for each in own],
-        [1.0 if isinstance(each, Tensor) else float(each) for each in own],
-        " ".join(r.adjustments),
-        float(r.smoothing),
-        r.divergence,
-        r.combine,
-        float(r.soft_weight),
-        float(r.hard_weight),
-        r.row_weight,
-        r.ignore_index,
+        marks,
+        list(ids),
+        [each if isinstance(each, Tensor) else None for each in temperatures],
+        [1.0 if isinstance(each, Tensor) else float(each) for each in temperatures],
+        spec.row_weight,
+        " ".join((spec.divergence, spec.combine, *call.adjustments)),
+        [float(spec.smoothing), float(spec.soft_weight), float(spec.hard_weight)],
+        spec.ignore_index,
         _wants(student_logits),
         _wants(weights),
     )
@@ -162,8 +152,11 @@ def _wants(tensor: Tensor | None) -> bool:
 
 
 def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
-    """Teachers as tensors, and for each tensor: -1 if it is a dense teacher, 0 if it goes on with the one
-    before, -2 at the start of int8 rows, C at the start of top-k rows."""
+    """Flatten teachers to tensors and a mark for each tensor.
+
+    The mark is -1 for a dense teacher, -2 for the first tensor of int8 rows, C for the first of top-k rows,
+    and 0 for a tensor that belongs to the teacher before it.
+    """
     parts: list[Tensor] = []
     marks: list[int] = []
     for teacher in teachers:
@@ -182,13 +175,13 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
 
 
 def _rows(parts: list[Tensor], marks: list[int]) -> list[Tensor | Rows]:
-    """The teachers that `_parts` took apart."""
+    """Rebuild the teachers that `_parts` flattened."""
     teachers: list[Tensor | Rows] = []
-    for place, mark in enumerate(marks):
+    for index, mark in enumerate(marks):
         if mark == -1:
-            teachers.append(parts[place])
+            teachers.append(parts[index])
         elif mark == -2:
-            teachers.append(Int8Rows(parts[place], parts[place + 1]))
+            teachers.append(Int8Rows(parts[index], parts[index + 1]))
         elif mark > 0:
-            teachers.append(TopKRows(parts[place], parts[place + 1], parts[place + 2], mark))
+            teachers.append(TopKRows(parts[index], parts[index + 1], parts[index + 2], mark))
     return teachers

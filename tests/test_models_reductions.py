@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coursepack.kernels import reductions
+from coursepack.models import reductions
 
 SHAPES = pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 1, 1, 1), (2, 4, 3, 6)], ids=str)
 

@@ -1,4 +1,4 @@
-"""From uint8 pixels to what a network reads, in one pass."""
+"""Normalization of uint8 pixels to float32 images in one pass."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def normalise(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
-    """Images `(N, channels, H, W)` float32: each level looked up, channels first.
+def normalize(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
+    """Convert pixels to normalized images by a table of values for each channel.
 
     Args:
         pixels: `(N, H, W, C)` uint8.
-        channel: for each channel of the images the one of the pixels.
-        table: `(channels, 256)` float32, the value of each level, on the CPU.
+        channel: for each channel of the images, the channel of the pixels it is read from.
+        table: `(channels, 256)` float32 on the CPU, the normalized value of each pixel level.
 
     Returns:
-        The same on every device.
+        Images `(N, channels, H, W)` float32, the same on every device.
     """
     if pixels.device.type == "cpu":
-        from coursepack.kernels.jit_normalise import look_up
+        from coursepack.kernels.pixels.jit_normalize import look_up
 
         count, height, width, _ = pixels.shape
         out = torch.empty(count, len(channel), height, width)

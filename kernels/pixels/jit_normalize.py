@@ -1,4 +1,4 @@
-"""Normalisation of pixels, compiled. Loaded at first use: importing numba is slow."""
+"""Normalization of pixels, compiled. Imported at first use, because numba is slow to import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @njit(cache=True, nogil=True)
 def look_up(pixels: np.ndarray, channel: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    """`out[n, c, y, x] = table[c, pixels[n, y, x, channel[c]]]`."""
+    """Set `out[n, c, y, x] = table[c, pixels[n, y, x, channel[c]]]`."""
     count, height, width, channels = pixels.shape
     if channels == len(channel) == 3:
-        # The usual case reads every pixel once.
+        # The usual case: read every pixel once.
         for n in range(count):
             flat, planes = pixels[n].reshape(-1), out[n].reshape(3, -1)
             for k in range(height * width):
@@ -27,7 +27,7 @@ def look_up(pixels: np.ndarray, channel: np.ndarray, table: np.ndarray, out: np.
         for c in range(len(channel)):
             values = table[c]
             flat, plane = pixels[n].reshape(-1), out[n, c].reshape(-1)
-            place = channel[c]
+            index = channel[c]
             for k in range(height * width):
-                plane[k] = values[flat[place]]
-                place += channels
+                plane[k] = values[flat[index]]
+                index += channels

@@ -1,12 +1,12 @@
-"""How many threads a compiled kernel may use here, and how it gets them.
+"""Threads of the compiled kernels: their number, and the call that runs a kernel in them.
 
-It borrows torch's own: OpenMP's `GOMP_parallel` in the very library that torch computes with. A second pool
-would spin against the first for the same cores, and torch's threads are awake already. So
-`torch.set_num_threads` holds for kernels too. Where torch has another threading library (macOS, Windows) a
-kernel is serial.
+Kernels run in torch's own OpenMP threads, through `GOMP_parallel` of the library that torch uses. A second
+pool would compete with the first for the same cores, and torch's threads are already awake.
+`torch.set_num_threads` therefore applies to kernels too. If torch uses another threading library (macOS,
+Windows), kernels are serial.
 
-OpenMP's threads do not survive a fork, and a parallel region in the child would wait for them for ever; so a
-forked child is serial. So are all threads of Python but the main one: they are workers themselves.
+OpenMP threads do not survive a fork, and a parallel region in a forked child would wait for them forever, so
+kernels are serial in a forked child. They are also serial in every Python thread except the main one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _IMPORTED_IN = os.getpid()
 
 
 def usable_threads(work: int, least: int) -> tuple[int, str]:
-    """How many threads to use for an amount of work, and why.
+    """Return the number of threads to use for an amount of work, and the reason.
 
     Args:
-        work: any measure of it.
-        least: below this, waking other threads costs more than they save.
+        work: amount of work in any unit.
+        least: smallest amount, in the same unit, for which more than one thread is faster.
     """
     count = torch.get_num_threads()
     if count == 1:
@@ -49,10 +49,10 @@ def usable_threads(work: int, least: int) -> tuple[int, str]:
 
 @functools.cache
 def parallel_region() -> Callable[..., None] | None:
-    """`GOMP_parallel(function, data, threads, flags)` of torch's OpenMP; None where there is none."""
+    """Return `GOMP_parallel(function, data, threads, flags)` of torch's OpenMP, or None if torch has none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        # Looked up through the library that uses it, so that it is the same copy.
+        # Looked up through the library that uses it, to get the same copy.
         region = ctypes.CDLL(str(library)).GOMP_parallel
     except (OSError, AttributeError):
         return None
@@ -62,7 +62,7 @@ def parallel_region() -> Callable[..., None] | None:
 
 
 def run_kernel(kernel: int, data: bytes, threads: int) -> None:
-    """Call the compiled `void kernel(void *data)` at an address once in every thread; waits for all."""
+    """Run the compiled `void kernel(void *data)` at an address once in every thread and wait for all."""
     region = parallel_region() if threads > 1 else None
     if region is None:
         _function(kernel)(data)

@@ -1,15 +1,15 @@
-"""One call of the fused loss as it was asked for: names, numbers, shapes and dtypes checked, values not yet.
+"""Arguments of the fused loss, with checks of names, numbers, shapes and dtypes.
 
-This is all that every path needs; `arguments.spell_out` checks the values and expands everything for paths
-in torch, while the compiled kernel reads a request as it is. Cheap on purpose: with a small batch this is
-most of what a call costs.
+Every path starts from a `LossCall`. `values.check_values` checks the values inside tensors and expands them
+for the paths in torch; the compiled kernel reads the call directly and checks values itself. These checks are
+cheap, because they are most of the cost of a call with a small batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,47 +28,63 @@ Teachers = Tensor | Sequence[Tensor | Rows]
 """`(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`."""
 
 
-@dataclass(slots=True)
-class Request:
-    """One call but for the student's logits. Not frozen, as that triples the price of making one."""
+class LossSpec(NamedTuple):
+    """Options of the fused loss, as documented in `soft_target_loss`.
 
-    given: Tensor | list[Tensor | Rows]
+    A named tuple, because a frozen dataclass takes six times as long to construct.
+    """
+
+    weights: Tensor | Sequence[float] | None = None
+    temperature: float | Tensor = 1.0
+    teacher_temperature: Tensor | Sequence[float] | None = None
+    adjustment: str | Sequence[str] = "none"
+    smoothing: float = 0.1
+    divergence: str = "kl"
+    combine: str = "mixture"
+    soft_weight: float = 1.0
+    hard_weight: float = 0.0
+    row_weight: Tensor | None = None
+    ignore_index: int = -100
+
+
+class LossCall(NamedTuple):
+    """One checked call of the loss without the student's logits: options, teachers, labels and sizes."""
+
+    spec: LossSpec
+    teachers: Tensor | list[Tensor | Rows]
     """`(K, N, C)`, or K tensors or encoded rows `(N, C)`."""
     labels: Tensor | MixedLabels | None
     weights: Tensor | None
     """`(K,)` or `(N, K)`; None means 1/K."""
-    temperature: float | Tensor
-    """A number, `()` or `(N,)`."""
     teacher_temperatures: list[float | Tensor] | None
     """K times a number, `()` or `(N,)`; None means the student's."""
     adjustments: tuple[str, ...]
-    smoothing: float
-    divergence: str
-    combine: str
-    soft_weight: float
-    hard_weight: float
-    row_weight: Tensor | None
-    ignore_index: int
-    count: int
-    """K."""
+    """Adjustment of each teacher."""
+    teacher_count: int
+    """Number of teachers K."""
     rows: int
     classes: int
     device: torch.device
     dtype: torch.dtype
-    """Of the computation: float32, or float64 for a float64 student."""
+    """Computing dtype: float32, or float64 for a float64 student."""
 
     @property
-    def teachers(self) -> list[Tensor | Rows]:
-        """K times `(N, C)`."""
-        return list(self.given.unbind(0)) if isinstance(self.given, Tensor) else self.given
+    def teacher_list(self) -> list[Tensor | Rows]:
+        """Teachers as a list of K `(N, C)`."""
+        return list(self.teachers.unbind(0)) if isinstance(self.teachers, Tensor) else self.teachers
+
+    @property
+    def wide_weights(self) -> Tensor | None:
+        """Weights `(N, K)`, their values not checked; None means 1/K."""
+        return None if self.weights is None else self.weights.expand(self.rows, self.teacher_count)
 
 
 def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> Tensor | list[Tensor | Rows]:
-    """The teachers, if each is `(N, C)` and all have `shape`, or the first one's.
+    """Return the teachers after checking that all have `shape`, or else the shape of the first, `(N, C)`.
 
     Raises:
         ValueError: no teacher, or shapes that differ.
-        TypeError: a tensor of another dtype.
+        TypeError: a tensor without a floating-point dtype.
     """
     if isinstance(teachers, Tensor):
         if teachers.ndim != 3:
@@ -91,28 +107,24 @@ def check_teachers(teachers: Teachers, shape: tuple[int, ...] | None = None) -> 
     return given
 
 
-def check_request(
+def check_call(
     student_logits: Tensor | None,
     teachers: Teachers,
     labels: Tensor | MixedLabels | None,
-    *,
-    weights: Tensor | Sequence[float] | None = None,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: Tensor | Sequence[float] | None = None,
-    adjustment: str | Sequence[str] = "none",
-    smoothing: float = 0.1,
-    divergence: str = "kl",
-    combine: str = "mixture",
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    spec: LossSpec,
     dtype: torch.dtype | None = None,
-) -> Request:
-    """Check what can be checked without looking into a tensor. Arguments are those of `soft_target_loss`.
+) -> LossCall:
+    """Check a call as far as possible without reading tensor values.
+
+    Args:
+        student_logits: `(N, C)`, or None where no student is compared.
+        teachers: as for `soft_target_loss`.
+        labels: as for `soft_target_loss`.
+        spec: the options.
+        dtype: computing dtype without a student; None means float32.
 
     Raises:
-        ValueError: a shape, number or name that is not allowed; the text names it.
+        ValueError: an invalid shape, number or name; the text names it.
         TypeError: a tensor of the wrong dtype.
     """
     if student_logits is not None:
@@ -125,45 +137,48 @@ def check_request(
     dtype = dtype or torch.float32
     for index, teacher in enumerate([given] if isinstance(given, Tensor) else given):
         check_device(f"teachers[{index}]", teacher, device)
-    _check_name("divergence", divergence, DIVERGENCES)
-    _check_name("combine", combine, COMBINATIONS)
-    adjustments = _adjustments(adjustment, count)
+    adjustments = _check_names(spec, count)
+    _check_numbers(spec)
     adjusts = adjustments.count("none") != count
     if adjusts and isinstance(labels, MixedLabels):
         raise ValueError("adjustment needs one label per row: it is not defined for MixedLabels")
-    if divergence == "mse" and "smooth" in adjustments:
-        raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')
-    if labels is None and (adjusts or hard_weight != 0):
+    if labels is None and (adjusts or spec.hard_weight != 0):
         raise ValueError("labels is None, but adjustment or hard_weight needs labels")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing is {smoothing}, expected 0 to 1")
-    _check_finite("soft_weight", soft_weight)
-    _check_finite("hard_weight", hard_weight)
-    _check_temperature("temperature", temperature, rows, device)
+    _check_temperature("temperature", spec.temperature, rows, device)
     _check_labels(labels, rows, device)
-    if row_weight is not None:
-        _check_detached("row_weight", row_weight)
-        _check_rows("row_weight", row_weight, rows, device)
-    return Request(
-        given=given,
+    if spec.row_weight is not None:
+        _check_detached("row_weight", spec.row_weight)
+        _check_rows("row_weight", spec.row_weight, rows, device)
+    return LossCall(
+        spec=spec,
+        teachers=given,
         labels=labels,
-        weights=_weights(weights, rows, count, device, dtype),
-        temperature=temperature,
-        teacher_temperatures=_teacher_temperatures(teacher_temperature, count, rows, device),
+        weights=_weights(spec.weights, rows, count, device, dtype),
+        teacher_temperatures=_teacher_temperatures(spec.teacher_temperature, count, rows, device),
         adjustments=adjustments,
-        smoothing=smoothing,
-        divergence=divergence,
-        combine=combine,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        row_weight=row_weight,
-        ignore_index=ignore_index,
-        count=count,
+        teacher_count=count,
         rows=rows,
         classes=classes,
         device=device,
         dtype=dtype,
     )
+
+
+def _check_names(spec: LossSpec, count: int) -> tuple[str, ...]:
+    """Check the names and return the adjustment of each teacher."""
+    _check_name("divergence", spec.divergence, DIVERGENCES)
+    _check_name("combine", spec.combine, COMBINATIONS)
+    adjustments = _adjustments(spec.adjustment, count)
+    if spec.divergence == "mse" and "smooth" in adjustments:
+        raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')
+    return adjustments
+
+
+def _check_numbers(spec: LossSpec) -> None:
+    if not 0 <= spec.smoothing <= 1:
+        raise ValueError(f"smoothing is {spec.smoothing}, expected 0 to 1")
+    _check_finite("soft_weight", spec.soft_weight)
+    _check_finite("hard_weight", spec.hard_weight)
 
 
 def _check_student(student_logits: Tensor) -> None:
@@ -176,7 +191,7 @@ def _check_student(student_logits: Tensor) -> None:
 
 
 def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
-    """Refuse what is not where the student is."""
+    """Raise ValueError if a tensor is not on the student's device."""
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected {device} (where the student's logits are)")
 
@@ -252,7 +267,7 @@ def _check_labels(labels: Tensor | MixedLabels | None, rows: int, device: torch.
 
 
 def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
-    """Refuse class ids that are not `(N,)` int64."""
+    """Raise an error if class ids are not `(N,)` int64."""
     if tuple(ids.shape) != (rows,):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected ({rows},) (N,)")
     if ids.dtype != torch.int64:
