@@ -214,7 +214,7 @@ class Member:
 
 
 FAMILY = {
-    "float32": Member(3e38, within(lambda values: 0.0)),
+    "float32": Member(3e38, within(np.zeros_like)),
     "float16": Member(65504, within(lambda values: float16_ulp(values) / 2)),
     "bfloat16": Member(3e38, within(lambda values: ulp(values, 8, -126) / 2)),
     "int8": Member(32752, within(lambda v: 0.5001 * affine_step(v, 255) + 2.0**-22 * np.abs(v))),
