@@ -52,6 +52,7 @@ class Example:
 
     title: str
     additions: tuple[Addition, ...]
+    commands: tuple[str, ...]
     contract: str
     files_of_code: int
     files_beside: int
@@ -70,10 +71,22 @@ def examples():
     sections = {text.splitlines()[0].lower().replace(" ", "-"): text for text in PAGE.split("\n## ")[1:]}
     for title, contract, code, beside in rows:
         additions = tuple(Addition(*found) for found in FILE.findall(sections[title]))
-        yield Example(title, additions, contract, int(code), int(beside))
+        commands = re.findall(r"^    ((?:distill|precompute) .*)$", sections[title], re.M)
+        yield Example(title, additions, tuple(commands), contract, int(code), int(beside))
 
 
-EXAMPLES = list(examples())
+STATED = list(examples())
+
+
+def is_there(addition):
+    """Whether the table of a row is in this tree."""
+    path = ROOT / addition.path
+    return not addition.table or (
+        path.exists() and re.search(rf"^{addition.table}\b", path.read_text(), re.M)
+    )
+
+
+EXAMPLES = [example for example in STATED if all(is_there(each) for each in example.additions)]
 EACH = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
 
 
@@ -91,10 +104,11 @@ def with_row(text, table, added):
     assert len(found) == 1, f"there is no table {table}"
     start, end = found[0].lineno - 1, found[0].end_lineno - 1
     last = max(each.end_lineno for each in body if isinstance(each, ast.Import | ast.ImportFrom))
-    spaced = ["", *functions, "", ""] if functions else []
-    return "\n".join(
-        [*held[:last], *imports, *held[last:start], *spaced, *held[start:end], *row, *held[end:], ""]
-    )
+    above = [*held[:last], *imports, *held[last:start], *functions, *held[start:end]]
+    if start == end:
+        closing = held[end][-1]
+        row, end = [held[end][:-1] + ",", *row, closing], end + 1
+    return "\n".join([*above, *row, *held[end:], ""])
 
 
 def targets(assignment):
@@ -158,7 +172,11 @@ def extended(plain, tmp_path_factory):
     tree = shutil.copytree(plain, tmp_path_factory.mktemp("extended") / "tree")
     for example in EXAMPLES:
         apply(example, tree)
-    run("python -m ruff check --quiet --fix --select I,F401 .", tree)
+    changed = " ".join(
+        sorted({each.path for example in EXAMPLES for each in example.additions if each.path.endswith(".py")})
+    )
+    run(f"python -m ruff check --quiet --fix {changed}", tree)
+    run(f"python -m ruff format --quiet {changed}", tree)
     linked(tree)
     for command in [each.command for example in EXAMPLES for each in example.additions if each.command]:
         status, output = run(command, tree)
@@ -172,7 +190,12 @@ def outcomes(extended):
     own = [each.path for example in EXAMPLES for each in example.additions if "/test_" in each.path]
     files = sorted({*own, *(example.contract for example in EXAMPLES), "tests/test_house.py"})
     names = {name for example in EXAMPLES for name in example.names}
-    names |= {Path(path).stem for path in own if not (ROOT / path).exists()} | {"every", "house", "golden"}
+    names |= {Path(path).stem for path in own if not (ROOT / path).exists()} | {
+        "every",
+        "golden",
+        "imports_go_down",
+        "rooms_of",
+    }
     status, output = run(f"python -m pytest -q -k '{' or '.join(sorted(names))}' --junitxml=out.xml "
                          f"-p no:cacheprovider {' '.join(files)}", extended)  # fmt: skip
     assert status == 0, output
@@ -211,13 +234,14 @@ def test_contract_and_own_tests_pass(example, outcomes):
 
 
 def test_examples_are_as_the_linters_want_them(extended):
-    for command in ("check", "format --check"):
-        status, output = run(f"python -m ruff {command} {' '.join(CODE)} tests", extended)
-        assert status == 0, output
+    status, output = run(f"python -m ruff check {' '.join(CODE)} tests", extended)
+    assert status == 0, output
+    new = [each for example in EXAMPLES for each in example.additions if each.kind == "new"]
+    assert {each.path for each in new if (extended / each.path).read_text() != each.text} == set()
 
 
 def test_commands_of_the_page(extended):
-    lines = re.findall(r"^    ((?:distill|precompute) .*)$", PAGE, re.M)
+    lines = [line for example in EXAMPLES for line in example.commands]
     assert len(lines) > 4
     script = [f"from coursepack.{name}.cli import main as {name}" for name in ("distill", "precompute")]
     for line in lines:
@@ -226,6 +250,11 @@ def test_commands_of_the_page(extended):
     (extended / "commands.py").write_text("\n".join(script))
     status, output = run("python commands.py", extended)
     assert status == 0, output
+
+
+def test_sections_are_complete():
+    assert [example.title for example in STATED if not example.additions or not example.names] == []
+    assert len(EXAMPLES) > 4
 
 
 def test_a_recipe_visits_the_files_in_this_order(stores, tmp_path):
@@ -248,5 +277,5 @@ def test_a_recipe_visits_the_files_in_this_order(stores, tmp_path):
         sys.setprofile(None)
     assert result.exit_code == 0, result.output
     assert [name for name in visited if name in stated] == stated
-    assert all((ROOT / name).is_file() for name in re.findall(r"`((?:distill|data|kernels)/\S+\.py)`", PAGE)
-               if name not in {each.path for example in EXAMPLES for each in example.additions})  # fmt: skip
+    section = PAGE.partition("## How a recipe")[2].partition("\n## ")[0]
+    assert all((ROOT / name).is_file() for name in re.findall(r"`(\S+\.py)`", section))
