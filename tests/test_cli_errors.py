@@ -23,7 +23,7 @@ KD = "distill train --student digits-small --epochs 1 --out new"
 WRITE = "precompute run --teacher run:mlp --source digits --view digits --views 2 --store new.zarr"
 FILES = {
     "unknown.yaml": "student: digits-small\nsource: digits\nview: digits\nepoch: 3\n",
-    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimiser: {lr: fast}\nview: {sed: 1}\n",
+    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimizer: {lr: fast}\nview: {sed: 1}\n",
     "broken.yaml": "student: [digits\n",
     "list.yaml": "- student\n",
     "empty.yaml": "",
@@ -115,9 +115,9 @@ DOMAIN = [
      "views is 3, but the stores have 2 views in common: leave --views out, or add views with `precompute "
      "run ... --views 3`"),
     (f"{KD} --store s.zarr --teacher-weights 1,2",
-     "teacher_weights has 2 numbers, expected 1: one per store"),
+     "fusion.weights has 2 numbers, expected 1: one per store"),
     (f"{KD} --store s.zarr --teacher-weights -1",
-     "objective.teacher_weights.0: Input should be greater than or equal to 0, got -1.0"),
+     "objective.fusion.fixed.weights.0: Input should be greater than or equal to 0, got -1.0"),
     (f"{KD} --store s.zarr --method supervised",
      "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, or "
      "choose a method that learns from them, as --method kd"),
@@ -275,7 +275,8 @@ DOMAIN = [
      "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
      "Linear: tap the one before the activation"),
     (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
-    (f"{WRITE} --encoding topk", "encoding 'topk' does not say how many entries to keep, as topk:10 does"),
+    (f"{WRITE} --encoding topk",
+     "encoding 'topk' has no number of entries to keep, expected topk:K such as topk:10"),
     (f"{WRITE} --encoding bits", "unknown encoding 'bits'."),
     (f"{WRITE} --tap hidden1 --feature-encoding topk:3", "unknown encoding 'topk'."),
     (f"{WRITE} --classes no.yaml", "cannot read 'no.yaml': No such file or directory"),
@@ -310,7 +311,7 @@ USAGE = [
     (f"{ALONE} --threads 0", "'--threads': 0 is not in the range x>=1"),
     (f"{ALONE} --checkpoint-seconds -1", "'--checkpoint-seconds': -1.0 is not in the range x>=0"),
     (f"{ALONE} --views 0", "'--views': 0 is not in the range x>=1"),
-    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range x>=0"),
+    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range 0<=x<"),
     (f"{ALONE} --hard-weight -1", "'--hard-weight': -1.0 is not in the range x>=0"),
     (f"{ALONE} --teacher-weights 1,x", "'1,x' is not numbers with commas between, as in 0.5,0.3,0.2"),
     ("distill train --student digits-small", "Missing option '--out'"),

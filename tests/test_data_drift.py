@@ -35,8 +35,8 @@ GOLDEN = Path(__file__).parent / "golden" / "version-1.zarr"
 RECIPE = ViewRecipe(ops=(PadCrop(padding=1), Solarize(probability=0.5)), reference_size=8, seed=3)
 SAMPLES, BLOCK, VIEWS = 1442, 500, 3
 PROBED = {view: drift.probe_samples(SAMPLES, view).tolist() for view in range(VIEWS)}
-OTHER_DRAWS = "this version draws other view parameters"
-OTHER_PIXELS = "this version renders other pixels"
+OTHER_DRAWS = "the installed version draws different view parameters"
+OTHER_PIXELS = "the installed version renders different pixels"
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +266,11 @@ def test_verify_content_names_the_files_that_changed(folder_store):
     assert len(blocks) == 2
     spans = [(16 * block, min(16 * block + 15, 69)) for block in blocks]
     expected = [
-        f"source 'folder:train': samples {first} to {last} are not what the teacher saw: "
+        f"source 'folder:train': samples {first} to {last} differ from what the teacher saw: "
         f"{bitmap(root, first)} to {bitmap(root, last)}"
         for first, last in spans
     ]
-    expected[0] += f"; changed since the store was begun: {bitmap(root, changed[0])}"
+    expected[0] += f"; modified since the store was created: {bitmap(root, changed[0])}"
     assert (found.exit_code, json.loads(found.stdout)["problems"]) == (1, expected)
 
 
@@ -293,7 +293,7 @@ def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_pat
         asked = command(precompute, "verify", "--store", store, "--content", *words)
         assert (asked.exit_code, said in asked.stderr, "Traceback" in asked.stderr) == (1, False, False)
         assert "sound" not in asked.stdout
-        assert ("if it is elsewhere, give --root" in asked.stderr) == (words == [])
+        assert ("if the files have moved, give --root" in asked.stderr) == (words == [])
     assert command(precompute, "verify", "--store", store, "--content", "--root", aside).exit_code == 0
 
 
@@ -318,7 +318,7 @@ def test_a_store_remembers_where_its_source_is(folder_store, tmp_path, monkeypat
     gone = command(distill, *train, "--out", tmp_path / "other")
     assert (gone.exit_code, (tmp_path / "other").exists()) == (1, False)
     assert "there is no such folder" in gone.stderr
-    assert "if it is elsewhere, give --root" in gone.stderr
+    assert "if the files have moved, give --root" in gone.stderr
     told = command(distill, *train, "--root", "aside", "--out", tmp_path / "other")
     assert told.exit_code == 0, told.output
     teacher, source = tmp_path / "two" / "mlp", open_source("folder", aside)

@@ -157,7 +157,10 @@ def test_views_that_have_drifted_are_refused_if_they_are_used(course, monkeypatc
     with pytest.raises(StoreMismatch, match=r"(?s)view 1, block 0: .* \(allow_drift=True in Python\)"):
         make_targets(course, objective)
     allowed = make_targets(course, objective, allow_drift=True)
-    assert allowed.drift[0] == "digits-mlp: view 1, block 0: this version draws other view parameters"
+    assert (
+        allowed.drift[0]
+        == "digits-mlp: view 1, block 0: the installed version draws different view parameters"
+    )
     assert make_targets(course, objective, views=1).drift == ()
 
 
