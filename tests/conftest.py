@@ -1,9 +1,12 @@
-"""Teachers and stores that many tests read and none changes."""
+"""Teachers and stores that many tests read and none changes, and what holds for every test."""
 
+import os
 import shutil
 
 import pytest
+import torch
 from builders import write_store, write_teacher
+from filelock import FileLock
 from image_files import write_tree
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
@@ -17,18 +20,66 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread for torch here and in processes that tests start.
+
+    Small layers on many threads mostly wait for each other. A test that wants more asks for them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back(one_thread):
+    """Undo a test's `torch.set_num_threads`."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory):
+def shared(tmp_path_factory):
+    """`shared(name, fill)`: a folder that `fill(folder)` filled once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def filled(name, fill):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def teachers(shared):
     """Run folders of three digit teachers of different architectures."""
-    folder = tmp_path_factory.mktemp("teachers")
-    return [write_teacher(folder / name, name, seed=seed) for seed, name in enumerate(NETWORKS, start=1)]
+
+    def write(folder):
+        for seed, name in enumerate(NETWORKS, start=1):
+            write_teacher(folder / name, name, seed=seed)
+
+    folder = shared("teachers", write)
+    return [folder / name for name in NETWORKS]
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory, teachers):
+def stores(shared, teachers):
     """Their float32 stores, three views of the view preset `digits`."""
-    folder = tmp_path_factory.mktemp("stores")
-    return [write_store(folder / f"{teacher.name}.zarr", teacher, views=3) for teacher in teachers]
+
+    def write(folder):
+        for teacher in teachers:
+            write_store(folder / f"{teacher.name}.zarr", teacher, views=3)
+
+    folder = shared("stores", write)
+    return [folder / f"{teacher.name}.zarr" for teacher in teachers]
 
 
 @pytest.fixture
