@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 import torch
 from builders import write_store, write_teacher
 from filelock import FileLock
+from helpers import make_job
 from image_files import write_tree
+
+from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
 
@@ -32,11 +36,15 @@ def one_thread():
         yield
 
 
+SIGTERM_HANDLER = signal.getsignal(signal.SIGTERM)
+
+
 @pytest.fixture(autouse=True)
-def threads_put_back(one_thread):
-    """Undo a test's `torch.set_num_threads`."""
+def process_put_back(one_thread):
+    """Undo a test's `torch.set_num_threads`, and the handler of SIGTERM that `precompute run` sets."""
     yield
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, SIGTERM_HANDLER)
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +88,22 @@ def stores(shared, teachers):
 
     folder = shared("stores", write)
     return [folder / f"{teacher.name}.zarr" for teacher in teachers]
+
+
+@pytest.fixture(scope="session")
+def teacher(shared):
+    """Run folder of a `digits-mlp` teacher."""
+    return shared("mlp", lambda folder: write_teacher(folder / "mlp", "digits-mlp")) / "mlp"
+
+
+@pytest.fixture(scope="session")
+def cnn_store(shared, teachers):
+    """The store of the `digits-cnn` among the teachers, float16, two views in three blocks."""
+
+    def write(folder):
+        run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
+
+    return shared("cnn", write) / "s.zarr"
 
 
 @pytest.fixture

@@ -26,15 +26,6 @@ from coursepack.models.networks import NETWORKS
 NO_COMPILER = shutil.which("g++") is None
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def spy_on_objective(state):
     seen = []
     forward = state.learner.objective.forward

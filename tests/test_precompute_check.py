@@ -33,11 +33,6 @@ ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory, teacher):
     """A store of logits as int8 and two taps, three blocks per view; tests only read it."""
     path = tmp_path_factory.mktemp("written") / "s.zarr"
@@ -49,9 +44,7 @@ def written(tmp_path_factory, teacher):
 @pytest.fixture
 def command():
     """Run `precompute` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
 
 
 def job_of(path, **options):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from builders import write_teacher
 from click.testing import CliRunner
 from helpers import file_identities, make_job, store_files
 
@@ -20,11 +18,6 @@ from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
 
 OPTIONS = {"views": 2, "encoding": "float32", "block_rows": 300, "batch_size": 100}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +31,9 @@ def once(tmp_path_factory, teacher):
 @pytest.fixture
 def command(teacher):
     """Run `precompute run` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
     flags = [f"--teacher=run:{teacher}", "--source=digits", "--view=digits", "--device=cpu", "--ignore-space"]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    yield lambda path: CliRunner().invoke(main, ["run", *flags, f"--store={path}"])
-    signal.signal(signal.SIGTERM, handler)
+    return lambda path: CliRunner().invoke(main, ["run", *flags, f"--store={path}"])
 
 
 @pytest.fixture
