@@ -10,6 +10,9 @@ import hashlib
 import json
 from typing import Any
 
+MOST_ROWS = 20
+MOST_SHOWN = 200
+"""Differences in the text of an error, and characters of each value."""
 _ABSENT = object()
 
 
@@ -57,12 +60,19 @@ def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, s
 
 def difference_table(left: Any, right: Any, left_name: str, right_name: str) -> str:
     """`differences` as aligned lines, one per leaf, for the text of an error."""
-    rows = differences(_without_none(left), _without_none(right))
+    rows = [(path, cut(a), cut(b)) for path, a, b in differences(_without_none(left), _without_none(right))]
+    rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
     path_width = max((len(path) for path, _, _ in rows), default=0)
     left_width = max((len(a) for _, a, _ in rows), default=0)
-    return "\n".join(
+    lines = [
         f"  {path:<{path_width}}   {left_name}: {a:<{left_width}}   {right_name}: {b}" for path, a, b in rows
-    )
+    ]
+    return "\n".join([*lines, f"  and {more:,} more"] if more > 0 else lines)
+
+
+def cut(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _shown(value: Any) -> str:

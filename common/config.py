@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import core_schema
 
+from coursepack.canonical import cut
 from coursepack.errors import RecipeError
 from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 MOST_LINES = 20
 """Problems of a file that are shown."""
-MOST_SHOWN = 200
-"""Characters of a wrong value that are shown."""
 
 
 class Config(BaseModel):
@@ -133,20 +132,18 @@ _EXPECTED = {
 
 
 def _line(model: type[Config], problem: Any) -> str:
-    path = ".".join(_cut(str(part)) for part in problem["loc"]) or "it"
+    path = ".".join(cut(str(part)) for part in problem["loc"]) or "it"
     if problem["type"] == "extra_forbidden":
         known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
         return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
     if problem["type"] == "union_tag_invalid":
         key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
         near = _near(tag, tags.replace("'", "").split(", "))
-        return (
-            f"  {path}: unknown {key.strip(chr(39))} {_cut(repr(tag))}{near or ', expected one of ' + tags}"
-        )
+        return f"  {path}: unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
-        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {_shown(problem['input'])}"
+        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {cut(repr(problem['input']))}"
     whole = problem["type"] == "missing" or _is_about_whole(problem)
-    given = "" if whole else f", got {_shown(problem['input'])}"
+    given = "" if whole else f", got {cut(repr(problem['input']))}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
 
@@ -154,14 +151,6 @@ def _line(model: type[Config], problem: Any) -> str:
 def _is_about_whole(problem: Any) -> bool:
     """Whether a problem is that of fields that do not fit together."""
     return problem["type"] == "value_error" and isinstance(problem["input"], dict)
-
-
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _near(word: str, known: list[str]) -> str:

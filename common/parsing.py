@@ -44,7 +44,7 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         value = json.loads(
-            _decoded(text),
+            _decoded(text, "JSON"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -104,21 +104,21 @@ def parse_yaml(text: str | bytes) -> Any:
     """
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"is longer than {MOST_YAML_BYTES:,} bytes")
-    text = _decoded(text)
+    text = _decoded(text, "YAML")
     try:
         _check_events(text)
         return yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"is not YAML: {error}") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"is not text: it holds the character {error.object[error.start]!r}") from error
+        raise ValueError(f"is not YAML: it is not text (it holds {error.object[error.start]!r})") from error
 
 
-def _decoded(text: str | bytes) -> str:
+def _decoded(text: str | bytes, kind: str) -> str:
     try:
         return text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not text: byte {error.start:,} is not UTF-8") from error
+        raise ValueError(f"is not {kind}: it is not text (byte {error.start:,} is not UTF-8)") from error
 
 
 # JSON

@@ -38,7 +38,9 @@ def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
         raise RecipeError(f"class map {str(path)!r} holds {got}, expected {len(class_names)} class ids")
     for name, column in zip(class_names, values, strict=True):
         if isinstance(column, bool) or not isinstance(column, int) or column < 0:
-            raise RecipeError(f"class map {str(path)!r} gives {column!r} for {name!r}, expected a class id")
+            raise RecipeError(
+                f"class map {str(path)!r} gives {column!r:.80} for {name!r:.80}, expected a class id"
+            )
     if len(set(values)) < len(values):
         raise RecipeError(f"class map {str(path)!r} gives one of the teacher's classes to two classes")
     return tuple(values)

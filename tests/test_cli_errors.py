@@ -23,7 +23,7 @@ KD = "distill train --student digits-small --epochs 1 --out new"
 WRITE = "precompute run --teacher run:mlp --source digits --view digits --views 2 --store new.zarr"
 FILES = {
     "unknown.yaml": "student: digits-small\nsource: digits\nview: digits\nepoch: 3\n",
-    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimiser: {lr: fast}\nview: {sed: 1}\n",
+    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimizer: {lr: fast}\nview: {sed: 1}\n",
     "broken.yaml": "student: [digits\n",
     "list.yaml": "- student\n",
     "empty.yaml": "",
@@ -115,9 +115,9 @@ DOMAIN = [
      "views is 3, but the stores have 2 views in common: leave --views out, or add views with `precompute "
      "run ... --views 3`"),
     (f"{KD} --store s.zarr --teacher-weights 1,2",
-     "teacher_weights has 2 numbers, expected 1: one per store"),
+     "fusion.weights has 2 numbers, expected 1: one per store"),
     (f"{KD} --store s.zarr --teacher-weights -1",
-     "objective.teacher_weights.0: Input should be greater than or equal to 0, got -1.0"),
+     "objective.fusion.fixed.weights.0: Input should be greater than or equal to 0, got -1.0"),
     (f"{KD} --store s.zarr --method supervised",
      "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, or "
      "choose a method that learns from them, as --method kd"),

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from coursepack.distill.training.schedule import LearningRateConfig, rate_factor
+from coursepack.distill.recipe import LearningRateConfig
+from coursepack.distill.training.schedule import rate_factor
 
 STEPS, EPOCHS, LR = 7, 6, 0.3
 

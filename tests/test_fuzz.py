@@ -82,9 +82,9 @@ class Workplace:
                 "student": "digits-small",
                 "source": "digits",
                 "view": "digits",
-                "optimiser": {"lr": 0.1},
+                "optimizer": {"lr": 0.1},
             },
-            "grid": {"method": ["supervised"], "seed": [0, 1], "optimiser.momentum": [0, 0.9]},
+            "grid": {"method": ["supervised"], "seed": [0, 1], "optimizer.momentum": [0, 0.9]},
         }
 
     def halt(self):

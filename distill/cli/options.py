@@ -12,7 +12,7 @@ from coursepack.console import parse_numbers
 from coursepack.distill.recipe import TrainRecipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 FIELDS = {
     "student": "student",
@@ -72,15 +72,19 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, by the recipe field that each sets."""
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    return {FIELDS[name.replace("_", "-")]: value for name, value in given.items()}
+def given_options(options: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return flag, recipe field and value of every option that was given."""
+    flags = {name: name.replace("_", "-") for name in options}
+    return [
+        (f"--{flags[name]}", FIELDS[flags[name]], value)
+        for name, value in options.items()
+        if value is not None and value != ()
+    ]
 
 
 def _option(name: str, path: str) -> Callable[..., Any]:
     field = field_at(TrainRecipe, path)
-    kind = _kind(field.annotation)
+    kind = _kind(field.annotation, field.metadata)
     text = " ".join((field.description or "").split())
     default = DEFAULTS.get(name)
     # A method brings its own objective, so its fields have no default of their own.
@@ -97,15 +101,29 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     return click.option(flag, variable, type=kind, help=shown)
 
 
-def _kind(annotation: Any) -> Any:
+def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
     """Return click's type for a field; `bool` stands for a flag and `tuple` for a list."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _kind(get_args(annotation)[0])
+        inner, *marks = get_args(annotation)
+        more = (bound for mark in marks for bound in getattr(mark, "metadata", [mark]))
+        return _kind(inner, [*bounds, *more])
     if origin in (Union, types.UnionType):
-        return _kind(get_args(annotation)[0])
+        return _kind(get_args(annotation)[0], bounds)
     if origin is Literal:
         return click.Choice(get_args(annotation))
     if origin is tuple:
         return tuple
-    return annotation if annotation in (bool, int, float) else str
+    if annotation in (int, float):
+        return _range(annotation, bounds)
+    return bool if annotation is bool else str
+
+
+def _range(number: type, bounds: Sequence[Any]) -> click.ParamType:
+    """Return click's range of numbers within pydantic's bounds."""
+    limits: dict[str, Any] = {}
+    for bound in bounds:
+        for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
+            if hasattr(bound, name):
+                limits |= {side: number(getattr(bound, name)), f"{side}_open": name in ("gt", "lt")}
+    return (click.IntRange if number is int else click.FloatRange)(**limits)

@@ -10,7 +10,7 @@ import click
 
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
-from coursepack.distill.cli.options import recipe_options, recipe_values
+from coursepack.distill.cli.options import given_options, recipe_options
 from coursepack.distill.distributed import joined
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.smoke import smoke_recipe
@@ -108,7 +108,7 @@ def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequenc
     Raises:
         UnknownName, RecipeError: no such view, or options that do not fit the recipe.
     """
-    for path, value in recipe_values(options).items():
-        plain = view_recipe(value).model_dump(mode="json") if path == "view" else value
-        set_value(values, path, plain, f"the option for {path}")
+    for flag, field, value in given_options(options):
+        plain = view_recipe(value).model_dump(mode="json") if field == "view" else value
+        set_value(values, field, plain, flag)
     set_values(values, assignments)

@@ -41,8 +41,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[st
             raise ValueError(f"the optimizer keeps {', '.join(map(str, kept))} of a parameter")
         for name, value in kept.items():
             expected = () if name == "step" else tuple(parameters[index].shape)
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"the optimizer's {name} has shape {tuple(value.shape)}, not {expected}")
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+            if found != expected:
+                raise ValueError(f"the optimizer's {name} has shape {found!r:.80}, not {expected}")
+    if state and isinstance(optimizer, torch.optim.SGD):
+        # One that is missing among others would end the first step; one of zeros is as good.
+        for index, parameter in enumerate(parameters):
+            state.setdefault(index, {"momentum_buffer": torch.zeros_like(parameter)})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
