@@ -36,7 +36,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -q -n $(WORKERS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
 test: .venv/installed
 	@$(BIN)/python tests/timed.py $(MAKE) --no-print-directory check

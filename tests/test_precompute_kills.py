@@ -113,7 +113,7 @@ def shards_written(path):
     return len([file for file in folder.iterdir() if file.name[-1].isdigit()]) if folder.is_dir() else 0
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -152,7 +152,7 @@ def test_two_processes_at_once_give_the_same_bytes(tmp_path, arguments, once):
     commands = [[COMMAND, *arguments, f"--store={path}", f"--part={index}/2"] for index in range(2)]
     with running(commands[0]) as one, running(commands[1]) as two:
         for part in (one, two):
-            _, errors = part.communicate(timeout=120)
+            _, errors = part.communicate(timeout=300)
             assert part.returncode == 0, errors
     assert_same(path, once)
 
@@ -199,7 +199,7 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
         with pytest.raises(StoreBusy, match=text):
             run_job(make_job(path, teacher, **OPTIONS))
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped. What is done is kept; run the same command again to finish" in errors
     assert "Traceback" not in errors
