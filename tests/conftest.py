@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from builders import write_store, write_teacher
@@ -11,6 +12,8 @@ from filelock import FileLock
 from helpers import make_job
 from image_files import write_tree
 
+from coursepack.data import PRESETS, Batch, open_source
+from coursepack.kernels import soft_target_loss
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
@@ -64,6 +67,21 @@ def shared(tmp_path_factory):
         return folder
 
     return filled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(shared):
+    """Numba's kernels in its cache on disk, so that one worker compiles them and not each."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared("compiled", lambda _: compile_kernels())
+
+
+def compile_kernels():
+    logits, source = torch.zeros(4, 10), open_source("digits")
+    soft_target_loss(logits, logits[None].half())
+    samples = np.arange(4)
+    for recipe in PRESETS.values():
+        Batch(source, recipe, samples, samples).pixels(12)
 
 
 @pytest.fixture(scope="session")

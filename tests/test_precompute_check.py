@@ -314,7 +314,7 @@ def test_what_is_no_regular_file_is_reported_and_replaced(store, command, kind):
     ]
     for key in bad:
         other_kind(store / key, kind)
-    with at_most(60):
+    with at_most(300):
         told = command("verify", "--store", store, "--json")
         assert told.exit_code == 1
         problems = dict(line.split(": ", 1) for line in json.loads(told.stdout)["problems"])
@@ -376,7 +376,7 @@ def test_a_fifo_beside_the_data_stops_nothing_for_ever(store, command, place):
     (store / "labels/c.0").unlink()
     (store / place).unlink(missing_ok=True)
     os.mkfifo(store / place)
-    with at_most(60):
+    with at_most(300):
         assert command("verify", "--store", store).exit_code == 1
         result = command("verify", "--store", store, "--repair")
     if place == "lock":
