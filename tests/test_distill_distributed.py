@@ -155,7 +155,10 @@ def test_each_rank_reads_and_renders_its_own_rows(stores):
         rows = make_state(runs[0]).learner.rows_for(steps[0][0])
         assert len(rows) == looked_at, "targets of all rows are read only where they are coupled"
     short = prepare(make_recipe(limit=SHORT), CPU, Ranks(1, 2))
-    assert [(len(batch), batch.whole is None) for batch in short.batches(0)][1:] == [(32, False), (3, True)]
+    assert [(len(batch), batch.global_batch is None) for batch in short.batches(0)][1:] == [
+        (32, False),
+        (3, True),
+    ]
     resumed = [batch.samples.tolist() for batch in short.batches(0, 1)]
     assert resumed == [batch.samples.tolist() for batch in short.batches(0)][1:]
 

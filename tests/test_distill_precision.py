@@ -27,9 +27,9 @@ def spy_on_objective(state):
     seen = []
     forward = state.learner.objective.forward
 
-    def spied(student_logits, labels, targets, inside=None, moment=None):
-        seen.append((student_logits.dtype, None if inside is None else inside.representation))
-        return forward(student_logits, labels, targets, inside, moment)
+    def spied(inputs):
+        seen.append((inputs.student.logits.dtype, inputs.student.embedding))
+        return forward(inputs)
 
     state.learner.objective.forward = spied
     return seen
@@ -47,7 +47,7 @@ def test_half_precision_trains_and_gives_the_objective_float32(stores, precision
     assert losses[-1] < 0.8 * losses[0]
     assert dtypes == {getattr(torch, precision)}
     assert {logits for logits, _ in seen} == {torch.float32}
-    assert {inside.dtype for _, inside in seen} == {torch.float32}
+    assert {embedding.dtype for _, embedding in seen} == {torch.float32}
     assert all(value.dtype == torch.float32 for value in state.learner.parameters())
     assert (state.scaler is None) == (precision == "bfloat16")
 
@@ -80,7 +80,7 @@ def test_float16_skips_steps_that_overflow_and_keeps_its_scale():
 
 
 def test_a_step_that_overflows_does_not_move_the_average():
-    run = prepare(make_recipe(limit=300, precision="float16", optimiser={"ema": 0.5}), CPU)
+    run = prepare(make_recipe(limit=300, precision="float16", optimizer={"ema": 0.5}), CPU)
     state = make_state(run)
     train_epoch([state], run.batches(0), None)
     before = copy.deepcopy(state.average.state_dict())

@@ -117,7 +117,7 @@ def test_a_schedule_sets_the_rate_of_every_step():
         )
         return optimizer
 
-    def step(number, _module, _optimiser):
+    def step(number, _module, _optimizer):
         if number + 1 < steps:
             schedule["one"].step()
 
@@ -147,7 +147,7 @@ def test_the_average_follows_the_formula_and_is_what_is_evaluated_and_kept(tmp_p
     run = prepare(recipe, CPU)
     averages = []
 
-    def follow(step, module, _optimiser):
+    def follow(step, module, _optimizer):
         now = {name: value.clone() for name, value in module.state_dict().items()}
         if step > 0:
             now = {

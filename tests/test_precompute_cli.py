@@ -87,7 +87,7 @@ def test_teacher_of_other_classes_is_refused_and_nothing_is_written(tmp_path, co
     other = write_teacher(tmp_path / "seven", "digits-cnn", classes=7)
     result = command("run", "--store", tmp_path / "s.zarr", teacher=f"run:{other}")
     assert result.exit_code == 1
-    assert "tells 7 classes apart, but the source has 10 (0, 1, 2, ...)" in result.stderr
+    assert "has 7 classes, but the source has 10 (0, 1, 2, ...)" in result.stderr
     assert not (tmp_path / "s.zarr").exists()
 
 

@@ -201,7 +201,7 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
         process.send_signal(number)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "stopped. What is done is kept; run the same command again to finish" in errors
+    assert "stopped. Finished blocks are kept; run the same command again to finish" in errors
     assert "Traceback" not in errors
     done = done_blocks(path)
     assert 0 < len(done) < VIEWS * BLOCKS

@@ -180,7 +180,7 @@ def test_stores_without_numerics_are_read_and_extended(store, teacher, capsys):
             record["environments"] = [{"torch": "2.11.0", "device": "cpu", "batch_size": 7}]
 
     rewrite_manifest(store, forget)
-    with pytest.raises(StoreMismatch, match="does not record the numerics of all its rows"):
+    with pytest.raises(StoreMismatch, match="has rows without recorded numerics"):
         run_job(make_job(store, teacher), quiet=True, same_numerics=True)
     run_job(make_job(store, teacher), quiet=True)
     assert capsys.readouterr().err == ""

@@ -9,9 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.recipe import OptimizerConfig, TrainRecipe, load_recipe
+from coursepack.distill.recipe import LearningRateConfig, OptimizerConfig, TrainRecipe, load_recipe
 from coursepack.distill.runs.folder import load_run
-from coursepack.distill.training.schedule import LearningRateConfig
 from coursepack.models import build_network, parse_tap
 from coursepack.precompute.cli import main as precompute
 

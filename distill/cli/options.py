@@ -119,11 +119,11 @@ def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
     return bool if annotation is bool else str
 
 
-def _range(number: type, bounds: Sequence[Any]) -> click.ParamType:
+def _range(number: type, bounds: Sequence[Any]) -> click.IntRange | click.FloatRange:
     """Return click's range of numbers within pydantic's bounds."""
     limits: dict[str, Any] = {}
     for bound in bounds:
         for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
             if hasattr(bound, name):
-                limits |= {side: number(getattr(bound, name)), f"{side}_open": name in ("gt", "lt")}
+                limits |= {side: getattr(bound, name), f"{side}_open": name in ("gt", "lt")}
     return (click.IntRange if number is int else click.FloatRange)(**limits)

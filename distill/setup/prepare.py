@@ -105,7 +105,7 @@ class Setup:
             first=first,
             part=self.ranks.part,
         ):
-            whole = batch.whole or batch
+            whole = batch.global_batch or batch
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
                 for view in views:

@@ -13,7 +13,7 @@ from coursepack.canonical import difference_table
 from coursepack.data import view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.sources import open_stored
-from coursepack.data.sources.roots import some
+from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import stored_view
@@ -214,6 +214,6 @@ def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
     if len(others):
         raise StoreMismatch(
             f"store {str(reader.path)!r} has other labels than source {source.name!r} for {len(others):,} of "
-            f"{len(labels):,} samples ({some(map(str, others))}), though its manifest vouches for them, so "
-            "what else was changed cannot be told: run `precompute run` again into a new store"
+            f"{len(labels):,} samples ({summarize_names(map(str, others))}), though its manifest vouches for "
+            "them, so what else was changed cannot be told: run `precompute run` again into a new store"
         )

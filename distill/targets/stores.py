@@ -21,7 +21,7 @@ from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.finite import check_rows_finite
 from coursepack.errors import NonFiniteOutput, RecipeError, StoreMismatch
 from coursepack.models import TeacherRunner
-from coursepack.models.build import reload_teacher
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import tap_from_name
 
 try:

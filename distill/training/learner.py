@@ -74,7 +74,11 @@ class Learner(nn.Module):
 
     def rows_for(self, batch: Batch) -> Batch:
         """Return the rows that the objective reads: those of all ranks where it couples them."""
-        return batch if batch.whole is None or not self.objective.needs.whole_batch else batch.whole
+        return (
+            batch
+            if batch.global_batch is None or not self.objective.needs.whole_batch
+            else batch.global_batch
+        )
 
     def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
         """Return the student's logits and the objective's value on one batch.
@@ -134,5 +138,5 @@ def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     In that order a CPU convolves faster, whatever the order of the weights.
     """
     size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
-    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalised(size, *levels)
+    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalized(size, *levels)
     return images.contiguous(memory_format=torch.channels_last)

@@ -69,7 +69,7 @@ class EpochMetrics:
 
     def add(self, output: LearnerOutput, batch: Batch) -> None:
         """Count one batch: each rank its own share, but the first alone what all ranks computed whole."""
-        if batch.whole is None and not self._ranks.is_first:
+        if batch.global_batch is None and not self._ranks.is_first:
             return
         count, labels = len(batch), batch.main_labels
         logits = output.student_logits.detach().float()

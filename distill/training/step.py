@@ -99,4 +99,4 @@ def _share(ranks: int, rows: Batch, part: Batch, batch: Batch) -> float:
 
     With it, the mean over ranks of the sum over micro-batches is the mean over all rows.
     """
-    return len(part) / len(batch) if rows.whole is None else ranks * len(part) / len(rows.whole)
+    return len(part) / len(batch) if rows.global_batch is None else ranks * len(part) / len(rows.global_batch)
