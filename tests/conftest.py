@@ -1,6 +1,8 @@
 """Teachers and stores that many tests read and none changes, and what holds for every test."""
 
+import importlib
 import os
+import pkgutil
 import shutil
 import signal
 
@@ -12,8 +14,8 @@ from filelock import FileLock
 from helpers import make_job
 from image_files import write_tree
 
+from coursepack import kernels
 from coursepack.data import PRESETS, Batch, open_source
-from coursepack.kernels import soft_target_loss
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
@@ -77,9 +79,10 @@ def compiled(shared):
 
 
 def compile_kernels():
-    logits, source = torch.zeros(4, 10), open_source("digits")
-    soft_target_loss(logits, logits[None].half())
-    samples = np.arange(4)
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if module.name.startswith("jit_"):
+            importlib.import_module(f"coursepack.kernels.{module.name}")
+    source, samples = open_source("digits"), np.arange(4)
     for recipe in PRESETS.values():
         Batch(source, recipe, samples, samples).pixels(12)
 
