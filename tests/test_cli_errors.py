@@ -339,8 +339,8 @@ def test_usage_errors(workplace, monkeypatch, line, text):
     assert "--help' for help." in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(workplace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for line in (ALONE, WRITE, "distill eval run"):
         status, said = refuse(workplace, monkeypatch, f"{line} --device cuda")
         assert status == 1

@@ -40,11 +40,6 @@ OTHER_PIXELS = "the installed version renders different pixels"
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory, teacher):
     """Three views of the digits, three blocks each; tests only read it."""
     path = tmp_path_factory.mktemp("drift") / "s.zarr"

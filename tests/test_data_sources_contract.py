@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 
 import google_crc32c
@@ -252,10 +251,9 @@ def test_sources_of_files_need_a_root_that_is_there(name, tmp_path):
 
 
 def test_sources_go_to_worker_processes(roots):
-    context = multiprocessing.get_context("spawn")
     sources = [open_source(f"{SPECS.get(name, name)}:train-0.5", roots[name]) for name in NAMES]
-    queue = context.SimpleQueue()
-    process = context.Process(target=spawned.tell_all, args=(sources, queue))
+    queue = spawned.RANKS.SimpleQueue()
+    process = spawned.RANKS.Process(target=spawned.tell_all, args=(sources, queue))
     process.start()
     for source in sources:
         assert queue.get() == spawned.told(source)

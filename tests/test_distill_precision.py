@@ -1,7 +1,6 @@
 """Precision, layout, compiling and dropout: how a student is computed, and that it is reproducible."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
@@ -22,17 +21,6 @@ from coursepack.distill.training.step import predict
 from coursepack.errors import RecipeError
 from coursepack.models import load_teacher
 from coursepack.models.networks import NETWORKS
-
-NO_COMPILER = shutil.which("g++") is None
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def spy_on_objective(state):
@@ -129,7 +117,6 @@ def test_channels_last_changes_the_layout_alone(tmp_path):
         torch.testing.assert_close(same[name], value, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_student_learns_the_same_and_is_kept_alike(tmp_path, stores):
     def run_with(compiled):

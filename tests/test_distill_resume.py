@@ -40,12 +40,8 @@ ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 @pytest.fixture(autouse=True)
 def dropping(monkeypatch):
-    """One thread, and a student that draws."""
+    """A student that draws."""
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

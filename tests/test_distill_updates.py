@@ -20,15 +20,6 @@ from coursepack.errors import RecipeError
 from coursepack.models import build_network
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batches_of(run, epochs=3):
     return list(itertools.chain.from_iterable(run.batches(epoch) for epoch in range(epochs)))
 

@@ -145,12 +145,7 @@ def test_without_timm(monkeypatch):
         build_network("timm:resnet18", 10)
 
 
-@pytest.fixture
-def timm():
-    return pytest.importorskip("timm")
-
-
-def test_timm_networks_expect_their_own_pixels(timm):
+def test_timm_networks_expect_their_own_pixels():
     network = build_network("timm:test_vit", 10)
     assert network.preprocessing == Preprocessing(size=160, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     network = build_network("timm:mobilenetv3_small_050", 10)
@@ -163,7 +158,7 @@ def test_timm_networks_expect_their_own_pixels(timm):
     assert means == {"ra_in1k": IMAGENET_MEAN, "miil_in21k_ft_in1k": (0.0, 0.0, 0.0)}
 
 
-def test_timm_weights_depend_on_the_seed_alone(timm):
+def test_timm_weights_depend_on_the_seed_alone():
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
     found = [weights_fingerprint(build_network("timm:test_vit", 10, seed=seed).module) for seed in (0, 0, 1)]
@@ -171,7 +166,7 @@ def test_timm_weights_depend_on_the_seed_alone(timm):
     assert found[0] == found[1] != found[2]
 
 
-def test_timm_weights_from_files_and_runs(timm, tmp_path):
+def test_timm_weights_from_files_and_runs(tmp_path):
     network = build_network("timm:test_resnet", 12, seed=3)
     save_file(state_of(network), tmp_path / "w.safetensors")
     columns = tuple(range(2, 12))
@@ -189,7 +184,7 @@ def test_timm_weights_from_files_and_runs(timm, tmp_path):
         load_teacher("timm:test_resnet", TEN, weights="a1_in1k")
 
 
-def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(timm, tmp_path):
+def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(tmp_path):
     built = build_network("timm:vit_tiny_patch16_224", 10, size=64)
     assert TeacherRunner(built).row_shapes(3) == {"logits": (10,)}
     folder = write_run(tmp_path / "run", built)
@@ -198,7 +193,7 @@ def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(timm, tmp_p
     assert TeacherRunner(loaded).row_shapes(3) == {"logits": (10,)}
 
 
-def test_timm_names(timm):
+def test_timm_names():
     with pytest.raises(
         UnknownName,
         match=r"unknown timm network 'resnet81'\. Did you mean 'resnet18'\? Known: .* more of timm's",

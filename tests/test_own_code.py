@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 
 import pytest
@@ -76,7 +75,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def call(folder, monkeypatch):
     """Run a line in a process that has not imported the module; returns the result and whether it did."""
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(folder)
 
     def call(line):
@@ -86,8 +84,7 @@ def call(folder, monkeypatch):
         result = CliRunner().invoke({"distill": distill, "precompute": precompute}[command], words)
         return result, (folder / "imported").exists()
 
-    yield call
-    signal.signal(signal.SIGTERM, handler)
+    return call
 
 
 TRAIN = "distill train --student digits-small --epochs 1 --out new"

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from builders import write_teacher
 from click.testing import CliRunner
 from helpers import make_job, rewrite_manifest, store_files
 
@@ -62,11 +61,6 @@ except ZeroDivisionError:
     found["error"] = [before, within.pop(), settings()]
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp")
 
 
 @pytest.fixture
