@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from coursepack.canonical import canonical_json, fingerprint
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.manifest import parse_manifest
+from coursepack.data.store.opening import parse_manifest
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch
 
 SHAPES = {"logits": (10,), "features/a": (3, 7), "features/b@sign": (9,)}
