@@ -147,4 +147,7 @@ def _not_regular(path: Path, mode: int) -> OSError:
 def partials(folder: Path) -> Iterator[Path]:
     """What killed writers left in `folder`."""
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.name.endswith(PARTIAL))
+        # Names first: a folder may hold very many files, and hardly any of them partial.
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(PARTIAL))
+        yield from (folder / name for name in names)

@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coursepack.canonical import canonical_json
 from coursepack.data.store.block import Block, BlockFiles
 from coursepack.data.store.contents import LISTS, list_key
@@ -48,6 +50,8 @@ class StoreWriter:
         self._manifest: Manifest
         self._tag = ""
         self._committed: dict[str, frozenset[int]] = {}
+        self._whole_views: frozenset[int] = frozenset()
+        """Views of which nothing of the plan is missing."""
 
     @property
     def manifest(self) -> Manifest:
@@ -58,6 +62,8 @@ class StoreWriter:
     def manifest(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._committed = {name: frozenset(views) for name, views in manifest.committed.items()}
+        committed = [self._committed.get(name, frozenset()) for name in self._plan.arrays]
+        self._whole_views = frozenset.intersection(*committed)
 
     def __enter__(self) -> Self:
         """Create or extend the store and take the part.
@@ -113,7 +119,7 @@ class StoreWriter:
             if not self.part.owns(number):
                 continue
             view, index = divmod(number, self.blocks)
-            if self._is_done(view, index, self._missing(view)):
+            if view in self._whole_views or self._is_done(view, index, self._missing(view)):
                 continue
             # Not done, or committed by another process that swept the done-object: the manifest knows.
             self._refresh()
@@ -122,14 +128,13 @@ class StoreWriter:
 
     def done_rows(self) -> int:
         """Rows of this part that need no more work."""
-        owned = [n for n in range(self.manifest.views * self.blocks) if self.part.owns(n)]
-        return self.owned_rows() - sum(len(block) for block in self.pending(iter(owned)))
+        return self.owned_rows() - sum(len(block) for block in self.pending())
 
     def owned_rows(self) -> int:
         """Rows of this part in all."""
         rows, samples = self.manifest.block_rows, self.manifest.samples
-        numbers = (n for n in range(self.manifest.views * self.blocks) if self.part.owns(n))
-        return sum(min(rows, samples - n % self.blocks * rows) for n in numbers)
+        numbers = np.arange(self.part.index, self.manifest.views * self.blocks, self.part.count)
+        return int(np.minimum(rows, samples - numbers % self.blocks * rows).sum())
 
     def write(
         self, block: Block, record: Mapping[str, Any], sound: Mapping[str, tuple[int, int]] | None = None
@@ -239,15 +244,19 @@ class StoreWriter:
 
         Lists every folder, so it is done when a run begins and ends and not at every commit.
         """
-        sweep = self.location.sweep
-        for key in zarr_keys(self.manifest):
-            sweep(key.rpartition("/")[0], lambda name: name.startswith(f"{METADATA}."))
-        for folder in ("", LISTS, *self.manifest.tables):
-            sweep(folder, lambda _: True)
-        sweep(BLOCKS, self._is_whole)
-        for name in self._plan.arrays:
-            for component in self.manifest.arrays[name].components:
-                sweep(f"{name}/{component}", lambda name: self._is_whole(name.removeprefix("c.")))
+        folders = {key.rpartition("/")[0] for key in zarr_keys(self.manifest)}
+        mine = {
+            f"{name}/{component}"
+            for name in self._plan.arrays
+            for component in self.manifest.arrays[name].components
+        }
+        for folder in folders | {BLOCKS, LISTS}:
+            if folder in {"", LISTS, *self.manifest.tables}:
+                self.location.sweep(folder, lambda _: True)
+            elif folder in mine | {BLOCKS}:
+                self.location.sweep(folder, self._is_left_over)
+            else:
+                self.location.sweep(folder, lambda name: name.startswith(f"{METADATA}."))
         # Without a lock, another process may have put a list that no manifest names yet.
         if self.location.has_locks and self.manifest.format_version > 1:
             named = {list_key(view, digest) for view, digest in self.manifest.list_digests.items()}
@@ -255,10 +264,10 @@ class StoreWriter:
                 if f"{LISTS}/{name}" not in named:
                     self.location.delete(f"{LISTS}/{name}")
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether nothing is left to write of the view with which a file's name begins."""
-        view = name.partition(".")[0]
-        return view.isdecimal() and int(view) < self.manifest.views and not self._missing(int(view))
+    def _is_left_over(self, name: str) -> bool:
+        """Whether a partial file is of metadata, or of a view of which nothing is left to write."""
+        view = name.removeprefix("c.").partition(".")[0]
+        return name.startswith(f"{METADATA}.") or (view.isdecimal() and int(view) in self._whole_views)
 
     def _create_or_extend(self) -> None:
         while True:
