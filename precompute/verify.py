@@ -21,8 +21,9 @@ from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
 from coursepack.models.build import reload_teacher
 from coursepack.models.taps import tap_from_name
-from coursepack.precompute.job import Job, write_blocks
+from coursepack.precompute.job import Job
 from coursepack.precompute.numerics import NumericsGuard
+from coursepack.precompute.write import write_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

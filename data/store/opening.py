@@ -106,6 +106,9 @@ def load_tagged(location: Location) -> tuple[Manifest, str]:
         ) from error
     except ValueError as error:
         raise StoreDamaged(f"the manifest of {str(location)!r} {error}. {ADVICE}") from error
+    except OSError as error:
+        fault = error.strerror or str(error)
+        raise StoreDamaged(f"the manifest of {str(location)!r} cannot be read: {fault}") from error
     return parse_manifest(text, str(location), location), tag
 
 

@@ -62,7 +62,7 @@ class Location(Protocol):
         """Read an object.
 
         Raises:
-            ValueError: it is larger than `most_bytes`, or is no regular file; worded to follow its name.
+            ValueError: it is larger than `most_bytes`; worded to follow its name.
         """
 
     def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
