@@ -29,6 +29,8 @@ KINDS = {
     stat.S_IFCHR: "a device",
 }
 """Names of the kinds of files that are not regular, by their `stat` type."""
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of file systems that have no hard links."""
 
 
 def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
@@ -41,6 +43,38 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
     Raises:
         OSError: the disk is full or the folder is not writable. `path` is unchanged, and the error names it.
     """
+    with _partial_file(path, pieces) as partial:
+        partial.replace(path)
+    flush_folder(path.parent)
+
+
+def create_whole(path: Path, *pieces: bytes | NDArray[Any]) -> bool:
+    """Write a file as `write_whole` does, but only if there is none of the name; returns whether it did.
+
+    The name is taken by a hard link, which one of several processes can make. On file systems without those,
+    the name is looked up first: there, processes have to hold a lock while they create.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    with _partial_file(path, pieces) as partial:
+        try:
+            path.hardlink_to(partial)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            partial.replace(path)
+    flush_folder(path.parent)
+    return True
+
+
+@contextmanager
+def _partial_file(path: Path, pieces: tuple[bytes | NDArray[Any], ...]) -> Iterator[Path]:
+    """A flushed file of these pieces beside `path`, gone afterwards unless it was renamed."""
     partial = path.with_name(_partial_name(path.name))
     try:
         with partial.open("wb", buffering=0) as file:
@@ -50,13 +84,12 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)
+        yield partial
+    except OSError as error:
+        error.filename = str(path)
         raise
-    flush_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _partial_name(name: str) -> str:
@@ -116,4 +149,7 @@ def _not_regular(path: Path, mode: int) -> OSError:
 def partials(folder: Path) -> Iterator[Path]:
     """Yield the partial files that killed processes left in a folder."""
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.name.endswith(PARTIAL))
+        # Names first: a folder may hold very many files, and hardly any of them partial.
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(PARTIAL))
+        yield from (folder / name for name in names)

@@ -18,6 +18,7 @@ import torch
 from coursepack.canonical import difference_table, fingerprint
 from coursepack.console import say
 from coursepack.data.store.done import done_objects, read_done
+from coursepack.data.store.locations import open_location
 from coursepack.errors import StoreMismatch
 
 if TYPE_CHECKING:
@@ -126,11 +127,11 @@ class NumericsGuard:
 def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the distinct environments of committed views and of finished blocks of uncommitted ones."""
     found: list[dict[str, Any]] = []
-    for record in manifest.view_records.values():
-        _add(found, record["environments"])
-    for view, index in done_objects(store):
-        entry = read_done(store, view, index)
-        if entry is not None:  # else another process has committed its view meanwhile
+    _add(found, manifest.environments)
+    location = open_location(store)
+    for view, index in done_objects(location):
+        entry = read_done(location, view, index)
+        if entry is not None:  # else another process has committed its view since
             _add(found, [entry["record"]["environment"]])
     return found
 

@@ -13,7 +13,6 @@ from coursepack.data.drift import changed_content, drift
 from coursepack.data.randomness import below, random_words
 from coursepack.data.sources import open_stored
 from coursepack.data.store import StoreReader, StoreWriter
-from coursepack.data.store.check import make_way
 from coursepack.data.store.layout import table_key
 from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import draw, render, stored_view
@@ -22,8 +21,9 @@ from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
 from coursepack.models.load import reload_teacher
 from coursepack.models.taps import tap_from_name
-from coursepack.precompute.job import Job, write_blocks
+from coursepack.precompute.job import Job
 from coursepack.precompute.numerics import NumericsGuard
+from coursepack.precompute.write import write_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -81,7 +81,7 @@ def job_of_store(
     network = reload_teacher(teacher, manifest.class_names, weights, holder=holder, trust_code=trust_code)
     taps = [tap_from_name(name.removeprefix("features/")) for name in manifest.arrays if name != LOGITS]
     runner = TeacherRunner(network, taps, device, teacher.get("columns"))
-    environments = [e for record in manifest.view_records.values() for e in record["environments"]]
+    environments = manifest.environments
     return Job(
         store=path,
         source=source,
@@ -235,10 +235,15 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
         StoreBusy: another process is writing to the store.
         StoreDamaged: something other than a file is at the path of a file and cannot be replaced safely.
     """
+    problems = list(problems)
     keys = {problem.key for problem in problems}
+    # Views whose lists are damaged are written as if they had not been: nothing says what their files were.
+    lost = sorted(problem.view for problem in problems if problem.view is not None)
     with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
-        make_way(job.store, keys)
+        writer.location.make_way(keys)
         NumericsGuard(job.store, job.environment()).check(writer.manifest)
+        if lost:
+            writer.forget(lost)
         before = writer.manifest.files
         sound = {key: value for key, value in before.items() if key not in keys}
         after = writer.repair_tables(keys)
@@ -257,6 +262,11 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
             [(written, _)] = write_blocks(job, writer, renderer, [block], sound=sound)
             after |= written.flush()
         writer.replace_files(after)
+        numbers = (view * writer.blocks + index for view in lost for index in range(writer.blocks))
+        for block in writer.pending(numbers):
+            [(written, sums)] = write_blocks(job, writer, renderer, [block])
+            written.finish(sums)
+        writer.commit()
         return tuple(sorted(key for key, value in after.items() if before.get(key, value) != value))
 
 

@@ -208,8 +208,8 @@ def test_deep_without_a_network_input_bad_files(store, command):
 
 
 def all_identities(store):
-    """Inode and time of change of every file but the manifest and what runs leave."""
-    files = [file for file in store.rglob("*") if file.is_file() and "runs" not in file.parts]
+    """Inode and time of change of every file but the manifest, its lists, and what runs leave."""
+    files = [file for file in store.rglob("*") if file.is_file() and not {"runs", "views"} & {*file.parts}]
     found = {file.relative_to(store).as_posix(): file.stat() for file in files}
     return {k: (s.st_ino, s.st_mtime_ns) for k, s in found.items() if k not in ("manifest.json", "lock")}
 

@@ -96,12 +96,12 @@ def test_a_disk_that_fills_at_any_write(tmp_path, command, once, monkeypatch, wr
         def open(self, *arguments, **options):
             return FullFile(super().open(*arguments, **options))
 
-    whole = files_module.write_whole
     with monkeypatch.context() as patch:
-        for module in ("writer", "block"):
+        for name in ("write_whole", "create_whole"):
+            whole = getattr(files_module, name)
             patch.setattr(
-                f"coursepack.data.store.{module}.write_whole",
-                lambda path, *pieces: whole(FullPath(path), *pieces),
+                f"coursepack.data.store.locations.local.{name}",
+                lambda path, *pieces, whole=whole: whole(FullPath(path), *pieces),
             )
         assert_refused(command(path), f"No space left on device: {path}/")
     assert count > writes

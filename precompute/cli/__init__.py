@@ -13,17 +13,16 @@ from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, p
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
-from coursepack.device import pick_device
-from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.models.classes import load_columns
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
+from coursepack.precompute.spec import PrecomputeSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from coursepack.precompute.plan import Costs, Probe
+from coursepack.precompute.plan import Costs, Probe
 
 
 @click.group(cls=Commands)
@@ -152,28 +151,34 @@ def _job(
     taps: tuple[str, ...],
     trust_code: bool,
     device: str,
+    store: Path,
+    part: Part,
     **numbers: Any,
 ) -> Job:
-    source = open_source(source_spec, root)
-    source.check()
-    columns = None if class_map is None else load_columns(class_map, source.class_names)
-    network = load_teacher(
-        teacher,
-        source.class_names,
+    columns = None
+    if class_map is not None:
+        columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
+    job = PrecomputeSpec(
+        teacher=teacher,
+        source=source_spec,
+        view=view_recipe(view, view_seed).model_dump(mode="json"),
+        store=str(store),
         weights=weights,
         size=size,
         mean=mean,
         std=std,
         columns=columns,
+        root=None if root is None else str(root),
+        taps=taps,
         trust_code=trust_code,
-    )
-    runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], pick_device(device), columns)
-    recipe = view_recipe(view, view_seed)
-    job = Job(source=source, recipe=recipe, runner=runner, root=root, **numbers)
+        device=device,
+        part=(part.index, part.count),
+        **numbers,
+    ).job()
     stored = job.plan().arrays[LOGITS][0].name
     if stored != job.encoding:
         say(
-            f"encoding {job.encoding} would not be smaller than {stored} for {len(source.class_names)} "
+            f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )
     return job

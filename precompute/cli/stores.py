@@ -10,8 +10,9 @@ import click
 
 from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.done import BLOCKS
+from coursepack.data.store.done import done_objects
 from coursepack.data.store.identity import check_complete
+from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
 from coursepack.device import pick_device
@@ -79,8 +80,7 @@ def verify_command(
     """
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
-    total = sum(size for size, _ in manifest.files.values())
-    with progress(f"verify {store.name}", total, "bytes") as meter:
+    with progress(f"verify {store.name}", manifest.data_bytes, "bytes") as meter:
         report = verify(store, on_file=meter.advance)
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
@@ -200,13 +200,13 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
         "classes": len(manifest.class_names),
         "views": manifest.views,
         "committed_views": list(manifest.committed_views()),
-        "blocks_done_besides": len(list((store / BLOCKS).glob("*.json"))),
+        "blocks_done_besides": len(done_objects(open_location(store))),
         "block_rows": manifest.block_rows,
         "arrays": {
             name: {"encoding": array.encoding.name, "row_shape": list(array.row_shape)}
             for name, array in manifest.arrays.items()
         },
-        "bytes": sum(size for size, _ in manifest.files.values()),
+        "bytes": manifest.data_bytes,
         "accuracy_per_view": {
             view: view_mean(record, "correct", f"view {view} of store {str(store)!r}")
             for view, record in records
