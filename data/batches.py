@@ -13,7 +13,7 @@ import torch
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.views import GRID, draw, render, render_normalized, render_on_device
 from coursepack.data.views.params import concatenate
-from coursepack.kernels import MixedLabels, normalise
+from coursepack.kernels import MixedLabels, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,7 +101,7 @@ class Batch:
             images = render_normalized(self.recipe, self.source, *drawn, size, channel, table.numpy())
             if images is not None:
                 return torch.from_numpy(images)
-        return normalise(self.pixels(size), channel, table)
+        return normalize(self.pixels(size), channel, table)
 
     def render(self, size: int) -> Tensor:
         """Render the views anew: on the device if the images are there, else on the CPU."""

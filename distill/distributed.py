@@ -28,8 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from coursepack.console import say
 from coursepack.data.store.owners import Part
+from coursepack.device import pick_device
 from coursepack.errors import RankLost, RecipeError
-from coursepack.models.teacher import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

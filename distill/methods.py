@@ -208,6 +208,10 @@ def describe(name: str) -> dict[str, Any]:
     teachers = method.objective.needs().teachers
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
+    for key, term in method.objective.terms.items():
+        defaults["terms"][key]["weight"] = term.weight
+        if term.term == key:
+            del defaults["terms"][key]["term"]
     return {
         "name": name,
         "formula": method.formula,

@@ -17,7 +17,7 @@ from coursepack.errors import CoursepackError
 
 MOST_BYTES = 200 << 20
 """Of memory that a case may take."""
-MOST_SECONDS = 20
+MOST_SECONDS = 120
 MOST_TEXT = 8000
 """Characters of an error's text."""
 LIBRARIES = (sys.prefix, sys.base_prefix, str(Path(np.__file__).resolve().parents[1]))

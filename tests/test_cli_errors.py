@@ -252,7 +252,7 @@ DOMAIN = [
      "cannot create the run's folder '/proc/run': No such file or directory. Choose"),
     # Teachers.
     (f"{WRITE} --teacher run:seven",
-     "teacher 'run:seven' tells 7 classes apart, but the source has 10 (0, 1, 2, ...): use a teacher "
+     "teacher 'run:seven' has 7 classes, but the source has 10 (0, 1, 2, ...): use a teacher "
      "trained on the source's classes"),
     (f"{WRITE} --teacher run:no", "there is no run at 'no'. Make one with `distill train --out no`."),
     (f"{WRITE} --teacher run:notes", "run 'notes' has no trained weights: it is unfinished or not a run"),
@@ -272,7 +272,7 @@ DOMAIN = [
     (f"{WRITE} --tap hidden1+hidden2", "tap 'hidden1+hidden2' names 2 layers: only `gram` takes two"),
     (f"{WRITE} --tap hidden1:pooled", "tap 'hidden1@pooled': pooled needs feature maps (N, C, H, W), got ("),
     (f"{WRITE} --tap hidden1:margin",
-     "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
+     "tap 'hidden1@margin' needs a batch normalization with weight and bias, but layer 'hidden1' is a "
      "Linear: tap the one before the activation"),
     (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
     (f"{WRITE} --encoding topk",
@@ -298,7 +298,7 @@ USAGE = [
     (f"{ALONE} --batch-size 0", "'--batch-size': 0 is not in the range x>=1"),
     (f"{ALONE} --optimizer adam", "'--optimizer': 'adam' is not one of 'sgd', 'adamw'."),
     (f"{ALONE} --lr-schedule linear", "'linear' is not one of 'constant', 'step', 'cosine', 'one_cycle'."),
-    (f"{ALONE} --milestones 1,x", "'--milestones': '1,x' is not numbers with commas between"),
+    (f"{ALONE} --milestones 1,x", "'--milestones': '1,x' is not comma-separated numbers"),
     (f"{ALONE} --warmup-epochs -1", "'--warmup-epochs': -1.0 is not in the range x>=0"),
     (f"{ALONE} --clip 0", "'--clip': 0.0 is not in the range x>0"),
     (f"{ALONE} --ema 1", "'--ema': 1.0 is not in the range 0<x<1"),
@@ -313,7 +313,7 @@ USAGE = [
     (f"{ALONE} --views 0", "'--views': 0 is not in the range x>=1"),
     (f"{ALONE} --seed -1", "'--seed': -1 is not in the range 0<=x<"),
     (f"{ALONE} --hard-weight -1", "'--hard-weight': -1.0 is not in the range x>=0"),
-    (f"{ALONE} --teacher-weights 1,x", "'1,x' is not numbers with commas between, as in 0.5,0.3,0.2"),
+    (f"{ALONE} --teacher-weights 1,x", "'1,x' is not comma-separated numbers, as in 0.5,0.3,0.2"),
     ("distill train --student digits-small", "Missing option '--out'"),
     ("distill trian", "No such command 'trian'"),
     (f"{WRITE} --views 0", "'--views': 0 is not in the range x>=1"),
@@ -339,8 +339,8 @@ def test_usage_errors(workplace, monkeypatch, line, text):
     assert "--help' for help." in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(workplace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for line in (ALONE, WRITE, "distill eval run"):
         status, said = refuse(workplace, monkeypatch, f"{line} --device cuda")
         assert status == 1

@@ -20,7 +20,7 @@ BAD_JSON = [
     ("[" * 65 + "]" * 65, "is nested more than 64 levels deep"),
     ("[" * 100_000, "is nested more than 64 levels deep"),
     ('{"a":' * 100_000, "is nested more than 64 levels deep"),
-    ("[NaN]", "holds NaN, which JSON has no number for"),
+    ("[NaN]", "holds NaN, which JSON cannot represent"),
     ("[-Infinity]", "holds -Infinity"),
     ("1e999", "holds the number 1e999, which is too large"),
     ("1" * 5000, "holds a whole number of 5,000 digits, expected at most 40"),

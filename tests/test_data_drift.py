@@ -40,11 +40,6 @@ OTHER_PIXELS = "the installed version renders different pixels"
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory, teacher):
     """Three views of the digits, three blocks each; tests only read it."""
     path = tmp_path_factory.mktemp("drift") / "s.zarr"
@@ -279,12 +274,14 @@ def test_a_source_that_is_another_one_is_a_problem(folder_store):
     write_bitmap(bitmap(root, int(sampled(FILES)[0])), "other")
     found = command(precompute, "verify", "--store", store, "--root", root)
     assert found.exit_code == 1
-    assert found.stdout.startswith("source 'folder:train' here is not the one that the teacher saw\n")
+    assert found.stdout.startswith(
+        "source 'folder:train' differs from the one that the store was written from\n"
+    )
 
 
 def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_path):
     store, root = folder_store
-    said = "views are not drawn again, because their source is not at hand: "
+    said = "the views are not checked, because their source cannot be opened: "
     aside = root.rename(tmp_path / "aside")
     for words in ([], ["--root", tmp_path / "gone"]):
         found = command(precompute, "verify", "--store", store, *words)
@@ -358,7 +355,7 @@ def test_stores_without_probes_are_used_and_still_guarded_by_their_draws(old, mo
     assert prepare(make_recipe([old]), CPU).drift == ()
     verified = command(precompute, "verify", "--store", old, "--content")
     assert verified.exit_code == 0
-    assert "keeps no checksums of its source's content" in verified.stderr, "nothing was compared"
+    assert "has no checksums of its source's content" in verified.stderr, "nothing was compared"
     move_box(monkeypatch, 701, 1)
     assert found_in(old) == (f"view 1, block 1: {OTHER_DRAWS}",)
 

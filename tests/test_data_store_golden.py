@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.manifest import zarr_metadata
+from coursepack.data.store.zarr_metadata import zarr_metadata
 
 GOLDEN = Path(__file__).parent / "golden"
 STORE = GOLDEN / "version-1.zarr"

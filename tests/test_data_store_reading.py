@@ -251,7 +251,7 @@ def test_a_forked_child_reads_while_the_parent_prefetches(store, monkeypatch, re
         try:
             import signal
 
-            signal.alarm(20)
+            signal.alarm(300)
             same = [
                 np.array_equal(
                     reader.components("logits", view, np.arange(83))["values"],

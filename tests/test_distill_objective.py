@@ -9,7 +9,7 @@ from reference.loss import soft_target_loss as reference_loss
 
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.fusion.adaptive import Adaptive
-from coursepack.distill.fusion.temperature import fused_logits, sample_temperatures, shifted
+from coursepack.distill.fusion.temperature import fused_logits, sample_temperatures
 from coursepack.distill.fusion.weights import confidence_weights, entropy_weights
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -24,7 +24,7 @@ from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.requirements import depth_group
 from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
-from coursepack.kernels import MixedLabels, soft_target_loss, teacher_stats
+from coursepack.kernels import MixedLabels, shift_logits, soft_target_loss, teacher_stats
 
 N, C, K, D = 8, 5, 3, 4
 GOLDEN_STUDENT = torch.tensor([[2, 0.5, -1], [0.1, 0.2, 0]])
@@ -176,7 +176,7 @@ def test_dynamic_temperature_without_slope_is_kd(batch):
 
 def test_shift_of_logits_is_shift_of_probs(batch):
     student, labels, targets = tensors(batch)
-    moved = [shifted(logits, labels) for logits in targets.logits]
+    moved = [shift_logits(logits, labels) for logits in targets.logits]
     for temperature in (1.0, 4.0, 20.0):
         for combine in ("mixture", "sum"):
             fields = {"temperature": temperature, "combine": combine}

@@ -185,7 +185,7 @@ def test_parameter_groups_are_those_of_the_command(course, stores, method):
     grouped = [id(value) for group in groups for value in group["params"]]
     assert sorted(grouped) == sorted(map(id, learner.parameters()))
     decayed = {id(value) for group in groups if "weight_decay" not in group for value in group["params"]}
-    latents = {id(value) for value in learner.objective.fusion.parameters()}
+    latents = {id(value) for group in learner.objective.parameter_groups() for value in group["params"]}
     assert set(grouped) - decayed == latents
     assert bool(latents) == (method == "amtml")
     command = make_optimizer(learner, make_recipe(stores).optimizer)

@@ -40,12 +40,8 @@ ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 @pytest.fixture(autouse=True)
 def dropping(monkeypatch):
-    """One thread, and a student that draws."""
+    """A student that draws."""
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +248,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     ("change", "text"),
     [
         ({"seed": 1}, r"recipe\.seed +checkpoint: 1 +this run: 0"),
-        ({"optimiser": {"lr": 0.01}}, r"recipe\.optimiser\.lr +checkpoint: 0\.01 +this run: 0\.05"),
+        ({"optimizer": {"lr": 0.01}}, r"recipe\.optimizer\.lr +checkpoint: 0\.01 +this run: 0\.05"),
         (
             {"objective": {"temperature": 2.0}},
             r"recipe\.objective\.temperature +checkpoint: 2\.0 +this run: 4",

@@ -31,13 +31,6 @@ def seen(monkeypatch):
     return found
 
 
-@pytest.fixture(autouse=True)
-def threads_put_back():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_threads_are_set_for_the_run_alone(tmp_path, seen, count):
     torch.set_num_threads(2)

@@ -77,7 +77,6 @@ def test_a_loop_of_ones_own_has_the_losses_of_the_command(tapped, method, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
-    pytest.importorskip("lightning")
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert example("lightning_module").train(tapped, method, epochs=3, seed=3) == wanted
@@ -85,8 +84,6 @@ def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_the_hugging_face_trainer_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert example("hf_trainer").train(tapped, method, epochs=3, seed=3) == wanted

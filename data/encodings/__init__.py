@@ -33,8 +33,8 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
     "topk": TopK,
     "bits": Bits,
 }
-FOR_LOGITS = ("float32", "float16", "bfloat16", "int8", "topk")
-FOR_FEATURES = ("float32", "float16", "bfloat16", "int8", "bits")
+FOR_LOGITS = tuple(name for name in ENCODINGS if name != "bits")
+FOR_FEATURES = tuple(name for name in ENCODINGS if name != "topk")
 
 
 def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Encoding:

@@ -48,16 +48,8 @@ class Int8:
         labels: NDArray[np.int64],
     ) -> dict[str, NDArray[Any]]:
         """Quantize each row over its own range."""
-        check_range(values, np.abs(values) > _LIMIT / 2, samples, self.name, _LIMIT / 2)
-        flat = flat_rows(values).astype(np.float32)
-        minimum = _rounded(flat.min(1), -np.inf)
-        scale = _rounded((flat.max(1).astype(np.float64) - minimum) / LEVELS, np.inf)
-        width = np.where(scale == 0, 1, scale).astype(np.float32)
-        q = np.rint((flat - minimum.astype(np.float32)[:, None]) / width[:, None])
-        return {
-            "q": np.clip(q, 0, LEVELS).astype(np.uint8).reshape(values.shape),
-            "affine": np.stack([scale, minimum], axis=1),
-        }
+        q, affine = quantized(values, samples, self.name, LEVELS)
+        return {"q": q, "affine": affine}
 
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
@@ -70,6 +62,32 @@ class Int8:
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> Int8Rows:
         """Wrap the stored bytes, scales and minima."""
         return Int8Rows(components["q"], components["affine"])
+
+
+def quantized(
+    values: NDArray[np.float32], samples: Samples, name: str, levels: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Quantize each row over its own range.
+
+    Args:
+        values: `(n, ...)`.
+        samples: their indices `(n,)`, named in errors.
+        name: the encoding, named in errors.
+        levels: largest quantized value, 255 at most.
+
+    Returns:
+        Quantized values `(n, ...)` from 0 to `levels`, and scale and minimum of each row `(n, 2)`.
+
+    Raises:
+        EncodingRange: a value whose row would not fit the float16 of scale and minimum.
+    """
+    check_range(values, np.abs(values) > _LIMIT / 2, samples, name, _LIMIT / 2)
+    flat = flat_rows(values).astype(np.float32)
+    minimum = _rounded(flat.min(1), -np.inf)
+    scale = _rounded((flat.max(1).astype(np.float64) - minimum) / levels, np.inf)
+    width = np.where(scale == 0, 1, scale).astype(np.float32)
+    q = np.rint((flat - minimum.astype(np.float32)[:, None]) / width[:, None])
+    return np.clip(q, 0, levels).astype(np.uint8).reshape(values.shape), np.stack([scale, minimum], axis=1)
 
 
 def _rounded(values: NDArray[np.floating[Any]], toward: float) -> NDArray[np.float16]:

@@ -16,7 +16,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, sampled, sha256_of
 from coursepack.errors import CoursepackError, RecipeError, SourceError
-from coursepack.imports import own_object
+from coursepack.imports import import_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,7 +112,7 @@ def python(spec: Spec, root: Path | None) -> Source:
 
 def _make(spec: Spec, root: Path | None) -> Any:
     module_name, _, path = spec.options.removeprefix(":").partition(":")
-    factory = own_object(module_name, path, f"source '{spec}'")
+    factory = import_object(module_name, path, f"source '{spec}'")
     try:
         data = factory(root=root, split=spec.split)
     except CoursepackError:

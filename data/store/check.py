@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from coursepack.data.store.contents import list_key
 from coursepack.data.store.layout import shard_key, table_key
-from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.locations import open_location
+from coursepack.data.store.opening import load_manifest
 from coursepack.data.store.sampling import unlike_zarr
 from coursepack.data.store.shards import file_checksum
+from coursepack.data.store.zarr_metadata import zarr_metadata
 from coursepack.errors import StoreDamaged
-from coursepack.files import open_regular
 from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
 MOST_METADATA_BYTES = 1 << 20
@@ -34,6 +34,8 @@ class Problem:
     key: str
     """The file it is wrong with."""
     what: str
+    view: int | None = None
+    """The view whose list it is wrong with, of a list."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}"
@@ -51,71 +53,64 @@ class StoreReport:
     """Empty for a sound store."""
 
 
-def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
+def verify(where: str | Path | Location, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
     """Check sizes and checksums of all files, and the Zarr metadata.
 
     Where all that is sound, also read one random chunk of every array through the `zarr` library.
 
     Args:
-        path: the store.
+        where: the store.
         on_file: called with a file's number of bytes after each, for progress.
 
     Raises:
         StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
     """
-    manifest = load_manifest(path)
-    problems = [
-        *_file_problems(path, manifest, on_file),
+    location = open_location(where)
+    manifest = load_manifest(location)
+    problems = list(_list_problems(manifest))
+    # What a damaged list names is not known.
+    manifest = manifest.only_views({*manifest.entries} - {problem.view for problem in problems})
+    problems += [
+        *_file_problems(location, manifest, on_file),
         *_unvouched(manifest),
-        *_metadata_problems(path, manifest),
+        *_metadata_problems(location, manifest),
     ]
     if not problems:
-        problems = [Problem(key, what) for key, what in unlike_zarr(path, manifest)]
+        problems = [Problem(key, what) for key, what in unlike_zarr(location, manifest)]
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 
 
-def make_way(path: Path, keys: Iterable[str]) -> None:
-    """Remove what a file cannot replace where the files of the keys belong: empty folders, nothing else.
-
-    Raises:
-        StoreDamaged: something is in the way that may be worth keeping; nothing was removed.
-    """
-    folders = [path / key for key in keys if (path / key).is_dir() and not (path / key).is_symlink()]
-    parents = {
-        path.joinpath(*key.split("/")[:depth]) for key in keys for depth in range(1, key.count("/") + 1)
-    }
-    full = [f"{str(folder)!r} is a folder that holds something, expected a file" for folder in folders
-            if any(folder.iterdir())]  # fmt: skip
-    other = [f"{str(parent)!r} is not a folder" for parent in sorted(parents)
-             if os.path.lexists(parent) and not parent.is_dir()]  # fmt: skip
-    if full or other:
-        raise StoreDamaged(f"{'; '.join(full + other)}: move that away and run the same command again")
-    for folder in folders:
-        folder.rmdir()
+def _list_problems(manifest: Manifest) -> Iterator[Problem]:
+    """Lists of views that cannot be read."""
+    for view in manifest.entries:
+        try:
+            manifest.entries[view]
+        except StoreDamaged as error:
+            key = list_key(view, manifest.list_digests[view])
+            yield Problem(key, f"list of view {view}: {error.__cause__ or error}"[:200], view)
 
 
 def _file_problems(
-    path: Path, manifest: Manifest, on_file: Callable[[int], None] | None
+    location: Location, manifest: Manifest, on_file: Callable[[int], None] | None
 ) -> Iterator[Problem]:
     arrays = manifest.zarr_arrays()
     for key, (size, crc) in manifest.files.items():
         layout, _ = arrays[key.rpartition("/")[0]]
-        problem = _file_problem(path / key, size, crc, layout)
+        problem = _file_problem(location, key, size, crc, layout)
         if problem is not None:
             yield Problem(key, problem)
         if on_file is not None:
             on_file(size)
 
 
-def _file_problem(file: Path, size: int, crc: int, layout: ArrayLayout) -> str | None:
+def _file_problem(location: Location, key: str, size: int, crc: int, layout: ArrayLayout) -> str | None:
     try:
-        with os.fdopen(open_regular(file), "rb") as opened:
-            found = os.fstat(opened.fileno()).st_size
-            if found != size:
-                return f"{found} bytes, expected {size}"
-            if file_checksum(np.memmap(opened, dtype=np.uint8, mode="r"), layout) != crc:
-                return "content does not match its checksum"
+        found = location.size(key)
+        if found != size:
+            return f"{found} bytes, expected {size}"
+        if file_checksum(location.map(key).content, layout) != crc:
+            return "content does not match its checksum"
     except OSError as error:
         return _unreadable(error)
     return None
@@ -138,12 +133,11 @@ def _unvouched(manifest: Manifest) -> Iterator[Problem]:
     yield from (Problem(key, "not vouched for") for key in keys if key not in manifest.files)
 
 
-def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
+def _metadata_problems(location: Location, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
-            with os.fdopen(open_regular(path / key), "rb") as file:
-                found = parse_json(file.read(MOST_METADATA_BYTES))
+            found = parse_json(location.get(key, MOST_METADATA_BYTES))
         except (FileNotFoundError, ValueError):
             yield Problem(key, "missing or not JSON")
         except OSError as error:

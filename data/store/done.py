@@ -11,13 +11,12 @@ from coursepack.config import Config
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.shards import shard_size
 from coursepack.errors import StoreDamaged
-from coursepack.parsing import MOST_JSON_BYTES, parse_json, read_bounded
+from coursepack.parsing import MOST_JSON_BYTES, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
     from typing import Self
 
+    from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
 BLOCKS = "blocks"
@@ -55,42 +54,41 @@ class _Done(Config):
     record: _Record
 
 
-def done_path(root: Path, view: int, index: int) -> Path:
-    """Where the done-object of a block is."""
-    return root / BLOCKS / f"{view}.{index}.json"
+def done_key(view: int, index: int) -> str:
+    """Key of the done-object of a block."""
+    return f"{BLOCKS}/{view}.{index}.json"
 
 
-def done_objects(root: Path) -> Iterator[tuple[int, int]]:
+def done_objects(location: Location) -> list[tuple[int, int]]:
     """View and index of every block that has a done-object."""
-    for path in sorted((root / BLOCKS).glob("*.json")):
-        if (match := _NAME.fullmatch(path.name)) is not None:
-            yield int(match[1]), int(match[2])
+    matches = (_NAME.fullmatch(name) for name in location.names(BLOCKS))
+    return sorted((int(match[1]), int(match[2])) for match in matches if match is not None)
 
 
-def read_done(root: Path, view: int, index: int) -> dict[str, Any] | None:
+def read_done(location: Location, view: int, index: int) -> dict[str, Any] | None:
     """A block's done-object as plain values; None where there is none.
 
     Raises:
         StoreDamaged: it is not what `BlockFiles.finish` writes.
     """
-    path = done_path(root, view, index)
+    key = done_key(view, index)
     try:
-        entry: dict[str, Any] = parse_json(read_bounded(path, MOST_JSON_BYTES))
+        entry: dict[str, Any] = parse_json(location.get(key, MOST_JSON_BYTES))
         _Done.model_validate(entry, strict=True)
     except FileNotFoundError:
         return None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise _damaged(path, f"{place:.80}: {problem['msg']:.200}") from error
+        raise _damaged(location, key, f"{place:.80}: {problem['msg']:.200}") from error
     except ValueError as error:
-        raise _damaged(path, f"it {error}") from error
+        raise _damaged(location, key, f"it {error}") from error
     except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
+        raise _damaged(location, key, error.strerror or str(error)) from error
     return entry
 
 
-def check_done(root: Path, manifest: Manifest, view: int, index: int, entry: dict[str, Any]) -> None:
+def check_done(location: Location, manifest: Manifest, view: int, index: int, entry: dict[str, Any]) -> None:
     """Refuse a done-object whose files are not those of its block.
 
     Raises:
@@ -109,15 +107,18 @@ def check_done(root: Path, manifest: Manifest, view: int, index: int, entry: dic
     if wrong:
         key = wrong[0]
         raise _damaged(
-            done_path(root, view, index),
+            location,
+            done_key(view, index),
             f"it gives {key!r:.80} {found.get(key)} bytes, not {expected.get(key)}",
         )
     if any(int(sample) >= manifest.samples for sample in entry["record"].get("probes", {})):
-        raise _damaged(done_path(root, view, index), "it has a probe of a sample that is not in the source")
+        raise _damaged(
+            location, done_key(view, index), "it has a probe of a sample that is not in the source"
+        )
 
 
-def _damaged(path: Path, fault: str) -> StoreDamaged:
+def _damaged(location: Location, key: str, fault: str) -> StoreDamaged:
     return StoreDamaged(
-        f"done-object {str(path)!r} is damaged: {fault}. Remove it and run the same `precompute run` again, "
-        "which writes that block again."
+        f"done-object {location.where(key)!r} is damaged: {fault}. Remove it and run the same "
+        "`precompute run` again, which writes that block again."
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,17 +16,13 @@ from coursepack.data.store.shards import (
     stored_checksum,
 )
 from coursepack.errors import StoreDamaged
-from coursepack.files import naming, open_regular
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
     from coursepack.data.store.layout import ArrayLayout
-
-PAGE = mmap.PAGESIZE
+    from coursepack.data.store.locations.base import Location, Mapped
 
 Check = Literal["files", "chunks", "nothing"]
 
@@ -37,15 +31,33 @@ Check = Literal["files", "chunks", "nothing"]
 class ShardFile:
     """A shard file as the manifest vouches for it."""
 
-    root: Path
+    location: Location
     key: str
     size: int
     crc: int
 
-    @property
-    def advice(self) -> str:
-        """What to do about a bad one."""
-        return f"Run `precompute verify --store {self.root} --repair`, which writes damaged files again."
+    def damaged(self, fault: str, what: str = "") -> StoreDamaged:
+        """The error about a bad one; `what` of it is wrong, its `fault` and what to do."""
+        return StoreDamaged(
+            f"{what}{self.location.where(self.key)!r} {fault}. Run `precompute verify --store "
+            f"{self.location} --repair`, which writes damaged files again."
+        )
+
+    def open(self, *, resident: bool) -> Mapped:
+        """Map the file, or read it into memory.
+
+        Raises:
+            StoreDamaged: it is missing or has another size.
+        """
+        try:
+            # Before it is read: a file that is not the shard could be any length.
+            found = self.location.size(self.key)
+            opened = self.location.map(self.key, resident=resident and found == self.size)
+        except FileNotFoundError as error:
+            raise self.damaged("is missing") from error
+        if len(opened.content) != self.size:
+            raise self.damaged(f"has {len(opened.content)} bytes, expected {self.size}")
+        return opened
 
 
 class OpenView:
@@ -149,20 +161,6 @@ class OpenView:
                 unchecked[chunk] = False
 
 
-class _Stamp(NamedTuple):
-    """What changes when a file is written to."""
-
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Stamp:
-        """The stamp in a file's status."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
 class _Component:
     """One array's shards of one view."""
 
@@ -184,85 +182,55 @@ class _Component:
             layout.row_bytes,
             layout.row_shape,
         )
-        self._shards = shards
-        self._maps: list[mmap.mmap] = []
-        self._files: list[NDArray[np.uint8]] = []
-        self._stamps: list[_Stamp] = []
+        self._shards, self._resident = shards, resident
+        self._opened: list[Mapped] = []
         addresses = []
         for place, shard in enumerate(shards):
-            content = self._content(shard, resident=resident)
+            opened = shard.open(resident=resident)
+            content = opened.content
             # Which shard it is shows in the checksums it holds, even where its data is checked later.
             found = file_checksum(content, layout) if whole else stored_checksum(content, layout)
             if found != shard.crc:
-                where = str(shard.root / shard.key)
-                raise StoreDamaged(f"the content of {where!r} does not match its checksum. {shard.advice}")
+                raise shard.damaged("does not match its checksum", "the content of ")
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
-            self._files.append(content)
+            self._opened.append(opened)
         self.addresses = np.concatenate(addresses)
 
     def advise(self, chunk: int) -> None:
         """Have a mapped chunk read in the background."""
         place, start = self._place(chunk)
-        if place < len(self._maps) and hasattr(mmap, "MADV_WILLNEED"):
-            aligned = start - start % PAGE
-            length = self.layout.chunk_rows * self.row_bytes + start - aligned
-            self._maps[place].madvise(mmap.MADV_WILLNEED, aligned, length)
+        self._opened[place].advise(start, self.layout.chunk_rows * self.row_bytes)
 
     def check_chunk(self, chunk: int) -> None:
         """Compare one chunk with its checksum."""
         place, start = self._place(chunk)
         end = start + self.layout.chunk_rows * self.row_bytes
-        file, shard = self._files[place], self._shards[place]
-        if checksum_bytes(file[start:end]) != file[end : end + CHECKSUM_BYTES].tobytes():
-            where = str(shard.root / shard.key)
-            raise StoreDamaged(f"chunk {chunk} of {where!r} does not match its checksum. {shard.advice}")
+        content = self._opened[place].content
+        if checksum_bytes(content[start:end]) != content[end : end + CHECKSUM_BYTES].tobytes():
+            raise self._shards[place].damaged("does not match its checksum", f"chunk {chunk} of ")
 
     def check_sizes(self) -> None:
         """Refuse mapped files that were cut short: touching what is gone would end the process by SIGBUS."""
-        for mapped, shard in zip(self._maps, self._shards, strict=False):
-            if (found := mapped.size()) < shard.size:
-                raise StoreDamaged(
-                    f"{str(shard.root / shard.key)!r} was changed while it was read: it has {found} bytes, "
-                    f"expected {shard.size}. {shard.advice}"
+        if self._resident:
+            return
+        for opened, shard in zip(self._opened, self._shards, strict=True):
+            if (found := opened.size()) < shard.size:
+                raise shard.damaged(
+                    f"was changed while it was read: it has {found} bytes, expected {shard.size}"
                 )
 
     def check_unchanged(self) -> None:
         """Refuse mapped files that were changed in place; their times say which to compare again."""
         self.check_sizes()
-        # A resident component has no stamps: nobody else can change it.
-        for shard, content, stamp in zip(self._shards, self._files, self._stamps, strict=False):
-            path = shard.root / shard.key
-            try:
-                found = _Stamp.of(path.stat())
-            except FileNotFoundError:
-                continue
-            # A file that was replaced as a whole is another one: the map still shows the old.
-            is_touched = found != stamp and found.inode == stamp.inode
-            if is_touched and file_checksum(content, self.layout) != shard.crc:
-                raise StoreDamaged(
-                    f"{str(path)!r} was changed while it was read, and no longer matches its checksum: rows "
-                    f"read since it was opened may be wrong. {shard.advice}"
+        for opened, shard in zip(self._opened, self._shards, strict=True):
+            if opened.is_touched() and file_checksum(opened.content, self.layout) != shard.crc:
+                raise shard.damaged(
+                    "was changed while it was read, and no longer matches its checksum: rows read since it "
+                    "was opened may be wrong"
                 )
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """Shard of a chunk, and where in its file the chunk starts."""
         place = chunk * self.layout.chunk_rows // self.layout.shard_rows
-        return place, int(self.addresses[chunk]) - self._files[place].ctypes.data
-
-    def _content(self, shard: ShardFile, *, resident: bool) -> NDArray[np.uint8]:
-        path = shard.root / shard.key
-        try:
-            with naming(path), os.fdopen(open_regular(path), "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_size != shard.size:
-                    raise StoreDamaged(
-                        f"{str(path)!r} has {status.st_size} bytes, expected {shard.size}. {shard.advice}"
-                    )
-                if resident:
-                    return np.fromfile(file, dtype=np.uint8)
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                self._stamps.append(_Stamp.of(status))
-                return np.frombuffer(self._maps[-1], dtype=np.uint8)
-        except FileNotFoundError as error:
-            raise StoreDamaged(f"{str(path)!r} is missing. {shard.advice}") from error
+        return place, int(self.addresses[chunk]) - self._opened[place].content.ctypes.data

@@ -12,19 +12,19 @@ from coursepack.data.store.zarr_metadata import METADATA, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
 
-def unlike_zarr(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def unlike_zarr(location: Location, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Arrays that `zarr` reads otherwise than this package, by the key of their metadata, and how.
 
     Args:
-        path: a store whose files are what its manifest vouches for.
+        location: of a store whose files are what its manifest vouches for.
         manifest: the store's.
     """
     rng = np.random.default_rng()
@@ -38,9 +38,9 @@ def unlike_zarr(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         rows = shape[0] if view is None else shape[1]
         start = int(rng.integers(rows)) // layout.chunk_rows * layout.chunk_rows
         stop = min(start + layout.chunk_rows, rows)
-        expected = _stored_rows(path, array, view, start, rows, layout)[: stop - start]
+        expected = _stored_rows(location, array, view, start, rows, layout)[: stop - start]
         try:
-            found = read_rows(path, array, view, start, stop)
+            found = read_rows(location, array, view, start, stop)
         except Exception as error:  # whatever it raises, another reader of the store would meet it too
             yield f"{array}/{METADATA}", f"zarr cannot read the array: {type(error).__name__}: {error}"
             continue
@@ -50,12 +50,12 @@ def unlike_zarr(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _stored_rows(
-    path: Path, array: str, view: int | None, start: int, rows: int, layout: ArrayLayout
+    location: Location, array: str, view: int | None, start: int, rows: int, layout: ArrayLayout
 ) -> NDArray[Any]:
     """All rows of the chunk that begins with row `start`, from the shard that holds it."""
     shard = start // layout.shard_rows
     key = table_key(array, layout) if view is None else shard_key(array, view, shard, layout)
-    file = np.memmap(path / key, dtype=np.uint8, mode="r")
+    file = location.map(key).content
     held = min(layout.shard_rows, rows - shard * layout.shard_rows)
     first = start - shard * layout.shard_rows
     offset = int(chunk_offsets(file, held, layout, key)[first // layout.chunk_rows])

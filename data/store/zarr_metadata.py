@@ -13,11 +13,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
+    from coursepack.data.store.manifest import Manifest
 
 METADATA = "zarr.json"
 OPTIONAL = ("storage_transformers", "consolidated_metadata")
@@ -59,7 +60,43 @@ def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return _made(lambda store: zarr.create_group(store, attributes=dict(attributes), zarr_format=3))
 
 
-def read_rows(root: Path, array: str, view: int | None, start: int, stop: int) -> NDArray[Any]:
+def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Every zarr.json of a store by its key, arrays first and the group's own last."""
+    metadata = {
+        f"{path}/{METADATA}": array_metadata(layout, shape)
+        for path, (layout, shape) in manifest.zarr_arrays().items()
+    }
+    return metadata | {
+        _metadata_key(group): group_metadata(group_attributes(group, manifest.format_version))
+        for group in _zarr_groups(manifest)
+    }
+
+
+def zarr_keys(manifest: Manifest) -> list[str]:
+    """Keys of `zarr_metadata`."""
+    arrays = [f"{path}/{METADATA}" for path in manifest.zarr_arrays()]
+    return arrays + [_metadata_key(group) for group in _zarr_groups(manifest)]
+
+
+def _zarr_groups(manifest: Manifest) -> list[str]:
+    """Paths of the groups, inner ones first; the store's own is empty."""
+    groups = {""}
+    for path in manifest.zarr_arrays():
+        parents = path.split("/")[:-1]
+        groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
+    return sorted(groups, reverse=True)
+
+
+def _metadata_key(group: str) -> str:
+    return f"{group}/{METADATA}" if group else METADATA
+
+
+def group_attributes(group: str, version: int) -> dict[str, Any]:
+    """Attributes of a group by its path; the store's own, of an empty path, says the format version."""
+    return {} if group else {"coursepack": {"format_version": version}}
+
+
+def read_rows(location: Location, array: str, view: int | None, start: int, stop: int) -> NDArray[Any]:
     """Rows `start` to `stop` of an array, or of one view of it, as `zarr` reads them.
 
     Raises:
@@ -67,7 +104,7 @@ def read_rows(root: Path, array: str, view: int | None, start: int, stop: int) -
     """
     import zarr
 
-    opened = zarr.open_array(root / array, mode="r", zarr_format=3)
+    opened = zarr.open_array(location.zarr_store(), path=array, mode="r", zarr_format=3)
     selection = slice(start, stop) if view is None else (view, slice(start, stop))
     return np.asarray(opened[selection])
 

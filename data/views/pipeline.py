@@ -6,7 +6,6 @@ afterwards. As its draws are not known, the drift guard compares pixels.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from pydantic import field_validator
 
 from coursepack.config import Config
 from coursepack.errors import RecipeError
+from coursepack.imports import import_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,13 +50,7 @@ class Pipeline(Config):
             RecipeError: there is no such module or function.
         """
         module, _, name = self.factory.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise RecipeError(
-                f"view pipeline {self.factory!r} cannot be loaded: {error}. Give module:function, with the "
-                "module's folder on PYTHONPATH"
-            ) from error
+        factory = import_object(module, name, f"view pipeline {self.factory!r}")
         transform: Callable[[Tensor], Tensor] = factory(size)
         return transform
 

@@ -11,6 +11,7 @@ import click
 from coursepack.console import TRUST_CODE, print_table, progress
 from coursepack.data import open_source
 from coursepack.data.loading import Renderer
+from coursepack.device import pick_device
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
@@ -19,7 +20,6 @@ from coursepack.distill.training.evaluate import evaluate, evaluation_view
 from coursepack.errors import TrainingDiverged
 from coursepack.imports import check_trusted
 from coursepack.models import load_teacher
-from coursepack.models.teacher import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

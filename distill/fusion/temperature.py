@@ -18,7 +18,7 @@ from pydantic import Field
 from coursepack.config import Config
 from coursepack.distill.losses.base import Needs
 from coursepack.distill.schedule import NotNegative
-from coursepack.kernels import decode
+from coursepack.kernels import decode, shift_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,19 +107,11 @@ def fused_logits(
     for index, teacher in enumerate(teachers):
         logits = decode(teacher).detach()
         if adjustments and adjustments[index] == "shift" and labels is not None:
-            logits = shifted(logits, labels)
+            logits = shift_logits(logits, labels)
         share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., index]
         weighted.append(share.reshape(-1, 1) * logits)
         shares.append(share.reshape(-1, 1))
     return torch.stack(weighted).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
-
-
-def shifted(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return logits with the entries of label and top class swapped: KA-PS (Wen et al. 2019, section 3.1)."""
-    label, top = labels.clamp_min(0)[:, None], logits.argmax(1, keepdim=True)
-    right = (logits.gather(1, label) >= logits.amax(1, keepdim=True)) | (labels < 0)[:, None]
-    swapped = logits.scatter(1, label, logits.gather(1, top)).scatter(1, top, logits.gather(1, label))
-    return torch.where(right, logits, swapped)
 
 
 @torch.no_grad()

@@ -108,8 +108,9 @@ def write_smoke_store(
     """Write the store of an untrained teacher for all samples of a source."""
     size = next(iter(source.sizes(np.arange(1))))[0].item()
     run_teacher = _teacher(source, taps, seed)
+    pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
     identity = {
-        "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": {"size": size}},
+        "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
         "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": view_fingerprint(recipe, source)},
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "precision": "float32",

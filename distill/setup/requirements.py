@@ -15,7 +15,8 @@ from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
-from coursepack.models.build import WEIGHTS_FILE, own_preprocessing
+from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.load import own_preprocessing
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:

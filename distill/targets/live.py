@@ -9,7 +9,7 @@ import torch
 from coursepack.distill.targets.base import FEATURES, targets_of
 from coursepack.errors import NonFiniteOutput
 from coursepack.models import TeacherRunner
-from coursepack.models.build import reload_teacher
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
