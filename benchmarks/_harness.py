@@ -1,4 +1,9 @@
-"""What every benchmark shares: alternated runs, medians with their spread, one table, one JSON file."""
+"""Alternated measurements, medians with their spread, bars with three answers, one table, one JSON file.
+
+A row with a bar has the 95 % interval of its value. The bar holds (`yes`) or does not (`no`) only if that
+interval lies wholly on one side of it; otherwise it is `undecided`, and `measure` adds rounds. Rows without a
+bar have quartiles. Ratios are of variants of the same round, so that a slow moment of the machine meets both.
+"""
 
 from __future__ import annotations
 
@@ -15,92 +20,216 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import stats
 
-from coursepack.console import print_table
+from coursepack.console import print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+Row = dict[str, Any]
+Seconds = dict[str, list[float]]
+
+STARTED = time.monotonic()
+PATIENCE = 60.0
+"""Seconds of additional rounds that one undecided measurement may take."""
+LATEST = 25 * 60.0
+"""Seconds after the start of the process from which no rounds are added, so that a run ends in 30 minutes."""
+DOUBLINGS = 5
+"""How often the rounds of an undecided measurement are doubled at most."""
+FEWEST = 6
+"""Rounds from which on the order statistics of the median have a 95 % interval."""
+RESAMPLES = 2000
+
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="a tiny size, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run in seconds at a tiny size")
     return parser
 
 
-def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant, `rounds` times, in a new random order every round after one warm-up."""
+class Threads:
+    """Context manager that sets the number of torch threads and restores the previous one."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> Seconds:
+    """Return the seconds of each variant, `rounds` times, in a new random order every round, after a warm-up.
+
+    A variant that returns a float has timed itself: those are its seconds, without what it prepared.
+    """
+    seconds: Seconds = {name: [] for name in variants}
     order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(rounds + 1):
-        names = list(variants)
-        order.shuffle(names)
-        for name in names:
-            started = time.perf_counter()
-            variants[name]()
-            if round_number:
-                seconds[name].append(time.perf_counter() - started)
+    _round(variants, order)
+    _add_rounds(seconds, variants, order, rounds)
     return seconds
 
 
-def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
-    """One variant's times over another's, round by round."""
+def measure(
+    variants: dict[str, Callable[[], Any]],
+    rounds: int,
+    rows_of: Callable[[Seconds], list[Row]],
+    *,
+    patience: float = PATIENCE,
+) -> list[Row]:
+    """Return the rows of alternated variants, with more rounds while a bar is undecided.
+
+    The number of rounds doubles, a few times at most: an interval that is looked at after every round would
+    sooner or later miss the true value. `patience` limits the seconds of additional rounds.
+    """
+    seconds: Seconds = {name: [] for name in variants}
+    order = random.Random(0)
+    _round(variants, order)
+    started = time.monotonic()
+    _add_rounds(seconds, variants, order, rounds)
+    now = time.monotonic()
+    per_round = max(now - started, 1e-6) / rounds
+    limit = min(now + patience, STARTED + LATEST)
+    rows, done = rows_of(seconds), rounds
+    for _ in range(DOUBLINGS):
+        more = min(done, int((limit - time.monotonic()) / per_round))
+        if more < 1 or all(entry["holds"] != "undecided" for entry in rows):
+            break
+        _add_rounds(seconds, variants, order, more)
+        rows, done = rows_of(seconds), done + more
+    return rows
+
+
+def _add_rounds(
+    seconds: Seconds, variants: dict[str, Callable[[], Any]], order: random.Random, rounds: int
+) -> None:
+    for _ in range(rounds):
+        for name, value in _round(variants, order).items():
+            seconds[name].append(value)
+
+
+def _round(variants: dict[str, Callable[[], Any]], order: random.Random) -> dict[str, float]:
+    """Run every variant once, in a random order, and return the seconds of each."""
+    names, taken = list(variants), {}
+    order.shuffle(names)
+    for name in names:
+        started = time.perf_counter()
+        own = variants[name]()
+        taken[name] = own if isinstance(own, float) else time.perf_counter() - started
+    return taken
+
+
+def ratios(seconds: Seconds, over: str, under: str) -> list[float]:
+    """Return one variant's times over another's, round by round."""
     return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
 
 
 def row(
     identifier: str, values: list[float], unit: str, config: dict[str, Any], bar: str | None = None
-) -> dict[str, Any]:
-    """One result: median and quartiles, and whether it holds its bar (`<= 1.02`, `>= 0.9`)."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+) -> Row:
+    """Return the median of repeated measurements, with quartiles or, if there is a bar, its 95 % interval.
+
+    `bar` is like `<= 1.02` or `>= 0.9`. The interval is exact for any distribution (order statistics); fewer
+    than six values have none, so their bar is undecided and the row has their range.
+    """
     median = statistics.median(values)
-    holds = None
-    if bar is not None:
-        sign, limit = bar.split()
-        holds = median <= float(limit) if sign == "<=" else median >= float(limit)
-    return {
-        "id": identifier, "value": median, "low": low, "high": high, "unit": unit, "n": len(values),
-        "config": config, "bar": bar, "holds": holds,
-    }  # fmt: skip
+    if bar is None:
+        low, high = np.quantile(values, [0.25, 0.75]).tolist()
+        config = config | {"interval": "quartiles" if len(values) > 1 else "one run"}
+        return _row(identifier, median, low, high, unit, len(values), config)
+    if len(values) < FEWEST:
+        config = config | {"interval": "range"}
+        return _row(identifier, median, min(values), max(values), unit, len(values), config, bar, "undecided")
+    low, high = (float(end) for end in stats.quantile_test(values, p=0.5).confidence_interval(0.95))
+    config = config | {"interval": "95 %"}
+    return _row(identifier, median, low, high, unit, len(values), config, bar, verdict(low, high, bar))
+
+
+def exact(identifier: str, value: float, unit: str, config: dict[str, Any], bar: str | None = None) -> Row:
+    """Return a figure that does not vary from run to run, such as a size or an error."""
+    holds = None if bar is None else verdict(value, value, bar)
+    return _row(identifier, value, value, value, unit, 1, config | {"interval": "exact"}, bar, holds)
 
 
 def ratio_of_sums(
+    identifier: str, seconds: Seconds, over: str, under: str, config: dict[str, Any], bar: str | None = None
+) -> Row:
+    """Return one variant's total time over another's, with a 95 % interval from resampling the rounds."""
+    value = sum(seconds[over]) / sum(seconds[under])
+    rounds = ratios(seconds, over, under)
+    if len(rounds) < FEWEST:
+        holds = None if bar is None else "undecided"
+        config = config | {"interval": "range"}
+        low, high = min(value, *rounds), max(value, *rounds)
+        return _row(identifier, value, low, high, "ratio", len(rounds), config, bar, holds)
+    above, below = np.array(seconds[over]), np.array(seconds[under])
+    chosen = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
+    low, high = np.quantile(above[chosen].sum(1) / below[chosen].sum(1), [0.025, 0.975]).tolist()
+    low, high = min(low, value), max(high, value)
+    holds = None if bar is None else verdict(low, high, bar)
+    config = config | {"interval": "95 %"}
+    return _row(identifier, value, low, high, "ratio", len(rounds), config, bar, holds)
+
+
+def verdict(low: float, high: float, bar: str) -> str:
+    """Return whether a bar holds for all of an interval (`yes`), for none of it (`no`), or for a part.
+
+    >>> verdict(0.9, 0.99, "<= 1.0"), verdict(0.9, 1.1, "<= 1.0"), verdict(1.01, 1.1, "<= 1.0")
+    ('yes', 'undecided', 'no')
+    """
+    sign, limit = bar.split()
+    inside = [end <= float(limit) if sign == "<=" else end >= float(limit) for end in (low, high)]
+    return "yes" if all(inside) else "undecided" if any(inside) else "no"
+
+
+def _row(
     identifier: str,
-    seconds: dict[str, list[float]],
-    over: str,
-    under: str,
+    value: float,
+    low: float,
+    high: float,
+    unit: str,
+    n: int,
     config: dict[str, Any],
     bar: str | None = None,
-) -> dict[str, Any]:
-    """One variant's total time over another's, with a 95 % interval from resampling the rounds."""
-    above, below = np.array(seconds[over]), np.array(seconds[under])
-    chosen = np.random.default_rng(0).integers(0, len(above), (2000, len(above)))
-    low, high = np.quantile(above[chosen].sum(1) / below[chosen].sum(1), [0.025, 0.975])
-    value = float(above.sum() / below.sum())
-    found = row(identifier, [value], "ratio", config | {"interval": "95 %"}, bar)
-    return found | {"low": float(low), "high": float(high), "n": len(above)}
+    holds: str | None = None,
+) -> Row:
+    return {
+        "id": identifier, "value": value, "low": low, "high": high, "unit": unit, "n": n, "config": config,
+        "bar": bar, "holds": holds,
+    }  # fmt: skip
 
 
-def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
+def report(title: str, rows: list[Row], path: Path | None) -> None:
     """Print the rows, write them, and exit with status 1 if a bar does not hold."""
     cells = [
         [
-            entry["id"], f"{entry['value']:.4g}", f"{entry['low']:.4g} to {entry['high']:.4g}", entry["unit"],
-            str(entry["n"]), entry["bar"] or "-", {True: "yes", False: "NO", None: "-"}[entry["holds"]],
+            entry["id"], f"{entry['value']:.4g}", f"{entry['low']:.4g} to {entry['high']:.4g}",
+            entry["config"].get("interval", "-"), entry["unit"], str(entry["n"]), entry["bar"] or "-",
+            entry["holds"] or "-",
         ]
         for entry in rows
     ]  # fmt: skip
-    print_table(title, ["figure", "median", "quartiles", "unit", "n", "bar", "holds"], cells)
+    print_table(title, ["figure", "value", "low to high", "interval", "unit", "n", "bar", "holds"], cells)
     if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    if any(entry["holds"] is False for entry in rows):
+        write_rows(path, machine(), rows)
+        say(f"Wrote {path}.")
+    if any(entry["holds"] == "no" for entry in rows):
         sys.exit(1)
 
 
+def write_rows(path: Path, where: dict[str, Any], rows: list[Row]) -> None:
+    """Write the machine and the rows as JSON, one row per line so that versions of the file compare well."""
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in rows)
+    path.write_text(f'{{\n "machine": {json.dumps(where)},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
 def machine() -> dict[str, Any]:
-    """Hardware, versions and date, for the record."""
+    """Return the hardware, versions and date, for the record."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from _content import BATCH, LOGITS, Shuffle, write_store
-from _harness import alternate, ratios, row
+from _harness import exact, measure, ratios, row
 
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store.records import fidelity, fidelity_summary
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from _harness import Row, Seconds
 
-def peers(folder: Path, values: np.ndarray, rounds: int) -> list[dict[str, Any]]:
+
+def peers(folder: Path, values: np.ndarray, rounds: int, patience: float) -> list[Row]:
     """The formats of other projects, written here with the same content, read as their loaders do."""
     k, views = 10, 4
     rows, classes = values.shape
@@ -73,15 +75,18 @@ def peers(folder: Path, values: np.ndarray, rounds: int) -> list[dict[str, Any]]
     lit = litdata_reader(folder, halves, ids)
     if lit is not None:
         variants["litdata"], sizes_on_disk["litdata"] = shuffle.each(lit[0]), lit[1]
-    seconds = alternate(variants, rounds)
     config = {"rows": rows, "classes": classes, "k": k, "batch": BATCH}
-    result = []
-    for name, values_ in seconds.items():
-        result.append(row(f"{name}: batch", [1e6 * s for s in values_], "us", config))
-        result.append(row(f"{name}: bytes a view", [sizes_on_disk[name] / rows], "bytes", config))
-        if name != "ours":
-            result.append(row(f"speed vs {name}", ratios(seconds, name, "ours"), "x", config, ">= 1.0"))
-    return result
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        result = []
+        for name, values_ in seconds.items():
+            result.append(row(f"{name}: batch", [1e6 * s for s in values_], "us", config))
+            result.append(exact(f"{name}: bytes a view", sizes_on_disk[name] / rows, "bytes", config))
+            if name != "ours":
+                result.append(row(f"speed vs {name}", ratios(seconds, name, "ours"), "x", config, ">= 1.0"))
+        return result
+
+    return measure(variants, rounds, rows_of, patience=patience)
 
 
 def litdata_reader(
@@ -107,7 +112,7 @@ def litdata_reader(
     return lambda samples: [next(endless) for _ in samples], total
 
 
-def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[str, Any]]:
+def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[Row]:
     """KL of every encoding to the float32 logits, and of other projects' top-k rows of no fewer bytes."""
     rows, classes = [], values.shape[1]
     sparse = [k for k in (2, 10, 50, 100) if k >= classes // 100 and 4 * k + 8 < 2 * classes]
@@ -125,14 +130,12 @@ def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[dict[s
     return rows
 
 
-def fidelity_row(what: str, size: int, temperature: str, entry: dict[str, float]) -> dict[str, Any]:
+def fidelity_row(what: str, size: int, temperature: str, entry: dict[str, float]) -> Row:
     config = {"bytes a view": size, "p99": entry["p99"]}
-    return row(f"KL {what} ({size} B) {temperature}", [entry["mean"]], "nats", config)
+    return exact(f"KL {what} ({size} B) {temperature}", entry["mean"], "nats", config)
 
 
-def beside_probs(
-    values: np.ndarray, what: str, k: int, size: int, ours: dict[str, Any]
-) -> list[dict[str, Any]]:
+def beside_probs(values: np.ndarray, what: str, k: int, size: int, ours: dict[str, Any]) -> list[Row]:
     """TinyViT's rows of as many bytes: k + 1 entries with its seed of four bytes, or k + 2 without."""
     rows = []
     for entries, named in ((k + 1, "with its seed"), (k + 2, "without seed")):
@@ -143,8 +146,8 @@ def beside_probs(
             rows.append(fidelity_row(title, size, at, entry))
             rows[-1]["config"]["rows without a tail"] = empty
             ratio = entry["mean"] / ours[at]["mean"]
-            title = f"KL {what} TinyViT top-{entries} / topk:{k} ({size} B each) {at}"
-            rows.append(row(title, [ratio], "ratio", {"bytes a view": size}, ">= 1.0"))
+            title = f"KL {what} TinyViT top-{entries} {named} / topk:{k} ({size} B each) {at}"
+            rows.append(exact(title, ratio, "ratio", {"bytes a view": size}, ">= 1.0"))
     return rows
 
 
@@ -163,23 +166,24 @@ def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
     return DenseRows(targets.log()), float((left <= 0).float().mean())
 
 
-def digit_logits() -> tuple[np.ndarray, str, np.ndarray]:
+def digit_logits(epochs: int) -> tuple[np.ndarray, str, np.ndarray]:
     """A real teacher's answers to the test digits, after a short training."""
     from epoch import DEVICE, recipe
 
     from coursepack.data import open_source
     from coursepack.data.batches import Batch
-    from coursepack.distill.prepare import prepare
-    from coursepack.distill.train import train_epoch
+    from coursepack.distill.setup.prepare import prepare
+    from coursepack.distill.training.loop import train_epoch
+    from coursepack.distill.training.state import make_state
 
     run = prepare(recipe("supervised", [], student="digits-cnn", epochs=1), DEVICE)
-    trainee = run.trainee()
-    for epoch in range(8):
-        train_epoch([trainee], run.batches(epoch), None)
+    state = make_state(run)
+    for epoch in range(epochs):
+        train_epoch([state], run.batches(epoch), None)
     source = open_source("digits:test")
     samples = np.arange(len(source.labels))
     batch = Batch(source, run.recipe.view, samples, np.zeros_like(samples), DEVICE)
-    trainee.learner.eval()
+    state.learner.eval()
     with torch.inference_mode():
-        answers = trainee.learner.predict(batch).float().cpu().numpy()
+        answers = state.learner.logits(batch).float().cpu().numpy()
     return answers, "digits", source.labels

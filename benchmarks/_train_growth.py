@@ -18,9 +18,10 @@ from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.layout import block_count
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train_epoch
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,13 +41,13 @@ class Size:
     teachers: tuple[int, ...] = (1, 2, 4, 8)
     views: tuple[int, ...] = (1, 4, 16)
     classes: tuple[int, ...] = (10, 100, 1000)
-    rounds: int = 5
+    rounds: int = 6
     large: tuple[int, int] = (1_000_000, 64)
     """Samples and views of the store that a run has to begin with quickly."""
 
 
 FULL = Size()
-QUICK = Size(64, (1, 2), (1, 2), (1, 2), (10, 20), rounds=1, large=(1000, 4))
+QUICK = Size(16, (1, 2), (1, 2), (1,), (10,), rounds=1, large=(1000, 4))
 
 
 def growth(folder: Path, size: Size) -> list[dict[str, Any]]:
@@ -80,11 +81,11 @@ def _epochs(folder: Path, cell: dict[str, int]) -> Any:
         for place in range(cell["K"])
     ]
     run = prepare(recipe(spec, "cifar", stores, STUDENT), DEVICE)
-    trainee, epochs = run.trainee(), itertools.count()
+    state, epochs = make_state(run), itertools.count()
 
     def one() -> None:
         epoch = next(epochs)
-        train_epoch([trainee], run.batches(epoch), run.targets, epoch)
+        train_epoch([state], run.batches(epoch), run.targets, epoch)
 
     return one
 
@@ -103,7 +104,7 @@ def beginning(folder: Path, size: Size) -> list[dict[str, Any]]:
         open_source(chosen.evaluation)
         opened = time.perf_counter()
         run = prepare(chosen, DEVICE)
-        train_epoch([run.trainee()], itertools.islice(run.batches(0), 1), run.targets)
+        train_epoch([make_state(run)], itertools.islice(run.batches(0), 1), run.targets)
         seconds.append(time.perf_counter() - opened - (opened - started))
     config = {
         "samples": samples,

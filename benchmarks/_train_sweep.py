@@ -10,8 +10,8 @@ import torch
 from _harness import row
 
 from coursepack.distill.recipe import TrainRecipe
-from coursepack.distill.sweep import Student, sweep
-from coursepack.distill.train import train
+from coursepack.distill.runs.sweep import Student, sweep
+from coursepack.distill.runs.train import train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,12 +43,12 @@ def sweeps(place: Any, size: Size) -> list[dict[str, Any]]:
         TrainRecipe.model_validate(
             place.recipe(
                 size.student, "kd", 64, limit=size.limit, epochs=size.epochs, evaluate_every=size.epochs,
-                optimiser={"lr": rate},
+                optimizer={"lr": rate},
             )
         )
         for rate in RATES[: size.students]
     ]  # fmt: skip
-    students = [Student(f"lr={recipe.optimiser.lr}", recipe) for recipe in recipes]
+    students = [Student(f"lr={recipe.optimizer.lr}", recipe) for recipe in recipes]
     seconds = {}
     for name, run in {
         "one sweep, all together": lambda out: sweep(students, out, device=DEVICE, together=len(students)),

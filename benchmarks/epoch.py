@@ -17,9 +17,11 @@ from _harness import alternate, arguments, report, row
 
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
 
@@ -27,11 +29,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STUDENT = "digits-small"
 
 
-def make_stores(folder: Path, views: int) -> list[Path]:
+def make_stores(folder: Path, views: int, limit: int | None) -> list[Path]:
     source = open_source("digits")
     stores = []
     for name in ("mlp", "cnn", "resnet"):
-        supervised = recipe("supervised", [], student=f"digits-{name}", epochs=1)
+        supervised = recipe("supervised", [], student=f"digits-{name}", epochs=1, limit=limit)
         train(supervised, folder / name, device=DEVICE)
         network = load_teacher(f"run:{folder / name}", source.class_names)
         runner = TeacherRunner(network, device=DEVICE)
@@ -59,13 +61,13 @@ def measure(stores: list[Path], limit: int | None, rounds: int) -> list[dict[str
         "epoch from stores": prepare(recipe("kd", stores, limit=limit), DEVICE),
         "epoch with live teachers": prepare(recipe("kd", stores, limit=limit, online=True), DEVICE),
     }
-    trainees = {name: run.trainee() for name, run in runs.items()}
+    states = {name: make_state(run) for name, run in runs.items()}
     epochs = dict.fromkeys(runs, 0)
 
     def one_epoch(name: str) -> None:
         views = len(StoreReader(stores[0]).views) if name == "plain epoch" else None
         epoch = epochs[name] % views if views else epochs[name]
-        train_epoch([trainees[name]], runs[name].batches(epoch), runs[name].targets)
+        train_epoch([states[name]], runs[name].batches(epoch), runs[name].targets)
         epochs[name] += 1
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -106,9 +108,9 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, nargs="+", help="stores of digit teachers")
     parser.add_argument("--limit", type=int, help="train on this many samples")
     chosen = parser.parse_args()
-    rounds = 3 if chosen.quick else 40
+    rounds = 1 if chosen.quick else 40
     with tempfile.TemporaryDirectory() as folder:
-        stores = chosen.stores or make_stores(Path(folder), views=2 if chosen.quick else 8)
+        stores = chosen.stores or make_stores(Path(folder), *((1, 64) if chosen.quick else (8, None)))
         rows = measure(stores, chosen.limit or (200 if chosen.quick else None), rounds)
     report("One epoch of a digit student", rows, chosen.json)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import _loss_cuda
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _harness import alternate, arguments, report, row
+from _harness import PATIENCE, Threads, alternate, arguments, exact, measure, ratios, report, row
 from torch import Tensor
 
 from coursepack.data.encodings import parse_encoding
@@ -38,6 +39,8 @@ from coursepack.kernels.spec import LossSpec, check_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from _harness import Row, Seconds
 
 TEMPERATURE = 4.0
 CELLS = ((128, 100, 4), (256, 1000, 1), (256, 1000, 4), (256, 1000, 8), (64, 21841, 2))
@@ -53,11 +56,16 @@ class Size:
     rounds: int = 40
     cold_bytes: int = COLD_BYTES
     memory_rows: int = 8192
+    memory_rounds: int = 6
     compiled: bool = True
+    patience: float = PATIENCE
 
 
 FULL = Size()
-QUICK = Size(((16, 100, 2),), ((16, 100, 2),), rounds=2, cold_bytes=1 << 20, memory_rows=256, compiled=False)
+QUICK = Size(
+    ((16, 100, 2),), ((16, 100, 2),), rounds=2, cold_bytes=1 << 20, memory_rows=256, memory_rounds=1,
+    compiled=False, patience=0,
+)  # fmt: skip
 
 
 def naive(student_logits: Tensor, teachers: Tensor) -> Tensor:
@@ -171,14 +179,9 @@ class Cold:
         return run
 
 
-def ratios(seconds: dict[str, list[float]], over: str, under: str) -> list[float]:
-    return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
-
-
-def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str, Any]]:
+def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
     """One row of the table: every variant's time, and ours over each."""
     rows, classes, count = cell
-    torch.set_num_threads(threads)
     cold = Cold(rows, classes, count, size.cold_bytes)
     variants = {
         "ours": cold.step(ours),
@@ -191,10 +194,8 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str
         torch._dynamo.reset()
         variants["compile"] = cold.step(torch.compile(naive, fullgraph=True, dynamic=False))
         variants["ours under compile"] = cold.step(torch.compile(ours, fullgraph=True, dynamic=False))
-    seconds = alternate(variants, size.rounds)
     config = {"N": rows, "C": classes, "K": count, "threads": threads}
     name = f"({rows},{classes},{count}) {threads} thread{'s' if threads > 1 else ''}"
-    result = [row(f"{name} {which}", [1e6 * s for s in seconds[which]], "us", config) for which in variants]
     many = count >= 4
     bars = {
         ("ours", "naive"): {1: "<= 0.40", 2: "<= 0.25"}[threads] if many else None,
@@ -204,16 +205,23 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str
         ("kernel", "floor"): "<= 4",
         ("ours", "floor"): "<= 5.5",
     }
-    for (over, under), bar in bars.items():
-        if over in variants and under in variants:
-            result.append(row(f"{name} {over} / {under}", ratios(seconds, over, under), "ratio", config, bar))
-    return result
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        times = [
+            row(f"{name} {which}", [1e6 * s for s in seconds[which]], "us", config) for which in variants
+        ]
+        return times + [
+            row(f"{name} {over} / {under}", ratios(seconds, over, under), "ratio", config, bar)
+            for (over, under), bar in bars.items()
+            if over in variants and under in variants
+        ]
+
+    return measure(variants, size.rounds, rows_of, patience=size.patience)
 
 
-def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[str, Any]]:
+def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
     """Teachers as int8 and top-k rows, over the same teachers as float16."""
     rows, classes, count = cell
-    torch.set_num_threads(threads)
     cold = {name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "topk:50")}
     for name in ("int8", "topk:50"):
         encoding = parse_encoding(name)
@@ -228,24 +236,22 @@ def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[dict[s
             [encoding.rows({key: part.clone() for key, part in t.items()}, (classes,)) for t in teachers]
             for _ in cold[name].students
         ]
-    seconds = alternate({name: each.step(ours) for name, each in cold.items()}, size.rounds)
     config = {"N": rows, "C": classes, "K": count, "threads": threads}
     name = f"({rows},{classes},{count}) {threads} thread{'s' if threads > 1 else ''}"
-    return [
-        row(
-            f"{name} {which} rows / float16 rows",
-            ratios(seconds, which, "float16"),
-            "ratio",
-            config,
-            "<= 1.0",
-        )
-        for which in ("int8", "topk:50")
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        title = f"{name} {{}} rows / float16 rows".format
+        return [
+            row(title(which), ratios(seconds, which, "float16"), "ratio", config, "<= 1.0")
+            for which in ("int8", "topk:50")
+        ]
+
+    variants = {name: each.step(ours) for name, each in cold.items()}
+    return measure(variants, size.rounds, rows_of, patience=size.patience)
 
 
-def companions(size: Size) -> list[dict[str, Any]]:
+def companions(size: Size) -> list[Row]:
     """The mixture and the teachers' facts, compiled and in torch."""
-    torch.set_num_threads(1)
     rows, classes, count = size.encoded[0]
     cold = Cold(rows, classes, count, size.cold_bytes)
     labels = cold.student.argmax(1)
@@ -281,17 +287,21 @@ print(time.perf_counter() - started)
 """
 
 
-def first_call() -> list[dict[str, Any]]:
+def first_call() -> list[Row]:
     """Seconds of the first call in a process, numba imported, with an empty cache and with a full one."""
     result = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / "cache")
+        Path(folder).mkdir()
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
-        for name, repeats, bar in (("cold", 1, "<= 4"), ("cached", 5, "<= 0.5")):
+        for name, bar in (("cold", "<= 4"), ("cached", "<= 0.5")):
             command = [sys.executable, "-c", FIRST_CALL]
-            seconds = [
-                float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-                for _ in range(repeats)
-            ]
+            seconds = []
+            for _ in range(6):
+                if name == "cold":
+                    shutil.rmtree(folder)
+                done = subprocess.run(command, env=environment, check=True, capture_output=True)
+                seconds.append(float(done.stdout))
             result.append(row(f"first call, {name}", seconds, "s", {"cache": name}, bar))
     return result
 
@@ -311,9 +321,8 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def memory(size: Size) -> list[dict[str, Any]]:
+def memory(size: Size) -> list[Row]:
     """Peak extra memory of forward and backward, in units of the student's logits."""
-    torch.set_num_threads(2)
     classes, result = 1000, []
     for count in (1, 4, 8):
         cold = Cold(size.memory_rows, classes, count, 0)
@@ -325,15 +334,14 @@ def memory(size: Size) -> list[dict[str, Any]]:
         for which, (loss, bar) in variants.items():
             step = cold.step(loss)
             step()
-            extra = [peak_bytes(step) / cold.student.nbytes for _ in range(3)]
+            extra = [peak_bytes(step) / cold.student.nbytes for _ in range(size.memory_rounds)]
             config = {"N": size.memory_rows, "C": classes, "K": count, "threads": 2}
             result.append(row(f"peak extra memory, K={count}, {which}", extra, "x N C 4 bytes", config, bar))
     return result
 
 
-def errors() -> list[dict[str, Any]]:
+def errors() -> list[Row]:
     """Errors against float64, in units of their bounds (docs/loss.md)."""
-    torch.set_num_threads(2)
     result = []
     for temperature in (1.0, 4.0, 20.0, 100.0):
         loss_error, grad_error = [], []
@@ -341,26 +349,24 @@ def errors() -> list[dict[str, Any]]:
             generator = torch.Generator().manual_seed(seed)
             teachers = torch.randn(4, 16, classes, generator=generator).mul_(scale).half()
             student = torch.randn(16, classes, generator=generator).mul_(scale).requires_grad_(True)
-            exact = student.detach().double().requires_grad_(True)
+            double = student.detach().double().requires_grad_(True)
             got = soft_target_loss(student, teachers, temperature=temperature)
-            want = soft_target_loss(exact, teachers.double(), temperature=temperature)
+            want = soft_target_loss(double, teachers.double(), temperature=temperature)
             got.sum().backward()
             want.sum().backward()
             p = torch.softmax(teachers.double() / temperature, 2).mean(0)
-            log_q = torch.log_softmax(exact.detach() / temperature, 1)
+            log_q = torch.log_softmax(double.detach() / temperature, 1)
             size = 1 + temperature**2 * (torch.special.xlogy(p, p).abs() + p * log_q.abs()).sum(1)
             grad_size = temperature * (log_q.exp().amax(1) + p.amax(1))
             loss_error += ((got - want).detach().abs() / (1e-6 * size)).tolist()
-            worst = (student.grad - exact.grad).abs().amax(1)
+            worst = (student.grad - double.grad).abs().amax(1)
             grad_error += (worst / (1e-6 * grad_size)).tolist()
         bar = "<= 1.0" if temperature <= 20 else None
         config = {"T": temperature, "rows": len(loss_error)}
         for what, values in (("loss", loss_error), ("gradient", grad_error)):
             # The worst row counts, not the median.
-            entry = row(
-                f"largest error of the {what} / bound, T={temperature:g}", [max(values)], "ratio", config, bar
-            )
-            result.append(entry)
+            title = f"largest error of the {what} / bound, T={temperature:g}"
+            result.append(exact(title, max(values), "ratio", config, bar))
     return result
 
 
@@ -369,15 +375,18 @@ def main() -> None:
     size = QUICK if chosen.quick else FULL
     rows = []
     for threads in (1, 2):
-        for cell in size.cells:
-            rows += speed(cell, threads, size)
-        for cell in size.encoded:
-            rows += encoded(cell, threads, size)
-    rows += companions(size)
+        with Threads(threads):
+            for cell in size.cells:
+                rows += speed(cell, threads, size)
+            for cell in size.encoded:
+                rows += encoded(cell, threads, size)
+    with Threads(1):
+        rows += companions(size)
     if not chosen.quick:
         rows += first_call()
-    rows += memory(size)
-    rows += errors()
+    with Threads(2):
+        rows += memory(size)
+        rows += errors()
     if torch.cuda.is_available():
         rows += _loss_cuda.table({"naive": naive, "ours": ours}, size.rounds)
     report("The fused loss", rows, chosen.json)

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _harness import arguments, report
+from _harness import arguments, report, row
 from scipy import stats
 
 from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import TrainingDiverged
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
@@ -71,11 +73,11 @@ def entries(names: tuple[str, ...] | None = None) -> list[Entry]:
         Entry("dtd-flsw-preset", "dtd-flsw", {}),
         Entry("ca-mkd", "ca-mkd", KD),
         Entry("ebkd", "ebkd", KD),
-        Entry("adaptive", "amtml", {**KD, "relations": {"angle": 0.0}}),
-        Entry("adaptive-small", "amtml", {**KD, "relations": {"angle": 0.0}, "fusion": {"init": 0.1}}),
+        Entry("adaptive", "amtml", {**KD, "terms": {"angle": None}}),
+        Entry("adaptive-small", "amtml", {**KD, "terms": {"angle": None}, "fusion": {"init": 0.1}}),
         Entry("amtml", "amtml", KD),
         Entry("amtml-small", "amtml", {**KD, "fusion": {"init": 0.1}}),
-        Entry("amtml-hints", "amtml-hints", {**KD, "hints": {"weight": 0.01}}),
+        Entry("amtml-hints", "amtml-hints", {**KD, "terms": {"hint": {"weight": 0.01}}}),
         Entry("amtml-preset", "amtml", {}),
     ]
     return made if names is None else [entry for entry in made if entry.name in names]
@@ -87,9 +89,9 @@ def recipe(entry: Entry, stores: list[Path], seed: int, epochs: int, **fields: A
     return TrainRecipe.model_validate(
         {
             "student": STUDENT, "method": entry.method,
-            "objective": resolve_objective(entry.method, entry.objective, entry.name),
+            "objective": resolve_objective(entry.method, entry.objective, entry.name, classes=10),
             "stores": [str(store) for store in chosen], "source": "digits:train", "evaluation": "digits:test",
-            "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimiser": {"lr": 0.1}, **fields,
+            "view": view, "limit": 300, "epochs": epochs, "seed": seed, "optimizer": {"lr": 0.1}, **fields,
         }
     )  # fmt: skip
 
@@ -143,6 +145,7 @@ ROWS: dict[str, tuple[str, ...] | None] = {
     "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "adaptive", "adaptive-small", "amtml"),
     "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset"),
 }  # fmt: skip
+QUICK_ROWS = {"plain": ("plain", "kd", "amtml-hints"), "noisy": ("kd",)}
 
 
 def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
@@ -151,9 +154,9 @@ def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
     made = {}
     for name, epochs in (*((name, 1 if quick else 25) for name in TEACHERS), ("weak", 1)):
         network = "mlp" if name == "weak" else name
-        plain = recipe(supervised, [], 0, epochs, student=f"digits-{network}", limit=None)
+        plain = recipe(supervised, [], 0, epochs, student=f"digits-{network}", limit=64 if quick else None)
         changes = {"lr": 0.01} if name == "weak" else {"lr": 0.05}
-        plain = TrainRecipe.model_validate({**plain.model_dump(), "optimiser": changes})
+        plain = TrainRecipe.model_validate({**plain.model_dump(), "optimizer": changes})
         train(plain, folder / name, device=CPU)
         made[name] = folder / name
     good = [made[name] for name in TEACHERS]
@@ -181,23 +184,25 @@ def teacher_accuracy(store: Path) -> float:
     return sum(each["correct"] for each in sums) / sum(each["rows"] for each in sums)
 
 
-def study(setting: str, stores: list[Path], seeds: int, epochs: int) -> dict[str, dict[str, list[float]]]:
+def study(
+    setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None
+) -> dict[str, dict[str, list[float]]]:
     """Accuracy, NLL, calibration error and seconds of training per row and seed."""
     told: dict[str, dict[str, list[float]]] = {}
-    for entry in entries(ROWS[setting]):
+    for entry in entries(names):
         found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
         for seed in range(seeds):
             run = prepare(recipe(entry, stores, seed, epochs, views=len(StoreReader(stores[0]).views)), CPU)
-            trainee = run.trainee()
+            state = make_state(run)
             started = time.perf_counter()
             try:
                 for epoch in range(epochs):
-                    train_epoch([trainee], run.batches(epoch), run.targets, epoch)
+                    train_epoch([state], run.batches(epoch), run.targets, epoch)
             except TrainingDiverged:
                 say(f"{setting} {entry.name}: seed {seed} diverged, counted as untrained")
-                trainee = run.trainee()
+                state = make_state(run)
             found["seconds"].append(time.perf_counter() - started)
-            for name, value in evaluate(trainee.network, run.evaluation, CPU).items():
+            for name, value in evaluate(state.network, run.evaluation, CPU).items():
                 if name in found:
                     found[name].append(value)
         told[entry.name] = found
@@ -230,17 +235,20 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
              f"{np.mean(found['nll']):.3f}", f"{np.mean(found['calibration_error']):.3f}",
              f"{np.median(found['seconds']):.2f}"]
         )  # fmt: skip
-        middle = interval(accuracy)
-        config = {
-            "setting": setting, "minus_kd": float(difference.mean()), "minus_kd_low": low,
-            "minus_kd_high": high,
-            "p": p, "nll": float(np.mean(found["nll"])), "seconds": float(np.median(found["seconds"])),
-            "calibration_error": float(np.mean(found["calibration_error"])),
+        config = {"setting": setting, "interval": "95 %"}
+        told_of = {
+            "nll": float(np.mean(found["nll"])), "seconds": float(np.median(found["seconds"])),
+            "calibration error": float(np.mean(found["calibration_error"])),
         }  # fmt: skip
-        rows.append({
-            "id": f"{setting}/{name}", "value": float(accuracy.mean()), "low": middle[0], "high": middle[1],
-            "unit": "%", "n": len(accuracy), "config": config, "bar": None, "holds": None,
-        })  # fmt: skip
+        figures = [("", accuracy.mean(), interval(accuracy), "%", told_of)]
+        figures.append((" - kd", difference.mean(), (low, high), "points", {"p": p, "below 0.05": p < 0.05}))
+        rows += [
+            {
+                "id": f"{setting}/{name}{what}", "value": float(value), "low": ends[0], "high": ends[1],
+                "unit": unit, "n": len(accuracy), "config": config | more, "bar": None, "holds": None,
+            }
+            for what, value, ends, unit, more in figures
+        ]  # fmt: skip
     header = ["method", "accuracy", "sd", "minus kd", "95 % interval", "p", "nll", "ece", "s a run"]
     print_table(f"{setting}: {NOTES[setting]}", header, cells)
     return rows
@@ -262,27 +270,24 @@ def saved(stores: list[Path], seconds: list[float], students: int, epochs: int) 
     epoch = float(np.median(times[1:]))
     value = (students * epochs * epoch - sum(seconds)) / 3600
     config = {"students": students, "epochs": epochs, "live_epoch_s": epoch, "stores_s": sum(seconds)}
-    return {
-        "id": "teacher-hours-saved", "value": value, "low": value, "high": value, "unit": "h", "n": 1,
-        "config": config, "bar": None, "holds": None,
-    }  # fmt: skip
+    return row("teacher-hours-saved", [value], "h", config)
 
 
 def main() -> None:
     parser = arguments("What each method does for a student of 300 digits.")
     chosen = parser.parse_args()
-    seeds, epochs, views = (2, 1, 2) if chosen.quick else (10, 40, 8)
+    seeds, epochs, views = (2, 1, 1) if chosen.quick else (10, 40, 8)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = train_teachers(folder / "teachers", chosen.quick)
         students, spent, plain = 0, 0.0, []
-        for setting in CHANGES:
+        for setting, names in (QUICK_ROWS if chosen.quick else ROWS).items():
             stores, seconds = write_stores(folder, runs[setting], setting, views)
             plain = plain or stores
             spent += sum(seconds)
             say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
-            told = study(setting, stores, seeds, epochs)
+            told = study(setting, stores, seeds, epochs, names)
             students += seeds * (len(told) - 1)
             rows += rows_of(setting, told)
         rows.append(saved(plain, [spent], students, epochs))

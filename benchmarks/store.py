@@ -14,14 +14,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import zarr
 from _content import BATCH, LOGITS, Shuffle, logits, made_labels, write_store
-from _harness import alternate, arguments, ratios, report, row
+from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
 from _peers import digit_logits, fidelities, peers
+from _store_growth import FULL_GROWTH, QUICK_GROWTH, view_growth
 from torch import nn
 
 from coursepack.data.encodings import parse_encoding
@@ -30,6 +31,9 @@ from coursepack.data.store.layout import plan_array, plan_block_rows
 from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.files import write_whole
 from coursepack.kernels import soft_target_loss
+
+if TYPE_CHECKING:
+    from _harness import Row, Seconds
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,20 @@ class Size:
     batches: int = 32
     rounds: int = 15
     step_rounds: int = 60
+    digit_epochs: int = 8
+    patience: float = PATIENCE
+
+    @property
+    def few_rounds(self) -> int:
+        """Rounds of what takes long; six are the fewest that can decide a bar."""
+        return min(6, self.rounds)
 
 
 FULL = Size()
-QUICK = Size(rows=2_048, peer_rows=512, batches=4, rounds=2, step_rounds=3)
+QUICK = Size(rows=1_024, peer_rows=256, batches=2, rounds=1, step_rounds=1, digit_epochs=1, patience=0)
 
 
-def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+def reading(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     half = torch.from_numpy(values).half()
     raw = folder / "raw.bin"
     half.numpy().tofile(raw)
@@ -64,31 +75,42 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
         ),
         "memmap": shuffle.each(lambda samples: memmap[samples]),
     }
-    with Threads(1):
-        seconds = alternate(variants, size.rounds)
     config = {"rows": len(values), "classes": values.shape[1], "batch": BATCH, "torch threads": 1}
-    rows = [
-        row("store, shuffled batch", [1e6 * s / size.batches for s in seconds["store"]], "us", config),
-        row("speed vs memory index_select", ratios(seconds, "memory", "store"), "x", config, ">= 0.90"),
-        row("speed vs np.memmap[idx]", ratios(seconds, "memmap", "store"), "x", config, ">= 1.8"),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        return [
+            row("store, shuffled batch", [1e6 * s / size.batches for s in seconds["store"]], "us", config),
+            row("speed vs memory index_select", ratios(seconds, "memory", "store"), "x", config, ">= 0.90"),
+            row("speed vs np.memmap[idx]", ratios(seconds, "memmap", "store"), "x", config, ">= 1.8"),
+        ]
+
+    with Threads(1):
+        rows = measure(variants, size.rounds, rows_of, patience=size.patience)
     few = Shuffle(len(values), 1)
     slow = {
         "store": few.each(lambda samples: reader.rows(LOGITS, 0, samples)),
         "zarr": few.each(lambda samples: foreign.oindex[0, np.sort(samples)]),
     }
-    seconds = alternate(slow, max(3, size.rounds // 3))
-    rows.append(row("speed vs zarr-python", ratios(seconds, "zarr", "store"), "x", config, ">= 100"))
+    rows += measure(
+        slow,
+        size.few_rounds,
+        lambda seconds: [
+            row("speed vs zarr-python", ratios(seconds, "zarr", "store"), "x", config, ">= 100")
+        ],
+        patience=size.patience,
+    )
     return rows + first_epoch(folder, half, size, config)
 
 
-def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, Any]) -> list[dict[str, Any]]:
+def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, Any]) -> list[Row]:
     """Every row once on a fresh mapping; opening it, with its checksums, is timed apart."""
     order = np.random.default_rng(3).permutation(len(half))
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     out = torch.empty(BATCH, half.shape[1], dtype=torch.float16)
-    opening, speed, faults = [], [], []
-    for _ in range(max(3, size.rounds // 3)):
+    opening: list[float] = []
+    faults: list[float] = []
+
+    def store() -> float:
         started = time.perf_counter()
         reader = StoreReader(folder / "float16.zarr")
         reader.components(LOGITS, 0, order[:1])
@@ -97,18 +119,24 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
         started = time.perf_counter()
         for batch in batches:
             reader.rows(LOGITS, 0, batch)
-        ours = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         faults.append(page_faults() - before)
-        with Threads(1):
-            started = time.perf_counter()
-            for batch in batches:
-                torch.index_select(half, 0, torch.from_numpy(batch), out=out[: len(batch)])
-            speed.append((time.perf_counter() - started) / ours)
-    return [
-        row("first epoch, speed vs memory", speed, "x", config, ">= 0.6"),
-        row("page faults of the first epoch", faults, "faults", config),
-        row("opening a view, checksums included", opening, "ms", config),
-    ]
+        return seconds
+
+    def memory() -> None:
+        for batch in batches:
+            torch.index_select(half, 0, torch.from_numpy(batch), out=out[: len(batch)])
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        return [
+            row("first epoch, speed vs memory", ratios(seconds, "memory", "store"), "x", config, ">= 0.6"),
+            # The first of each is the warm-up's.
+            row("page faults of the first epoch", faults[1:], "faults", config),
+            row("opening a view, checksums included", opening[1:], "ms", config),
+        ]
+
+    with Threads(1):
+        return measure({"store": store, "memory": memory}, size.few_rounds, rows_of, patience=size.patience)
 
 
 def page_faults() -> int:
@@ -116,7 +144,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     """Four stores against one; beside them what limits that: tensors in memory, and one store as long."""
     readers = [write_store(folder / f"t{k}.zarr", values, encoding="float16") for k in range(4)]
     long = write_store(folder / "long.zarr", np.concatenate([values] * 4), encoding="float16")
@@ -141,45 +169,52 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[dict[str
         "a store of 4 x the rows / one": (wide.each(lambda samples: long.rows(LOGITS, 0, samples)), one),
     }
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
-    rows = []
+    rows: list[Row] = []
     for name, (many, single) in pairs.items():
+
+        def rows_of(seconds: Seconds, name: str = name) -> list[Row]:
+            times = 4 if name.endswith("4 x one") else 1
+            each = [ratio / times for ratio in ratios(seconds, "many", "single")]
+            return [row(name, each, "ratio", config, "<= 1.2" if name.startswith("four teachers") else None)]
+
         with Threads(1):
-            seconds = alternate({"many": many, "single": single}, size.rounds)
-        times = 4 if name.endswith("4 x one") else 1
-        each = [ratio / times for ratio in ratios(seconds, "many", "single")]
-        rows.append(row(name, each, "ratio", config, "<= 1.2" if name.startswith("four teachers") else None))
+            rows += measure({"many": many, "single": single}, size.rounds, rows_of, patience=size.patience)
     return rows + student_step(readers, values, size)
 
 
-def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> list[Row]:
     """A step of about 50 ms on the CPU, targets from four stores or from tensors in memory."""
     torch.manual_seed(0)
     student = nn.Sequential(
         nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 1000)
     )
-    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     images = torch.randn(BATCH, 1024)
     held = [torch.from_numpy(values).half() for _ in readers]
 
     def step(teachers: list[Any]) -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         soft_target_loss(student(images), teachers, temperature=4.0).mean().backward()
-        optimiser.step()
+        optimizer.step()
 
     shuffle = Shuffle(len(values), 1)
     variants = {
         "stores": shuffle.each(lambda samples: step([reader.rows(LOGITS, 0, samples) for reader in readers])),
         "memory": shuffle.each(lambda samples: step([t[torch.from_numpy(samples)] for t in held])),
     }
-    seconds = alternate(variants, size.step_rounds)
     config = {"student": "mlp 1024-2048-2048-1000", "teachers": 4}
-    return [
-        row("student step from memory", [1000 * s for s in seconds["memory"]], "ms", config),
-        row("student step, stores / memory", ratios(seconds, "stores", "memory"), "ratio", config, "<= 1.01"),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        each = ratios(seconds, "stores", "memory")
+        return [
+            row("student step from memory", [1000 * s for s in seconds["memory"]], "ms", config),
+            row("student step, stores / memory", each, "ratio", config, "<= 1.01"),
+        ]
+
+    return measure(variants, size.step_rounds, rows_of, patience=size.patience)
 
 
-def decoding(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+def decoding(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     full = torch.from_numpy(values)
     out = torch.empty(BATCH, values.shape[1])
     readers = {
@@ -195,47 +230,35 @@ def decoding(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any
             for name, reader in readers.items()
         },
     }
-    with Threads(1):
-        seconds = alternate(variants, size.rounds)
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
-    return [
-        row(
-            "int8 gather and decode / float32 memory",
-            ratios(seconds, "int8", "memory"),
-            "ratio",
-            config,
-            "<= 1.1",
-        ),
-        row(
-            "topk:10 to dense / float32 memory",
-            ratios(seconds, "topk:10", "memory"),
-            "ratio",
-            config,
-            "<= 0.5",
-        ),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        int8, topk = ratios(seconds, "int8", "memory"), ratios(seconds, "topk:10", "memory")
+        return [
+            row("int8 gather and decode / float32 memory", int8, "ratio", config, "<= 1.1"),
+            row("topk:10 to dense / float32 memory", topk, "ratio", config, "<= 0.5"),
+        ]
+
+    with Threads(1):
+        return measure(variants, size.rounds, rows_of, patience=size.patience)
 
 
-def loading(folder: Path, size: Size) -> list[dict[str, Any]]:
+def loading(folder: Path, size: Size) -> list[Row]:
     raw = folder / "raw.bin"
     variants = {
         "store": lambda: StoreReader(folder / "float16.zarr", "resident").components(LOGITS, 0, np.arange(1)),
         "fromfile": lambda: np.fromfile(raw, dtype=np.uint8),
     }
-    seconds = alternate(variants, size.rounds)
     config = {"bytes": raw.stat().st_size}
-    return [
-        row(
-            "whole view into memory / np.fromfile",
-            ratios(seconds, "store", "fromfile"),
-            "ratio",
-            config,
-            "<= 1.3",
-        )
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        each = ratios(seconds, "store", "fromfile")
+        return [row("whole view into memory / np.fromfile", each, "ratio", config, "<= 1.3")]
+
+    return measure(variants, size.rounds, rows_of, patience=size.patience)
 
 
-def writing(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]]:
+def writing(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     half = values.astype(np.float16)
     component = parse_encoding("float16").components(half.shape[1:])["values"]
     layout = plan_array(component, plan_block_rows(len(half), [component.row_bytes]))
@@ -256,20 +279,17 @@ def writing(folder: Path, values: np.ndarray, size: Size) -> list[dict[str, Any]
                 os.fsync(file.fileno())
             (target / "raw.tmp").replace(target / f"raw-{place}")
 
-    seconds = alternate({"ours": ours, "plain": plain}, max(3, size.rounds // 2))
     config = {"bytes": half.nbytes, "shards": len(parts)}
-    return [
-        row(
-            "write, speed vs raw write + fsync + rename",
-            ratios(seconds, "plain", "ours"),
-            "x",
-            config,
-            ">= 0.75",
-        )
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        each = ratios(seconds, "plain", "ours")
+        return [row("write, speed vs raw write + fsync + rename", each, "x", config, ">= 0.75")]
+
+    variants = {"ours": ours, "plain": plain}
+    return measure(variants, size.few_rounds, rows_of, patience=size.patience)
 
 
-def sizes() -> list[dict[str, Any]]:
+def sizes() -> list[Row]:
     """Bytes on disk over payload, from the layout: chunks with their checksums, indices, padding."""
     rows = []
     for samples, classes in ((50_000, 100), (50_000, 1000), (1_281_167, 100), (1_281_167, 1000), (1_442, 10)):
@@ -280,21 +300,8 @@ def sizes() -> list[dict[str, Any]]:
         total = chunks * (layout.chunk_rows * layout.row_bytes + 4) + layout.shard_count(samples) * index
         config = {"rows": samples, "classes": classes, "shard rows": layout.shard_rows}
         ratio = total / (samples * layout.row_bytes)
-        rows.append(row(f"size / payload, N={samples} C={classes}", [ratio], "ratio", config, "<= 1.001"))
+        rows.append(exact(f"size / payload, N={samples} C={classes}", ratio, "ratio", config, "<= 1.001"))
     return rows
-
-
-class Threads:
-    """A number of torch threads for a while: a gather is serial, and the floor beside it should be too."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self._count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
 
 
 def main() -> None:
@@ -309,11 +316,12 @@ def main() -> None:
         rows += loading(folder, size)
         rows += writing(folder, values, size)
         rows += sizes()
-        rows += peers(folder, values[: size.peer_rows], max(3, size.rounds // 3))
+        rows += peers(folder, values[: size.peer_rows], size.few_rounds, size.patience)
         rows += fidelities(
             values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
         )
-        rows += fidelities(*digit_logits())
+        rows += fidelities(*digit_logits(size.digit_epochs))
+        rows += view_growth(folder / "growth", QUICK_GROWTH if chosen.quick else FULL_GROWTH)
     report("Stores", rows, chosen.json)
 
 

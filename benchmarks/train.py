@@ -22,32 +22,34 @@ import _train_sweep
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _harness import alternate, arguments, ratio_of_sums, ratios, report, row
+from _harness import PATIENCE, arguments, measure, ratio_of_sums, ratios, report, row
 from safetensors.torch import save_file
 
 from coursepack.console import say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import FirstSamples
-from coursepack.distill.epoch_log import EpochLog
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.distill.student import blocks
-from coursepack.distill.train import train_steps
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import blocks
+from coursepack.distill.training.loop import train_steps
+from coursepack.distill.training.metrics import EpochMetrics
+from coursepack.distill.training.state import make_state
 from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from _harness import Row, Seconds
+
     from coursepack.data import Source
-    from coursepack.distill.prepare import Run
+    from coursepack.distill.setup.prepare import Setup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
 GENTLE = 1e-3
 """The learning rate: on noise, and with teachers of fresh weights, a student's usual one may diverge."""
-AMTML = {"soft_weight": 1.4 / CLASSES}
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,17 @@ class Size:
     live_steps: int = 8
     precompute_teachers: tuple[str, ...] = ("wrn-40-2", "resnet56")
     precompute_samples: int = 1024
-    precompute_rounds: int = 4
+    precompute_rounds: int = 6
+    patience: float = PATIENCE
     growth: _train_growth.Size = _train_growth.FULL
     sweep: _train_sweep.Size = _train_sweep.FULL
 
 
 FULL = Size()
 QUICK = Size(
-    samples=64, teachers=("resnet8", "resnet14"), students=("resnet8",), batch_sizes=(16,), steps=(2,),
-    live_counts=(1,), live_steps=2,
-    precompute_teachers=("resnet8",), precompute_samples=32, precompute_rounds=1,
+    samples=32, teachers=("resnet8", "resnet14"), students=("resnet8",), batch_sizes=(16,), steps=(1,),
+    live_counts=(1,), live_steps=1,
+    precompute_teachers=("resnet8",), precompute_samples=32, precompute_rounds=1, patience=0,
     growth=_train_growth.QUICK, sweep=_train_sweep.QUICK,
 )  # fmt: skip
 
@@ -123,14 +126,14 @@ class Place:
         """A recipe on the benchmark's data; `encoding` and `count` say which stores."""
         encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
         stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
-        overrides = AMTML if method.startswith("amtml") else {}
         return TrainRecipe.model_validate(
             {
                 "student": student, "method": method, "stores": [str(store) for store in stores],
-                "objective": resolve_objective(method, overrides, "benchmark"), "source": "cifar100:train",
+                "objective": resolve_objective(method, {}, "benchmark", classes=CLASSES),
+                "source": "cifar100:train",
                 "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
                 "views": None if stores else 1, "batch_size": batch_size,
-                "optimiser": {"lr": GENTLE}, **fields,
+                "optimizer": {"lr": GENTLE}, **fields,
             }
         )  # fmt: skip
 
@@ -156,14 +159,14 @@ def write_cifar100(folder: Path, samples: int) -> None:
     (inside / "meta").write_bytes(pickle.dumps(names, protocol=2))
 
 
-def stepper(run: Run) -> Callable[[], None]:
+def stepper(run: Setup) -> Callable[[], None]:
     """A function that takes the next step of a fresh student, epoch after epoch."""
-    trainee = run.trainee()
+    state = make_state(run)
 
     def steps() -> Iterator[int]:
         for epoch in itertools.count():
-            log = EpochLog(max(1, len(run.readers)))
-            yield from train_steps([trainee], run.batches(epoch), run.targets, [log], epoch)
+            log = EpochMetrics(max(1, len(run.readers)))
+            yield from train_steps([state], run.batches(epoch), run.targets, [log], epoch)
 
     stream = steps()
     return lambda: _waited(lambda: next(stream))
@@ -173,7 +176,7 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
     """The shortest loop one would write, on normalised float32 images already on the device, as they are."""
     network = build_network(student, CLASSES)
     module = network.module.to(DEVICE).train()
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         module.parameters(), lr=GENTLE, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
     )
     pixels = torch.from_numpy(source.pixels(np.arange(len(source.labels)))).to(DEVICE)
@@ -184,9 +187,9 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
         while True:
             for chosen in torch.randperm(len(labels), device=DEVICE).split(batch_size):
                 loss = F.cross_entropy(module(images[chosen]), labels[chosen])
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 yield
 
     stream = steps()
@@ -199,7 +202,7 @@ def _waited(step: Callable[[], Any]) -> None:
         torch.cuda.synchronize()
 
 
-def teachers_in_an_epoch(place: Place, size: Size) -> list[dict[str, Any]]:
+def teachers_in_an_epoch(place: Place, size: Size) -> list[Row]:
     """Epochs with cached teachers, and a hand-written loop, over plain ones."""
     found = []
     for student, (batch_size, steps) in itertools.product(
@@ -214,12 +217,8 @@ def teachers_in_an_epoch(place: Place, size: Size) -> list[dict[str, Any]]:
         }
         variants = {name: stepper(prepare(recipe, DEVICE)) for name, recipe in recipes.items()}
         variants["minimal"] = minimal(student, place.source, batch_size)
-        seconds = alternate(variants, steps)
         config = {"student": student, "batch": batch_size, "teachers": list(place.names)}
         title = f"{student}, batch {batch_size}"
-        found += [
-            row(f"step: {title}, {name}", [1e3 * s for s in seconds[name]], "ms", config) for name in variants
-        ]
         bars = {
             ("kd float16", "plain"): "<= 1.02",
             ("kd int8", "plain"): "<= 1.02",
@@ -227,14 +226,26 @@ def teachers_in_an_epoch(place: Place, size: Size) -> list[dict[str, Any]]:
             ("amtml-hints", "plain"): None,
             ("plain", "minimal"): "<= 1.03",
         }
-        found += [
-            ratio_of_sums(f"epoch: {title}, {over} / {under}", seconds, over, under, config, bar)
-            for (over, under), bar in bars.items()
-        ]
+        found += measure(
+            variants, steps, lambda seconds, rest=(title, config, bars): _epochs(seconds, *rest),
+            patience=size.patience,
+        )  # fmt: skip
     return found
 
 
-def live_teachers(place: Place, size: Size) -> list[dict[str, Any]]:
+def _epochs(
+    seconds: Seconds, title: str, config: dict[str, Any], bars: dict[tuple[str, str], str | None]
+) -> list[Row]:
+    steps = [
+        row(f"step: {title}, {name}", [1e3 * s for s in seconds[name]], "ms", config) for name in seconds
+    ]
+    return steps + [
+        ratio_of_sums(f"epoch: {title}, {over} / {under}", seconds, over, under, config, bar)
+        for (over, under), bar in bars.items()
+    ]
+
+
+def live_teachers(place: Place, size: Size) -> list[Row]:
     """Live teachers over cached ones, beside the most that can be saved."""
     found, student, batch_size = [], size.students[0], size.batch_sizes[0]
     for count in size.live_counts:
@@ -250,21 +261,27 @@ def live_teachers(place: Place, size: Size) -> list[dict[str, Any]]:
                 bare_forward(runner, pixels)
 
         plain = stepper(prepare(place.recipe(student, "supervised", batch_size), DEVICE))
-        seconds = alternate(
-            {"cached": cached, "live": live, "plain": plain, "forward": lambda run=forward: _waited(run)},
-            size.live_steps,
-        )
-        bounds = [(s + f) / s for s, f in zip(seconds["plain"], seconds["forward"], strict=True)]
         config = {"student": student, "batch": batch_size, "teachers": list(place.names[:count])}
-        speedups = ratios(seconds, "live", "cached")
-        shares = [speedup / bound for speedup, bound in zip(speedups, bounds, strict=True)]
-        title = f"live: {count} teacher{'s' if count > 1 else ''}"
-        found += [
-            row(f"{title}, live / cached", speedups, "ratio", config),
-            row(f"{title}, (student + forward) / student", bounds, "ratio", config),
-            row(f"{title}, share of that bound", shares, "ratio", config, ">= 0.95"),
-        ]
+        variants = {
+            "cached": cached, "live": live, "plain": plain, "forward": lambda run=forward: _waited(run)
+        }  # fmt: skip
+        found += measure(
+            variants, size.live_steps, lambda seconds, config=config: _live(seconds, config),
+            patience=size.patience,
+        )  # fmt: skip
     return found
+
+
+def _live(seconds: Seconds, config: dict[str, Any]) -> list[Row]:
+    speedups, bounds = ratios(seconds, "live", "cached"), [1 + r for r in ratios(seconds, "forward", "plain")]
+    shares = [speedup / bound for speedup, bound in zip(speedups, bounds, strict=True)]
+    count = len(config["teachers"])
+    title = f"live: {count} teacher{'s' if count > 1 else ''}"
+    return [
+        row(f"{title}, live / cached", speedups, "ratio", config),
+        row(f"{title}, (student + forward) / student", bounds, "ratio", config),
+        row(f"{title}, share of that bound", shares, "ratio", config, ">= 0.95"),
+    ]
 
 
 @torch.inference_mode()
@@ -275,7 +292,7 @@ def bare_forward(runner: TeacherRunner, pixels: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def precompute(place: Place, size: Size) -> list[dict[str, Any]]:
+def precompute(place: Place, size: Size) -> list[Row]:
     """`precompute run`, with views rendered, encoded and written, beside the bare forward pass."""
     found = []
     source = open_source("cifar100:train", place.folder)
@@ -295,16 +312,26 @@ def precompute(place: Place, size: Size) -> list[dict[str, Any]]:
                 )
                 run_job(job)
 
-        seconds = alternate({"run": run, "bare": lambda bare=bare: _waited(bare)}, size.precompute_rounds)
         config = {"teacher": name, "samples": rows, "views": 1}
-        found.append(
-            row(f"precompute: {name}, bare forward", [rows / s for s in seconds["bare"]], "images/s", config)
-        )
-        speeds = ratios(seconds, "bare", "run")
-        found.append(
-            row(f"precompute: {name}, run / bare forward", speeds, "ratio of images/s", config, ">= 0.95")
-        )
+        found += measure(
+            {"run": run, "bare": lambda bare=bare: _waited(bare)}, size.precompute_rounds,
+            lambda seconds, config=config: _speeds(seconds, config), patience=size.patience,
+        )  # fmt: skip
     return found
+
+
+def _speeds(seconds: Seconds, config: dict[str, Any]) -> list[Row]:
+    bare, title = [config["samples"] / s for s in seconds["bare"]], f"precompute: {config['teacher']}"
+    return [
+        row(f"{title}, bare forward", bare, "images/s", config),
+        row(
+            f"{title}, run / bare forward",
+            ratios(seconds, "bare", "run"),
+            "ratio of images/s",
+            config,
+            ">= 0.95",
+        ),
+    ]
 
 
 def main() -> None:

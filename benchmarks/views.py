@@ -12,10 +12,11 @@ import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
-from _harness import alternate, arguments, ratios, report, row
+from _harness import PATIENCE, Threads, arguments, measure, ratios, report, row
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -32,13 +33,15 @@ from coursepack.models.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from _harness import Row, Seconds
+
 BATCH = 256
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 SIDE = 224
 FILE_SIDES = (375, 500)
 
 
-def words(rounds: int) -> list[dict[str, Any]]:
+def words(rounds: int, patience: float) -> list[Row]:
     """Eight random words for each of 256 samples."""
     samples, generator = np.arange(BATCH), torch.Generator()
 
@@ -51,17 +54,19 @@ def words(rounds: int) -> list[dict[str, Any]]:
             generator.manual_seed(sample)
             torch.rand(8, generator=generator)
 
-    seconds = alternate({"ours": ours, "a torch.Generator per sample": theirs}, rounds)
     config = {"samples": BATCH, "values": 8}
-    each = [value / 100 for value in seconds["ours"]]
-    shares = [a / b for a, b in zip(each, seconds["a torch.Generator per sample"], strict=True)]
-    return [
-        row("draw 8 values for 256 samples", [value * 1e6 for value in each], "us", config),
-        row("draw / torch.Generator per sample", shares, "ratio", config, "<= 0.01"),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        shares = [ratio / 100 for ratio in ratios(seconds, "ours", "theirs")]
+        return [
+            row("draw 8 values for 256 samples", [value * 1e4 for value in seconds["ours"]], "us", config),
+            row("draw / torch.Generator per sample", shares, "ratio", config, "<= 0.01"),
+        ]
+
+    return measure({"ours": ours, "theirs": theirs}, rounds, rows_of, patience=patience)
 
 
-def small(rounds: int) -> list[dict[str, Any]]:
+def small(rounds: int, patience: float) -> list[Row]:
     """Pad-crop, flip and normalise of 256 images of 32x32, drawn anew each time."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
@@ -84,7 +89,7 @@ def small(rounds: int) -> list[dict[str, Any]]:
         nonlocal view
         view += 1
         batch = Batch(source, recipe, rng.integers(0, 4096, BATCH), np.full(BATCH, view))
-        return batch.normalised(32, *levels)
+        return batch.normalized(32, *levels)
 
     def each() -> torch.Tensor:
         return torch.stack([transform(tensors[k]) for k in rng.integers(0, 4096, BATCH)])
@@ -92,23 +97,22 @@ def small(rounds: int) -> list[dict[str, Any]]:
     def shared() -> torch.Tensor:
         return transform(tensors[torch.from_numpy(rng.integers(0, 4096, BATCH))])
 
-    seconds = alternate({"ours": ours, "v2 per sample": each, "v2 batched": shared}, rounds)
     config = {"samples": BATCH, "side": 32, "threads": 1}
     name = "32x32 pad-crop, flip, normalise"
-    return [
-        row(name, [value * 1e6 for value in seconds["ours"]], "us", config),
-        row(f"{name} / v2 per sample", ratios(seconds, "ours", "v2 per sample"), "ratio", config, "<= 0.06"),
-        row(
-            f"{name} / v2 batched, one draw for all",
-            ratios(seconds, "ours", "v2 batched"),
-            "ratio",
-            config,
-            "<= 0.85",
-        ),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        single, batched = ratios(seconds, "ours", "each"), ratios(seconds, "ours", "shared")
+        return [
+            row(name, [value * 1e6 for value in seconds["ours"]], "us", config),
+            row(f"{name} / v2 per sample", single, "ratio", config, "<= 0.06"),
+            row(f"{name} / v2 batched, one draw for all", batched, "ratio", config, "<= 0.85"),
+        ]
+
+    variants = {"ours": ours, "each": each, "shared": shared}
+    return measure(variants, rounds, rows_of, patience=patience)
 
 
-def large(rounds: int, count: int, threads: int, bar: str) -> list[dict[str, Any]]:
+def large(rounds: int, patience: float, count: int, threads: int, bar: str) -> list[Row]:
     """The same random crops of photographs, resized to 224."""
     rng = np.random.default_rng(1)
     images = [photograph(rng) for _ in range(count)]
@@ -129,30 +133,27 @@ def large(rounds: int, count: int, threads: int, bar: str) -> list[dict[str, Any
             if flip:
                 F.horizontal_flip(pixels)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     variants: dict[str, Callable[[], Any]] = {
         "ours": ours,
         "planes": lambda: theirs(planes),
         "as decoded": lambda: theirs(strided),
     }
-    seconds = alternate(variants, rounds)
-    torch.set_num_threads(before)
     config = {"images": count, "side": SIDE, "from": FILE_SIDES, "threads": threads}
     name = f"224 resized crop, {threads} thread{'s' if threads > 1 else ''}"
-    return [
-        row(name, [value / count * 1e6 for value in seconds["ours"]], "us per image", config),
-        row(f"{name} / v2", ratios(seconds, "ours", "planes"), "ratio", config, bar),
-        row(
-            f"{name} / v2, channels last as Pillow gives",
-            ratios(seconds, "ours", "as decoded"),
-            "ratio",
-            config,
-        ),
-    ]
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        planes, decoded = ratios(seconds, "ours", "planes"), ratios(seconds, "ours", "as decoded")
+        return [
+            row(name, [value / count * 1e6 for value in seconds["ours"]], "us per image", config),
+            row(f"{name} / v2", planes, "ratio", config, bar),
+            row(f"{name} / v2, channels last as Pillow gives", decoded, "ratio", config),
+        ]
+
+    with Threads(threads):
+        return measure(variants, rounds, rows_of, patience=patience)
 
 
-def files(rounds: int, count: int, workers: int) -> list[dict[str, Any]]:
+def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
     """Images per second from a tree of JPEG files, until they are normalised tensors."""
     rng = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as name:
@@ -164,8 +165,8 @@ def files(rounds: int, count: int, workers: int) -> list[dict[str, Any]]:
             (image.transpose(Image.Transpose.ROTATE_90) if k % 2 else image).save(
                 folder / f"{k}.jpg", quality=90
             )
-        os.environ["COURSEPACK_CACHE"] = str(Path(name) / "cache")
-        source, recipe = open_source("folder:train", Path(name)), view_recipe("imagenet")
+        with mock.patch.dict(os.environ, {"COURSEPACK_CACHE": str(Path(name) / "cache")}):
+            source, recipe = open_source("folder:train", Path(name)), view_recipe("imagenet")
         preprocessing = Preprocessing(size=SIDE, mean=MEAN, std=STD)
         transform = v2.Compose(
             [
@@ -198,18 +199,21 @@ def files(rounds: int, count: int, workers: int) -> list[dict[str, Any]]:
             for _ in plain:
                 pass
 
+        config = {"files": count, "side": SIDE, "from": FILE_SIDES, "workers": workers, "batch": 64}
+
+        def rows_of(seconds: Seconds) -> list[Row]:
+            rows = [row("JPEG, DataLoader", [count / s for s in seconds["plain"]], "images/s", config)]
+            for views in (1, 2, 4):
+                rates = [views * ratio for ratio in ratios(seconds, "plain", f"{views} a load")]
+                bar = ">= 1.0" if views == 1 else None
+                rows.append(row(f"JPEG, {views} views a load / DataLoader", rates, "ratio", config, bar))
+            return rows
+
         with Renderer(source, recipe, [SIDE], workers=workers) as renderer:
             variants: dict[str, Callable[[], Any]] = {
                 f"{views} a load": lambda views=views: ours(renderer, views) for views in (1, 2, 4)
             }
-            seconds = alternate({"plain": theirs, **variants}, rounds)
-        config = {"files": count, "side": SIDE, "from": FILE_SIDES, "workers": workers, "batch": 64}
-        rows = [row("JPEG, DataLoader", [count / s for s in seconds["plain"]], "images/s", config)]
-        for views in (1, 2, 4):
-            rates = [views * a / b for a, b in zip(seconds["plain"], seconds[f"{views} a load"], strict=True)]
-            bar = ">= 1.0" if views == 1 else None
-            rows.append(row(f"JPEG, {views} views a load / DataLoader", rates, "ratio", config, bar))
-        return rows
+            return measure({"plain": theirs, **variants}, rounds, rows_of, patience=patience)
 
 
 class Listed:
@@ -247,14 +251,11 @@ def pixel_boxes(params: ViewParams, sizes: np.ndarray) -> list[list[int]]:
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    rounds = 2 if options.quick else 15
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows = words(rounds) + small(rounds)
-    count = 4 if options.quick else 64
-    rows += large(rounds, count, 1, "<= 1.1") + large(rounds, count, 2, "<= 0.8")
-    torch.set_num_threads(threads)
-    rows += files(2 if options.quick else 7, 16 if options.quick else 512, workers=2)
+    rounds, patience, count = (2, 0.0, 4) if options.quick else (15, PATIENCE, 64)
+    with Threads(1):
+        rows = words(rounds, patience) + small(rounds, patience)
+        rows += large(rounds, patience, count, 1, "<= 1.1") + large(rounds, patience, count, 2, "<= 0.8")
+    rows += files(min(7, rounds), patience, 16 if options.quick else 512, workers=2)
     report("views", rows, options.json)
 
 

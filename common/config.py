@@ -1,38 +1,69 @@
-"""Configs: frozen pydantic models that refuse unknown keys, and errors that show everything wrong at once."""
+"""Configs: frozen pydantic models that reject unknown keys and report all errors of a file together."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping  # noqa: TC003 - dataclasses of pydantic's annotations are read at run time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
+from coursepack.canonical import cut
 from coursepack.errors import RecipeError
+from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pydantic.fields import FieldInfo
+
+
+MOST_LINES = 20
+"""Maximum number of errors of a file that are reported."""
+
 
 class Config(BaseModel):
-    """Base of every config: immutable, and an unknown key is an error."""
+    """Base class of configs: immutable, with an error for unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a field that holds one config of a family, selected by the value of a key.
+
+    `Annotated[Shape, OneOf("name", {"circle": Circle, "box": Box})]` reads `{"name": "circle"}` as a
+    `Circle`.
+    """
+
+    key: str
+    """Name of the field whose value selects the member."""
+    members: Mapping[str, type[Config]]
+    """Configs of the family by the value of the key."""
+
+    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Return pydantic's schema of the tagged union."""
+        choices = {name: handler.generate_schema(member) for name, member in self.members.items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self.key)
 
 
 def parse_config(model: type[C], values: Any, where: str) -> C:
     """Build a config from plain values.
 
     Args:
-        model: the config's class.
-        values: what YAML or flags gave.
-        where: the file or command they came from, for the error's text.
+        model: class of the config.
+        values: plain values from YAML or options.
+        where: file or command that the values come from, for the error message.
 
     Raises:
-        RecipeError: all that is wrong, one line per field; an unknown key names the nearest valid one.
+        RecipeError: the values are not valid. The message has one line per wrong field and suggests the
+            nearest valid name for an unknown key.
     """
     try:
         return model.model_validate(values)
@@ -41,38 +72,59 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
 
 
 def check_given(model: type[Config], values: Any, where: str) -> None:
-    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`."""
+    """Check the values of an incomplete config, whose missing fields will be given later.
+
+    Checks that combine several fields are skipped, because a missing field may not keep its default.
+
+    Raises:
+        RecipeError: as in `parse_config`.
+    """
     try:
         model.model_validate(values)
     except ValidationError as error:
-        problems = [p for p in error.errors() if p["type"] != "missing" or len(p["loc"]) > 1]
+        problems = [
+            problem
+            for problem in error.errors()
+            if not _is_combined(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
+        ]
         if problems:
             raise _refusal(model, problems, where) from error
 
 
+def field_at(model: type[BaseModel], path: str) -> FieldInfo:
+    """Return the field of a config at a dotted path through nested configs and `OneOf` families."""
+    first, _, rest = path.partition(".")
+    field = model.model_fields[first]
+    if not rest:
+        return field
+    inner = next(each for each in _models_of(field) if rest.partition(".")[0] in each.model_fields)
+    return field_at(inner, rest)
+
+
 def read_yaml(path: Path) -> Any:
-    """The plain values in a YAML file.
+    """Return the plain values in a YAML file.
 
     Raises:
-        RecipeError: the file is missing, is not text or is not YAML.
+        RecipeError: the file is missing, or `parse_yaml` rejects it.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return parse_yaml(read_bounded(path, MOST_YAML_BYTES))
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r} {error}") from error
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: it is not text") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{str(path)!r} is not YAML: {error}") from error
 
 
 def write_yaml(values: Any) -> str:
-    """Plain values as YAML, keys in the order given."""
+    """Return plain values as YAML text, with keys in their order."""
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
-    return RecipeError(f"{where} is not valid:\n" + "\n".join(_line(model, problem) for problem in problems))
+    lines = [_line(model, problem) for problem in problems[:MOST_LINES]]
+    if len(problems) > MOST_LINES:
+        lines.append(f"  and {len(problems) - MOST_LINES:,} more")
+    return RecipeError(f"{where} is not valid:\n" + "\n".join(lines))
 
 
 _EXPECTED = {
@@ -80,24 +132,29 @@ _EXPECTED = {
     "model_type": "Input should be a mapping",
     "model_attributes_type": "Input should be a mapping",
 }
-"""Where pydantic speaks of Python's types, what YAML calls them."""
+"""Messages for errors of pydantic that would name Python types instead of YAML's."""
 
 
 def _line(model: type[Config], problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(cut(str(part)) for part in problem["loc"]) or "it"
     if problem["type"] == "extra_forbidden":
         known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
         return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
     if problem["type"] == "union_tag_invalid":
         key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
         near = _near(tag, tags.replace("'", "").split(", "))
-        return f"  {path}: unknown {key.strip(chr(39))} {tag!r}{near or ', expected one of ' + tags}"
+        return f"  {path}: unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
-        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {problem['input']!r}"
-    whole = problem["type"] == "value_error" and isinstance(problem["input"], dict)
-    given = "" if problem["type"] == "missing" or whole else f", got {problem['input']!r}"
+        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {cut(repr(problem['input']))}"
+    no_value = problem["type"] == "missing" or _is_combined(problem)
+    given = "" if no_value else f", got {cut(repr(problem['input']))}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
+
+
+def _is_combined(problem: Any) -> bool:
+    """Return True if an error concerns a combination of fields instead of one field."""
+    return problem["type"] == "value_error" and isinstance(problem["input"], dict)
 
 
 def _near(word: str, known: list[str]) -> str:
@@ -106,21 +163,32 @@ def _near(word: str, known: list[str]) -> str:
 
 
 def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
-    """The configs that may stand at a place, as pydantic spells it: keys, list places, tags of a union."""
+    """Return the configs that may be at a path of pydantic's: keys, list indices and tags of a union."""
     found: list[type[BaseModel]] = [model]
     for part in path:
         if isinstance(part, int):
             continue
-        held = [each.model_fields[part].annotation for each in found if part in each.model_fields]
+        held = [each.model_fields[part] for each in found if part in each.model_fields]
         if held:
-            found = [inner for annotation in held for inner in _models(annotation)]
+            found = [inner for field in held for inner in _models_of(field)]
         else:
-            found = [each for each in found if any(part == f.default for f in each.model_fields.values())]
+            found = [
+                each for each in found if any(part == f.default for f in each.model_fields.values())
+            ] or found
     return found
 
 
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the configs that a field may hold."""
+    families = [part for part in field.metadata if isinstance(part, OneOf)]
+    return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configs in an annotation such as a tuple of a union of them."""
+    """Return the configs in an annotation, such as a tuple of a union of configs."""
+    if isinstance(annotation, OneOf):
+        return list(annotation.members.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [inner for part in get_args(annotation) for inner in _models(part)]
+    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
+    return [inner for part in parts for inner in _models(part)]

@@ -1,8 +1,14 @@
-"""Whole-file writes that a kill or a power cut cannot tear."""
+"""Atomic file writes that survive a killed process and a power cut."""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
+import secrets
+import stat
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,43 +18,138 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARTIAL = ".partial"
+"""Suffix of files that are being written."""
+HOST_LENGTH = 32
+"""Maximum number of characters of the host's name in the name of a partial file."""
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
+"""Names of the kinds of files that are not regular, by their `stat` type."""
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of file systems that have no hard links."""
 
 
 def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
-    """Write a file so that `path` holds either its old content or all of the new.
+    """Replace the content of a file atomically.
 
-    The pieces go to `<name>.<pid>.partial` beside it, are flushed to the disk, and take the name by a rename
-    that is flushed too. A kill leaves at most a `.partial` file, which no reader looks at.
+    The pieces are written one after the other to a `.partial` file in the same folder, flushed to disk and
+    renamed to `path`; the rename is flushed too. At every moment `path` has either its old content or all of
+    the new. A killed process leaves at most the `.partial` file, which no reader opens.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; `path` is as it was.
+        OSError: the disk is full or the folder is not writable. `path` is unchanged, and the error names it.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    with _partial_file(path, pieces) as partial:
+        partial.replace(path)
+    flush_folder(path.parent)
+
+
+def create_whole(path: Path, *pieces: bytes | NDArray[Any]) -> bool:
+    """Write a file as `write_whole` does, but only if there is none of the name; returns whether it did.
+
+    The name is taken by a hard link, which one of several processes can make. On file systems without those,
+    the name is looked up first: there, processes have to hold a lock while they create.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    with _partial_file(path, pieces) as partial:
+        try:
+            path.hardlink_to(partial)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            partial.replace(path)
+    flush_folder(path.parent)
+    return True
+
+
+@contextmanager
+def _partial_file(path: Path, pieces: tuple[bytes | NDArray[Any], ...]) -> Iterator[Path]:
+    """A flushed file of these pieces beside `path`, gone afterwards unless it was renamed."""
+    partial = path.with_name(_partial_name(path.name))
     try:
         with partial.open("wb", buffering=0) as file:
             for piece in pieces:
-                # numpy's types know nothing of buffers before Python 3.12.
+                # numpy's type stubs lack the buffer protocol before Python 3.12.
                 rest = memoryview(piece).cast("B")  # type: ignore[arg-type, unused-ignore]  # stubs differ between Pythons
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        yield partial
+    except OSError as error:
+        error.filename = str(path)
         raise
-    flush_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial_name(name: str) -> str:
+    """Return a name for a partial file that is unique among the processes of all hosts that share the disk.
+
+    The process id alone is not enough, because hosts and containers reuse the same ids.
+    """
+    host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:HOST_LENGTH]
+    return f"{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Flush the directory entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add this path to system errors that name no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file and return its descriptor. A FIFO at the path does not block.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO that is opened for writing
+            raise _not_regular(path, path.stat().st_mode) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _not_regular(path, mode)
+    return descriptor
+
+
+def _not_regular(path: Path, mode: int) -> OSError:
+    kind = KINDS.get(stat.S_IFMT(mode), "something else")
+    return OSError(errno.EINVAL, f"It is {kind}, expected a regular file", str(path))
+
+
 def partials(folder: Path) -> Iterator[Path]:
-    """What killed writers left in `folder`."""
+    """Yield the partial files that killed processes left in a folder."""
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.name.endswith(PARTIAL))
+        # Names first: a folder may hold very many files, and hardly any of them partial.
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(PARTIAL))
+        yield from (folder / name for name in names)

@@ -1,36 +1,43 @@
-"""Stage two: train students from stores, or from teachers run live, or alone.
+"""Stage two: train students from teachers' stores, from teachers run live, or without teachers.
 
-In a loop of one's own: `open_course`, `make_objective`, `make_targets` and a `Learner` (docs/library.md).
+A custom training loop uses `open_teacher_stores`, `make_objective`, `make_targets` and `Learner`
+(docs/library.md).
 """
 
-from coursepack.distill.building import make_objective as make_objective
-from coursepack.distill.course import Course as Course
-from coursepack.distill.course import make_targets as make_targets
-from coursepack.distill.course import open_course as open_course
-from coursepack.distill.facts import Moment as Moment
 from coursepack.distill.fusion import FUSIONS as FUSIONS
-from coursepack.distill.learner import Learner as Learner
+from coursepack.distill.losses import LOSSES as LOSSES
+from coursepack.distill.losses.base import LossInputs as LossInputs
+from coursepack.distill.losses.base import Step as Step
+from coursepack.distill.losses.base import StudentOutput as StudentOutput
 from coursepack.distill.methods import METHODS as METHODS
 from coursepack.distill.objective import Objective as Objective
 from coursepack.distill.objective_config import ObjectiveConfig as ObjectiveConfig
 from coursepack.distill.recipe import TrainRecipe as TrainRecipe
-from coursepack.distill.targets import CachedTargets as CachedTargets
-from coursepack.distill.targets import OnlineTargets as OnlineTargets
-from coursepack.distill.train import train as train
+from coursepack.distill.runs.train import train as train
+from coursepack.distill.setup.build import make_objective as make_objective
+from coursepack.distill.targets.live import OnlineTargets as OnlineTargets
+from coursepack.distill.targets.stores import CachedTargets as CachedTargets
+from coursepack.distill.targets.teacher_stores import TeacherStores as TeacherStores
+from coursepack.distill.targets.teacher_stores import make_targets as make_targets
+from coursepack.distill.targets.teacher_stores import open_teacher_stores as open_teacher_stores
+from coursepack.distill.training.learner import Learner as Learner
 
 __all__ = [
     "FUSIONS",
+    "LOSSES",
     "METHODS",
     "CachedTargets",
-    "Course",
     "Learner",
-    "Moment",
+    "LossInputs",
     "Objective",
     "ObjectiveConfig",
     "OnlineTargets",
+    "Step",
+    "StudentOutput",
+    "TeacherStores",
     "TrainRecipe",
     "make_objective",
     "make_targets",
-    "open_course",
+    "open_teacher_stores",
     "train",
 ]

@@ -1,110 +1,142 @@
-"""The numbers of an objective's terms. A method is a named choice of them."""
+"""Config of an objective. A method is a named objective config."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from coursepack.config import Config
-from coursepack.distill.fusion import FUSIONS, FusionConfig
-from coursepack.distill.hints import HintsConfig
-from coursepack.distill.relations import RelationsConfig
-from coursepack.distill.schedule import NotNegative, Weight, is_used
-from coursepack.distill.temperature import DynamicTemperatureConfig, Temperature
+from coursepack.config import Config, OneOf
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.fusion.base import FusionConfig
+from coursepack.distill.fusion.temperature import DynamicTemperatureConfig, Temperature
+from coursepack.distill.fusion.weights import FixedConfig
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import Needs, TermConfig
+from coursepack.distill.losses.label import LabelConfig
+from coursepack.distill.losses.soft_target import Divergence, SoftTargetConfig
+from coursepack.distill.schedule import Schedule, Weight, is_used
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
 Adjustment = Literal["none", "shift", "smooth"]
+AnyTerm = Annotated[TermConfig, OneOf("term", {name: loss.config for name, loss in LOSSES.items()})]
+AnyFusion = Annotated[FusionConfig, OneOf("name", {name: fusion.config for name, fusion in FUSIONS.items()})]
+SOFT_TARGET, CROSS_ENTROPY, LABEL_SMOOTHING = "soft_target", "cross_entropy", "label_smoothing"
 
 
 class ObjectiveConfig(Config):
-    """Numbers of the terms."""
+    """Config of the loss terms, the fusion of teachers and the temperature."""
 
     soft_weight: Weight = 0.0
-    """Factor of T² D(teachers || student)."""
+    """Weight of the soft-target loss T² D(teachers || student), or its schedule over epochs."""
     hard_weight: Weight = 1.0
-    """Factor of the cross-entropy to the labels."""
+    """Weight of the cross-entropy to the labels, or its schedule over epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the labels' probability that the cross-entropy spreads over all classes (Szegedy et al. 2016,
-    arXiv 1512.00567)."""
+    """Label smoothing of the cross-entropy (Szegedy et al. 2016, arXiv 1512.00567)."""
     temperature: Temperature = 4.0
-    """T of teachers and student; T_0 where every sample has its own."""
+    """Temperature of teachers and student; T_0 of a dynamic temperature."""
+    dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
+    """Temperature per sample."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"
-    """What to do with a teacher that is wrong: one for all, or one per teacher."""
+    """Adjustment of wrong predictions of teachers: one for all teachers, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Epsilon of the adjustment `smooth`."""
-    divergence: str = "kl"
-    """How soft targets are compared, as `coursepack.kernels.soft_target_loss` names it."""
+    divergence: Divergence = "kl"
+    """Divergence of the student from the soft targets, see `coursepack.kernels.soft_target_loss`."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
-    """Divergence of the teachers' mixture, or weighted sum of divergences; auto: what the fusion is
-    published with."""
-    teacher_weights: tuple[NotNegative, ...] | None = None
-    """Of the fusion `fixed`, one per teacher, in the order of the stores, taken as they are: their sum is a
-    factor of the soft-target term's gradient. None means equal weights that sum to one."""
-    fusion: FusionConfig = FusionConfig()
-    """How much each teacher counts."""
-    dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
-    """A temperature per sample."""
-    relations: RelationsConfig = RelationsConfig()
-    """Relations between the samples of a batch."""
-    hints: HintsConfig = HintsConfig()
-    """Teachers' features as targets."""
-    term_weight: Weight = 1.0
-    """Factor of the method's own term, where it has one."""
-    term: dict[str, float | str] = Field(default={})
-    """Arguments of the method's own term."""
+    """Divergence from the mixture of teachers, or weighted sum of divergences; auto takes the published form
+    of the fusion."""
+    fusion: AnyFusion = FixedConfig()
+    """Fusion, which determines the teachers' weights."""
+    terms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyTerm] = Field(default={})
+    """Additional loss terms by key. A key is the name of a loss, unless field `term` names the loss."""
 
-    @property
-    def uses_soft_targets(self) -> bool:
-        """Whether the teachers' logits are looked at."""
-        return is_used(self.soft_weight) or any(
-            is_used(weight) for weight in (self.relations.angle, self.relations.distance)
+    def all_terms(self) -> dict[str, TermConfig]:
+        """Return all terms with a nonzero weight by key, starting with soft targets and labels."""
+        terms: dict[str, TermConfig] = {}
+        hard = self._scaled(self.hard_weight, 1 - self.label_smoothing)
+        if is_used(self.soft_weight):
+            terms[SOFT_TARGET] = SoftTargetConfig(
+                weight=self.soft_weight, hard_weight=hard, divergence=self.divergence, combine=self.combine
+            )
+        else:
+            terms[CROSS_ENTROPY] = LabelConfig(weight=hard)
+        if self.label_smoothing:
+            weight = self._scaled(self.hard_weight, self.label_smoothing)
+            terms[LABEL_SMOOTHING] = LabelConfig(weight=weight, target="uniform")
+        return terms | {key: term for key, term in self.terms.items() if is_used(term.weight)}
+
+    @staticmethod
+    def _scaled(weight: float | Schedule, factor: float) -> float | Schedule:
+        if isinstance(weight, Schedule):
+            return weight.model_copy(update={"start": weight.start * factor, "end": weight.end * factor})
+        return weight * factor
+
+    def needs(self) -> Needs:
+        """Return the union of the needs of all terms and the fusion."""
+        needs = Needs()
+        for term in self.all_terms().values():
+            needs |= LOSSES[term.term].needs(term)
+        if not needs.fused:
+            return needs
+        adjusted = self.adjustment != "none" and set(self.adjustment) != {"none"}
+        return (
+            needs
+            | FUSIONS[self.fusion.name].needs(self.fusion)
+            | self.dynamic_temperature.needs()
+            | Needs(teacher_logits=True, one_label=f"adjustment is {self.adjustment!r}" if adjusted else "")
         )
 
-    @property
-    def uses_hints(self) -> bool:
-        """Whether the teachers' features are looked at."""
-        return is_used(self.hints.weight)
-
-    @property
-    def needs_teachers(self) -> bool:
-        """Whether it looks at teachers at all."""
-        return self.uses_soft_targets or self.uses_hints
-
-    @property
-    def needs_one_label(self) -> bool:
-        """Whether it needs one label per sample: adjustments do."""
-        return self.uses_soft_targets and self.adjustment != "none" and set(self.adjustment) != {"none"}
-
-    @property
-    def batch_coupled(self) -> tuple[str, ...]:
-        """What makes a sample's loss depend on the rest of its batch."""
-        found = [name for name in ("angle", "distance") if is_used(getattr(self.relations, name))]
-        dynamic = self.uses_soft_targets and self.dynamic_temperature.kind != "none"
-        return (*found, *(["dynamic_temperature"] if dynamic else []))
-
-    def adjustments(self, places: Sequence[int]) -> tuple[str, ...]:
-        """The adjustment of each of the teachers at some places."""
+    def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Return the adjustments of the teachers with the given indices."""
         if isinstance(self.adjustment, str):
-            return (self.adjustment,) * len(places)
-        return tuple(self.adjustment[place] for place in places)
+            return (self.adjustment,) * len(indices)
+        return tuple(self.adjustment[index] for index in indices)
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _name_terms(cls, terms: Any) -> Any:
+        """Set `term` of each term to its key by default, and remove terms that are null."""
+        if not isinstance(terms, dict):
+            return terms
+        named = {}
+        for key, term in terms.items():
+            if isinstance(term, dict):
+                named[key] = {"term": key, **term}
+            elif term is not None:
+                named[key] = term
+        return named
+
+    @field_validator("fusion", mode="before")
+    @classmethod
+    def _name_fusion(cls, fusion: Any) -> Any:
+        return {"name": "fixed", **fusion} if isinstance(fusion, dict) else fusion
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.teacher_weights is not None and self.fusion.name != "fixed":
-            raise ValueError(f"teacher_weights are for fusion 'fixed', but fusion is {self.fusion.name!r}")
-        if self.teacher_weights is not None and not any(self.teacher_weights):
-            raise ValueError("teacher_weights are all zero: give at least one teacher a weight above zero")
-        if self.fusion.teacher is not None and self.fusion.name != "best":
-            raise ValueError(f"fusion.teacher is for fusion 'best', but fusion is {self.fusion.name!r}")
-        if FUSIONS[self.fusion.name].choose is not None and self.uses_hints:
-            raise ValueError(f"hints need every teacher, but fusion {self.fusion.name!r} asks one at a time")
+        needs = self.needs()
+        if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
+            raise ValueError(
+                f"{needs.every_teacher} need every teacher, "
+                f"but fusion {self.fusion.name!r} reads one at a time"
+            )
         dynamic = self.dynamic_temperature
         if dynamic.lowest > dynamic.highest:
             raise ValueError(
                 f"dynamic_temperature.lowest is {dynamic.lowest:g}, above highest ({dynamic.highest:g})"
+            )
+        if dynamic.kind != "none" and not dynamic.lowest <= self.temperature <= dynamic.highest:
+            raise ValueError(
+                f"temperature (T_0) is {self.temperature:g}, expected dynamic_temperature.lowest to highest "
+                f"({dynamic.lowest:g} to {dynamic.highest:g}), within which each sample's temperature is kept"
+            )
+        smooths = needs.fused and "smooth" in (self.adjustment, *self.adjustment)
+        if self.divergence == "mse" and smooths:
+            raise ValueError(
+                "adjustment 'smooth' returns probabilities, but divergence 'mse' compares logits: choose "
+                "another adjustment or divergence"
             )
         return self

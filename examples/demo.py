@@ -1,9 +1,10 @@
 """The whole path on real data: three teachers, their stores, and students with and without them.
 
-    python examples/demo.py [--out demo] [--quick]
+    python examples/demo.py [--out demo] [--json FILE] [--quick]
 
 Every step is one of the commands that a user would type; they are printed as they run. The folder that is
-left holds teachers, stores and runs for the README's next commands.
+left holds teachers, stores and runs for the README's next commands. The figures are written as rows, like
+those of the benchmarks, to `rows.json` in that folder or to FILE.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from _harness import exact, row, write_rows
+
 from coursepack.console import print_table
 from coursepack.distill.cli import main as distill
-from coursepack.distill.compare import Group, compare, table_rows
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.runs.compare import Group, compare, table_rows
+from coursepack.distill.runs.folder import load_run
 from coursepack.precompute.cli import main as precompute
 
 TEACHERS = ("mlp", "cnn", "resnet")
@@ -40,6 +44,9 @@ LEARNING_RATES = ("0.1", "0.03")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to fill")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows to this file, by default rows.json in --out"
+    )
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds, to see that it runs")
     chosen = parser.parse_args()
     out, quick = chosen.out, chosen.quick
@@ -76,7 +83,7 @@ def main() -> None:
                 command(distill, "train", *shared, *teachers, "--lr", rate, "--seed", seed, "--out", runs[-1])
 
     groups = compare([load_run(run) for run in runs])
-    timing = out / "epoch.json"
+    rows_file = chosen.json or out / "rows.json"
     benchmark = Path(__file__).parents[1] / "benchmarks" / "epoch.py"
     flags = ["--quick"] if quick else []
     stores_flag = ["--stores", *map(str, stores)]
@@ -89,14 +96,15 @@ def main() -> None:
             "--limit",
             str(SAMPLES),
             "--json",
-            str(timing),
+            str(rows_file),
         ],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    write_accuracy(rows_file, out, seeds)
     print_accuracy(groups)
-    print_time(timing, students=len(runs) // 2, epochs=epochs)
+    print_time(rows_file, students=len(runs) // 2, epochs=epochs)
     plot(groups, out / "demo.png")
     click.echo(f"Plot: {out / 'demo.png'}. Whole demo: {time.perf_counter() - started:.0f} s.")
 
@@ -105,6 +113,38 @@ def command(entry: click.Group, *words: object) -> None:
     arguments = [str(word) for word in words]
     click.echo(f"$ {entry.callback.__module__.split('.')[1]} {shlex.join(arguments)}", err=True)
     entry(arguments, standalone_mode=False)
+
+
+def write_accuracy(path: Path, out: Path, seeds: int) -> None:
+    """Put the accuracies of teachers and students before the rows of the time."""
+
+    def percent(run: Path) -> float:
+        return 100 * load_run(run).metrics[-1]["evaluation"]["accuracy"]
+
+    rows = [row(f"teacher {name}", [percent(out / "teachers" / name)], "%", {}) for name in TEACHERS]
+    for rate in LEARNING_RATES:
+        alone, distilled = (
+            [percent(out / "runs" / f"{kind}-lr{rate}-{seed}") for seed in range(seeds)]
+            for kind in ("alone", "distilled")
+        )
+        config = {"student": STUDENT, "samples": SAMPLES, "lr": float(rate)}
+        rows += [
+            mean_row(f"alone, lr {rate}", alone, config),
+            mean_row(f"from stores, lr {rate}", distilled, config),
+        ]
+        better = sum(b > a for a, b in zip(alone, distilled, strict=True))
+        rows.append(exact(f"seeds better from stores, lr {rate}", better, "seeds", config) | {"n": seeds})
+    timed = json.loads(path.read_text())
+    write_rows(path, timed["machine"], rows + timed["rows"])
+
+
+def mean_row(identifier: str, values: list[float], config: dict[str, object]) -> dict[str, object]:
+    """Return mean and standard deviation over seeds."""
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    config = config | {"sd": sd, "interval": "one standard deviation"}
+    return exact(identifier, mean, "%", config) | {
+        "low": mean - sd, "high": mean + sd, "n": len(values), "config": config,
+    }  # fmt: skip
 
 
 def print_accuracy(groups: list[Group]) -> None:

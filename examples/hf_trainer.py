@@ -3,7 +3,7 @@
     pip install transformers accelerate
     python examples/hf_trainer.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
 
-The Trainer owns the loop, the optimiser's steps and the device. It is given `compute_loss`, and an
+The Trainer owns the loop, the optimizer's steps and the device. It is given `compute_loss`, and an
 object that it takes for a dataloader.
 """
 
@@ -18,24 +18,29 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from coursepack.data import batches, epoch_order, subset
-from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
+from coursepack.distill import Learner, Step, make_objective, make_targets, open_teacher_stores
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from coursepack.distill import CachedTargets, Course
+    from coursepack.distill import CachedTargets, TeacherStores
 
 
 class Epochs:
     """What a Trainer asks of a dataloader: how many batches, and those of the epoch that it sets."""
 
     def __init__(
-        self, course: Course, learner: Learner, targets: CachedTargets, seed: int, device: torch.device
+        self,
+        teachers: TeacherStores,
+        learner: Learner,
+        targets: CachedTargets,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self.course, self.learner, self.targets = course, learner, targets
+        self.teachers, self.learner, self.targets = teachers, learner, targets
         self.seed, self.device, self.batch_size = seed, device, 64
-        self.samples = subset(course.source, limit=None)
+        self.samples = subset(teachers.source, limit=None)
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -47,23 +52,23 @@ class Epochs:
         self.learner.begin_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        course, targets = self.course, self.targets
+        teachers, targets = self.teachers, self.targets
         views = [targets.views[self.epoch % len(targets.views)]]
         order = epoch_order(self.samples, seed=self.seed, epoch=self.epoch, window=targets.window)
         stream = batches(
-            course.source, course.view, order, views=views, batch_size=self.batch_size, device=self.device
+            teachers.source, teachers.view, order, views=views, batch_size=self.batch_size, device=self.device
         )
         for number, batch in enumerate(stream):
-            yield {"batch": batch, "moment": Moment(self.epoch, number)}
+            yield {"batch": batch, "step": Step(self.epoch, number)}
 
 
 class StudentTrainer(Trainer):
     """Trains a learner from stores."""
 
-    def __init__(self, course: Course, seed: int, **arguments: Any) -> None:
+    def __init__(self, teachers: TeacherStores, seed: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.targets = make_targets(course, self.model.objective, device=self.args.device)
-        self.epochs = Epochs(course, self.model, self.targets, seed, self.args.device)
+        self.targets = make_targets(teachers, self.model.objective, device=self.args.device)
+        self.epochs = Epochs(teachers, self.model, self.targets, seed, self.args.device)
         self.losses: list[float] = []
 
     def get_train_dataloader(self) -> Epochs:
@@ -74,16 +79,16 @@ class StudentTrainer(Trainer):
         self, model: Learner, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
         """The loss, with the teachers' answers read from the stores."""
-        output = model(inputs["batch"], self.targets.fetch(inputs["batch"]), inputs["moment"])
+        output = model(inputs["batch"], self.targets.fetch(inputs["batch"]), inputs["step"])
         self.losses.append(output.value.loss.item())
         return (output.value.loss, output) if return_outputs else output.value.loss
 
 
 def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]:
-    course = open_course(stores)
-    student = build_network("digits-small", classes=len(course.source.class_names), seed=seed)
-    learner = Learner(student, make_objective(course, student, method, seed=seed))
-    optimiser = torch.optim.SGD(
+    teachers = open_teacher_stores(stores)
+    student = build_network("digits-small", classes=len(teachers.source.class_names), seed=seed)
+    learner = Learner(student, make_objective(teachers, student, method, seed=seed))
+    optimizer = torch.optim.SGD(
         learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +102,7 @@ def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = StudentTrainer(course, seed, model=learner, args=settings, optimizers=(optimiser, None))
+        trainer = StudentTrainer(teachers, seed, model=learner, args=settings, optimizers=(optimizer, None))
         trainer.train()
     return trainer.losses
 

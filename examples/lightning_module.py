@@ -3,7 +3,7 @@
     pip install lightning
     python examples/lightning_module.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
 
-Lightning owns the loop, the optimiser's steps and the device. It is given the learner's loss, and an
+Lightning owns the loop, the optimizer's steps and the device. It is given the learner's loss, and an
 object that gives batches.
 """
 
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from coursepack.data import batches, epoch_order, subset
-from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
+from coursepack.distill import Learner, Step, make_objective, make_targets, open_teacher_stores
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
@@ -33,18 +33,23 @@ class EpochBatches:
     """
 
     def __init__(self, student: Student) -> None:
-        self.student, self.samples, self.batch_size = student, subset(student.course.source, limit=None), 64
+        self.student, self.samples, self.batch_size = student, subset(student.teachers.source, limit=None), 64
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        student, course, targets = self.student, self.student.course, self.student.targets
+        student, teachers, targets = self.student, self.student.teachers, self.student.targets
         epoch = student.current_epoch
         views = [targets.views[epoch % len(targets.views)]]
         order = epoch_order(self.samples, seed=student.seed, epoch=epoch, window=targets.window)
         return batches(
-            course.source, course.view, order, views=views, batch_size=self.batch_size, device=student.device
+            teachers.source,
+            teachers.view,
+            order,
+            views=views,
+            batch_size=self.batch_size,
+            device=student.device,
         )
 
 
@@ -53,9 +58,9 @@ class Student(LightningModule):
 
     def __init__(self, stores: list[str], method: str, seed: int) -> None:
         super().__init__()
-        self.course, self.seed = open_course(stores), seed
-        student = build_network("digits-small", classes=len(self.course.source.class_names), seed=seed)
-        self.learner = Learner(student, make_objective(self.course, student, method, seed=seed))
+        self.teachers, self.seed = open_teacher_stores(stores), seed
+        student = build_network("digits-small", classes=len(self.teachers.source.class_names), seed=seed)
+        self.learner = Learner(student, make_objective(self.teachers, student, method, seed=seed))
         self.losses: list[float] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -71,7 +76,7 @@ class Student(LightningModule):
 
     def on_fit_start(self) -> None:
         """By now Lightning has chosen the device."""
-        self.targets = make_targets(self.course, self.learner.objective, device=self.device)
+        self.targets = make_targets(self.teachers, self.learner.objective, device=self.device)
 
     def train_dataloader(self) -> EpochBatches:
         """Batches of whichever epoch it is."""
@@ -87,8 +92,8 @@ class Student(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """The loss, with the teachers' answers read from the stores."""
-        moment = Moment(self.current_epoch, batch_idx)
-        loss = self.learner(batch, self.targets.fetch(batch), moment).value.loss
+        step = Step(self.current_epoch, batch_idx)
+        loss = self.learner(batch, self.targets.fetch(batch), step).value.loss
         self.losses.append(loss.item())
         return loss
 

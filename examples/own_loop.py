@@ -13,21 +13,21 @@ import argparse
 import torch
 
 from coursepack.data import batches, epoch_order, subset
-from coursepack.distill import Learner, Moment, make_objective, make_targets, open_course
+from coursepack.distill import Learner, Step, make_objective, make_targets, open_teacher_stores
 from coursepack.models import build_network
 
 
 def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]:
     # The stores, with the images and the recipe of views that their teachers saw: checked, never assumed.
-    course = open_course(stores)
-    samples = subset(course.source, limit=None)
+    teachers = open_teacher_stores(stores)
+    samples = subset(teachers.source, limit=None)
 
     # A student, and what it is asked to do: method "kd" here, or "amtml" with weights that are learned too.
-    student = build_network("digits-small", classes=len(course.source.class_names), seed=seed)
-    learner = Learner(student, make_objective(course, student, method, seed=seed))
-    targets = make_targets(course, learner.objective)
+    student = build_network("digits-small", classes=len(teachers.source.class_names), seed=seed)
+    learner = Learner(student, make_objective(teachers, student, method, seed=seed))
+    targets = make_targets(teachers, learner.objective)
 
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         learner.parameter_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
     losses = []
@@ -37,12 +37,12 @@ def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]
         views = [targets.views[epoch % len(targets.views)]]
         order = epoch_order(samples, seed=seed, epoch=epoch, window=targets.window)
         for number, batch in enumerate(
-            batches(course.source, course.view, order, views=views, batch_size=64)
+            batches(teachers.source, teachers.view, order, views=views, batch_size=64)
         ):
-            output = learner(batch, targets.fetch(batch), Moment(epoch, number))
-            optimiser.zero_grad()
+            output = learner(batch, targets.fetch(batch), Step(epoch, number))
+            optimizer.zero_grad()
             output.value.loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(output.value.loss.item())
     return losses
 

@@ -1,4 +1,4 @@
-"""A picture of samples, their views, and what each teacher says to every one of them."""
+"""Picture of samples and their views with the predictions of several teachers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 from coursepack.data.batches import Batch
 from coursepack.data.randomness import below, random_words
 from coursepack.data.store import StoreReader
+from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.views import PRESETS, ViewRecipe
+from coursepack.data.views import PRESETS, stored_view
 from coursepack.errors import RecipeError, StoreMismatch
-from coursepack.precompute.check import source_of_stores
+from coursepack.precompute.verify import source_of_stores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,72 +21,118 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 6
-"""Rows of the picture."""
+"""Number of samples, one row of the picture each."""
 INCHES = 1.7
-"""Side of one image."""
+"""Side of one image, in inches."""
+GAP = 0.1
+"""Space between columns and below each row, in inches."""
+LINE = 0.125
+"""Height of a line of text, in inches."""
 FONT_SIZE = 6
+NAME_LETTERS = 14
+"""Maximum number of letters of a store's name, and of a class name, below an image."""
+TITLE_LETTERS = 26
+"""Maximum number of letters of a class name above an image."""
 FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of the supported file formats."""
 
 
-def draw_grid(stores: Sequence[Path], root: Path | None, views: int, path: Path) -> None:
-    """Write a picture: a row per sample, first as it is, then under the first views that all stores have.
+def draw_grid(
+    stores: Sequence[Path], root: Path | None, views: int, path: Path, *, trust_code: bool = False
+) -> None:
+    """Write a picture with one row per sample: the original image, then the first views common to all stores.
 
-    Below each view stands every teacher's top class with its probability, green where it is the label's (of
-    a mixed view, that of the larger share).
+    Below each view is the top class of every teacher with its probability, in green if it is the label (for a
+    mixed view, the label with the larger share).
 
     Args:
-        stores: of one source and one view recipe.
-        root: folder of the source's files.
-        views: how many views, at most those that are there.
-        path: of the picture; its suffix says the format, `.png`, `.svg` or `.pdf`.
+        stores: folders of stores of one source and one view recipe.
+        root: folder of the source's files. Defaults to the recorded one.
+        views: maximum number of views.
+        path: file to write. Its suffix selects the format: `.png`, `.svg` or `.pdf`.
+        trust_code: import and run Python code that the stores name for source or views.
 
     Raises:
-        StoreMismatch: stores of other pixels, without a view in common, or of another source than the one at
-            hand.
-        RecipeError: the picture cannot be written there.
+        UntrustedCode: the stores name Python code, and `trust_code` is false.
+        StoreMismatch: the stores were written from different pixels, have no view in common, or were written
+            from another source than the one that is opened.
+        RecipeError: the picture cannot be written to `path`.
     """
     from matplotlib.figure import Figure
 
     if path.suffix not in FORMATS:
         raise RecipeError(f"picture {str(path)!r} ends in {path.suffix!r}, expected one of {FORMATS}")
     readers = [StoreReader(store) for store in stores]
-    source = source_of_stores([reader.manifest for reader in readers], root)
-    recipe = ViewRecipe.model_validate(readers[0].manifest.identity["view"]["recipe"])
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
+    holder, manifests = f"store {str(stores[0])!r}", [reader.manifest for reader in readers]
+    recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
+    source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
-    samples = _chosen(len(source.labels))
+    samples = _random_samples(len(source.labels))
     size = max(reader.manifest.identity["teacher"]["preprocessing"]["size"] for reader in readers)
     shape = (len(samples), 1 + len(common))
-    height = INCHES + 0.1 * (1 + len(readers))
-    figure = Figure(figsize=(INCHES * shape[1], height * shape[0]), layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False)
+    figure = Figure()
+    axes = _axes(figure, shape, lines=len(readers))
     plain = Batch(source, PRESETS["none"], samples, np.zeros_like(samples)).pixels(size)
     for row, sample in enumerate(samples):
-        _show(axes[row, 0], plain[row].numpy(), f"{sample}: {source.class_names[source.labels[sample]]}", [])
+        title = f"{sample}: {_short(source.class_names[source.labels[sample]], TITLE_LETTERS)}"
+        _show(axes[row][0], plain[row].numpy(), title, [])
     for column, view in enumerate(common, start=1):
         batch = Batch(source, recipe, samples, np.full_like(samples, view))
         pixels = batch.pixels(size)
-        said = [_top(reader, view, batch) for reader in readers]
+        captions = [_captions(reader, view, batch) for reader in readers]
         for row in range(len(samples)):
-            _show(axes[row, column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in said])
+            _show(axes[row][column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in captions])
     try:
         figure.savefig(path, dpi=160)
     except OSError as error:
         raise RecipeError(f"cannot write the picture {str(path)!r}: {error.strerror}") from error
 
 
-def _chosen(count: int) -> np.ndarray:
+def _axes(figure: Any, shape: tuple[int, int], lines: int) -> list[list[Any]]:
+    """Return axes for the images by row and column, with space for a title and `lines` lines each."""
+    rows, columns = shape
+    wide, high = INCHES + GAP, LINE + INCHES + LINE * lines + GAP
+    width, height = wide * columns, high * rows
+    figure.set_size_inches(width, height)
+    return [
+        [
+            figure.add_axes(
+                (
+                    (column * wide + GAP / 2) / width,
+                    1 - (row * high + LINE + INCHES) / height,
+                    INCHES / width,
+                    INCHES / height,
+                )
+            )
+            for column in range(columns)
+        ]
+        for row in range(rows)
+    ]
+
+
+def _short(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _random_samples(count: int) -> np.ndarray:
     words = random_words(0, np.arange(min(SAMPLES, count)), 0, 0)
     return np.unique(below(words[:, 0], count))
 
 
-def _top(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
-    """Per row the teacher's top class in words, and whether it is the label's."""
+def _captions(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
+    """Return a caption with the teacher's top class per row, and True if that class is the label."""
     probs = reader.rows(LOGITS, view, batch.samples).decode().softmax(dim=1)
     share, top = probs.max(dim=1)
     names, right = reader.manifest.class_names, (top == batch.main_labels).tolist()
-    texts = [f"{reader.name}: {names[k]} {p:.0%}" for k, p in zip(top.tolist(), share.tolist(), strict=True)]
+    name = _short(reader.name, NAME_LETTERS)
+    texts = [
+        f"{name}: {_short(names[k], NAME_LETTERS)} {p:.0%}"
+        for k, p in zip(top.tolist(), share.tolist(), strict=True)
+    ]
     return list(zip(texts, right, strict=True))
 
 
@@ -93,11 +140,11 @@ def _show(axis: Any, pixels: np.ndarray, title: str, lines: list[tuple[str, bool
     image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_axis_off()
-    axis.set_title(title, fontsize=FONT_SIZE)
-    for place, (text, right) in enumerate(lines):
+    axis.text(0.5, 1.02, title, transform=axis.transAxes, fontsize=FONT_SIZE, ha="center", va="bottom")
+    for index, (text, right) in enumerate(lines):
         axis.text(
             0.5,
-            -0.04 - 0.09 * place,
+            -(0.2 + index) * LINE / INCHES,
             text,
             transform=axis.transAxes,
             fontsize=FONT_SIZE,

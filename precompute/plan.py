@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from coursepack.console import byte_size
 from coursepack.data.store import StoreReader, StoreWriter
 from coursepack.data.store.layout import block_count, table_key
-from coursepack.data.store.shards import shard_size
+from coursepack.data.store.shards import rows_size, shard_size
 from coursepack.data.views import draw, render
 from coursepack.errors import StoreFull
 from coursepack.precompute.job import run_job, with_limit
@@ -120,17 +119,13 @@ def costs(job: Job) -> Costs:
         table_bytes=sum(tables.values()),
         table_files=len(tables),
         bytes_left=sum(missing),
-        free_bytes=free_space(job.store),
+        free_bytes=writer.location.free_bytes(),
     )
 
 
 def _shard_bytes(array: StoredArray, rows: int) -> int:
     """Bytes of the shard files of so many rows, from the start of a block."""
-    total = 0
-    for layout in array.components.values():
-        full, rest = divmod(rows, layout.shard_rows)
-        total += full * shard_size(layout.shard_rows, layout) + (shard_size(rest, layout) if rest else 0)
-    return total
+    return sum(rows_size(rows, layout) for layout in array.components.values())
 
 
 def check_space(job: Job) -> None:
@@ -146,14 +141,6 @@ def check_space(job: Job) -> None:
             f"{byte_size(cost.free_bytes)} are free there. Choose a smaller --encoding, fewer --views, "
             "another disk, or --ignore-space."
         )
-
-
-def free_space(path: Path) -> int:
-    """Free bytes of the file system on which `path` is or will be."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def probe(job: Job) -> Probe:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from coursepack.config import write_yaml
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
+from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.models import TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
@@ -45,13 +46,13 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
 
 
 def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
-    """A recipe for the digits: `kd` with stores, else `supervised`, one epoch."""
+    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
     method = method or ("kd" if stores else "supervised")
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
     values = {
         "student": STUDENT,
         "method": method,
-        "objective": resolve_objective(method, objective or {}, "test"),
+        "objective": resolve_objective(method, objective or {}, "test", classes=10),
         "stores": [str(store) for store in stores],
         "source": "digits:train",
         "evaluation": "digits:test",
@@ -59,3 +60,9 @@ def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> Tra
         "epochs": 1,
     }
     return TrainRecipe.model_validate(values | fields)
+
+
+def loss_inputs(student_logits, labels, targets=None, *, embedding=None, features=None, step=None):
+    """Inputs of an objective for one batch."""
+    output = StudentOutput(student_logits, embedding, features or {})
+    return LossInputs(output, labels, targets, step or Step())

@@ -14,6 +14,7 @@ from coursepack.data import PRESETS, ViewRecipe, open_source
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.sources import InMemory
 from coursepack.data.store import StorePlan, StoreWriter
+from coursepack.data.store.contents import digest_of, list_key, view_of
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job
 
@@ -53,12 +54,53 @@ def random_source(samples: int, *, size: int = 8, channels: int = 1, classes: in
 
 
 def rewrite_manifest(path, change):
-    """Change the manifest's values and give it the right checksum again."""
+    """Change the manifest's values, with those of its lists, and give it the right checksum again."""
     values = json.loads((path / "manifest.json").read_text())
     del values["checksum"]
+    lists = values.pop("view_lists", None)
+    if lists is not None:
+        _take_in(path, values, lists)
     change(values)
+    if lists is not None:
+        _give_out(path, values)
     values["checksum"] = fingerprint(values)
     (path / "manifest.json").write_text(canonical_json(values, indent=1))
+
+
+def _take_in(path, values, lists):
+    """Have `files`, `view_records` and `committed` as in version 1, where all of it is in the manifest."""
+    values["view_records"] = {}
+    for view, digest in lists.items():
+        entry = json.loads((path / list_key(int(view), digest)).read_bytes())
+        values["files"] |= entry["files"]
+        values["view_records"][view] = entry["record"]
+    for name, ranges in values["committed"].items():
+        values["committed"][name] = [view for start, stop in ranges for view in range(start, stop)]
+
+
+def _give_out(path, values):
+    """Write the lists of views for what `_take_in` put together, and have the manifest name them."""
+    files, records = values.get("files", {}), values.pop("view_records", {})
+    entries = {view: {"files": {}, "record": record} for view, record in records.items()}
+    for key in [key for key in files if not key.startswith(("labels/", "static/"))]:
+        entry = entries.setdefault(str(view_of(key)), {"files": {}})
+        entry["files"][key] = files.pop(key)
+    values["view_lists"] = {}
+    for view, entry in entries.items():
+        text = canonical_json(entry).encode()
+        values["view_lists"][view] = digest_of(text)
+        (path / list_key(int(view), digest_of(text))).write_bytes(text)
+    for name, views in values.get("committed", {}).items():
+        values["committed"][name] = [[view, view + 1] for view in views]
+    sums = [record["sums"] for record in records.values() if isinstance(record["sums"], dict)]
+    values["totals"] = {
+        name: float(sum(each[name] for each in sums if isinstance(each.get(name), float)))
+        for name in ("rows", "correct")
+    }
+    environments = {
+        canonical_json(each): each for record in records.values() for each in record["environments"]
+    }
+    values["environments"] = [environments[text] for text in sorted(environments)]
 
 
 @dataclass(frozen=True)
@@ -73,6 +115,7 @@ class RowStore:
     view_recipe: ViewRecipe = PRESETS["digits"]
     seed: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
+    format_version: int = 2
 
     @property
     def labels(self) -> np.ndarray:
@@ -112,6 +155,7 @@ class RowStore:
             "views": self.views,
             "arrays": {name: (self.encoding_of(name), shape) for name, shape in self.shapes.items()},
             "block_rows": self.block_rows,
+            "format_version": self.format_version,
         }
         return StorePlan(**facts | changes)
 

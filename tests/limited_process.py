@@ -27,11 +27,12 @@ from coursepack.data.batches import Window
 from coursepack.data.sources import SOURCES, SourceKind
 from coursepack.data.store import StoreReader, verify
 from coursepack.data.views import draw, view_fingerprint
-from coursepack.distill.run_folder import PROVENANCE_FILE
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import PROVENANCE_FILE
+from coursepack.distill.runs.train import train
 
 WIDTH = 1000
 FEW = 600
+PIXELS = {"size": 8, "mean": [0.5], "std": [0.5]}
 """Samples of the store that everything is tried on before the limit is set."""
 
 
@@ -81,7 +82,7 @@ class WideStore(RowStore):
         """With the source's identity, as training wants it."""
         recipe = self.view_recipe.model_dump(mode="json")
         identity = {
-            "teacher": {"network": "made up"},
+            "teacher": {"network": "made up", "weights": "", "preprocessing": PIXELS},
             "view": {"recipe": recipe, "fingerprint": view_fingerprint(self.view_recipe, self.source)},
             "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }

@@ -8,24 +8,27 @@ import os
 import socket
 import sys
 import time
-from dataclasses import replace
+from typing import Literal
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from moments import at_rename, die
 from torch import nn
 
 import coursepack.data.jit_philox
 import coursepack.data.jit_pixels  # noqa: F401 - once, not in every process
-from coursepack.distill import Learner, Objective, TrainRecipe, ranks
+from coursepack.distill import Learner, Objective, TrainRecipe, distributed
 from coursepack.distill.cli import main as distill
-from coursepack.distill.epoch_log import EpochLog
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.methods import METHODS
-from coursepack.distill.prepare import prepare
-from coursepack.distill.train import train, train_steps
-from coursepack.distill.trainee import make_trainee
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import Loss, Needs, TermConfig
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.loop import train_steps
+from coursepack.distill.training.metrics import EpochMetrics
+from coursepack.distill.training.state import make_state, state_of
 from coursepack.errors import RunError
 from coursepack.models import Network, Preprocessing
 from coursepack.models.networks import NETWORKS, NetworkKind
@@ -59,14 +62,19 @@ DROPPING = NetworkKind(Dropping, NETWORKS["digits-small"].preprocessing)
 
 
 def serve_distill():
-    """Run `distill` commands that come line by line, in forked processes that may be killed; import once."""
+    """Run `distill` commands that come line by line, in forked processes that may die; import once.
+
+    A line is a JSON list: the command's words, and before which rename it dies, as (number, name), or null.
+    """
     NETWORKS["dropping"] = DROPPING
     for line in sys.stdin:
+        words, moment = json.loads(line)
         child = os.fork()
         if child == 0:
             os.dup2(2, 1)
-            distill(json.loads(line))
-        print(child, flush=True)
+            if moment is not None:
+                at_rename(moment[0], die, moment[1])
+            distill(words)
         print(os.waitpid(child, 0)[1], flush=True)
 
 
@@ -82,9 +90,9 @@ def as_rank(index, count, port, work, arguments, queue):
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
     os.environ |= {"RANK": str(index), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    ranks.SILENT_SECONDS = 0.1
+    distributed.EXIT_DELAY_SECONDS = 0.1
     try:
-        with ranks.joined("cpu") as (us, device):
+        with distributed.process_group("cpu") as (us, device):
             assert (us.index, us.count, us.local_count, device.type) == (index, count, count, "cpu")
             queue.put((index, work(us, *arguments)))
     except BaseException as error:
@@ -109,33 +117,51 @@ def on_ranks(count, work, *arguments):
     return [told[index] for index in range(count)]
 
 
-def pair_term(facts):
+class PairsConfig(TermConfig):
+    """Numbers of the term below."""
+
+    term: Literal["pairs"] = "pairs"
+
+
+class Pairs(torch.nn.Module):
     """A term that is coupled over the batch: how unlike its rows the student's logits are."""
-    return torch.cdist(facts.student_logits, facts.student_logits).square().mean()
+
+    def forward(self, inputs):
+        """A scalar."""
+        return torch.cdist(inputs.student.logits, inputs.student.logits).square().mean()
+
+
+PAIRS = Loss(PairsConfig, "", "", lambda _: Needs(whole_batch=("pairs",)), lambda *_: Pairs())
 
 
 def one_epoch(us, recipes):
     """For each recipe: what an epoch tells, every step's gradients, the last state, and an evaluation."""
-    with mock.patch.dict(METHODS, {"pairs": replace(METHODS["kd"], term=pair_term)}):
-        return [_one_epoch(us, TrainRecipe.model_validate(recipe)) for recipe in recipes]
+    with mock.patch.dict(LOSSES, {"pairs": PAIRS}):
+        return [_one_epoch(us, recipe) for recipe in recipes]
 
 
 def _one_epoch(us, recipe):
+    recipe = dict(recipe)
+    with_pairs = recipe.pop("with_pairs", False)
+    recipe = TrainRecipe.model_validate(recipe)
+    if with_pairs:
+        objective = recipe.objective.model_copy(update={"terms": {"pairs": PairsConfig()}})
+        recipe = recipe.model_copy(update={"objective": objective})
     run = prepare(recipe, torch.device("cpu"), us)
-    trainee, gradients = run.trainee(), []
-    trainee.agree()
+    state, gradients = make_state(run), []
+    state.broadcast_weights()
 
-    log = EpochLog(max(1, len(run.readers)), us)
-    for _ in train_steps([trainee], run.batches(0), run.targets, [log], parts=recipe.accumulate):
-        values = trainee.learner.named_parameters()
+    log = EpochMetrics(max(1, len(run.readers)), us)
+    for _ in train_steps([state], run.batches(0), run.targets, [log], micro_batches=recipe.accumulate):
+        values = state.learner.named_parameters()
         gradients.append({name: v.grad.numpy().copy() for name, v in values if v.grad is not None})
     told = log.means()
-    state = {name: value.numpy().copy() for name, value in trainee.learner.state_dict().items()}
-    if trainee.average is not None:
-        average = trainee.average.state_dict().items()
-        state |= {f"average.{name}": value.numpy().copy() for name, value in average}
-    facts = evaluate(trainee.network, run.evaluation, run.device, ranks=us)
-    return {"told": told, "gradients": gradients, "state": state, "evaluation": facts}
+    values = {name: value.numpy().copy() for name, value in state.learner.state_dict().items()}
+    if state.average is not None:
+        average = state.average.state_dict().items()
+        values |= {f"average.{name}": value.numpy().copy() for name, value in average}
+    facts = evaluate(state.network, run.evaluation, run.device, ranks=us)
+    return {"told": told, "gradients": gradients, "state": values, "evaluation": facts}
 
 
 class Noisy(torch.nn.Module):
@@ -156,8 +182,8 @@ def drawn(us, recipe):
     run = prepare(TrainRecipe.model_validate(recipe), torch.device("cpu"), us)
     network = Network("noisy", Noisy(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
     learner = Learner(network, Objective(run.recipe.objective), ranks=us)
-    trainee, log = make_trainee(learner, run.recipe, 1), EpochLog(1, us)
-    for _ in train_steps([trainee], run.batches(0), None, [log], parts=run.recipe.accumulate):
+    state, log = state_of(learner, run.recipe, 1), EpochMetrics(1, us)
+    for _ in train_steps([state], run.batches(0), None, [log], micro_batches=run.recipe.accumulate):
         pass
     return network.module.drawn
 
@@ -172,7 +198,7 @@ def fails_on_one(us, index):
     """One rank fails; the others wait for it."""
     if us.index == index:
         raise RunError("only here")
-    us.gathered(None)
+    us.all_gather(None)
 
 
 def fails_on_all(us):
@@ -184,7 +210,7 @@ def vanishes(us, index):
     """One rank ends without a word; the others wait for it."""
     if us.index != index:
         time.sleep(0.5)
-        us.gathered(None)
+        us.all_gather(None)
     return "gone"
 
 
@@ -196,10 +222,10 @@ def talks(us):
         torch.full((2, 2), us.index, dtype=torch.int64),
         torch.full((1, 2, 2, 2), 0.1 + us.index).to(memory_format=torch.channels_last),
     ]
-    us.copy_first(buffers)
+    us.broadcast_tensors(buffers)
     return {
-        "gathered": us.gathered(("it", us.index)),
-        "first": us.first_says(us.is_first),
-        "summed": us.summed(torch.tensor([1.0, us.index])).tolist(),
+        "gathered": us.all_gather(("it", us.index)),
+        "first": us.broadcast_flag(us.is_first),
+        "summed": us.all_reduce_sum(torch.tensor([1.0, us.index])).tolist(),
         "buffers": [value.tolist() for value in buffers],
     }

@@ -4,6 +4,7 @@ import math
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from coursepack.canonical import canonical_json, difference_table, differences, 
 from coursepack.config import Config, check_given, parse_config, read_yaml, write_yaml
 from coursepack.console import Commands, byte_size, print_table, progress
 from coursepack.errors import CoursepackError, RecipeError, StoreNotFound, UnknownName
-from coursepack.files import partials, write_whole
+from coursepack.files import naming, open_regular, partials, write_whole
 
 # Canonical JSON
 
@@ -142,10 +143,59 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         write_whole(path, b"new")
+    assert error.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="No space left") as error:
+        files.flush_folder(tmp_path)
+    assert error.value.filename == str(tmp_path)
+
+
+def test_a_file_that_grows_too_large_is_named(tmp_path):
+    """By a limit of the system, which tells no path."""
+    path = tmp_path / "f"
+    code = (
+        "import pathlib, resource, sys\nfrom coursepack.files import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_whole(pathlib.Path(sys.argv[1]), bytes(2000))"
+    )
+    failed = subprocess.run([sys.executable, "-c", code, path], check=False, capture_output=True, text=True)
+    assert failed.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{path}'"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_given_the_path_that_they_lack(tmp_path):
+    with pytest.raises(OSError, match=r"Disk quota exceeded: '.*/f'"), naming(tmp_path / "f"):
+        raise OSError(122, "Disk quota exceeded")
+    with pytest.raises(FileNotFoundError, match="'other'"), naming(tmp_path / "f"):
+        raise FileNotFoundError(2, "No such file or directory", "other")
+    with pytest.raises(StoreNotFound, match="no store"), naming(tmp_path / "f"):
+        raise StoreNotFound("no store")
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_CREAT], ids=["read", "write"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a socket"])
+def test_only_regular_files_are_opened(tmp_path, monkeypatch, kind, flags):
+    path = tmp_path / "it"
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    with socket.socket(socket.AF_UNIX) as bound:
+        {"a FIFO": lambda: os.mkfifo(path), "a folder": path.mkdir, "a socket": lambda: bound.bind("it")}[
+            kind
+        ]()
+        with pytest.raises(OSError, match=f"It is {kind}, expected a regular file|Is a directory") as error:
+            open_regular(path, flags)
+    assert error.value.filename == str(path)
+
+
+def test_a_regular_file_is_opened(tmp_path):
+    for flags, mode in ((os.O_WRONLY | os.O_CREAT, "w"), (os.O_RDONLY, "r")):
+        with os.fdopen(open_regular(tmp_path / "f", flags), mode) as file:
+            assert mode == "r" or file.write("abc") == 3
+    assert (tmp_path / "f").read_text() == "abc"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
 
 
 def test_a_killed_write_leaves_a_partial_file_only(tmp_path):
@@ -163,6 +213,21 @@ def test_a_killed_write_leaves_a_partial_file_only(tmp_path):
     assert left.name.startswith("f.")
     assert {left, path} == set(tmp_path.iterdir())
     assert list(partials(tmp_path / "none")) == []
+
+
+def test_partial_names_tell_processes_and_hosts_apart(tmp_path, monkeypatch):
+    names = set()
+
+    def note(descriptor):
+        names.update(partial.name for partial in partials(tmp_path))
+
+    monkeypatch.setattr(files.os, "fsync", note)
+    for host in ("one", "two", "two", "odd/../höst" * 40):
+        monkeypatch.setattr(files.platform, "node", lambda host=host: host)
+        write_whole(tmp_path / "f", b"new")
+    assert len(names) == 4
+    assert sum(".two." in name for name in names) == 2
+    assert all(f".{os.getpid()}." in name and len(name) < 100 for name in names)
 
 
 # Progress and tables
@@ -211,7 +276,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
         with progress("train", 40, "samples") as meter:
             meter.advance(40, "accuracy 90 %")
         monkeypatch.undo()
-    listener.join(timeout=10)
+    listener.join(timeout=300)
     os.close(main)
     text = shown.decode()
     for part in ("train", "━", "40/40", "samples/s", "0:00:00", "accuracy 90 %"):

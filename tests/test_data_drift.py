@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from coursepack.data.sources.base import sampled
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.views import PadCrop, draw, render
 from coursepack.data.views.pixel_ops import Solarize
+from coursepack.distill import open_teacher_stores
 from coursepack.distill.cli import main as distill
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import PROVENANCE_FILE
+from coursepack.distill.runs.folder import PROVENANCE_FILE, load_run
+from coursepack.distill.setup.prepare import prepare
 from coursepack.errors import StoreMismatch
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main as precompute
@@ -33,13 +35,8 @@ GOLDEN = Path(__file__).parent / "golden" / "version-1.zarr"
 RECIPE = ViewRecipe(ops=(PadCrop(padding=1), Solarize(probability=0.5)), reference_size=8, seed=3)
 SAMPLES, BLOCK, VIEWS = 1442, 500, 3
 PROBED = {view: drift.probe_samples(SAMPLES, view).tolist() for view in range(VIEWS)}
-OTHER_DRAWS = "this version draws other view parameters"
-OTHER_PIXELS = "this version renders other pixels"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
+OTHER_DRAWS = "the installed version draws different view parameters"
+OTHER_PIXELS = "the installed version renders different pixels"
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +155,7 @@ def test_training_refuses_drift_before_anything_is_made(written, tmp_path, monke
     assert (refused.exit_code, "Traceback" in refused.output) == (1, False)
     for text in (
         f"store '{written}' was written from other views than this version makes:\n"
-        f"  view 1, block 1: {OTHER_DRAWS}\n1 of what was looked at differ. It was written with",
+        f"  view 1, block 1: {OTHER_DRAWS}\nDifferences: 1. It was written with",
         "'torchvision': ",
         "run `precompute run` again into a new store, or train all the same with --allow-drift",
     ):
@@ -193,7 +190,7 @@ def test_a_refusal_shows_a_few_and_counts_all(written, monkeypatch):
     with pytest.raises(StoreMismatch) as refused:
         prepare(make_recipe([written]), CPU)
     assert str(refused.value).count(OTHER_PIXELS) == 8
-    assert f"\n{count} of what was looked at differ" in str(refused.value)
+    assert f"\nDifferences: {count}. " in str(refused.value)
     run = prepare(make_recipe([written], allow_drift=True), CPU)
     assert len(run.drift) == count
 
@@ -235,14 +232,19 @@ def folder_store(tmp_path):
         write_bitmap(bitmap(root, sample), sample)
     source = open_source("folder", root)
     teacher = write_teacher(tmp_path / "two" / "mlp", "digits-mlp", classes=2)
-    job = make_job(tmp_path / "f.zarr", teacher, source=source, recipe=RECIPE, views=1, block_rows=16)
+    job = make_job(
+        tmp_path / "f.zarr", teacher, source=source, recipe=RECIPE, views=1, block_rows=16, root=root
+    )
     run_job(job)
     return tmp_path / "f.zarr", root
 
 
-def test_verify_content_names_the_samples_of_files_that_changed(folder_store):
+def test_verify_content_names_the_files_that_changed(folder_store):
     store, root = folder_store
-    words = ["verify", "--store", store, "--root", root]
+    words = ["verify", "--store", store]
+    long_ago = (store / "labels/c.0").stat().st_mtime - 1000
+    for sample in range(FILES):
+        os.utime(bitmap(root, sample), (long_ago, long_ago))
     assert command(precompute, *words, "--content").exit_code == 0
     before = open_source("folder", root).fingerprint
     changed = PLAIN[0], PLAIN[-1]
@@ -250,13 +252,20 @@ def test_verify_content_names_the_samples_of_files_that_changed(folder_store):
         size = bitmap(root, sample).stat().st_size
         write_bitmap(bitmap(root, sample), "other", sample)
         assert bitmap(root, sample).stat().st_size == size
+    os.utime(bitmap(root, changed[0]), (long_ago + 2000, long_ago + 2000))
+    os.utime(bitmap(root, changed[1]), (long_ago + 1, long_ago + 1))
     assert open_source("folder", root).fingerprint == before, "nothing that is cheap to look at tells"
     assert command(precompute, *words).exit_code == 0
     found = command(precompute, *words, "--content", "--json")
     blocks = sorted({sample // 16 for sample in changed})
     assert len(blocks) == 2
-    spans = [f"samples {16 * block} to {min(16 * block + 15, 69)}" for block in blocks]
-    expected = [f"source 'folder:train': {span} are not what the teacher saw" for span in spans]
+    spans = [(16 * block, min(16 * block + 15, 69)) for block in blocks]
+    expected = [
+        f"source 'folder:train': samples {first} to {last} differ from what the teacher saw: "
+        f"{bitmap(root, first)} to {bitmap(root, last)}"
+        for first, last in spans
+    ]
+    expected[0] += f"; modified since the store was created: {bitmap(root, changed[0])}"
     assert (found.exit_code, json.loads(found.stdout)["problems"]) == (1, expected)
 
 
@@ -265,12 +274,15 @@ def test_a_source_that_is_another_one_is_a_problem(folder_store):
     write_bitmap(bitmap(root, int(sampled(FILES)[0])), "other")
     found = command(precompute, "verify", "--store", store, "--root", root)
     assert found.exit_code == 1
-    assert found.stdout.startswith("source 'folder:train' here is not the one that the teacher saw\n")
+    assert found.stdout.startswith(
+        "source 'folder:train' differs from the one that the store was written from\n"
+    )
 
 
 def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_path):
     store, root = folder_store
-    said = "views are not drawn again, because their source is not at hand: "
+    said = "the views are not checked, because their source cannot be opened: "
+    aside = root.rename(tmp_path / "aside")
     for words in ([], ["--root", tmp_path / "gone"]):
         found = command(precompute, "verify", "--store", store, *words)
         assert (found.exit_code, said in found.stderr) == (0, True), found.output
@@ -278,7 +290,46 @@ def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_pat
         asked = command(precompute, "verify", "--store", store, "--content", *words)
         assert (asked.exit_code, said in asked.stderr, "Traceback" in asked.stderr) == (1, False, False)
         assert "sound" not in asked.stdout
-    assert root.is_dir()
+        assert ("if the files have moved, give --root" in asked.stderr) == (words == [])
+    assert command(precompute, "verify", "--store", store, "--content", "--root", aside).exit_code == 0
+
+
+def test_a_store_remembers_where_its_source_is(folder_store, tmp_path, monkeypatch):
+    """It is where something was and not what it was: the store is no other one elsewhere."""
+    store, root = folder_store
+    manifest = load_manifest(store)
+    assert manifest.origin["root"] == str(root)
+    assert "root" not in str(manifest.identity)
+    for words in (["--content"], ["--deep", 20]):
+        found = command(precompute, "verify", "--store", store, *words)
+        assert (found.exit_code, "not at hand" in found.stderr) == (0, False), found.output
+    assert command(precompute, "inspect", store, "--out", tmp_path / "grid.png").exit_code == 0
+    train = ["train", "--student", "digits-small", "--store", store, "--epochs", 1, "--device", "cpu"]
+    train += ["--set", "evaluation=folder:train", "--set", "student_mean=[0.5]", "--set", "student_std=[0.5]"]
+    told = command(distill, *train, "--out", tmp_path / "run")
+    assert told.exit_code == 0, told.output
+    assert load_run(tmp_path / "run").recipe.root == str(root)
+    assert open_teacher_stores([store]).root == str(root)
+    monkeypatch.chdir(tmp_path)
+    aside = root.rename(tmp_path / "aside")
+    gone = command(distill, *train, "--out", tmp_path / "other")
+    assert (gone.exit_code, (tmp_path / "other").exists()) == (1, False)
+    assert "there is no such folder" in gone.stderr
+    assert "if the files have moved, give --root" in gone.stderr
+    told = command(distill, *train, "--root", "aside", "--out", tmp_path / "other")
+    assert told.exit_code == 0, told.output
+    teacher, source = tmp_path / "two" / "mlp", open_source("folder", aside)
+    job = make_job(store, teacher, source=source, recipe=RECIPE, views=2, root=aside)
+    assert run_job(job).origin == manifest.origin, "what was begun elsewhere goes on"
+
+
+@pytest.mark.parametrize("root", ["digits", "~nobody-of-that-name", 7, ["/"], {"/": "/"}])
+def test_a_root_that_is_no_place_is_not_taken(written, tmp_path, root):
+    path = tmp_path / "s.zarr"
+    shutil.copytree(written, path)
+    rewrite_manifest(path, lambda values: values["origin"].update(root=root))
+    assert load_manifest(path).source_root is None
+    assert open_teacher_stores([path]).root is None
 
 
 # ---- stores from before the guard
@@ -304,7 +355,7 @@ def test_stores_without_probes_are_used_and_still_guarded_by_their_draws(old, mo
     assert prepare(make_recipe([old]), CPU).drift == ()
     verified = command(precompute, "verify", "--store", old, "--content")
     assert verified.exit_code == 0
-    assert "keeps no checksums of its source's content" in verified.stderr, "nothing was compared"
+    assert "has no checksums of its source's content" in verified.stderr, "nothing was compared"
     move_box(monkeypatch, 701, 1)
     assert found_in(old) == (f"view 1, block 1: {OTHER_DRAWS}",)
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from image_files import write_tree
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import load_run
+from coursepack.distill.runs.folder import load_run
 from coursepack.precompute.cli import main as precompute
 
 FAKE = "fake,size=8,samples=200,channels=1"

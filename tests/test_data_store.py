@@ -250,6 +250,32 @@ def test_partial_files_of_killed_writers_go(tmp_path):
     assert store_files(path) == before
 
 
+def test_partial_metadata_of_killed_writers_goes(tmp_path):
+    path, rows = tmp_path / "s.zarr", EncodedRows(static={"head_bias": np.ones(10, np.float32)})
+    write_rows(path, rows)
+    before = store_files(path)
+    keys = [key for key in before if key.endswith("zarr.json")]
+    folders = {key.rpartition("/")[0] for key in keys}
+    assert {"", "labels", "logits", "static", "static/head_bias"} <= folders
+    for key in keys:
+        (path / f"{key}.host.7.0a1b2c3d.partial").write_bytes(b"half")
+    write_rows(path, rows)
+    assert store_files(path) == before
+
+
+def test_partial_files_of_blocks_that_somebody_may_be_writing_stay(tmp_path):
+    path = tmp_path / "s.zarr"
+    with StoreWriter(path, RowStore().plan(), Part(0, 2)):
+        theirs = path / "logits/values/c.1.0.0.host.7.0a1b2c3d.partial"
+        theirs.parent.mkdir(parents=True, exist_ok=True)
+        theirs.write_bytes(b"half")
+        with StoreWriter(path, RowStore().plan(), Part(1, 2)) as writer:
+            writer.commit()
+        assert theirs.exists()
+    write_rows(path)
+    assert not theirs.exists()
+
+
 def test_another_process_may_commit_and_sweep_at_any_moment(tmp_path):
     path, rows = tmp_path / "s.zarr", RowStore(views=2)
     with StoreWriter(path, rows.plan(), Part(0, 2)) as one, StoreWriter(path, rows.plan(), Part(1, 2)) as two:

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.manifest import zarr_metadata
+from coursepack.data.store.zarr_metadata import zarr_metadata
 
 GOLDEN = Path(__file__).parent / "golden"
 STORE = GOLDEN / "version-1.zarr"
@@ -63,6 +63,3 @@ def test_a_changed_value_would_be_noticed(tmp_path):
     content[0] ^= 1
     file.write_bytes(content)
     assert [problem.key for problem in verify(tmp_path / "s.zarr").problems] == ["logits/q/c.0.0.0"]
-    values = zarr.open_group(STORE, mode="r")["logits/q"][0].copy()
-    values[0, 0] ^= 1
-    assert values.tolist() != VALUES["logits"][0]["q"]

@@ -8,8 +8,10 @@ import resource
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 from encoded_rows import EVERY_ENCODING, encoded_as
@@ -21,7 +23,7 @@ from coursepack.data import epoch_order
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store import reader as reader_module
-from coursepack.distill.targets import choose_reading, free_memory
+from coursepack.distill.targets.reading import choose_reading, free_memory
 from coursepack.errors import StoreDamaged
 
 READINGS = ("resident", "mapped", "windowed")
@@ -249,7 +251,7 @@ def test_a_forked_child_reads_while_the_parent_prefetches(store, monkeypatch, re
         try:
             import signal
 
-            signal.alarm(20)
+            signal.alarm(300)
             same = [
                 np.array_equal(
                     reader.components("logits", view, np.arange(83))["values"],
@@ -352,6 +354,30 @@ def test_free_memory_stays_within_the_limits_of_the_process(monkeypatch, limited
         limits = {limited: (most, infinite)}
         monkeypatch.setattr(resource, "getrlimit", lambda kind, of=limits: of.get(kind, (infinite, infinite)))
         assert least <= free_memory() <= highest
+
+
+def test_free_memory_needs_nothing_that_only_linux_has(monkeypatch):
+    """As on macOS: no /proc, no control groups, no separate count of the data segment."""
+    read_text = Path.read_text
+
+    def read(path, *args, **more):
+        assert not str(path).startswith(("/proc", "/sys")), path
+        return read_text(path, *args, **more)
+
+    class Process:
+        def memory_info(self):
+            return SimpleNamespace(rss=60, vms=1000)
+
+    limits = {resource.RLIMIT_DATA: (160, -1)}
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    monkeypatch.setattr(psutil, "Process", Process)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, unlimited))
+    assert free_memory() == 100
+    limits.clear()
+    assert free_memory() == 5000
 
 
 def test_size_of_a_view_and_of_its_chunks(sound):

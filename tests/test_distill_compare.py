@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from coursepack.data import view_recipe
 from coursepack.distill.cli import main as distill
-from coursepack.distill.compare import compare, plot, table_rows
-from coursepack.distill.run_folder import FinishedRun
-from coursepack.distill.train import train
+from coursepack.distill.runs.compare import compare, plot, table_rows
+from coursepack.distill.runs.folder import FinishedRun
+from coursepack.distill.runs.train import train
 from coursepack.errors import RunError
 
 
@@ -80,7 +80,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
     [
         ({}, {"epochs": 2}, ("epochs=1", "epochs=2")),
         ({}, {"views": 2}, ("views=null", "views=2")),
-        ({}, {"optimiser": {"lr": 0.5}}, ("optimiser.lr=0.05", "optimiser.lr=0.5")),
+        ({}, {"optimizer": {"lr": 0.5}}, ("optimizer.lr=0.05", "optimizer.lr=0.5")),
         ({"view": view_recipe("none", 0)}, {"view": view_recipe("none", 1)}, ("view.seed=0", "view.seed=1")),
     ],
 )
@@ -149,10 +149,10 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         train(make_recipe(limit=50, seed=seed), Path(f"a-{seed}"), device=CPU)
-    train(make_recipe(limit=50, optimiser={"lr": 0.01}), Path("b-0"), device=CPU)
+    train(make_recipe(limit=50, optimizer={"lr": 0.01}), Path("b-0"), device=CPU)
     shown = CliRunner().invoke(distill, ["compare", "a-0", "a-1", "b-0"])
     assert shown.exit_code == 0
-    for cell in ("beats first", f"supervised {STUDENT} optimiser.lr=0.05", "optimiser.lr=0.01", " of 1 "):
+    for cell in ("beats first", f"supervised {STUDENT} optimizer.lr=0.05", "optimizer.lr=0.01", " of 1 "):
         assert cell in shown.stdout
     for cell in ("ece", "agrees"):
         assert (cell in shown.stdout) == (cell == "ece"), "columns that no run has are left out"

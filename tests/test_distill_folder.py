@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from coursepack.data import open_source
 from coursepack.data.store import StoreReader
-from coursepack.distill import open_course
+from coursepack.distill import open_teacher_stores
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import METRICS_FILE
+from coursepack.distill.runs.folder import METRICS_FILE
 from coursepack.models import build_network
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute.cli import main as precompute
@@ -30,20 +29,7 @@ RESNET18 = "torchvision:resnet18"
 
 
 def command(main, *words):
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small layers on many threads, beside busy workers, mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +124,7 @@ def test_a_file_that_is_damaged_after_the_start_stops_training_by_name(place, st
         cut(damaged, 0.5)
         return ()
 
-    monkeypatch.setattr(sys.modules[open_course.__module__], "check_drift", cut_late)
+    monkeypatch.setattr(sys.modules[open_teacher_stores.__module__], "check_drift", cut_late)
     intact = damaged.read_bytes()
     texts = []
     for workers in (0, 2):

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from coursepack.distill.facts import Facts, Inside
-from coursepack.distill.hints import Adapter, Hint, Hints
-from coursepack.distill.student import blocks, look_inside, watched
-from coursepack.distill.targets import Targets
+from coursepack.distill.losses.base import FeaturePair, LossInputs, StudentOutput
+from coursepack.distill.losses.hint import Adapter, Hints
+from coursepack.distill.setup.student import StudentShapes, blocks, probe_student, watched
+from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing, build_network
 
 
-def facts_of(student, teacher):
+def inputs_of(student, teacher):
     targets = Targets([], {(1, "tap"): torch.from_numpy(teacher).float()}, (0, 1))
-    inside = Inside(features={"layer": student})
-    return Facts(torch.zeros(len(student), 10), inside, torch.zeros(len(student)).long(), targets)
+    output = StudentOutput(torch.zeros(len(student), 10), features={"layer": student})
+    return LossInputs(output, torch.zeros(len(student)).long(), targets)
 
 
 def pooled_to(maps, size):
@@ -31,7 +31,7 @@ def pooled_to(maps, size):
 def test_value_and_gradient(student_shape, teacher_shape):
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(6, *student_shape)), rng.normal(size=(6, *teacher_shape))
-    module = Hints([Hint(1, "tap", "layer", teacher_shape, student_shape)], seed=2)
+    module = Hints([FeaturePair(1, "tap", "layer", teacher_shape, student_shape)], seed=2)
     weight, bias = (value.detach().double().numpy() for value in module.adapters[0].parameters())
     weight = weight.reshape(3, 5)
 
@@ -46,7 +46,7 @@ def test_value_and_gradient(student_shape, teacher_shape):
         return ((changed - theirs) ** 2).mean((1, 2, 3))
 
     tensor = torch.from_numpy(student).float().requires_grad_()
-    value = module(facts_of(tensor, teacher))
+    value = module(inputs_of(tensor, teacher))
     np.testing.assert_allclose(value.detach().numpy(), reference(student), rtol=1e-4)
     value.sum().backward()
     place = (2, *(0 for _ in student_shape))
@@ -64,32 +64,30 @@ def test_maps_of_a_larger_teacher_are_matched_in_size():
 
 
 def test_adapters_depend_on_the_seed_alone():
-    hints = [Hint(0, "a", "b", (3,), (5,))]
+    hints = [FeaturePair(0, "a", "b", (3,), (5,))]
     first, again, other = (Hints(hints, seed=seed).adapters[0].change.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_the_representation_is_what_the_head_reads():
+def test_the_embedding_is_the_input_of_the_head():
     network = build_network("digits-cnn", 10)
     images = torch.randn(4, 1, 8, 8)
-    with watched(network, ["hidden"], representation=True, layer=None) as inside:
-        network.module(images)
-        seen = inside()
-    torch.testing.assert_close(seen.representation, torch.relu(seen.features["hidden"]))
-    with watched(network, ["conv2"], representation=True, layer="conv2") as inside:
-        network.module(images)
-        seen = inside()
-    assert torch.equal(seen.representation, seen.features["conv2"].amax((2, 3)))
-    assert seen.representation.requires_grad
+    with watched(network, ["hidden"], embedding=True) as output:
+        seen = output(network.module(images))
+    torch.testing.assert_close(seen.embedding, torch.relu(seen.features["hidden"]))
+    with watched(network, ["conv2"], embedding=True, embedding_layer="conv2") as output:
+        seen = output(network.module(images))
+    assert torch.equal(seen.embedding, seen.features["conv2"].amax((2, 3)))
+    assert seen.embedding.requires_grad
 
 
 def test_shapes_inside_a_student():
     network = build_network("digits-resnet", 10)
     network.module.train()
     before = {name: value.clone() for name, value in network.module.state_dict().items()}
-    width, shapes = look_inside(network, 1, ["layer1", "layer2"], representation=True, layer=None)
-    assert (width, shapes) == (64, {"layer1": (32, 8, 8), "layer2": (64, 4, 4)})
+    shapes = probe_student(network, 1, ["layer1", "layer2"], embedding=True)
+    assert shapes == StudentShapes((10,), 64, {"layer1": (32, 8, 8), "layer2": (64, 4, 4)})
     assert network.module.training
     after = network.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items()), "a look changes nothing"
@@ -102,4 +100,4 @@ def test_a_student_without_a_head_is_told_to_name_a_layer():
     with pytest.raises(
         RecipeError, match=r"does not end in a linear layer of 10 classes.*fusion\.layer=LAYER"
     ):
-        look_inside(network, 1, [], representation=True, layer=None)
+        probe_student(network, 1, embedding=True)

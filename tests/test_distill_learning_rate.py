@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from coursepack.distill.learning_rate import LearningRateConfig, rate_factor
+from coursepack.distill.recipe import LearningRateConfig
+from coursepack.distill.training.schedule import rate_factor
 
 STEPS, EPOCHS, LR = 7, 6, 0.3
 
@@ -17,11 +18,11 @@ def rates(**config):
 
 def torch_rates(make, steps=STEPS * EPOCHS):
     """The learning rate of each step under one of torch's schedulers."""
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
-    scheduler, found = make(optimiser), []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
+    scheduler, found = make(optimizer), []
     for _ in range(steps):
-        found.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         scheduler.step()
     return found
 
@@ -29,20 +30,20 @@ def torch_rates(make, steps=STEPS * EPOCHS):
 schedulers = torch.optim.lr_scheduler
 
 
-def constant(optimiser):
-    return schedulers.ConstantLR(optimiser, 1.0)
+def constant(optimizer):
+    return schedulers.ConstantLR(optimizer, 1.0)
 
 
-def by_steps(optimiser, begun=0):
-    return schedulers.MultiStepLR(optimiser, [2 * STEPS - begun, 5 * STEPS - begun], 0.3)
+def by_steps(optimizer, begun=0):
+    return schedulers.MultiStepLR(optimizer, [2 * STEPS - begun, 5 * STEPS - begun], 0.3)
 
 
-def cosine(optimiser, begun=0):
-    return schedulers.CosineAnnealingLR(optimiser, STEPS * EPOCHS - begun, eta_min=0.1 * LR)
+def cosine(optimizer, begun=0):
+    return schedulers.CosineAnnealingLR(optimizer, STEPS * EPOCHS - begun, eta_min=0.1 * LR)
 
 
-def one_cycle(optimiser):
-    return schedulers.OneCycleLR(optimiser, LR, total_steps=STEPS * EPOCHS, cycle_momentum=False)
+def one_cycle(optimizer):
+    return schedulers.OneCycleLR(optimizer, LR, total_steps=STEPS * EPOCHS, cycle_momentum=False)
 
 
 SHAPES = {
@@ -65,10 +66,10 @@ def test_a_warm_up_is_torchs_linear_one_before_the_rest(shape, epochs):
     config, make = SHAPES[shape]
     rise = round(epochs * STEPS)
 
-    def warmed(optimiser):
-        later = constant(optimiser) if make is constant else make(optimiser, begun=rise)
-        first = schedulers.LinearLR(optimiser, 1 / rise, 1.0, total_iters=rise - 1)
-        return schedulers.SequentialLR(optimiser, [first, later], [rise])
+    def warmed(optimizer):
+        later = constant(optimizer) if make is constant else make(optimizer, begun=rise)
+        first = schedulers.LinearLR(optimizer, 1 / rise, 1.0, total_iters=rise - 1)
+        return schedulers.SequentialLR(optimizer, [first, later], [rise])
 
     found = rates(**config, warmup_epochs=epochs)
     np.testing.assert_allclose(found, torch_rates(warmed), rtol=1e-9)
@@ -91,7 +92,7 @@ def test_rates_are_never_negative_and_never_above_the_largest(config, steps, epo
     [
         ({"shape": "step"}, r"milestones are \[\], but shape is 'step'.* needs at least one"),
         ({"milestones": [3]}, r"milestones are \[3\], but shape is 'constant'"),
-        ({"shape": "one_cycle", "warmup_epochs": 1}, "'one_cycle' has a rise of its own"),
+        ({"shape": "one_cycle", "warmup_epochs": 1}, "'one_cycle' has its own warm-up"),
         ({"shape": "step", "milestones": [0]}, "greater than or equal to 1"),
         ({"shape": "step", "milestones": [2], "factor": 1.0}, "less than 1"),
         ({"shape": "linear"}, "'constant', 'step', 'cosine' or 'one_cycle'"),

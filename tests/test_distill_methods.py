@@ -3,7 +3,7 @@
 import itertools
 import json
 import shlex
-from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,19 +15,23 @@ from coursepack.data import open_source
 from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
-from coursepack.distill.facts import Moment
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
 from coursepack.distill.methods import METHODS, describe, from_mean_reduction
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.student import look_inside
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.recipe import resolve_objective
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import StudentShapes, probe_student
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.kernels import decode
 from coursepack.models import Network, Preprocessing, TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.cli import main as precompute
 
-TAUGHT = [name for name, method in METHODS.items() if method.objective.needs_teachers]
+TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
 TAPS = {
     "digits-mlp": ("hidden1", "hidden2"),
     "digits-cnn": ("conv2",),
@@ -53,24 +57,24 @@ def tapped_stores(tmp_path_factory, teachers):
 
 def step_losses(recipe, steps):
     run = prepare(recipe, CPU)
-    trainee = run.trainee()
+    state = make_state(run)
     losses = []
     stream = itertools.chain.from_iterable(run.batches(epoch) for epoch in itertools.count())
     for number, batch in enumerate(itertools.islice(stream, steps)):
-        moment = Moment(0, number)
-        chosen = trainee.learner.objective.chosen_teacher(moment)
+        step = Step(0, number)
+        chosen = state.learner.objective.chosen_teacher(step)
         fetched = run.targets.fetch(batch, None if chosen is None else [chosen])
-        output = trainee.learner(batch, fetched, moment)
-        trainee.optimiser.zero_grad()
+        output = state.learner(batch, fetched, step)
+        state.optimizer.zero_grad()
         output.value.loss.backward()
-        trainee.optimiser.step()
+        state.optimizer.step()
         losses.append(output.value.loss.item())
     return np.array(losses)
 
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
-    fields = {"method": name, "optimiser": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
+    fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
     cached = step_losses(make_recipe(tapped_stores, **fields), 8)
     live = step_losses(make_recipe(tapped_stores, **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
@@ -121,7 +125,7 @@ def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
         run = prepare(
             make_recipe(tapped_stores, method=method, limit=64, student="digits-cnn", **fields), CPU
         )
-        train_epoch([run.trainee()], run.batches(0), run.targets)
+        train_epoch([make_state(run)], run.batches(0), run.targets)
         return set(read)
 
     names = [store.name.removesuffix(".zarr") for store in tapped_stores]
@@ -134,7 +138,7 @@ def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
     assert fetched("amtml-hints") == {(name, "logits") for name in names} | hints
     assert len(fetched("best")) == 1
     assert len(fetched("random")) == 1, "one batch, one teacher"
-    only_hints = {"soft_weight": 0.0, "relations": {"angle": 0.0}, "hints": {"weight": 1.0}}
+    only_hints = {"soft_weight": 0.0, "terms": {"hint": {}}}
     assert fetched("kd", objective=only_hints) == hints
 
 
@@ -143,59 +147,65 @@ def test_best_is_the_teacher_that_was_right_most_often(tapped_stores):
     correct = [
         sum(r["sums"]["correct"] for r in load_manifest(s).view_records.values()) for s in tapped_stores
     ]
-    assert run.trainee().learner.objective.chosen_teacher(Moment()) == int(np.argmax(correct))
+    assert make_state(run).learner.objective.chosen_teacher(Step()) == int(np.argmax(correct))
     asked = prepare(make_recipe(tapped_stores, method="best", objective={"fusion": {"teacher": 1}}), CPU)
-    assert asked.trainee().learner.objective.chosen_teacher(Moment()) == 1
+    assert make_state(asked).learner.objective.chosen_teacher(Step()) == 1
 
 
 def test_two_learners_share_what_they_fetch(tapped_stores):
     run = prepare(make_recipe(tapped_stores, method="random", limit=200), CPU)
     other = prepare(make_recipe(tapped_stores, method="kd", limit=200), CPU)
-    together = [run.trainee(), run.trainee_with(other.recipe)]
+    together = [make_state(run), make_state(run, other.recipe)]
     first = train_epoch(together, run.batches(0), run.targets)
-    alone = [train_epoch([maker.trainee()], run.batches(0), run.targets)[0] for maker in (run, other)]
+    alone = [train_epoch([make_state(maker)], run.batches(0), run.targets)[0] for maker in (run, other)]
     assert first[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
     assert first[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)
 
 
 def test_a_learner_of_hints_alone_may_share_what_another_fetches(tapped_stores):
     """It is handed logits that it does not look at, and tells what it would tell alone."""
-    only_hints = {"soft_weight": 0.0, "hints": {"weight": 0.01}}
+    only_hints = {"soft_weight": 0.0, "terms": {"hint": {"weight": 0.01}}}
     fields = {"student": "digits-cnn", "limit": 200}
     hints = make_recipe(tapped_stores, **fields, objective=only_hints)
     run = prepare(make_recipe(tapped_stores, **fields), CPU, others=[hints])
-    together = train_epoch([run.trainee(), run.trainee_with(hints)], run.batches(0), run.targets)
+    together = train_epoch([make_state(run), make_state(run, hints)], run.batches(0), run.targets)
     own = prepare(hints, CPU)
-    assert together[1] == train_epoch([own.trainee()], own.batches(0), own.targets)[0]
+    assert together[1] == train_epoch([make_state(own)], own.batches(0), own.targets)[0]
     assert "teachers" in together[0]
     assert "teachers" not in together[1]
 
 
-def test_a_methods_own_term_may_be_all_that_looks_at_teachers(tapped_stores, monkeypatch):
-    def gap(facts):
-        return (facts.student_logits - decode(facts.teachers.logits[0])).square().mean(1)
-
-    made_up = replace(METHODS["supervised"], term=gap)
-    monkeypatch.setitem(METHODS, "gap", made_up)
-    run = prepare(make_recipe(tapped_stores, method="gap", limit=64), CPU)
-    told = train_epoch([run.trainee()], run.batches(0), run.targets)[0]
-    assert told["term"] > 0
-    assert told["loss"] == pytest.approx(told["term"] + told["cross_entropy"], rel=1e-5)
+class Gap(torch.nn.Module):
+    def forward(self, inputs):
+        return (inputs.student.logits - decode(inputs.teachers.logits[0])).square().mean(1)
 
 
-def test_everything_that_learns_is_in_the_optimiser(tapped_stores):
+class GapConfig(TermConfig):
+    term: Literal["gap"] = "gap"
+
+
+def test_a_term_may_be_all_that_reads_teachers(tapped_stores, monkeypatch):
+    gap = Loss(GapConfig, "", "", lambda _: Needs(teacher_logits=True), lambda *_: Gap())
+    monkeypatch.setitem(LOSSES, "gap", gap)
+    objective = METHODS["supervised"].objective.model_copy(update={"terms": {"gap": GapConfig()}})
+    recipe = make_recipe(tapped_stores, limit=64).model_copy(update={"objective": objective})
+    run = prepare(recipe, CPU)
+    told = train_epoch([make_state(run)], run.batches(0), run.targets)[0]
+    assert told["gap"] > 0
+    assert told["loss"] == pytest.approx(told["gap"] + told["cross_entropy"], rel=1e-5)
+
+
+def test_everything_that_learns_is_in_the_optimizer(tapped_stores):
     run = prepare(make_recipe(tapped_stores, method="amtml-hints", limit=64, student="digits-cnn"), CPU)
-    trainee = run.trainee()
-    held = {id(value) for group in trainee.optimiser.param_groups for value in group["params"]}
-    before = {name: value.detach().clone() for name, value in trainee.learner.named_parameters()}
-    assert held == {id(value) for value in trainee.learner.parameters()}
-    train_epoch([trainee], run.batches(0), run.targets)
-    moved = {
-        name for name, value in trainee.learner.named_parameters() if not torch.equal(value, before[name])
-    }
+    state = make_state(run)
+    held = {id(value) for group in state.optimizer.param_groups for value in group["params"]}
+    before = {name: value.detach().clone() for name, value in state.learner.named_parameters()}
+    assert held == {id(value) for value in state.learner.parameters()}
+    train_epoch([state], run.batches(0), run.targets)
+    moved = {name for name, value in state.learner.named_parameters() if not torch.equal(value, before[name])}
     assert {"objective.fusion.latents", "objective.fusion.shared"} <= moved
-    assert {f"objective.hints.adapters.{place}.change.weight" for place in range(3)} <= moved
-    latents = [group for group in trainee.optimiser.param_groups if group["weight_decay"] == 0]
+    assert {f"objective.terms.hint.adapters.{place}.change.weight" for place in range(3)} <= moved
+    latents = [group for group in state.optimizer.param_groups if group["weight_decay"] == 0]
     assert len(latents[0]["params"]) == 2
 
 
@@ -207,12 +217,12 @@ def test_hints_can_be_assigned(tapped_stores):
     recipe = make_recipe(
         tapped_stores,
         method="amtml-hints",
-        objective={"hints": {"pairs": pairs}},
+        objective={"terms": {"hint": {"pairs": pairs}}},
         student="digits-cnn",
         limit=64,
     )
-    hints = prepare(recipe, CPU).trainee().learner.objective.setting.hints
-    assert [(h.teacher, h.tap, h.layer, h.teacher_shape, h.student_shape) for h in hints] == [
+    pairs = make_state(prepare(recipe, CPU)).learner.objective.terms["hint"].pairs
+    assert [(p.teacher, p.tap, p.layer, p.teacher_shape, p.student_shape) for p in pairs] == [
         (2, "layer1", "conv1", (32, 8, 8), (16, 8, 8)),
         (2, "layer2@pooled", "hidden", (64,), (64,)),
     ]
@@ -251,11 +261,11 @@ def test_flsw_is_refused_where_logits_are_missing(tmp_path, teachers):
 @pytest.mark.parametrize(
     ("method", "objective", "text"),
     [
-        ("kd", {"teacher_weights": [1, 2]}, "teacher_weights has 2 numbers, expected 3: one per store"),
+        ("kd", {"fusion": {"weights": [1, 2]}}, "fusion.weights has 2 numbers, expected 3: one per store"),
         ("kd", {"adjustment": ["shift"]}, "adjustment has 1 names, expected 3: one per store"),
         ("best", {"fusion": {"teacher": 3}}, "fusion.teacher is 3, but there are 3 stores"),
-        ("amtml-hints", {"hints": {"pairs": [{"teacher": 4, "tap": "a", "layer": "b"}]}},
-         "hints.pairs names teacher 4, but there are 3 stores: places begin at 0"),
+        ("amtml-hints", {"terms": {"hint": {"pairs": [{"teacher": 4, "tap": "a", "layer": "b"}]}}},
+         "terms.hint.pairs names teacher 4, but there are 3 stores: indices begin at 0"),
     ],
 )  # fmt: skip
 def test_refusals(stores, method, objective, text):
@@ -266,7 +276,7 @@ def test_refusals(stores, method, objective, text):
 def test_layers_that_do_not_exist_are_named(stores):
     recipe = make_recipe(stores, method="amtml", objective={"fusion": {"layer": "conv7"}})
     with pytest.raises(UnknownName, match=r"unknown layer 'conv7'.*Known: hidden, head"):
-        prepare(recipe, CPU).trainee()
+        make_state(prepare(recipe, CPU))
 
 
 class Tokens(torch.nn.Module):
@@ -281,23 +291,23 @@ class Tokens(torch.nn.Module):
         return self.head(self.embed(images.reshape(len(images), 16, 4))[:, 0])
 
 
-def test_tokens_are_no_representation():
+def test_tokens_are_no_embedding():
     """The largest value over what follows the channels would be one over each token's own width."""
     student = Network("tokens", Tokens(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
     text = r"layer 'embed' of student 'tokens' cannot represent a sample \(shape \(16, 6\)\): it takes"
     with pytest.raises(RecipeError, match=text):
-        look_inside(student, 1, ["embed"], representation=True, layer="embed")
-    assert look_inside(student, 1, [], representation=True, layer=None) == (6, {})
+        probe_student(student, 1, embedding=True, embedding_layer="embed")
+    assert probe_student(student, 1, embedding=True) == StudentShapes((10,), 6, {})
 
 
-def test_a_representation_can_be_a_layers_maximum(stores):
+def test_an_embedding_can_be_a_layers_maximum(stores):
     recipe = make_recipe(
         stores, method="amtml", objective={"fusion": {"layer": "conv2"}}, student="digits-cnn", limit=64
     )
     run = prepare(recipe, CPU)
-    trainee = run.trainee()
-    assert trainee.learner.objective.fusion.latents.shape == (3, 32)
-    train_epoch([trainee], run.batches(0), run.targets)
+    state = make_state(run)
+    assert state.learner.objective.fusion.latents.shape == (3, 32)
+    train_epoch([state], run.batches(0), run.targets)
 
 
 def test_every_method_says_what_it_is():
@@ -311,8 +321,10 @@ def test_every_method_says_what_it_is():
         "arXiv 2103.04062",
         "adaptive: w_k = softmax_k",
         "combined as a mixture",
-        "1.4/C",
-        '"angle": 1.0',
+        "loss      (1.4 / C) T²",
+        '"soft_weight": "1.4 / C"',
+        "LR_adaptive_learning, which takes it at T = 5",
+        '"angle": {"weight": 1.0}',
     ):
         assert text in shown
     assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)
@@ -323,15 +335,49 @@ def test_every_method_says_what_it_is():
 
 def test_published_coefficients_are_converted():
     """AMTML's notebooks: mean KL times 2 alpha T², T = 5, alpha = 0.7: 3.5 with ten classes in our units."""
-    assert METHODS["amtml"].objective.soft_weight * 5**2 == pytest.approx(3.5)
+    for name in ("amtml", "amtml-hints"):
+        for classes, want in ((10, 3.5), (100, 0.35)):
+            objective = resolve_objective(name, {}, "test", classes=classes)
+            assert objective.soft_weight * 5**2 == pytest.approx(want)
+        changed = resolve_objective(name, {"soft_weight": 0.5}, "test", classes=100)
+        assert changed.soft_weight == 0.5, "a given number is taken as it is"
     assert from_mean_reduction(1.4, classes=100) * 25 == pytest.approx(0.35)
+    text = r"the default of objective.soft_weight is 1.4 / C, but the number of classes C is not known"
+    with pytest.raises(RecipeError, match=text):
+        resolve_objective("amtml", {}, "test")
     assert describe("amtml")["combine"] == "mixture"
     assert describe("ca-mkd")["combine"] == "sum"
 
 
+def test_a_recipe_spells_the_number_of_its_classes(tmp_path):
+    """The command line and a recipe file know the classes of the source; what is written is a number."""
+    spec = "fake,classes=100,size=8,samples=40,channels=1"
+    source, teacher = open_source(spec), write_teacher(tmp_path / "t", classes=100)
+    store = write_store(tmp_path / "t.zarr", teacher, source=source)
+    words = [
+        "train",
+        "--student",
+        "digits-small",
+        "--method",
+        "amtml",
+        "--store",
+        str(store),
+        "--epochs",
+        "1",
+    ]
+    result = CliRunner().invoke(distill, [*words, "--lr", "0.001", "--out", str(tmp_path / "o")])
+    assert result.exit_code == 0, result.output
+    written = (tmp_path / "o" / "recipe.yaml").read_text()
+    assert "soft_weight: 0.014\n" in written
+    assert load_run(tmp_path / "o").recipe.objective.soft_weight == 0.014
+    again = ["train", str(tmp_path / "o" / "recipe.yaml"), "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(distill, again).exit_code == 0
+    assert (tmp_path / "again" / "recipe.yaml").read_text() == written
+
+
 @pytest.mark.parametrize("name", ["amtml", "dtd-flsw"])
 def test_a_student_that_diverges_is_said_to(tmp_path, stores, name):
-    recipe = make_recipe(stores, method=name, limit=200, epochs=3, optimiser={"lr": 1e30})
+    recipe = make_recipe(stores, method=name, limit=200, epochs=3, optimizer={"lr": 1e30})
     with pytest.raises(
         TrainingDiverged, match=r"diverged in epoch \d: a (teacher|sample)'s \w+ is not finite"
     ):

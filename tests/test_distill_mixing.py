@@ -19,9 +19,10 @@ from coursepack.data.views.geometry import HorizontalFlip, PadCrop
 from coursepack.data.views.mixing import Mix
 from coursepack.data.views.params import CUTMIX, MIXUP, NO_MIX
 from coursepack.distill.cli import main
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import METRICS_FILE
-from coursepack.distill.train import train_epoch
+from coursepack.distill.runs.folder import METRICS_FILE
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
 from coursepack.precompute import run_job
@@ -33,16 +34,7 @@ MIXED = ViewRecipe(
     seed=4,
 )
 ALONE = {"method": "supervised", "view": MIXED.model_dump(mode="json")}
-STILL = {"optimiser": {"lr": 1e-12}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+STILL = {"optimizer": {"lr": 1e-12}}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +53,13 @@ def command(*words):
 
 def step_losses(run, steps):
     """The loss of each of a fresh student's first steps."""
-    trainee, losses = run.trainee(), []
+    state, losses = make_state(run), []
     stream = itertools.chain.from_iterable(run.batches(epoch) for epoch in itertools.count())
     for batch in itertools.islice(stream, steps):
-        output = trainee.learner(batch, run.targets.fetch(batch))
-        trainee.optimiser.zero_grad()
+        output = state.learner(batch, run.targets.fetch(batch))
+        state.optimizer.zero_grad()
         output.value.loss.backward()
-        trainee.optimiser.step()
+        state.optimizer.step()
         losses.append(output.value.loss.item())
     return np.array(losses)
 
@@ -119,7 +111,7 @@ def test_mixed_cross_entropy_is_its_formula(mixed_stores):
     """Alone, and as the hard part of the fused loss: the difference of two hard weights."""
     alone = prepare(make_recipe(**ALONE, batch_size=200), CPU)
     batch = next(alone.batches(0))
-    learner = alone.trainee().learner
+    learner = make_state(alone).learner
     output = learner(batch, None)
     labels = shares_of(alone.source, batch)
     want = mixed_cross_entropy(output.student_logits.detach(), *labels).mean()
@@ -132,18 +124,18 @@ def test_mixed_cross_entropy_is_its_formula(mixed_stores):
     for weight in (0.0, 0.7):
         recipe = make_recipe(mixed_stores, objective={"hard_weight": weight}, batch_size=200)
         run = prepare(recipe, CPU)
-        output = run.trainee().learner(batch, run.targets.fetch(batch))
+        output = make_state(run).learner(batch, run.targets.fetch(batch))
         losses.append(output.value.loss.item())
     assert losses[1] - losses[0] == pytest.approx(0.7 * want, abs=2e-5)
 
 
 def test_accuracy_counts_the_label_of_the_larger_share():
     run = prepare(make_recipe(**ALONE, **STILL), CPU)
-    trainee = run.trainee()
-    metrics = train_epoch([trainee], run.batches(0), None)[0]
+    state = make_state(run)
+    metrics = train_epoch([state], run.batches(0), None)[0]
     main, first_only = 0, 0
     for batch in run.batches(0):
-        top = trainee.learner.predict(batch).argmax(1).numpy()
+        top = state.learner.logits(batch).argmax(1).numpy()
         first, second, share = shares_of(run.source, batch)
         main += int((top == np.where(share >= 0.5, first, second)).sum())
         first_only += int((top == first).sum())
@@ -252,10 +244,8 @@ def test_more_views_than_a_batch_holds_are_refused(stores, tmp_path):
 
 def test_metrics_of_several_views_are_means_over_rows(stores):
     run = prepare(make_recipe(stores[:1], views_per_load=2, batch_size=50, limit=60, **STILL), CPU)
-    trainee = run.trainee()
-    metrics = train_epoch([trainee], run.batches(0), run.targets)[0]
-    correct = torch.cat(
-        [trainee.learner.predict(batch).argmax(1) == batch.labels for batch in run.batches(0)]
-    )
+    state = make_state(run)
+    metrics = train_epoch([state], run.batches(0), run.targets)[0]
+    correct = torch.cat([state.learner.logits(batch).argmax(1) == batch.labels for batch in run.batches(0)])
     assert len(correct) == 120
     assert metrics["accuracy"] == pytest.approx(float(correct.double().mean()))

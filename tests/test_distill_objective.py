@@ -1,24 +1,28 @@
 """Fusions, temperatures, relations and whole objectives against float64 references, and what they imply."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from builders import loss_inputs
 from reference import methods as ref
 from reference.loss import soft_target_loss as reference_loss
 
-from coursepack.distill.facts import Inside, Moment
-from coursepack.distill.fusion import FUSIONS, Adaptive, FusionSetting, confidence_weights, entropy_weights
-from coursepack.distill.hints import Hint, depth_group
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.fusion.adaptive import Adaptive
+from coursepack.distill.fusion.temperature import fused_logits, sample_temperatures
+from coursepack.distill.fusion.weights import confidence_weights, entropy_weights
+from coursepack.distill.losses.base import (
+    BuildContext,
+    FeaturePair,
+    Step,
+)
+from coursepack.distill.losses.relation import angle_loss, distance_loss, student_embedding
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import Objective, Setting
-from coursepack.distill.objective_config import ObjectiveConfig
+from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.relations import angle_loss, distance_loss, student_embedding
 from coursepack.distill.schedule import Schedule
-from coursepack.distill.targets import Targets
-from coursepack.distill.temperature import fused_logits, sample_temperatures
+from coursepack.distill.setup.requirements import depth_group
+from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, shift_logits, soft_target_loss, teacher_stats
 
@@ -34,7 +38,7 @@ def batch():
         "student": rng.normal(size=(N, C)) * 2,
         "teachers": rng.normal(size=(K, N, C)) * 3,
         "labels": rng.integers(0, C, N),
-        "representation": rng.normal(size=(N, D)),
+        "embedding": rng.normal(size=(N, D)),
     }
 
 
@@ -45,17 +49,16 @@ def tensors(batch, teachers=None):
     return student, torch.from_numpy(batch["labels"]), targets
 
 
-def setting(teachers=K, **fields):
+def context(teachers=K, **fields):
     fields = {"accuracies": (0.5,) * teachers, **fields}
-    return Setting(FusionSetting(teachers=teachers, width=D, seed=3, **fields))
+    return BuildContext(teachers=teachers, embedding_width=D, seed=3, **fields)
 
 
-def value_of(batch, config, teachers=None, moment=None):
+def value_of(batch, config, teachers=None, step=None):
     student, labels, targets = tensors(batch, teachers)
-    representation = torch.from_numpy(batch["representation"]).float()
-    objective = Objective(config, setting(len(targets.logits), weights=config.teacher_weights))
-    inside = Inside(representation)
-    return objective(student, labels, targets, inside, moment), student
+    embedding = torch.from_numpy(batch["embedding"]).float()
+    objective = Objective(config, context(len(targets.logits)))
+    return objective(loss_inputs(student, labels, targets, embedding=embedding, step=step)), student
 
 
 def test_confidence_and_entropy_weights(batch):
@@ -76,15 +79,15 @@ def test_adaptive_weights_and_their_gradients(batch):
     fusion = Adaptive(K, D, seed=1).double()
     latents, shared = fusion.latents.detach().numpy(), fusion.shared.detach().numpy()
     student, labels, targets = tensors(batch)
-    objective = Objective(METHODS["amtml"].objective, setting())
-    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
-    value = objective(student, labels, targets, Inside(representation))
+    objective = Objective(METHODS["amtml"].objective, context())
+    embedding = torch.from_numpy(batch["embedding"]).float().requires_grad_()
+    value = objective(loss_inputs(student, labels, targets, embedding=embedding))
     latents, shared = (p.detach().double().numpy() for p in objective.fusion.parameters())
-    want = ref.adaptive_weights(batch["representation"], latents, shared)
+    want = ref.adaptive_weights(batch["embedding"], latents, shared)
     np.testing.assert_allclose(value.weights.numpy(), want, rtol=1e-4, atol=1e-6)
 
-    def total(representation, latents, shared):
-        weights = ref.adaptive_weights(representation, latents, shared)
+    def total(embedding, latents, shared):
+        weights = ref.adaptive_weights(embedding, latents, shared)
         config = objective.config
         soft = reference_loss(
             batch["student"], batch["teachers"], batch["labels"], weights=weights,
@@ -93,14 +96,14 @@ def test_adaptive_weights_and_their_gradients(batch):
         return soft.loss.mean() + 0.1 * ((latents**2).sum() + (shared**2).sum())
 
     value.loss.backward()
-    beta = batch["representation"]
+    beta = batch["embedding"]
     for got, want in (
-        (representation.grad, ref.numeric_gradient(lambda x: total(x, latents, shared), beta)),
+        (embedding.grad, ref.numeric_gradient(lambda x: total(x, latents, shared), beta)),
         (objective.fusion.latents.grad, ref.numeric_gradient(lambda x: total(beta, x, shared), latents)),
         (objective.fusion.shared.grad, ref.numeric_gradient(lambda x: total(beta, latents, x), shared)),
     ):
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=1e-4)
-    assert np.abs(representation.grad.numpy()).max() > 1e-3, "the gradient that is compared is not zero"
+    assert np.abs(embedding.grad.numpy()).max() > 1e-3, "the gradient that is compared is not zero"
 
 
 def test_golden_temperatures():
@@ -128,7 +131,7 @@ def test_golden_temperatures():
 
 
 def test_temperatures_are_clamped_and_said_to_be(batch):
-    student, teacher = (torch.from_numpy(batch[name]) for name in ("student", "representation"))
+    student, teacher = (torch.from_numpy(batch[name]) for name in ("student", "embedding"))
     teacher = torch.from_numpy(batch["teachers"][0])
     numbers = {"base": 10.0, "slope": 40.0, "gamma": 0.5, "lowest": 3.0, "highest": 12.0}
     found = sample_temperatures(student, teacher, kind="flsw", **numbers)
@@ -207,8 +210,11 @@ def test_relations_against_loops(batch, loss, reference):
     np.testing.assert_allclose(student.grad.numpy(), want, rtol=1e-5, atol=1e-8)
     assert teacher.grad is None
     assert loss(student, student).item() == 0
-    double = torch.cat([student, student])
-    loss(double, torch.cat([teacher, teacher])).backward()
+    student.grad = None
+    value = loss(torch.cat([student, student[:3]]), torch.cat([teacher, teacher[:3]]))
+    twice = [np.concatenate([rows, rows[:3]]) for rows in (batch["student"], batch["teachers"][0])]
+    assert value.item() == pytest.approx(reference(*twice), rel=1e-9), "pairs of equal rows count"
+    value.backward()
     assert torch.isfinite(student.grad).all(), "equal samples have no direction, and no NaN"
 
 
@@ -241,8 +247,8 @@ def test_memory_of_angles_is_bounded():
 
 def test_amtml_with_one_teacher_is_kd(batch):
     one = batch["teachers"][:1]
-    changes = {"relations": {"angle": 0.0}, "fusion": {"l2": 0.0}}
-    amtml = resolve_objective("amtml", changes, "test")
+    changes = {"terms": {"angle": None, "latents": None}}
+    amtml = resolve_objective("amtml", changes, "test", classes=10)
     kd = resolve_objective("kd", {"soft_weight": 0.14, "hard_weight": 0.3, "temperature": 5.0}, "test")
     got, student = value_of(batch, amtml, one)
     want, other = value_of(batch, kd, one)
@@ -252,11 +258,9 @@ def test_amtml_with_one_teacher_is_kd(batch):
     torch.testing.assert_close(student.grad, other.grad)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, method in METHODS.items() if method.objective.uses_soft_targets]
-)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.objective.needs().fused])
 def test_equal_teachers_are_one_teacher(batch, name):
-    config = resolve_objective(name, {"hints": {"weight": 0.0}, "fusion": {"l2": 0.0}}, "test")
+    config = resolve_objective(name, {"terms": {"hint": None, "latents": None}}, "test", classes=C)
     one, student = value_of(batch, config, batch["teachers"][:1])
     three, other = value_of(batch, config, np.repeat(batch["teachers"][:1], 3, axis=0))
     assert three.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
@@ -278,47 +282,49 @@ def test_combination_is_the_fusions_own_unless_it_is_said(batch):
 
 
 def test_which_tensors_get_gradients(batch):
-    config = resolve_objective("amtml", {"relations": {"distance": 1.0}}, "test")
-    objective = Objective(config, setting())
+    config = resolve_objective("amtml", {"terms": {"distance": {}}}, "test", classes=10)
+    objective = Objective(config, context())
     student, labels, targets = tensors(batch)
     for logits in targets.logits:
         logits.requires_grad_()
-    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
-    objective(student, labels, targets, Inside(representation)).loss.backward()
-    for tensor in (student, representation, *objective.fusion.parameters()):
+    embedding = torch.from_numpy(batch["embedding"]).float().requires_grad_()
+    objective(loss_inputs(student, labels, targets, embedding=embedding)).loss.backward()
+    for tensor in (student, embedding, *objective.fusion.parameters()):
         assert tensor.grad.abs().max() > 0
     assert all(logits.grad is None for logits in targets.logits)
 
     alone = resolve_objective(
-        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "fusion": {"l2": 0.0}}, "test"
+        "amtml", {"soft_weight": 0.0, "hard_weight": 0.0, "terms": {"latents": None}}, "test", classes=C
     )
-    objective = Objective(alone, setting())
+    objective = Objective(alone, context())
     student, labels, targets = tensors(batch)
-    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
-    objective(student, labels, targets, Inside(representation)).loss.backward()
+    embedding = torch.from_numpy(batch["embedding"]).float().requires_grad_()
+    objective(loss_inputs(student, labels, targets, embedding=embedding)).loss.backward()
     assert student.grad.abs().max() > 0
-    untouched = representation.grad
+    untouched = embedding.grad
     assert untouched is None or untouched.abs().max() == 0, "angles give no gradient to the weights"
 
 
 def test_latents_are_frozen_after_their_phase(batch):
-    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test")
-    objective = Objective(config, setting())
+    config = resolve_objective("amtml", {"fusion": {"joint_epochs": 2}}, "test", classes=10)
+    objective = Objective(config, context())
     student, labels, targets = tensors(batch)
-    representation = torch.from_numpy(batch["representation"]).float().requires_grad_()
+    embedding = torch.from_numpy(batch["embedding"]).float().requires_grad_()
     for epoch, trained in ((0, True), (1, True), (2, False)):
         objective.begin_epoch(epoch)
         objective.zero_grad()
-        value = objective(student, labels, targets, Inside(representation), Moment(epoch))
+        value = objective(loss_inputs(student, labels, targets, embedding=embedding, step=Step(epoch)))
         value.loss.backward()
         assert all((p.grad is not None) == trained for p in objective.fusion.parameters())
         assert ("latents" in value.terms) == trained
-        assert representation.grad.abs().max() > 0, "the gradient to the student goes on"
+        assert embedding.grad.abs().max() > 0, "the gradient to the student goes on"
 
 
 def test_terms_add_up_and_are_named(batch):
-    value, _ = value_of(batch, resolve_objective("amtml", {"relations": {"distance": 2.0}}, "test"))
-    assert list(value.terms) == ["soft_target", "angle", "distance", "latents"]
+    value, _ = value_of(
+        batch, resolve_objective("amtml", {"terms": {"distance": {"weight": 2.0}}}, "test", classes=10)
+    )
+    assert list(value.terms) == ["soft_target", "angle", "latents", "distance"]
     assert float(sum(value.terms.values())) == pytest.approx(value.loss.item(), rel=1e-6)
     student, _, targets = tensors(batch)
     theirs = torch.softmax(torch.stack(targets.logits, 1) / 5, 2)
@@ -332,8 +338,8 @@ def test_random_teacher_depends_on_seed_epoch_and_batch_alone():
     config = METHODS["random"].objective
 
     def draws(seed, epoch):
-        objective = Objective(config, Setting(FusionSetting(teachers=3, seed=seed)))
-        return [objective.chosen_teacher(Moment(epoch, number)) for number in range(300)]
+        objective = Objective(config, BuildContext(teachers=3, seed=seed))
+        return [objective.chosen_teacher(Step(epoch, number)) for number in range(300)]
 
     assert draws(0, 0) == draws(0, 0)
     assert len({tuple(draws(*place)) for place in ((0, 0), (0, 1), (1, 0))}) == 3
@@ -344,14 +350,18 @@ def test_random_teacher_depends_on_seed_epoch_and_batch_alone():
 
 def test_one_teacher_is_read_where_one_is_chosen(batch):
     student, labels, targets = tensors(batch)
-    for name, place in (("best", 1), ("random", 2)):
+    for name, index in (("best", 1), ("random", 2)):
         config = METHODS[name].objective
-        objective = Objective(config, Setting(FusionSetting(teachers=3, accuracies=(0.5, 0.9, 0.7), seed=0)))
-        moment = next(m for m in (Moment(0, n) for n in range(99)) if objective.chosen_teacher(m) == place)
-        alone = Targets([targets.logits[place]], teachers=(place,))
-        want = Objective(METHODS["kd"].objective)(student, labels, alone).loss
-        assert objective(student, labels, targets, None, moment).loss.item() == pytest.approx(want.item())
-        assert objective(student, labels, alone, None, moment).loss.item() == pytest.approx(want.item())
+        objective = Objective(config, BuildContext(teachers=3, accuracies=(0.5, 0.9, 0.7), seed=0))
+        step = next(s for s in (Step(0, n) for n in range(99)) if objective.chosen_teacher(s) == index)
+        alone = Targets([targets.logits[index]], teachers=(index,))
+        want = Objective(METHODS["kd"].objective)(loss_inputs(student, labels, alone)).loss
+        assert objective(loss_inputs(student, labels, targets, step=step)).loss.item() == pytest.approx(
+            want.item()
+        )
+        assert objective(loss_inputs(student, labels, alone, step=step)).loss.item() == pytest.approx(
+            want.item()
+        )
 
 
 def test_adjustment_per_teacher(batch):
@@ -367,25 +377,9 @@ def test_confidence_takes_mixed_labels(batch):
     student, labels, targets = tensors(batch)
     config = METHODS["ca-mkd"].objective
     whole = MixedLabels(labels, labels.roll(1), torch.ones(N))
-    got = Objective(config, setting())(student, whole, targets)
-    want = Objective(config, setting())(student, labels, targets)
+    got = Objective(config, context())(loss_inputs(student, whole, targets))
+    want = Objective(config, context())(loss_inputs(student, labels, targets))
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
-
-
-def test_a_made_up_method_is_one_function_and_one_entry(batch, monkeypatch):
-    def norm_gap(facts, power):
-        gap = facts.student_logits.norm(dim=1) - facts.teachers.logits[0].norm(dim=1)
-        return gap.abs() ** power
-
-    base = METHODS["kd"].objective.model_copy(update={"term": {"power": 2.0}, "term_weight": 0.5})
-    monkeypatch.setitem(
-        METHODS, "norms", type(METHODS["kd"])("(|z| - |z_1|)²", "made up", base, term=norm_gap)
-    )
-    config = resolve_objective("norms", {"term": {"power": 1.0}}, "test")
-    student, labels, targets = tensors(batch)
-    value = Objective(config, Setting(FusionSetting(), term=METHODS["norms"].term))(student, labels, targets)
-    gap = np.linalg.norm(batch["student"], axis=1) - np.linalg.norm(batch["teachers"][0], axis=1)
-    assert value.terms["term"].item() == pytest.approx(0.5 * np.abs(gap).mean(), rel=1e-5)
 
 
 def test_schedules():
@@ -403,23 +397,24 @@ def test_schedules():
 
 def test_weights_follow_their_schedule(batch):
     config = resolve_objective("kd", {"soft_weight": {"shape": "warmup", "end": 0.9, "epochs": 2}}, "test")
-    hard = value_of(batch, config, moment=Moment(0))[0].loss.item()
+    hard = value_of(batch, config, step=Step(0))[0].loss.item()
     whole = value_of(batch, METHODS["kd"].objective)[0].loss.item()
-    half = value_of(batch, config, moment=Moment(1))[0].loss.item()
-    assert value_of(batch, config, moment=Moment(2))[0].loss.item() == pytest.approx(whole)
+    half = value_of(batch, config, step=Step(1))[0].loss.item()
+    assert value_of(batch, config, step=Step(2))[0].loss.item() == pytest.approx(whole)
     assert half == pytest.approx((hard + whole) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"fusion": {"name": "confidnce"}}, "unknown fusion 'confidnce'. Did you mean 'confidence'?"),
-        ({"fusion": {"name": "entropy"}, "teacher_weights": [1, 2]},
-         "objective: teacher_weights are for fusion 'fixed', but fusion is 'entropy'"),
-        ({"teacher_weights": [0, 0]}, "teacher_weights are all zero: give at least one teacher a weight"),
-        ({"fusion": {"teacher": 1}}, "fusion.teacher is for fusion 'best', but fusion is 'fixed'"),
-        ({"fusion": {"name": "random"}, "hints": {"weight": 1}},
-         "hints need every teacher, but fusion 'random' asks one at a time"),
+        ({"fusion": {"name": "confidnce"}}, "fusion: unknown name 'confidnce', did you mean 'confidence'?"),
+        ({"fusion": {"name": "entropy", "weights": [1, 2]}}, "fusion.entropy.weights: unknown key"),
+        ({"fusion": {"weights": [0, 0]}}, "weights are all zero: give at least one teacher a weight"),
+        ({"fusion": {"teacher": 1}}, "fusion.fixed.teacher: unknown key"),
+        ({"terms": {"hnt": {}}}, "terms.hnt: unknown term 'hnt', did you mean 'hint'?"),
+        ({"terms": {"hint": {"weigth": 1}}}, "weigth: unknown key, did you mean 'weight'?"),
+        ({"fusion": {"name": "random"}, "terms": {"hint": {"weight": 1}}},
+         "hints need every teacher, but fusion 'random' reads one at a time"),
         ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
         ({"dynamic_temperature": {"kind": "dtd"}}, "kind: Input should be 'none', 'flsw'"),
         ({"soft_weight": {"shape": "step", "epochs": 3}}, "Schedule.shape: Input should be 'warmup'"),
@@ -440,28 +435,26 @@ def test_what_has_to_be_fitted_is_refused_unfitted():
 
 
 def test_an_objective_is_float32_under_autocast(batch):
-    hint = Hint(0, "tap", "layer", (6, 2, 2), (3, 4, 4))
-    whole = replace(setting(), hints=(hint,))
-    objective = Objective(METHODS["amtml-hints"].objective, whole)
+    pair = FeaturePair(0, "tap", "layer", (6, 2, 2), (3, 4, 4))
+    objective = Objective(METHODS["amtml-hints"].objective, context(pairs_by_term={"hint": (pair,)}))
     student, labels, targets = tensors(batch)
     generator = torch.manual_seed(0)
     theirs = {(0, "tap"): torch.randn(N, 6, 2, 2, generator=generator)}
     targets = Targets(targets.logits, theirs)
-    inside = Inside(
-        torch.from_numpy(batch["representation"]).float(),
-        {"layer": torch.randn(N, 3, 4, 4, generator=generator)},
-    )
-    want = objective(student, labels, targets, inside)
+    embedding = torch.from_numpy(batch["embedding"]).float()
+    features = {"layer": torch.randn(N, 3, 4, 4, generator=generator)}
+    given = loss_inputs(student, labels, targets, embedding=embedding, features=features)
+    want = objective(given)
     with torch.autocast("cpu", torch.bfloat16):
-        got = objective(student, labels, targets, inside)
+        got = objective(given)
     assert torch.equal(got.weights, want.weights)
     assert got.terms == want.terms
 
 
 def test_temperatures_couple_a_batch_only_where_they_are_used():
-    assert METHODS["dtd-cwsm"].objective.batch_coupled == ("dynamic_temperature",)
-    hints_alone = {"soft_weight": 0.0, "hints": {"weight": 1.0}}
-    assert resolve_objective("dtd-cwsm", hints_alone, "test").batch_coupled == ()
+    assert METHODS["dtd-cwsm"].objective.needs().whole_batch == ("dynamic_temperature",)
+    hints_alone = {"soft_weight": 0.0, "terms": {"hint": {}}}
+    assert resolve_objective("dtd-cwsm", hints_alone, "test").needs().whole_batch == ()
 
 
 def test_teachers_go_from_shallow_to_deep():
@@ -471,17 +464,11 @@ def test_teachers_go_from_shallow_to_deep():
     assert [depth_group(0, 1, groups) for groups in (1, 2, 3, 4)] == [0, 0, 1, 1]
 
 
-def test_old_objectives_still_load():
-    old = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0, "adjustment": "none", "smoothing": 0.1,
-           "combine": "mixture", "teacher_weights": [0.5, 0.5]}  # fmt: skip
-    assert ObjectiveConfig.model_validate(old).fusion.name == "fixed"
-
-
 def test_small_latents_begin_with_nearly_equal_weights(batch):
-    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test")
+    config = resolve_objective("amtml", {"fusion": {"init": 0.01}}, "test", classes=10)
     student, labels, targets = tensors(batch)
-    inside = Inside(torch.from_numpy(batch["representation"]).float())
-    value = Objective(config, setting(init=config.fusion.init))(student, labels, targets, inside)
+    given = loss_inputs(student, labels, targets, embedding=torch.from_numpy(batch["embedding"]).float())
+    value = Objective(config, context())(given)
     torch.testing.assert_close(value.weights, torch.full((N, K), 1 / K), atol=0.01, rtol=0)
-    wide = Objective(config, setting())(student, labels, targets, inside)
+    wide = Objective(METHODS["amtml"].objective, context())(given)
     assert wide.weights.max() > 0.5

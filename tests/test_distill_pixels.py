@@ -17,14 +17,12 @@ from torchvision.models import VisionTransformer
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
 from coursepack.data.views import draw, render
-from coursepack.distill.checks import check_student
 from coursepack.distill.cli import main as distill
-from coursepack.distill.learner import Learner
-from coursepack.distill.objective import Objective
-from coursepack.distill.prepare import prepare
 from coursepack.distill.recipe import load_recipe
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.student import look_inside
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.setup.checks import check_student
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.setup.student import probe_student
 from coursepack.errors import RecipeError
 from coursepack.models import Preprocessing, build_network, load_teacher
 from coursepack.models.build import Network
@@ -166,9 +164,8 @@ def test_a_transformer_of_another_size_is_refused():
     network = Network(
         "torchvision:vit_tiny", module, Preprocessing(size=24, mean=(0.5,) * 3, std=(1,) * 3), 10
     )
-    learner = Learner(network, Objective(make_recipe().objective))
     text = r"'torchvision:vit_tiny' cannot take views of 24 x 24 pixels: Wrong image height! .*student_size"
     with pytest.raises(RecipeError, match=text):
-        check_student(learner, open_source("digits"))
+        check_student(network, open_source("digits"))
     with pytest.raises(RecipeError, match=text):
-        look_inside(network, 1, [], representation=True, layer=None)
+        probe_student(network, 1, embedding=True)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,16 +18,18 @@ from spawned import DROPPING
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
-from coursepack.distill.checkpoint import CHECKPOINT_FILE, load_checkpoint
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from coursepack.errors import RunError
 from coursepack.models import parse_tap
 from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
-TRAIN = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
-COURSE, TARGETS = (sys.modules[f"coursepack.distill.{name}"] for name in ("course", "targets"))
+TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+TEACHER_STORES, TARGETS = (
+    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
+)
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
@@ -39,12 +40,8 @@ ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 @pytest.fixture(autouse=True)
 def dropping(monkeypatch):
-    """One thread, and a student that draws."""
+    """A student that draws."""
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,12 @@ def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"name": "adaptive", "l2": 0.1, "joint_epochs": 2}, "hints": hints}
-    drawing = {"student": "dropping", "optimiser": ADAMW, "accumulate": 2, "view_order": "shuffled"}
+    drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
         "hints": make_recipe(
             [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
-            optimiser=ONE_CYCLE, **STUDENT,
+            optimizer=ONE_CYCLE, **STUDENT,
         ),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
@@ -152,10 +149,10 @@ def refused(recipe, out, text, **how):
 
 def test_another_recipe_is_refused(tmp_path, monkeypatch):
     recipe = make_recipe(**STUDENT)
-    other = make_recipe(**STUDENT, optimiser={"lr": 0.01})
+    other = make_recipe(**STUDENT, optimizer={"lr": 0.01})
     text = (
-        r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
-        r"  optimiser\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+        r"run '.*o' cannot be resumed, since it was started with other values\.\n"
+        r"  optimizer\.lr +started with: 0\.05 +now: 0\.01\nResume with the values it was started with, or"
     )
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
     refused(other, tmp_path / "o", text)
@@ -178,7 +175,7 @@ def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, mon
         train(make_recipe(**STUDENT), out, device=CPU)
     assert not (out / CHECKPOINT_FILE).exists()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-    refused(make_recipe(**STUDENT, seed=1), out, r"seed +begun with: 0 +now: 1")
+    refused(make_recipe(**STUDENT, seed=1), out, r"seed +started with: 0 +now: 1")
     monkeypatch.undo()
     (out / "notes.txt").write_text("mine")
     train(make_recipe(**STUDENT), out, device=CPU, resume=True)
@@ -193,7 +190,7 @@ def test_another_store_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     old = shutil.move(store, tmp_path / "old.zarr")
     write_store(store, write_teacher(tmp_path / "two", seed=2))
-    refused(recipe, out, r"stores\[0\]\.fingerprint +begun with: \"?\w+")
+    refused(recipe, out, r"stores\[0\]\.fingerprint +started with: \"?\w+")
     shutil.rmtree(store)
     shutil.move(old, store)
     train(recipe, out, device=CPU, resume=True)
@@ -210,7 +207,7 @@ def test_more_views_by_then_are_refused_if_they_would_be_taken(tmp_path, monkeyp
     write_store(store, teacher, views=3)
     assert load_manifest(store).committed_views() == (0, 1, 2)
     if views is None:
-        refused(recipe, out, r"views.*begun with: .*now: 2")
+        refused(recipe, out, r"views.*started with: .*now: 2")
         return
     train(recipe, out, device=CPU, resume=True)
     assert told(out) == told(tmp_path / "once")
@@ -244,7 +241,31 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"is of version 99, expected 1: finish the run with the version that began it")
+    refused(recipe, out, r"has version 99, expected 2: finish the run with the release that started it")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": 1}, r"recipe\.seed +checkpoint: 1 +this run: 0"),
+        ({"optimizer": {"lr": 0.01}}, r"recipe\.optimizer\.lr +checkpoint: 0\.01 +this run: 0\.05"),
+        (
+            {"objective": {"temperature": 2.0}},
+            r"recipe\.objective\.temperature +checkpoint: 2\.0 +this run: 4",
+        ),
+        ({"batch_size": 16}, r"recipe\.batch_size +checkpoint: 16 +this run: 32"),
+        ({"stores": [1]}, r"stores\[0\]\.fingerprint +checkpoint: \w+ +this run: \w+"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, stores, change, text):
+    """Everything in the folder is that of the run but the checkpoint."""
+    recipe, out = make_recipe(stores[:1], **STUDENT), tmp_path / "o"
+    chosen = [stores[place] for place in change.get("stores", [0])]
+    fields = {**STUDENT, **{name: value for name, value in change.items() if name != "stores"}}
+    interrupted(monkeypatch, recipe, out, saves=7)
+    interrupted(monkeypatch, make_recipe(chosen, **fields), tmp_path / "other", saves=7)
+    shutil.copy(tmp_path / "other" / CHECKPOINT_FILE, out / CHECKPOINT_FILE)
+    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' belongs to another run\.\n.*" + text)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
@@ -285,7 +306,7 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
         return evaluate(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN._Every, "is_due", lambda _: next(steps) == STEPS + 2)
+        patch.setattr(TRAIN._Interval, "is_due", lambda _: next(steps) == STEPS + 2)
         patch.setattr(TRAIN, "evaluate", three_times)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU)
@@ -303,7 +324,7 @@ def test_stores_are_read_as_when_the_run_began(tmp_path, monkeypatch, stores):
     monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
     recipe = make_recipe(stores[:2], **STUDENT)
     choices = iter(["windowed", "windowed"])
-    monkeypatch.setattr(COURSE, "choose_reading", lambda *_: next(choices))
+    monkeypatch.setattr(TEACHER_STORES, "choose_reading", lambda *_: next(choices))
     train(recipe, tmp_path / "once", device=CPU)
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=7)
     train(recipe, tmp_path / "o", device=CPU, resume=True)
@@ -358,17 +379,11 @@ def server(log):
             process.kill()
 
 
-def start(process, words):
-    process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+def run(process, words, moment=None):
+    """Exit status of a command, which may die before a rename, given as (number, name)."""
+    process.stdin.write(json.dumps([[str(word) for word in words], moment]) + "\n")
     process.stdin.flush()
     return int(process.stdout.readline())
-
-
-def wait_until(condition, log, seconds=100):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, log.read_text()[-2000:]
-        time.sleep(0.0005)
 
 
 def kill_and_resume(folder, recipe, *, kills, seed):
@@ -376,32 +391,19 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     (folder / "recipe.yaml").write_text(write_yaml(recipe.model_dump(mode="json")))
     log, out, once = folder / "log", folder / "o", folder / "once"
     words = ["train", folder / "recipe.yaml", "--device", "cpu", "--threads", 1]
+    again = [*words, "--out", out, "--resume"]
     rng = np.random.default_rng(seed)
-    checkpoint = out / CHECKPOINT_FILE
-
-    def version():
-        return checkpoint.stat().st_ino if checkpoint.exists() else None
-
     with server(log) as process:
-        start(process, [*words, "--out", once])
-        assert process.stdout.readline().strip() == "0", log.read_text()
+        assert run(process, [*words, "--out", once]) == 0, log.read_text()
         # The first dies before there is a checkpoint.
-        child = start(process, [*words, "--out", out, "--resume"])
-        wait_until(lambda: (out / "best.safetensors").exists(), log)
-        os.kill(child, signal.SIGKILL)
-        landed = [int(process.stdout.readline())]
-        assert not checkpoint.exists()
+        assert run(process, again, (1, "best.safetensors")) == signal.SIGKILL
+        assert not (out / CHECKPOINT_FILE).exists()
         for _ in range(kills):
-            child = start(process, [*words, "--out", out, "--resume", "--checkpoint-seconds", 0])
-            for _ in range(int(rng.integers(1, 5))):
-                last = version()
-                wait_until(lambda last=last: version() != last, log)
-            time.sleep(rng.uniform(0, 0.004))
-            os.kill(child, signal.SIGKILL)
-            landed.append(int(process.stdout.readline()))
-        assert set(landed) == {signal.SIGKILL}, "a run was over before it was killed"
-        start(process, [*words, "--out", out, "--resume"])
-        assert process.stdout.readline().strip() == "0", log.read_text()
+            moment = (int(rng.integers(2, 6)), CHECKPOINT_FILE)
+            assert run(process, [*again, "--checkpoint-seconds", 0], moment) == signal.SIGKILL, (
+                log.read_text()
+            )
+        assert run(process, again) == 0, log.read_text()
     found = re.findall(r"resuming .* in epoch (\d+) after (\d+) batches", log.read_text())
     positions = [(int(epoch), int(batches)) for epoch, batches in found]
     assert len(positions) == kills

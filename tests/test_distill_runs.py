@@ -1,6 +1,8 @@
 """Run folders: what is in them, training them again to the last bit, and refusing unfinished ones."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -12,11 +14,12 @@ from safetensors.torch import load_file
 from coursepack.data import open_source, view_fingerprint, view_recipe
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
-from coursepack.distill.complete import complete
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.train import train
+from coursepack.distill.recipe import resolve_objective
+from coursepack.distill.runs.folder import RunFolder, load_run
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
-from coursepack.models import load_teacher
+from coursepack.models import build_network, load_teacher
 
 NAMES = {
     *("recipe.yaml", "provenance.json", "network.yaml", "metrics.jsonl"),
@@ -112,7 +115,7 @@ def test_flags_replace_what_a_recipe_says(tmp_path, run):
          "--set", "objective.hard_weight=0.5", "--set", "batch_size=32", "--out", tmp_path / "o")  # fmt: skip
     changed = load_run(tmp_path / "o").recipe
     assert (changed.seed, changed.epochs, changed.batch_size) == (6, 1, 32)
-    assert (changed.optimiser.lr, changed.optimiser.momentum) == (0.1, 0.9)
+    assert (changed.optimizer.lr, changed.optimizer.momentum) == (0.1, 0.9)
     told = changed.objective
     assert (told.temperature, told.hard_weight, told.soft_weight) == (2.0, 0.5, 0.9)
     assert changed.limit == 200, "what no flag names stays"
@@ -134,7 +137,7 @@ def test_with_stores_the_method_source_and_view_go_without_saying(tmp_path, stor
 
 def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
     evaluations = iter([{"accuracy": 0.5, "nll": 1.0}])
-    module = sys.modules["coursepack.distill.train"]  # the package's `train` is the function
+    module = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(evaluations))
     with pytest.raises(StopIteration):
         train(make_recipe(limit=100, epochs=3), tmp_path / "o", device=CPU)
@@ -144,7 +147,10 @@ def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(distill, words)
         assert result.exit_code == 1
-        assert result.stderr == "Error: run 'o' is unfinished: go on with --resume, or --overwrite it\n"
+        assert (
+            result.stderr
+            == "Error: run 'o' is unfinished: continue it with --resume, or replace it with --overwrite\n"
+        )
     with pytest.raises(RunError, match="has no trained weights: it is unfinished"):
         load_teacher("run:o", open_source("digits").class_names)
 
@@ -163,7 +169,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
 
 
 def test_a_diverged_run_stays_unfinished(tmp_path):
-    recipe = make_recipe(limit=200, epochs=3, optimiser={"lr": 1e30})
+    recipe = make_recipe(limit=200, epochs=3, optimizer={"lr": 1e30})
     with pytest.raises(
         TrainingDiverged, match=r"diverged in epoch 0: \w+ is (nan|inf)\. Use a smaller --lr than 1e"
     ):
@@ -187,7 +193,7 @@ def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
 
 def scripted(monkeypatch, accuracies):
     """Have evaluations say these; returns the epochs that were over at each."""
-    module, asked = sys.modules["coursepack.distill.train"], iter(accuracies)
+    module, asked = sys.modules["coursepack.distill.runs.train"], iter(accuracies)
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"accuracy": next(asked), "nll": 1.0})
 
 
@@ -235,15 +241,15 @@ def test_patience_counts_evaluations(tmp_path, monkeypatch):
 
 
 FLAGS = {
-    "--optimiser adamw": ("optimiser.name", "adamw"),
-    "--lr 0.01": ("optimiser.lr", 0.01),
-    "--lr-schedule cosine": ("optimiser.schedule.shape", "cosine"),
-    "--lr-schedule step --milestones 1,2": ("optimiser.schedule.milestones", (1, 2)),
-    "--warmup-epochs 0.5": ("optimiser.schedule.warmup_epochs", 0.5),
-    "--momentum 0.5": ("optimiser.momentum", 0.5),
-    "--weight-decay 0.1": ("optimiser.weight_decay", 0.1),
-    "--clip 2": ("optimiser.clip", 2.0),
-    "--ema 0.9": ("optimiser.ema", 0.9),
+    "--optimizer adamw": ("optimizer.name", "adamw"),
+    "--lr 0.01": ("optimizer.lr", 0.01),
+    "--lr-schedule cosine": ("optimizer.schedule.shape", "cosine"),
+    "--lr-schedule step --milestones 1,2": ("optimizer.schedule.milestones", (1, 2)),
+    "--warmup-epochs 0.5": ("optimizer.schedule.warmup_epochs", 0.5),
+    "--momentum 0.5": ("optimizer.momentum", 0.5),
+    "--weight-decay 0.1": ("optimizer.weight_decay", 0.1),
+    "--clip 2": ("optimizer.clip", 2.0),
+    "--ema 0.9": ("optimizer.ema", 0.9),
     "--accumulate 2": ("accumulate", 2),
     "--patience 3": ("patience", 3),
     "--evaluate-every 2": ("evaluate_every", 2),
@@ -254,9 +260,9 @@ FLAGS = {
     "--compile": ("compile", True),
     "--label-smoothing 0.1": ("objective.label_smoothing", 0.1),
     "--hard-weight 0.5": ("objective.hard_weight", 0.5),
-    "--set optimiser.betas=[0.8,0.9]": ("optimiser.betas", (0.8, 0.9)),
-    "--set optimiser.nesterov=false": ("optimiser.nesterov", False),
-    "--set optimiser.schedule.end=0.1": ("optimiser.schedule.end", 0.1),
+    "--set optimizer.betas=[0.8,0.9]": ("optimizer.betas", (0.8, 0.9)),
+    "--set optimizer.nesterov=false": ("optimizer.nesterov", False),
+    "--set optimizer.schedule.end=0.1": ("optimizer.schedule.end", 0.1),
 }
 
 
@@ -267,7 +273,7 @@ def test_each_flag_lands_in_the_recipe(tmp_path, monkeypatch):
         given.append((recipe, how))
         return {"epoch": 0, "evaluation": {"accuracy": 0.5, "nll": 1.0}}
 
-    monkeypatch.setattr(sys.modules["coursepack.distill.cli"], "train", spied)
+    monkeypatch.setattr(sys.modules["coursepack.distill.cli.train"], "train", spied)
     words = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--out", "new")
     call(*words)
     plain, how = given.pop()
@@ -295,5 +301,37 @@ def test_the_command_says_how_many_epochs_it_took(tmp_path, monkeypatch):
 def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
     """A source's first split is the one to train on: a recipe that names none says which it means."""
     values = {"student": "digits-small", "source": "digits", "view": "digits"}
-    assert complete(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
-    assert complete(dict(values), "here").evaluation == "digits:test"
+    assert resolve_recipe(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
+    assert resolve_recipe(dict(values), "here").evaluation == "digits:test"
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        ("amtml", {"fusion": {"joint_epochs": 3}}),
+        ("best", {"fusion": {"teacher": 0}}),
+        ("dtd-flsw", {"dynamic_temperature": {"kind": "flsw", "lowest": 5.0}}),
+    ],
+)
+def test_numbers_are_judged_beside_those_of_their_method(stores, method, objective):
+    values = {"student": "digits-small", "stores": [str(stores[0])], "method": method}
+    recipe = resolve_recipe({**values, "objective": objective}, "here")
+    assert recipe.objective == resolve_objective(method, objective, "here", classes=10)
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "o", overwrite=False, resume=False)
+    folder.begin(make_recipe(), {}, build_network("digits-small", 10), overwrite=False)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    writes = {
+        "metrics.jsonl": lambda: folder.log({"epoch": 0}),
+        "best.safetensors": lambda: folder.keep_best(build_network("digits-small", 10)),
+    }
+    for name, write in writes.items():
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write()
+        assert error.value.filename == str(tmp_path / "o" / name)

@@ -3,16 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import CPU, make_recipe
+from builders import CPU, loss_inputs, make_recipe
 
 from coursepack.data import view_recipe
-from coursepack.distill.facts import Moment
+from coursepack.distill.losses.base import Step
+from coursepack.distill.losses.label import cross_entropy
 from coursepack.distill.methods import METHODS
-from coursepack.distill.objective import Objective, cross_entropy
-from coursepack.distill.prepare import prepare
+from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.schedule import value_at
-from coursepack.distill.targets import Targets
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.targets.base import Targets
+from coursepack.distill.training.state import make_state
 from coursepack.kernels import MixedLabels
 
 
@@ -48,14 +50,14 @@ def test_label_smoothing_is_torchs(method, mixed):
         labels = MixedLabels(labels, labels.flip(0), torch.rand(16, generator=generator))
     config = resolve_objective(method, {"label_smoothing": 0.2}, "test")
     targets = None if method == "supervised" else Targets(list(teachers))
-    value = Objective(config)(student, labels, targets)
+    value = Objective(config)(loss_inputs(student, labels, targets))
     value.loss.backward()
     known = (teachers, config.hard_weight) if method == "kd" else (None, 1.0)
     want, gradient = float64_reference(student, known[0], labels, known[1], 0.2)
     torch.testing.assert_close(value.loss.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(student.grad.double(), gradient, rtol=1e-4, atol=1e-7)
     assert "label_smoothing" in value.terms
-    plain = Objective(METHODS[method].objective)(student, labels, targets)
+    plain = Objective(METHODS[method].objective)(loss_inputs(student, labels, targets))
     assert "label_smoothing" not in plain.terms
 
 
@@ -71,7 +73,7 @@ def test_label_smoothing_follows_the_schedule_of_the_hard_weight(method):
     objective = Objective(config)
     seen = []
     for epoch in range(6):
-        value = objective(student, labels, targets, moment=Moment(epoch))
+        value = objective(loss_inputs(student, labels, targets, step=Step(epoch)))
         hard = value_at(config.hard_weight, epoch)
         seen.append(hard)
         want, _ = float64_reference(student, teachers if targets else None, labels, hard, 0.1)
@@ -86,7 +88,7 @@ def test_mixed_views_are_learned_with_smoothed_labels(stores):
     run = prepare(make_recipe(view=view, objective={"label_smoothing": 0.3}, limit=None), CPU)
     batch = next(run.batches(0))
     assert isinstance(batch.labels, MixedLabels)
-    output = run.trainee().learner(batch, None)
+    output = make_state(run).learner(batch, None)
     want, _ = float64_reference(output.student_logits, None, batch.labels, 1.0, 0.3)
     torch.testing.assert_close(output.value.loss.detach().double(), want, rtol=1e-5, atol=1e-6)
     plain = cross_entropy(output.student_logits, batch.labels).mean()
@@ -100,6 +102,6 @@ def test_a_sample_without_a_label_has_nothing_to_smooth(method):
     labels = torch.tensor([1, -100, 3, -100, 5, 6])
     objective = Objective(resolve_objective(method, {"label_smoothing": 0.2, "hard_weight": 1.0}, "test"))
     targets = None if method == "supervised" else Targets([student.detach().clone()])
-    value = objective(student, labels, targets)
+    value = objective(loss_inputs(student, labels, targets))
     want = F.cross_entropy(student, labels, label_smoothing=0.2, reduction="none").mean()
     torch.testing.assert_close(value.loss, want, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -13,9 +12,9 @@ from builders import CPU
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.sweep import read_grid, student_name, sweep
-from coursepack.distill.train import train
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.sweep import read_grid, student_name, sweep
+from coursepack.distill.runs.train import train
 from coursepack.errors import CoursepackError, RecipeError, RunError, TrainingDiverged
 
 
@@ -30,7 +29,7 @@ def methods_grid(tmp_path, stores):
     """Eight students in two groups of four that see the same batches."""
     grid = {"objective.temperature": [1, 4], "seed": [0, 1], "student": ["digits-small", "digits-cnn"]}
     common = {"stores": [str(store) for store in stores[:2]], "epochs": 2, "limit": 200}
-    return write_grid(tmp_path, grid, method="kd", optimiser={"lr": 0.02}, **common)
+    return write_grid(tmp_path, grid, method="kd", optimizer={"lr": 0.02}, **common)
 
 
 def assert_same_runs(got, want):
@@ -56,11 +55,11 @@ def test_students_of_several_methods_share_batches_and_targets(tmp_path, stores)
     grid = {
         "method": ["random", "amtml", "ka-ps"],
         "patience": [1, None],
-        "optimiser.name": ["sgd", "adamw"],
+        "optimizer.name": ["sgd", "adamw"],
     }
     path = write_grid(
         tmp_path, grid, student="digits-small", stores=[str(s) for s in stores], epochs=3, limit=100,
-        optimiser={"lr": 0.001},
+        optimizer={"lr": 0.001},
     )  # fmt: skip
     students = read_grid(path)
     sweep(students, tmp_path / "swept", device=CPU, together=len(students))
@@ -92,7 +91,7 @@ def test_pixels_that_no_student_can_take_are_refused_before_the_first(tmp_path, 
 def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):
     students = [student for student in read_grid(methods_grid) if student.recipe.seed == 0]
     asked = []
-    module = sys.modules["coursepack.distill.targets"]
+    module = sys.modules["coursepack.distill.targets.stores"]
     fetch = module.CachedTargets.fetch
     monkeypatch.setattr(
         module.CachedTargets,
@@ -105,7 +104,7 @@ def test_views_are_rendered_once_for_all(tmp_path, methods_grid, monkeypatch):
 
 
 def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
-    grid = {"optimiser.lr": [0.05, 1.0e30, 0.02]}
+    grid = {"optimizer.lr": [0.05, 1.0e30, 0.02]}
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
     path = write_grid(tmp_path, grid, **common)
     result = CliRunner().invoke(
@@ -124,11 +123,11 @@ def test_one_that_diverges_takes_no_other_with_it(tmp_path, stores):
 
 def test_students_beside_one_that_diverges_stay_together(tmp_path, stores, monkeypatch):
     """Without a single checkpoint, they go on from where they were; nobody is trained twice."""
-    grid = {"optimiser.lr": [0.05, 1.0e9, 0.02]}
+    grid = {"optimizer.lr": [0.05, 1.0e9, 0.02]}
     path = write_grid(
         tmp_path, grid, student="digits-small", stores=[str(stores[0])], epochs=3, limit=100
     )  # fmt: skip
-    module, groups = sys.modules["coursepack.distill.sweep"], []
+    module, groups = sys.modules["coursepack.distill.runs.sweep"], []
     train_together = module.train_together
     monkeypatch.setattr(
         module,
@@ -146,7 +145,7 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
     """What others of its group run into later cannot take it away."""
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 4, "limit": 100}
     path = write_grid(tmp_path, {"patience": [1, None]}, **common)
-    module = sys.modules["coursepack.distill.train"]
+    module = sys.modules["coursepack.distill.runs.train"]
 
     def never_better(network, source, device, **_):
         if (tmp_path / "o" / "patience=1" / "student.safetensors").is_file():
@@ -162,14 +161,15 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
 def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, monkeypatch):
     """How stores are read is decided when a run begins: another group decides for itself."""
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 2, "limit": 100}
-    students = read_grid(write_grid(tmp_path, {"optimiser.lr": [0.05, 0.02]}, **common))
+    students = read_grid(write_grid(tmp_path, {"optimizer.lr": [0.05, 0.02]}, **common))
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["coursepack.distill.course"], "choose_reading", lambda *_: "mapped")
-        patched.setattr(sys.modules["coursepack.distill.train"], "evaluate", killed)
+        opening = sys.modules["coursepack.distill.targets.teacher_stores"]
+        patched.setattr(opening, "choose_reading", lambda *_: "mapped")
+        patched.setattr(sys.modules["coursepack.distill.runs.train"], "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep(students[1:], tmp_path / "o", device=CPU, checkpoint_seconds=0)
     assert sweep(students, tmp_path / "o", device=CPU, together=2, resume=True) == {}
@@ -182,24 +182,20 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
 def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
     students = read_grid(methods_grid)
     sweep(students, tmp_path / "whole", device=CPU, together=2)
-    command = [
-        sys.executable, "-c", "from coursepack.distill.cli import main; main()", "sweep", str(methods_grid),
-        "--out", str(tmp_path / "killed"), "--together", "2", "--resume", "--json",
-        "--checkpoint-seconds", "0",
+    words = [
+        "sweep", str(methods_grid), "--out", str(tmp_path / "killed"), "--together", "2", "--resume",
+        "--json", "--checkpoint-seconds", "0",
     ]  # fmt: skip
-    kills = 0
-    for wait in (3.5, 4.5, 5.5, 120):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        deadline = time.monotonic() + wait
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        told = process.communicate()[0]
-    assert process.returncode == 0
-    assert kills > 0
-    assert [group["runs"] for group in json.loads(told)] == [2, 2, 2, 2], "two seeds of each"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Of 64 checkpoints in all: with the first two students, with later ones, with those after them.
+    for checkpoint in (5, 20, 20, None):
+        code = "from coursepack.distill.cli import main; "
+        if checkpoint is not None:
+            code += f"from moments import at_rename, die; at_rename({checkpoint}, die, 'checkpoint.pt'); "
+        command = [sys.executable, "-c", f"{code}main()", *words]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        assert done.returncode == (0 if checkpoint is None else -signal.SIGKILL), done.stderr
+    assert [group["runs"] for group in json.loads(done.stdout)] == [2, 2, 2, 2], "two seeds of each"
     for student in students:
         assert_same_runs(tmp_path / "killed" / student.name, tmp_path / "whole" / student.name)
 
@@ -228,9 +224,9 @@ def test_another_grid_with_the_same_names_is_refused(tmp_path, stores):
     ("settings", "name"),
     [
         ({"student": "digits-cnn", "seed": 3}, "student=digits-cnn,seed=3"),
-        ({"optimiser.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
+        ({"optimizer.schedule.shape": "cosine", "ema": None}, "shape=cosine,ema=null"),
         ({"student": "torchvision:resnet18"}, "student=torchvision-resnet18"),
-        ({"optimiser.name": "sgd", "fusion.name": "best"}, "optimiser.name=sgd,fusion.name=best"),
+        ({"optimizer.name": "sgd", "fusion.name": "best"}, "optimizer.name=sgd,fusion.name=best"),
         ({"stores": ["a.zarr", "b.zarr"]}, "stores=a.zarr-b.zarr"),
     ],
 )

@@ -6,30 +6,31 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import CPU, make_recipe, write_store
+from builders import CPU, loss_inputs, make_recipe, write_store
 from reference.methods import calibration_error
 
 from coursepack.data import Batch, open_source
-from coursepack.distill.evaluate import evaluate
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
-from coursepack.distill.prepare import opening, prepare
-from coursepack.distill.targets import Targets
-from coursepack.distill.train import train_epoch
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.targets.base import Targets
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing
 
 
 def step_losses(run, steps, batches=None):
     """The loss of each of a fresh student's first steps."""
-    trainee = run.trainee()
+    state = make_state(run)
     losses = []
     stream = batches or itertools.chain.from_iterable(run.batches(epoch) for epoch in itertools.count())
     for batch in itertools.islice(stream, steps):
-        output = trainee.learner(batch, None if run.targets is None else run.targets.fetch(batch))
-        trainee.optimiser.zero_grad()
+        output = state.learner(batch, None if run.targets is None else run.targets.fetch(batch))
+        state.optimizer.zero_grad()
         output.value.loss.backward()
-        trainee.optimiser.step()
+        state.optimizer.step()
         losses.append(output.value.loss.item())
     assert len(losses) == steps
     return np.array(losses)
@@ -129,7 +130,7 @@ def test_epochs_shuffle_anew_and_seeds_differ(stores):
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, elsewhere)
-    one, two = run.trainee().learner, other.trainee().learner
+    one, two = make_state(run).learner, make_state(other).learner
     assert not torch.equal(next(one.parameters()), next(two.parameters()))
 
 
@@ -147,7 +148,7 @@ def test_a_partly_committed_store_trains_on_what_is_committed(tmp_path, stores, 
 
 def test_teacher_weights_choose_between_stores(stores):
     def losses(chosen, weights=None):
-        objective = None if weights is None else {"teacher_weights": weights}
+        objective = None if weights is None else {"fusion": {"weights": weights}}
         return step_losses(prepare(make_recipe(chosen, objective=objective), CPU), 25)
 
     first, second = losses(stores[:1]), losses(stores[1:2])
@@ -160,11 +161,11 @@ def test_teacher_weights_choose_between_stores(stores):
 
 def test_learners_on_one_stream_equal_learners_alone(stores):
     run = prepare(make_recipe(stores[:2], limit=200), CPU)
-    other = prepare(make_recipe(stores[:2], limit=200, optimiser={"lr": 0.01}, seed=3), CPU)
-    together = [run.trainee(), other.trainee()]
+    other = prepare(make_recipe(stores[:2], limit=200, optimizer={"lr": 0.01}, seed=3), CPU)
+    together = [make_state(run), make_state(other)]
     metrics = [train_epoch(together, run.batches(epoch), run.targets) for epoch in range(3)]
     for place, maker in enumerate((run, other)):
-        alone = maker.trainee()
+        alone = make_state(maker)
         for epoch in range(3):
             assert train_epoch([alone], run.batches(epoch), run.targets)[0] == metrics[epoch][place]
         assert_same_weights(weights_of(together[place].learner), weights_of(alone.learner))
@@ -172,11 +173,11 @@ def test_learners_on_one_stream_equal_learners_alone(stores):
 
 
 def test_metrics_of_an_epoch_are_means_over_samples():
-    run = prepare(make_recipe(limit=100, batch_size=64, optimiser={"lr": 1e-12}), CPU)
-    trainee = run.trainee()
-    metrics = train_epoch([trainee], run.batches(0), None)[0]
+    run = prepare(make_recipe(limit=100, batch_size=64, optimizer={"lr": 1e-12}), CPU)
+    state = make_state(run)
+    metrics = train_epoch([state], run.batches(0), None)[0]
     logits, labels = zip(
-        *((trainee.learner.predict(batch).detach(), batch.labels) for batch in run.batches(0)), strict=True
+        *((state.learner.logits(batch).detach(), batch.labels) for batch in run.batches(0)), strict=True
     )
     logits, labels = torch.cat(logits), torch.cat(labels)
     assert metrics["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
@@ -199,16 +200,15 @@ def test_kd_is_hintons_formula():
     want = (0.9 * 4**2 * divergence + 0.1 * hard).mean()
 
     targets = Targets([torch.from_numpy(teacher).float() for teacher in teachers])
-    value = Objective(METHODS["kd"].objective)(
-        torch.from_numpy(student).float(), torch.from_numpy(labels), targets
-    )
+    inputs = loss_inputs(torch.from_numpy(student).float(), torch.from_numpy(labels), targets)
+    value = Objective(METHODS["kd"].objective)(inputs)
     assert float(value.loss) == pytest.approx(want, rel=1e-5)
     assert {name: float(term) for name, term in value.terms.items()} == {"soft_target": float(value.loss)}
 
 
 def test_supervised_is_cross_entropy():
     logits, labels = torch.randn(16, 10, generator=torch.manual_seed(0)), torch.arange(16) % 10
-    value = Objective(METHODS["supervised"].objective)(logits, labels, None)
+    value = Objective(METHODS["supervised"].objective)(loss_inputs(logits, labels))
     assert float(value.loss) == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
     assert list(value.terms) == ["cross_entropy"]
 
@@ -280,12 +280,12 @@ def test_shuffled_views_come_once_per_round_in_another_order_each(stores):
     assert turns(views=6, epochs=24)[1] == seen
     assert turns(views=6, epochs=24, seed=1)[1] != seen
     assert all(set(batch.views) == set(seen[8]) for batch in run.batches(8))
-    assert opening(run).endswith(
+    assert describe_setup(run).endswith(
         "; 6 views in random order, one per epoch, all seen again in another order after 6 epochs"
     )
-    assert opening(turns(views=6)[0]).endswith("; 6 views in random order, one per epoch")
+    assert describe_setup(turns(views=6)[0]).endswith("; 6 views in random order, one per epoch")
     cyclic = prepare(make_recipe(views=6, epochs=24), CPU)
-    assert opening(cyclic).endswith(
+    assert describe_setup(cyclic).endswith(
         "; 6 views in turn, one per epoch, all seen again in the same order after 6 epochs"
     )
     _, seen = turns(views=6, views_per_load=2)

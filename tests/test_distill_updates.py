@@ -1,4 +1,4 @@
-"""Updates against a plain loop with torch's optimisers: steps, schedules, clipping, averages, parts."""
+"""Updates against a plain loop with torch's optimizers: steps, schedules, clipping, averages, parts."""
 
 import copy
 import itertools
@@ -9,22 +9,15 @@ from builders import CPU, make_recipe
 from safetensors.torch import load_file
 
 from coursepack.data import open_source
-from coursepack.distill.evaluate import evaluate
-from coursepack.distill.prepare import prepare
-from coursepack.distill.run_folder import load_run
-from coursepack.distill.smoke import smoke_recipe
-from coursepack.distill.train import train, train_epoch
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.smoke import smoke_recipe
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.models import build_network
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches_of(run, epochs=3):
@@ -32,30 +25,30 @@ def batches_of(run, epochs=3):
 
 
 def trained(run, epochs=3):
-    """A trainee after some epochs, and what its updates were given."""
-    trainee = run.trainee()
+    """A state after some epochs, and what its updates were given."""
+    state = make_state(run)
     for epoch in range(epochs):
-        train_epoch([trainee], run.batches(epoch), run.targets, epoch, parts=run.recipe.accumulate)
-    return trainee
+        train_epoch([state], run.batches(epoch), run.targets, epoch, micro_batches=run.recipe.accumulate)
+    return state
 
 
 def plain_loop(run, make, *, clip=None, each=None):
-    """The same training written by hand, with an optimiser of torch's; returns learner and norms."""
-    learner = run.trainee().learner
-    optimiser = make(learner)
+    """The same training written by hand, with an optimizer of torch's; returns learner and norms."""
+    learner = make_state(run).learner
+    optimizer = make(learner)
     norms = []
     for step, batch in enumerate(batches_of(run)):
         targets = None if run.targets is None else run.targets.fetch(batch)
         loss = learner(batch, targets).value.loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         if clip is not None:
             norms.append(sum(float(p.grad.double().square().sum()) for p in learner.parameters()) ** 0.5)
             for parameter in learner.parameters():
                 parameter.grad *= min(1.0, clip / (norms[-1] + 1e-6))
-        optimiser.step()
+        optimizer.step()
         if each is not None:
-            each(step, learner.network.module, optimiser)
+            each(step, learner.network.module, optimizer)
     return learner, norms
 
 
@@ -88,15 +81,15 @@ def assert_close(got, want, **tolerance):
     ids=["nesterov", "momentum", "plain", "adamw"],
 )
 def test_updates_are_those_of_a_plain_loop(fields, make):
-    run = prepare(make_recipe(limit=300, student="digits-mlp", optimiser=fields), CPU)
+    run = prepare(make_recipe(limit=300, student="digits-mlp", optimizer=fields), CPU)
     plain, _ = plain_loop(run, lambda learner: make(learner.parameters()))
     assert_close(trained(run).learner, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_fusions_latents_do_not_decay(stores, name):
-    optimiser = {"name": name, "lr": 0.01, "weight_decay": 0.5}
-    run = prepare(make_recipe(stores, method="amtml", limit=200, optimiser=optimiser), CPU)
+    optimizer = {"name": name, "lr": 0.01, "weight_decay": 0.5}
+    run = prepare(make_recipe(stores, method="amtml", limit=200, optimizer=optimizer), CPU)
 
     def make(learner):
         latents = [value for key, value in learner.named_parameters() if key.startswith("objective.fusion")]
@@ -113,18 +106,18 @@ def test_the_fusions_latents_do_not_decay(stores, name):
 
 def test_a_schedule_sets_the_rate_of_every_step():
     fields = {"lr": 0.2, "schedule": {"shape": "one_cycle"}}
-    run = prepare(make_recipe(limit=300, epochs=3, optimiser=fields), CPU)
+    run = prepare(make_recipe(limit=300, epochs=3, optimizer=fields), CPU)
     steps = run.steps_per_epoch * 3
     schedule = {}
 
     def make(learner):
-        optimiser = nesterov(learner.parameters(), 0.2)
+        optimizer = nesterov(learner.parameters(), 0.2)
         schedule["one"] = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, 0.2, total_steps=steps, cycle_momentum=False
+            optimizer, 0.2, total_steps=steps, cycle_momentum=False
         )
-        return optimiser
+        return optimizer
 
-    def step(number, _module, _optimiser):
+    def step(number, _module, _optimizer):
         if number + 1 < steps:
             schedule["one"].step()
 
@@ -133,7 +126,7 @@ def test_a_schedule_sets_the_rate_of_every_step():
 
 
 def test_clipping_limits_the_norm_of_all_gradients_together(stores):
-    recipe = make_recipe(stores[:2], method="amtml", limit=300, optimiser={"clip": 2.9, "lr": 0.01})
+    recipe = make_recipe(stores[:2], method="amtml", limit=300, optimizer={"clip": 2.9, "lr": 0.01})
     run = prepare(recipe, CPU)
 
     def make(learner):
@@ -150,11 +143,11 @@ def test_clipping_limits_the_norm_of_all_gradients_together(stores):
 
 
 def test_the_average_follows_the_formula_and_is_what_is_evaluated_and_kept(tmp_path):
-    recipe = make_recipe(limit=300, epochs=3, student="digits-resnet", optimiser={"ema": 0.8})
+    recipe = make_recipe(limit=300, epochs=3, student="digits-resnet", optimizer={"ema": 0.8})
     run = prepare(recipe, CPU)
     averages = []
 
-    def follow(step, module, _optimiser):
+    def follow(step, module, _optimizer):
         now = {name: value.clone() for name, value in module.state_dict().items()}
         if step > 0:
             now = {
@@ -195,35 +188,35 @@ def evaluated(weights, student="digits-resnet"):
 
 
 def test_an_average_is_restored():
-    run = prepare(make_recipe(limit=100, optimiser={"ema": 0.9}), CPU)
-    trainee = trained(run)
-    state = copy.deepcopy(trainee.state())
-    again = run.trainee()
+    run = prepare(make_recipe(limit=100, optimizer={"ema": 0.9}), CPU)
+    state = trained(run)
+    state = copy.deepcopy(state.state())
+    again = make_state(run)
     again.restore(state)
-    assert_close(again.average, trainee.average, rtol=0, atol=0)
-    for each in (trainee, again):
+    assert_close(again.average, state.average, rtol=0, atol=0)
+    for each in (state, again):
         train_epoch([each], run.batches(3), None, 3)
-    assert_close(again.average, trainee.average, rtol=0, atol=0)
+    assert_close(again.average, state.average, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["supervised", "kd", "random", "amtml"])
 def test_gradients_of_parts_are_those_of_the_batch(stores, method):
     chosen = () if method == "supervised" else stores
-    objective = {"relations": {"angle": 0}} if method == "amtml" else {}
+    objective = {"terms": {"angle": None}} if method == "amtml" else {}
 
     def after(parts):
         recipe = make_recipe(
             chosen, method=method, objective=objective, accumulate=parts, limit=100, batch_size=30
         )
         run = prepare(recipe, CPU)
-        trainee = run.trainee()
-        metrics = train_epoch([trainee], run.batches(0), run.targets, parts=parts)[0]
-        return trainee, metrics
+        state = make_state(run)
+        metrics = train_epoch([state], run.batches(0), run.targets, micro_batches=parts)[0]
+        return state, metrics
 
     whole, metrics = after(1)
     for parts in (2, 7, 30):
-        trainee, told = after(parts)
-        assert_close(trainee.learner, whole.learner, rtol=1e-4, atol=1e-6)
+        state, told = after(parts)
+        assert_close(state.learner, whole.learner, rtol=1e-4, atol=1e-6)
         assert told["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
         assert told["accuracy"] == pytest.approx(metrics["accuracy"])
 
@@ -232,18 +225,18 @@ def test_parts_are_refused_where_samples_depend_on_each_other(stores):
     for method, text in (("amtml", "angle"), ("dtd-flsw", "dynamic_temperature")):
         with pytest.raises(RecipeError, match=rf"accumulate is 2, but method '{method}' relates.*{text}"):
             prepare(make_recipe(stores, method=method, accumulate=2), CPU)
-    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a part needs a sample"):
+    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a micro-batch"):
         prepare(make_recipe(accumulate=65), CPU)
 
 
 def test_a_smoke_run_takes_whatever_an_update_may_be(tmp_path):
     fields = {"accumulate": 32, "patience": 1, "evaluate_every": 5, "precision": "float16"}
-    optimiser = {
+    optimizer = {
         "name": "adamw",
         "schedule": {"shape": "step", "milestones": [30]},
         "ema": 0.999,
         "clip": 1.0,
     }
-    recipe = make_recipe(**fields, optimiser=optimiser)
+    recipe = make_recipe(**fields, optimizer=optimizer)
     metrics = train(smoke_recipe(recipe, tmp_path), tmp_path / "o", device=CPU)
     assert (metrics["epoch"], "evaluation" in metrics) == (1, True)

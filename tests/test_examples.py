@@ -1,14 +1,12 @@
-"""Whatever help and examples show, runs: the commands in the help texts, the demo, every benchmark."""
+"""Whatever help and examples show, runs: the commands in the help texts, the demo."""
 
-import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from benchmark_rows import check_rows
 from builders import write_store, write_teacher
 from click.testing import CliRunner
 
@@ -17,8 +15,6 @@ from coursepack.precompute.cli import main as precompute
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {"distill": distill, "precompute": precompute}
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
-ROW = ["id", "value", "low", "high", "unit", "n", "config", "bar", "holds"]
 
 
 def unbroken(text):
@@ -37,20 +33,12 @@ def examples():
     return found
 
 
-@pytest.fixture
-def sigterm():
-    """`precompute run` handles SIGTERM; give the test process its own handler back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 def expanded(word):
     """What a shell makes of a word."""
     return sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
 
 
-def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch, sigterm):
+def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     lines = examples()
     assert all(line.startswith(f"{command} ") for command, of in lines.items() for line in of)
     # A teacher is trained, then its store is written, then students are trained, looked at and compared.
@@ -89,44 +77,6 @@ def test_help_shows_examples_one_per_line():
         assert all(f"  {line}\n" in shown for line in lines), command
 
 
-def check_rows(path):
-    told = json.loads(path.read_text())
-    assert set(told) == {"machine", "rows"}
-    assert {"processor", "device", "threads", "python", "torch", "date"} <= set(told["machine"])
-    assert told["rows"]
-    assert len({(row["id"], json.dumps(row["config"])) for row in told["rows"]}) == len(told["rows"])
-    for row in told["rows"]:
-        assert list(row) == ROW
-        assert row["low"] <= row["value"] <= row["high"], row["id"]
-        assert row["unit"]
-        assert row["n"] >= 1
-        assert isinstance(row["config"], dict)
-        assert (row["bar"] is None) == (row["holds"] is None)
-        if row["bar"] is not None:
-            sign, limit = row["bar"].split()
-            assert sign in ("<=", ">=")
-            assert row["holds"] == (
-                row["value"] <= float(limit) if sign == "<=" else row["value"] >= float(limit)
-            )
-    return {row["id"] for row in told["rows"]}
-
-
-def test_there_are_benchmarks():
-    assert "epoch" in {path.stem for path in BENCHMARKS}
-
-
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_benchmarks_run(path, tmp_path):
-    command = [sys.executable, str(path), "--quick", "--json", str(tmp_path / "rows.json")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    # A bar that does not hold at the tiny size is no news: that is exit status 1, with all rows written.
-    assert result.returncode in (0, 1), result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    identifiers = check_rows(tmp_path / "rows.json")
-    assert all(identifier.split()[0] in result.stdout for identifier in identifiers)
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
-
-
 def test_the_demo_runs(tmp_path):
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / "demo.py"), "--quick"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -141,10 +91,16 @@ def test_the_demo_runs(tmp_path):
     out = tmp_path / "demo"
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     stores = {"mlp.zarr", "cnn.zarr", "resnet.zarr"}
-    assert {path.name for path in out.iterdir()} == stores | {"teachers", "runs", "demo.png", "epoch.json"}
+    assert {path.name for path in out.iterdir()} == stores | {"teachers", "runs", "demo.png", "rows.json"}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((out / "runs").iterdir())) == 2 * 2 * 2
-    check_rows(out / "epoch.json")
+    identifiers = check_rows(out / "rows.json")
+    assert identifiers > {
+        "teacher mlp",
+        "from stores, lr 0.03",
+        "seeds better from stores, lr 0.1",
+        "plain epoch",
+    }
     shown = [line for line in result.stderr.splitlines() if line.startswith("$ ")]
     assert len(shown) == 3 + 3 + 8
     for line in shown:

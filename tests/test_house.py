@@ -11,7 +11,10 @@ SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].split("\n") if line)
 """Package to folder."""
-COMMON = {f"coursepack.{name}" for name in ("errors", "canonical", "config", "console", "files", "own_code")}
+COMMON = {
+    f"coursepack.{name}"
+    for name in ("errors", "canonical", "config", "console", "device", "files", "imports", "locks", "parsing")
+}
 ALLOWED = {
     "common": COMMON,
     "kernels": {"coursepack.kernels"},
@@ -21,6 +24,11 @@ ALLOWED = {
     "distill": COMMON | {f"coursepack.{name}" for name in ("kernels", "data", "models", "distill")},
 }
 """What the modules of each folder may import of coursepack."""
+FLOORS = (
+    *("schedule", "distributed", "losses", "fusion", "objective_config", "finite", "objective", "methods"),
+    *("recipe", "renamed", "targets", "setup", "training", "runs", "cli"),
+)
+"""Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""
 SCRIPTS = ("tests", "examples", "benchmarks")
 SKIPPED = {".venv", "build", "demo", ".git", ".hypothesis"}
 MOST_LINES = 500
@@ -63,7 +71,7 @@ def test_imports_go_down_only(folder):
         "import coursepack.distill",
         "from coursepack.distill import train",
         "from coursepack import distill",
-        "from coursepack.distill.train import train",
+        "from coursepack.distill.runs.train import train",
         "def later():\n    from coursepack.distill import train",
         "if TYPE_CHECKING:\n    import coursepack.distill as d",
     ],
@@ -72,6 +80,27 @@ def test_every_spelling_of_an_import_is_seen(text):
     assert strangers(text, ALLOWED["precompute"])
     assert not strangers(text, ALLOWED["distill"])
     assert not strangers("import coursepackage\nimport numpy", set())
+
+
+def runtime_imports(path):
+    """Imports of a module that are not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return [name for name in imports_of(tree) if name.startswith("coursepack.distill.")]
+
+
+def test_rooms_of_distill_import_from_lower_ones():
+    rooms = {path.relative_to(ROOT / "distill").parts[0].removesuffix(".py") for path in sources("distill")}
+    assert rooms - {"__init__"} == set(FLOORS)
+    for path in sources("distill"):
+        room = path.relative_to(ROOT / "distill").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        floors = {name: FLOORS.index(name.split(".")[2]) for name in runtime_imports(path)}
+        above = [name for name, floor in floors.items() if floor > FLOORS.index(room)]
+        assert not above, path
 
 
 def test_nothing_is_imported_by_a_folders_own_name():

@@ -86,3 +86,34 @@ def test_each_package_loads_only_what_stands_below_it(told):
 def test_the_watch_sees_what_it_should(told):
     assert "open /dev/null" in told["canary"]["events"]
     assert any(event.startswith("socket") for event in told["canary"]["events"])
+
+
+WINDOWS = """
+import importlib, pkgutil, sys, tempfile
+from pathlib import Path
+
+# What these libraries do on such systems is theirs.
+import matplotlib, multiprocessing.util, numba, psutil, rich, sklearn, torch, torchvision, zarr
+
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import coursepack
+
+names = [module.name for module in pkgutil.walk_packages(coursepack.__path__, "coursepack.")]
+for name in names:
+    importlib.import_module(name)
+
+from coursepack.data.store.owners import Part, live_runs, owning
+from coursepack.distill.targets.reading import free_memory
+
+with tempfile.TemporaryDirectory() as folder, owning(Path(folder), Part()):
+    assert live_runs(Path(folder)) == []
+assert free_memory() > 0
+print(len(names))
+"""
+
+
+def test_every_module_imports_without_flock_and_limits_of_processes():
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", WINDOWS]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 100

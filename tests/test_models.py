@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 
 from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader
+from coursepack.device import pick_device
 from coursepack.errors import NonFiniteOutput, RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, NETWORKS, WEIGHTS_FILE, weights_fingerprint
-from coursepack.models.runner import TeacherOutput, check_finite, pick_device
 from coursepack.models.taps import tapped
+from coursepack.models.teacher import TeacherOutput, check_finite
+from coursepack.models.weights import without_prefix
 from coursepack.precompute import Job, run_job
 
 TEN = tuple("0123456789")
@@ -151,12 +154,10 @@ def test_taps_that_cannot_be_had():
     ):
         TeacherRunner(network, [Tap(("layer1.0.conf1",))])
     network.module.spare = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        TeacherMismatch, match="'digits-resnet' never runs its layer 'spare': tap another layer"
-    ):
+    with pytest.raises(TeacherMismatch, match="'digits-resnet' never runs layer 'spare': tap another layer"):
         TeacherRunner(network, [Tap(("spare",))]).run(pixels_of(1))
     attention = torch.nn.Sequential(torch.nn.LSTM(3, 4))
-    text = "layer '0' gives a tuple, expected one tensor"
+    text = "layer '0' returns a tuple, expected one tensor"
     with tapped(attention, ["0"]), pytest.raises(TeacherMismatch, match=text):
         attention(torch.zeros(2, 3))
     assert not attention[0]._forward_hooks
@@ -182,6 +183,12 @@ class Trap:
         return (exec, ("import pathlib; pathlib.Path('trapped').touch()",))
 
 
+def write_script(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is going away, but not the files that it wrote
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+
+
 UNREADABLE = {
     "code.pt": lambda file: torch.save({"head.weight": Trap()}, file),
     "code.pth": lambda file: file.write_bytes(pickle.dumps(Trap(), protocol=2)),
@@ -189,7 +196,11 @@ UNREADABLE = {
     "noise.pt": lambda file: file.write_bytes(b"PK\x03\x04 and so on"),
     "noise.safetensors": lambda file: file.write_bytes(b"\0" * 7),
     "list.pt": lambda file: torch.save([torch.zeros(2)], file),
-    "nested.pt": lambda file: torch.save({"model": {"head.weight": torch.zeros(2)}, "epoch": 3}, file),
+    "nested.pt": lambda file: torch.save({"weights": {"head.weight": torch.zeros(2)}, "epoch": 3}, file),
+    "nothing.pt": lambda file: torch.save({"model": {}, "epoch": 3}, file),
+    "two.pt": lambda file: torch.save({key: {"a": torch.zeros(2)} for key in ("model", "net")}, file),
+    "model.pt": lambda file: torch.save(torch.nn.Linear(2, 2), file),
+    "script.pt": write_script,
 }
 
 
@@ -202,12 +213,65 @@ def test_weights_files_that_are_not_weights_are_refused(tmp_path, monkeypatch, n
     assert not (tmp_path / "trapped").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.pt", "it holds torch.nn.modules.linear.Linear, expected only tensors."),
+        ("script.pt", "it holds TorchScript code, expected only tensors."),
+        (
+            "nested.pt",
+            "one of the keys state_dict, model_state_dict, model, net; it holds ['weights', 'epoch']",
+        ),
+        ("two.pt", "it holds 2 of them (model, net)"),
+        ("list.pt", "it holds a list"),
+    ],
+)
+def test_what_a_weights_file_holds_instead_is_said(tmp_path, name, text):
+    UNREADABLE[name](tmp_path / name)
+    with pytest.raises(TeacherMismatch) as refusal:
+        load_teacher("digits-cnn", TEN, weights=str(tmp_path / name))
+    said = str(refusal.value)
+    assert text in said
+    assert "weights_only" not in said, "torch's advice to run what the file says"
+    assert ("torch.save(model.state_dict(), 'weights.pt')" in said) == (name in ("model.pt", "script.pt"))
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_checkpoints_as_people_have_them(tmp_path, capsys, wrapper, prefix):
+    trained = build_network("digits-cnn", 10, seed=8)
+    state = {prefix + name: value for name, value in state_of(trained).items()}
+    file = tmp_path / "cnn.pt"
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3, "best": 0.5}, file)
+    loaded = load_teacher("digits-cnn", TEN, weights=str(file))
+    assert weights_fingerprint(loaded.module) == weights_fingerprint(trained.module)
+    said = capsys.readouterr().err
+    assert (f"{file}: using the state dict under {wrapper!r}" in said) == (wrapper is not None)
+    for part in ("module.", "_orig_mod."):
+        assert (f"{file}: removed the prefix {part!r} from the names of all layers" in said) == (
+            part in prefix
+        )
+
+
+def test_a_layer_that_is_called_module_keeps_its_name(tmp_path, capsys):
+    trained = torch.nn.ModuleDict({"module": torch.nn.Linear(2, 2)})
+    state = trained.state_dict()
+    assert without_prefix(state, trained, "f") is state
+    assert capsys.readouterr().err == ""
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    assert list(without_prefix(wrapped, trained, "f")) == list(state)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file(state_of(build_network("digits-mlp", 10)), file)
     with pytest.raises(TeacherMismatch, match=r"are not of network 'digits-cnn': missing \['conv1\.bias', "):
         load_teacher("digits-cnn", TEN, weights=str(file))
-    text = r"head\.(bias|weight) has shape \(10,.*\), expected \(7,.*\)"
+    text = (
+        r"head\.(bias|weight) has shape \(10,.*\), expected \(7,.*\)\. "
+        r"If the weights are for 10 classes, use --classes MAP to select the source's 7 of them"
+    )
     with pytest.raises(TeacherMismatch, match=text):
         load_teacher("digits-mlp", TEN[:7], weights=str(file))
     with pytest.raises(RecipeError, match=r"there are no weights at .*none"):
@@ -216,7 +280,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         RecipeError, match=r"teacher 'digits-mlp' has no weights: give --weights FILE \(\.saf"
     ):
         load_teacher("digits-mlp", TEN)
-    with pytest.raises(RecipeError, match="weights 'V1' are no file, and only torchvision's networks know"):
+    with pytest.raises(RecipeError, match="weights 'V1' are no file and no name of weights"):
         load_teacher("digits-mlp", TEN, weights="V1")
 
 
@@ -257,9 +321,7 @@ def test_run_folders(tmp_path):
     network = load_teacher(f"run:{folder}", TEN)
     assert (network.spec, network.weights_file) == ("digits-cnn", str(folder / WEIGHTS_FILE))
     assert load_teacher(f"run:{folder}", TEN, size=16).preprocessing.size == 16
-    with pytest.raises(
-        TeacherMismatch, match=r"tells 10 classes apart, but the source has 3 \(0, 1, 2, \.\.\.\)"
-    ):
+    with pytest.raises(TeacherMismatch, match=r"has 10 classes, but the source has 3 \(0, 1, 2, \.\.\.\)"):
         load_teacher(f"run:{folder}", TEN[:3])
     with pytest.raises(RecipeError, match="brings its own weights: leave --weights out"):
         load_teacher(f"run:{folder}", TEN, weights="w.pt")
@@ -286,7 +348,7 @@ def test_wrong_shape_of_logits_and_missing_device(monkeypatch):
     network = build_network("digits-small", 10)
     network.module.head = torch.nn.Identity()
     with pytest.raises(
-        TeacherMismatch, match=r"gives logits of shape \(3, 64\), expected \(3, 10\) \(N, C\)"
+        TeacherMismatch, match=r"returns logits of shape \(3, 64\), expected \(3, 10\) \(N, C\)"
     ):
         TeacherRunner(network).run(pixels_of(3))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,20 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coursepack.distill.student import blocks
+from coursepack.distill.setup.student import blocks
 from coursepack.models import Tap, TeacherRunner, build_network
 from coursepack.models.networks import CIFAR, NETWORKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 NAMES = [name for name, kind in NETWORKS.items() if kind.preprocessing == CIFAR]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def parameters(module):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +24,12 @@ from coursepack.errors import StoreDamaged, StoreMismatch, TeacherMismatch
 from coursepack.models import parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.precompute import run_job
-from coursepack.precompute.check import job_of_store, verify_deep
 from coursepack.precompute.cli import main
+from coursepack.precompute.verify import job_of_store, verify_deep
 
 CPU = torch.device("cpu")
 SAMPLES = 1442
 ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,7 @@ def written(tmp_path_factory, teacher):
 @pytest.fixture
 def command():
     """Run `precompute` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
 
 
 def job_of(path, **options):
@@ -154,7 +151,7 @@ def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher,
     assert (shown.exit_code, "ids holds 10" in shown.stderr) == (1, True)
 
 
-def test_the_rows_to_look_at_are_spread_and_always_the_same(store):
+def test_the_rows_to_network_input_are_spread_and_always_the_same(store):
     seen = [[], []]
     for found in seen:
         job = job_of(store)
@@ -195,11 +192,13 @@ def test_weights_that_are_gone_or_changed(store, teacher, tmp_path, command, fla
 def test_another_source_is_refused(store):
     rewrite_manifest(store, lambda values: values["identity"]["source"].update(fingerprint="0" * 64))
     manifest = load_manifest(store)
-    with pytest.raises(StoreMismatch, match=r"is [0-9a-f]{12} here, but the teacher saw 000000000000"):
+    with pytest.raises(
+        StoreMismatch, match=r"has fingerprint [0-9a-f]{12}, but the store was written from 000000000000"
+    ):
         job_of_store(store, manifest, weights=None, root=None, device=CPU)
 
 
-def test_deep_without_a_look_at_bad_files(store, command):
+def test_deep_without_a_network_input_bad_files(store, command):
     """Bad files are reported as they are; the teacher is not even asked for."""
     (store / "logits/q/c.0.1.0").unlink()
     result = command("verify", "--store", store, "--deep", 5, "--weights", "nowhere.pt")
@@ -209,8 +208,8 @@ def test_deep_without_a_look_at_bad_files(store, command):
 
 
 def all_identities(store):
-    """Inode and time of change of every file but the manifest and what runs leave."""
-    files = [file for file in store.rglob("*") if file.is_file() and "runs" not in file.parts]
+    """Inode and time of change of every file but the manifest, its lists, and what runs leave."""
+    files = [file for file in store.rglob("*") if file.is_file() and not {"runs", "views"} & {*file.parts}]
     found = {file.relative_to(store).as_posix(): file.stat() for file in files}
     return {k: (s.st_ino, s.st_mtime_ns) for k, s in found.items() if k not in ("manifest.json", "lock")}
 
@@ -272,7 +271,7 @@ def test_repair_writes_bad_files_and_no_others(store, command, damage):
     assert sorted(
         line.partition(":")[0] for line in result.stderr.splitlines() if "written again" in line
     ) == (sorted(bad))
-    assert "rounds differently" not in result.stderr
+    assert "differs by rounding" not in result.stderr
     assert "sound" in result.stdout
     assert store_files(store) == before
     after = all_identities(store)
@@ -280,6 +279,112 @@ def test_repair_writes_bad_files_and_no_others(store, command, damage):
     assert {key: after[key] for key in others} == {key: kept[key] for key in others}
     assert all(after[key] != kept[key] for key in kept.keys() & set(bad))
     assert verify_deep(job_of(store), 200).wrong == ()
+
+
+@contextmanager
+def at_most(seconds):
+    """End the block by an error rather than hang."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def other_kind(path, kind):
+    """Put something that is no regular file in a file's place."""
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a link to nothing"])
+def test_what_is_no_regular_file_is_reported_and_replaced(store, command, kind):
+    before = store_files(store)
+    bad = [
+        "features/hidden1/values/c.1.0.0",
+        "labels/c.0",
+        "logits/q/c.0.1.0",
+        "logits/q/zarr.json",
+        "zarr.json",
+    ]
+    for key in bad:
+        other_kind(store / key, kind)
+    with at_most(300):
+        told = command("verify", "--store", store, "--json")
+        assert told.exit_code == 1
+        problems = dict(line.split(": ", 1) for line in json.loads(told.stdout)["problems"])
+        assert sorted(problems) == bad
+        if kind != "a link to nothing":
+            assert set(problems.values()) == {f"cannot be read: It is {kind}, expected a regular file"}
+            with pytest.raises(OSError, match=f"It is {kind}, expected a regular file"):
+                StoreReader(store).rows("logits", 0, np.array([700]))
+        result = command("verify", "--store", store, "--repair")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("written again") == len(bad)
+    assert store_files(store) == before
+
+
+@pytest.mark.parametrize("place", ["logits/q/c.0.1.0", "logits/q"])
+def test_what_may_be_worth_keeping_stays_where_it_is(store, command, place):
+    """Nothing is said to be written again that is not."""
+    (store / "labels/c.0").unlink()
+    (store / place).rename(store.with_name("aside"))
+    if place == "logits/q":
+        (store / place).write_text("notes")
+        text = f"{str(store / place)!r} is not a folder: move that away"
+    else:
+        (store / place).mkdir()
+        (store / place / "notes").write_text("notes")
+        text = f"{str(store / place)!r} is a folder that holds something, expected a file: move that away"
+    damaged = store_files(store)
+    result = command("verify", "--store", store, "--repair")
+    assert (result.exit_code, text in result.stderr, "written again" in result.stderr) == (1, True, False)
+    assert store_files(store) == damaged
+
+
+def test_files_that_may_not_be_read_are_reported_with_all_others(written, tmp_path):
+    """As another user, whom root becomes for the test."""
+    folder = Path(tempfile.mkdtemp())  # tmp_path is closed to others
+    shutil.copytree(written, folder / "s.zarr")
+    folder.chmod(0o755)
+    bad = ["labels/c.0", "logits/q/c.0.1.0", "zarr.json"]
+    for key in bad:
+        (folder / "s.zarr" / key).chmod(0)
+    (folder / "s.zarr/logits/affine/c.1.1.0").unlink()
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        problems = verify(folder / "s.zarr").problems
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(folder)
+    expected = dict.fromkeys(bad, "cannot be read: Permission denied")
+    assert {problem.key: problem.what for problem in problems} == {
+        **expected,
+        "logits/affine/c.1.1.0": "missing",
+    }
+
+
+@pytest.mark.parametrize("place", ["lock", "runs/other.json"])
+def test_a_fifo_beside_the_data_stops_nothing_for_ever(store, command, place):
+    (store / "labels/c.0").unlink()
+    (store / place).unlink(missing_ok=True)
+    os.mkfifo(store / place)
+    with at_most(300):
+        assert command("verify", "--store", store).exit_code == 1
+        result = command("verify", "--store", store, "--repair")
+    if place == "lock":
+        assert f"Error: It is a FIFO, expected a regular file: {store / place}" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
 
 
 LOST = {
@@ -302,7 +407,7 @@ def test_repair_of_a_manifest_that_names_too_few_files(store, command, lost, gon
     expected = [f"{key}: not vouched for" for key in sorted(lost)]
     assert (told.exit_code, sorted(json.loads(told.stdout)["problems"])) == (1, expected)
     result = command("verify", "--store", store, "--repair")
-    assert (result.exit_code, "rounds differently" in result.stderr) == (0, False), result.output
+    assert (result.exit_code, "differs by rounding" in result.stderr) == (0, False), result.output
     assert store_files(store) == before
 
 
@@ -339,7 +444,7 @@ def test_json_of_a_repair_and_of_a_deep_check(store, command):
     assert (result.exit_code, json.loads(result.stdout)) == (0, {**facts, "rows": 50})
     shown = command("verify", "--store", store, "--deep", 50).stdout
     assert "sound" in shown
-    assert "50 rows as the teacher gives them now" in shown
+    assert "50 rows equal to the teacher's outputs" in shown
 
 
 def test_repair_of_some_views_leaves_a_store_that_can_be_extended(store, command, teacher, written):
@@ -379,7 +484,7 @@ def test_repair_that_rounds_differently_writes_all_components_of_the_rows(store,
     monkeypatch.setattr(type(load_manifest(store).arrays["logits"].encoding), "encode", other_machine)
     result = command("verify", "--store", store, "--repair")
     assert result.exit_code == 0, result.output
-    assert "logits/affine/c.0.0.0: the new content rounds differently" in result.stderr
+    assert "logits/affine/c.0.0.0: the new content differs by rounding" in result.stderr
     after = all_identities(store)
     changed = {key for key in kept if kept[key] != after[key]}
     assert changed == {"logits/q/c.0.0.0", "logits/affine/c.0.0.0"}

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
 from builders import write_teacher
 from click.testing import CliRunner
-from helpers import make_job, store_files
+from helpers import make_job, rewrite_manifest, store_files
 from safetensors.torch import load_file, save_file
 
 from coursepack.data.store import StoreWriter, load_manifest
 from coursepack.data.store.owners import Part
 from coursepack.models.build import WEIGHTS_FILE
-from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
 
 EVERYTHING = np.arange(1442)
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "cnn", "digits-cnn")
+def teacher(teachers):
+    return teachers[1]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory, teacher):
-    """A store that tests only read."""
-    path = tmp_path_factory.mktemp("written") / "s.zarr"
-    run_job(make_job(path, teacher, block_rows=500))
-    return path
+def written(cnn_store):
+    return cnn_store
 
 
 @pytest.fixture
 def command(teacher):
     """Run the command in this process; gives its exit status, stdout and stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(name, *arguments, **changes):
         options = {"teacher": f"run:{teacher}", "source": "digits", "view": "digits", "views": 2} | changes
@@ -47,8 +41,7 @@ def command(teacher):
         )
         return CliRunner().invoke(main, [name, *flags, *map(str, arguments)])
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -94,7 +87,7 @@ def test_teacher_of_other_classes_is_refused_and_nothing_is_written(tmp_path, co
     other = write_teacher(tmp_path / "seven", "digits-cnn", classes=7)
     result = command("run", "--store", tmp_path / "s.zarr", teacher=f"run:{other}")
     assert result.exit_code == 1
-    assert "tells 7 classes apart, but the source has 10 (0, 1, 2, ...)" in result.stderr
+    assert "has 7 classes, but the source has 10 (0, 1, 2, ...)" in result.stderr
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -165,6 +158,32 @@ def test_verify(store, command):
     report = command("verify", "--store", store, "--json")
     assert report.exit_code == 1
     assert json.loads(report.stdout)["problems"] == ["logits/values/c.1.2.0: missing"]
+
+
+def test_names_that_would_command_the_terminal_are_shown_as_text(store, tmp_path, command):
+    shutil.copytree(store, tmp_path / "odd.zarr")
+
+    def rename(values):
+        values["identity"]["teacher"]["network"] = "\x1b[2Jmlp\x07"
+        values["origin"]["weights_file"] = "\x9b31mweights"
+
+    rewrite_manifest(tmp_path / "odd.zarr", rename)
+    for words in (("status", "--store", tmp_path / "odd.zarr"), ("inspect", tmp_path / "odd.zarr")):
+        result = command(*words)
+        assert result.exit_code == 0
+        assert r"\x1b[2Jmlp\x07" in result.stdout
+        assert not set("\x1b\x07\x9b") & set(result.stdout)
+
+
+@pytest.mark.parametrize("name", ["status", "inspect"])
+def test_a_view_without_the_sums_that_are_shown_is_said_so(store, tmp_path, command, name):
+    path = tmp_path / "odd.zarr"
+    shutil.copytree(store, path)
+    rewrite_manifest(path, lambda values: values["view_records"]["1"]["sums"].pop("correct"))
+    result = command(*(("status", "--store", path) if name == "status" else ("inspect", path)))
+    assert result.exit_code == 1
+    assert f"the manifest has no sum of 'correct' for view 1 of store '{path}'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["status", "verify"])

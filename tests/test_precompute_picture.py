@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from builders import write_store, write_teacher
 from click.testing import CliRunner
-from helpers import make_job
+from helpers import make_job, rewrite_manifest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from coursepack.data import PRESETS, ViewRecipe, open_source
@@ -68,6 +70,27 @@ def test_a_picture_of_two_teachers_has_a_line_for_each(stores, tmp_path):
     one, two = (picture(tmp_path / f"{n}.png", *stores[:n], "--views", 2) for n in (1, 2))
     assert one.width == two.width
     assert two.height > one.height
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_overlaps_and_nothing_is_cut_off(stores, tmp_path, monkeypatch, count):
+    names = tuple(f"a class whose name is long, number {label}" for label in range(10))
+    paths = [tmp_path / f"a-store-of-a-long-name-{place}.zarr" for place in range(count)]
+    for path, store in zip(paths, stores, strict=False):
+        shutil.copytree(store, path)
+        rewrite_manifest(path, lambda values: values.update(class_names=list(names)))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    assert inspect(*paths, "--out", tmp_path / "grid.png").exit_code == 0
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    texts = [text for axis in figure.axes for text in axis.texts]
+    boxes = [each.get_window_extent() for each in (*texts, *figure.axes)]
+    assert len(texts) == 6 * (1 + 3 * (1 + count))
+    for place, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:place])
 
 
 @pytest.mark.parametrize("kind", ["gray", "colour"])
@@ -130,7 +153,7 @@ def test_other_formats_are_refused(stores, tmp_path, name):
 
 def test_what_cannot_be_drawn_is_said(stores, colour, teachers, tmp_path):
     views = inspect(stores[0], "--views", 2)
-    assert (views.exit_code, "--views is of the picture: give --out grid.png too" in views.stderr) == (
+    assert (views.exit_code, "--views applies to the picture: give --out grid.png too" in views.stderr) == (
         2,
         True,
     )
@@ -141,7 +164,7 @@ def test_what_cannot_be_drawn_is_said(stores, colour, teachers, tmp_path):
     for stranger in (other, colour):
         result = inspect(stores[0], stranger, "--out", tmp_path / "grid.png")
         assert result.exit_code == 1
-        assert "the stores' teachers saw different pixels" in result.stderr
+        assert "the stores were written from different pixels" in result.stderr
     assert not (tmp_path / "grid.png").exists()
 
 

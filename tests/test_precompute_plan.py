@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from collections import namedtuple
 
 import numpy as np
@@ -17,36 +16,30 @@ from helpers import make_job, store_files
 from coursepack.console import byte_size
 from coursepack.data import open_source
 from coursepack.data.store import StoreReader, load_manifest
+from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import Part
 from coursepack.errors import StoreFull, StoreMismatch
 from coursepack.models import parse_tap
 from coursepack.precompute import plan as plan_module
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
-from coursepack.precompute.inspection import agreement, describe_store
+from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.plan import Probe, check_space, costs
 
 SAMPLES = 1442
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
 @pytest.fixture
 def command(teacher):
     """Run `precompute` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
     job = [f"--teacher=run:{teacher}", "--source=digits", "--view=digits", "--device=cpu"]
 
     def run(name, *words):
         options = job if name in ("run", "plan") else []
         return CliRunner().invoke(main, [name, *options, *map(str, words)])
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture
@@ -207,7 +200,7 @@ def test_the_plan_prints_the_size_that_status_does_of_a_store_of_kilobytes(tmp_p
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(9, 2, 7))
-    assert plan_module.free_space(tmp_path / "a/b/s.zarr") == 7
+    assert open_location(tmp_path / "a/b/s.zarr").free_bytes() == 7
     assert asked == [tmp_path]
 
 

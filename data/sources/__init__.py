@@ -1,4 +1,4 @@
-"""Sources: where samples come from, by name."""
+"""Sources of samples, opened by name."""
 
 from coursepack.data.sources.base import FirstSamples as FirstSamples
 from coursepack.data.sources.base import InMemory as InMemory
@@ -7,6 +7,7 @@ from coursepack.data.sources.names import SOURCES as SOURCES
 from coursepack.data.sources.names import SourceKind as SourceKind
 from coursepack.data.sources.names import evaluation_spec as evaluation_spec
 from coursepack.data.sources.names import open_source as open_source
+from coursepack.data.sources.names import open_stored as open_stored
 from coursepack.data.sources.splits import subset as subset
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "SourceKind",
     "evaluation_spec",
     "open_source",
+    "open_stored",
     "subset",
 ]

@@ -9,22 +9,20 @@ import numpy as np
 import torch
 
 from coursepack.canonical import canonical_json
+from coursepack.data.store.done import done_key
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity, merge_fidelity
 from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.errors import EncodingRange
-from coursepack.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
-
-BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class BlockFiles:
 
     def __init__(
         self,
-        root: Path,
+        location: Location,
         manifest: Manifest,
         labels: NDArray[np.int64],
         block: Block,
@@ -62,14 +60,14 @@ class BlockFiles:
         """Start a block.
 
         Args:
-            root: the store's folder.
+            location: the store's.
             manifest: the store's.
             labels: class ids of all samples `(N,)`.
             block: which one.
             record: what the done-object says besides sums and fidelity: `draws` and `environment`.
-            sound: size and crc32c of files on the disk, which are left alone if they would not change.
+            sound: size and crc32c of files that are there, which are left alone if they would not change.
         """
-        self._root, self._manifest, self._labels = root, manifest, labels
+        self._location, self._manifest, self._labels = location, manifest, labels
         self._block, self._record, self._sound = block, record, sound or {}
         self._files: dict[str, tuple[int, int]] = {}
         self._fidelity: dict[str, Any] = {}
@@ -111,8 +109,8 @@ class BlockFiles:
             "files": {key: list(value) for key, value in self.flush().items()},
             "record": {**self._record, "sums": dict(statistics), "fidelity": self._fidelity},
         }
-        path = done_path(self._root, self._block.view, self._block.index)
-        write_whole(path, canonical_json(entry).encode())
+        key = done_key(self._block.view, self._block.index)
+        self._location.put(key, canonical_json(entry).encode())
 
     def flush(self) -> dict[str, tuple[int, int]]:
         """Write what is left; returns size and crc32c of every file of the block."""
@@ -135,12 +133,7 @@ class BlockFiles:
             pieces = shard_pieces(rows[: layout.shard_rows], layout)
             self._files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
             if self._sound.get(key) != self._files[key]:
-                write_whole(self._root / key, *pieces)
+                self._location.put(key, *pieces)
             self._written[name, component] = written + min(len(rows), layout.shard_rows)
             rest = rows[layout.shard_rows :]
             held[:] = [rest] if len(rest) else []
-
-
-def done_path(root: Path, view: int, index: int) -> Path:
-    """Where the done-object of a block is."""
-    return root / BLOCKS / f"{view}.{index}.json"

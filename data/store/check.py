@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from coursepack.data.store.contents import list_key
 from coursepack.data.store.layout import shard_key, table_key
-from coursepack.data.store.manifest import load_manifest, zarr_metadata
+from coursepack.data.store.locations import open_location
+from coursepack.data.store.opening import load_manifest
+from coursepack.data.store.sampling import unlike_zarr
 from coursepack.data.store.shards import file_checksum
+from coursepack.data.store.zarr_metadata import zarr_metadata
+from coursepack.errors import StoreDamaged
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
+
+MOST_METADATA_BYTES = 1 << 20
+"""Of a zarr.json, which has less than 2,000."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Problem:
     key: str
     """The file it is wrong with."""
     what: str
+    view: int | None = None
+    """The view whose list it is wrong with, of a list."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}"
@@ -43,41 +53,73 @@ class StoreReport:
     """Empty for a sound store."""
 
 
-def verify(path: Path, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
+def verify(where: str | Path | Location, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
     """Check sizes and checksums of all files, and the Zarr metadata.
 
+    Where all that is sound, also read one random chunk of every array through the `zarr` library.
+
     Args:
-        path: the store.
+        where: the store.
         on_file: called with a file's number of bytes after each, for progress.
 
     Raises:
         StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
     """
-    manifest = load_manifest(path)
-    problems = [
-        *_file_problems(path, manifest, on_file),
+    location = open_location(where)
+    manifest = load_manifest(location)
+    problems = list(_list_problems(manifest))
+    # What a damaged list names is not known.
+    manifest = manifest.only_views({*manifest.entries} - {problem.view for problem in problems})
+    problems += [
+        *_file_problems(location, manifest, on_file),
         *_unvouched(manifest),
-        *_metadata_problems(path, manifest),
+        *_metadata_problems(location, manifest),
     ]
+    if not problems:
+        problems = [Problem(key, what) for key, what in unlike_zarr(location, manifest)]
     size = sum(size for size, _ in manifest.files.values())
     return StoreReport(len(manifest.files), size, tuple(problems))
 
 
+def _list_problems(manifest: Manifest) -> Iterator[Problem]:
+    """Lists of views that cannot be read."""
+    for view in manifest.entries:
+        try:
+            manifest.entries[view]
+        except StoreDamaged as error:
+            key = list_key(view, manifest.list_digests[view])
+            yield Problem(key, f"list of view {view}: {error.__cause__ or error}"[:200], view)
+
+
 def _file_problems(
-    path: Path, manifest: Manifest, on_file: Callable[[int], None] | None
+    location: Location, manifest: Manifest, on_file: Callable[[int], None] | None
 ) -> Iterator[Problem]:
     arrays = manifest.zarr_arrays()
     for key, (size, crc) in manifest.files.items():
         layout, _ = arrays[key.rpartition("/")[0]]
-        file = path / key
-        if not file.is_file():
-            yield Problem(key, "missing")
-        elif file.stat().st_size != size:
-            yield Problem(key, f"{file.stat().st_size} bytes, expected {size}")
-        elif file_checksum(np.memmap(file, dtype=np.uint8, mode="r"), layout) != crc:
-            yield Problem(key, "content does not match its checksum")
+        problem = _file_problem(location, key, size, crc, layout)
+        if problem is not None:
+            yield Problem(key, problem)
         if on_file is not None:
             on_file(size)
+
+
+def _file_problem(location: Location, key: str, size: int, crc: int, layout: ArrayLayout) -> str | None:
+    try:
+        found = location.size(key)
+        if found != size:
+            return f"{found} bytes, expected {size}"
+        if file_checksum(location.map(key).content, layout) != crc:
+            return "content does not match its checksum"
+    except OSError as error:
+        return _unreadable(error)
+    return None
+
+
+def _unreadable(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return f"cannot be read: {error.strerror or error}"
 
 
 def _unvouched(manifest: Manifest) -> Iterator[Problem]:
@@ -91,13 +133,15 @@ def _unvouched(manifest: Manifest) -> Iterator[Problem]:
     yield from (Problem(key, "not vouched for") for key in keys if key not in manifest.files)
 
 
-def _metadata_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
+def _metadata_problems(location: Location, manifest: Manifest) -> Iterator[Problem]:
     """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
-            found = json.loads((path / key).read_text())
-        except (OSError, ValueError):
+            found = parse_json(location.get(key, MOST_METADATA_BYTES))
+        except (FileNotFoundError, ValueError):
             yield Problem(key, "missing or not JSON")
-            continue
-        if found != metadata:
-            yield Problem(key, "does not describe what the manifest does")
+        except OSError as error:
+            yield Problem(key, _unreadable(error))
+        else:
+            if found != metadata:
+                yield Problem(key, "does not describe what the manifest does")

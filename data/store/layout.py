@@ -1,4 +1,4 @@
-"""How rows are cut into blocks, shards and chunks, and the Zarr v3 metadata that says so.
+"""How rows are cut into blocks, shards and chunks.
 
 A block is B consecutive rows of one view: the unit of work and of resuming. A shard is one file; shard rows
 divide B. A chunk is the unit of checksum; chunk rows divide shard rows. All three divide N as evenly as they
@@ -125,45 +125,6 @@ def shard_key(array: str, view: int, shard: int, layout: ArrayLayout) -> str:
 def table_key(name: str, layout: ArrayLayout) -> str:
     """Key of the one shard of an array without views."""
     return f"{name}/c.0" + ".0" * len(layout.row_shape)
-
-
-def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Zarr v3 metadata of an array: sharded, chunks `[bytes, crc32c]`, never compressed.
-
-    Args:
-        layout: how rows are cut.
-        shape: `(V, N, *row_shape)`, or `(N,)` for an array without views.
-    """
-    lead = (1,) * (len(shape) - 1 - len(layout.row_shape))
-    floating = np.dtype(layout.dtype).kind == "f"
-    little: dict[str, Any] = {"name": "bytes"}
-    if np.dtype(layout.dtype).itemsize > 1:
-        little["configuration"] = {"endian": "little"}
-    sharding = {
-        "chunk_shape": [*lead, layout.chunk_rows, *layout.row_shape],
-        "codecs": [little, {"name": "crc32c"}],
-        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": layout.dtype,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [*lead, layout.shard_rows, *layout.row_shape]},
-        },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if floating else 0,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {},
-    }
-
-
-def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Zarr v3 metadata of a group."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def _power_of_two(least: int) -> int:

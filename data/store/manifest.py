@@ -1,22 +1,27 @@
-"""The manifest: the one file that says what a store holds. Readers believe it and nothing else."""
+"""The manifest: says what a store holds. Readers believe it and the lists that it names, and nothing else."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json, fingerprint
-from coursepack.data.encodings import Encoding, encoding_from_dict
-from coursepack.data.store.layout import ArrayLayout, array_metadata, group_metadata, layout_from_dict, whole
-from coursepack.data.store.validation import check_manifest, listed, mapping
-from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
+from coursepack.data.store.contents import Entries, Files, Records, ViewEntry, view_of
+from coursepack.data.store.layout import ArrayLayout, table_key
+from coursepack.data.store.records import TOTALS, add_totals, merge_environments
+from coursepack.data.store.shards import rows_size, shard_size
+from coursepack.data.store.versions import VERSIONS
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
+
+    from coursepack.data.encodings import Encoding
+    from coursepack.data.store.contents import FileEntry
 
 FORMAT = "coursepack store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new stores."""
 MANIFEST = "manifest.json"
 LABELS = "labels"
 LOGITS = "logits"
@@ -67,7 +72,7 @@ class Manifest:
     identity: dict[str, Any]
     """What determines the stored values: teacher, view recipe, source, precision."""
     origin: dict[str, Any]
-    """Where the teacher's weights were."""
+    """Where the teacher's weights and the source's files were."""
     samples: int
     class_names: tuple[str, ...]
     views: int
@@ -77,10 +82,24 @@ class Manifest:
     tables: dict[str, Table]
     committed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Views that are complete, per array."""
-    view_records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per view: statistics, digests of the drawn parameters per block, and library versions."""
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Size in bytes and `shard_checksum` of every data file that is vouched for."""
+    entries: Mapping[int, ViewEntry] = field(default_factory=dict)
+    """Files and records of views; of version 2, read as they are needed."""
+    table_files: dict[str, FileEntry] = field(default_factory=dict)
+    environments: tuple[dict[str, Any], ...] = ()
+    """Environments in which committed views were written, each once, by their canonical text."""
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0.0))
+    """`rows` and `correct` over all committed views; whole numbers."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def files(self) -> Mapping[str, FileEntry]:
+        """Size in bytes and `shard_checksum` of every data file that is vouched for."""
+        return Files(self.table_files, self.entries)
+
+    @property
+    def view_records(self) -> Mapping[str, dict[str, Any]]:
+        """Per view: statistics, digests of the drawn parameters per block, and environments."""
+        return Records(self.entries)
 
     @property
     def fingerprint(self) -> str:
@@ -92,11 +111,31 @@ class Manifest:
         """sha256 of view recipe and source."""
         return str(self.identity["view"]["fingerprint"])
 
+    @property
+    def source_root(self) -> str | None:
+        """Where the source's files were when the store was begun, for sources of files."""
+        root = self.origin.get("root")
+        return root if isinstance(root, str) and Path(root).is_absolute() else None
+
+    @property
+    def list_digests(self) -> dict[int, str]:
+        """sha256 of the lists of views, which stores of version 1 do not have."""
+        return self.entries.digests if isinstance(self.entries, Entries) else {}
+
     def committed_views(self, arrays: list[str] | None = None) -> tuple[int, ...]:
         """Views for which all the given arrays (by default all there are) are committed."""
         names = list(self.arrays) if arrays is None else arrays
         common = set.intersection(*(set(self.committed.get(name, ())) for name in names))
         return tuple(sorted(common))
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the files of tables and committed views, by their layouts."""
+        total = sum(shard_size(table.rows, table.layout) for table in self.tables.values())
+        for name, views in self.committed.items():
+            layouts = self.arrays[name].components.values()
+            total += len(views) * sum(rows_size(self.samples, layout) for layout in layouts)
+        return total
 
     def zarr_arrays(self) -> dict[str, tuple[ArrayLayout, tuple[int, ...]]]:
         """Layout and shape of every Zarr array of the store, by its path."""
@@ -106,15 +145,63 @@ class Manifest:
                 arrays[f"{name}/{component}"] = (layout, (self.views, self.samples, *layout.row_shape))
         return arrays
 
-    def with_files(self, files: dict[str, tuple[int, int]]) -> Manifest:
-        """A manifest that vouches for more files."""
-        return replace(self, files={**self.files, **files})
+    def with_view(
+        self, view: int, arrays: Iterable[str], files: Mapping[str, FileEntry], record: dict[str, Any]
+    ) -> Manifest:
+        """A manifest that vouches for some more arrays of a view; the first record of a view is kept."""
+        before = self.entries.get(view, ViewEntry())
+        entry = ViewEntry({**before.files, **files}, record if before.record is None else before.record)
+        committed = {name: tuple(sorted({*self.committed.get(name, ()), view})) for name in arrays}
+        more = [record] if before.record is None else []
+        return replace(
+            self,
+            committed={**self.committed, **committed},
+            entries=self._changed({view: entry}),
+            environments=merge_environments(self.environments, more),
+            totals=add_totals(self.totals, more),
+        )
+
+    def with_files(self, files: Mapping[str, FileEntry]) -> Manifest:
+        """A manifest that vouches for other or more files of its tables and committed views."""
+        tables = {table_key(name, table.layout) for name, table in self.tables.items()}
+        views: dict[int, dict[str, FileEntry]] = {}
+        for key in files.keys() - tables:
+            views.setdefault(view_of(key), {})[key] = files[key]
+        changed = {
+            view: replace(self.entries[view], files={**self.entries[view].files, **more})
+            for view, more in views.items()
+        }
+        table_files = {**self.table_files, **{key: files[key] for key in files.keys() & tables}}
+        return replace(self, table_files=table_files, entries=self._changed(changed))
+
+    def only_views(self, views: Iterable[int]) -> Manifest:
+        """A manifest in which no other views than these are committed."""
+        kept = set(views)
+        if kept == set(self.entries):
+            return self
+        if isinstance(self.entries, Entries):
+            entries: Mapping[int, ViewEntry] = self.entries.only(kept)
+        else:
+            entries = {view: entry for view, entry in self.entries.items() if view in kept}
+        records = list(Records(entries).values())
+        return replace(
+            self,
+            committed={name: tuple(v for v in held if v in kept) for name, held in self.committed.items()},
+            entries=entries,
+            environments=merge_environments((), records),
+            totals=add_totals({}, records),
+        )
+
+    def _changed(self, entries: Mapping[int, ViewEntry]) -> Mapping[int, ViewEntry]:
+        if isinstance(self.entries, Entries):
+            return self.entries.changed(entries)
+        return {**self.entries, **entries}
 
     def to_json(self) -> str:
         """The canonical text that is stored."""
         values = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
             "origin": self.origin,
@@ -127,116 +214,6 @@ class Manifest:
                 name: {"rows": table.rows, "layout": table.layout.to_dict()}
                 for name, table in self.tables.items()
             },
-            "committed": {name: list(views) for name, views in self.committed.items()},
-            "view_records": self.view_records,
-            "files": {key: list(value) for key, value in self.files.items()},
+            **VERSIONS[self.format_version].describe(self),
         }
         return canonical_json({**values, CHECKSUM: fingerprint(values)}, indent=1)
-
-
-def parse_manifest(text: str | bytes, where: str) -> Manifest:
-    """The manifest in canonical text.
-
-    Raises:
-        StoreDamaged: the text is not a manifest.
-        StoreMismatch: it is one of a format version that this release cannot read.
-    """
-    try:
-        values = json.loads(text)
-        if values.get("format") != FORMAT:
-            raise StoreDamaged(f"{where!r} is not the manifest of a coursepack store")
-        if values["format_version"] != FORMAT_VERSION:
-            raise StoreMismatch(
-                f"store {where!r} has format version {values['format_version']}, this release reads "
-                f"{FORMAT_VERSION}. Install a newer coursepack."
-            )
-        if values.pop(CHECKSUM, None) != fingerprint(values):
-            raise StoreDamaged(
-                f"the manifest of {where!r} does not match its own checksum. Put a copy of it back; without "
-                "one, remove it and run the same `precompute run` again, which writes every row again."
-            )
-        manifest = Manifest(
-            identity=mapping(values["identity"]),
-            origin=mapping(values["origin"]),
-            samples=whole(values["samples"], 1),
-            class_names=tuple(listed(values["class_names"], str)),
-            views=whole(values["views"], 1),
-            block_rows=whole(values["block_rows"], 1),
-            arrays={name: _stored_array(array) for name, array in values["arrays"].items()},
-            tables={
-                name: Table(whole(table["rows"], 1), layout_from_dict(table["layout"]))
-                for name, table in values["tables"].items()
-            },
-            committed={name: tuple(map(whole, views)) for name, views in values["committed"].items()},
-            view_records=mapping(values["view_records"]),
-            files={key: (whole(size), whole(crc)) for key, (size, crc) in values["files"].items()},
-        )
-        check_manifest(manifest)
-        return manifest
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, StoreMismatch):
-            raise
-        raise StoreDamaged(f"the manifest of {where!r} cannot be understood: {error!r}") from error
-
-
-def load_manifest(path: Path) -> Manifest:
-    """Read a store's manifest.
-
-    Raises:
-        StoreNotFound: there is no store at `path`.
-        StoreIncomplete: a writer stopped before the manifest existed.
-        StoreDamaged, StoreMismatch: as `parse_manifest`.
-    """
-    if not (path / MANIFEST).is_file():
-        if (path / "zarr.json").is_file():
-            raise StoreIncomplete(
-                f"{str(path)!r} has no {MANIFEST}: it is not a coursepack store, or writing it stopped at "
-                "once. Run the same `precompute run` again."
-            )
-        raise StoreNotFound(
-            f"there is no store at {str(path)!r}. Make one with `precompute run ... --store {path}`."
-        )
-    return parse_manifest((path / MANIFEST).read_bytes(), str(path))
-
-
-def check_not_foreign(path: Path) -> None:
-    """Refuse a place that coursepack did not begin.
-
-    Raises:
-        StoreMismatch: `path` is a file, or holds somebody else's Zarr group or array.
-    """
-    if path.exists() and not path.is_dir():
-        raise StoreMismatch(f"{str(path)!r} is a file, expected a folder for the store: use another --store")
-    metadata = path / "zarr.json"
-    if metadata.is_file() and metadata.read_text() != canonical_json(_group_metadata(""), indent=1):
-        raise StoreMismatch(f"{str(path)!r} holds Zarr data that is no coursepack store: use another --store")
-
-
-def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Every zarr.json of a store by its key, arrays first and the group's own last."""
-    arrays = manifest.zarr_arrays()
-    metadata = {
-        f"{path}/zarr.json": array_metadata(layout, shape) for path, (layout, shape) in arrays.items()
-    }
-    groups = {""}
-    for path in arrays:
-        parents = path.split("/")[:-1]
-        groups |= {"/".join(parents[: depth + 1]) for depth in range(len(parents))}
-    for group in sorted(groups, reverse=True):
-        metadata[f"{group}/zarr.json" if group else "zarr.json"] = _group_metadata(group)
-    return metadata
-
-
-def _group_metadata(group: str) -> dict[str, Any]:
-    return group_metadata({} if group else {"coursepack": {"format_version": FORMAT_VERSION}})
-
-
-def _stored_array(values: dict[str, Any]) -> StoredArray:
-    encoding = encoding_from_dict(values["encoding"])
-    if encoding.to_dict() != values["encoding"]:
-        raise ValueError(f"{values['encoding']!r:.80} is no encoding")
-    return StoredArray(
-        encoding=encoding,
-        row_shape=tuple(whole(side, 1) for side in values["row_shape"]),
-        components={name: layout_from_dict(layout) for name, layout in values["components"].items()},
-    )

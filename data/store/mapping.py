@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,14 +18,11 @@ from coursepack.data.store.shards import (
 from coursepack.errors import StoreDamaged
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
     from coursepack.data.store.layout import ArrayLayout
-
-PAGE = mmap.PAGESIZE
+    from coursepack.data.store.locations.base import Location, Mapped
 
 Check = Literal["files", "chunks", "nothing"]
 
@@ -36,15 +31,33 @@ Check = Literal["files", "chunks", "nothing"]
 class ShardFile:
     """A shard file as the manifest vouches for it."""
 
-    root: Path
+    location: Location
     key: str
     size: int
     crc: int
 
-    @property
-    def advice(self) -> str:
-        """What to do about a bad one."""
-        return f"Run `precompute verify --store {self.root}`."
+    def damaged(self, fault: str, what: str = "") -> StoreDamaged:
+        """The error about a bad one; `what` of it is wrong, its `fault` and what to do."""
+        return StoreDamaged(
+            f"{what}{self.location.where(self.key)!r} {fault}. Run `precompute verify --store "
+            f"{self.location} --repair`, which writes damaged files again."
+        )
+
+    def open(self, *, resident: bool) -> Mapped:
+        """Map the file, or read it into memory.
+
+        Raises:
+            StoreDamaged: it is missing or has another size.
+        """
+        try:
+            # Before it is read: a file that is not the shard could be any length.
+            found = self.location.size(self.key)
+            opened = self.location.map(self.key, resident=resident and found == self.size)
+        except FileNotFoundError as error:
+            raise self.damaged("is missing") from error
+        if len(opened.content) != self.size:
+            raise self.damaged(f"has {len(opened.content)} bytes, expected {self.size}")
+        return opened
 
 
 class OpenView:
@@ -98,10 +111,13 @@ class OpenView:
 
         Raises:
             IndexError: a sample outside the view.
-            StoreDamaged: a chunk that is served for the first time does not match its checksum.
+            StoreDamaged: a chunk that is served for the first time does not match its checksum, or a file
+                was cut short since it was mapped.
         """
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         count = len(samples)
+        for part in self._parts:
+            part.check_sizes()
         if not self._trusted:
             self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
         sizes = [-(-count * part.row_bytes // self._alignment) * self._alignment for part in self._parts]
@@ -115,6 +131,15 @@ class OpenView:
             rows[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
             start += size
         return rows
+
+    def check_unchanged(self) -> None:
+        """Refuse mapped files whose content is no longer what was opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for part in self._parts:
+            part.check_unchanged()
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         if self._pinned:
@@ -157,56 +182,55 @@ class _Component:
             layout.row_bytes,
             layout.row_shape,
         )
-        self._shards = shards
-        self._maps: list[mmap.mmap] = []
-        self._files: list[NDArray[np.uint8]] = []
+        self._shards, self._resident = shards, resident
+        self._opened: list[Mapped] = []
         addresses = []
         for place, shard in enumerate(shards):
-            content = self._content(shard, resident=resident)
+            opened = shard.open(resident=resident)
+            content = opened.content
             # Which shard it is shows in the checksums it holds, even where its data is checked later.
             found = file_checksum(content, layout) if whole else stored_checksum(content, layout)
             if found != shard.crc:
-                where = str(shard.root / shard.key)
-                raise StoreDamaged(f"the content of {where!r} does not match its checksum. {shard.advice}")
+                raise shard.damaged("does not match its checksum", "the content of ")
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
-            self._files.append(content)
+            self._opened.append(opened)
         self.addresses = np.concatenate(addresses)
 
     def advise(self, chunk: int) -> None:
         """Have a mapped chunk read in the background."""
         place, start = self._place(chunk)
-        if place < len(self._maps):
-            aligned = start - start % PAGE
-            length = self.layout.chunk_rows * self.row_bytes + start - aligned
-            self._maps[place].madvise(mmap.MADV_WILLNEED, aligned, length)
+        self._opened[place].advise(start, self.layout.chunk_rows * self.row_bytes)
 
     def check_chunk(self, chunk: int) -> None:
         """Compare one chunk with its checksum."""
         place, start = self._place(chunk)
         end = start + self.layout.chunk_rows * self.row_bytes
-        file, shard = self._files[place], self._shards[place]
-        if checksum_bytes(file[start:end]) != file[end : end + CHECKSUM_BYTES].tobytes():
-            where = str(shard.root / shard.key)
-            raise StoreDamaged(f"chunk {chunk} of {where!r} does not match its checksum. {shard.advice}")
+        content = self._opened[place].content
+        if checksum_bytes(content[start:end]) != content[end : end + CHECKSUM_BYTES].tobytes():
+            raise self._shards[place].damaged("does not match its checksum", f"chunk {chunk} of ")
+
+    def check_sizes(self) -> None:
+        """Refuse mapped files that were cut short: touching what is gone would end the process by SIGBUS."""
+        if self._resident:
+            return
+        for opened, shard in zip(self._opened, self._shards, strict=True):
+            if (found := opened.size()) < shard.size:
+                raise shard.damaged(
+                    f"was changed while it was read: it has {found} bytes, expected {shard.size}"
+                )
+
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed in place; their times say which to compare again."""
+        self.check_sizes()
+        for opened, shard in zip(self._opened, self._shards, strict=True):
+            if opened.is_touched() and file_checksum(opened.content, self.layout) != shard.crc:
+                raise shard.damaged(
+                    "was changed while it was read, and no longer matches its checksum: rows read since it "
+                    "was opened may be wrong"
+                )
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """Shard of a chunk, and where in its file the chunk starts."""
         place = chunk * self.layout.chunk_rows // self.layout.shard_rows
-        return place, int(self.addresses[chunk]) - self._files[place].ctypes.data
-
-    def _content(self, shard: ShardFile, *, resident: bool) -> NDArray[np.uint8]:
-        path = shard.root / shard.key
-        try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != shard.size:
-                    raise StoreDamaged(
-                        f"{str(path)!r} has {found} bytes, expected {shard.size}. {shard.advice}"
-                    )
-                if resident:
-                    return np.fromfile(file, dtype=np.uint8)
-                self._maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-                return np.frombuffer(self._maps[-1], dtype=np.uint8)
-        except FileNotFoundError as error:
-            raise StoreDamaged(f"{str(path)!r} is missing. {shard.advice}") from error
+        return place, int(self.addresses[chunk]) - self._opened[place].content.ctypes.data

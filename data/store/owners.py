@@ -1,30 +1,47 @@
 """Who writes what: every writing process owns one part of a store's blocks for as long as it lives.
 
-A process says which part it owns in a file under `runs/` and holds a lock on that file; the lock vanishes
-with the process, however that ends. The file stays as a record of when and where the run was: the only place
-for times, hosts and pids, and nothing compares it.
+A process says which part it owns in an object under `runs/` and holds it for as long as it lives, however
+it ends. The object stays as a record of when and where the run was: the only place for times, hosts and pids,
+and nothing compares it. Where the location cannot hold objects, as files cannot on Windows, stores can be
+read, and written by one process at a time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from coursepack.errors import StoreBusy
+from pydantic import Field
+
+from coursepack.config import Config, parse_config
+from coursepack.data.store.locations import open_location
+from coursepack.errors import StoreBusy, StoreDamaged
+from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from coursepack.data.store.locations.base import Location
+
 RUNS = "runs"
-LOCK = "lock"
+
+
+class _Run(Config):
+    """What `_record` writes."""
+
+    host: str
+    pid: int
+    part_index: Annotated[int, Field(ge=0)]
+    part_count: Annotated[int, Field(ge=1)]
+    started: str | None
+    ended: str | None
 
 
 @dataclass(frozen=True)
@@ -47,59 +64,49 @@ class Part:
 
 
 @contextmanager
-def store_lock(root: Path) -> Iterator[None]:
-    """Be the only process that changes the manifest or claims a part."""
-    with (root / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def owning(root: Path, part: Part) -> Iterator[None]:
+def owning(where: str | Path | Location, part: Part) -> Iterator[None]:
     """Own a part of the store's blocks.
 
     Raises:
         StoreBusy: a live process owns a part that shares blocks with this one.
     """
-    started = time.time()
-    folder = root / RUNS
-    folder.mkdir(exist_ok=True)
-    with store_lock(root):
-        for other in live_runs(root):
+    location, started = open_location(where), time.time()
+    with location.lock(), ExitStack() as opening:
+        for other in live_runs(location):
             if part.overlaps(Part(other["part_index"], other["part_count"])):
                 raise StoreBusy(
                     f"process {other['pid']} on {other['host']} is writing part {other['part_index']}/"
-                    f"{other['part_count']} of store {str(root)!r} since {other['started']}. Wait for "
+                    f"{other['part_count']} of store {str(location)!r} since {other['started']}. Wait for "
                     "it, stop it, or share the work: `--part I/COUNT` in both."
                 )
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(started))
         name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{part.index}of{part.count}.json"
-        path = folder / name
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _record(file, part, started, ended=None)
-    with file:
+        record = opening.enter_context(location.hold(f"{RUNS}/{name}", _record(part, started, ended=None)))
+        held = opening.pop_all()
+    with held:
         try:
             yield
         finally:
-            _record(file, part, started, ended=time.time())
+            record(_record(part, started, ended=time.time()))
 
 
-def live_runs(root: Path) -> list[dict[str, Any]]:
-    """Records of the processes that write to the store now."""
-    live = []
-    for path in sorted((root / RUNS).glob("*.json")):
-        with path.open() as file:
-            try:
-                # Shared, so that two who look do not take each other for writers.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if text := file.read():
-                    live.append(json.loads(text))
-    return live
+def live_runs(where: str | Path | Location) -> list[dict[str, Any]]:
+    """Records of the processes that write to the store now; none where the location cannot tell."""
+    location = open_location(where)
+    # A record that is not written yet is empty.
+    return [_parsed(text, location.where(key)) for key, text in location.held(RUNS) if text]
 
 
-def _record(file: IO[str], part: Part, started: float, ended: float | None) -> None:
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        return parse_config(_Run, parse_json(text), where).model_dump()
+    except ValueError as error:
+        raise StoreDamaged(f"the record of a live run, {where!r}, cannot be read: {error}") from error
+
+
+def _record(part: Part, started: float, ended: float | None) -> bytes:
+    """A record as JSON; that of a run that has ended is not shorter, as it is written over the first."""
+
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -111,7 +118,4 @@ def _record(file: IO[str], part: Part, started: float, ended: float | None) -> N
         "started": spelled(started),
         "ended": spelled(ended),
     }
-    # One write over the old text, which is never longer: whoever looks meanwhile finds one or the other.
-    file.seek(0)
-    file.write(json.dumps(record))
-    file.flush()
+    return json.dumps(record).encode()

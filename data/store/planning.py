@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import difference_table, fingerprint
+from coursepack.data.store.contents import Entries
 from coursepack.data.store.layout import plan_array, plan_block_rows, plan_table
-from coursepack.data.store.manifest import LABELS, STATIC, Manifest, StoredArray, Table
+from coursepack.data.store.manifest import FORMAT_VERSION, LABELS, STATIC, Manifest, StoredArray, Table
+from coursepack.data.store.versions import ListReader
 from coursepack.errors import RecipeError, StoreMismatch
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -35,6 +35,8 @@ class StorePlan:
     """What belongs to the teacher and not to samples, at least one-dimensional."""
     block_rows: int | None = None
     """Rows of a block; None leaves it to the rows' widths (or to the store, if it exists)."""
+    format_version: int = FORMAT_VERSION
+    """Of a new store; one that exists keeps its own."""
 
     def tables(self) -> dict[str, NDArray[Any]]:
         """Arrays without views, by their path in the store."""
@@ -47,7 +49,7 @@ def fresh_manifest(plan: StorePlan) -> Manifest:
     components = {name: encoding.components(shape) for name, (encoding, shape) in plan.arrays.items()}
     widths = [part.row_bytes for parts in components.values() for part in parts.values()]
     block_rows = plan_block_rows(rows, widths) if plan.block_rows is None else min(plan.block_rows, rows)
-    return Manifest(
+    manifest = Manifest(
         identity=plan.identity,
         origin=plan.origin,
         samples=rows,
@@ -56,10 +58,14 @@ def fresh_manifest(plan: StorePlan) -> Manifest:
         block_rows=block_rows,
         arrays=_planned_arrays(plan, block_rows),
         tables=_planned_tables(plan),
+        format_version=plan.format_version,
     )
+    if plan.format_version == 1:
+        return manifest
+    return replace(manifest, entries=Entries({}, ListReader(manifest, None)))
 
 
-def extended_manifest(plan: StorePlan, stored: Manifest, root: Path) -> Manifest:
+def extended_manifest(plan: StorePlan, stored: Manifest, where: str) -> Manifest:
     """A store's manifest with the views and arrays that the plan adds; it vouches for what it did.
 
     Raises:
@@ -69,12 +75,12 @@ def extended_manifest(plan: StorePlan, stored: Manifest, root: Path) -> Manifest
     if fingerprint(plan.identity) != stored.fingerprint:
         table = difference_table(stored.identity, plan.identity, "store", "recipe")
         raise StoreMismatch(
-            f"store {str(root)!r} was written by another recipe.\n{table}\n"
+            f"store {where!r} was written by another recipe.\n{table}\n"
             "Use another --store, or the recipe that wrote this one."
         )
     if plan.block_rows is not None and min(plan.block_rows, stored.samples) != stored.block_rows:
         raise RecipeError(
-            f"block rows are {plan.block_rows}, but store {str(root)!r} was made with {stored.block_rows} "
+            f"block rows are {plan.block_rows}, but store {where!r} was made with {stored.block_rows} "
             "and keeps them: leave --block-rows out"
         )
     planned = _planned_arrays(plan, stored.block_rows)
@@ -85,7 +91,7 @@ def extended_manifest(plan: StorePlan, stored: Manifest, root: Path) -> Manifest
         )
         if held != wanted:
             raise StoreMismatch(
-                f"store {str(root)!r} holds {name!r} in another form.\n"
+                f"store {where!r} holds {name!r} in another form.\n"
                 f"{difference_table(held, wanted, 'store', 'recipe')}\nUse another --store."
             )
     return replace(

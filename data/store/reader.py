@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from coursepack.data.store.layout import shard_key, table_key
-from coursepack.data.store.manifest import LABELS, STATIC, load_manifest
+from coursepack.data.store.locations import open_location
+from coursepack.data.store.manifest import LABELS, STATIC
 from coursepack.data.store.mapping import Check, OpenView, ShardFile
+from coursepack.data.store.opening import load_manifest
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from coursepack.data.randomness import Samples
     from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
     from coursepack.kernels import Rows
 
 OPEN_VIEWS = 64
@@ -44,20 +47,24 @@ Reading = Literal["resident", "mapped", "windowed"]
 class StoreReader:
     """A committed store, open for reading. Safe to pickle and to carry into a forked process."""
 
-    def __init__(self, path: str | Path, reading: Reading = "mapped") -> None:
+    def __init__(self, where: str | Path | Location, reading: Reading = "mapped") -> None:
         """Read the manifest.
+
+        Args:
+            where: path or address of the store.
+            reading: how rows are read.
 
         Raises:
             StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
             StoreIncomplete: no view is committed.
         """
-        self.path = Path(path)
+        self.location = open_location(where)
         self.reading = reading
-        self.manifest = load_manifest(self.path)
+        self.manifest = load_manifest(self.location)
         self.views = self.manifest.committed_views(["logits"])
         if not self.views:
             raise StoreIncomplete(
-                f"store {str(path)!r} has committed none of its {self.manifest.views} views. "
+                f"store {self.address!r} has committed none of its {self.manifest.views} views. "
                 "Run the same `precompute run` again; it goes on where it stopped."
             )
         self.pinned = False
@@ -65,13 +72,23 @@ class StoreReader:
         self._verified: set[str] = set()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
-    def __reduce__(self) -> tuple[type[StoreReader], tuple[Path, Reading]]:
-        return StoreReader, (self.path, self.reading)
+    def __reduce__(self) -> tuple[type[StoreReader], tuple[Location, Reading]]:
+        return StoreReader, (self.location, self.reading)
+
+    @property
+    def address(self) -> str:
+        """Where the store is, as a command is given it."""
+        return str(self.location)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder, of a store of files."""
+        return Path(self.address)
 
     @property
     def name(self) -> str:
-        """The store's name for tables and errors: its folder without the ending."""
-        return self.path.name.removesuffix(".zarr")
+        """The store's name for tables and errors: the last part of its address without the ending."""
+        return self.location.name.removesuffix(".zarr")
 
     def view_bytes(self, arrays: Iterable[str]) -> int:
         """Bytes of one view of the given arrays."""
@@ -102,7 +119,7 @@ class StoreReader:
             StoreDamaged: its file is not what the manifest vouches for.
         """
         if name not in self.manifest.tables:
-            raise UnknownName(f"table of store {str(self.path)!r}", name, self.manifest.tables)
+            raise UnknownName(f"table of store {self.address!r}", name, self.manifest.tables)
         table = self.manifest.tables[name]
         shards = [self._vouched(table_key(name, table.layout))]
         opened = OpenView({name: (table.layout, shards)}, table.rows, resident=True, check="files")
@@ -118,13 +135,21 @@ class StoreReader:
             IndexError: a sample outside the store.
         """
         if array not in self.manifest.arrays:
-            raise UnknownName(f"array of store {str(self.path)!r}", array, self.manifest.arrays)
+            raise UnknownName(f"array of store {self.address!r}", array, self.manifest.arrays)
         if view not in self.manifest.committed.get(array, ()):
             raise StoreIncomplete(
-                f"view {view} of {array!r} is not committed in store {str(self.path)!r} "
+                f"view {view} of {array!r} is not committed in store {self.address!r} "
                 f"(committed: {list(self.manifest.committed.get(array, ()))})"
             )
         return self._opened(array, view).gather(samples)
+
+    def open(self, array: str, view: int) -> None:
+        """Open the files of a view and check them, as the first `rows` of it would.
+
+        Raises:
+            UnknownName, StoreIncomplete, StoreDamaged: as `components`.
+        """
+        self.components(array, view, np.empty(0, np.int64))
 
     def rows(self, array: str, views: int | Samples, samples: Samples) -> Rows:
         """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`.
@@ -143,8 +168,8 @@ class StoreReader:
             return stored.encoding.rows(tensors, stored.row_shape)
         except ValueError as error:
             raise StoreDamaged(
-                f"rows of {array!r} in store {str(self.path)!r} are not {stored.encoding.name}: {error}. "
-                f"Run `precompute verify --store {self.path} --deep 1000`, or write the store again."
+                f"rows of {array!r} in store {self.address!r} are not {stored.encoding.name}: {error}. "
+                f"Run `precompute verify --store {self.address} --deep 1000`, or write the store again."
             ) from error
 
     def _mixed(self, array: str, views: Samples, samples: Samples) -> dict[str, NDArray[Any]]:
@@ -173,6 +198,15 @@ class StoreReader:
     def will_need(self, array: str, view: int, samples: Samples) -> None:
         """Ask the system to read these rows' chunks in the background."""
         self._opened(array, view).will_need(samples)
+
+    def check_unchanged(self) -> None:
+        """Refuse mapped files that were changed since they were opened.
+
+        Raises:
+            StoreDamaged: names the first such file.
+        """
+        for opened in list(self._open.values()):
+            opened.check_unchanged()
 
     def _open_quietly(self, array: str, view: int) -> None:
         # The read that needs the view meets the same error, and reports it.
@@ -223,7 +257,7 @@ class StoreReader:
     def _vouched(self, key: str) -> ShardFile:
         if key not in self.manifest.files:
             raise StoreDamaged(
-                f"the manifest of {str(self.path)!r} does not vouch for {key!r}. "
-                f"Run `precompute verify --store {self.path}`."
+                f"the manifest of {self.address!r} does not vouch for {key!r}. "
+                f"Run `precompute verify --store {self.address} --repair`, which writes damaged files again."
             )
-        return ShardFile(self.path, key, *self.manifest.files[key])
+        return ShardFile(self.location, key, *self.manifest.files[key])

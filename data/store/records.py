@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from coursepack.canonical import canonical_json
+from coursepack.errors import StoreDamaged
 from coursepack.kernels import soft_target_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from numpy.typing import NDArray
     from torch import Tensor
 
     from coursepack.kernels import Rows
 
 FIDELITY_TEMPERATURES = (1.0, 4.0)
+TOTALS = ("rows", "correct")
+"""Sums that a manifest keeps over all views: whole numbers, so that the order does not matter."""
 _PER_DECADE = 16
 _LOWEST_DECADE = -14
 
@@ -84,6 +90,40 @@ def fidelity_summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
             "largest": entry["largest"],
         }
     return summary
+
+
+def view_mean(record: dict[str, Any], name: str, where: str) -> float:
+    """The mean over a view's rows of one of its `sums`: `correct`, `cross_entropy` or `entropy`.
+
+    Raises:
+        StoreDamaged: the record lacks that sum; `where` names its view and store.
+    """
+    sums = record["sums"]
+    if "rows" not in sums or name not in sums:
+        raise StoreDamaged(
+            f"the manifest has no sum of {name!r} for {where}, which `precompute run` always writes. Write "
+            "the store again."
+        )
+    return float(sums[name] / sums["rows"])
+
+
+def merge_environments(
+    environments: Iterable[dict[str, Any]], records: Iterable[dict[str, Any]]
+) -> tuple[dict[str, Any], ...]:
+    """Environments and those of some records, each once, in the order of their canonical texts."""
+    found = {canonical_json(environment): environment for environment in environments}
+    for record in records:
+        found |= {canonical_json(environment): environment for environment in record["environments"]}
+    return tuple(found[text] for text in sorted(found))
+
+
+def add_totals(totals: Mapping[str, float], records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """`rows` and `correct` over the rows of `totals` and of some records."""
+    found = {name: float(totals.get(name, 0.0)) for name in TOTALS}
+    for record in records:
+        for name in TOTALS:
+            found[name] += float(record["sums"].get(name, 0.0))
+    return found
 
 
 def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:

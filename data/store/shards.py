@@ -61,6 +61,12 @@ def shard_size(rows: int, layout: ArrayLayout) -> int:
     return chunks * (layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES) + _footer_bytes(layout)
 
 
+def rows_size(rows: int, layout: ArrayLayout) -> int:
+    """Bytes of the files of all shards of so many rows, from the start of a shard."""
+    full, rest = divmod(rows, layout.shard_rows)
+    return full * shard_size(layout.shard_rows, layout) + (shard_size(rest, layout) if rest else 0)
+
+
 def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where: str) -> NDArray[np.int64]:
     """Where the rows of each chunk start in a shard file.
 

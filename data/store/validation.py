@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coursepack.data.store.layout import MOST, block_count, shard_key, table_key
+from coursepack.data.store.identity import check_identity
+from coursepack.data.store.layout import MOST, block_count, shard_key, table_key, whole
 from coursepack.data.store.shards import shard_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from coursepack.data.store.contents import FileEntry, ViewEntry
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.manifest import Manifest
 
 TABLE_DTYPES = ("int64", "float32")
+MOST_SHARDS = 1 << 16
+"""Shards that a view may have of an array although no files are named for them."""
 _SHARD = re.compile(r"c\.(0|[1-9][0-9]{0,14})\.(0|[1-9][0-9]{0,14})(\.0)*")
 
 
@@ -39,14 +43,15 @@ def mapping(values: Any) -> dict[str, Any]:
     return values
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Refuse what cannot be a store.
+def check_structure(manifest: Manifest) -> None:
+    """Refuse what cannot be a store, whatever of it is written.
 
     Raises:
         ValueError, LookupError: says what is wrong.
     """
     if not isinstance(manifest.identity["view"]["fingerprint"], str):
         raise ValueError("the fingerprint of the view is no text")
+    check_identity(manifest.identity, manifest.origin)
     _check_names([*manifest.arrays, *manifest.tables])
     _check_tables(manifest)
     for name, array in manifest.arrays.items():
@@ -59,8 +64,45 @@ def check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"components of {name!r} are {held}, expected {wanted}")
         for layout in array.components.values():
             _check_cut(name, layout, manifest.block_rows)
-    _check_files(manifest)
-    _check_views(manifest)
+
+
+def file_entries(values: Any) -> dict[str, FileEntry]:
+    """Sizes and checksums of files from JSON."""
+    return {key: (whole(size), whole(crc)) for key, (size, crc) in mapping(values).items()}
+
+
+def view_number(view: str, manifest: Manifest) -> int:
+    """A planned view from its text."""
+    if not view.isdecimal() or not str(int(view)) == view or int(view) >= manifest.views:
+        raise ValueError(f"{view!r:.40} is no view")
+    return int(view)
+
+
+def check_committed(manifest: Manifest) -> None:
+    """Refuse committed views that are not planned, or of arrays that are not there."""
+    for name, views in manifest.committed.items():
+        if list(views) != sorted(set(views)) or (views and views[-1] >= manifest.views):
+            raise ValueError(f"committed views of {name!r} are {views!r:.80}")
+        if name not in manifest.arrays:
+            raise KeyError(name)
+
+
+def check_entry(manifest: Manifest, view: int, entry: ViewEntry) -> None:
+    """Refuse files and a record that cannot be those of a view.
+
+    Raises:
+        ValueError, LookupError: says what is wrong.
+    """
+    check_files(manifest, entry.files, view)
+    for name, views in manifest.committed.items():
+        if view in views:
+            for layout in manifest.arrays[name].components.values():
+                if layout.shard_count(manifest.samples) > max(MOST_SHARDS, len(entry.files)):
+                    raise ValueError(f"{name!r} has more shards in view {view} than there are files")
+    if entry.record is not None:
+        _check_record(manifest, str(view), entry.record)
+    elif view in manifest.committed.get("logits", ()):
+        raise ValueError(f"view {view} is committed but has no record")
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -94,23 +136,23 @@ def _check_tables(manifest: Manifest) -> None:
         _check_cut(name, table.layout, table.layout.shard_rows)
 
 
-def _check_files(manifest: Manifest) -> None:
-    """Every file is a shard of some array, of the size that its layout gives."""
+def check_files(manifest: Manifest, files: Mapping[str, FileEntry], view: int | None) -> None:
+    """Refuse what is no shard of a view's arrays, or of a table where `view` is None, of the right size."""
     tables = {table_key(name, table.layout): table for name, table in manifest.tables.items()}
     layouts: Mapping[str, ArrayLayout] = {
         f"{name}/{part}": layout
         for name, array in manifest.arrays.items()
         for part, layout in array.components.items()
     }
-    for key, (size, crc) in manifest.files.items():
-        if key in tables:
+    for key, (size, crc) in files.items():
+        if view is None and key in tables:
             layout, rows = tables[key].layout, tables[key].rows
         else:
             array, _, file = key.rpartition("/")
             match = _SHARD.fullmatch(file)
-            if match is None or array not in layouts:
+            if view is None or match is None or array not in layouts:
                 raise ValueError(f"{key!r:.80} is no file of a store")
-            view, shard = int(match[1]), int(match[2])
+            shard = int(match[2])
             layout = layouts[array]
             rows = min(layout.shard_rows, manifest.samples - shard * layout.shard_rows)
             if key != shard_key(array, view, shard, layout) or view >= manifest.views or rows <= 0:
@@ -119,25 +161,27 @@ def _check_files(manifest: Manifest) -> None:
             raise ValueError(f"{key!r:.80} cannot have {size} bytes and the checksum {crc}")
 
 
-def _check_views(manifest: Manifest) -> None:
-    for name, views in manifest.committed.items():
-        if list(views) != sorted(set(views)) or (views and views[-1] >= manifest.views):
-            raise ValueError(f"committed views of {name!r} are {views!r:.80}")
-        for layout in manifest.arrays[name].components.values():
-            if views and layout.shard_count(manifest.samples) > len(manifest.files):
-                raise ValueError(f"{name!r} has more shards than there are files")
+def _check_record(manifest: Manifest, view: str, record: Mapping[str, Any]) -> None:
     blocks = block_count(manifest.samples, manifest.block_rows)
-    for view, record in manifest.view_records.items():
-        if not view.isdecimal() or not str(int(view)) == view or int(view) >= manifest.views:
-            raise ValueError(f"{view!r:.40} is no view")
-        mapping(record["sums"]), mapping(record["fidelity"]), listed(record["environments"], dict)
-        if len(listed(record["draws"], str)) != blocks:
-            raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
-        # Stores written before these were kept have none.
-        if len(listed(record.get("content", []), str)) not in (0, blocks):
-            raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
-        for sample, digest in mapping(record.get("probes", {})).items():
-            if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
-                raise ValueError(f"{sample!r:.40} is no sample with a checksum")
-    if missing := set(manifest.committed.get("logits", ())) - set(map(int, manifest.view_records)):
-        raise ValueError(f"views {sorted(missing)!r:.40} are committed but have no record")
+    _check_numbers(view, mapping(record["sums"]))
+    for entry in mapping(record["fidelity"]).values():
+        _check_numbers(view, {name: entry[name] for name in ("rows", "sum", "largest")})
+        _check_numbers(view, {int(place): count for place, count in entry["histogram"].items()})
+    for environment in listed(record["environments"], dict):
+        whole(environment.get("batch_size", 1), 1)
+    if len(listed(record["draws"], str)) != blocks:
+        raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
+    # Stores written before these were kept have none.
+    if len(listed(record.get("content", []), str)) not in (0, blocks):
+        raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
+    for sample, digest in mapping(record.get("probes", {})).items():
+        if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
+            raise ValueError(f"{sample!r:.40} is no sample with a checksum")
+
+
+def _check_numbers(view: str, numbers: Mapping[Any, Any]) -> None:
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{value!r:.40} is no number for {name!r:.40} of view {view}")
+    if numbers.get("rows", 1) < 1:
+        raise ValueError(f"view {view} has {numbers['rows']!r} rows")

@@ -8,46 +8,62 @@ computed again. What a block's files hold does not depend on who wrote them when
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
-from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coursepack.canonical import canonical_json
-from coursepack.data.store.block import BLOCKS, Block, BlockFiles, done_path
-from coursepack.data.store.layout import (
-    block_count,
-    table_key,
-)
-from coursepack.data.store.manifest import (
-    MANIFEST,
-    Manifest,
-    check_not_foreign,
-    load_manifest,
-    zarr_metadata,
-)
-from coursepack.data.store.owners import Part, owning, store_lock
+from coursepack.data.store.block import Block, BlockFiles
+from coursepack.data.store.contents import LISTS, list_key
+from coursepack.data.store.done import BLOCKS, check_done, done_key, done_objects, read_done
+from coursepack.data.store.layout import block_count, table_key
+from coursepack.data.store.locations import open_location
+from coursepack.data.store.manifest import MANIFEST
+from coursepack.data.store.opening import check_not_foreign, has_object, load_tagged
+from coursepack.data.store.owners import Part, owning
 from coursepack.data.store.planning import StorePlan, extended_manifest, fresh_manifest
 from coursepack.data.store.records import reduce_records
 from coursepack.data.store.shards import shard_checksum, shard_pieces
-from coursepack.files import partials, write_whole
+from coursepack.data.store.zarr_metadata import METADATA, zarr_keys, zarr_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
+
+    from coursepack.data.store.contents import FileEntry
+    from coursepack.data.store.locations.base import Location
+    from coursepack.data.store.manifest import Manifest
 
 
 class StoreWriter:
     """One process's hold on one part of a store. Use as a context manager."""
 
-    def __init__(self, root: Path, plan: StorePlan, part: Part | None = None) -> None:
-        self.root = root
+    def __init__(self, where: str | Path | Location, plan: StorePlan, part: Part | None = None) -> None:
+        self.location = open_location(where)
         self.part = part or Part()
         self._plan = plan
         self._stack = ExitStack()
-        self.manifest: Manifest
+        self._manifest: Manifest
+        self._tag = ""
+        self._committed: dict[str, frozenset[int]] = {}
+        self._whole_views: frozenset[int] = frozenset()
+        """Views of which nothing of the plan is missing."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The store's manifest as this writer last read or wrote it."""
+        return self._manifest
+
+    @manifest.setter
+    def manifest(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._committed = {name: frozenset(views) for name, views in manifest.committed.items()}
+        committed = [self._committed.get(name, frozenset()) for name in self._plan.arrays]
+        self._whole_views = frozenset.intersection(*committed)
 
     def __enter__(self) -> Self:
         """Create or extend the store and take the part.
@@ -58,19 +74,22 @@ class StoreWriter:
         """
         # Refuse before anything is touched; the check is repeated under the lock.
         self.planned()
-        for folder in (self.root, self.root / BLOCKS):
-            folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:
-            opening.enter_context(owning(self.root, self.part))
-            with store_lock(self.root):
+            opening.enter_context(owning(self.location, self.part))
+            with self.location.lock():
                 self._create_or_extend()
+                self._sweep_leftovers()
             self._stack = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with self._stack:
+            if kind is None:
+                with self.location.lock():
+                    self._refresh()
+                    self._sweep_leftovers()
 
     def planned(self) -> Manifest:
         """The manifest as `__enter__` would make it; nothing is written.
@@ -78,9 +97,9 @@ class StoreWriter:
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
         """
-        if (self.root / MANIFEST).is_file():
-            return extended_manifest(self._plan, load_manifest(self.root), self.root)
-        check_not_foreign(self.root)
+        if self._exists():
+            return self._extended(self._load())
+        check_not_foreign(self.location)
         return fresh_manifest(self._plan)
 
     def blocks_left(self) -> list[Block]:
@@ -88,9 +107,9 @@ class StoreWriter:
         self.manifest = self.planned()
         return list(self.pending())
 
-    @property
+    @cached_property
     def blocks(self) -> int:
-        """Blocks of one view."""
+        """Blocks of one view, fixed for the store's life."""
         return block_count(self.manifest.samples, self.manifest.block_rows)
 
     def pending(self, order: Iterator[int] | None = None) -> Iterator[Block]:
@@ -100,39 +119,36 @@ class StoreWriter:
             if not self.part.owns(number):
                 continue
             view, index = divmod(number, self.blocks)
-            if self._is_done(view, index, self._missing(view)):
+            if view in self._whole_views or self._is_done(view, index, self._missing(view)):
                 continue
             # Not done, or committed by another process that swept the done-object: the manifest knows.
-            if (self.root / MANIFEST).is_file():
-                self.manifest = extended_manifest(self._plan, load_manifest(self.root), self.root)
+            self._refresh()
             if missing := self._missing(view):
                 yield self.block(view, index, missing)
 
     def done_rows(self) -> int:
         """Rows of this part that need no more work."""
-        owned = [n for n in range(self.manifest.views * self.blocks) if self.part.owns(n)]
-        return self.owned_rows() - sum(len(block) for block in self.pending(iter(owned)))
+        return self.owned_rows() - sum(len(block) for block in self.pending())
 
     def owned_rows(self) -> int:
         """Rows of this part in all."""
         rows, samples = self.manifest.block_rows, self.manifest.samples
-        numbers = (n for n in range(self.manifest.views * self.blocks) if self.part.owns(n))
-        return sum(min(rows, samples - n % self.blocks * rows) for n in numbers)
+        numbers = np.arange(self.part.index, self.manifest.views * self.blocks, self.part.count)
+        return int(np.minimum(rows, samples - numbers % self.blocks * rows).sum())
 
     def write(
         self, block: Block, record: Mapping[str, Any], sound: Mapping[str, tuple[int, int]] | None = None
     ) -> BlockFiles:
         """Start writing a block; `record` goes into its done-object when `BlockFiles.finish` is called."""
-        return BlockFiles(self.root, self.manifest, self._plan.labels, block, record, sound)
+        return BlockFiles(self.location, self.manifest, self._plan.labels, block, record, sound)
 
     def commit(self) -> None:
         """Vouch for every view whose blocks are all done, whoever did them, and tidy up behind it."""
-        with store_lock(self.root):
-            self.manifest = load_manifest(self.root)
-            for view in range(self.manifest.views):
-                if self.is_complete(view):
-                    self._commit_view(view, self._missing(view))
-            self._sweep()
+        with self.location.lock():
+            self._refresh()
+            views = sorted({view for view, _ in done_objects(self.location)})
+            self._update(lambda manifest: self._with_views(manifest, views))
+            self._sweep_done_objects()
 
     def is_complete(self, view: int) -> bool:
         """Whether a view waits for nothing but `commit`."""
@@ -144,78 +160,136 @@ class StoreWriter:
         start = index * self.manifest.block_rows
         return Block(view, index, start, min(start + self.manifest.block_rows, self.manifest.samples), arrays)
 
-    def replace_files(self, files: dict[str, tuple[int, int]]) -> None:
+    def replace_files(self, files: Mapping[str, FileEntry]) -> None:
         """Vouch for files that were written again."""
-        with store_lock(self.root):
-            self._put_manifest(load_manifest(self.root).with_files(files))
+        with self.location.lock():
+            self._refresh()
+            self._update(lambda manifest: manifest.with_files(files))
 
-    def repair_tables(self, keys: set[str]) -> dict[str, tuple[int, int]]:
+    def forget(self, views: Iterable[int]) -> None:
+        """Vouch for some views no longer, so that their blocks are pending again."""
+        with self.location.lock():
+            self._refresh()
+            gone = set(views)
+            self._update(lambda manifest: manifest.only_views(set(manifest.entries) - gone))
+
+    def repair_tables(self, keys: set[str]) -> dict[str, FileEntry]:
         """Write tables and metadata among `keys` again; returns size and crc32c of the tables' files."""
         self._put_metadata(self.manifest, lambda key: key in keys)
         return self._put_tables(self.manifest, lambda key: key in keys)
 
+    def _exists(self) -> bool:
+        return has_object(self.location, MANIFEST)
+
+    def _load(self) -> Manifest:
+        manifest, self._tag = load_tagged(self.location)
+        return manifest
+
+    def _extended(self, stored: Manifest) -> Manifest:
+        return extended_manifest(self._plan, stored, str(self.location))
+
+    def _refresh(self) -> None:
+        """Read the manifest again if it was replaced since this writer read or wrote it."""
+        if self.location.tag(MANIFEST) not in (None, self._tag):
+            self.manifest = self._extended(self._load())
+
+    def _update(self, change: Callable[[Manifest], Manifest]) -> None:
+        """Replace the manifest by a changed one, made again as often as another process was faster."""
+        while (manifest := change(self.manifest)) is not self.manifest and not self._put_manifest(manifest):
+            self.manifest = self._extended(self._load())
+
     def _missing(self, view: int) -> tuple[str, ...]:
         """Quantities of the plan that are not committed for a view; others in the store are not our work."""
-        committed = self.manifest.committed
-        return tuple(name for name in sorted(self._plan.arrays) if view not in committed.get(name, ()))
+        return tuple(name for name in sorted(self._plan.arrays) if not self._is_committed(name, view))
+
+    def _is_committed(self, name: str, view: int) -> bool:
+        return view in self._committed.get(name, ())
 
     def _is_done(self, view: int, index: int, arrays: tuple[str, ...]) -> bool:
         if not arrays:
             return True
-        try:
-            entry = json.loads(done_path(self.root, view, index).read_text())
-        except FileNotFoundError:
-            return False
-        return set(arrays) <= set(entry["arrays"])
+        entry = read_done(self.location, view, index)
+        return entry is not None and set(arrays) <= set(entry["arrays"])
 
-    def _commit_view(self, view: int, arrays: tuple[str, ...]) -> None:
-        done = [json.loads(done_path(self.root, view, index).read_text()) for index in range(self.blocks)]
-        committed = {
-            **self.manifest.committed,
-            **{name: tuple(sorted((*self.manifest.committed.get(name, ()), view))) for name in arrays},
-        }
-        records = dict(self.manifest.view_records)
-        # Statistics come from the logits: arrays that are added later leave them as they are.
-        records.setdefault(str(view), reduce_records([entry["record"] for entry in done]))
-        files = {
-            key: (size, crc)
-            for entry in done
-            for key, (size, crc) in entry["files"].items()
-            if key.startswith(tuple(f"{name}/" for name in arrays))
-        }
-        manifest = replace(self.manifest, committed=committed, view_records=records).with_files(files)
-        self._put_manifest(manifest)
+    def _with_views(self, manifest: Manifest, views: Iterable[int]) -> Manifest:
+        """A manifest that vouches for those of some views whose blocks are all done."""
+        for view in views:
+            arrays = self._missing(view)
+            entries = [read_done(self.location, view, index) for index in range(self.blocks)]
+            done = [entry for entry in entries if entry is not None and set(arrays) <= set(entry["arrays"])]
+            if not arrays or len(done) < self.blocks:
+                continue
+            for index, entry in enumerate(done):
+                check_done(self.location, manifest, view, index, entry)
+            files = {
+                key: (size, crc)
+                for entry in done
+                for key, (size, crc) in entry["files"].items()
+                if key.startswith(tuple(f"{name}/" for name in arrays))
+            }
+            # Statistics come from the logits: arrays that are added later leave them as they are.
+            record = reduce_records([entry["record"] for entry in done])
+            manifest = manifest.with_view(view, arrays, files, record)
+        return manifest
 
-    def _sweep(self) -> None:
-        """Remove done-objects that the manifest has taken in, and what killed writers left behind."""
-        for path in sorted((self.root / BLOCKS).glob("*.json")):
-            view = int(path.name.partition(".")[0])
-            arrays = json.loads(path.read_text())["arrays"]
-            if all(view in self.manifest.committed.get(name, ()) for name in arrays):
-                path.unlink()
-        for view in range(self.manifest.views):
-            if not self._missing(view):
-                _remove_partials(self.root / BLOCKS, f"{view}.")
-                for name in self._plan.arrays:
-                    for component in self.manifest.arrays[name].components:
-                        _remove_partials(self.root / name / component, f"c.{view}.")
-        _remove_partials(self.root)
-        for name in self.manifest.tables:
-            _remove_partials(self.root / name)
+    def _sweep_done_objects(self) -> None:
+        """Remove the done-objects that the manifest has taken in."""
+        for view, index in done_objects(self.location):
+            entry = read_done(self.location, view, index)
+            if entry and all(self._is_committed(name, view) for name in entry["arrays"]):
+                self.location.delete(done_key(view, index))
+
+    def _sweep_leftovers(self) -> None:
+        """Remove what killed writers left: everywhere but in blocks that somebody may be writing now.
+
+        Lists every folder, so it is done when a run begins and ends and not at every commit.
+        """
+        folders = {key.rpartition("/")[0] for key in zarr_keys(self.manifest)}
+        mine = {
+            f"{name}/{component}"
+            for name in self._plan.arrays
+            for component in self.manifest.arrays[name].components
+        }
+        for folder in folders | {BLOCKS, LISTS}:
+            if folder in {"", LISTS, *self.manifest.tables}:
+                self.location.sweep(folder, lambda _: True)
+            elif folder in mine | {BLOCKS}:
+                self.location.sweep(folder, self._is_left_over)
+            else:
+                self.location.sweep(folder, lambda name: name.startswith(f"{METADATA}."))
+        # Without a lock, another process may have put a list that no manifest names yet.
+        if self.location.has_locks and self.manifest.format_version > 1:
+            named = {list_key(view, digest) for view, digest in self.manifest.list_digests.items()}
+            for name in self.location.names(LISTS):
+                if f"{LISTS}/{name}" not in named:
+                    self.location.delete(f"{LISTS}/{name}")
+
+    def _is_left_over(self, name: str) -> bool:
+        """Whether a partial file is of metadata, or of a view of which nothing is left to write."""
+        view = name.removeprefix("c.").partition(".")[0]
+        return name.startswith(f"{METADATA}.") or (view.isdecimal() and int(view) in self._whole_views)
 
     def _create_or_extend(self) -> None:
-        if (self.root / MANIFEST).is_file():
-            stored = load_manifest(self.root)
-            manifest = extended_manifest(self._plan, stored, self.root)
-            self.manifest = manifest
-            if manifest != stored:
+        while True:
+            if not self._exists():
+                manifest = fresh_manifest(self._plan)
                 self._put_metadata(manifest)
-                self._put_manifest(self._put_missing_tables(manifest))
-            return
-        self._put_metadata(fresh_manifest(self._plan))
-        self._put_manifest(self._put_missing_tables(fresh_manifest(self._plan)))
+                manifest = self._put_missing_tables(manifest)
+                if self._create_manifest(manifest):
+                    return
+            stored = self._load()
+            self.manifest = manifest = self._extended(stored)
+            if (manifest.views, manifest.arrays, manifest.tables) == (
+                stored.views,
+                stored.arrays,
+                stored.tables,
+            ):
+                return
+            self._put_metadata(manifest)
+            if self._put_manifest(self._put_missing_tables(manifest)):
+                return
 
-    def _put_tables(self, manifest: Manifest, wanted: Callable[[str], bool]) -> dict[str, tuple[int, int]]:
+    def _put_tables(self, manifest: Manifest, wanted: Callable[[str], bool]) -> dict[str, FileEntry]:
         """Write the tables whose keys are wanted; returns size and crc32c of their files."""
         files = {}
         for name, values in self._plan.tables().items():
@@ -223,27 +297,35 @@ class StoreWriter:
             key = table_key(name, layout)
             if wanted(key):
                 pieces = shard_pieces(values, layout)
-                write_whole(self.root / key, *pieces)
+                self.location.put(key, *pieces)
                 files[key] = (sum(map(len, pieces)), shard_checksum(pieces))
         return files
 
     def _put_missing_tables(self, manifest: Manifest) -> Manifest:
-        return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.files))
+        return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.table_files))
 
     def _put_metadata(self, manifest: Manifest, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        """Zarr metadata; the group's own file comes last."""
+        """Zarr metadata; the group's own object comes last."""
         for key, values in zarr_metadata(manifest).items():
-            path = self.root / key
-            path.parent.mkdir(parents=True, exist_ok=True)
             if wanted(key):
-                write_whole(path, canonical_json(values, indent=1).encode())
+                self.location.put(key, canonical_json(values, indent=1).encode())
 
-    def _put_manifest(self, manifest: Manifest) -> None:
-        write_whole(self.root / MANIFEST, manifest.to_json().encode())
-        self.manifest = manifest
+    def _create_manifest(self, manifest: Manifest) -> bool:
+        """Write the first manifest; returns whether there was none."""
+        tag = self.location.create(MANIFEST, manifest.to_json().encode())
+        if tag is not None:
+            self.manifest, self._tag = manifest, tag
+        return tag is not None
 
-
-def _remove_partials(folder: Path, prefix: str = "") -> None:
-    for path in partials(folder):
-        if path.name.startswith(prefix):
-            path.unlink(missing_ok=True)
+    def _put_manifest(self, manifest: Manifest) -> bool:
+        """Replace the manifest if it is the one that was read, its lists first; returns whether it was."""
+        before, after = self.manifest.list_digests.items(), manifest.list_digests.items()
+        for view, digest in after - before:
+            self.location.put(list_key(view, digest), manifest.entries[view].to_bytes())
+        tag = self.location.replace(MANIFEST, manifest.to_json().encode(), self._tag)
+        if tag is None:
+            return False
+        self.manifest, self._tag = manifest, tag
+        for view, digest in before - after:
+            self.location.delete(list_key(view, digest))
+        return True

@@ -94,11 +94,11 @@ def angle_loss(student, teacher):
 
 
 def distance_loss(student, teacher):
-    """Mean over all pairs of SmoothL1 between distances over their mean."""
+    """Mean over all pairs of SmoothL1 between distances over their mean over pairs i != j, zeros included."""
 
     def distances(embedding):
         table = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in embedding] for a in embedding])
-        return table / table[table > 0].mean()
+        return table / table[~np.eye(len(table), dtype=bool)].mean()
 
     theirs, ours = distances(teacher), distances(student)
     return np.mean([smooth_l1(a - b) for a, b in zip(ours.ravel(), theirs.ravel(), strict=True)])

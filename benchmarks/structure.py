@@ -1,0 +1,157 @@
+"""Size and structure of the code: files, floors and arrows of packages, lines, the longest file and function.
+
+    python benchmarks/structure.py [--json FILE] [--quick]
+
+A package's arrows are the imports between its own modules, subpackages included, each counted once; its
+floors are the modules on the longest path along them. Both are given without and with the imports that are
+for type checkers alone. Lines are those of the sources without tests, with docstrings and comments.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _harness import arguments, machine, row
+
+from coursepack.console import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("common", "kernels", "data", "models", "precompute", "distill")
+SCRIPTS = ("benchmarks", "examples")
+DRAWN = ("distill", "kernels")
+"""Packages whose import graph is measured."""
+
+
+def modules(folder: str) -> dict[str, Path]:
+    """Files of a package by their import name."""
+    found = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(("coursepack", *parts)).removesuffix(".__init__")
+        found[name] = path
+    return found
+
+
+def is_for_checkers(node: ast.AST) -> bool:
+    """Whether it is an `if TYPE_CHECKING:` block."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def imports(tree: ast.AST, name: str, known: Mapping[str, Path], *, typed: bool) -> Iterator[str]:
+    """Modules among `known` that a module imports, wherever in it, if `typed` for type checkers too."""
+    for node in ast.iter_child_nodes(tree):
+        if is_for_checkers(node) and not typed:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = _base(node, name, known)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                if inner in known or base in known:
+                    yield inner if inner in known else base
+        yield from imports(node, name, known, typed=typed)
+
+
+def _base(node: ast.ImportFrom, name: str, known: Mapping[str, Path]) -> str:
+    """The absolute name of what `from ... import` imports from."""
+    if node.level == 0:
+        return node.module or ""
+    package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*parents, *([node.module] if node.module else [])])
+
+
+def graph(folder: str, *, typed: bool = False) -> dict[str, set[str]]:
+    """What each module of a package imports of the package's others, if `typed` for type checkers too."""
+    known = modules(folder)
+    return {
+        name: set(imports(ast.parse(path.read_text()), name, known, typed=typed)) - {name}
+        for name, path in known.items()
+    }
+
+
+def longest_path(found: Mapping[str, set[str]]) -> list[str]:
+    """The modules on the longest path, the importing one first; none where imports go in a circle."""
+    best: dict[str, list[str]] = {}
+    try:
+        for name in TopologicalSorter(found).static_order():
+            below = max((best[other] for other in sorted(found[name])), key=len, default=[])
+            best[name] = [name, *below]
+    except CycleError as error:
+        print(f"imports go in a circle: {' <- '.join(error.args[1])}")
+        return []
+    return max(best.values(), key=len)
+
+
+def lines(folders: tuple[str, ...]) -> dict[Path, list[str]]:
+    """Lines of every source in some folders."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path: path.read_text().splitlines() for path in paths}
+
+
+def longest_function(paths: Mapping[Path, list[str]]) -> tuple[int, str]:
+    """Lines of the longest function, decorators left out, and where it is."""
+    found = [
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}")
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None
+    ]
+    return max(found)
+
+
+def structure() -> list[dict[str, Any]]:
+    """Every figure as a row."""
+    rows = []
+    for folder in DRAWN:
+        rows.append(row(f"{folder}: files", [float(len(modules(folder)))], "files", {}))
+        for typed, which in ((False, ""), (True, " for type checkers too")):
+            found = graph(folder, typed=typed)
+            path = longest_path(found)
+            names = [name.removeprefix(f"coursepack.{folder}").lstrip(".") or "__init__" for name in path]
+            arrows = sum(map(len, found.values()))
+            rows += [
+                row(f"{folder}: floors{which}", [float(len(path))], "modules", {"where": " > ".join(names)}),
+                row(f"{folder}: arrows{which}", [float(arrows)], "imports", {}),
+            ]
+    for title, folders in (("packages", PACKAGES), ("with benchmarks and examples", PACKAGES + SCRIPTS)):
+        held = lines(folders)
+        written = [[line for line in each if line.strip()] for each in held.values()]
+        config = {"folders": list(folders), "files": len(held)}
+        rows += [
+            row(f"{title}: lines", [float(sum(map(len, held.values())))], "lines", config),
+            row(f"{title}: lines not blank", [float(sum(map(len, written)))], "lines", config),
+        ]
+    held = lines(PACKAGES)
+    longest = max(held, key=lambda path: len(held[path]))
+    size, where = longest_function(held)
+    return [
+        *rows,
+        row("longest file", [float(len(held[longest]))], "lines", {"where": str(longest.relative_to(ROOT))}),
+        row("longest function", [float(size)], "lines", {"where": where}),
+    ]
+
+
+def main() -> None:
+    options = arguments(__doc__.partition("\n")[0]).parse_args()
+    rows = structure()
+    cells = [
+        [entry["id"], f"{entry['value']:,.0f}", entry["unit"], entry["config"].get("where", "")]
+        for entry in rows
+    ]
+    print_table("Structure", ["figure", "value", "unit"], [cell[:3] for cell in cells])
+    print("\n".join(f"{name}: {where}" for name, _, _, where in cells if where))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

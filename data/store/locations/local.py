@@ -1,0 +1,293 @@
+"""A store in a folder: a file per object, whole-file writes, memory maps, locks that end with a process."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from coursepack.errors import StoreDamaged
+from coursepack.files import create_whole, naming, open_regular, partials, write_whole
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # a module that Windows does not have
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+LOCK = "lock"
+"""Name of the file whose lock is `LocalLocation.lock`."""
+MOST_HELD_BYTES = 1 << 16
+
+
+class LocalLocation:
+    """Files in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._locks = 0
+
+    def __reduce__(self) -> tuple[type[LocalLocation], tuple[Path]]:
+        return LocalLocation, (self.root,)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.name
+
+    @property
+    def has_locks(self) -> bool:
+        """Whether the system has flock."""
+        return fcntl is not None
+
+    def where(self, key: str) -> str:
+        """Path of a file."""
+        return str(self.root / key)
+
+    def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
+        """Write a file; folders are made as they are needed."""
+        path = self._with_folder(key)
+        write_whole(path, *pieces)
+
+    def create(self, key: str, data: bytes) -> str | None:
+        """Write a file under a partial name and link it to its own, which fails if that exists."""
+        path = self._with_folder(key)
+        with self.lock():
+            return _tag(data) if create_whole(path, data) else None
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        """Compare and write while the lock is held."""
+        with self.lock():
+            if self.tag(key) != tag:
+                return None
+            self.put(key, data)
+            return _tag(data)
+
+    def tag(self, key: str) -> str | None:
+        """sha256 of a file's content."""
+        try:
+            return _tag((self.root / key).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def get(self, key: str, most_bytes: int) -> bytes:
+        """Read a file."""
+        path = self.root / key
+        with naming(path), os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most_bytes:
+                raise ValueError(f"has {size:,} bytes, expected at most {most_bytes:,}")
+            return file.read(most_bytes)
+
+    def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
+        """Read a file and take its tag."""
+        data = self.get(key, most_bytes)
+        return data, _tag(data)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Read some bytes of a file."""
+        with os.fdopen(open_regular(self.root / key), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def size(self, key: str) -> int:
+        """Bytes of a file."""
+        descriptor = open_regular(self.root / key)
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def map(self, key: str, *, resident: bool = False) -> MappedFile | Resident:
+        """Map a file, or read it."""
+        path = self.root / key
+        with naming(path), os.fdopen(open_regular(path), "rb") as file:
+            if resident or os.fstat(file.fileno()).st_size == 0:  # what is empty cannot be mapped
+                return Resident(np.fromfile(file, dtype=np.uint8))
+            return MappedFile(path, file)
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, but for those that are being written."""
+        path = self.root / folder
+        if not path.is_dir():
+            return []
+        unfinished = {partial.name for partial in partials(path)}
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file() and entry.name not in unfinished)
+
+    def delete(self, key: str) -> None:
+        """Remove a file if it is there."""
+        (self.root / key).unlink(missing_ok=True)
+
+    def make_way(self, keys: Iterable[str]) -> None:
+        """Remove empty folders where files belong, and nothing else."""
+        keys = list(keys)
+        root = self.root
+        folders = [root / key for key in keys if (root / key).is_dir() and not (root / key).is_symlink()]
+        parents = {
+            root.joinpath(*key.split("/")[:depth]) for key in keys for depth in range(1, key.count("/") + 1)
+        }
+        full = [f"{str(folder)!r} is a folder that holds something, expected a file" for folder in folders
+                if any(folder.iterdir())]  # fmt: skip
+        other = [f"{str(parent)!r} is not a folder" for parent in sorted(parents)
+                 if os.path.lexists(parent) and not parent.is_dir()]  # fmt: skip
+        if full or other:
+            raise StoreDamaged(f"{'; '.join(full + other)}: move that away and run the same command again")
+        for folder in folders:
+            folder.rmdir()
+
+    def sweep(self, folder: str, wanted: Callable[[str], bool]) -> None:
+        """Remove partial files."""
+        for path in partials(self.root / folder):
+            if wanted(path.name):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold an flock on the file `lock`, where the system has that."""
+        if self._locks:
+            self._locks += 1
+            try:
+                yield
+            finally:
+                self._locks -= 1
+            return
+        path = self._with_folder(LOCK)
+        with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+            with naming(path):
+                _flock(file)
+            self._locks = 1
+            try:
+                yield
+            finally:
+                self._locks = 0
+
+    @contextmanager
+    def hold(self, key: str, data: bytes) -> Iterator[Callable[[bytes], None]]:
+        """Hold an flock on a file, which vanishes with the process, however that ends; the file stays."""
+        path = self._with_folder(key)
+        with path.open("wb", buffering=0) as file:
+
+            def write(data: bytes) -> None:
+                # One write over the old text: whoever looks meanwhile finds one or the other.
+                with naming(path):
+                    file.seek(0)
+                    file.write(data)
+
+            with naming(path):
+                _flock(file)
+            write(data)
+            yield write
+
+    def held(self, folder: str) -> list[tuple[str, bytes]]:
+        """Files that a live process holds; none where the system cannot tell."""
+        found: list[tuple[str, bytes]] = []
+        if fcntl is None:
+            return found
+        for name in self.names(folder):
+            with (self.root / folder / name).open("rb") as file:
+                try:
+                    # Shared, so that two who look do not take each other for holders.
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append((f"{folder}/{name}", file.read(MOST_HELD_BYTES)))
+        return found
+
+    def free_bytes(self) -> int:
+        """Free space of the file system on which the folder is or will be."""
+        place = self.root.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def zarr_store(self) -> Path:
+        """The folder."""
+        return self.root
+
+    def _with_folder(self, key: str) -> Path:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Resident:
+    """A file's content in memory, which nothing outside can change."""
+
+    def __init__(self, content: NDArray[np.uint8]) -> None:
+        self.content = content
+
+    def size(self) -> int:
+        """Bytes of the content."""
+        return len(self.content)
+
+    def is_touched(self) -> bool:
+        """False."""
+        return False
+
+    def advise(self, start: int, length: int) -> None:
+        """Do nothing."""
+
+
+class MappedFile:
+    """A file's memory map."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path = path
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._stamp = _Stamp.of(os.fstat(file.fileno()))
+        self.content: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+
+    def size(self) -> int:
+        """Bytes of the mapped file, whatever has its name now."""
+        return self._map.size()
+
+    def is_touched(self) -> bool:
+        """Whether the file of this name is the mapped one, and was written to since."""
+        try:
+            found = _Stamp.of(self._path.stat())
+        except FileNotFoundError:
+            return False
+        # A file that was replaced as a whole is another one: the map still shows the old.
+        return found != self._stamp and found.inode == self._stamp.inode
+
+    def advise(self, start: int, length: int) -> None:
+        """Have the system read some bytes in the background."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            aligned = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, aligned, length + start - aligned)
+
+
+class _Stamp(NamedTuple):
+    """What changes when a file is written to."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Stamp:
+        """The stamp in a file's status."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _tag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flock(file: IO[bytes]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)

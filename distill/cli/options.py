@@ -1,0 +1,129 @@
+"""Options of `distill train` that set recipe fields; type, choices, default and help come from the field."""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+
+from coursepack.config import field_at
+from coursepack.console import parse_numbers
+from coursepack.distill.recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FIELDS = {
+    "student": "student",
+    "student-size": "student_size",
+    "student-mean": "student_mean",
+    "student-std": "student_std",
+    "store": "stores",
+    "method": "method",
+    "online": "online",
+    "source": "source",
+    "root": "root",
+    "view": "view",
+    "views": "views",
+    "view-order": "view_order",
+    "views-per-load": "views_per_load",
+    "allow-drift": "allow_drift",
+    "limit": "limit",
+    "epochs": "epochs",
+    "batch-size": "batch_size",
+    "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
+    "lr-schedule": "optimizer.schedule.shape",
+    "milestones": "optimizer.schedule.milestones",
+    "warmup-epochs": "optimizer.schedule.warmup_epochs",
+    "momentum": "optimizer.momentum",
+    "weight-decay": "optimizer.weight_decay",
+    "clip": "optimizer.clip",
+    "ema": "optimizer.ema",
+    "accumulate": "accumulate",
+    "patience": "patience",
+    "evaluate-every": "evaluate_every",
+    "precision": "precision",
+    "channels-last": "channels_last",
+    "compile": "compile",
+    "deterministic": "deterministic",
+    "seed": "seed",
+    "temperature": "objective.temperature",
+    "soft-weight": "objective.soft_weight",
+    "hard-weight": "objective.hard_weight",
+    "label-smoothing": "objective.label_smoothing",
+    "teacher-weights": "objective.fusion.weights",
+}
+"""Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
+
+DEFAULTS = {
+    "method": "kd with stores, else supervised",
+    "source": "the stores'",
+    "view": "the stores'",
+}
+"""Help text for defaults that are not constants."""
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for every entry of `FIELDS` to a command."""
+    for name in reversed(FIELDS):
+        command = _option(name, FIELDS[name])(command)
+    return command
+
+
+def given_options(options: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return flag, recipe field and value of every given option."""
+    flags = {name: name.replace("_", "-") for name in options}
+    return [
+        (f"--{flags[name]}", FIELDS[flags[name]], value)
+        for name, value in options.items()
+        if value is not None and value != ()
+    ]
+
+
+def _option(name: str, path: str) -> Callable[..., Any]:
+    field = field_at(TrainRecipe, path)
+    kind = _kind(field.annotation, field.metadata)
+    text = " ".join((field.description or "").split())
+    default = DEFAULTS.get(name)
+    # Defaults of objective fields depend on the method, so no default is shown for them.
+    if default is None and not field.is_required() and not path.startswith("objective."):
+        default = None if field.default in (None, False, ()) else str(field.default)
+    shown = text + (f"  [default: {default}]" if default else "")
+    flag, variable = f"--{name}", name.replace("-", "_")
+    if kind is bool:
+        return click.option(flag, variable, is_flag=True, default=None, help=shown)
+    if name == "store":
+        return click.option(flag, variable, multiple=True, help=f"{shown} Repeatable.")
+    if kind is tuple:
+        return click.option(flag, variable, callback=parse_numbers, metavar="X,X,...", help=shown)
+    return click.option(flag, variable, type=kind, help=shown)
+
+
+def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
+    """Return click's type for a field; `bool` means a flag and `tuple` a list of numbers."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *marks = get_args(annotation)
+        more = (bound for mark in marks for bound in getattr(mark, "metadata", [mark]))
+        return _kind(inner, [*bounds, *more])
+    if origin in (Union, types.UnionType):
+        return _kind(get_args(annotation)[0], bounds)
+    if origin is Literal:
+        return click.Choice(get_args(annotation))
+    if origin is tuple:
+        return tuple
+    if annotation in (int, float):
+        return _range(annotation, bounds)
+    return bool if annotation is bool else str
+
+
+def _range(number: type, bounds: Sequence[Any]) -> click.IntRange | click.FloatRange:
+    """Return click's range of numbers within pydantic's bounds."""
+    limits: dict[str, Any] = {}
+    for bound in bounds:
+        for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
+            if hasattr(bound, name):
+                limits |= {side: getattr(bound, name), f"{side}_open": name in ("gt", "lt")}
+    return (click.IntRange if number is int else click.FloatRange)(**limits)

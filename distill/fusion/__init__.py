@@ -1,0 +1,15 @@
+"""Fusion of several teachers: their weights, and the temperature of the fused targets."""
+
+from coursepack.distill.fusion import adaptive, weights
+from coursepack.distill.fusion.base import Fusion
+
+FUSIONS: dict[str, Fusion] = {
+    "fixed": weights.FIXED,
+    "uniform": weights.UNIFORM,
+    "best": weights.BEST,
+    "random": weights.RANDOM,
+    "confidence": weights.CONFIDENCE,
+    "entropy": weights.ENTROPY,
+    "adaptive": adaptive.ADAPTIVE,
+}
+"""Fusions by name. To add one, write a module in this package and add a row here."""

@@ -1,0 +1,60 @@
+"""Base types of fusions: config, needs, and a function that returns the teachers' weights for a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
+from coursepack.config import Config
+from coursepack.distill.losses.base import BuildContext, LossInputs, Needs, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    Weigh = Callable[[LossInputs], Tensor | None]
+
+
+class FusionConfig(Config):
+    """Base class of the configs of fusions."""
+
+    name: str = "fixed"
+    """Name of the fusion, a key of `FUSIONS`."""
+
+    @model_serializer(mode="wrap")
+    def _keep_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"name": self.name, **handler(self)}
+
+    def refusal(self, teachers: int) -> str:
+        """Return why the config does not fit this number of teachers, or an empty string if it does."""
+        return ""
+
+
+def no_needs(_config: Any) -> Needs:
+    """Return the needs of a fusion that reads only the teachers' logits."""
+    return Needs()
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One way to weight teachers.
+
+    `build` returns a function, or a module if the fusion has parameters, that maps `LossInputs` to weights
+    `(K,)` or `(N, K)`, or to None for 1/K. Weights sum to one over the teachers that are read (see `methods`
+    for releases that normalize otherwise); only user-given weights of `fixed` are not normalized.
+    """
+
+    config: type[FusionConfig]
+    formula: str
+    """Formula of the weights, in one line."""
+    source: str
+    """Paper or release."""
+    combine: Literal["mixture", "sum"]
+    """Published form of the loss: divergence from the mixture, or weighted sum of divergences."""
+    build: Callable[[Any, BuildContext], Weigh]
+    needs: Callable[[Any], Needs] = no_needs
+    choose: Callable[[Any, BuildContext, Step], int] | None = None
+    """Returns the index of the only teacher that is read for a batch; None if all teachers are read."""

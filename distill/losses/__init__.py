@@ -1,0 +1,14 @@
+"""Loss terms of an objective, one module each."""
+
+from coursepack.distill.losses import hint, label, latents, relation, soft_target
+from coursepack.distill.losses.base import Loss
+
+LOSSES: dict[str, Loss] = {
+    "soft_target": soft_target.LOSS,
+    "label": label.LOSS,
+    "angle": relation.ANGLE,
+    "distance": relation.DISTANCE,
+    "hint": hint.LOSS,
+    "latents": latents.LOSS,
+}
+"""Loss terms by name. To add one, write a module in this package and add a row here."""

@@ -1,0 +1,113 @@
+"""Hint loss: student features, mapped by a learnable adapter per pair, are regressed to teachers' features.
+
+Romero et al., ICLR 2015, arXiv 1412.6550, equation 3 (FitNets). With several teachers, each guides one group
+of the student's layers: Liu et al. 2020, arXiv 2103.04062, section 3.4 (AMTML-KD). That paper does not state
+which teacher guides which group; here teachers are assigned from shallow to deep in the order of the stores.
+The teacher's features are not transformed, so the adapter has no final activation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coursepack.distill.losses.base import (
+    BuildContext,
+    FeaturePair,
+    Loss,
+    LossInputs,
+    Needs,
+    PairChoice,
+    PairNeeds,
+    TermConfig,
+)
+from coursepack.kernels import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class HintConfig(TermConfig):
+    """Config of the hint loss."""
+
+    term: Literal["hint"] = "hint"
+    pairs: tuple[PairChoice, ...] = ()
+    """Pairs of taps and student layers to compare; defaults to one pair per teacher, chosen by depth."""
+    layers: tuple[str, ...] = ()
+    """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
+
+
+class Adapter(nn.Module):
+    """Learnable map from student features to the shape of a teacher's features.
+
+    Between two maps, adaptive average pooling matches the teacher's height and width, and a 1x1 convolution
+    maps the channels. If either side is a vector, maps are averaged over positions and the adapter is linear.
+    """
+
+    def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
+        super().__init__()
+        maps = len(student_shape) == len(teacher_shape) == 3
+        self.size = (teacher_shape[1], teacher_shape[2]) if maps else None
+        kind = nn.Linear if self.size is None else _pointwise
+        self.change = kind(student_shape[0], teacher_shape[0])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return adapted features, `(N, D)` or `(N, C, H, W)`, of the same shape as `like` returns."""
+        features = features.float()
+        if self.size is not None:
+            features = F.adaptive_avg_pool2d(features, self.size)
+        changed: Tensor = self.change(_pooled(features) if self.size is None else features)
+        return changed
+
+    def like(self, teacher_features: Tensor) -> Tensor:
+        """Return the teacher's features in the shape of the adapter's output."""
+        return teacher_features if self.size is not None else _pooled(teacher_features)
+
+
+def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 1)
+
+
+def _pooled(features: Tensor) -> Tensor:
+    return features if features.ndim == 2 else features.flatten(2).mean(2)
+
+
+class Hints(nn.Module):
+    """Hint loss: the sum over pairs of the mean squared error, per sample."""
+
+    def __init__(self, pairs: Sequence[FeaturePair], *, seed: int = 0) -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.adapters = nn.ModuleList(Adapter(p.student_shape, p.teacher_shape) for p in pairs)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return the loss `(N,)`, with gradient to the student's features and the adapters."""
+        total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
+        for pair, adapter in zip(self.pairs, self.adapters, strict=True):
+            assert isinstance(adapter, Adapter)
+            target = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
+            error = adapter(inputs.student.features[pair.layer]) - target.detach()
+            total = total + error.square().flatten(1).mean(1)
+        return total
+
+
+def _needs(config: HintConfig) -> Needs:
+    return Needs(pairs=PairNeeds(config.pairs, config.layers), every_teacher="hints")
+
+
+def _build(_config: HintConfig, context: BuildContext) -> Hints:
+    return Hints(context.pairs, seed=context.seed)
+
+
+LOSS = Loss(
+    config=HintConfig,
+    formula="sum_g mean (u_g(student's layer g) - teacher's layer g)²",
+    source="Romero et al. 2015 (FitNets), arXiv 1412.6550, equation 3",
+    needs=_needs,
+    build=_build,
+)

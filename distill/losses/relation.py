@@ -1,0 +1,163 @@
+"""Relational knowledge distillation (RKD): angles and distances between the samples of a batch.
+
+Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8. Applied to outputs, with the fused soft targets as
+the teacher, in AMTML-KD (Liu et al. 2020, arXiv 2103.04062). Both losses are scalars that couple the samples
+of a batch, computed in float32 or float64, with gradient to the student only. The N³ angles are computed in
+chunks of anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are
+recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHUNK_BYTES = 32 << 20
+"""Memory for one chunk of angles and its backward pass; a chunk has at least one anchor."""
+
+
+class RelationConfig(TermConfig):
+    """Base class of the configs of relation losses."""
+
+    student: Literal["probs", "log_probs", "logits"] = "probs"
+    """Form of the student's output, at the objective's temperature, that is compared with the fused targets.
+    With `probs`, a student with the teachers' outputs has loss zero; AMTML-KD's notebooks use the others."""
+
+
+class AngleConfig(RelationConfig):
+    """Config of the angle loss."""
+
+    term: Literal["angle"] = "angle"
+
+
+class DistanceConfig(RelationConfig):
+    """Config of the distance loss."""
+
+    term: Literal["distance"] = "distance"
+
+
+class Relation(nn.Module):
+    """Relation loss between the student's outputs and the fused targets."""
+
+    def __init__(self, config: RelationConfig, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.loss = loss
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return the loss, a scalar over the whole batch, with gradient to the student's logits."""
+        soft = inputs.soft
+        embedded = student_embedding(inputs.student.logits, self.config.student, soft.temperature)
+        return self.loss(embedded, soft.probs)
+
+
+def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | float) -> Tensor:
+    """Return the student's output `(N, C)` in a form of `RelationConfig.student`, float32 or float64."""
+    wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    return {
+        "probs": lambda: (wide / temperature).softmax(1),
+        "log_probs": lambda: (wide / temperature).log_softmax(1),
+        "logits": lambda: wide,
+    }[kind]()
+
+
+def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Return the mean over all triples of SmoothL1(psi_student - psi_teacher), a scalar.
+
+    psi_ijk is the cosine of the angle at j between i and k, and 0 if two of them are the same point.
+
+    Args:
+        student: points `(N, C)`, which receive the gradient.
+        teacher: points `(N, C)`; detached.
+        chunk_bytes: memory limit for one chunk of angles; affects results only by rounding.
+    """
+    rows = len(student)
+    anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + student.shape[1])))
+    total = student.new_zeros(())
+    for start in range(0, rows, anchors):
+        chunk_sum = checkpoint(
+            _angle_sum,
+            student,
+            teacher.detach(),
+            start,
+            start + anchors,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        assert isinstance(chunk_sum, Tensor)
+        total = total + chunk_sum
+    return total / rows**3
+
+
+def _angle_sum(student: Tensor, teacher: Tensor, start: int, stop: int) -> Tensor:
+    with torch.autocast(student.device.type, enabled=False):
+        targets = _angles(teacher, start, stop)
+        return F.smooth_l1_loss(_angles(student, start, stop), targets, reduction="sum")
+
+
+def _angles(embedding: Tensor, start: int, stop: int) -> Tensor:
+    """Return the cosines `(anchors, N, N)` of the angles at a range of anchors."""
+    sides = F.normalize(embedding[None] - embedding[start:stop, None], dim=2)
+    return sides @ sides.transpose(1, 2)
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over all pairs of SmoothL1(d_student - d_teacher), a scalar.
+
+    Distances are divided by their mean over all pairs of different samples, including pairs at distance 0,
+    as in the releases.
+
+    Args:
+        student: points `(N, C)`, which receive the gradient.
+        teacher: points `(N, C)`; detached.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return F.smooth_l1_loss(_distances(student), _distances(teacher.detach()))
+
+
+def _distances(embedding: Tensor) -> Tensor:
+    # Differences and not products: a² + b² - 2ab cancels where samples are close.
+    distances = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
+    rows = len(embedding)
+    mean = distances.sum() / max(rows * (rows - 1), 1)
+    return distances / mean.clamp_min(1e-12)
+
+
+def _needs(config: RelationConfig) -> Needs:
+    return Needs(fused=True, whole_batch=(config.term,))
+
+
+def _build_angle(config: AngleConfig, _context: BuildContext) -> Relation:
+    return Relation(config, angle_loss)
+
+
+def _build_distance(config: DistanceConfig, _context: BuildContext) -> Relation:
+    return Relation(config, distance_loss)
+
+
+_PARK = "Park et al. 2019 (RKD), arXiv 1904.05068"
+ANGLE = Loss(
+    config=AngleConfig,
+    formula="mean over triples of SmoothL1(cos angle_ijk(q) - cos angle_ijk(sum_k w_k P_k))",
+    source=f"{_PARK}, equations 7 and 8",
+    needs=_needs,
+    build=_build_angle,
+)
+DISTANCE = Loss(
+    config=DistanceConfig,
+    formula="mean over pairs of SmoothL1(d_ij(q) - d_ij(sum_k w_k P_k)), distances divided by their mean",
+    source=f"{_PARK}, equations 5 and 6",
+    needs=_needs,
+    build=_build_distance,
+)

@@ -1,0 +1,73 @@
+"""Soft-target loss: divergence from the fused teachers, with the cross-entropy in the same kernel call.
+
+Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2. The factor T² is applied inside
+`coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+from coursepack.distill.schedule import Weight, value_at
+from coursepack.kernels import soft_target_loss
+
+Divergence = Literal["kl", "reverse_kl", "js", "mse"]
+
+
+class SoftTargetConfig(TermConfig):
+    """Config of the soft-target loss."""
+
+    term: Literal["soft_target"] = "soft_target"
+    hard_weight: Weight = 0.0
+    """Weight of the cross-entropy to the labels, or its schedule over epochs."""
+    divergence: Divergence = "kl"
+    """Divergence of the student from the soft targets, see `coursepack.kernels.soft_target_loss`."""
+    combine: Literal["auto", "mixture", "sum"] = "auto"
+    """Divergence from the mixture of teachers, or weighted sum of divergences; auto takes the published form
+    of the fusion."""
+
+
+class SoftTarget(nn.Module):
+    """Weighted divergence from the fused teachers plus weighted cross-entropy, per sample."""
+
+    def __init__(self, config: SoftTargetConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return the loss `(N,)` in nats, with gradient to the student's logits and the teachers' weights."""
+        config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
+        return soft_target_loss(
+            inputs.student.logits,
+            soft.logits,
+            inputs.labels,
+            weights=soft.weights,
+            temperature=soft.temperature,
+            adjustment=soft.adjustments,
+            smoothing=soft.smoothing,
+            combine=soft.combine if config.combine == "auto" else config.combine,
+            soft_weight=value_at(config.weight, epoch),
+            hard_weight=value_at(config.hard_weight, epoch),
+            divergence=config.divergence,
+        )
+
+
+def _needs(_config: SoftTargetConfig) -> Needs:
+    return Needs(fused=True)
+
+
+def _build(config: SoftTargetConfig, _context: BuildContext) -> SoftTarget:
+    return SoftTarget(config)
+
+
+LOSS = Loss(
+    config=SoftTargetConfig,
+    formula="weight T² D(sum_k w_k P_k || q) + hard_weight CE(z, y)",
+    source="Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2",
+    needs=_needs,
+    build=_build,
+    applies_weight=True,
+)

@@ -1,0 +1,1 @@
+"""Runs on disk: training, sweeps, comparison, smoke tests and TensorBoard."""

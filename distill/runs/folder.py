@@ -1,0 +1,302 @@
+"""Folder of a run.
+
+recipe.yaml          complete recipe; trains the same run again
+provenance.json      fingerprints of the stores, library versions, device
+network.yaml         description of the student, from which `run:FOLDER` builds it
+metrics.jsonl        metrics, one line per epoch
+best.safetensors     weights of the student after the evaluation with the best accuracy
+checkpoint.pt        training state; present while the run is unfinished
+lock                 lock of the process that trains the run
+student.safetensors  weights of the student after the last epoch; present if the run is finished
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from coursepack.canonical import canonical_json, difference_table
+from coursepack.config import parse_config, write_yaml
+from coursepack.distill.recipe import TrainRecipe, load_recipe
+from coursepack.distill.renamed import upgrade_recipe
+from coursepack.distill.runs.records import read_metrics, read_provenance
+from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
+from coursepack.errors import RunBusy, RunError
+from coursepack.files import naming, partials, write_whole
+from coursepack.locks import FileLock, Held
+from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from coursepack.models import Network
+
+RECIPE_FILE = "recipe.yaml"
+PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.jsonl"
+BEST_FILE = "best.safetensors"
+LOCK_FILE = "lock"
+TENSORBOARD_FOLDER = "tensorboard"
+RUN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
+"""Files of an unfinished run."""
+
+FIXED_PROVENANCE = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
+"""Keys of the provenance that must not change before a run is resumed. Stores may have more views by then, as
+long as the run does not use them."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Recipe and metrics of a finished run."""
+
+    path: Path
+    recipe: TrainRecipe
+    metrics: list[dict[str, Any]]
+    """Metrics of each epoch."""
+
+
+class RunFolder:
+    """Folder of a run that this process trains, locked against other processes until it is closed."""
+
+    def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Create the folder if it does not exist, and lock it.
+
+        Args:
+            path: the folder.
+            overwrite: allow the folder to hold a run, which will be replaced.
+            resume: allow the folder to hold an unfinished run.
+
+        Raises:
+            RunError: the folder cannot be created, or holds something else.
+            RunBusy: another process is training this run.
+        """
+        self.path = path
+        check_free(path, overwrite=overwrite, resume=resume)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot create the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
+            ) from error
+        try:
+            self._lock = FileLock(path / LOCK_FILE)
+        except Held as holder:
+            raise RunBusy(
+                f"run {str(path)!r} is being trained by {holder}: wait for it, stop it, or choose another "
+                "--out"
+            ) from holder
+        except OSError:
+            _remove_empty(missing)
+            raise
+        self._made: list[Path] | None = None
+        """Folders that were created for this run; None if the run existed before."""
+        try:
+            # Check again under the lock, since another process may have trained the run meanwhile.
+            check_free(path, overwrite=overwrite, resume=resume)
+            if (path / WEIGHTS_FILE).is_file() and not overwrite:
+                raise RunError(
+                    f"run {str(path)!r} was finished by another process just now: nothing is left to do"
+                )
+        except BaseException:
+            self.close()
+            raise
+        if not (path / RECIPE_FILE).is_file():
+            self._made = missing
+
+    def begin(
+        self, recipe: TrainRecipe, provenance: dict[str, Any], network: Network, *, overwrite: bool
+    ) -> None:
+        """Write recipe, provenance and network of a new run, replacing an earlier one."""
+        path = self.path
+        _clear_partials(path)
+        if overwrite and (path / RECIPE_FILE).is_file():
+            _clear(path)
+            self._made = []
+        (path / BEST_FILE).unlink(missing_ok=True)
+        write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
+        write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
+        write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
+        (path / METRICS_FILE).write_bytes(b"")
+
+    def reopen(self, epoch: int) -> None:
+        """Continue an unfinished run from an epoch, dropping metrics of that epoch and later ones."""
+        path = self.path
+        _clear_partials(path)
+        lines = (path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        write_whole(path / METRICS_FILE, *lines[:epoch])
+
+    def close(self, *, keep: bool = True) -> None:
+        """Unlock the folder; if `keep` is false, remove it if it was created for this run."""
+        if not keep and self._made is not None:
+            shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
+            for file in (*(self.path / name for name in RUN_FILES), *partials(self.path)):
+                file.unlink(missing_ok=True)
+        self._lock.release()
+        if not keep and self._made is not None:
+            _remove_empty(self._made)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one epoch's metrics."""
+        path = self.path / METRICS_FILE
+        with naming(path), path.open("a") as file:
+            file.write(canonical_json(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # later checkpoints assume that this line is on disk
+
+    def keep_best(self, network: Network) -> None:
+        """Write the weights of the best student so far."""
+        write_whole(self.path / BEST_FILE, _weights(network))
+
+    def finish(self, network: Network) -> None:
+        """Write the final weights, and remove the checkpoint."""
+        write_whole(self.path / WEIGHTS_FILE, _weights(network))
+        (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class ReadOnlyRunFolder:
+    """Folder of a run on ranks other than the first, which write nothing."""
+
+    path: Path
+
+    def close(self, *, keep: bool = True) -> None:
+        """Do nothing: the first rank holds the lock."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def keep_best(self, network: Network) -> None:
+        """Do nothing."""
+
+    def finish(self, network: Network) -> None:
+        """Do nothing."""
+
+
+def _weights(network: Network) -> bytes:
+    state = {name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()}
+    return save(state)
+
+
+def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
+    """Return the last metrics of a finished run, or None if the run is not finished.
+
+    Raises:
+        RunError: the run has another recipe.
+    """
+    if not (path / WEIGHTS_FILE).is_file():
+        return None
+    finished = load_run(path)
+    _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # left if a process was killed before removing it
+    _clear_partials(path)
+    return finished.metrics[-1]
+
+
+def recipe_to_resume(path: Path, recipe: TrainRecipe) -> TrainRecipe:
+    """Return a recipe with the `reading` that was chosen when the unfinished run in a folder was started.
+
+    Raises:
+        RunError: the run in the folder has another recipe.
+    """
+    if not (path / RECIPE_FILE).is_file():
+        return recipe
+    begun = parse_config(TrainRecipe, load_recipe(path / RECIPE_FILE), str(path / RECIPE_FILE))
+    _check_same(path, begun.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if not (path / CHECKPOINT_FILE).is_file():
+        return recipe
+    stores = read_provenance(path / PROVENANCE_FILE)["stores"]
+    return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
+
+
+def fixed_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a run's provenance that must not change before the run is resumed."""
+    fixed: dict[str, Any] = {name: provenance.get(name) for name in FIXED_PROVENANCE}
+    stores = [{**store, "views": None} for store in fixed["stores"]]
+    return {**fixed, "stores": stores}
+
+
+def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
+    """Check that stores, source and views are those that an unfinished run was started with.
+
+    Raises:
+        RunError: they are not; the message shows the differences.
+    """
+    begun = read_provenance(path / PROVENANCE_FILE)
+    _check_same(path, fixed_provenance(begun), fixed_provenance(provenance))
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, until one is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _clear_partials(path: Path) -> None:
+    for partial in partials(path):
+        partial.unlink()
+
+
+def _check_same(path: Path, begun: Any, now: Any) -> None:
+    if begun != now:
+        table = difference_table(begun, now, "started with", "now")
+        raise RunError(
+            f"run {str(path)!r} cannot be resumed, since it was started with other values.\n{table}\n"
+            "Resume with the values it was started with, or choose another --out."
+        )
+
+
+def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Check that a folder is empty, or holds a run that may be replaced or resumed.
+
+    Raises:
+        RunError: the folder holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
+    if not path.is_dir():
+        return
+    if set(path.iterdir()) <= {*partials(path), path / LOCK_FILE}:  # left by a killed process
+        return
+    if not (path / RECIPE_FILE).is_file():
+        raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
+    if not (overwrite or resume):
+        raise RunError(
+            f"{str(path)!r} already holds a run: choose another --out, continue it with --resume, or "
+            "remove it (`distill train` has --overwrite)"
+        )
+
+
+def _clear(path: Path) -> None:
+    """Remove a run's files, the recipe last, so that an interrupted removal leaves a run to overwrite."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name not in (RECIPE_FILE, LOCK_FILE):
+            child.unlink()
+    (path / RECIPE_FILE).unlink()
+
+
+def load_run(path: Path) -> FinishedRun:
+    """Read the recipe and metrics of a finished run.
+
+    Raises:
+        RunError: there is no run, or it is unfinished.
+    """
+    if not (path / RECIPE_FILE).is_file():
+        raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
+    if not (path / WEIGHTS_FILE).is_file():
+        raise RunError(
+            f"run {str(path)!r} is unfinished: continue it with --resume, or replace it with --overwrite"
+        )
+    recipe = parse_config(
+        TrainRecipe, upgrade_recipe(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE)
+    )
+    return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))

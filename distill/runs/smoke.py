@@ -1,0 +1,164 @@
+"""Smoke tests: any recipe in seconds, on synthetic images and stores of tiny untrained teachers.
+
+A smoke test does not measure accuracy. It shows that a recipe is complete, that its student accepts the
+views, and that its objective can be computed. Teachers are a single convolution with random weights, and
+return a map for every tap that the recipe names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coursepack.data import batches, open_source, view_fingerprint
+from coursepack.data.drift import content_digest, probe_digests, probe_samples
+from coursepack.data.encodings import parse_encoding
+from coursepack.data.sources import evaluation_spec
+from coursepack.data.sources.fake import stand_in
+from coursepack.data.store import StorePlan, StoreWriter
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.views import draw
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.recipe import LearningRateConfig
+from coursepack.distill.schedule import Schedule
+from coursepack.distill.targets.base import FEATURES
+from coursepack.models import parse_tap
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from coursepack.data import Source, ViewRecipe
+    from coursepack.distill.recipe import TrainRecipe
+
+SAMPLES = 16
+MAX_BATCH_SIZE = 8
+MAX_LEARNING_RATE = 1e-3
+"""Upper bound of the learning rate, since larger ones may diverge on noise."""
+VIEWS = 2
+DEFAULT_TAP = "smoke"
+"""Tap in the stores of recipes that choose taps by depth."""
+
+
+def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
+    """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
+    source = open_source(stand_in(recipe.source, SAMPLES))
+    taps: dict[int, list[str]] = {}
+    free = False
+    for term in recipe.objective.all_terms().values():
+        needs = LOSSES[term.term].needs(term).pairs
+        free |= needs is not None and not needs.pairs
+        for pair in () if needs is None else needs.pairs:
+            taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
+    batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
+    stores = []
+    for index, store in enumerate(recipe.stores):
+        path = folder / f"{index}-{Path(store).name}"
+        own = [*taps.get(index, []), *([DEFAULT_TAP] if free else [])]
+        write_smoke_store(path, source, recipe.view, own, seed=index)
+        stores.append(str(path))
+    return recipe.model_copy(
+        update={
+            "source": source.name,
+            "evaluation": evaluation_spec(source.name),
+            "root": None,
+            "stores": tuple(stores),
+            "online": False,
+            "views": None if not stores else VIEWS,
+            "views_per_load": min(recipe.views_per_load, VIEWS),
+            "limit": None if recipe.limit is None else min(recipe.limit, SAMPLES),
+            "epochs": 2,
+            "patience": None if recipe.patience is None else 1,
+            "evaluate_every": 1,
+            "batch_size": batch_size,
+            "accumulate": min(recipe.accumulate, batch_size),
+            "objective": _shortened(recipe.objective),
+            "optimizer": _shortened(recipe.optimizer).model_copy(
+                update={"lr": min(recipe.optimizer.lr, MAX_LEARNING_RATE)}
+            ),
+        }
+    )
+
+
+def _shortened(value: Any) -> Any:
+    """Return a config with all schedules and phases, at any depth, shortened to fit two epochs."""
+    if isinstance(value, Schedule):
+        return value.model_copy(update={"epochs": 1})
+    if hasattr(value, "model_fields_set"):
+        fields = {name: _shortened(getattr(value, name)) for name in type(value).model_fields}
+        if fields.get("joint_epochs") is not None:
+            fields["joint_epochs"] = 1
+        if isinstance(value, LearningRateConfig):
+            fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
+            fields["milestones"] = value.milestones and (1,)
+        return value.model_copy(update=fields)
+    if isinstance(value, dict):
+        return {name: _shortened(inner) for name, inner in value.items()}
+    return value
+
+
+def write_smoke_store(
+    path: Path, source: Source, recipe: ViewRecipe, taps: Sequence[str], *, seed: int
+) -> None:
+    """Write the store of an untrained teacher for all samples of a source."""
+    size = next(iter(source.sizes(np.arange(1))))[0].item()
+    run_teacher = _teacher(source, taps, seed)
+    pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
+    identity = {
+        "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
+        "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": view_fingerprint(recipe, source)},
+        "source": {"name": source.name, "fingerprint": source.fingerprint},
+        "precision": "float32",
+    }
+    float32 = parse_encoding("float32")
+    shapes = {
+        name: value.shape[1:]
+        for name, value in run_teacher(torch.zeros(1, size, size, source.channels)).items()
+    }
+    plan = StorePlan(
+        identity=identity,
+        origin={},
+        labels=source.labels,
+        class_names=source.class_names,
+        views=VIEWS,
+        arrays={name: (float32, tuple(shape)) for name, shape in shapes.items()},
+    )
+    with StoreWriter(path, plan) as writer:
+        for block in writer.pending():
+            params = draw(recipe, source, block.samples, block.view)
+            probed = probe_samples(len(source.labels), block.view)
+            probed = probed[(probed >= block.start) & (probed < block.stop)]
+            record: dict[str, Any] = {
+                "draws": params.digest(),
+                "probes": probe_digests(recipe, source, probed, params[probed - block.start], size),
+                "environment": {},
+            }
+            if block.view == 0:
+                record["content"] = content_digest(source, block.samples)
+            files = writer.write(block, record)
+            for batch in batches(source, recipe, block.samples, views=[block.view], batch_size=64):
+                files.add({name: value.numpy() for name, value in run_teacher(batch.pixels(size)).items()})
+            files.finish({"rows": float(len(block)), "correct": 0.0})
+        writer.commit()
+
+
+def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
+    """Return a function from pixels `(N, size, size, channels)` to arrays by their name in a store."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
+        head = nn.Linear(8, len(source.class_names))
+
+    @torch.inference_mode()
+    def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
+        maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
+        pooled = maps.mean((2, 3))
+        features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
+        return {LOGITS: 4 * head(pooled), **features}
+
+    return run_teacher

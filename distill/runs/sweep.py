@@ -1,0 +1,238 @@
+"""Sweeps: one student per combination of values in a grid, resumable, with a table at the end.
+
+Students that use the same batches can be trained together: views are rendered and targets are read once for
+all of them. On a CPU, each student is identical, bit for bit, to one that is trained alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import math
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from coursepack.canonical import canonical_json
+from coursepack.config import Config, parse_config
+from coursepack.console import say
+from coursepack.distill.recipe import load_recipe, set_value
+from coursepack.distill.runs.folder import check_free, finished_metrics, recipe_to_resume
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS, start_run, train_together
+from coursepack.distill.setup.checks import check_recipe
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.setup.resolve import resolve_recipe
+from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
+from coursepack.errors import RecipeError, TrainingDiverged
+from coursepack.models import build_network
+from coursepack.models.build import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from coursepack.distill.recipe import TrainRecipe
+
+FREE_FIELDS = (
+    *("student", "student_size", "student_mean", "student_std"),
+    *("method", "objective", "optimizer", "patience"),
+    *("precision", "channels_last", "compile"),
+)
+"""Fields in which students that are trained together may differ, since none of them affects batches."""
+MAX_NAME_LENGTH = 100
+MAX_STUDENTS = 10_000
+
+
+class Grid(Config):
+    """Content of a grid file."""
+
+    base: dict[str, Any] = Field(default={})
+    """Recipe fields that all students share, nested as in a recipe file."""
+    grid: dict[str, list[Any]]
+    """Values to combine, by `field.subfield`."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student of a sweep."""
+
+    name: str
+    """Name of the student's folder, made of the values that distinguish it."""
+    recipe: TrainRecipe
+
+
+def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
+    """Return the students of a grid file, with the values of the last key varying fastest.
+
+    Raises:
+        RecipeError: the file is not a grid, or one of its recipes is not valid.
+        UntrustedCode: a store names Python code for a source or view that the grid leaves out, and
+            `trust_code` is false.
+    """
+    grid = parse_config(Grid, load_recipe(path), str(path))
+    empty = [key for key, values in grid.grid.items() if not values]
+    if empty or not grid.grid:
+        raise RecipeError(f"{str(path)!r} has no values for {', '.join(empty) or 'grid'}: give at least one")
+    count = math.prod(map(len, grid.grid.values()))
+    if count > MAX_STUDENTS:
+        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MAX_STUDENTS:,}")
+    students = []
+    for chosen in itertools.product(*grid.grid.values()):
+        settings = dict(zip(grid.grid, chosen, strict=True))
+        values = copy.deepcopy(grid.base)
+        for key, value in settings.items():
+            set_value(values, key, copy.deepcopy(value), f"grid of {str(path)!r}")
+        recipe = resolve_recipe(values, str(path), trust_code=trust_code)
+        students.append(Student(student_name(settings), recipe))
+    names = [student.name for student in students]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RecipeError(f"{str(path)!r} gives {repeated[0]!r} more than once: list every value once")
+    return students
+
+
+def student_name(settings: Mapping[str, Any]) -> str:
+    """Return a student's folder name, for example `student=resnet20,seed=1`."""
+    words = []
+    short = [key.rpartition(".")[2] for key in settings]
+    for key, value in settings.items():
+        own = key.rpartition(".")[2]
+        label = own if short.count(own) == 1 else key
+        text = value if isinstance(value, str) else canonical_json(value)
+        words.append(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '-', text).strip('-')}")
+    name = ",".join(words)
+    if len(name) <= MAX_NAME_LENGTH and "/" not in "".join(map(str, settings.values())):
+        return name
+    digest = hashlib.sha256(canonical_json(dict(settings)).encode()).hexdigest()[:8]
+    return f"{name[:MAX_NAME_LENGTH]}-{digest}"
+
+
+def sweep(
+    students: Sequence[Student],
+    out: Path,
+    *,
+    device: torch.device,
+    together: int = 1,
+    resume: bool = False,
+    workers: int | None = None,
+    threads: int | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    trust_code: bool = False,
+) -> dict[str, str]:
+    """Train the students of a sweep, each into its own folder in `out`.
+
+    Args:
+        students: a result of `read_grid`.
+        out: folder for the runs' folders.
+        device: device to train on.
+        together: maximum number of students to train at the same time, if they use the same batches.
+        resume: skip finished runs, and continue unfinished ones.
+        workers: number of processes that decode and render images.
+        threads: number of threads of torch and the loss kernels.
+        checkpoint_seconds: time between checkpoints.
+        trust_code: allow stores to name Python code for live teachers.
+
+    Returns:
+        The error messages of the students that diverged, by name; all others are finished.
+
+    Raises:
+        RunError: a folder is not empty, or holds another run.
+        Otherwise as `train`, except for divergence.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
+    pixels = ("student", "student_size", "student_mean", "student_std")
+    for spec, size, mean, std in dict.fromkeys(
+        tuple(getattr(student.recipe, name) for name in pixels) for student in students
+    ):
+        build_network(spec, 2, size=size, mean=mean, std=std)  # raises an error before any training
+    for student in students:
+        check_recipe(student.recipe)
+    if not resume:
+        for student in students:
+            check_free(out / student.name, overwrite=False)
+    remaining = _unfinished(students, out) if resume else list(students)
+    if len(remaining) < len(students):
+        say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
+    waiting: list[list[Student]] = []
+    for same in _by_batches(remaining, out):
+        waiting += [same[start : start + together] for start in range(0, len(same), together)]
+    diverged: dict[str, str] = {}
+    while waiting:
+        group = waiting.pop(0)
+        first = group[0].recipe
+        try:
+            with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
+                again = resume or any((out / student.name).exists() for student in group)
+                failures = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
+        except TrainingDiverged as error:
+            if len(group) > 1:
+                # It is unknown which student diverged in this step: continue each alone from its checkpoint.
+                waiting = [[student] for student in _unfinished(group, out)] + waiting
+                continue
+            failures = {group[0].name: str(error)}
+        for name, reason in failures.items():
+            say(f"{name}: {reason}")
+        diverged |= failures
+    return diverged
+
+
+def _train_group(
+    group: Sequence[Student],
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    workers: int | None,
+    checkpoint_seconds: float,
+    trust_code: bool,
+) -> dict[str, str]:
+    """Train students together, and return the error messages of those that diverged, by name."""
+    first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
+    setup = prepare(first, device, others=others, trust_code=trust_code)
+    with ExitStack() as stack:
+        student_runs = [
+            stack.enter_context(
+                start_run(
+                    setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
+                )
+            )
+            for each in group
+        ]
+        say(describe_setup(setup))
+        by_position: dict[tuple[int, int], list[Any]] = {}
+        for run in student_runs:
+            position = (run.position.epoch, run.position.batches)
+            by_position.setdefault(position, []).append(run)
+        for runs in by_position.values():
+            train_together(setup, runs, workers=workers, checkpoint_seconds=checkpoint_seconds)
+    return {
+        student.name: str(run.diverged)
+        for student, run in zip(group, student_runs, strict=True)
+        if run.diverged is not None
+    }
+
+
+def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
+    """Return the students in groups that use the same batches and read stores in the same way."""
+    groups: dict[str, list[Student]] = {}
+    for student in students:
+        resumed = recipe_to_resume(out / student.name, student.recipe)
+        shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS))
+        groups.setdefault(canonical_json(shared), []).append(student)
+    return list(groups.values())
+
+
+def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
+    return [each for each in students if finished_metrics(out / each.name, each.recipe) is None]
+
+
+def finished_runs(students: Sequence[Student], out: Path) -> list[Path]:
+    """Return the folders of the finished students."""
+    return [out / student.name for student in students if (out / student.name / WEIGHTS_FILE).is_file()]

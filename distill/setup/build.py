@@ -1,0 +1,124 @@
+"""Construction of students and objectives from recipes and methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coursepack.distill.losses.base import BuildContext
+from coursepack.distill.objective import Objective
+from coursepack.distill.recipe import resolve_objective
+from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
+from coursepack.distill.setup.student import probe_student
+from coursepack.models import build_network
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from coursepack.data import Source
+    from coursepack.data.store import StoreReader
+    from coursepack.distill.objective_config import ObjectiveConfig
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.targets.teacher_stores import TeacherStores
+    from coursepack.models import Network
+
+
+def build_student(recipe: TrainRecipe, source: Source) -> Network:
+    """Build the recipe's student with newly initialized weights.
+
+    Raises:
+        UnknownName: the network does not exist.
+        RecipeError: the network cannot be built with the recipe's size, mean or std.
+    """
+    return build_network(
+        recipe.student,
+        len(source.class_names),
+        seed=recipe.seed,
+        size=recipe.student_size,
+        mean=recipe.student_mean,
+        std=recipe.student_std,
+    )
+
+
+def make_objective(
+    stores: TeacherStores,
+    student: Network,
+    method: str,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> Objective:
+    """Build a method's objective for a student and the teachers of some stores.
+
+    Args:
+        stores: the teachers' stores.
+        student: the network to train.
+        method: a name in `METHODS`.
+        changes: fields of its `ObjectiveConfig` to replace, for example `{"temperature": 2.0}`.
+        seed: seed for initial adapters and latents, and for random teachers.
+
+    Raises:
+        UnknownName: the method, or a layer of the student, does not exist.
+        RecipeError: a field does not exist, a value does not fit the stores, or features are not stored; in
+            that case, the message has the command that adds them.
+    """
+    classes = len(stores.source.class_names)
+    config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
+    check_needs(method, config, stores.readers, stores.view, stores.root)
+    return build_objective(
+        config, student, stores.source, stores.readers, method=method, root=stores.root, seed=seed
+    )
+
+
+def build_objective(
+    config: ObjectiveConfig,
+    student: Network,
+    source: Source,
+    readers: Sequence[StoreReader],
+    *,
+    method: str,
+    root: str | None,
+    seed: int,
+) -> Objective:
+    """Build an objective for a student from a config that has passed `check_needs`.
+
+    Raises:
+        UnknownName: a layer does not exist in the student.
+        RecipeError: features are not stored or cannot be compared, or the student has no usable embedding.
+    """
+    needs = config.needs()
+    pairs = term_pairs(config, readers, student)
+    needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
+    width = 0
+    if needs.embedding:
+        layer = needs.embedding_layer
+        width = probe_student(student, source.channels, embedding=True, embedding_layer=layer).embedding_width
+    context = BuildContext(
+        teachers=max(1, len(readers)),
+        classes=len(source.class_names),
+        accuracies=tuple(map(_accuracy, readers)),
+        embedding_width=width,
+        labels=source.labels,
+        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
+        seed=seed,
+    )
+    return Objective(config, context)
+
+
+def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:
+    """Return the names of the arrays that a recipe's objective reads from each store.
+
+    Raises:
+        RecipeError: an array is not stored; the message has the command that adds it.
+    """
+    needs = recipe.objective.needs()
+    pairs = (
+        {} if needs.pairs is None else term_pairs(recipe.objective, readers, build_student(recipe, source))
+    )
+    return needed_arrays(recipe.method, readers, pairs, logits=needs.logits, root=recipe.root)
+
+
+def _accuracy(reader: StoreReader) -> float:
+    """Return a teacher's accuracy over all views recorded in its store."""
+    sums = [record["sums"] for record in reader.manifest.view_records.values()]
+    rows = sum(float(each.get("rows", 0)) for each in sums)
+    return sum(float(each.get("correct", 0)) for each in sums) / max(rows, 1.0)

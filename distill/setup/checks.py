@@ -1,0 +1,174 @@
+"""Checks before the first step: recipe, views, sources, student and ranks must fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coursepack.distill.schedule import is_used
+from coursepack.distill.setup.student import probe_student
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data import Source
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.models import Network
+
+
+def check_student(network: Network, source: Source) -> None:
+    """Check that a student accepts the source's images and returns logits of its classes.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    shape = probe_student(network, source.channels).logits
+    if shape != (network.classes,):
+        raise RecipeError(
+            f"student {network.spec!r} gives logits of shape {(1, *shape)}, "
+            f"expected {(1, network.classes)} (N, C)"
+        )
+
+
+def check_recipe(recipe: TrainRecipe) -> None:
+    """Check that the fields of a recipe fit together.
+
+    Raises:
+        RecipeError: they do not; the message names the fields.
+    """
+    _check_mixing(recipe)
+    _check_accumulation(recipe)
+    _check_compile(recipe)
+    _check_schedule(recipe)
+    if recipe.views_per_load > recipe.batch_size:
+        raise RecipeError(
+            f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
+            "to hold every view of at least one sample"
+        )
+    needs_teachers = recipe.objective.needs().teachers
+    if needs_teachers and not recipe.stores:
+        raise RecipeError(f"method {recipe.method!r} needs teachers: give at least one --store")
+    if recipe.stores and not needs_teachers:
+        raise RecipeError(
+            f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
+            "--store out, or choose a method that learns from them, as --method kd"
+        )
+
+
+def _check_mixing(recipe: TrainRecipe) -> None:
+    """Refuse mixed images with a limit: partners come from the whole split, so their labels would leak."""
+    objective = recipe.objective
+    hard = not objective.needs().teachers or is_used(objective.hard_weight)
+    if recipe.view.mix is not None and recipe.limit is not None and hard:
+        raise RecipeError(
+            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
+        )
+
+
+def _check_accumulation(recipe: TrainRecipe) -> None:
+    """Refuse gradient accumulation if the loss couples the samples of a batch."""
+    coupled = recipe.objective.needs().whole_batch
+    if recipe.accumulate > 1 and coupled:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but method {recipe.method!r} relates all samples of a batch "
+            f"({', '.join(coupled)}): leave accumulate out, or choose a smaller batch_size"
+        )
+    if recipe.accumulate > recipe.batch_size:
+        raise RecipeError(
+            f"accumulate is {recipe.accumulate}, but batch_size is {recipe.batch_size}: a micro-batch needs "
+            "at least one sample"
+        )
+
+
+def _check_compile(recipe: TrainRecipe) -> None:
+    """Refuse to compile a student whose layers are watched: compiled modules skip forward hooks."""
+    inside = recipe.objective.needs().inside_student
+    if recipe.compile and inside:
+        raise RecipeError(
+            f"compile is set, but method {recipe.method!r} reads layers of the student "
+            f"({', '.join(inside)}), which torch.compile does not support: leave compile out"
+        )
+
+
+def _check_schedule(recipe: TrainRecipe) -> None:
+    """Refuse a learning-rate schedule whose milestones or warm-up lie past the end of the run."""
+    schedule, epochs = recipe.optimizer.schedule, recipe.epochs
+    late = [milestone for milestone in schedule.milestones if milestone >= epochs]
+    if late:
+        raise RecipeError(
+            f"optimizer.schedule.milestones are {list(schedule.milestones)}, but the run ends after epoch "
+            f"{epochs - 1}, so the learning rate would never fall at {late[0]}: give --milestones below "
+            f"{epochs}, or more --epochs"
+        )
+    if schedule.warmup_epochs > epochs:
+        raise RecipeError(
+            f"optimizer.schedule.warmup_epochs is {schedule.warmup_epochs:g}, but the run has {epochs} "
+            f"epochs, so the learning rate would never reach lr: give --warmup-epochs up to {epochs}, or "
+            "more --epochs"
+        )
+
+
+def check_evaluation(source: Source, evaluation: Source) -> None:
+    """Check that training and evaluation data have the same number of classes and channels.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    for kind, trained, evaluated in (
+        ("classes", len(source.class_names), len(evaluation.class_names)),
+        ("channels", source.channels, evaluation.channels),
+    ):
+        if trained != evaluated:
+            raise RecipeError(
+                f"evaluation {evaluation.name!r} has {evaluated} {kind}, but source {source.name!r} has "
+                f"{trained}: evaluate on a split of the same data"
+            )
+
+
+def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
+    """Check that no epoch contains a view of a sample twice.
+
+    Raises:
+        RecipeError: an epoch would.
+    """
+    each = recipe.views_per_load
+    if each > len(views):
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views: a batch would hold a view of a "
+            "sample twice"
+        )
+    if recipe.view_order == "shuffled" and len(views) % each:
+        raise RecipeError(
+            f"views_per_load is {each}, but the run has {len(views)} views in shuffled order: an epoch that "
+            "ends one round and begins the next might hold a view of a sample twice. Give a number that "
+            f"divides {len(views)}, or leave view_order out"
+        )
+
+
+def fewest_rows(ranks: Ranks) -> int:
+    """Return the smallest batch that is divided among ranks: two rows per rank, for batch normalization."""
+    return 2 * ranks.count if ranks.count > 1 else 1
+
+
+def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
+    """Check that a recipe can be trained on several ranks.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if ranks.count == 1:
+        return
+    if recipe.batch_size < fewest_rows(ranks):
+        raise RecipeError(
+            f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
+            f"{fewest_rows(ranks)}, two rows per rank"
+        )
+    coupled = recipe.objective.needs().whole_batch
+    if coupled and recipe.online:
+        raise RecipeError(
+            f"method {recipe.method!r} relates all samples of a batch ({', '.join(coupled)}), so every rank "
+            "needs the teachers' outputs for the whole batch, but live teachers run on one rank's rows: "
+            "leave --online out, or train in one process"
+        )

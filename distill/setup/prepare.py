@@ -1,0 +1,281 @@
+"""Setup of a run: a recipe's sources, stores and targets, opened and checked."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data import batches, epoch_order, open_source, view_fingerprint
+from coursepack.data.loading import device_images
+from coursepack.data.randomness import Purpose, shuffled
+from coursepack.data.sources import subset
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.setup.build import build_objective, build_student, read_arrays
+from coursepack.distill.setup.checks import (
+    check_evaluation,
+    check_ranks,
+    check_recipe,
+    check_student,
+    check_views,
+    fewest_rows,
+)
+from coursepack.distill.setup.requirements import check_needs
+from coursepack.distill.targets.live import OnlineTargets, live_teachers
+from coursepack.distill.targets.reading import free_memory
+from coursepack.distill.targets.teacher_stores import open_targets, open_teacher_stores
+from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coursepack.data import Batch, Source
+    from coursepack.data.batches import Window
+    from coursepack.data.randomness import Samples
+    from coursepack.data.store import StoreReader
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.objective import Objective
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.targets.base import TargetSource
+    from coursepack.distill.targets.stores import CachedTargets
+    from coursepack.models import Network
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Recipe with its opened and checked sources, stores and targets."""
+
+    recipe: TrainRecipe
+    source: Source
+    evaluation: Source
+    samples: Samples
+    views: tuple[int, ...] | None
+    """Views, used in turn; None means a new view every epoch."""
+    targets: TargetSource | None
+    readers: tuple[StoreReader, ...]
+    window: Window | None
+    """Window within which samples are shuffled if the stores do not fit into memory."""
+    device: torch.device
+    drift: tuple[str, ...] = ()
+    """Drift detected in the stores' views and accepted with `--allow-drift`."""
+    images: torch.Tensor | None = None
+    """Images of the source on the device, if views are rendered there."""
+    ranks: Ranks = ALONE
+    """Rank of this process."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches per epoch."""
+        return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
+
+    def views_of_epoch(self, epoch: int) -> list[int]:
+        """Return the views of each sample in an epoch."""
+        each = self.recipe.views_per_load
+        return [self._view(turn) for turn in range(epoch * each, (epoch + 1) * each)]
+
+    def _view(self, turn: int) -> int:
+        if self.views is None:
+            return turn
+        time_round, index = divmod(turn, len(self.views))
+        if self.recipe.view_order == "cyclic":
+            return self.views[index]
+        views = np.array(self.views, dtype=np.int64)
+        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[index])
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from batch `first` on, and prefetch the targets that follow.
+
+        With several ranks, each gets its share of every batch. A last batch with fewer than two rows per rank
+        is not divided; every rank processes it whole.
+        """
+        views = self.views_of_epoch(epoch)
+        order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
+        begin = done = announced = first * (self.recipe.batch_size // len(views))
+        for batch in batches(
+            self.source,
+            self.recipe.view,
+            order,
+            views=views,
+            batch_size=self.recipe.batch_size,
+            device=self.device,
+            images=self.images,
+            first=first,
+            part=self.ranks.part,
+        ):
+            whole = batch.global_batch or batch
+            if self.targets is not None and self.window is not None and done >= announced:
+                announced = done + self.window.rows
+                for view in views:
+                    self.targets.will_need(view, order[announced : announced + self.window.rows])
+            if self.targets is not None and done == begin:
+                for view in self.views_of_epoch(epoch + 1):
+                    self.targets.prefetch(view)
+            yield whole if len(whole) < fewest_rows(self.ranks) else batch
+            done += len(whole) // len(views)
+
+    def sizes(self, students: Sequence[Network]) -> list[int]:
+        """Return the image sizes in pixels at which students and live teachers need the views."""
+        sizes = {student.preprocessing.size for student in students}
+        if isinstance(self.targets, OnlineTargets):
+            sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
+        return sorted(sizes)
+
+    def student(self, recipe: TrainRecipe) -> Network:
+        """Build the student of a recipe for this setup's source, with newly initialized weights.
+
+        Raises:
+            UnknownName, RecipeError: the student cannot be built, or does not accept the source's images.
+        """
+        student = build_student(recipe, self.source)
+        check_student(student, self.source)
+        if recipe.channels_last:
+            student.module.to(memory_format=torch.channels_last)
+        return student
+
+    def objective(self, recipe: TrainRecipe, student: Network) -> Objective:
+        """Build a recipe's objective for a student and this setup's teachers."""
+        return build_objective(
+            recipe.objective,
+            student,
+            self.source,
+            self.readers,
+            method=recipe.method,
+            root=recipe.root,
+            seed=recipe.seed,
+        )
+
+
+def prepare(
+    recipe: TrainRecipe,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    others: Sequence[TrainRecipe] = (),
+    *,
+    trust_code: bool = False,
+) -> Setup:
+    """Open the sources and stores of a recipe, and check that it can be trained.
+
+    All ranks read their stores in the same way, chosen to fit the memory of every rank.
+
+    Args:
+        recipe: the recipe.
+        device: device to train on.
+        ranks: rank of this process.
+        others: recipes of further students that train on the same batches and stores.
+        trust_code: allow stores to name Python code for live teachers.
+
+    Raises:
+        UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
+        StoreMismatch: stores have different views or sources, or another source than the recipe.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
+        SourceError: files of a source are missing or damaged.
+        RecipeError, UnknownName: fields do not fit together, or a name is unknown.
+    """
+    root = None if recipe.root is None else Path(recipe.root)
+    source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
+    source.check()
+    evaluation.check()
+    check_evaluation(source, evaluation)
+    recipes = (recipe, *others)
+    for each in recipes:
+        check_recipe(each)
+        check_ranks(each, ranks)
+    views = None if recipe.views is None else tuple(range(recipe.views))
+    cached = _cached_targets(recipe, recipes, source, device, ranks) if recipe.stores else None
+    if cached is not None:
+        views = cached.views
+    if views is not None:
+        check_views(recipe, views)
+    targets: TargetSource | None = cached
+    if recipe.online:
+        if cached is None:
+            raise RecipeError("--online runs the teachers of stores live: give at least one --store")
+        targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device, trust_code=trust_code))
+    return Setup(
+        recipe,
+        source,
+        evaluation,
+        subset(source, recipe.limit),
+        views,
+        targets,
+        () if cached is None else tuple(cached.readers),
+        None if cached is None else cached.window,
+        device,
+        () if cached is None else cached.drift,
+        device_images(source, recipe.view, device),
+        ranks,
+    )
+
+
+def _cached_targets(
+    recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
+) -> CachedTargets:
+    """Open the arrays that any of the recipes reads, in the stores of `recipe`."""
+    stores = open_teacher_stores(recipe.stores, source=source, view=recipe.view, root=recipe.root)
+    arrays = []
+    for each in recipes:
+        check_needs(each.method, each.objective, stores.readers, each.view, each.root)
+        arrays.append(read_arrays(each, source, stores.readers))
+    free = min(ranks.all_gather(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
+    return open_targets(
+        stores,
+        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*arrays, strict=True)],
+        views=recipe.views,
+        device=device,
+        reading=recipe.reading,
+        allow_drift=recipe.allow_drift,
+        free_bytes=free,
+    )
+
+
+def provenance(setup: Setup) -> dict[str, Any]:
+    """Return a run's provenance: fingerprints of its data, library versions and device."""
+    stores = [
+        {
+            "path": str(reader.path.resolve()),
+            "fingerprint": reader.manifest.fingerprint,
+            "views": list(reader.views),
+            "reading": reader.reading,
+            "encoding": reader.manifest.arrays["logits"].encoding.to_dict(),
+        }
+        for reader in setup.readers
+    ]
+    return {
+        "stores": stores,
+        "view_fingerprint": view_fingerprint(setup.recipe.view, setup.source),
+        "source_fingerprint": setup.source.fingerprint,
+        "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
+        "device": str(setup.device),
+        "ranks": setup.ranks.count,
+        "drift": list(setup.drift),
+        "views": None if setup.views is None else list(setup.views),
+        "window": None if setup.window is None else asdict(setup.window),
+    }
+
+
+def describe_setup(setup: Setup) -> str:
+    """Return the line that a run prints before its first step."""
+    recipe = setup.recipe
+    teachers = ", ".join(reader.name for reader in setup.readers)
+    text = (
+        f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
+    )
+    if setup.readers:
+        how = "live" if recipe.online else f"from their stores ({setup.readers[0].reading})"
+        text += f", teachers {teachers} {how}"
+    if setup.views is None:
+        return f"{text}; a new view every epoch"
+    each = recipe.views_per_load
+    round_trip = -(-len(setup.views) // each)
+    order, again = {
+        "cyclic": ("in turn", "in the same order"),
+        "shuffled": ("in random order", "in another order"),
+    }[recipe.view_order]
+    repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
+    per_epoch = "one" if each == 1 else f"{each} of every sample"
+    return f"{text}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"

@@ -1,0 +1,1 @@
+"""Sources of the teachers' targets: stores, or teachers run live."""

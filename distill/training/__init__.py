@@ -1,0 +1,1 @@
+"""Training loop: step, state, optimizer, learning-rate schedule, checkpoints, metrics and evaluation."""

@@ -1,0 +1,139 @@
+"""Learner: one student and its objective as a single module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coursepack.data.batches import shares
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
+from coursepack.distill.setup.student import watched
+
+if TYPE_CHECKING:
+    from coursepack.data import Batch
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.objective import Objective, ObjectiveValue
+    from coursepack.distill.targets.base import Targets
+    from coursepack.models import Network
+    from coursepack.models.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class LearnerOutput:
+    """Output of a learner for a batch."""
+
+    student_logits: Tensor
+    """`(N, C)`."""
+    value: ObjectiveValue
+    """The objective's value."""
+
+
+class Learner(nn.Module):
+    """Module that holds one student and its objective, so that optimizers and checkpoints cover both."""
+
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        *,
+        precision: torch.dtype | None = None,
+        compiled: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Initialize the learner.
+
+        Args:
+            network: the student.
+            objective: the student's objective.
+            precision: autocast precision of the student's forward and backward pass; None means float32. The
+                objective always computes in float32.
+            compiled: compile the student with `torch.compile`.
+            ranks: the processes that train this student, each on its own rows.
+        """
+        super().__init__()
+        self.network = network
+        self.student = torch.compile(network.module) if compiled else network.module
+        self.objective = objective
+        self.precision = precision
+        self.ranks = ranks
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start an epoch: freeze or unfreeze parameters as the objective's phases require."""
+        self.objective.begin_epoch(epoch)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return all parameters in groups for an optimizer; groups with their own settings come last."""
+        groups = self.objective.parameter_groups()
+        own = {id(value) for group in groups for value in group["params"]}
+        rest = [value for value in self.parameters() if id(value) not in own]
+        return [{"params": rest}, *(group for group in groups if group["params"])]
+
+    def rows_for(self, batch: Batch) -> Batch:
+        """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples."""
+        couples = bool(self.objective.needs.whole_batch)
+        return batch.global_batch if couples and batch.global_batch is not None else batch
+
+    def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
+        """Return the student's logits and the objective's value on one batch.
+
+        Args:
+            batch: the student's rows.
+            targets: teachers' targets for `rows_for(batch)`, the rows of the returned logits and value.
+            step: epoch and batch, on which schedules and random draws depend; defaults to the first.
+        """
+        inputs = self.inputs(batch, self.predict(batch), targets, step or Step())
+        return LearnerOutput(inputs.student.logits, self.objective(inputs))
+
+    def predict(self, batch: Batch) -> StudentOutput:
+        """Return the student's output for a batch: its logits, and the layers that the objective reads.
+
+        Outputs computed under autocast are converted to float32.
+        """
+        layers, needs = self.objective.student_layers, self.objective.needs
+        if layers or needs.embedding:
+            with watched(
+                self.network, layers, embedding=bool(needs.embedding), embedding_layer=needs.embedding_layer
+            ) as output:
+                result = output(self.logits(batch))
+        else:
+            result = StudentOutput(self.logits(batch))
+        return result if self.precision is None else result.float()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the student's logits `(N, C)` in the learner's autocast precision."""
+        images = network_input(batch, self.network.preprocessing)
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
+            logits: Tensor = self.student(images)
+        return logits
+
+    def inputs(
+        self,
+        batch: Batch,
+        output: StudentOutput,
+        targets: Targets | None,
+        step: Step,
+        peers: tuple[StudentOutput, ...] = (),
+    ) -> LossInputs:
+        """Return the objective's inputs; rows of all ranks are gathered if the objective couples samples."""
+        rows = self.rows_for(batch)
+        if rows is not batch:
+            counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
+            output, *others = (
+                each.map(lambda own: self.ranks.gather_rows(own, counts)) for each in (output, *peers)
+            )
+            peers = tuple(others)
+        return LossInputs(output, rows.labels, targets, step, samples=rows.samples, peers=peers)
+
+
+def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
+    """Return a network's input for a batch, `(N, channels, size, size)` float32 in channels-last format.
+
+    Convolutions on a CPU are faster in this format, whatever the format of the weights.
+    """
+    size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
+    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalized(size, *levels)
+    return images.contiguous(memory_format=torch.channels_last)

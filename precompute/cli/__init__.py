@@ -1,0 +1,233 @@
+"""The command `precompute`, with its subcommands `run` and `plan`; `cli.stores` has the others."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
+from coursepack.data import open_source, view_recipe
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.owners import Part
+from coursepack.models.classes import load_columns
+from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
+from coursepack.precompute.job import Job, run_job
+from coursepack.precompute.plan import check_space, costs, probe
+from coursepack.precompute.spec import PrecomputeSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+from coursepack.precompute.plan import Costs, Probe
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Run frozen teachers once over augmented views and write their outputs to Zarr stores."""
+
+
+def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str) -> Part:
+    index, _, count = value.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise click.BadParameter(f"{value!r} is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2")
+    return Part(int(index), int(count))
+
+
+# fmt: off
+JOB_OPTIONS = (
+    click.option("--teacher", required=True, help="run:FOLDER, or a network's name with --weights."),
+    click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's."),
+    click.option("--size", type=click.IntRange(1),
+                 help="Side in pixels of the rendered views.  [default: the teacher's own]"),
+    click.option("--mean", callback=parse_numbers, metavar="X,X,X",
+                 help="Mean per channel, of values in [0, 1].  [default: the teacher's own]"),
+    click.option("--std", callback=parse_numbers, metavar="X,X,X",
+                 help="Standard deviation per channel.  [default: the teacher's own]"),
+    click.option("--classes", "class_map", type=click.Path(path_type=Path),
+                 help="YAML class map: the teacher's class index for each class of the source."),
+    click.option("--source", "source_spec", required=True, help="Source of samples: NAME or NAME:SPLIT."),
+    click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
+    click.option("--view", required=True, help="View recipe: name of a preset, or a YAML file."),
+    click.option("--view-seed", type=click.IntRange(0),
+                 help="Seed of the view recipe.  [default: the recipe's own]"),
+    click.option("--views", type=click.IntRange(1), required=True, help="Number of views of each sample."),
+    click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store."),
+    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]]",
+                 help="Layer whose features are stored too. Repeatable."),
+    click.option("--encoding", default="float16", show_default=True,
+                 help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
+    click.option("--feature-encoding", default="float16", show_default=True,
+                 help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
+    click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,
+                 help="Images per forward pass."),
+    click.option("--block-rows", type=click.IntRange(1),
+                 help="Rows per block, the unit of resuming.  [default: auto]"),
+    click.option("--part", callback=_parse_part, metavar="I/COUNT", default="0/1", show_default=True,
+                 help="Share of the blocks that this process writes."),
+    click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
+                 help="Views rendered per decoded image; does not change the store's bytes."),
+    click.option("--workers", type=click.IntRange(0),
+                 help="Worker processes that render views.  [default: one per core for image files]"),
+    TRUST_CODE,
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto."),
+)
+# fmt: on
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that describe a job to a command."""
+    for option in reversed(JOB_OPTIONS):
+        command = option(command)
+    return command
+
+
+EXAMPLES_RUN = """\b
+Examples:
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr \\
+      --tap conv2:attention
+"""
+
+
+@main.command(epilog=EXAMPLES_RUN)
+@job_options
+@click.option("--ignore-space", is_flag=True, help="Start even if the store will not fit on the disk.")
+@click.option(
+    "--same-numerics",
+    is_flag=True,
+    help="Fail instead of warning if rows come from another kind of machine or batch size.",
+)
+def run(ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
+    """Run one teacher over all views and write its store.
+
+    An interrupted run continues when the same command is run again. More --views, or another --tap, for a
+    finished store adds only the missing views and arrays.
+    """
+    job = _job(**flags)
+    if not ignore_space:
+        check_space(job)
+    with _stoppable(job.store):
+        manifest = run_job(job, same_numerics=same_numerics)
+    print_status(job.store, manifest)
+
+
+EXAMPLES_PLAN = """\b
+Example:
+  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr
+"""
+
+
+@main.command(epilog=EXAMPLES_PLAN)
+@job_options
+def plan(**flags: Any) -> None:
+    """Estimate the size, duration and break-even of `precompute run` with the same options.
+
+    Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
+    not fit on the disk.
+    """
+    job = _job(**flags)
+    cost, timing = costs(job), probe(job)
+    _print_plan(cost, timing, job)
+    check_space(job)
+
+
+def _job(
+    *,
+    teacher: str,
+    weights: str | None,
+    size: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    class_map: Path | None,
+    source_spec: str,
+    root: Path | None,
+    view: str,
+    view_seed: int | None,
+    taps: tuple[str, ...],
+    trust_code: bool,
+    device: str,
+    store: Path,
+    part: Part,
+    **numbers: Any,
+) -> Job:
+    columns = None
+    if class_map is not None:
+        columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
+    job = PrecomputeSpec(
+        teacher=teacher,
+        source=source_spec,
+        view=view_recipe(view, view_seed).model_dump(mode="json"),
+        store=str(store),
+        weights=weights,
+        size=size,
+        mean=mean,
+        std=std,
+        columns=columns,
+        root=None if root is None else str(root),
+        taps=taps,
+        trust_code=trust_code,
+        device=device,
+        part=(part.index, part.count),
+        **numbers,
+    ).job()
+    stored = job.plan().arrays[LOGITS][0].name
+    if stored != job.encoding:
+        say(
+            f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
+            f"classes: logits are stored as {stored}"
+        )
+    return job
+
+
+@contextmanager
+def _stoppable(store: Path) -> Iterator[None]:
+    """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped. Finished blocks are kept; run the same command again to finish {str(store)!r}.")
+        raise click.exceptions.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
+    header = ["array", "encoding", "bytes a row", "in all", "files"]
+    rows = [
+        [
+            array.name,
+            array.encoding,
+            f"{array.row_bytes:,}",
+            byte_size(array.total_bytes),
+            f"{array.shards:,}",
+        ]
+        for array in cost.arrays
+    ]
+    rows.append(["labels, static", "", "", byte_size(cost.table_bytes), f"{cost.table_files:,}"])
+    rows.append(["in all", "", "", byte_size(cost.total_bytes), f"{cost.files:,}"])
+    print_table(str(job.store), header, rows)
+    seconds = cost.rows_left * timing.teacher
+    pays = timing.break_even(job.views)
+    click.echo(
+        f"{cost.rows:,} rows in {cost.blocks:,} blocks of {cost.block_rows:,}, {cost.rows_left:,} to do\n"
+        f"free disk {byte_size(cost.free_bytes)}, needed {byte_size(cost.bytes_left)}\n"
+        f"about {_duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {job.runner.device}\n"
+        f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
+        f"reading it back {timing.read * 1e6:,.1f} us)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+for command in (status, verify_command, inspect):
+    main.add_command(command)

@@ -1,0 +1,247 @@
+"""Subcommands for existing stores: `status`, `verify` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
+from coursepack.data.store import StoreReader, load_manifest, verify
+from coursepack.data.store.done import done_objects
+from coursepack.data.store.identity import check_complete
+from coursepack.data.store.locations import open_location
+from coursepack.data.store.owners import live_runs
+from coursepack.data.store.records import view_mean
+from coursepack.device import pick_device
+from coursepack.precompute.inspect import agreement, describe_store
+from coursepack.precompute.numerics import describe_numerics, views_by_numerics
+from coursepack.precompute.picture import draw_grid
+from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
+
+if TYPE_CHECKING:
+    from coursepack.data.store import Manifest
+
+STORE = click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
+ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command(epilog="\b\nExample:\n  precompute status --store cnn.zarr")
+@STORE
+@JSON
+def status(store: Path, as_json: bool) -> None:
+    """Show the content of a store, its missing views and the processes that write to it."""
+    manifest = load_manifest(store)
+    check_complete(manifest, str(store))
+    if as_json:
+        click.echo(json.dumps(_status(store, manifest), indent=1))
+    else:
+        print_status(store, manifest)
+
+
+EXAMPLES_VERIFY = """\b
+Examples:
+  precompute verify --store cnn.zarr
+  precompute verify --store cnn.zarr --deep 100
+  precompute verify --store cnn.zarr --content
+  precompute verify --store cnn.zarr --repair
+"""
+
+
+@click.command("verify", epilog=EXAMPLES_VERIFY)
+@STORE
+@click.option(
+    "--deep", type=click.IntRange(1), help="Number of random rows to compare with the teacher's outputs."
+)
+@click.option("--content", is_flag=True, help="Also compare all of the source with the recorded checksums.")
+@click.option("--repair", "mend", is_flag=True, help="Write damaged files again.")
+@click.option("--weights", help="Weights of the teacher.  [default: the recorded file or name]")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
+@JSON
+def verify_command(
+    store: Path,
+    deep: int | None,
+    content: bool,
+    mend: bool,
+    weights: str | None,
+    root: Path | None,
+    trust_code: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check every file of a store against its manifest.
+
+    The exit status is 1 if there is a problem.
+    """
+    manifest = load_manifest(store)
+    check_complete(manifest, str(store))
+    with progress(f"verify {store.name}", manifest.data_bytes, "bytes") as meter:
+        report = verify(store, on_file=meter.advance)
+    wrong: tuple[str, ...] = ()
+    if (report.problems and mend) or (deep and not report.problems):
+        chosen = pick_device(device)
+        job = job_of_store(store, manifest, weights=weights, root=root, device=chosen, trust_code=trust_code)
+    if report.problems and mend:
+        others = repair(job, report.problems)
+        for problem in report.problems:
+            say(f"{problem}: written again")
+        for key in others:
+            say(f"{key}: the new content differs by rounding; the manifest has its new checksum")
+        report = verify(store)
+    if not report.problems:
+        wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
+    if deep and not report.problems:
+        with progress("run the teacher again", deep, "rows") as meter:
+            wrong += verify_deep(job, deep, on_rows=meter.advance).wrong
+    problems = [*map(str, report.problems), *wrong]
+    if as_json:
+        values = {"files": report.files, "bytes": report.size, "rows": deep, "problems": problems}
+        click.echo(json.dumps(values, indent=1))
+    else:
+        for line in problems:
+            click.echo(printable(line))
+        verdict = f"{len(problems)} problems" if problems else "sound"
+        compared = f", {deep} rows equal to the teacher's outputs" if deep and not problems else ""
+        click.echo(f"{store}: {verdict}, {report.files} files, {byte_size(report.size)}{compared}")
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+EXAMPLES_INSPECT = """\b
+Examples:
+  precompute inspect cnn.zarr resnet.zarr
+  precompute inspect cnn.zarr resnet.zarr --views 4 --out grid.png
+"""
+
+
+@click.command(epilog=EXAMPLES_INSPECT)
+@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
+@click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")
+@click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
+@TRUST_CODE
+@JSON
+def inspect(
+    stores: tuple[Path, ...],
+    views: int | None,
+    out: Path | None,
+    root: Path | None,
+    trust_code: bool,
+    as_json: bool,
+) -> None:
+    """Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.
+
+    With --out, write a picture instead: some samples, their views, and the top class of each teacher.
+    """
+    if out is not None:
+        draw_grid(stores, root, views or 4, out, trust_code=trust_code)
+        click.echo(f"{out}: {len(stores)} teachers on some samples")
+        return
+    if views is not None:
+        raise click.UsageError("--views applies to the picture: give --out grid.png too")
+    readers = [StoreReader(path) for path in stores]
+    for reader in readers:
+        check_complete(reader.manifest, str(reader.path))
+    described = [describe_store(reader) for reader in readers]
+    agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
+    if as_json:
+        click.echo(json.dumps({"stores": described, "agreement": agree}, indent=1))
+        return
+    for description in described:
+        _print_store(description)
+    if agree is not None and len(readers) > 1:
+        header = ["agreement of top classes", *[reader.name for reader in readers]]
+        rows = [
+            [reader.name, *[f"{share:.2%}" for share in row]]
+            for reader, row in zip(readers, agree, strict=True)
+        ]
+        print_table("", header, rows)
+
+
+def print_status(store: Path, manifest: Manifest) -> None:
+    """Print the content of a store and its missing views."""
+    content = _status(store, manifest)
+    rows = [
+        ["teacher", f"{content['network']} from {content['weights']}"],
+        ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
+        ["views committed", f"{len(content['committed_views'])} of {content['views']}"],
+    ]
+    for name, array in content["arrays"].items():
+        rows.append([name, f"{_shape(array['row_shape'])}, {array['encoding']}"])
+    rows.append(["size", byte_size(content["bytes"])])
+    if content["accuracy_per_view"]:
+        correct = content["accuracy_per_view"].values()
+        rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
+    rows += _numerics_rows(content["numerics"])
+    if len(content["committed_views"]) < content["views"]:
+        rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
+    for writer in content["writers"]:
+        part = f"part {writer['part_index']}/{writer['part_count']}"
+        rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
+    print_table(str(store), ["", ""], rows)
+
+
+def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
+    identity = manifest.identity
+    records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
+    return {
+        "store": str(store),
+        "fingerprint": manifest.fingerprint,
+        "network": identity["teacher"]["network"],
+        "weights": manifest.origin.get("weights_file"),
+        "source": identity["source"]["name"],
+        "view_fingerprint": manifest.view_fingerprint,
+        "samples": manifest.samples,
+        "classes": len(manifest.class_names),
+        "views": manifest.views,
+        "committed_views": list(manifest.committed_views()),
+        "blocks_done_besides": len(done_objects(open_location(store))),
+        "block_rows": manifest.block_rows,
+        "arrays": {
+            name: {"encoding": array.encoding.name, "row_shape": list(array.row_shape)}
+            for name, array in manifest.arrays.items()
+        },
+        "bytes": manifest.data_bytes,
+        "accuracy_per_view": {
+            view: view_mean(record, "correct", f"view {view} of store {str(store)!r}")
+            for view, record in records
+        },
+        "numerics": views_by_numerics(manifest),
+        "writers": live_runs(store),
+    }
+
+
+def _print_store(description: dict[str, Any]) -> None:
+    teacher = description["identity"]["teacher"]
+    click.echo(printable(f"{description['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
+    rows = [
+        [name, array["encoding"], _shape(array["row_shape"]), f"{array['row_bytes']:,}", str(array["views"])]
+        for name, array in description["arrays"].items()
+    ]
+    print_table("", ["array", "encoding", "row", "bytes a row", "views"], rows)
+    header = ["view", "accuracy", "cross-entropy", "entropy", "calibration error"]
+    temperatures = list(next(iter(description["views"].values()))["fidelity"])
+    header += [f"KL {name}: mean, p99" for name in temperatures]
+    rows = []
+    for view, values in description["views"].items():
+        row = [view, f"{values['accuracy']:.2%}"]
+        row += [f"{values[name]:.4f}" for name in ("cross_entropy", "entropy", "calibration_error")]
+        fidelity = (values["fidelity"][name] for name in temperatures)
+        rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
+    print_table("", header, rows)
+    for name, text in _numerics_rows(description["numerics"]):
+        click.echo(f"{name}: {text}")
+
+
+def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a table row for each kind of numerics with its number of views."""
+    return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
+
+
+def _shape(row_shape: list[int]) -> str:
+    return " x ".join(map(str, row_shape))

@@ -1,0 +1,91 @@
+"""Statistics of stores: teachers' accuracy and calibration, fidelity of encodings, agreement."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.records import fidelity_summary, view_mean
+from coursepack.precompute.numerics import views_by_numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data.store import StoreReader
+
+ROWS_AT_A_TIME = 8192
+"""Rows of logits that are decoded together."""
+BINS = 15
+"""Number of confidence bins of the calibration error (Guo et al. 2017, equation 3)."""
+
+
+def describe_store(reader: StoreReader) -> dict[str, Any]:
+    """Return identity, arrays and statistics of a store as plain values.
+
+    All logits of all committed views are read once.
+    """
+    manifest = reader.manifest
+    labels = torch.from_numpy(reader.labels())
+    views = {}
+    for view in reader.views:
+        record = manifest.view_records[str(view)]
+        where = f"view {view} of store {str(reader.path)!r}"
+        views[str(view)] = {
+            "accuracy": view_mean(record, "correct", where),
+            "cross_entropy": view_mean(record, "cross_entropy", where),
+            "entropy": view_mean(record, "entropy", where),
+            "calibration_error": _calibration_error(reader, view, labels),
+            "fidelity": fidelity_summary(record["fidelity"]),
+        }
+    return {
+        "store": str(reader.path),
+        "fingerprint": manifest.fingerprint,
+        "identity": manifest.identity,
+        "arrays": {
+            name: {
+                "encoding": array.encoding.name,
+                "row_shape": list(array.row_shape),
+                "row_bytes": array.row_bytes,
+                "views": len(manifest.committed.get(name, ())),
+            }
+            for name, array in manifest.arrays.items()
+        },
+        "static": [name for name in manifest.tables if name.startswith("static/")],
+        "views": views,
+        "numerics": views_by_numerics(manifest),
+    }
+
+
+def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
+    """Return the share of samples with the same top class for each pair of teachers, `(K, K)`.
+
+    The logits are those of the first view that all stores have.
+    """
+    view = min(set.intersection(*(set(reader.views) for reader in readers)))
+    top_classes = []
+    for reader in readers:
+        parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
+        top_classes.append(torch.cat(parts))
+    return [[float((one == other).double().mean()) for other in top_classes] for one in top_classes]
+
+
+def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
+    """Return the expected calibration error of a view over `BINS` bins of confidence."""
+    counts, confidence_sums, correct_sums = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
+    for logits, samples in _logits(reader, view):
+        confidence, top = torch.softmax(logits, dim=1).max(1)
+        bins = (confidence * BINS).long().clamp(max=BINS - 1)
+        counts += torch.bincount(bins, minlength=BINS)
+        confidence_sums += torch.bincount(bins, weights=confidence.double(), minlength=BINS)
+        correct = (top == labels[samples]).double()
+        correct_sums += torch.bincount(bins, weights=correct, minlength=BINS)
+    return float((confidence_sums - correct_sums).abs().sum() / counts.sum())
+
+
+def _logits(reader: StoreReader, view: int) -> Any:
+    for start in range(0, reader.manifest.samples, ROWS_AT_A_TIME):
+        samples = np.arange(start, min(start + ROWS_AT_A_TIME, reader.manifest.samples))
+        yield reader.rows(LOGITS, view, samples).decode(), samples

@@ -1,0 +1,87 @@
+"""A job of stage one in plain values: all that crosses from one process to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coursepack.data import ViewRecipe, open_source
+from coursepack.data.store.owners import Part
+from coursepack.device import pick_device
+from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.precompute.job import Job
+
+
+@dataclass(frozen=True)
+class PrecomputeSpec:
+    """Numbers, texts, and lists of them; a process makes source, teacher and job of it.
+
+    Paths have to lead to the same files in every process.
+    """
+
+    teacher: str
+    """`run:FOLDER`, or a network's name."""
+    source: str
+    """`NAME[:SPLIT]`."""
+    view: dict[str, Any]
+    """The view recipe, whole."""
+    store: str
+    views: int
+    weights: str | None = None
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    columns: tuple[int, ...] | None = None
+    """For each class of the source the teacher's class."""
+    root: str | None = None
+    """Folder of the source's files."""
+    taps: tuple[str, ...] = ()
+    trust_code: bool = False
+    device: str = "auto"
+    encoding: str = "float16"
+    feature_encoding: str = "float16"
+    batch_size: int = 256
+    block_rows: int | None = None
+    part: tuple[int, int] = (0, 1)
+    """Index and count."""
+    views_per_load: int = 1
+    workers: int | None = None
+
+    def job(self) -> Job:
+        """Open the source, load the teacher, and give the job.
+
+        Raises:
+            CoursepackError: source or teacher cannot be opened, or do not fit each other.
+        """
+        root = None if self.root is None else Path(self.root)
+        source = open_source(self.source, root)
+        source.check()
+        columns = None if self.columns is None else list(self.columns)
+        network = load_teacher(
+            self.teacher,
+            source.class_names,
+            weights=self.weights,
+            size=self.size,
+            mean=self.mean,
+            std=self.std,
+            columns=columns,
+            trust_code=self.trust_code,
+        )
+        taps = [parse_tap(tap) for tap in self.taps]
+        return Job(
+            store=Path(self.store),
+            source=source,
+            recipe=ViewRecipe.model_validate(self.view),
+            runner=TeacherRunner(network, taps, pick_device(self.device), columns),
+            views=self.views,
+            encoding=self.encoding,
+            feature_encoding=self.feature_encoding,
+            batch_size=self.batch_size,
+            block_rows=self.block_rows,
+            part=Part(*self.part),
+            views_per_load=self.views_per_load,
+            workers=self.workers,
+            root=root,
+            spec=self,
+        )

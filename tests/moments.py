@@ -1,0 +1,37 @@
+"""Moments at which a process dies or waits: chosen beforehand, so that no test depends on how fast it is.
+
+Everything that is kept gets its name by a rename, so renames are what moments are counted by.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def at_rename(number, act, name=None):
+    """Have `act` called just before the given rename of this process, counted from 1; of files of a name."""
+    rename, count = os.replace, 0
+
+    def counted(origin, target, **options):
+        nonlocal count
+        count += name is None or Path(target).name == name
+        if count == number:
+            act()
+        rename(origin, target, **options)
+
+    os.replace = counted
+
+
+def die():
+    """End as by `kill -9`."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold(marker):
+    """Make a file that says so, and wait for a signal."""
+    Path(marker).touch()
+    while True:
+        time.sleep(1)

@@ -1,0 +1,151 @@
+"""Benchmarks run at their tiny size, bars are decided by intervals, and pages show the stored rows."""
+
+import contextlib
+import importlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmark_rows import check_rows
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+RESULTS = sorted((FOLDER / "results").glob("*.json"))
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem != "render")
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("_harness")
+
+
+def noise(middle, count, *, seed=0, width=0.05):
+    rng = random.Random(seed)
+    return [middle + rng.uniform(-width, width) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("middle", "bar", "holds"),
+    [
+        (0.9, "<= 1.0", "yes"), (1.1, "<= 1.0", "no"), (1.0, "<= 1.0", "undecided"),
+        (1.1, ">= 1.0", "yes"), (0.9, ">= 1.0", "no"), (1.0, ">= 1.0", "undecided"),
+    ],
+)  # fmt: skip
+def test_a_bar_holds_does_not_or_is_undecided(harness, middle, bar, holds):
+    row = harness.row("a / b", noise(middle, 40), "ratio", {}, bar)
+    assert row["holds"] == holds
+    assert row["config"]["interval"] == "95 %"
+    assert row["low"] < row["value"] < row["high"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_fewer_than_six_rounds_decide_nothing(harness, count):
+    assert harness.row("a / b", [0.5] * count, "ratio", {}, "<= 1.0")["holds"] == "undecided"
+    seconds = {"a": [0.5] * count, "b": [1.0] * count}
+    assert harness.ratio_of_sums("a / b", seconds, "a", "b", {}, "<= 1.0")["holds"] == "undecided"
+    assert harness.exact("size", 0.5, "MB", {}, "<= 1.0")["holds"] == "yes"
+
+
+def test_the_interval_has_the_median_19_times_in_20(harness):
+    missed = 0
+    for seed in range(400):
+        row = harness.row("a", noise(1.0, 15, seed=seed, width=0.5), "ratio", {}, "<= 9")
+        missed += not row["low"] <= 1.0 <= row["high"]
+    assert missed <= 30
+
+
+def test_rounds_are_added_until_a_bar_is_decided(harness, monkeypatch):
+    monkeypatch.setattr(harness, "STARTED", harness.time.monotonic())
+    rng = random.Random(1)
+
+    def rows_of(seconds):
+        return [harness.row("a / b", harness.ratios(seconds, "a", "b"), "ratio", {}, "<= 1.0")]
+
+    def measured(middle, **options):
+        variants = {"a": lambda: rng.uniform(middle - 0.3, middle + 0.3), "b": lambda: 1.0}
+        return harness.measure(variants, 6, rows_of, **options)[0]
+
+    close, far = measured(0.93), measured(0.4)
+    assert (close["holds"], far["holds"]) == ("yes", "yes")
+    assert far["n"] == 6 < close["n"] <= 6 * 2**harness.DOUBLINGS
+    assert measured(1.0)["n"] == 6 * 2**harness.DOUBLINGS
+    assert measured(1.0, patience=0)["n"] == 6
+    monkeypatch.setattr(harness, "STARTED", harness.time.monotonic() - harness.LATEST)
+    assert measured(1.0)["n"] == 6
+
+
+def test_variants_take_turns_in_changing_order_after_a_warm_up(harness):
+    order = []
+    seconds = harness.alternate({name: lambda name=name: order.append(name) for name in "abc"}, 20)
+    assert [len(values) for values in seconds.values()] == [20] * 3
+    rounds = [tuple(order[start : start + 3]) for start in range(0, len(order), 3)]
+    assert len(rounds) == 21
+    assert {frozenset(names) for names in rounds} == {frozenset("abc")}
+    assert len(set(rounds)) > 3
+
+
+def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
+    def report(*middles):
+        rows = [
+            harness.row(f"a / {k}", noise(middle, 40), "ratio", {}, "<= 1.0")
+            for k, middle in enumerate(middles)
+        ]
+        harness.report("title", rows, tmp_path / "rows.json")
+
+    report(0.9, 1.0)
+    with pytest.raises(SystemExit) as failed:
+        report(0.9, 1.1)
+    assert failed.value.code == 1
+    assert check_rows(tmp_path / "rows.json") == {"a / 0", "a / 1"}
+    assert "undecided" in capsys.readouterr().out
+
+
+def test_there_are_benchmarks():
+    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "store", "train", "views"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_run(name, harness, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--json", str(rows)])
+    monkeypatch.chdir(tmp_path)
+    # A bar that does not hold at the tiny size is no news.
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(name).main()
+    shown = capsys.readouterr().out
+    assert all(identifier.split()[0] in shown for identifier in check_rows(rows))
+    assert list(tmp_path.iterdir()) == [rows]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_stored_rows_are_rows(path):
+    check_rows(path, converted="note" in json.loads(path.read_text())["machine"])
+
+
+def test_pages_show_the_stored_rows():
+    command = [sys.executable, str(FOLDER / "render.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_table_stands_in_a_page(harness):
+    tables = importlib.import_module("_tables")
+    pages = "".join((FOLDER.parent / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    for name in tables.TABLES:
+        assert f"<!-- rows: {name} -->" in pages, name
+    for path in RESULTS:
+        assert f"<!-- rows: machine of {path.stem} -->" in pages, path.stem
+
+
+def test_a_changed_row_changes_its_pages(harness, tmp_path, monkeypatch):
+    tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
+    told = json.loads((FOLDER / "results" / "demo.json").read_text())
+    entry = next(row for row in told["rows"] if row["id"] == "epoch from stores / plain")
+    entry["value"] = 1.23
+    (tmp_path / "demo.json").write_text(json.dumps(told))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("demo time", "demo time rows"):
+        assert "1.23" in render.block(name)
