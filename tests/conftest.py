@@ -53,7 +53,7 @@ def process_put_back(one_thread):
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, cache):
     """`shared(name, fill)`: a folder that `fill(folder)` filled once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
