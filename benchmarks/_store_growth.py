@@ -31,7 +31,7 @@ BLOCK_ROWS = 200
 class GrowthSize:
     """How many views are added to how many."""
 
-    many: tuple[int, ...] = (200,)
+    many: tuple[int, ...] = (200, 1000)
     more: int = 10
     rounds: int = 9
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from coursepack.canonical import fingerprint
 from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader, StoreWriter, load_manifest
+from coursepack.data.store.contents import digest_of, list_key
 from coursepack.distill.recipe import load_recipe
 from coursepack.distill.runs.compare import compare, table_rows
 from coursepack.distill.runs.folder import load_run, recipe_to_resume
@@ -68,6 +70,8 @@ class Workplace:
         self.folder, self.numbers = folder, itertools.count()
         self.store, self.begun = folder / "s.zarr", folder / "begun.zarr"
         write_rows(self.store, ROWS)
+        self.old = folder / "old.zarr"
+        write_rows(self.old, replace(ROWS, format_version=1))
         with StoreWriter(self.begun, ROWS.plan()) as writer:
             for block in writer.pending():
                 ROWS.write_block(writer, block)
@@ -141,9 +145,26 @@ def called(*words):
 
 
 def manifest(place, draw):
-    path = place.copy(place.store)
+    path = place.copy(draw(st.sampled_from([place.store, place.old])))
     values = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_bytes(mutated_file(draw, values, dump_manifest))
+    return look_at(path, draw)
+
+
+def view_list(place, draw):
+    path = place.copy(place.store)
+    values = json.loads((path / "manifest.json").read_text())
+    view = draw(st.sampled_from(sorted(values["view_lists"])))
+    entry = json.loads((path / list_key(int(view), values["view_lists"][view])).read_bytes())
+    text = mutated_file(draw, entry, dump_json)
+    values["view_lists"][view] = digest_of(text)
+    (path / list_key(int(view), digest_of(text))).write_bytes(text)
+    (path / "manifest.json").write_bytes(dump_manifest(values))
+    return look_at(path, draw)
+
+
+def look_at(path, draw):
+    """Have every command and reader look at a store."""
     with guarded(path):
         called("status", "--store", path)
         called("verify", "--store", path)
@@ -257,7 +278,7 @@ def provenance(place, draw):
 
 
 KINDS = (
-    *(manifest, zarr_json, done_object, recipe, grid),
+    *(manifest, view_list, zarr_json, done_object, recipe, grid),
     *(class_map, network, checkpoint, metrics, provenance),
 )
 

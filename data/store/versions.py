@@ -99,6 +99,9 @@ def _parse_2(manifest: Manifest, values: dict[str, Any], location: Location | No
     for digest in listed(list(digests.values()), str):
         if _DIGEST.fullmatch(digest) is None:
             raise ValueError(f"{digest!r:.80} is no sha256")
+    environments = tuple(listed(values["environments"], dict))
+    for environment in environments:
+        whole(environment.get("batch_size", 1), 1)
     totals = mapping(values["totals"])
     if any(type(totals[name]) not in (int, float) for name in TOTALS):
         raise ValueError(f"totals are {totals!r:.80}")
@@ -106,7 +109,7 @@ def _parse_2(manifest: Manifest, values: dict[str, Any], location: Location | No
         manifest,
         committed={name: _views(ranges, len(digests)) for name, ranges in values["committed"].items()},
         table_files=file_entries(values["files"]),
-        environments=tuple(listed(values["environments"], dict)),
+        environments=environments,
         totals={name: float(totals[name]) for name in TOTALS},
     )
     check_committed(found)

@@ -119,6 +119,5 @@ def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRead
 
 def _accuracy(reader: StoreReader) -> float:
     """Return a teacher's accuracy over all views recorded in its store."""
-    sums = [record["sums"] for record in reader.manifest.view_records.values()]
-    rows = sum(float(each.get("rows", 0)) for each in sums)
-    return sum(float(each.get("correct", 0)) for each in sums) / max(rows, 1.0)
+    totals = reader.manifest.totals
+    return totals["correct"] / max(totals["rows"], 1.0)

@@ -1,7 +1,12 @@
-"""Writes the golden store and the values it holds, once: `PYTHONPATH=tests python tests/golden/write.py`."""
+"""Writes the golden store of a version and the values that all hold, once for each version of the format.
+
+PYTHONPATH=tests python tests/golden/write.py VERSION
+"""
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +26,14 @@ ROWS = EncodedRows(
 
 
 def main() -> None:
-    path = FOLDER / "version-1.zarr"
-    write_rows(path, ROWS)
+    version = int(sys.argv[1])
+    path = FOLDER / f"version-{version}.zarr"
+    write_rows(path, replace(ROWS, format_version=version))
     shutil.rmtree(path / "runs")
     shutil.rmtree(path / "blocks")
     (path / "lock").unlink()
+    if version > 1:
+        return
     values = {"labels": ROWS.labels.tolist(), "static": {"head_bias": STATIC["head_bias"].tolist()}}
     for name in ROWS.shapes:
         values[name] = [

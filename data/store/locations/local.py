@@ -90,7 +90,7 @@ class LocalLocation:
             size = os.fstat(file.fileno()).st_size
             if size > most_bytes:
                 raise ValueError(f"has {size:,} bytes, expected at most {most_bytes:,}")
-            return file.read(most_bytes)
+            return file.read(size)
 
     def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
         """Read a file and take its tag."""
