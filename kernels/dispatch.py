@@ -89,7 +89,10 @@ def reads_student(student_logits: Tensor | None) -> bool:
 
 def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
     """Return the path for a call, and the reason."""
-    return next((path, reason) for path, reason, taken in RULES if taken(student_logits, call))
+    for path, reason, matches in RULES:
+        if matches(student_logits, call):
+            return path, reason
+    raise AssertionError("the last rule matches every call")
 
 
 def describe_call(student_logits: Tensor, call: LossCall) -> Choice:

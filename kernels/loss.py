@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,12 +101,12 @@ def soft_target_loss(
     call = check_call(student_logits, teachers, labels, spec)
     path, _ = dispatch.choose(student_logits, call)
     if path == dispatch.KERNEL:
-        return _apply(student_logits, call.wide_weights, lambda *asked: native.evaluate(call, *asked))
+        return _apply(student_logits, call.wide_weights, partial(native.evaluate, call))
     if path == dispatch.OP:
         return compile_op.call_op(student_logits, call)
     values = check_values(call)
     weights = None if call.weights is None else full_weights(call)
-    return _apply(student_logits, weights, lambda *asked: analytic.evaluate(values, *asked))
+    return _apply(student_logits, weights, partial(analytic.evaluate, values))
 
 
 def describe(

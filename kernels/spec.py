@@ -177,8 +177,9 @@ def _check_names(spec: LossSpec, count: int) -> tuple[str, ...]:
 def _check_numbers(spec: LossSpec) -> None:
     if not 0 <= spec.smoothing <= 1:
         raise ValueError(f"smoothing is {spec.smoothing}, expected 0 to 1")
-    _check_finite("soft_weight", spec.soft_weight)
-    _check_finite("hard_weight", spec.hard_weight)
+    for name, number in (("soft_weight", spec.soft_weight), ("hard_weight", spec.hard_weight)):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number}, expected a finite number")
 
 
 def _check_student(student_logits: Tensor) -> None:
@@ -199,11 +200,6 @@ def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
 def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-
-
-def _check_finite(name: str, number: float) -> None:
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {number}, expected a finite number")
 
 
 def _check_detached(name: str, value: Tensor) -> None:

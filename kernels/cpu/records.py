@@ -46,9 +46,10 @@ def pack(
     Returns:
         The bytes, and objects that must stay alive while the bytes are in use.
     """
+    spec = call.spec
     first, second, lam = _labels(call.labels)
-    temperature = _temperature(call.spec.temperature)
-    row_weight, where = column(call.spec.row_weight), _temperature_fields(temperature)
+    temperature = _temperature(spec.temperature)
+    row_weight, where = column(spec.row_weight), _temperature_fields(temperature)
     records = [
         layout.pack_call(
             call.rows,
@@ -65,15 +66,15 @@ def pack(
             address(first),
             address(second),
             address(lam),
-            call.spec.ignore_index,
+            spec.ignore_index,
             address(row_weight),
             *where,
             address(weights),
             *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
-            COMBINATIONS.index(call.spec.combine),
-            call.spec.soft_weight,
-            call.spec.hard_weight,
-            call.spec.smoothing,
+            COMBINATIONS.index(spec.combine),
+            spec.soft_weight,
+            spec.hard_weight,
+            spec.smoothing,
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
