@@ -1,17 +1,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/cli precompute/executors distill distill/losses distill/fusion distill/targets distill/setup distill/training distill/runs distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/cli precompute/executors distill distill/losses distill/fusion distill/targets distill/setup distill/training distill/runs distill/cli
+
+# Processes that run tests side by side; each computes on one thread.
+WORKERS ?= 2
+
+# Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
+TEST_EXTRAS :=
 
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store views loss train methods memory
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test check test-all test-slow lint bench clean
 
 help:
-	@echo "make demo   train teachers, precompute them, distil students, print two tables (about 2 minutes)"
-	@echo "make test   lint, types and tests"
-	@echo "make lint   ruff and mypy only"
-	@echo "make bench  every benchmark at full size, and the tables of README and docs"
+	@echo "make demo       train teachers, precompute them, distil students, print two tables (about 2 minutes)"
+	@echo "make test       lint, types and tests, on two cores (WORKERS=8: on eight)"
+	@echo "make test-all   the same, and the tests that drive browsers, clusters and other programs"
+	@echo "make lint       ruff and mypy only"
+	@echo "make bench      every benchmark at full size, and the tables of README and docs"
 
 # Folders are prerequisites because the strict install links file by file: a new file needs a new install.
 .venv/installed: setup.cfg pyproject.toml $(FOLDERS)
@@ -28,8 +35,19 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest
+check: lint
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+test: .venv/installed
+	@$(BIN)/python tests/timed.py $(MAKE) --no-print-directory check
+
+.venv/installed-all: .venv/installed
+	$(if $(TEST_EXTRAS),$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(TEST_EXTRAS)]" -C editable_mode=strict)
+	@touch $@
+
+# 5 is pytest's exit status where there are no such tests.
+test-all: test .venv/installed-all
+	$(BIN)/pytest -q -m "browser or cluster or integration" || test $$? -eq 5
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from _harness import row
 from torch import Tensor
-
-from coursepack.kernels import cuda, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,16 +37,6 @@ class Cold:
         for student, teachers in zip(self.students, self.all_teachers, strict=True):
             loss(student, teachers).backward()
             student.grad = None
-
-
-def asked(loss: Loss) -> Loss:
-    """The loss with the CUDA kernel."""
-
-    def run(student: Tensor, teachers: Any) -> Tensor:
-        with mock.patch.dict(os.environ, {cuda.SWITCH: "1"}):
-            return loss(student, teachers)
-
-    return run
 
 
 def microseconds(run: Callable[[], None], calls: int, rounds: int) -> list[float]:
@@ -115,6 +101,4 @@ def table(variants: dict[str, Loss], rounds: int) -> list[dict[str, Any]]:
             ratio = [each / floor for each in replayed]
             result.append(row(f"{identifier} in a graph / memory floor", ratio, "ratio", config))
             result.append(row(f"{identifier} launches", [launches(run, calls)], "kernels", config))
-    with mock.patch.dict(os.environ, {cuda.SWITCH: "1"}):
-        print(describe(cold.student, cold.teachers))
     return result

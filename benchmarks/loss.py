@@ -32,9 +32,10 @@ from _harness import PATIENCE, Threads, alternate, arguments, exact, measure, ra
 from torch import Tensor
 
 from coursepack.data.encodings import parse_encoding
-from coursepack.kernels import dispatch, native, soft_target_loss, soft_targets, teacher_stats
-from coursepack.kernels.request import check_request
-from coursepack.kernels.threads import run_kernel, usable_threads
+from coursepack.kernels import dispatch, soft_target_loss, soft_targets, teacher_stats
+from coursepack.kernels.cpu import native
+from coursepack.kernels.cpu.threads import run_kernel, usable_threads
+from coursepack.kernels.spec import LossSpec, check_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,21 +89,21 @@ class Kernel:
     """The kernel alone: without checks and autograd."""
 
     def __init__(self) -> None:
-        self._requests: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}
 
     def __call__(self, student: Tensor, teachers: Tensor) -> None:
-        if teachers.data_ptr() not in self._requests:
-            request = check_request(student, teachers, None, temperature=TEMPERATURE)
-            self._requests[teachers.data_ptr()] = request
-        native.evaluate(student, None, self._requests[teachers.data_ptr()], True, False)
+        if teachers.data_ptr() not in self._calls:
+            call = check_call(student, teachers, None, LossSpec(temperature=TEMPERATURE))
+            self._calls[teachers.data_ptr()] = call
+        native.evaluate(self._calls[teachers.data_ptr()], student, None, True, False)
 
 
 class Floor:
     """Reads every input and writes a gradient, in as many threads as torch has, launched as the kernel is."""
 
     def __init__(self) -> None:
-        from coursepack.kernels.jit_base import carray, compiled, njit, types
-        from coursepack.kernels.jit_math import SUMS, load, load_id, store, take_ticket, wide_vectors
+        from coursepack.kernels.cpu.jit_base import carray, compiled, njit, types
+        from coursepack.kernels.cpu.jit_math import SUMS, fetch_add, load, load_uint32, store, wide_vectors
 
         @njit(fastmath=SUMS)
         def copy(origin: int, out: int, count: int) -> None:
@@ -115,13 +116,13 @@ class Floor:
             wide_vectors()
             total = np.uint32(0)
             for c in range(count):
-                total ^= load_id(values, c)
+                total ^= load_uint32(values, c)
             return total
 
         @compiled(types.void(types.voidptr))
         def touch(data: Any) -> None:
             student, teachers, grad, rows, classes, count, ticket, chunk = carray(data, (8,), np.int64)
-            start = take_ticket(ticket) * chunk
+            start = fetch_add(ticket) * chunk
             while start < rows:
                 for n in range(start, min(start + chunk, rows)):
                     place = 4 * n * classes
@@ -129,7 +130,7 @@ class Floor:
                     for k in range(count):
                         total = add_up(teachers + 2 * (k * rows + n) * classes, classes // 2)
                         store(grad, n * classes, np.float32(total))
-                start = take_ticket(ticket) * chunk
+                start = fetch_add(ticket) * chunk
 
         self._function = touch
 
@@ -387,8 +388,7 @@ def main() -> None:
         rows += memory(size)
         rows += errors()
     if torch.cuda.is_available():
-        variants = {"naive": naive, "analytic": analytic, "ours": _loss_cuda.asked(ours)}
-        rows += _loss_cuda.table(variants, size.rounds)
+        rows += _loss_cuda.table({"naive": naive, "ours": ours}, size.rounds)
     report("The fused loss", rows, chosen.json)
 
 

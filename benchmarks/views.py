@@ -89,7 +89,7 @@ def small(rounds: int, patience: float) -> list[Row]:
         nonlocal view
         view += 1
         batch = Batch(source, recipe, rng.integers(0, 4096, BATCH), np.full(BATCH, view))
-        return batch.normalised(32, *levels)
+        return batch.normalized(32, *levels)
 
     def each() -> torch.Tensor:
         return torch.stack([transform(tensors[k]) for k in rng.integers(0, 4096, BATCH)])

@@ -1,4 +1,4 @@
-"""Canonical JSON: one spelling per value, so that equal things have equal bytes and equal fingerprints.
+"""Canonical JSON: one text per value, so that equal values have equal bytes and fingerprints.
 
 Keys are sorted, `None` members of mappings are left out (an optional field added later with the default
 `None` does not change old fingerprints), and floats are written in Python's shortest exact form.
@@ -10,14 +10,18 @@ import hashlib
 import json
 from typing import Any
 
+MOST_ROWS = 20
+"""Maximum number of differences in an error message."""
+MOST_SHOWN = 200
+"""Maximum number of characters of a value in an error message."""
 _ABSENT = object()
 
 
 def canonical_json(value: Any, *, indent: int | None = None) -> str:
-    """The canonical text of a JSON-able value.
+    """Return the canonical JSON text of a value.
 
     Raises:
-        ValueError: the value holds NaN or infinity, which JSON cannot carry.
+        ValueError: the value contains NaN or infinity, which JSON cannot represent.
 
     >>> canonical_json({"b": 1, "a": None})
     '{"b":1}'
@@ -29,12 +33,12 @@ def canonical_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, as 64 hex digits."""
+    """Return the sha256 of the canonical JSON of a value, as 64 hexadecimal digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, str]]:
-    """Where two JSON-able values differ: `(path, left, right)` per leaf, with `-` for an absent one.
+    """Return the differences of two JSON values: `(path, left, right)` per leaf, `-` for a missing one.
 
     >>> differences({"seed": 0, "ops": [1]}, {"seed": 1, "ops": [1, 2]})
     [('ops[1]', '-', '2'), ('seed', '0', '1')]
@@ -56,13 +60,20 @@ def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, s
 
 
 def difference_table(left: Any, right: Any, left_name: str, right_name: str) -> str:
-    """`differences` as aligned lines, one per leaf, for the text of an error."""
-    rows = differences(_without_none(left), _without_none(right))
+    """Format `differences` as aligned lines, one per leaf, for error messages."""
+    rows = [(path, cut(a), cut(b)) for path, a, b in differences(_without_none(left), _without_none(right))]
+    rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
     path_width = max((len(path) for path, _, _ in rows), default=0)
     left_width = max((len(a) for _, a, _ in rows), default=0)
-    return "\n".join(
+    lines = [
         f"  {path:<{path_width}}   {left_name}: {a:<{left_width}}   {right_name}: {b}" for path, a, b in rows
-    )
+    ]
+    return "\n".join([*lines, f"  and {more:,} more"] if more > 0 else lines)
+
+
+def cut(text: str) -> str:
+    """Shorten a text to `MOST_SHOWN` characters, followed by an ellipsis."""
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Configs: frozen pydantic models that refuse unknown keys, and errors that show everything wrong at once."""
+"""Configs: frozen pydantic models that reject unknown keys and report all errors of a file together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import core_schema
 
+from coursepack.canonical import cut
 from coursepack.errors import RecipeError
 from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
 
@@ -21,13 +22,11 @@ if TYPE_CHECKING:
 
 
 MOST_LINES = 20
-"""Problems of a file that are shown."""
-MOST_SHOWN = 200
-"""Characters of a wrong value that are shown."""
+"""Maximum number of errors of a file that are reported."""
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, and an unknown key is an error."""
+    """Base class of configs: immutable, with an error for unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -37,19 +36,19 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotation of a field that holds one config of a family, told apart by a key.
+    """Annotation of a field that holds one config of a family, selected by the value of a key.
 
     `Annotated[Shape, OneOf("name", {"circle": Circle, "box": Box})]` reads `{"name": "circle"}` as a
     `Circle`.
     """
 
     key: str
-    """Name of the field that tells the family's members apart."""
+    """Name of the field whose value selects the member."""
     members: Mapping[str, type[Config]]
-    """The family by the value of the key."""
+    """Configs of the family by the value of the key."""
 
     def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
-        """Return pydantic's schema of the union."""
+        """Return pydantic's schema of the tagged union."""
         choices = {name: handler.generate_schema(member) for name, member in self.members.items()}
         return core_schema.tagged_union_schema(choices, discriminator=self.key)
 
@@ -58,12 +57,13 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
     """Build a config from plain values.
 
     Args:
-        model: the config's class.
-        values: what YAML or flags gave.
-        where: the file or command they came from, for the error's text.
+        model: class of the config.
+        values: plain values from YAML or options.
+        where: file or command that the values come from, for the error message.
 
     Raises:
-        RecipeError: all that is wrong, one line per field; an unknown key names the nearest valid one.
+        RecipeError: the values are not valid. The message has one line per wrong field and suggests the
+            nearest valid name for an unknown key.
     """
     try:
         return model.model_validate(values)
@@ -72,9 +72,12 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
 
 
 def check_given(model: type[Config], values: Any, where: str) -> None:
-    """Refuse what is wrong in a config that is not complete yet; errors as `parse_config`.
+    """Check the values of an incomplete config, whose missing fields will be given later.
 
-    Whether fields fit together is not judged: what is left out may yet get another value than its default.
+    Checks that combine several fields are skipped, because a missing field may not keep its default.
+
+    Raises:
+        RecipeError: as in `parse_config`.
     """
     try:
         model.model_validate(values)
@@ -82,14 +85,14 @@ def check_given(model: type[Config], values: Any, where: str) -> None:
         problems = [
             problem
             for problem in error.errors()
-            if not _is_about_whole(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
+            if not _is_combined(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
         ]
         if problems:
             raise _refusal(model, problems, where) from error
 
 
 def field_at(model: type[BaseModel], path: str) -> FieldInfo:
-    """Return a field of a config by its dotted path, through groups of fields and members of a family."""
+    """Return the field of a config at a dotted path through nested configs and `OneOf` families."""
     first, _, rest = path.partition(".")
     field = model.model_fields[first]
     if not rest:
@@ -99,10 +102,10 @@ def field_at(model: type[BaseModel], path: str) -> FieldInfo:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values in a YAML file.
+    """Return the plain values in a YAML file.
 
     Raises:
-        RecipeError: the file is missing, or is not what `parse_yaml` takes.
+        RecipeError: the file is missing, or `parse_yaml` rejects it.
     """
     try:
         return parse_yaml(read_bounded(path, MOST_YAML_BYTES))
@@ -113,7 +116,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_yaml(values: Any) -> str:
-    """Plain values as YAML, keys in the order given."""
+    """Return plain values as YAML text, with keys in their order."""
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
@@ -129,39 +132,29 @@ _EXPECTED = {
     "model_type": "Input should be a mapping",
     "model_attributes_type": "Input should be a mapping",
 }
-"""Where pydantic speaks of Python's types, what YAML calls them."""
+"""Messages for errors of pydantic that would name Python types instead of YAML's."""
 
 
 def _line(model: type[Config], problem: Any) -> str:
-    path = ".".join(_cut(str(part)) for part in problem["loc"]) or "it"
+    path = ".".join(cut(str(part)) for part in problem["loc"]) or "it"
     if problem["type"] == "extra_forbidden":
         known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
         return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
     if problem["type"] == "union_tag_invalid":
         key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
         near = _near(tag, tags.replace("'", "").split(", "))
-        return (
-            f"  {path}: unknown {key.strip(chr(39))} {_cut(repr(tag))}{near or ', expected one of ' + tags}"
-        )
+        return f"  {path}: unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
     if problem["type"] == "union_tag_not_found":
-        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {_shown(problem['input'])}"
-    whole = problem["type"] == "missing" or _is_about_whole(problem)
-    given = "" if whole else f", got {_shown(problem['input'])}"
+        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {cut(repr(problem['input']))}"
+    no_value = problem["type"] == "missing" or _is_combined(problem)
+    given = "" if no_value else f", got {cut(repr(problem['input']))}"
     text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return f"  {path}: {text}{given}"
 
 
-def _is_about_whole(problem: Any) -> bool:
-    """Whether a problem is that of fields that do not fit together."""
+def _is_combined(problem: Any) -> bool:
+    """Return True if an error concerns a combination of fields instead of one field."""
     return problem["type"] == "value_error" and isinstance(problem["input"], dict)
-
-
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _near(word: str, known: list[str]) -> str:
@@ -170,7 +163,7 @@ def _near(word: str, known: list[str]) -> str:
 
 
 def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
-    """The configs that may stand at a place, as pydantic spells it: keys, list places, tags of a union."""
+    """Return the configs that may be at a path of pydantic's: keys, list indices and tags of a union."""
     found: list[type[BaseModel]] = [model]
     for part in path:
         if isinstance(part, int):
@@ -186,13 +179,13 @@ def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type
 
 
 def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """The configs that a field may hold."""
+    """Return the configs that a field may hold."""
     families = [part for part in field.metadata if isinstance(part, OneOf)]
     return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configs in an annotation such as a tuple of a union of them."""
+    """Return the configs in an annotation, such as a tuple of a union of configs."""
     if isinstance(annotation, OneOf):
         return list(annotation.members.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

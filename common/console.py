@@ -1,7 +1,7 @@
-"""What commands share: progress on stderr, results on stdout, and one place that turns errors into text.
+"""Console output of the commands: progress and messages on stderr, tables on stdout, errors as one message.
 
-On a terminal, progress is a rich bar with rate and time left. Elsewhere it is a plain line every
-`LOG_SECONDS`, so that a log file stays readable.
+On a terminal, progress is a bar with rate and remaining time. Elsewhere it is a plain line every
+`LOG_SECONDS`, so that log files stay readable.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LOG_SECONDS = 10.0
-
-
+"""Interval of progress lines when stderr is not a terminal."""
 TRUST_CODE = click.option(
-    "--trust-code", is_flag=True, help="Import and run Python code that a store or a run's folder names."
+    "--trust-code", is_flag=True, help="Import and run Python code that a store or a run folder names."
 )
-"""The option of every command that may build or open what a store or a run's folder describes."""
+"""Option of the commands that build networks or open sources described in a store or a run folder."""
 
 
 class Commands(click.Group):
-    """A click group whose commands print an error as one message and exit with status 1."""
+    """A click group whose commands print a `CoursepackError` as one message and exit with status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that `ctx` names."""
+        """Invoke the subcommand, and turn domain and system errors into click's errors."""
         try:
             return super().invoke(ctx)
         except CoursepackError as error:
@@ -48,17 +47,17 @@ class Commands(click.Group):
 def parse_numbers(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> tuple[float, ...] | None:
-    """The callback of an option whose value is numbers with commas between."""
+    """Parse an option's comma-separated numbers; a callback for click."""
     try:
         return None if value is None else tuple(float(number) for number in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not numbers with commas between, as in 0.5,0.3,0.2") from None
+        raise click.BadParameter(f"{value!r} is not comma-separated numbers, as in 0.5,0.3,0.2") from None
 
 
 def printable(text: str) -> str:
-    """Text with control characters, which a terminal would obey, as escapes; line breaks stay.
+    """Escape the control characters of a text, except line breaks.
 
-    Names come from manifests, which somebody else may have written.
+    Names in manifests may come from somebody else, and a terminal would interpret control characters in them.
 
     >>> print(printable("a\x1b[2Jb"))
     a\\x1b[2Jb
@@ -71,22 +70,30 @@ def _escaped(character: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line about the work itself, on stderr."""
+    """Print a message on stderr."""
     click.echo(printable(text), err=True)
 
 
 class Meter(Protocol):
-    """Counts work done; what `progress` gives."""
+    """Counter of finished work, as `progress` yields it."""
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Say that `amount` more units are done; `note` is shown beside the count."""
+        """Add `amount` finished units; `note` is shown beside the count."""
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> Iterator[Meter]:
-    """Show progress through `total` units of work, of which `done` were done before; or only count it."""
+    """Show the progress of a task on stderr.
+
+    Args:
+        title: name of the task.
+        total: units of work in all.
+        unit: plural name of a unit, such as `images`.
+        done: units that were finished before; they do not count in the rate.
+        shown: false counts the work without output.
+    """
     if not shown:
-        yield _Nowhere()
+        yield _Hidden()
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
@@ -115,7 +122,7 @@ class _Bar:
         self._bar.update(self._task, advance=amount, rate=f"{rate:,.0f} {self._unit}/s", note=note)
 
 
-class _Nowhere:
+class _Hidden:
     def advance(self, amount: int, note: str = "") -> None:
         pass
 
@@ -124,20 +131,20 @@ class _Lines:
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._fresh, self._note = done, 0, ""
-        self._started = self._spoken = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done, self._fresh, self._note = self._done + amount, self._fresh + amount, note
-        if time.monotonic() - self._spoken >= LOG_SECONDS:
-            self._say()
+        if time.monotonic() - self._printed >= LOG_SECONDS:
+            self._print()
 
     def close(self) -> None:
         if self._fresh:
-            self._say()
+            self._print()
 
-    def _say(self) -> None:
-        self._spoken = time.monotonic()
-        rate = self._fresh / max(self._spoken - self._started, 1e-9)
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        rate = self._fresh / max(self._printed - self._started, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         note = f", {self._note}" if self._note else ""
         say(
@@ -147,7 +154,7 @@ class _Lines:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: first column to the left, the others to the right."""
+    """Print a table on stdout, with the first column left-aligned and the others right-aligned."""
     table = Table(title=printable(title), title_justify="left")
     for index, name in enumerate(header):
         table.add_column(printable(name), justify="left" if index == 0 else "right", no_wrap=index > 0)
@@ -158,7 +165,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def byte_size(count: float) -> str:
-    """A number of bytes for people to read, in powers of 1000.
+    """Format a number of bytes in units of powers of 1000.
 
     >>> byte_size(1_234_567)
     '1.2 MB'

@@ -1,9 +1,9 @@
-"""Every error that coursepack raises on purpose and a caller may want to catch.
+"""Exceptions that coursepack raises for wrong input, damaged files and failed runs.
 
-Each inherits the builtin that fits, so `except FileNotFoundError` works without importing this module.
-A message says what is wrong with its value, where, what was expected, and what to do next. Commands print
-the message alone and exit with status 1. Wrong shapes and dtypes given to `coursepack.kernels` are plain
-`ValueError` and `TypeError`.
+Each also inherits the builtin exception that fits, so `except FileNotFoundError` works without importing this
+module. A message contains the wrong value, its location, the expectation and the next action. Commands print
+only the message and exit with status 1. `coursepack.kernels` raises plain `ValueError` and `TypeError` for
+wrong shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class CoursepackError(Exception):
-    """Base of all errors below."""
+    """Base class of all exceptions of coursepack."""
 
 
 class UnknownName(CoursepackError, LookupError):
-    """A source, view, network, method, encoding or tap was asked for by a name that does not exist."""
+    """A name of a source, view, network, method, encoding or tap does not exist."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
@@ -30,23 +30,23 @@ class UnknownName(CoursepackError, LookupError):
 
 
 class RecipeError(CoursepackError, ValueError):
-    """A recipe, or the flags that make one, does not describe a run that can be made."""
+    """A recipe, or the options of a command, are invalid or contradict each other."""
 
 
 class UntrustedCode(CoursepackError, PermissionError):
-    """A store or a run's folder names Python code, and the user has neither named nor trusted it."""
+    """A store or a run folder names Python code that the user has neither named nor trusted."""
 
 
 class SourceError(CoursepackError, OSError):
-    """A data set's files are missing or damaged."""
+    """The files of a data set are missing or damaged."""
 
 
 class TeacherMismatch(CoursepackError, ValueError):
-    """A network does not fit the weights, the source or the store it is used with."""
+    """A network does not fit the weights, the source or the store that it is used with."""
 
 
 class NonFiniteOutput(CoursepackError, FloatingPointError):
-    """A teacher answered with NaN or infinity."""
+    """A teacher's outputs or weights contain NaN or infinity."""
 
 
 class EncodingRange(CoursepackError, OverflowError):
@@ -54,39 +54,39 @@ class EncodingRange(CoursepackError, OverflowError):
 
 
 class StoreNotFound(CoursepackError, FileNotFoundError):
-    """There is no store at the given path."""
+    """There is no store at a path."""
 
 
 class StoreIncomplete(CoursepackError, RuntimeError):
-    """A store has not committed what was asked of it."""
+    """A store lacks requested views or arrays because they are not committed yet."""
 
 
 class StoreMismatch(CoursepackError, ValueError):
-    """A store was written by another recipe, source, teacher or format than the one at hand."""
+    """A store was written with another recipe, source, teacher or format version than the current one."""
 
 
 class StoreDamaged(CoursepackError, OSError):
-    """A store's files are not what its manifest vouches for."""
+    """The files of a store differ from the sizes and checksums in its manifest."""
 
 
 class StoreFull(CoursepackError, OSError):
-    """There is not enough free space for a store."""
+    """There is not enough free disk space for a store."""
 
 
 class StoreBusy(CoursepackError, RuntimeError):
-    """Another process is writing the same part of a store."""
+    """Another process is writing to the same part of a store."""
 
 
 class TrainingDiverged(CoursepackError, FloatingPointError):
-    """A student's loss became NaN or infinite."""
+    """The loss of a student became NaN or infinite."""
 
 
 class RankLost(CoursepackError, ConnectionError):
-    """Another of the processes that train together has ended or does not answer."""
+    """Another rank of a distributed run has ended or does not respond."""
 
 
 class RunBusy(CoursepackError, RuntimeError):
-    """Another process is training into the same run folder."""
+    """Another process is training in the same run folder."""
 
 
 class RunError(CoursepackError, OSError):

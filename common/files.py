@@ -1,4 +1,4 @@
-"""Whole-file writes that a kill or a power cut cannot tear."""
+"""Atomic file writes that survive a killed process and a power cut."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARTIAL = ".partial"
+"""Suffix of files that are being written."""
 HOST_LENGTH = 32
-"""Characters of the host's name in the name of a partial file."""
+"""Maximum number of characters of the host's name in the name of a partial file."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -27,19 +28,20 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFCHR: "a device",
 }
-"""What may stand in the place of a regular file."""
+"""Names of the kinds of files that are not regular, by their `stat` type."""
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of file systems that have no hard links."""
 
 
 def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
-    """Write a file so that `path` holds either its old content or all of the new.
+    """Replace the content of a file atomically.
 
-    The pieces go to a `.partial` file beside it, are flushed to the disk, and take the name by a rename that
-    is flushed too. A kill leaves at most that file, which no reader opens.
+    The pieces are written one after the other to a `.partial` file in the same folder, flushed to disk and
+    renamed to `path`; the rename is flushed too. At every moment `path` has either its old content or all of
+    the new. A killed process leaves at most the `.partial` file, which no reader opens.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; `path` is as it was. It names `path`.
+        OSError: the disk is full or the folder is not writable. `path` is unchanged, and the error names it.
     """
     with _partial_file(path, pieces) as partial:
         partial.replace(path)
@@ -77,7 +79,7 @@ def _partial_file(path: Path, pieces: tuple[bytes | NDArray[Any], ...]) -> Itera
     try:
         with partial.open("wb", buffering=0) as file:
             for piece in pieces:
-                # numpy's types know nothing of buffers before Python 3.12.
+                # numpy's type stubs lack the buffer protocol before Python 3.12.
                 rest = memoryview(piece).cast("B")  # type: ignore[arg-type, unused-ignore]  # stubs differ between Pythons
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -91,16 +93,16 @@ def _partial_file(path: Path, pieces: tuple[bytes | NDArray[Any], ...]) -> Itera
 
 
 def _partial_name(name: str) -> str:
-    """A name for the partial file that no other process uses, on this host or on others that share the disk.
+    """Return a name for a partial file that is unique among the processes of all hosts that share the disk.
 
-    A process number alone is not enough: containers and hosts number their processes alike.
+    The process id alone is not enough, because hosts and containers reuse the same ids.
     """
     host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:HOST_LENGTH]
     return f"{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Flush the directory entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with naming(folder):
@@ -111,7 +113,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have system errors that name no file, as those of a full disk, name this one."""
+    """Add this path to system errors that name no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -121,10 +123,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file and give its descriptor; a FIFO in its place is not waited for.
+    """Open a regular file and return its descriptor. A FIFO at the path does not block.
 
     Raises:
-        OSError: it cannot be opened, or is something else.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     try:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
@@ -145,7 +147,7 @@ def _not_regular(path: Path, mode: int) -> OSError:
 
 
 def partials(folder: Path) -> Iterator[Path]:
-    """What killed writers left in `folder`."""
+    """Yield the partial files that killed processes left in a folder."""
     if folder.is_dir():
         # Names first: a folder may hold very many files, and hardly any of them partial.
         with os.scandir(folder) as entries:

@@ -1,7 +1,7 @@
-"""Code of the user's own, named in a recipe or a flag as `module:name`.
+"""Python objects that a recipe, an option or a file names as `module:name`.
 
-Such code is run because the user names it. A store's manifest and a run's folder may have been made by
-somebody else, so what they name passes `check_trusted` before anything else sees it.
+Importing a module runs its code. Code that the user names in a command or a recipe is run. A store's manifest
+and a run folder may come from somebody else, so the names in them are passed to `check_trusted` first.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 from coursepack.errors import RecipeError, UntrustedCode
 
 KIND = "python"
-"""What specs of networks and sources of one's own begin with: `python:module:name`."""
+"""Prefix of the specs of the user's own networks, sources and views: `python:module:name`."""
 
 
 def check_trusted(spec: str, holder: str, *, trust_code: bool) -> str:
-    """Return a spec that a file names, unless it would run code of somebody's own that is not trusted.
+    """Return a spec that a file names, or refuse it if it names Python code that is not trusted.
 
     Args:
-        spec: of a network or a source, `python:module:name` where it is code.
-        holder: the file's owner, for the error's text: `store 'cnn.zarr'`.
+        spec: spec of a network, a source or a view; `python:module:name` if it names code.
+        holder: name of the store or run that the spec comes from, for the error message: `store 'cnn.zarr'`.
         trust_code: whether the user trusts the code that files name.
 
     Raises:
-        UntrustedCode: it would.
+        UntrustedCode: the spec names code, and `trust_code` is false.
     """
     kind, _, path = spec.partition(":")
     if kind == KIND and not trust_code:
@@ -37,16 +37,16 @@ def check_trusted(spec: str, holder: str, *, trust_code: bool) -> str:
     return spec
 
 
-def own_object(module_name: str, path: str, said: str) -> Any:
-    """What a module holds under a name, which may have dots.
+def import_object(module_name: str, path: str, owner: str) -> Any:
+    """Import a module and return one of its attributes.
 
     Args:
-        module_name: as in an import.
-        path: the name.
-        said: whose it is, for the error's text: `network 'python:mine:make'`.
+        module_name: dotted name of the module.
+        path: name of the attribute, which may be dotted.
+        owner: name of the part that needs the object, for the error message: `network 'python:mine:make'`.
 
     Raises:
-        RecipeError: the module cannot be imported, or has no such name.
+        RecipeError: the module cannot be imported, or has no such attribute.
     """
     try:
         found: Any = importlib.import_module(module_name)
@@ -54,9 +54,9 @@ def own_object(module_name: str, path: str, said: str) -> Any:
             found = getattr(found, part)
     except ImportError as error:
         raise RecipeError(
-            f"{said}: cannot import {module_name!r}: {error}. Modules are looked for where Python looks; "
-            "PYTHONPATH adds folders"
+            f"{owner}: cannot import {module_name!r}: {error}. Modules are searched on Python's import path; "
+            "add their folder to PYTHONPATH"
         ) from error
     except AttributeError as error:
-        raise RecipeError(f"{said}: module {module_name!r} has no {path!r}") from error
+        raise RecipeError(f"{owner}: module {module_name!r} has no {path!r}") from error
     return found

@@ -1,7 +1,7 @@
-"""Locks between processes, which a process that is killed gives up.
+"""Locks between processes that are released when their process is killed.
 
-They are `flock` locks on a file that names the holder. Where the system has no `flock` (Windows), nothing is
-locked.
+They are `flock` locks on a file that contains a description of the holder. On systems without `flock`
+(Windows) nothing is locked.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]  # a module elsewhere
 
 MOST_BYTES = 1 << 16
+"""Maximum number of bytes read of a lock's file."""
 _open: set[IO[str]] = set()
-"""Files of the locks that this process holds."""
+"""Open files of the locks that this process holds."""
 
 
 class Held(Exception):
-    """Another process holds a lock; `holder` is what it wrote about itself."""
+    """Another process holds the lock. `holder` is its description: host, pid and start time."""
 
     def __init__(self, holder: dict[str, Any]) -> None:
         self.holder = holder
@@ -39,16 +40,16 @@ class Held(Exception):
 
 
 class FileLock:
-    """A lock that is held from its making until `release`, or until the process ends."""
+    """A lock that is acquired by the constructor and held until `release` or the end of the process."""
 
     def __init__(self, path: Path) -> None:
-        """Take the lock, or fail at once.
+        """Acquire the lock without waiting.
 
         Args:
-            path: the lock's file, in a folder that exists; it is removed with the lock.
+            path: file of the lock, in an existing folder. It is removed when the lock is released.
 
         Raises:
-            Held: another holder has it.
+            Held: another process, or another lock of this process, holds it.
         """
         self.path = path
         self._file = _locked(path)
@@ -67,16 +68,16 @@ class FileLock:
             raise
 
     def release(self) -> None:
-        """Give up the lock and remove its file."""
+        """Release the lock and remove its file."""
         if self._file in _open:
             _open.discard(self._file)
-            self.path.unlink(missing_ok=True)  # before others can take it
-            with suppress(OSError):  # what a full disk could not take
+            self.path.unlink(missing_ok=True)  # before another process can acquire it
+            with suppress(OSError):  # buffered bytes that a full disk refused
                 self._file.close()
 
 
 def _locked(path: Path) -> IO[str]:
-    """The lock's file, open and locked."""
+    """Open and lock the lock's file."""
     while True:
         file = path.open("a+", encoding="utf-8")
         if fcntl is None:
@@ -86,7 +87,7 @@ def _locked(path: Path) -> IO[str]:
         except BlockingIOError:
             with file:
                 raise Held(_holder(file)) from None
-        # The last holder may have removed the file between the two calls.
+        # The previous holder may have removed the file between the two calls.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
         file.close()
@@ -101,12 +102,12 @@ def _holder(file: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _forget() -> None:
-    """Close the locks' files in a forked child, so that a killed parent's locks do not live on in it."""
+def _close_in_child() -> None:
+    """Close the locks' files in a forked child, so that it does not keep the locks of a killed parent."""
     for file in _open:
         file.close()
     _open.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_close_in_child)

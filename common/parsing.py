@@ -1,8 +1,8 @@
-"""JSON and YAML that somebody else may have written: plain values, or one sentence about the fault.
+"""Strict parsers for JSON and YAML from untrusted files.
 
-Refused here, so that nothing downstream has to expect it: a key that is given twice, deep nesting, aliases
-that repeat too much, numbers of absurd length, bytes that are not UTF-8, and files too large to be what they
-claim. YAML is limited to what JSON has: null, booleans, numbers, text, lists, mappings; dates stay text.
+They reject duplicate keys, deep nesting, YAML aliases that expand to many values, very long numbers, bytes
+that are not UTF-8, and very large files, so that later code need not expect them. YAML is restricted to the
+types of JSON: null, booleans, numbers, text, lists and mappings; dates stay text.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from coursepack.errors import CoursepackError
 
 MOST_DEPTH = 64
-"""Levels of lists and mappings."""
+"""Maximum number of nested lists and mappings."""
 MOST_DIGITS = 40
-"""Digits of a whole number; characters of a number in YAML."""
+"""Maximum number of digits of an integer, and of characters of a number in YAML."""
 MOST_REPEATED = 10_000
-"""Values that the aliases of a YAML text may repeat."""
+"""Maximum number of values that the aliases of a YAML text expand to."""
 MOST_YAML_BYTES = 1 << 20
 MOST_YAML_VALUES = 100_000
 MOST_JSON_BYTES = 64 << 20
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The plain values of a JSON text; bytes are UTF-8.
+    """Parse a JSON text into plain values; bytes are decoded as UTF-8.
 
     Raises:
-        ValueError: says what is wrong as the end of a sentence that begins with the text's name.
+        ValueError: the text is rejected. The message is a predicate, to be put after the name of the text:
+            `is not JSON: ...`.
 
     >>> parse_json('{"seed": 1, "seed": 2}')
     Traceback (most recent call last):
@@ -44,7 +45,7 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         value = json.loads(
-            _decoded(text),
+            _decoded(text, "JSON"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -59,15 +60,15 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, kind: type[CoursepackError], most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """The plain values of a JSON file.
+    """Return the plain values in a JSON file.
 
     Args:
-        path: the file.
-        kind: the class of error to raise.
-        most_bytes: refuse a larger file without reading it.
+        path: file to read.
+        kind: class of the error to raise.
+        most_bytes: maximum size of the file; a larger one is rejected without reading it.
 
     Raises:
-        CoursepackError: of class `kind`; names the file and what is wrong with it.
+        CoursepackError: the file cannot be read or is rejected; of class `kind`.
     """
     try:
         return parse_json(read_bounded(path, most_bytes))
@@ -78,13 +79,13 @@ def read_json(path: Path, kind: type[CoursepackError], most_bytes: int = MOST_JS
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """The bytes of a regular file.
+    """Return the content of a regular file of at most `most_bytes` bytes.
 
     Raises:
-        ValueError: it is no regular file, or larger; worded as by `parse_json`.
-        OSError: it cannot be read.
+        ValueError: the file is not regular, or is larger; the message is a predicate as in `parse_json`.
+        OSError: the file cannot be read.
     """
-    status = path.stat()  # before opening, which would wait for the writer of a FIFO
+    status = path.stat()  # before opening, which would block on a FIFO without a writer
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("is not a regular file")
     if status.st_size > most_bytes:
@@ -94,31 +95,31 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The plain values of a YAML text; bytes are UTF-8.
+    """Parse a YAML text into plain values; bytes are decoded as UTF-8.
 
     Raises:
-        ValueError: as `parse_json`.
+        ValueError: the text is rejected; the message is a predicate as in `parse_json`.
 
     >>> parse_yaml("{lr: 0.1, on: 2026-01-31}")
     {'lr': 0.1, True: '2026-01-31'}
     """
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"is longer than {MOST_YAML_BYTES:,} bytes")
-    text = _decoded(text)
+    text = _decoded(text, "YAML")
     try:
         _check_events(text)
         return yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"is not YAML: {error}") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"is not text: it holds the character {error.object[error.start]!r}") from error
+        raise ValueError(f"is not YAML: it is not text (it holds {error.object[error.start]!r})") from error
 
 
-def _decoded(text: str | bytes) -> str:
+def _decoded(text: str | bytes, kind: str) -> str:
     try:
         return text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not text: byte {error.start:,} is not UTF-8") from error
+        raise ValueError(f"is not {kind}: it is not text (byte {error.start:,} is not UTF-8)") from error
 
 
 # JSON
@@ -138,7 +139,7 @@ def _twice(key: object) -> str:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"holds {name}, which JSON has no number for")
+    raise ValueError(f"holds {name}, which JSON cannot represent")
 
 
 def _finite(digits: str) -> float:
@@ -167,7 +168,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _children(value: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:
-    """The mappings and lists directly in one."""
+    """Return the mappings and lists directly inside a mapping or list."""
     inner = value.values() if isinstance(value, dict) else value
     return [each for each in inner if isinstance(each, (dict, list))]
 
@@ -179,7 +180,7 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass
 class _Extent:
-    """What a value of a YAML text comes to with its aliases written out."""
+    """Size of a YAML value with its aliases expanded."""
 
     anchor: str | None = None
     values: int = 1
@@ -191,7 +192,7 @@ class _Extent:
 
 
 def _check_events(text: str) -> None:
-    """Refuse deep nesting, and aliases that repeat much or themselves, before anything is built."""
+    """Reject deep nesting and recursive or large aliases before any value is constructed."""
     anchors: dict[str, _Extent] = {}
     unfinished: list[_Extent] = []
     values = repeated = 0
@@ -203,7 +204,7 @@ def _check_events(text: str) -> None:
             name = event.anchor or ""
             if any(each.anchor == name for each in unfinished):
                 raise ValueError(f"repeats {'*' + name!r:.80} within itself")
-            ended = anchors.get(name, _Extent())  # an unknown one is refused when it is built
+            ended = anchors.get(name, _Extent())  # an undefined alias is rejected later by the loader
             repeated += ended.values
             depth = len(unfinished) + ended.depth
         elif isinstance(event, yaml.ScalarEvent):
@@ -211,7 +212,7 @@ def _check_events(text: str) -> None:
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
             ended, depth = unfinished.pop(), 0
         else:
-            continue  # the ends of the text and its documents
+            continue  # start and end of the stream and its documents
         if isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
             values += 1
             if ended.anchor is not None:
@@ -226,19 +227,19 @@ def _check_events(text: str) -> None:
             raise ValueError(f"holds more than {MOST_YAML_VALUES:,} values")
 
 
-# The parser in C, where PyYAML was built with it, takes a tenth of the time.
+# The C parser, which PyYAML may be built without, takes a tenth of the time.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _PlainLoader(_Loader):  # type: ignore[misc]  # a class only known at run time
-    """Builds what JSON has, with keys that differ."""
+    """Loader that constructs only the types of JSON and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping; keys that are merged in by `<<` may be given again."""
+        """Construct a mapping; keys merged in by `<<` may be overridden."""
         seen: set[Hashable] = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode):
-                continue  # the base class says where it is
+                continue  # the base class reports its position
             is_merge = key_node.tag == f"{_TAG}merge"
             key = key_node.value if is_merge else self.construct_object(key_node)
             if seen & {key, str(key)}:
@@ -248,26 +249,26 @@ class _PlainLoader(_Loader):  # type: ignore[misc]  # a class only known at run 
         return values
 
     def number(self, node: yaml.ScalarNode) -> Any:
-        """A number that is not longer than any has to be."""
+        """Construct a number of at most `MOST_DIGITS` characters."""
         if len(node.value) > MOST_DIGITS:
             raise ValueError(
                 f"holds a number of {len(node.value):,} characters, expected at most {MOST_DIGITS}"
             )
-        whole = node.tag.endswith(":int")
+        is_int = node.tag.endswith(":int")
         try:
-            return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+            return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
         except (ValueError, IndexError) as error:
             raise ValueError(f"holds {node.value!r} as a number") from error
 
     def boolean(self, node: yaml.ScalarNode) -> Any:
-        """A boolean."""
+        """Construct a boolean."""
         try:
             return self.construct_yaml_bool(node)
         except KeyError as error:
             raise ValueError(f"holds {node.value!r:.80} as a boolean") from error
 
     def text(self, node: yaml.ScalarNode) -> str:
-        """Text that a file may be named by."""
+        """Construct text without null characters and surrogates, which file names cannot contain."""
         value = str(self.construct_scalar(node))
         wrong = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
         if wrong is not None:

@@ -1,4 +1,4 @@
-"""What both stages see: sources, views, batches, encodings, and the store format in `data.store`."""
+"""Code shared by both stages: sources, views, batches, encodings, and the store format in `data.store`."""
 
 from coursepack.data.batches import Batch as Batch
 from coursepack.data.batches import batches as batches

@@ -1,4 +1,4 @@
-"""Batches: which samples, which view, their labels, and their pixels at any size that is asked for."""
+"""Batches of samples and views, with their labels, and their pixels at any size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from coursepack.data.randomness import Purpose, shuffled
-from coursepack.data.views import GRID, draw, render, render_normalised, render_on_device
+from coursepack.data.views import GRID, draw, render, render_normalized, render_on_device
 from coursepack.data.views.params import concatenate
-from coursepack.kernels import MixedLabels, normalise
+from coursepack.kernels import MixedLabels, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Some samples under one view each."""
+    """Samples, each under one view. Parameters, labels and pixels are computed at first use."""
 
     source: Source
     recipe: ViewRecipe
@@ -38,28 +38,28 @@ class Batch:
     views: Samples
     """View index of each sample `(N,)` int64."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where labels and pixels are given."""
+    """Device of the labels and pixels."""
     images: Tensor | None = None
-    """The source's whole images on the device, where they are to be rendered there."""
+    """All images of the source on the device, if views are rendered there."""
     rendered: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    """Pixels by size, as far as they were asked for or rendered ahead."""
-    whole: Batch | None = field(default=None, repr=False)
-    """The rows of all ranks, where these are one rank's share of them."""
+    """Pixels by size, for the sizes rendered so far."""
+    global_batch: Batch | None = field(default=None, repr=False)
+    """Batch of all ranks, if this batch is one rank's share of it."""
 
     @functools.cached_property
     def params(self) -> ViewParams:
-        """What was drawn for each row."""
+        """View parameters, one row per sample."""
         if isinstance(self.view, int):
             return draw(self.recipe, self.source, self.samples, self.view)
-        rows = [np.flatnonzero(self.views == view) for view in np.unique(self.views)]
-        parts = [
-            draw(self.recipe, self.source, self.samples[some], int(self.views[some[0]])) for some in rows
+        groups = [np.flatnonzero(self.views == view) for view in np.unique(self.views)]
+        params = [
+            draw(self.recipe, self.source, self.samples[rows], int(self.views[rows[0]])) for rows in groups
         ]
-        return concatenate(parts)[np.argsort(np.concatenate(rows))]
+        return concatenate(params)[np.argsort(np.concatenate(groups))]
 
     @functools.cached_property
     def labels(self) -> Tensor | MixedLabels:
-        """Class ids `(N,)` int64; two and a share where the view mixes images."""
+        """Class ids `(N,)` int64; `MixedLabels` if the view mixes images."""
         first = self._labels_of(self.samples)
         mixing = self.params.mixing if self.recipe.mix is not None else None
         if mixing is None:
@@ -69,60 +69,60 @@ class Batch:
 
     @functools.cached_property
     def main_labels(self) -> Tensor:
-        """Class ids `(N,)` int64: where images are mixed, that of the larger share."""
+        """Class ids `(N,)` int64; of mixed images, the label with the larger share."""
         if isinstance(self.labels, MixedLabels):
             return torch.where(self.labels.lam >= 0.5, self.labels.first, self.labels.second)
         return self.labels
 
     @functools.cached_property
     def view(self) -> int | Samples:
-        """The view that all samples share, or each sample's own."""
+        """View index if all samples have the same view, else the view index of each sample `(N,)`."""
         first = int(self.views[0]) if len(self.views) else 0
         return first if bool((self.views == first).all()) else self.views
 
     def pixels(self, size: int) -> Tensor:
-        """Rendered views `(N, size, size, channels)` uint8; rendered once per size."""
+        """Return the rendered views `(N, size, size, channels)` uint8; each size is rendered once."""
         if size not in self.rendered:
             self.rendered[size] = self.render(size)
         moved = self.rendered[size].to(self.device, non_blocking=True)
         self.rendered[size] = moved
         return moved
 
-    def normalised(self, size: int, channel: Sequence[int], table: Tensor) -> Tensor:
-        """What a network reads, `(N, channels, size, size)` float32: each level of the pixels looked up.
+    def normalized(self, size: int, channel: Sequence[int], table: Tensor) -> Tensor:
+        """Return a network's input `(N, channels, size, size)` float32: pixel values mapped through a table.
 
         Args:
             size: side in pixels.
-            channel: for each channel of the network the one of the pixels.
-            table: `(channels, 256)` float32 on the CPU.
+            channel: for each input channel of the network, the index of the pixels' channel.
+            table: `(channels, 256)` float32 on the CPU, the network's input for each pixel value.
         """
         if self.device.type == "cpu" and size not in self.rendered:
-            of_rows = self.samples, self.params
-            images = render_normalised(self.recipe, self.source, *of_rows, size, channel, table.numpy())
+            drawn = self.samples, self.params
+            images = render_normalized(self.recipe, self.source, *drawn, size, channel, table.numpy())
             if images is not None:
                 return torch.from_numpy(images)
-        return normalise(self.pixels(size), channel, table)
+        return normalize(self.pixels(size), channel, table)
 
     def render(self, size: int) -> Tensor:
-        """The same, rendered anew: on the device where the images are there, else on the CPU."""
+        """Render the views anew: on the device if the images are there, else on the CPU."""
         return self.render_all([size])[0]
 
     def render_all(self, sizes: Sequence[int]) -> list[Tensor]:
-        """Rendered anew at several sizes; an image file is decoded once for all of them and for all views."""
-        of_rows = self.samples, self.params
+        """Render the views anew at several sizes; each image file is decoded once for all sizes and views."""
+        drawn = self.samples, self.params
         if self.images is not None:
-            return [render_on_device(self.recipe, self.images, *of_rows, size) for size in sizes]
-        source = self.source if self.source.whole is not None else cast("Source", _DecodedOnce(self.source))
-        return [torch.from_numpy(render(self.recipe, source, *of_rows, size)) for size in sizes]
+            return [render_on_device(self.recipe, self.images, *drawn, size) for size in sizes]
+        source = self.source if self.source.whole is not None else cast("Source", _DecodeCache(self.source))
+        return [torch.from_numpy(render(self.recipe, source, *drawn, size)) for size in sizes]
 
     def split(self, count: int) -> list[Batch]:
-        """The batch as `count` ones of about equal size, in order, with what has been rendered of it."""
-        bounds = [len(self) * place // count for place in range(count + 1)]
+        """Split the batch into `count` batches of nearly equal size, in order; rendered pixels are kept."""
+        bounds = [len(self) * index // count for index in range(count + 1)]
         return [self._rows(slice(start, stop)) for start, stop in itertools.pairwise(bounds) if stop > start]
 
     def share(self, part: Part) -> Batch:
-        """One rank's rows."""
-        return replace(self._rows(shares(len(self), part.count)[part.index]), whole=self)
+        """Return the rows of one rank."""
+        return replace(self._rows(shares(len(self), part.count)[part.index]), global_batch=self)
 
     def _rows(self, rows: slice) -> Batch:
         rendered = {size: pixels[rows] for size, pixels in self.rendered.items()}
@@ -135,29 +135,29 @@ class Batch:
         return len(self.samples)
 
 
-class _DecodedOnce:
-    """What rendering needs of a source of files: an image is decoded when first asked for, and kept."""
+class _DecodeCache:
+    """Wrapper of a source of image files that decodes each image once and keeps it."""
 
     whole = None
 
     def __init__(self, source: Source) -> None:
         self.channels = source.channels
         self._source = source
-        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._decoded: dict[int, NDArray[np.uint8]] = {}
 
     def pixels(self, samples: Samples) -> list[NDArray[np.uint8]]:
-        """Images `(H, W, channels)` of the given samples."""
-        asked = samples.tolist()
-        missing = [sample for sample in dict.fromkeys(asked) if sample not in self._kept]
-        self._kept.update(zip(missing, self._source.pixels(np.array(missing, np.int64)), strict=True))
-        return [self._kept[sample] for sample in asked]
+        """Return the images `(H, W, channels)` of the samples."""
+        indices = samples.tolist()
+        missing = [sample for sample in dict.fromkeys(indices) if sample not in self._decoded]
+        self._decoded.update(zip(missing, self._source.pixels(np.array(missing, np.int64)), strict=True))
+        return [self._decoded[sample] for sample in indices]
 
 
 def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | None = None) -> Samples:
-    """The samples in the order of an epoch: random, by seed, epoch and each sample's own draw alone.
+    """Return the samples in the order of an epoch, which depends on seed, epoch and sample index alone.
 
-    With a window, chunks come in random order and samples are mixed within a window of several chunks, so
-    that only one window has to be in memory. The order is one for all teachers.
+    With a window, chunks come in random order and samples are shuffled within a window of several chunks, so
+    that only one window has to be in memory. All teachers share the same order.
     """
     order = shuffled(samples, seed, epoch, Purpose.ORDER)
     if window is None:
@@ -171,14 +171,14 @@ def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | Non
 
 @dataclass(frozen=True)
 class Window:
-    """How much of a store is in memory at a time when it does not fit."""
+    """Number of store rows in memory at a time, for stores that do not fit into memory."""
 
     chunk_rows: int
     chunks: int
 
     @property
     def rows(self) -> int:
-        """Samples that are mixed with each other."""
+        """Number of samples that are shuffled together."""
         return self.chunk_rows * self.chunks
 
 
@@ -194,22 +194,23 @@ def batches(
     first: int = 0,
     part: Part | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the samples in the order given; the last may be short.
+    """Yield batches of the samples in the given order; the last batch may be smaller.
 
     Args:
-        source: where samples come from.
-        recipe: how views are drawn.
-        order: samples `(N,)`.
-        views: with one view, every sample is seen under it. With several, a batch holds fewer samples, each
-            under all of these views, and an image is decoded once for all of them.
-        batch_size: rows (sample, view) of a batch, at least as many as there are views.
-        device: where labels and pixels are given; None means the CPU.
-        images: the source's whole images on the device, to render there.
-        first: leave out this many batches, as after an interruption; nothing of them is drawn or rendered.
-        part: take only this share of every batch's rows, as one of several ranks.
+        source: source of the samples.
+        recipe: view recipe.
+        order: sample indices `(N,)`.
+        views: view indices. With several views, a batch holds fewer samples, each under all of these views,
+            and each image is decoded once for all of them.
+        batch_size: number of rows (sample, view) per batch, at least the number of views.
+        device: device of labels and pixels. Defaults to the CPU.
+        images: all images of the source on the device, to render views there.
+        first: index of the first batch to yield, for resuming; earlier batches are neither drawn nor
+            rendered.
+        part: yield only this rank's share of each batch's rows.
 
     Raises:
-        ValueError: a batch is smaller than the number of views.
+        ValueError: `batch_size` is smaller than the number of views.
     """
     samples_per_batch = batch_size // len(views)
     if samples_per_batch < 1:
@@ -217,11 +218,11 @@ def batches(
     for start in range(first * samples_per_batch, len(order), samples_per_batch):
         chosen = order[start : start + samples_per_batch]
         rows = np.tile(chosen, len(views))
-        of_rows = np.repeat(np.asarray(views, dtype=np.int64), len(chosen))
-        batch = Batch(source, recipe, rows, of_rows, device or torch.device("cpu"), images)
+        view_of_row = np.repeat(np.asarray(views, dtype=np.int64), len(chosen))
+        batch = Batch(source, recipe, rows, view_of_row, device or torch.device("cpu"), images)
         yield batch if part is None else batch.share(part)
 
 
 def shares(rows: int, count: int) -> list[slice]:
-    """Which rows of a batch each of several ranks has."""
-    return [slice(rows * place // count, rows * (place + 1) // count) for place in range(count)]
+    """Return the slice of a batch's rows that each of `count` ranks gets."""
+    return [slice(rows * index // count, rows * (index + 1) // count) for index in range(count)]

@@ -1,7 +1,8 @@
-"""Does this version of the code, and of its libraries, still make the views that a store's teacher saw?
+"""Drift guard: checks that the installed code and libraries still produce a store's views.
 
-A store keeps checksums of the drawn parameters per block, and of the pixels of a few samples of every view.
-Before a student's first step they are drawn and rendered again.
+A store keeps checksums of the view parameters of each block, and of the pixels of a few samples of each view.
+Before a student's first step, parameters are drawn and pixels rendered again and compared with these
+checksums.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from coursepack.data.randomness import Purpose, below, random_words
-from coursepack.data.sources.roots import some
+from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store.layout import block_count
 from coursepack.data.views import draw, render
 
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from coursepack.data.views import ViewParams, ViewRecipe
 
 PROBES = 4
-"""Samples of each view whose pixels are kept as checksums."""
+"""Number of samples per view whose pixel checksums are stored."""
 MOST_VIEWS = 64
-"""Views that are looked at before a run, evenly spread."""
+"""Maximum number of views checked before a run, evenly spaced."""
 
 
 def probe_samples(count: int, view: int) -> Samples:
-    """The samples of a source of `count` whose pixels a store vouches for in one view."""
+    """Return the samples of a source of `count` samples whose pixel checksums are stored for a view."""
     words = random_words(0, np.arange(PROBES), view, Purpose.PROBE)
     return np.unique(below(words[:, 0], count))
 
@@ -43,7 +44,7 @@ def probe_samples(count: int, view: int) -> Samples:
 def probe_digests(
     recipe: ViewRecipe, source: Source, samples: Samples, params: ViewParams, size: int
 ) -> dict[str, str]:
-    """crc32c of each sample's pixels at a size, rendered on the CPU, by sample."""
+    """Return the crc32c of each sample's pixels, rendered on the CPU at `size`, keyed by sample index."""
     pixels = render(recipe, source, samples, params, size)
     return {
         str(sample): f"{google_crc32c.value(image.tobytes()):08x}"
@@ -52,77 +53,80 @@ def probe_digests(
 
 
 def content_digest(source: Source, samples: Samples) -> str:
-    """crc32c over what the samples' pixels come from: files' bytes, or pixels in memory."""
+    """Return the crc32c of the samples' raw content: the bytes of their files, or their pixels in memory."""
     return f"{google_crc32c.value(source.contents(samples).astype('<u4').tobytes()):08x}"
 
 
 def changed_content(manifest: Manifest, source: Source, begun: float = math.inf) -> tuple[str, ...]:
-    """Blocks of samples whose files or pixels are not what the teacher saw; reads all of the source.
+    """Return one message per block whose files or pixels differ from those that the teacher saw.
 
-    A store keeps one checksum per block, so the file itself is not known: the first and the last of the
-    block are named, and those that changed after `begun`, seconds since the epoch.
+    Reads the whole source. A store keeps one checksum per block, so the changed file itself is unknown: a
+    message names the first and the last file of the block, and those modified after `begun` (seconds since
+    the epoch).
     """
     recorded = manifest.view_records.get("0", {}).get("content", [])
-    found = []
+    messages = []
     for block, digest in enumerate(recorded):
         start = block * manifest.block_rows
         stop = min(start + manifest.block_rows, manifest.samples)
         if content_digest(source, np.arange(start, stop)) != digest:
-            found.append(
-                f"source {source.name!r}: samples {start} to {stop - 1} are not what the teacher saw"
-                f"{_files(source, range(start, stop), begun)}"
+            messages.append(
+                f"source {source.name!r}: samples {start} to {stop - 1} differ from what the teacher saw"
+                f"{_file_range(source, range(start, stop), begun)}"
             )
-    return tuple(found)
+    return tuple(messages)
 
 
-def _files(source: Source, samples: range, begun: float) -> str:
-    """The files of some samples and those of them that changed since, as the end of a line."""
+def _file_range(source: Source, samples: range, begun: float) -> str:
+    """Return the first and last file of the samples, and files modified after `begun`, to end a message."""
     first, last = source.path(samples[0]), source.path(samples[-1])
     if first is None or last is None:
         return ""
     paths = (source.path(sample) for sample in samples)
-    later = [path for path in paths if path is not None and Path(path).stat().st_mtime > begun]
-    since = f"; changed since the store was begun: {some(later)}" if later else ""
+    modified = [path for path in paths if path is not None and Path(path).stat().st_mtime > begun]
+    since = f"; modified since the store was created: {summarize_names(modified)}" if modified else ""
     return f": {first} to {last}{since}"
 
 
 def drift(
     manifest: Manifest, source: Source, recipe: ViewRecipe, views: Iterable[int], *, every_block: bool = False
 ) -> tuple[str, ...]:
-    """What a store's views are no longer: one line per block or sample that comes out otherwise.
+    """Return one message per block or sample whose view parameters or pixels differ from the store's.
 
     Args:
-        manifest: the store's.
-        source: what its teacher saw.
-        recipe: its view recipe.
-        views: committed views to look at; at most 64 of them, unless `every_block`.
-        every_block: draw all parameters again, and not those of one block per view.
+        manifest: manifest of the store.
+        source: source that the store's teacher saw.
+        recipe: view recipe of the store.
+        views: committed views to check; at most 64 of them unless `every_block`.
+        every_block: check the view parameters of all blocks instead of one block per view.
     """
-    chosen = sorted(views)
-    if not every_block and len(chosen) > MOST_VIEWS:
-        chosen = [chosen[len(chosen) * k // MOST_VIEWS] for k in range(MOST_VIEWS)]
+    checked = sorted(views)
+    if not every_block and len(checked) > MOST_VIEWS:
+        checked = [checked[len(checked) * k // MOST_VIEWS] for k in range(MOST_VIEWS)]
     blocks = block_count(manifest.samples, manifest.block_rows)
-    found = []
-    for view in chosen:
+    messages = []
+    for view in checked:
         record = manifest.view_records[str(view)]
         for block in range(blocks) if every_block else [view % blocks]:
             start = block * manifest.block_rows
             samples = np.arange(start, min(start + manifest.block_rows, manifest.samples))
             if draw(recipe, source, samples, view).digest() != record["draws"][block]:
-                found.append(f"view {view}, block {block}: this version draws other view parameters")
-        found += _other_pixels(manifest, source, recipe, view)
-    return tuple(found)
+                messages.append(
+                    f"view {view}, block {block}: the installed version draws different view parameters"
+                )
+        messages += _changed_pixels(manifest, source, recipe, view)
+    return tuple(messages)
 
 
-def _other_pixels(manifest: Manifest, source: Source, recipe: ViewRecipe, view: int) -> list[str]:
+def _changed_pixels(manifest: Manifest, source: Source, recipe: ViewRecipe, view: int) -> list[str]:
     probes = manifest.view_records[str(view)].get("probes", {})
     samples: NDArray[np.int64] = np.array(sorted(map(int, probes)), dtype=np.int64)
     if len(samples) == 0:
         return []
     size = manifest.identity["teacher"]["preprocessing"]["size"]
-    now = probe_digests(recipe, source, samples, draw(recipe, source, samples, view), size)
+    digests = probe_digests(recipe, source, samples, draw(recipe, source, samples, view), size)
     return [
-        f"view {view}, sample {sample}: this version renders other pixels"
-        for sample, digest in now.items()
+        f"view {view}, sample {sample}: the installed version renders different pixels"
+        for sample, digest in digests.items()
         if digest != probes[sample]
     ]

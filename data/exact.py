@@ -1,8 +1,8 @@
 """Logarithm and exponential that give the same bits on every platform.
 
-Libraries' own differ in the last bit between processors, and a drawn parameter must not. These use only
-additions, multiplications and divisions of float64, which IEEE 754 rounds in one way, and are within 1e-14 of
-the true value, relative to it or to one.
+The math libraries of different processors disagree in the last bit, which would change view parameters. These
+functions use only additions, multiplications and divisions of float64, whose rounding IEEE 754 defines. The
+error is at most 1e-14 relative to the result or, for results smaller than one, absolute.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _TERMS = 24
 
 
 def log(x: Floats) -> Floats:
-    """Natural logarithm of positive numbers."""
+    """Return the natural logarithm of positive numbers."""
     mantissa, exponent = np.frexp(x)
     small = mantissa < math.sqrt(0.5)
     mantissa = np.where(small, mantissa * 2, mantissa)
-    # log m = 2 artanh((m - 1) / (m + 1)), with |.| <= 0.172: the series gains 1.5 digits a term.
+    # log m = 2 artanh((m - 1) / (m + 1)), |.| <= 0.172: each term of the series adds 1.5 digits.
     ratio = (mantissa - 1) / (mantissa + 1)
     square = ratio * ratio
     total = np.zeros_like(ratio)
@@ -34,11 +34,14 @@ def log(x: Floats) -> Floats:
 
 
 def exp(x: Floats) -> Floats:
-    """Exponential of numbers from -700 to 700; beyond 30 its relative error grows as 2e-16 of the number."""
-    whole = np.rint(x / LN2)
-    rest = x - whole * LN2
-    total = np.ones_like(rest)
+    """Return the exponential of numbers from -700 to 700.
+
+    For |x| > 30 the relative error grows as 2e-16 * |x|.
+    """
+    integer = np.rint(x / LN2)
+    fraction = x - integer * LN2
+    total = np.ones_like(fraction)
     for k in range(_TERMS, 0, -1):
-        total = 1 + total * rest / k
-    scaled: Floats = np.ldexp(total, whole.astype(np.int64))
+        total = 1 + total * fraction / k
+    scaled: Floats = np.ldexp(total, integer.astype(np.int64))
     return scaled

@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC 2011), compiled. Loaded at first use: importing numba is slow."""
+"""Compiled Philox4x32-10 (Salmon et al., SC 2011). Imported at first use, because importing numba is slow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _encrypt(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: A
 
 @njit(cache=True, nogil=True)
 def philox_fill(counters: np.ndarray, key_0: np.uint64, key_1: np.uint64, out: np.ndarray) -> None:
-    """Encrypt counters `(N, 4)` uint32 under one key of two 32-bit words into `out (N, 4)` uint32."""
+    """Encrypt counters `(N, 4)` uint32 under a key of two 32-bit words into `out (N, 4)` uint32."""
     for n in range(counters.shape[0]):
         out[n, 0], out[n, 1], out[n, 2], out[n, 3] = _encrypt(
             np.uint64(counters[n, 0]),
@@ -45,9 +45,10 @@ def philox_fill(counters: np.ndarray, key_0: np.uint64, key_1: np.uint64, out: n
 def philox_draw(
     samples: np.ndarray, seed: np.uint64, view: int, purpose: int, step: int, out: np.ndarray
 ) -> int:
-    """Words of counters `(sample, view, purpose + k * step)` under the key `seed` into `out (N, 4 k)` uint32.
+    """Write the words of counters `(sample, view, purpose + k * step)` under key `seed` to `out (N, 4 * K)`.
 
-    Returns the smallest of the samples and 0.
+    `out` is uint32. Returns the smallest sample index, or 0 if none is negative, so that the caller can
+    refuse negative indices.
     """
     smallest = 0
     key_0, key_1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _SHIFT

@@ -1,8 +1,9 @@
-"""Pixel kernels in integer arithmetic, compiled. Loaded at first use: importing numba is slow.
+"""Compiled pixel kernels in integer arithmetic. Imported at first use, because importing numba is slow.
 
-Resampling is a separable triangle filter that widens with the scale, as that of Pillow and of torchvision
-with `antialias=True`: rows first, then columns, with weights of 13 bits and rounding half up after each. A
-filter sees the crop alone, or the whole image (`beyond`); what lies outside the image is black.
+Resampling is a separable triangle filter that widens with the scale, like that of Pillow and of torchvision
+with `antialias=True`: vertically first, then horizontally, with 13-bit weights and rounding half up after
+each pass. The filter reads pixels of the crop only or, with `beyond_crop`, of the whole image. Outside the
+image is black.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ LEVEL = np.uint64(255)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _edge(place: int, side: int) -> float:
-    """A coordinate in 2**-16 of the side as pixels: whole ones where it stands for a whole pixel."""
-    exact = place * side / GRID
+def _edge(coordinate: int, side: int) -> float:
+    """Convert a coordinate in 2**-16 of the side to pixels, exactly if it denotes a whole pixel."""
+    exact = coordinate * side / GRID
     whole = np.rint(exact)
-    return whole if abs(whole * GRID - place * side) <= side else exact
+    return whole if abs(whole * GRID - coordinate * side) <= side else exact
 
 
 @njit(cache=True, nogil=True)
@@ -37,22 +38,23 @@ def axis_weights(
     side: int,
     out: int,
     flip: bool,
-    beyond: bool,
+    beyond_crop: bool,
     first: np.ndarray,
     count: np.ndarray,
 ) -> np.ndarray:
-    """Weights `(out, taps)` int32 of pixels `first[i]` to `first[i] + count[i]` for each of `out` pixels.
+    """Return the weights `(out, taps)` int32 of one axis, for `out` pixels.
 
-    They sum to 2**13 over the crop, or with `beyond` over the whole image; pixels outside `0..side` are left
-    out of the range.
+    Output pixel i reads pixels `first[i]` to `first[i] + count[i]`; both arrays are written. The weights sum
+    to 2**13 over the crop or, with `beyond_crop`, over the whole image. Pixels outside `0..side` are left out
+    of the range.
     """
     low, high = _edge(start, side), _edge(start + length, side)
     scale = (high - low) / out
     wide = max(scale, 1.0)
     region_low = int(np.floor(low))
-    # A box of hardly any extent still lies in one pixel.
+    # A very small box still covers one pixel.
     region_high = max(int(np.ceil(high)), region_low + 1)
-    if beyond:
+    if beyond_crop:
         region_low, region_high = 0, side
     taps = min(2 * int(np.ceil(wide)) + 1, region_high - region_low)
     weights = np.zeros((out, taps), np.int32)
@@ -60,7 +62,7 @@ def axis_weights(
     for i in range(out):
         at = out - 1 - i if flip else i
         center = low + (i + 0.5) * scale
-        if beyond and not 0 <= center < side:
+        if beyond_crop and not 0 <= center < side:
             first[at], count[at] = 0, 0
             continue
         begin = max(int(np.floor(center - wide + 0.5)), region_low)
@@ -90,12 +92,14 @@ def axis_weights(
 
 
 @njit(cache=True, nogil=True)
-def axis_matrices(spans: np.ndarray, flips: np.ndarray, side: int, beyond: bool, out: np.ndarray) -> None:
-    """The weights of spans `(N, 2)` (start, length) as matrices `out (N, pixels, side)` float64."""
+def axis_matrices(
+    spans: np.ndarray, flips: np.ndarray, side: int, beyond_crop: bool, out: np.ndarray
+) -> None:
+    """Write the weights of spans `(N, 2)` (start, length) as matrices to `out (N, pixels, side)` float64."""
     size = out.shape[1]
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
     for n in range(len(spans)):
-        weights = axis_weights(spans[n, 0], spans[n, 1], side, size, flips[n], beyond, first, count)
+        weights = axis_weights(spans[n, 0], spans[n, 1], side, size, flips[n], beyond_crop, first, count)
         out[n] = 0.0
         for i in range(size):
             for t in range(count[i]):
@@ -118,7 +122,7 @@ def _copy(image: np.ndarray, box: np.ndarray, flip: int, out: np.ndarray) -> Non
     begin, end = (size - high, size - low) if mirrored else (low, high)
     source, target = image.reshape(-1), out.reshape(-1)
     for y in range(size):
-        # Slices that begin at 0 spare every access a check for negative indices.
+        # Slices that begin at 0 avoid a check for negative indices at every access.
         at = (size - 1 - y if flip & 2 else y) * size * channels
         row = target[at : at + size * channels]
         if not 0 <= top + y < height or low >= high:
@@ -131,30 +135,31 @@ def _copy(image: np.ndarray, box: np.ndarray, flip: int, out: np.ndarray) -> Non
         for k in range(len(rest)):
             rest[k] = 0
         start = ((top + y) * width + left + low) * channels
-        seen, shown = source[start : start + (high - low) * channels], row[begin * channels : end * channels]
+        source_row = source[start : start + (high - low) * channels]
+        target_row = row[begin * channels : end * channels]
         if not mirrored:
-            for k in range(len(seen)):
-                shown[k] = seen[k]
+            for k in range(len(source_row)):
+                target_row[k] = source_row[k]
         elif channels == 3:
             for x in range(high - low):
-                other = len(seen) - 3 - 3 * x
-                shown[3 * x] = seen[other]
-                shown[3 * x + 1] = seen[other + 1]
-                shown[3 * x + 2] = seen[other + 2]
+                other = len(source_row) - 3 - 3 * x
+                target_row[3 * x] = source_row[other]
+                target_row[3 * x + 1] = source_row[other + 1]
+                target_row[3 * x + 2] = source_row[other + 2]
         else:
             for x in range(high - low):
                 for c in range(channels):
-                    shown[x * channels + c] = seen[(high - low - 1 - x) * channels + c]
+                    target_row[x * channels + c] = source_row[(high - low - 1 - x) * channels + c]
 
 
 @njit(cache=True, nogil=True)
-def _filter(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np.ndarray) -> None:
+def _filter(image: np.ndarray, box: np.ndarray, flip: int, beyond_crop: bool, out: np.ndarray) -> None:
     height, width, channels = image.shape
     size = out.shape[0]
     row_first, row_count = np.empty(size, np.int64), np.empty(size, np.int64)
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
-    row_weights = axis_weights(box[0], box[2], height, size, flip & 2 != 0, beyond, row_first, row_count)
-    weights = axis_weights(box[1], box[3], width, size, flip & 1 != 0, beyond, first, count)
+    row_weights = axis_weights(box[0], box[2], height, size, flip & 2 != 0, beyond_crop, row_first, row_count)
+    weights = axis_weights(box[1], box[3], width, size, flip & 1 != 0, beyond_crop, first, count)
     left, right = width, 0
     for x in range(size):
         if count[x] > 0:
@@ -182,9 +187,9 @@ def _filter(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np
                 packed[k] = np.uint64(line[3 * k]) | green | blue
             for x in range(size):
                 three = THREE_HALVES
-                place = first[x] - left
+                offset = first[x] - left
                 for t in range(count[x]):
-                    three += np.uint64(weights[x, t]) * packed[place + t]
+                    three += np.uint64(weights[x, t]) * packed[offset + t]
                 out[y, x, 0] = np.uint8(three >> SHIFT_0 & LEVEL)
                 out[y, x, 1] = np.uint8(three >> SHIFT_1 & LEVEL)
                 out[y, x, 2] = np.uint8(three >> SHIFT_2 & LEVEL)
@@ -198,14 +203,17 @@ def _filter(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np
 
 
 @njit(cache=True, nogil=True)
-def resample(image: np.ndarray, box: np.ndarray, flip: int, beyond: bool, out: np.ndarray) -> None:
-    """One image's `(H, W, C)` crop into `out (S, S, C)`, flipped: bit 1 left-right, bit 2 top-bottom."""
+def resample(image: np.ndarray, box: np.ndarray, flip: int, beyond_crop: bool, out: np.ndarray) -> None:
+    """Resample the crop of one image `(H, W, C)` to `out (S, S, C)` and flip it.
+
+    Bit 1 of `flip` is left-right, bit 2 top-bottom.
+    """
     height, width, _ = image.shape
     size = out.shape[0]
     if _is_copy(box[0], box[2], height, size) and _is_copy(box[1], box[3], width, size):
         _copy(image, box, flip, out)
     else:
-        _filter(image, box, flip, beyond, out)
+        _filter(image, box, flip, beyond_crop, out)
 
 
 @njit(cache=True, nogil=True)
@@ -214,33 +222,33 @@ def resample_rows(
     samples: np.ndarray,
     boxes: np.ndarray,
     flips: np.ndarray,
-    beyond: bool,
+    beyond_crop: bool,
     out: np.ndarray,
 ) -> None:
-    """`resample` of some of the images `(M, H, W, C)` into `out (N, S, S, C)`."""
+    """Apply `resample` to the given samples of images `(M, H, W, C)`, into `out (N, S, S, C)`."""
     for n in range(len(samples)):
-        resample(images[samples[n]], boxes[n], flips[n], beyond, out[n])
+        resample(images[samples[n]], boxes[n], flips[n], beyond_crop, out[n])
 
 
 @njit(cache=True, nogil=True)
-def normalise_rows(
+def normalize_rows(
     images: np.ndarray,
     samples: np.ndarray,
     boxes: np.ndarray,
     flips: np.ndarray,
-    beyond: bool,
+    beyond_crop: bool,
     channel: np.ndarray,
     table: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """`resample_rows`, each level looked up: `out[n, c] = table[c, pixels[..., channel[c]]]`, float32."""
+    """Resample and map pixels through a table: `out[n, c] = table[c, pixels[..., channel[c]]]`, float32."""
     _, height, width, channels = images.shape
     size = out.shape[2]
     scratch = np.empty((size, size, channels), np.uint8)
     for n in range(len(samples)):
         box, flip = boxes[n], flips[n]
         if not (_is_copy(box[0], box[2], height, size) and _is_copy(box[1], box[3], width, size)):
-            _filter(images[samples[n]], box, flip, beyond, scratch)
+            _filter(images[samples[n]], box, flip, beyond_crop, scratch)
             for c in range(len(channel)):
                 for y in range(size):
                     for x in range(size):
@@ -261,12 +269,12 @@ def normalise_rows(
             line = source[((top + y) * width + left + low) * channels :]
             first, step = (at + size - 1 - low, -1) if flip & 1 else (at + low, 1)
             if channels == len(channel) == 3:
-                # The usual case reads every pixel once.
+                # The most common case: every pixel is read once.
                 for x in range(high - low):
-                    place = first + step * x
-                    planes[0, place] = table[0, line[3 * x]]
-                    planes[1, place] = table[1, line[3 * x + 1]]
-                    planes[2, place] = table[2, line[3 * x + 2]]
+                    index = first + step * x
+                    planes[0, index] = table[0, line[3 * x]]
+                    planes[1, index] = table[1, line[3 * x + 1]]
+                    planes[2, index] = table[2, line[3 * x + 2]]
             else:
                 for x in range(high - low):
                     for c in range(len(channel)):
@@ -277,7 +285,7 @@ def normalise_rows(
 def blend(
     first: np.ndarray, second: np.ndarray, kinds: np.ndarray, shares: np.ndarray, boxes: np.ndarray
 ) -> None:
-    """Mix `second (N, S, S, C)` into `first`: by share (kind 1), rounded half up, or a box of it (kind 2)."""
+    """Mix `second (N, S, S, C)` into `first`: by share, rounded half up (kind 1), or a box of it (kind 2)."""
     count, size, _, _ = first.shape
     for n in range(count):
         if kinds[n] == 1:

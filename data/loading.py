@@ -1,6 +1,8 @@
-"""Batches rendered ahead of the step that needs them: in a thread, or in worker processes for image files.
+"""Rendering of batches ahead of the training step, in a thread or in worker processes.
 
-Who renders changes when, never what: pixels are a function of samples and views alone.
+Image files are decoded and rendered by worker processes, images in memory by a thread if the view changes
+pixels. Pixels are a function of samples and views alone, so they do not depend on which of the two renders
+them.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 16
 AHEAD = 2
-"""Batches that are rendered ahead, per worker."""
+"""Number of batches rendered in advance, per worker."""
 MOST_ON_DEVICE = 4 << 30
-"""Bytes of images that are copied to a GPU at most."""
+"""Maximum size in bytes of the images that are copied to a GPU."""
 
 
 class Renderer:
-    """Renders the batches of one source and recipe ahead; a context that ends its workers."""
+    """Renders the batches of a source and view recipe in advance.
+
+    A context manager: leaving it ends the worker processes.
+    """
 
     def __init__(
         self,
@@ -46,32 +51,33 @@ class Renderer:
         start_method: str | None = None,
         pin: bool = False,
     ) -> None:
-        """Start nothing yet: workers start with the first batch, and stay for all epochs.
+        """Create the renderer. Workers start with the first batch and stay alive for all epochs.
 
         Args:
-            source: of the batches.
-            recipe: of the batches.
-            sizes: sides in pixels that will be asked for.
-            workers: processes that decode and render; None means one per core (of those this process may
-                use, shared with other ranks on the machine, at most 16) for image files, and none for images
-                in memory.
-            start_method: of processes, `fork`, `spawn` or `forkserver`; None means the platform's own.
-            pin: give pixels in pinned memory, to be copied to a GPU in the background.
+            source: source of the batches.
+            recipe: view recipe of the batches.
+            sizes: sides in pixels to render.
+            workers: number of processes that decode and render. Defaults to 0 for images in memory; for image
+                files to one per core that this process may use, divided among the ranks on this machine, at
+                most 16.
+            start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to the platform's
+                method.
+            pin: return pixels in pinned memory, for asynchronous copies to a GPU.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.workers = (
-            workers if workers is not None else 0 if _is_quick(source) else min(cores, MOST_WORKERS)
+            workers if workers is not None else 0 if _is_in_memory(source) else min(cores, MOST_WORKERS)
         )
         self.sizes = tuple(sizes)
-        self._in_thread = (
+        self._uses_thread = (
             self.workers == 0 and recipe.pipeline is None and bool(recipe.pixel_ops or recipe.mix)
         )
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
         if self.workers:
             self._loader = DataLoader(
-                _Rendered(source, recipe, self.sizes),
+                _RenderDataset(source, recipe, self.sizes),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=self.workers,
@@ -79,49 +85,49 @@ class Renderer:
                 persistent_workers=True,
                 pin_memory=pin,
                 multiprocessing_context=start_method,
-                generator=torch.Generator(),  # else every epoch would draw from torch's global one
+                generator=torch.Generator(),  # the default would draw from torch's global generator
             )
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, each with its pixels rendered before it is asked for."""
+        """Yield the batches with their pixels rendered in advance."""
         if self._loader is not None:
             return self._by_workers(batches)
-        return self._by_thread(batches) if self._in_thread else iter(batches)
+        return self._by_thread(batches) if self._uses_thread else iter(batches)
 
     def _by_workers(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         assert self._loader is not None
-        waiting: deque[Batch] = deque()
-        self._requests.start(batches, waiting)
+        pending: deque[Batch] = deque()
+        self._requests.start(batches, pending)
         for rendered in self._loader:
             if isinstance(rendered, CoursepackError):
                 raise rendered
-            batch = waiting.popleft()
+            batch = pending.popleft()
             batch.rendered.update(zip(self.sizes, rendered, strict=True))
             yield batch
-            if not self._requests.are_of(waiting):
+            if not self._requests.is_current(pending):
                 raise RuntimeError("another epoch of the same renderer has begun: finish one before the next")
 
     def _by_thread(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         with ThreadPoolExecutor(1) as pool:
-            waiting: deque[Any] = deque()
+            pending: deque[Any] = deque()
             try:
                 for batch in batches:
-                    waiting.append(pool.submit(self._fill, batch))
-                    if len(waiting) > AHEAD:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
+                    pending.append(pool.submit(self._fill, batch))
+                    if len(pending) > AHEAD:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
             finally:
-                for future in waiting:
+                for future in pending:
                     future.cancel()
 
     def _fill(self, batch: Batch) -> Batch:
-        if batch.images is None:  # else the device renders, and nothing here would wait for it
+        if batch.images is None:  # otherwise the device renders, asynchronously
             batch.rendered.update(zip(self.sizes, batch.render_all(self.sizes), strict=True))
         return batch
 
     def close(self) -> None:
-        """End the workers."""
+        """End the worker processes."""
         self._loader = None
 
     def __enter__(self) -> Renderer:
@@ -134,38 +140,38 @@ class Renderer:
 
 
 def device_images(source: Source, recipe: ViewRecipe, device: torch.device) -> Tensor | None:
-    """The source's images on a GPU, to be rendered there; None where they stay on the CPU."""
+    """Copy the source's images to a GPU for rendering there; return None if they are rendered on the CPU."""
     if device.type == "cpu" or source.whole is None or recipe.pipeline is not None:
         return None
     return torch.from_numpy(source.whole).to(device) if source.whole.nbytes <= MOST_ON_DEVICE else None
 
 
-def _is_quick(source: Source) -> bool:
+def _is_in_memory(source: Source) -> bool:
     return source.whole is not None
 
 
 class _Requests:
-    """The sampler of the workers: which rows to render next, batch by batch."""
+    """Sampler of the DataLoader: yields the samples and views of one batch after the other."""
 
     def __init__(self) -> None:
         self._batches: Iterable[Batch] = ()
-        self._waiting: deque[Batch] = deque()
+        self._pending: deque[Batch] = deque()
 
-    def start(self, batches: Iterable[Batch], waiting: deque[Batch]) -> None:
-        self._batches, self._waiting = batches, waiting
+    def start(self, batches: Iterable[Batch], pending: deque[Batch]) -> None:
+        self._batches, self._pending = batches, pending
 
-    def are_of(self, waiting: deque[Batch]) -> bool:
-        """Whether what is rendered is still for those who wait there."""
-        return self._waiting is waiting
+    def is_current(self, pending: deque[Batch]) -> bool:
+        """Return True if `pending` belongs to the epoch that is being rendered."""
+        return self._pending is pending
 
     def __iter__(self) -> Iterator[tuple[Samples, Samples]]:
         for batch in self._batches:
-            self._waiting.append(batch)
+            self._pending.append(batch)
             yield batch.samples, batch.views
 
 
-class _Rendered(Dataset[Any]):
-    """What a worker does for a request."""
+class _RenderDataset(Dataset[Any]):
+    """Dataset of the DataLoader: renders the samples and views of a request in a worker process."""
 
     def __init__(self, source: Source, recipe: ViewRecipe, sizes: tuple[int, ...]) -> None:
         self._source, self._recipe, self._sizes = source, recipe, sizes
@@ -175,4 +181,4 @@ class _Rendered(Dataset[Any]):
         try:
             return batch.render_all(self._sizes)
         except CoursepackError as error:
-            return error  # raised by the parent: a DataLoader would put its traceback into the text
+            return error  # raised in the parent, because a DataLoader adds its traceback to the message

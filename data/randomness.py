@@ -1,9 +1,9 @@
-"""Random numbers as a pure function of (seed, sample, view, purpose): Philox4x32-10, counter-based.
+"""Counter-based random numbers (Philox4x32-10), a pure function of (seed, sample, view, purpose).
 
-There is no state, so a draw does not depend on batch size, order, workers, machine or interruption. Nothing
-in coursepack that concerns data uses any other generator (docs/decisions/randomness.md). What is drawn is
-computed from random words by integers, and by the functions of `data.exact`, which give the same bits
-everywhere.
+The generator has no state: a draw does not depend on batch size, order, number of workers, machine or
+interruptions. All randomness that concerns data comes from this module (docs/decisions/randomness.md). View
+parameters are derived from the random words with integer arithmetic and with the functions of `data.exact`,
+which give the same bits on every platform.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Samples = NDArray[np.int64]
 Words = NDArray[np.uint32]
 
 STREAM_BITS = 16
-"""Purposes stand in the lower bits of a counter's last word, the number of a draw in the upper ones."""
+"""Number of low bits of a counter's last word that hold the purpose; the high bits hold the stream."""
 
 
 class Purpose(IntEnum):
-    """What a draw is for. Values are part of every fingerprint: never change one, only add."""
+    """Use of a random draw. Its value is part of the counter: never change one, only add new ones."""
 
     SPLIT = 1
     SUBSET = 2
@@ -36,21 +36,21 @@ class Purpose(IntEnum):
     STEP = 11
     VIEW_ORDER = 12
     VIEW = 16
-    """The first op of a view recipe; op number i uses `VIEW + i`."""
+    """Purpose of a view recipe's first op; op number i uses `VIEW + i`."""
 
 
 def random_words(seed: int, samples: Samples, view: int, purpose: int, streams: int = 1) -> Words:
-    """Four random 32-bit words per sample and stream, `(N, 4 streams)` uint32.
+    """Return four random 32-bit words per sample and stream, `(N, 4 * streams)` uint32.
 
     Args:
-        seed: 0 to 2**64 - 1; the key.
+        seed: key of the generator, 0 to 2**64 - 1.
         samples: `(N,)` sample indices, 0 to 2**63 - 1.
         view: view index (or epoch), 0 to 2**32 - 1.
-        purpose: a `Purpose`, or `Purpose.VIEW` plus an op's place.
-        streams: how many draws of four words, numbered from the one in the purpose's upper bits on.
+        purpose: a `Purpose`, or `Purpose.VIEW` plus the index of an op; the high bits hold the first stream.
+        streams: number of consecutive streams to draw, four words each.
 
     Raises:
-        ValueError: a seed, view or sample out of range.
+        ValueError: a seed, view, purpose or sample index is out of range.
     """
     from coursepack.data.jit_philox import philox_draw
 
@@ -68,7 +68,7 @@ def random_words(seed: int, samples: Samples, view: int, purpose: int, streams: 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random words for one purpose: everything but how many are needed."""
+    """Source of random words for a fixed seed, view and purpose, one row per sample."""
 
     seed: int
     samples: Samples
@@ -76,33 +76,33 @@ class Draws:
     purpose: int
 
     def words(self, stream: int = 0, count: int = 1) -> Words:
-        """Four words per sample of `count` streams `(N, 4 count)`; every stream has its own."""
+        """Return the words of `count` consecutive streams from `stream` on, `(N, 4 * count)` uint32."""
         purpose = self.purpose + (stream << STREAM_BITS)
         return random_words(self.seed, self.samples, self.view, purpose, count)
 
-    def only(self, rows: NDArray[np.int64]) -> Draws:
-        """The same draws for some of the samples."""
+    def select(self, rows: NDArray[np.int64]) -> Draws:
+        """Return the draws of a subset of the samples, given by their row indices."""
         return Draws(self.seed, self.samples[rows], self.view, self.purpose)
 
 
 def below(words: Words, bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Integers 0 to bound - 1 from random words, by multiplication (bias at most bound / 2**32)."""
+    """Map random words to integers from 0 to bound - 1 by multiplication (bias at most bound / 2**32)."""
     scale = np.asarray(bound).astype(np.uint64)
     return ((words.astype(np.uint64) * scale) >> np.uint64(32)).astype(np.int64)
 
 
 def between(words: Words, low: int, high: int) -> NDArray[np.int64]:
-    """Integers low to high, both included, each as likely."""
+    """Map random words to uniformly distributed integers from low to high, both included."""
     return low + below(words, high - low + 1)
 
 
 def chance(words: Words, probability: float) -> NDArray[np.bool_]:
-    """True with the given probability."""
+    """Return True for each word with the given probability."""
     return words.astype(np.uint64) < np.uint64(round(probability * 2**32))
 
 
 def shuffled(samples: Samples, seed: int, view: int, purpose: Purpose) -> Samples:
-    """The samples in a random order that depends on each sample's own draw, so on nothing else."""
+    """Return the samples in random order, sorted by a random key that depends on each sample alone."""
     words = random_words(seed, samples, view, purpose)
     keys = (words[:, 0].astype(np.uint64) << np.uint64(32)) | words[:, 1]
     return samples[np.argsort(keys, kind="stable")]

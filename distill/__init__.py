@@ -1,6 +1,6 @@
-"""Stage two: train students from stores, or from teachers run live, or alone.
+"""Stage two: train students from teachers' stores, from teachers run live, or without teachers.
 
-For a training loop of your own: `open_teacher_stores`, `make_objective`, `make_targets`, `Learner`
+A custom training loop uses `open_teacher_stores`, `make_objective`, `make_targets` and `Learner`
 (docs/library.md).
 """
 
@@ -15,11 +15,11 @@ from coursepack.distill.objective_config import ObjectiveConfig as ObjectiveConf
 from coursepack.distill.recipe import TrainRecipe as TrainRecipe
 from coursepack.distill.runs.train import train as train
 from coursepack.distill.setup.build import make_objective as make_objective
-from coursepack.distill.targets.opening import TeacherStores as TeacherStores
-from coursepack.distill.targets.opening import make_targets as make_targets
-from coursepack.distill.targets.opening import open_teacher_stores as open_teacher_stores
+from coursepack.distill.targets.live import OnlineTargets as OnlineTargets
 from coursepack.distill.targets.stores import CachedTargets as CachedTargets
-from coursepack.distill.targets.stores import OnlineTargets as OnlineTargets
+from coursepack.distill.targets.teacher_stores import TeacherStores as TeacherStores
+from coursepack.distill.targets.teacher_stores import make_targets as make_targets
+from coursepack.distill.targets.teacher_stores import open_teacher_stores as open_teacher_stores
 from coursepack.distill.training.learner import Learner as Learner
 
 __all__ = [

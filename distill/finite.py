@@ -24,29 +24,29 @@ def is_finite(values: Tensor) -> bool:
 
 
 def cause_of(inputs: LossInputs, fusion: object) -> tuple[str, str]:
-    """Return which input of a batch's loss is not finite, and what to do about it."""
+    """Return the input that made a batch's loss NaN or infinite, and advice for the error message."""
     for index, logits in zip(inputs.teachers.indices, inputs.teachers.logits, strict=True):
         if not is_finite(decode(logits)):
             return f"the targets of teacher {index} are not", "Check its weights, or write its store again."
-    smaller = "Use a smaller --lr, and --overwrite what is left of the run."
+    smaller = "Use a smaller --lr, and replace the unfinished run with --overwrite."
     if isinstance(fusion, nn.Module) and not all(map(is_finite, fusion.parameters())):
-        return "what the fusion learned is not", smaller
+        return "the fusion's parameters are not", smaller
     student = inputs.student
     if is_finite(student.logits) and (student.embedding is None or is_finite(student.embedding)):
         return "it overflows for these logits", smaller
     if (inputs.step.epoch, inputs.step.batch) == (0, 0):
         return (
             "the student's logits are not",
-            "It has made no step yet: check its weights and its --student-std.",
+            "It has not been updated yet: check its initial weights and --student-std.",
         )
     return "the student's logits are not", smaller
 
 
 def check_rows_finite(reader: StoreReader, array: str, view: int) -> None:
-    """Read one view of an array and refuse NaN and infinity.
+    """Check that one view of a stored array has no NaN or infinity.
 
     Raises:
-        NonFiniteOutput: names the first samples.
+        NonFiniteOutput: some values are not finite; the message lists the first samples.
     """
     bad: list[int] = []
     for start in range(0, reader.manifest.samples, ROWS_AT_A_TIME):
@@ -57,6 +57,6 @@ def check_rows_finite(reader: StoreReader, array: str, view: int) -> None:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise NonFiniteOutput(
             f"store {str(reader.path)!r} holds {array} that are not finite for {len(bad)} samples of view "
-            f"{view} ({shown}): no student can learn from them. Write it again with `precompute run`, which "
-            "refuses such answers, or leave it out"
+            f"{view} ({shown}): no student can learn from them. Write the store again with `precompute run`, "
+            "which refuses such outputs, or train without it"
         )

@@ -1,4 +1,4 @@
-"""Methods: named objectives, each with its formula, its source and the conventions it was converted from.
+"""Methods: named objectives with their formula, source and conversions from published conventions.
 
 Notation: z student's logits, z_k teacher k's, y label, q = softmax(z / T), P_k = softmax(z_k / T), C classes.
 All terms are means over the batch of sums over classes (`batchmean`), in nats.
@@ -16,21 +16,21 @@ from coursepack.errors import RecipeError
 
 @dataclass(frozen=True)
 class Method:
-    """A named objective that can be overridden field by field."""
+    """Named objective whose fields a recipe can override."""
 
     formula: str
-    """Its loss in one line."""
+    """Formula of the loss, in one line."""
     source: str
-    """Paper and place."""
+    """Paper and section or equation."""
     objective: ObjectiveConfig
-    """Its defaults; the numbers named in `per_class` still have to be divided by the number of classes."""
+    """Default config; fields in `per_class` are not yet divided by the number of classes."""
     per_class: tuple[str, ...] = ()
     """Fields of the objective whose default is divided by the number of classes."""
     note: str = ""
-    """Conversions from the paper's conventions, and numbers that could not be verified."""
+    """Conversions from the paper's conventions, and values that could not be verified."""
 
     def values(self, classes: int | None) -> dict[str, Any]:
-        """Return the defaults for a number of classes, as plain values.
+        """Return the default config for a number of classes, as plain values.
 
         Raises:
             RecipeError: a default depends on the number of classes, and `classes` is None.
@@ -47,22 +47,22 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Its needs in words."""
-        needs, found = self.objective.needs(), []
+        """Needs of the method, in words."""
+        needs, lines = self.objective.needs(), []
         if needs.logits:
             one = FUSIONS[self.objective.fusion.name].choose is not None
-            found.append("logits of one teacher a batch" if one else "logits of every teacher")
-        found += ["all of them (no topk store)"] if needs.dense_logits else []
-        found += ["a tapped feature of every teacher"] if needs.pairs is not None else []
-        found += ["one label per sample (no mixing)"] if needs.one_label else []
-        found += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
-        return (*found, "labels")
+            lines.append("logits of one teacher per batch" if one else "logits of every teacher")
+        lines += ["all classes in the stores (no topk encoding)"] if needs.dense_logits else []
+        lines += ["a tapped feature of every teacher"] if needs.pairs is not None else []
+        lines += ["one label per sample (no mixed images)"] if needs.one_label else []
+        lines += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
+        return (*lines, "labels")
 
 
 def from_mean_reduction(coefficient: float, classes: int) -> float:
-    """A coefficient published for `KLDivLoss(reduction="mean")`, which divides by the classes as well.
+    """Convert a coefficient published for `KLDivLoss(reduction="mean")`, which also divides by the classes.
 
-    Rounded to twelve decimals, so that a recipe that is written out is easy to read.
+    The result is rounded to twelve decimals, to be readable in recipe files.
 
     >>> from_mean_reduction(1.4, classes=10)
     0.14
@@ -83,8 +83,8 @@ _CA_MKD_SOFT = 1.0
 _EBKD_SOFT = 1.0
 
 _KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
-"""Of Hinton's method in RepDistiller (Tian et al. 2020). Methods whose own numbers are not known take them,
-so that a comparison with `kd` shows the idea alone."""
+"""Values of Hinton's method in RepDistiller (Tian et al. 2020). Methods with unknown values use them too, so
+that they differ from `kd` only in the method itself."""
 _FLSW: dict[str, Any] = {"kind": "flsw", "slope": 40.0, "gamma": 0.5}
 _AMTML: dict[str, Any] = {
     "soft_weight": _AMTML_SOFT,
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         note="the student's gradient is that of kd with equal weights; the value is not",
     ),
     "best": Method(
-        formula="0.9 T² KL(P_b || q) + 0.1 CE, b the teacher that was right most often",
+        formula="0.9 T² KL(P_b || q) + 0.1 CE, b the teacher with the highest accuracy",
         source="the usual single-teacher baseline",
         objective=_config(**_KD, fusion={"name": "best"}),
     ),
@@ -132,30 +132,30 @@ METHODS: dict[str, Method] = {
         formula="0.9 T² KL(sum_k w_k A(P_k) || q) + 0.1 CE, A swaps label and top class of a wrong teacher",
         source=f"{_WEN}, section 3.1 (probability shift)",
         objective=_config(**_KD, adjustment="shift"),
-        note="the paper's own numbers were not at hand: those of kd",
+        note="the paper's values were not available; those of kd are used",
     ),
     "ka-lsr": Method(
         formula="as ka-ps, but a wrong teacher's row becomes (1 - eps) onehot + eps / C",
         source=f"{_WEN}, section 3.1 (label smoothing regularisation)",
         objective=_config(**_KD, adjustment="smooth", smoothing=0.1),
-        note="the smoothed label is not softened by T; eps and the rest were not at hand",
+        note="the smoothed label is not softened by T; the paper's values were not available",
     ),
     "dtd-flsw": Method(
         formula="0.9 mean_x T_x² KL(P(T_x) || q(T_x)) + 0.1 CE, T_x = T_0 + slope (mean omega - omega_x), "
         "omega = (1 - cos(z, z_t))^gamma",
         source=f"{_WEN}, section 3.2 (focal-loss-style weights)",
         objective=_config(soft_weight=0.9, hard_weight=0.1, temperature=10.0, dynamic_temperature=_FLSW),
-        note="T_0 = 10 and slope 40 from a re-implementation; not verified in the paper. z_t is the weighted "
-        "mean of the teachers' logits",
+        note="T_0 = 10 and slope 40 are from a re-implementation and not verified in the paper. z_t is the "
+        "weighted mean of the teachers' logits",
     ),
     "dtd-cwsm": Method(
         formula="as dtd-flsw with omega = 1 / max softmax(z)",
         source=f"{_WEN}, section 3.2 (confidence-weighted by student max)",
         objective=_config(**_KD, dynamic_temperature={"kind": "cwsm", "slope": 1.0}),
-        note="slope 1 as in TextBrewer's documentation; the paper's was not at hand",
+        note="slope 1 as in TextBrewer's documentation; the paper's was not available",
     ),
     "ka-dtd": Method(
-        formula="dtd-flsw on teachers adjusted as by ka-ps, before omega is taken",
+        formula="dtd-flsw on teachers adjusted as in ka-ps, before omega is computed",
         source=f"{_WEN}, section 3.3",
         objective=_config(
             soft_weight=0.9, hard_weight=0.1, temperature=10.0, adjustment="shift", dynamic_temperature=_FLSW
@@ -177,7 +177,7 @@ METHODS: dict[str, Method] = {
     "amtml-hints": Method(
         formula="amtml + sum_g mean (u_g(student's layer g) - teacher's layer g)²",
         source=f"{_LIU}, section 3.4",
-        objective=_config(**{**_AMTML, "terms": {**_AMTML["terms"], "hint": {}}}),
+        objective=_config(**{**_AMTML, "terms": {"angle": {}, "hint": {}, "latents": {}}}),
         per_class=("soft_weight",),
         note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
         "compared as they are (the release divides both by their norm over channels)",
@@ -202,12 +202,16 @@ METHODS: dict[str, Method] = {
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return a method as plain values: formula, source, needs, and the defaults that set it apart."""
+    """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
     teachers = method.objective.needs().teachers
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
+    for key, term in method.objective.terms.items():
+        defaults["terms"][key]["weight"] = term.weight
+        if term.term == key:
+            del defaults["terms"][key]["term"]
     return {
         "name": name,
         "formula": method.formula,

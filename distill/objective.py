@@ -1,8 +1,8 @@
-"""The objective of a student: a weighted sum of loss terms.
+"""Objective of a student: a weighted sum of loss terms.
 
-A term gives one value per sample, `(N,)`, or a scalar that is coupled over the batch. The objective takes
-means over the batch (the field's `batchmean`) and adds them up; weights and the reduction live here and
-nowhere else. The factor T² lives in `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
+A term returns one value per sample, `(N,)`, or a scalar that couples the samples of a batch. The objective
+takes means over the batch (torch's `batchmean`), applies the weights and adds the terms up. The factor T² is
+applied in `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from coursepack.distill.fusion.temperature import SampleTemperatures
     from coursepack.distill.losses.base import TermConfig
     from coursepack.distill.objective_config import ObjectiveConfig
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
 
 
 @dataclass(frozen=True)
@@ -34,32 +34,32 @@ class ObjectiveValue:
     """Value of an objective on a batch."""
 
     loss: Tensor
-    """The sum of all terms, a scalar with gradient."""
+    """Sum of all terms, a scalar with gradient."""
     terms: dict[str, Tensor]
-    """Each term's share of it, scalars without gradient."""
+    """Weighted value of each term, scalars without gradient."""
     weights: Tensor | None = None
     """Weight of each teacher that was read, `(N, K)` or `(K,)`, without gradient; None means 1/K."""
     adjustments: tuple[str, ...] = ()
     """Adjustment of each teacher that was read."""
     temperatures: SampleTemperatures | None = None
-    """Set where every sample has its own."""
+    """Temperatures per sample; None if all samples share one."""
     targets: Targets | None = None
-    """Targets of the teachers that were read; None where no soft targets are made of them."""
+    """Targets of the teachers that were read; None if the objective does not fuse them."""
 
 
 class Objective(nn.Module):
-    """The weighted sum of a config's terms, with everything in it that learns."""
+    """Weighted sum of loss terms, with the parameters of terms and fusion."""
 
     def __init__(self, config: ObjectiveConfig, context: BuildContext | None = None) -> None:
-        """Build it.
+        """Build the terms and the fusion of a config.
 
         Args:
-            config: its numbers.
-            context: the teachers and the student that it is for, as `make_objective` finds them; None for
-                objectives that read teachers' logits alone and weigh all teachers by a rule.
+            config: the objective's config.
+            context: properties of teachers, student and source, as found by `make_objective`; may be None if
+                the objective reads only teachers' logits and its fusion reads all teachers.
 
         Raises:
-            RecipeError: it has to be fitted to teachers or to a student, and is not.
+            RecipeError: the objective needs a context, but `context` is None.
         """
         super().__init__()
         self.config = config
@@ -67,9 +67,9 @@ class Objective(nn.Module):
         self.fusion_kind = FUSIONS[config.fusion.name]
         fitted = self.needs.pairs is not None or self.needs.embedding or self.fusion_kind.choose is not None
         if context is None and fitted:
-            part = "hints" if self.needs.pairs is not None else f"fusion {config.fusion.name!r}"
+            reason = "hints" if self.needs.pairs is not None else f"fusion {config.fusion.name!r}"
             raise RecipeError(
-                f"an objective with {part} has to be fitted to its teachers and its student: build it with "
+                f"an objective with {reason} has to be fitted to its teachers and its student: build it with "
                 "make_objective(stores, student, method)"
             )
         self.context = context or BuildContext()
@@ -84,46 +84,48 @@ class Objective(nn.Module):
 
     @property
     def student_layers(self) -> tuple[str, ...]:
-        """Layers of the student whose outputs it reads."""
+        """Names of the student layers whose outputs are read."""
         layers = {pair.layer for pairs in self.context.pairs_by_term.values() for pair in pairs}
         layer = self.needs.embedding_layer if self.needs.embedding else None
         return tuple(sorted({*layers, *self.needs.student_layers, *([] if layer is None else [layer])}))
 
     def taps(self, teacher: int) -> list[str]:
-        """Return the taps that it reads of the teacher with the given index."""
+        """Return the names of the taps that are read from a teacher, by its index."""
         pairs = (pair for of_term in self.context.pairs_by_term.values() for pair in of_term)
         return list(dict.fromkeys(pair.tap for pair in pairs if pair.teacher == teacher))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch: freeze or release what phases of the fusion and the terms say."""
-        for part in self._parts("begin_epoch"):
-            part.begin_epoch(epoch)
+        """Start an epoch: call `begin_epoch` of the fusion and the terms that have it."""
+        for module in self._modules_with("begin_epoch"):
+            module.begin_epoch(epoch)
 
     @property
     def keeps_memory(self) -> bool:
-        """True if a term has to be told of every step."""
-        return bool(self._parts("after_step"))
+        """True if a term has a method `after_step`."""
+        return bool(self._modules_with("after_step"))
 
     def after_step(self, inputs: LossInputs) -> None:
-        """Tell the terms that keep a memory that a step is done."""
-        for part in self._parts("after_step"):
-            part.after_step(inputs)
+        """Call `after_step` of the terms that have it, after an optimizer step."""
+        for module in self._modules_with("after_step"):
+            module.after_step(inputs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters that have optimizer settings of their own."""
-        return [group for part in self._parts("parameter_groups") for group in part.parameter_groups()]
+        """Return parameter groups with their own optimizer settings."""
+        return [
+            group for module in self._modules_with("parameter_groups") for group in module.parameter_groups()
+        ]
 
     def chosen_teacher(self, step: Step) -> int | None:
-        """Return the index of the only teacher that is read for a batch; None where all are."""
+        """Return the index of the only teacher that is read for a batch, or None if all are read."""
         if self.fusion_kind.choose is None or not self.needs.fused:
             return None
         return self.fusion_kind.choose(self.config.fusion, self.context, step)
 
     def forward(self, inputs: LossInputs) -> ObjectiveValue:
-        """Return the value on one batch, in float32 under autocast too.
+        """Return the value on one batch, computed with autocast disabled.
 
         Args:
-            inputs: student outputs, labels, targets of all teachers or at least of the chosen one, and step.
+            inputs: student outputs, labels, targets of at least the teachers that are read, and step.
         """
         chosen = self.chosen_teacher(inputs.step)
         targets = inputs.targets
@@ -176,7 +178,7 @@ class Objective(nn.Module):
         )
 
     def _check_finite(self, name: str, values: Tensor | None, inputs: LossInputs) -> None:
-        """Report that training diverged before the loss refuses its arguments; on the CPU, where it does."""
+        """Raise `TrainingDiverged` before the loss rejects NaN arguments, which it does on the CPU only."""
         if values is None or values.device.type != "cpu" or is_finite(values):
             return
         cause, advice = cause_of(inputs, self.fusion)
@@ -184,6 +186,6 @@ class Objective(nn.Module):
             f"training diverged in epoch {inputs.step.epoch}: {name} is not finite, since {cause}. {advice}"
         )
 
-    def _parts(self, method: str) -> list[Any]:
+    def _modules_with(self, method: str) -> list[Any]:
         """Return the fusion and the terms that have a method of the given name."""
-        return [part for part in (self.fusion, *self.terms.values()) if hasattr(part, method)]
+        return [module for module in (self.fusion, *self.terms.values()) if hasattr(module, method)]

@@ -1,4 +1,4 @@
-"""The numbers of an objective. A method is a named choice of them."""
+"""Config of an objective. A method is a named objective config."""
 
 from __future__ import annotations
 
@@ -28,35 +28,34 @@ SOFT_TARGET, CROSS_ENTROPY, LABEL_SMOOTHING = "soft_target", "cross_entropy", "l
 
 
 class ObjectiveConfig(Config):
-    """Numbers of the loss terms and of what is made of the teachers."""
+    """Config of the loss terms, the fusion of teachers and the temperature."""
 
     soft_weight: Weight = 0.0
-    """Weight of the soft-target loss T² D(teachers || student)."""
+    """Weight of the soft-target loss T² D(teachers || student), or its schedule over epochs."""
     hard_weight: Weight = 1.0
-    """Weight of the cross-entropy to the labels."""
+    """Weight of the cross-entropy to the labels, or its schedule over epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy (Szegedy et al. 2016, arXiv 1512.00567)."""
     temperature: Temperature = 4.0
-    """Temperature of teachers and student; T_0 where every sample has its own."""
+    """Temperature of teachers and student; T_0 of a dynamic temperature."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
-    """A temperature per sample."""
+    """Temperature per sample."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"
-    """Adjustment of a teacher where it is wrong: one for all teachers, or one per teacher."""
+    """Adjustment of wrong predictions of teachers: one for all teachers, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Epsilon of the adjustment `smooth`."""
     divergence: Divergence = "kl"
-    """Divergence between soft targets, as `coursepack.kernels.soft_target_loss` names it."""
+    """Divergence of the student from the soft targets, see `coursepack.kernels.soft_target_loss`."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
-    """Divergence from the teachers' mixture, or weighted sum of divergences; auto: as the fusion is
-    published."""
+    """Divergence from the mixture of teachers, or weighted sum of divergences; auto takes the published form
+    of the fusion."""
     fusion: AnyFusion = FixedConfig()
-    """How much each teacher counts."""
+    """Fusion, which determines the teachers' weights."""
     terms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyTerm] = Field(default={})
-    """Further loss terms by key. The key is the term's name in `LOSSES`, or any other with the name in
-    `term`."""
+    """Additional loss terms by key. A key is the name of a loss, unless field `term` names the loss."""
 
     def all_terms(self) -> dict[str, TermConfig]:
-        """Return every term that is ever used, by key, with those of soft targets and labels first."""
+        """Return all terms with a nonzero weight by key, starting with soft targets and labels."""
         terms: dict[str, TermConfig] = {}
         hard = self._scaled(self.hard_weight, 1 - self.label_smoothing)
         if is_used(self.soft_weight):
@@ -77,7 +76,7 @@ class ObjectiveConfig(Config):
         return weight * factor
 
     def needs(self) -> Needs:
-        """Return everything that the terms and the fusion need together."""
+        """Return the union of the needs of all terms and the fusion."""
         needs = Needs()
         for term in self.all_terms().values():
             needs |= LOSSES[term.term].needs(term)
@@ -92,7 +91,7 @@ class ObjectiveConfig(Config):
         )
 
     def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Return the adjustment of each of the teachers with the given indices."""
+        """Return the adjustments of the teachers with the given indices."""
         if isinstance(self.adjustment, str):
             return (self.adjustment,) * len(indices)
         return tuple(self.adjustment[index] for index in indices)
@@ -100,7 +99,7 @@ class ObjectiveConfig(Config):
     @field_validator("terms", mode="before")
     @classmethod
     def _name_terms(cls, terms: Any) -> Any:
-        """Give every term that does not name its loss the name of its key; leave out those set to null."""
+        """Set `term` of each term to its key by default, and remove terms that are null."""
         if not isinstance(terms, dict):
             return terms
         named = {}
@@ -122,7 +121,7 @@ class ObjectiveConfig(Config):
         if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
             raise ValueError(
                 f"{needs.every_teacher} need every teacher, "
-                f"but fusion {self.fusion.name!r} asks one at a time"
+                f"but fusion {self.fusion.name!r} reads one at a time"
             )
         dynamic = self.dynamic_temperature
         if dynamic.lowest > dynamic.highest:
@@ -137,7 +136,7 @@ class ObjectiveConfig(Config):
         smooths = needs.fused and "smooth" in (self.adjustment, *self.adjustment)
         if self.divergence == "mse" and smooths:
             raise ValueError(
-                "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose "
-                "another of the two"
+                "adjustment 'smooth' returns probabilities, but divergence 'mse' compares logits: choose "
+                "another adjustment or divergence"
             )
         return self

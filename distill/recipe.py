@@ -1,4 +1,4 @@
-"""The recipe of a training run: everything that determines it, and how flags and files become one."""
+"""Recipe of a training run: its config, and functions that merge recipe files and command-line options."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LearningRateConfig(Config):
-    """Learning rate as a function of the step."""
+    """Learning-rate schedule."""
 
     shape: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    """Learning-rate schedule. `step`: multiplied by `factor` at every milestone; `cosine`: half a cosine down
-    to `end`; `one_cycle`: up, and far down again."""
+    """Learning-rate schedule: `constant`; `step` multiplies by `factor` at every milestone; `cosine` decays
+    to `end`; `one_cycle` rises, then decays to nearly zero."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up; fractions are allowed."""
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Epochs at whose start the schedule `step` lowers the learning rate."""
+    """Epochs at whose start schedule `step` lowers the learning rate."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Factor of the learning rate at each milestone of the schedule `step`."""
+    """Factor applied to the learning rate at each milestone of schedule `step`."""
     end: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Final learning rate of the schedule `cosine`, as a fraction of `lr`."""
+    """Final learning rate of schedule `cosine`, as a fraction of `lr`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -46,12 +46,15 @@ class LearningRateConfig(Config):
                 "--set optimizer.schedule.milestones=[] with another shape"
             )
         if self.shape == "one_cycle" and self.warmup_epochs:
-            raise ValueError("warmup_epochs is set, but shape 'one_cycle' has a rise of its own")
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}, but shape 'one_cycle' has its own warm-up: leave "
+                "warmup_epochs out, or choose another shape"
+            )
         return self
 
 
 class OptimizerConfig(Config):
-    """Optimizer of a student, with everything that its objective trains."""
+    """Optimizer of the student and of the objective's trainable parameters."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimizer."""
@@ -64,136 +67,148 @@ class OptimizerConfig(Config):
     nesterov: bool = True
     """Use Nesterov momentum in SGD."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay rates of AdamW's running averages."""
+    """Coefficients of AdamW's running averages of the gradient and its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Weight decay: L2 penalty of SGD, decoupled for AdamW."""
+    """Weight decay: an L2 penalty for SGD, decoupled for AdamW."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Maximum norm of all gradients together."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of an exponential moving average of the weights, which is then evaluated and kept."""
+    """Decay per step of an exponential moving average of the weights, which is evaluated and saved instead of
+    the weights."""
 
 
 class TrainRecipe(Config):
-    """A config that determines a training run in everything but the hardware."""
+    """Config that determines a training run except for the hardware."""
 
     student: str
-    """Name of the student's network."""
+    """Network of the student, by name."""
     student_size: Count | None = None
-    """Side in pixels of the student's images; defaults to the network's own."""
+    """Height and width of the student's images in pixels; defaults to the network's own."""
     student_mean: tuple[float, ...] | None = None
     """Mean per channel, subtracted from the student's pixels in [0, 1]; defaults to the network's own."""
     student_std: tuple[float, ...] | None = None
-    """Standard deviation per channel that the student's pixels are divided by; defaults to the network's
+    """Standard deviation per channel, by which the student's pixels are divided; defaults to the network's
     own."""
     method: str = "supervised"
-    """Name of the method, see `distill methods`."""
+    """Distillation method, see `distill methods`."""
     objective: ObjectiveConfig
-    """Numbers of the method, all spelled out."""
+    """Loss terms, fusion and temperature; defaults to those of the method."""
     stores: tuple[str, ...] = ()
-    """A teacher's store."""
+    """Store of a teacher's outputs."""
     reading: Literal["auto", "resident", "mapped", "windowed"] = "auto"
-    """How stores are read: whole views in memory, memory maps, or windows of chunks; auto chooses by size and
-    free memory."""
+    """Access to the stores: whole views in memory, memory maps, or a moving window of chunks; auto chooses by
+    size and free memory."""
     online: bool = False
     """Run the stores' teachers live instead of reading their stored outputs."""
     source: str
-    """Data to train on, NAME or NAME:SPLIT."""
+    """Training data, NAME or NAME:SPLIT."""
     evaluation: str
-    """Data to evaluate on, NAME:SPLIT."""
+    """Evaluation data, NAME:SPLIT; defaults to the part of the source that is not trained on, or its test
+    split."""
     root: str | None = None
     """Folder of the source's files."""
     view: ViewRecipe
-    """View recipe: the name of a preset or a YAML file."""
+    """View recipe: the name of a preset, or a YAML file."""
     views: Count | None = None
-    """Number of views to use, one per epoch in turn; defaults to all in the stores, or to a new one every
-    epoch."""
+    """Number of views, used one per epoch in turn; defaults to all views in the stores, or without stores to
+    a new view every epoch."""
     view_order: Literal["cyclic", "shuffled"] = "cyclic"
-    """Order of the views: the same in every round, or shuffled anew for each."""
+    """Order of the views: the same in every round, or reshuffled for each round."""
     views_per_load: Count = 1
-    """Views of every sample in one epoch; each image is decoded once for all of them."""
+    """Views of every sample per epoch; each image is decoded once for all of them."""
     allow_drift: bool = False
-    """Train although this version renders other views than the stores' teachers saw."""
+    """Train even if this version renders views that differ from those the teachers saw."""
     limit: Count | None = None
-    """Number of training samples, chosen evenly over the classes; defaults to all."""
+    """Number of training samples, balanced over the classes; defaults to all."""
     epochs: Count = 40
     """Number of epochs."""
     patience: Count | None = None
-    """Stop after this many evaluations in a row without a better accuracy."""
+    """Stop after this many consecutive evaluations without a new best accuracy."""
     evaluate_every: Count = 1
-    """Evaluate every this many epochs, and after the last."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Count = 64
-    """Samples per step."""
+    """Samples per step, over all micro-batches and ranks."""
     accumulate: Count = 1
-    """Micro-batches per step, to save memory; gradients are those of the whole batch."""
+    """Micro-batches per step; gradients are accumulated over them to save memory."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Autocast precision of the student's forward and backward pass; float16 with gradient scaling."""
+    """Autocast precision of the student's forward and backward pass; float16 uses gradient scaling."""
     channels_last: bool = False
     """Keep the student's weights in channels-last memory format."""
     compile: bool = False
-    """Train the student through torch.compile."""
+    """Compile the student with torch.compile."""
     deterministic: bool = False
     """Use deterministic algorithms only."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Seed of weight initialization, sample order and dropout."""
+    """Seed for weight initialization, sample order and dropout."""
 
 
 def resolve_objective(
     method: str, overrides: Mapping[str, Any], where: str, *, classes: int | None = None
 ) -> ObjectiveConfig:
-    """Return a method's objective with some of its fields replaced.
+    """Return a method's objective config with some fields replaced.
 
     Args:
         method: a name in `METHODS`.
-        overrides: fields to replace, groups of fields one by one.
-        where: file or command that the fields came from, for errors.
-        classes: number of classes; None is refused where a default depends on it.
+        overrides: fields to replace; nested mappings are merged field by field.
+        where: file or command that the fields came from, for error messages.
+        classes: number of classes; required if a default of the method depends on it.
 
     Raises:
-        UnknownName: no such method.
-        RecipeError: a field that does not exist, a value out of range, or `classes` is needed.
+        UnknownName: the method does not exist.
+        RecipeError: a field does not exist, a value is out of range, or `classes` is required but None.
+    """
+    return parse_config(ObjectiveConfig, objective_values(method, overrides, classes=classes), where)
+
+
+def objective_values(method: str, overrides: Mapping[str, Any], *, classes: int | None) -> dict[str, Any]:
+    """Return a method's objective as plain, unvalidated values, with some fields replaced.
+
+    Raises:
+        UnknownName: the method does not exist.
+        RecipeError: `classes` is required but None.
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
     values = METHODS[method].values(classes)
     _merge(values, overrides)
-    return parse_config(ObjectiveConfig, values, where)
+    return values
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Replace values in place, field by field; another fusion or term brings its own numbers."""
+    """Merge changes into nested values in place; a fusion or term of another kind replaces its group."""
     for name, change in changes.items():
-        held = values.get(name)
-        if isinstance(held, dict) and isinstance(change, dict) and _is_same_kind(held, change):
-            _merge(held, change)
+        current = values.get(name)
+        if isinstance(current, dict) and isinstance(change, dict) and _is_same_kind(current, change):
+            _merge(current, change)
         else:
             values[name] = change
 
 
-def _is_same_kind(held: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
-    """Return false for a change to another fusion or another kind of term."""
-    return all(change.get(key, held.get(key)) == held.get(key) for key in ("name", "term"))
+def _is_same_kind(current: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    """Return false if a change selects another fusion or another kind of term."""
+    return all(change.get(key, current.get(key)) == current.get(key) for key in ("name", "term"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The plain values of a recipe file.
+    """Return the plain values of a recipe file.
 
     Raises:
-        RecipeError: missing, not YAML, or not a mapping.
+        RecipeError: the file is missing, is not YAML, or is not a mapping.
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
-        raise RecipeError(f"{str(path)!r} holds {held}, expected a mapping of recipe fields")
+        content = "nothing" if values is None else f"a {type(values).__name__}"
+        raise RecipeError(f"{str(path)!r} holds {content}, expected a mapping of recipe fields")
     return values
 
 
 def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Apply `key.subkey=value` assignments in place; values are YAML.
+    """Apply `key.subkey=value` assignments to a recipe's plain values in place; values are YAML.
 
     Raises:
-        RecipeError: an assignment without `=`, or into something that is no mapping.
+        RecipeError: an assignment has no `=`, or its key passes through a value that is not a mapping.
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -206,16 +221,16 @@ def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
         set_value(values, key, value, f"--set {assignment!r}")
 
 
-def set_value(values: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Put one value where `key.subkey` says; `said` names the flag in errors.
+def set_value(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the value of a nested key, `key.subkey`, in place; `where` names the option in error messages.
 
     Raises:
-        RecipeError: a part of the key is no mapping.
+        RecipeError: the key passes through a value that is not a mapping.
     """
     *parents, leaf = key.split(".")
-    place = values
+    group = values
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise RecipeError(f"{said}: {parent!r} is {place!r}, not a group of fields")
-    place[leaf] = value
+        group = group.setdefault(parent, {})
+        if not isinstance(group, dict):
+            raise RecipeError(f"{where}: {parent!r} is {group!r}, not a group of fields")
+    group[leaf] = value

@@ -1,4 +1,4 @@
-"""Recipe keys that were renamed: an old key is refused with the new one; finished runs are still read."""
+"""Renamed recipe keys: old keys in new recipes are refused; recipes of finished runs are upgraded."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ RENAMED = {
 
 
 def check_renamed(values: dict[str, Any], where: str) -> None:
-    """Refuse plain values of a recipe that have an old key.
+    """Check that a recipe's plain values have no key that was renamed.
 
     Raises:
-        RecipeError: the text names the new key of each.
+        RecipeError: an old key is present; the message lists the new name of each.
     """
-    found = [old for old in RENAMED if _has(values, old)]
-    if found:
-        lines = "\n".join(f"  {old}: now {RENAMED[old]}" for old in found)
+    old_keys = [old for old in RENAMED if _has(values, old)]
+    if old_keys:
+        lines = "\n".join(f"  {old}: now {RENAMED[old]}" for old in old_keys)
         raise RecipeError(f"{where} has keys that were renamed:\n{lines}")
 
 
-def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a run that an earlier version finished, with today's keys."""
+def upgrade_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a recipe that an earlier version wrote, with the current keys."""
     if not any(_has(values, old) for old in RENAMED):
         return values
     values = copy.deepcopy(values)

@@ -1,4 +1,4 @@
-"""Numbers that change over epochs: constant, warm-up, ramp or cosine."""
+"""Schedules of loss weights over epochs: warm-up, ramp or cosine."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Schedule(Config):
-    """A number per epoch, from `start` to `end` within `epochs` epochs, and `end` from then on."""
+    """Schedule of a number that goes from `start` to `end` in `epochs` epochs and then stays at `end`."""
 
     shape: Literal["warmup", "ramp", "cosine"]
-    """`warmup`: in equal steps. `ramp`: times exp(-5 (1 - t)²), slow at first. `cosine`: half a cosine."""
+    """Curve from start to end: `warmup` is linear, `ramp` is exp(-5 (1 - t)²), which rises slowly at first,
+    and `cosine` is half a cosine."""
     start: NotNegative = 0.0
-    """Value in epoch 0; `ramp` begins a little nearer to `end`."""
+    """Value in epoch 0; `ramp` starts 0.7 % closer to `end`."""
     end: NotNegative = 1.0
     """Value from epoch `epochs` on."""
     epochs: Annotated[int, Field(ge=1)]
-    """Epochs from start to end."""
+    """Number of epochs from start to end."""
 
     def at(self, epoch: int) -> float:
-        """Value in epoch 0, 1, ...
+        """Return the value in an epoch, counted from 0.
 
         >>> Schedule(shape="warmup", end=2.0, epochs=4).at(1)
         0.5
@@ -40,16 +41,16 @@ class Schedule(Config):
 
 
 Weight = NotNegative | Schedule
-"""A factor that is not negative, or its schedule over epochs."""
+"""Nonnegative factor, or its schedule over epochs."""
 
 
 def value_at(weight: float | Schedule, epoch: int) -> float:
-    """The number that a weight is in an epoch."""
+    """Return the value of a weight in an epoch."""
     return weight.at(epoch) if isinstance(weight, Schedule) else weight
 
 
 def is_used(weight: float | Schedule) -> bool:
-    """Whether a weight is ever above zero."""
+    """Return true if a weight is above zero in any epoch."""
     return max(weight.start, weight.end) > 0 if isinstance(weight, Schedule) else weight > 0
 
 
@@ -58,4 +59,4 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "ramp": lambda t: math.exp(-5 * (1 - t) ** 2),
     "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
 }
-"""Share of the way that is done after a share t of the epochs; `ramp` begins at exp(-5) = 0.007."""
+"""Interpolation factor from start to end, as a function of the fraction t of the epochs, by curve name."""

@@ -1,11 +1,12 @@
-"""Fused maths on tensors, and the encoded rows it reads. Imports nothing else of coursepack."""
+"""Fused loss over stored teacher logits, encoded rows, and pixel normalization."""
 
 from coursepack.kernels.dispatch import Choice as Choice
 from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
-from coursepack.kernels.normalise import normalise as normalise
+from coursepack.kernels.pixels.normalize import normalize as normalize
+from coursepack.kernels.reference import shift_logits as shift_logits
 from coursepack.kernels.rows import BitRows as BitRows
 from coursepack.kernels.rows import DenseRows as DenseRows
 from coursepack.kernels.rows import Int8Rows as Int8Rows
@@ -26,7 +27,8 @@ __all__ = [
     "TopKRows",
     "decode",
     "describe",
-    "normalise",
+    "normalize",
+    "shift_logits",
     "soft_target_loss",
     "soft_targets",
     "teacher_stats",

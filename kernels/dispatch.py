@@ -1,4 +1,4 @@
-"""Which path computes the fused loss, and why: one table for each device, read from the top."""
+"""Choice of the path that computes the fused loss: one table of rules, the first match wins."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coursepack.kernels import cuda, native
+from coursepack.kernels.cpu import native
+from coursepack.kernels.cpu.threads import usable_threads
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
-from coursepack.kernels.threads import usable_threads
 
 if TYPE_CHECKING:
-    from coursepack.kernels.request import Request
     from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import LossCall
 
-KERNEL_DIVERGENCES = ("kl",)
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
-ANALYTIC, OP, KERNEL, CUDA = "analytic", "op", "kernel", "cuda"
+ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `soft_target_loss` would do with some arguments."""
+    """Path and threads that `soft_target_loss` uses for given arguments."""
 
     path: str
-    """"kernel" (compiled, on the CPU), "op" (the same inside of `torch.compile`), "cuda" (a kernel on a GPU,
-    if asked for), or "analytic" (torch)."""
+    """"kernel" (compiled, CPU), "op" (the same under `torch.compile`) or "analytic" (torch operations)."""
     reason: str
-    """Why."""
+    """Reason for the path."""
     threads: int | None
-    """Threads of the kernel; None where torch decides, and for an operator, which asks when it runs."""
+    """Threads of the kernel; None if torch decides, and for an operator, which decides when it runs."""
     threads_reason: str
-    """Why so many."""
+    """Reason for the number of threads."""
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f"; threads: {self.threads} ({self.threads_reason})"
@@ -43,7 +41,7 @@ class Choice:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory can be read through its address: no subclass, no other layout."""
+    """True if the memory can be read through its address: no subclass, strided layout."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
@@ -57,54 +55,31 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     return isinstance(teacher, (DenseRows, Int8Rows))
 
 
-Reason = str | Callable[["Request"], str]
-"""Words, or what gives them where a rule that is taken can have several."""
+Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]
+"""Path, reason, and condition on the student's logits and the call."""
 
-Rule = tuple[str, Reason, Callable[[Tensor, "Request"], bool]]
-"""The path, its reason, and whether it is taken."""
-
-# What no kernel does, wherever it runs.
-_LEFT_TO_TORCH: tuple[Rule, ...] = (
-    (ANALYTIC, "computes in float64", lambda _, r: r.dtype == torch.float64),
-    (ANALYTIC, "no kernel for this divergence", lambda _, r: r.divergence not in KERNEL_DIVERGENCES),
-    (ANALYTIC, "no kernel for one of the teachers", lambda _, r: not _reads(r.given)),
+# The first rule whose condition holds.
+RULES: tuple[Rule, ...] = (
+    (ANALYTIC, "not on the CPU", lambda _, call: call.device.type != "cpu"),
+    (ANALYTIC, "computes in float64", lambda _, call: call.dtype == torch.float64),
+    (ANALYTIC, "no kernel for this divergence", lambda _, call: call.spec.divergence != "kl"),
+    (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.teachers)),
+    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
+    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
+    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
+    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
 )
-_NO_PLAIN_TENSOR: Rule = (
-    ANALYTIC,
-    "the student's logits are no plain tensor",
-    lambda student, _: not _is_plain(student),
-)
-# The rules of each device. The first that is taken counts.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "cpu": (
-        *_LEFT_TO_TORCH,
-        (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
-        (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
-        _NO_PLAIN_TENSOR,
-        (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
-    ),
-    "cuda": (
-        (ANALYTIC, "on CUDA, under torch.compile", lambda *_: torch.compiler.is_compiling()),
-        (ANALYTIC, f"on CUDA, and {cuda.SWITCH} is not 1", lambda *_: not cuda.is_asked_for()),
-        *_LEFT_TO_TORCH,
-        _NO_PLAIN_TENSOR,
-        (ANALYTIC, lambda r: cuda.refusal(r) or "", lambda _, r: cuda.refusal(r) is not None),
-        (CUDA, f"rows on a GPU, and {cuda.SWITCH} is 1", lambda *_: True),
-    ),
-}
-ELSEWHERE = ANALYTIC, "not on the CPU"
 
 
-def reads_teachers(request: Request) -> bool:
-    """Whether the compiled mixture serves: no gradient to the weights, and teachers that kernels read."""
-    r = request
-    on_cpu = is_eager_cpu(r.device) and r.dtype == torch.float32
-    wants_gradient = torch.is_grad_enabled() and r.weights is not None and r.weights.requires_grad
-    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(r.given)
+def reads_teachers(call: LossCall) -> bool:
+    """True if compiled functions can read the teachers and no gradient with respect to weights is needed."""
+    on_cpu = is_eager_cpu(call.device) and call.dtype == torch.float32
+    wants_gradient = torch.is_grad_enabled() and call.weights is not None and call.weights.requires_grad
+    return on_cpu and NUMBA_IS_INSTALLED and not wants_gradient and _reads(call.teachers)
 
 
 def reads_student(student_logits: Tensor | None) -> bool:
-    """Whether a kernel can read a student's logits, if there are any."""
+    """True if compiled functions can read the student's logits, or there are none."""
     return student_logits is None or (
         student_logits.device.type == "cpu"
         and student_logits.dtype in native.KINDS
@@ -112,17 +87,17 @@ def reads_student(student_logits: Tensor | None) -> bool:
     )
 
 
-def choose(student_logits: Tensor, request: Request) -> tuple[str, str]:
-    """The path for a request, and the reason."""
-    for path, reason, taken in RULES.get(request.device.type, ()):
-        if taken(student_logits, request):
-            return path, reason if isinstance(reason, str) else reason(request)
-    return ELSEWHERE
+def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
+    """Return the path for a call, and the reason."""
+    for path, reason, matches in RULES:
+        if matches(student_logits, call):
+            return path, reason
+    raise AssertionError("the last rule matches every call")
 
 
-def describe_request(student_logits: Tensor, request: Request) -> Choice:
-    """The path and the threads for a request."""
-    path, reason = choose(student_logits, request)
+def describe_call(student_logits: Tensor, call: LossCall) -> Choice:
+    """Return the path and the threads for a call."""
+    path, reason = choose(student_logits, call)
     if path != KERNEL:
         return Choice(path, reason, None, "")
-    return Choice(path, reason, *usable_threads(native.work_of(request), native.PARALLEL_FROM))
+    return Choice(path, reason, *usable_threads(native.work_of(call), native.PARALLEL_FROM))

@@ -1,4 +1,4 @@
-"""Other ways to compare teachers and student than KL(teachers || student), in torch operations on any device.
+"""Divergences other than KL(teachers || student), in torch operations for any device.
 
 With x = z / T, q = softmax(x), and as target t either the mixture sum_k w_k X_k or each teacher's X_k, where
 X_k are its softened and adjusted probabilities P_k, or for "mse" its logits over its temperature:
@@ -7,9 +7,9 @@ X_k are its softened and adjusted probabilities P_k, or for "mse" its logits ove
     js           D = 1/2 sum_c t log(t / m) + q log(q / m), m = (t + q) / 2     Lin 1991
     mse          D = 1/C sum_c (x - t)²                                         Ba and Caruana 2014, eq. 1
 
-Gradients are derived by hand: dD/dz = (dD/dx) / T, dD/dw_k = sum_c X_k dD/dt for the mixture and D of
-teacher k for the sum. Logarithms of a target are floored at the smallest normal number, so that a class which
-is impossible to the teachers costs much and not infinitely much; there dD/dt of "reverse_kl" is 0.
+Gradients are derived by hand: dD/dz = (dD/dx) / T, dD/dw_k = sum_c X_k dD/dt for the mixture and D of teacher
+k for the sum. Logarithms of a target are clamped at the smallest normal number, so that a class with teacher
+probability 0 has a large but finite cost; dD/dt of "reverse_kl" is 0 there.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from coursepack.kernels import reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coursepack.kernels.arguments import Arguments
+    from coursepack.kernels.values import LossValues
 
 Compared = tuple[Tensor, Tensor, Tensor]
 """D `(N,)`, dD/dx `(N, C)` and dD/dt `(N, C)`."""
 
 
 def soft(
-    logits: Tensor, weights: Tensor, a: Arguments, wants_weights: bool
+    logits: Tensor, weights: Tensor, values: LossValues, wants_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`soft_weight T² D` per row `(N,)`, its gradient to the logits `(N, C)` and to the weights `(N, K)`."""
-    compare = COMPARISONS[a.divergence]
-    scaled = logits / a.temperature[:, None]
-    weights = weights.to(a.dtype)
+    """Compute `soft_weight T² D` per row `(N,)` and its gradients to logits `(N, C)` and weights `(N, K)`."""
+    compare = COMPARISONS[values.spec.divergence]
+    scaled = logits / values.temperature[:, None]
+    weights = weights.to(values.dtype)
     columns: list[Tensor] = []
-    if a.combine == "mixture":
+    if values.spec.combine == "mixture":
         mixture, targets = torch.zeros_like(scaled), []
-        for k in range(len(a.teachers)):
-            each = reference.target(a, k)
+        for k in range(len(values.teachers)):
+            each = reference.target(values, k)
             mixture.addcmul_(each, weights[:, k, None])
             targets += [each] if wants_weights else []
         divergence, slope, target_slope = compare(scaled, mixture)
@@ -49,13 +49,13 @@ def soft(
             columns = [torch.where(each == 0, each, each * target_slope).sum(1) for each in targets]
     else:
         divergence, slope = torch.zeros_like(scaled[:, 0]), torch.zeros_like(scaled)
-        for k in range(len(a.teachers)):
-            one, its_slope, _ = compare(scaled, reference.target(a, k))
+        for k in range(len(values.teachers)):
+            one, its_slope, _ = compare(scaled, reference.target(values, k))
             divergence = divergence + weights[:, k] * one
             slope.addcmul_(its_slope, weights[:, k, None])
             columns.append(one)
-    factor = a.soft_weight * a.temperature
-    squared = factor * a.temperature
+    factor = values.spec.soft_weight * values.temperature
+    squared = factor * values.temperature
     grad_weights = squared[:, None] * torch.stack(columns, dim=1) if wants_weights else None
     return squared * divergence, slope.mul_(factor[:, None]), grad_weights
 

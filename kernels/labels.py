@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixedLabels:
-    """Two labels per row and how much of the first: what mixup and cutmix make of hard labels.
+    """Two labels per row and the share of the first, as mixup and cutmix produce them.
 
     Cross-entropy to them is `lam * CE(first) + (1 - lam) * CE(second)`.
     """

@@ -1,8 +1,7 @@
-"""Encoded rows: a batch of teachers' values in the form they are stored in.
+"""Encoded rows: a batch of teacher values in their stored form.
 
-The loss takes them as they are, so that nothing wider than the encoding travels or is kept. `decode` gives
-float32; what a sparse encoding says about the classes it dropped depends on the temperature, so that is an
-argument.
+The loss reads encoded rows directly, so no float32 copy is moved or kept. `decode` returns float32. It takes
+the temperature, because the values of classes that a sparse encoding dropped depend on it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
-"""Temperatures at which `TopKRows` knows the mass of the classes it dropped."""
+"""Temperatures at which `TopKRows` stores the mass of the dropped classes."""
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """What every kind of encoded rows offers."""
+    """Interface of all encoded rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,20 +33,22 @@ class Rows(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same rows on another device."""
+        """Copy the rows to another device."""
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The values, float32, as they are to be read at a temperature per row `(N,)`; None means 1.
+        """Decode to float32.
 
-        `out` is a contiguous float32 tensor of the decoded shape to write to, instead of a new one.
+        Args:
+            temperature: the temperature `(N,)` the rows are used at; None means 1.
+            out: contiguous float32 tensor of the decoded shape to write to, instead of a new one.
         """
 
 
 def is_eager_cpu(device: torch.device) -> bool:
-    """Whether values can be looked at and numba called: on the CPU, and not while `torch.compile` traces."""
+    """True on the CPU outside `torch.compile`, where values can be checked and numba called."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -56,7 +57,7 @@ R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | BitRows")
 
 @dataclass(frozen=True)
 class DenseRows:
-    """One floating-point number per value: the encodings `float32`, `float16` and `bfloat16`."""
+    """Rows with one floating-point number per value: the encodings `float32`, `float16` and `bfloat16`."""
 
     values: Tensor
     """`(N, ...)` float32, float16 or bfloat16."""
@@ -75,21 +76,21 @@ class DenseRows:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self.values.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DenseRows:
-        """The same rows on another device."""
+        """Copy the rows to another device."""
         return _moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The values, float32; the stored tensor itself where that is float32 already."""
+        """Decode to float32; returns the stored tensor itself if it is float32 already."""
         return self.values.float() if out is None else _target(self, out).copy_(self.values)
 
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """One byte per value, affine per row: `minimum + scale * q`."""
+    """Rows with one byte per value, `minimum + scale * q` with scale and minimum per row."""
 
     q: Tensor
     """`(N, ...)` uint8."""
@@ -108,18 +109,18 @@ class Int8Rows:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self.q.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Int8Rows:
-        """The same rows on another device."""
+        """Copy the rows to another device."""
         return _moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The values, float32."""
+        """Decode to float32."""
         affine = self.affine.float()
         if is_eager_cpu(self.device):
-            from coursepack.kernels.jit_decode import int8_decode
+            from coursepack.kernels.cpu.jit_decode import int8_decode
 
             out, flat = _target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
             int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
@@ -130,20 +131,20 @@ class Int8Rows:
 
 @dataclass(frozen=True)
 class TopKRows:
-    """The largest logits with their class ids, and the mass of all others at a few temperatures.
+    """Rows with the k largest logits, their class ids, and the mass of all others at four temperatures.
 
-    The classes that were dropped share their mass evenly: each is given the one logit that makes the mass
-    right at the temperature asked for. The mass is interpolated in 1/T, where its logarithm is convex.
+    All dropped classes decode to the same logit, chosen so that their total mass is right at the requested
+    temperature. The mass is interpolated in 1/T, in which its logarithm is convex.
     """
 
     ids: Tensor
-    """Class ids `(N, k)` uint16 or uint32, each once, the label among them."""
+    """Class ids `(N, k)` uint16 or uint32, distinct, including the label."""
     values: Tensor
     """Their logits `(N, k)` float16."""
     tail: Tensor
     """Log of `sum exp((z - max z) / T)` over dropped classes, `(N, 4)` float16, at `TAIL_TEMPERATURES`."""
     classes: int
-    """C."""
+    """Number of classes C."""
 
     def __post_init__(self) -> None:
         if self.ids.dtype not in (torch.uint16, torch.uint32):
@@ -162,21 +163,21 @@ class TopKRows:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self.ids.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TopKRows:
-        """The same rows on another device."""
+        """Copy the rows to another device."""
         return _moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """Logits `(N, C)` float32 whose dropped classes have the right mass at each row's temperature."""
+        """Decode to float32; the dropped classes have the right mass at each row's temperature."""
         if is_eager_cpu(self.device):
             return self._decode_cpu(temperature, _target(self, out))
         return self._decode_unseen(temperature, _target(self, out))
 
     def _decode_unseen(self, temperature: Tensor | None, out: Tensor) -> Tensor:
-        # To refuse a bad id would need the device to be waited for: its row turns to NaN, as elsewhere.
+        # Refusing an invalid id would wait for the device, so its row becomes NaN.
         ids = self.ids.to(torch.int64)
         bad = (ids >= self.classes).any(1, keepdim=True)
         values = self.values.float().masked_fill(bad, float("nan"))
@@ -184,7 +185,7 @@ class TopKRows:
         return out.copy_(fill.expand(self.shape)).scatter_(1, ids.clamp_(max=self.classes - 1), values)
 
     def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
-        from coursepack.kernels.jit_decode import topk_decode
+        from coursepack.kernels.cpu.jit_decode import topk_decode
 
         rows = len(self.ids)
         inverse = torch.ones(rows) if temperature is None else 1 / temperature.to(torch.float32)
@@ -203,7 +204,7 @@ class TopKRows:
         return out
 
     def tail_logit(self, values: Tensor, temperature: Tensor | None) -> Tensor:
-        """The logit `(N,)` float32 of every dropped class: `max z + T (log mass(T) - log count)`."""
+        """Logit `(N,)` float32 of every dropped class: `max z + T (log mass(T) - log count)`."""
         top = values.amax(1)
         dropped = self.classes - self.ids.shape[1]
         if dropped == 0:
@@ -227,7 +228,7 @@ class TopKRows:
 
 @dataclass(frozen=True)
 class BitRows:
-    """The sign of every value, eight to a byte."""
+    """Rows with the sign of every value, eight to a byte."""
 
     bits: Tensor
     """`(N, ceil(D / 8))` uint8, the first value in the highest bit; 1 where it is positive."""
@@ -245,18 +246,18 @@ class BitRows:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self.bits.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BitRows:
-        """The same rows on another device."""
+        """Copy the rows to another device."""
         return _moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """+1 where the value was positive, -1 elsewhere, float32."""
+        """Decode to +1 where the value was positive and -1 elsewhere, float32."""
         count = math.prod(self.row_shape)
         if is_eager_cpu(self.device):
-            from coursepack.kernels.jit_decode import bit_decode
+            from coursepack.kernels.cpu.jit_decode import bit_decode
 
             out = _target(self, out)
             bit_decode(self.bits.numpy(), out.view(len(self.bits), count).numpy())
@@ -267,11 +268,11 @@ class BitRows:
 
 
 def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
-    """Teacher logits `(N, C)` float32 from encoded rows or from a floating-point tensor.
+    """Decode rows, or convert a floating-point tensor, to float32.
 
     Args:
         rows: encoded rows, or a tensor.
-        temperature: the temperature `(N,)` they will be read at; None means 1. Matters to `TopKRows` only.
+        temperature: the temperature `(N,)` the rows are used at; None means 1. Used by `TopKRows` only.
     """
     return rows.float() if isinstance(rows, Tensor) else rows.decode(temperature)
 

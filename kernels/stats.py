@@ -1,4 +1,4 @@
-"""What teachers say about each sample: what adaptive weights and dynamic temperatures read."""
+"""Statistics of teacher logits per sample, for adaptive weights and dynamic temperatures."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.kernels import dispatch, native
-from coursepack.kernels.arguments import BadRows, class_ids
+from coursepack.kernels import dispatch
+from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import log_softmax
-from coursepack.kernels.request import check_request, check_teachers
 from coursepack.kernels.rows import decode
+from coursepack.kernels.spec import LossSpec, check_call, check_teachers
+from coursepack.kernels.values import BadRows, class_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coursepack.kernels.request import Teachers
+    from coursepack.kernels.spec import Teachers
 
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """Facts per teacher and sample, all `(K, N)`, at temperature 1, without gradient."""
+    """Statistics per teacher and sample, all `(K, N)`, at temperature 1, without gradient."""
 
     argmax: Tensor
     """Top class, int64; ties go to the lowest class."""
@@ -30,7 +31,7 @@ class TeacherStats:
     norm: Tensor
     """Euclidean norm of the logits, float32."""
     correct: Tensor | None
-    """Whether no class scores above the label, bool; None without labels. False for an ignored label."""
+    """True if no class has a larger logit than the label; None without labels, False for an ignored one."""
     cross_entropy: Tensor | None
     """Cross-entropy to the label, float32, nats; None without labels. 0 for an ignored label."""
     cosine: Tensor | None
@@ -44,13 +45,13 @@ def teacher_stats(
     student_logits: Tensor | None = None,
     ignore_index: int = -100,
 ) -> TeacherStats:
-    """Facts about each teacher's answer to each sample.
+    """Compute statistics of each teacher's logits for each sample.
 
     Args:
         teachers: `(K, N, C)` logits, or a list of K tensors or encoded rows `(N, C)`.
         labels: class ids `(N,)` int64.
-        student_logits: `(N, C)`, to compare directions with.
-        ignore_index: a label that stands for none.
+        student_logits: `(N, C)`, for the cosine.
+        ignore_index: label of a row without a label.
 
     Raises:
         ValueError: shapes that do not fit, or a label outside the classes (on CUDA its cross-entropy is NaN
@@ -58,9 +59,9 @@ def teacher_stats(
         TypeError: labels that are not int64.
     """
     listed = check_teachers(teachers, None if student_logits is None else student_logits.shape)
-    request = check_request(None, teachers, labels, ignore_index=ignore_index)
-    if dispatch.reads_teachers(request) and dispatch.reads_student(student_logits):
-        numbers, tops, correct = native.facts(student_logits, request)
+    call = check_call(None, teachers, labels, LossSpec(ignore_index=ignore_index))
+    if dispatch.reads_teachers(call) and dispatch.reads_student(student_logits):
+        numbers, tops, correct = native.statistics(student_logits, call)
         return TeacherStats(
             argmax=tops,
             entropy=numbers[0],
@@ -69,12 +70,10 @@ def teacher_stats(
             cross_entropy=None if labels is None else numbers[2],
             cosine=None if student_logits is None else numbers[3],
         )
-    rows, classes = listed[0].shape
     checked = None
     if labels is not None:
-        bad = BadRows(rows, labels.device)
-        ids, valid = class_ids("labels", labels, rows, classes, listed[0].device, ignore_index, bad)
-        checked = (ids, valid, bad.mask)
+        bad = BadRows(call.rows, labels.device)
+        checked = (*class_ids("labels", labels, call, bad), bad)
     each = [_one_teacher(decode(t).detach(), checked, student_logits) for t in listed]
     return TeacherStats(
         argmax=torch.stack([stats.argmax for stats in each]),
@@ -92,13 +91,13 @@ def _stack(columns: list[Tensor | None]) -> Tensor | None:
 
 
 def _one_teacher(
-    logits: Tensor, labels: tuple[Tensor, Tensor, Tensor | None] | None, student_logits: Tensor | None
+    logits: Tensor, labels: tuple[Tensor, Tensor, BadRows] | None, student_logits: Tensor | None
 ) -> TeacherStats:
-    """The facts of one teacher, each `(N,)`."""
+    """Compute the statistics of one teacher, each `(N,)`."""
     log_probs = log_softmax(logits)
     correct = cross_entropy = cosine = None
     if labels is not None:
-        ids, valid, bad_rows = labels
+        ids, valid, bad_rows = labels[0], labels[1], labels[2].mask
         valid = valid if bad_rows is None else valid & ~bad_rows
         correct = valid & (logits.gather(1, ids[:, None])[:, 0] >= logits.amax(1))
         cross_entropy = torch.where(valid, -log_probs.gather(1, ids[:, None])[:, 0], 0)

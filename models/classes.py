@@ -1,4 +1,4 @@
-"""Class maps: which of a teacher's classes the classes of a source are."""
+"""Class maps: correspondence between the classes of a source and those of a teacher."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
-    """The teacher's class of each class of a source, in the source's order.
+    """Read a class map: the teacher's class index for each class of a source, in the source's order.
 
     Args:
-        path: YAML, a list of the teacher's class ids in the order of the source's classes, or a mapping from
-            the source's class names to the teacher's class ids.
-        class_names: the source's.
+        path: YAML file with a list of the teacher's class indices in the order of the source's classes, or a
+            mapping from the source's class names to the teacher's class indices.
+        class_names: names of the source's classes.
 
     Raises:
-        RecipeError: a class is missing, unknown or named twice, or an id is no class id.
+        RecipeError: a class is missing, unknown or mapped twice, or a value is not a class index.
     """
     values = read_yaml(path)
     if isinstance(values, dict):
@@ -38,7 +38,9 @@ def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
         raise RecipeError(f"class map {str(path)!r} holds {got}, expected {len(class_names)} class ids")
     for name, column in zip(class_names, values, strict=True):
         if isinstance(column, bool) or not isinstance(column, int) or column < 0:
-            raise RecipeError(f"class map {str(path)!r} gives {column!r} for {name!r}, expected a class id")
+            raise RecipeError(
+                f"class map {str(path)!r} gives {column!r:.80} for {name!r:.80}, expected a class id"
+            )
     if len(set(values)) < len(values):
         raise RecipeError(f"class map {str(path)!r} gives one of the teacher's classes to two classes")
     return tuple(values)

@@ -1,8 +1,8 @@
-"""IEEE float32 arithmetic, whatever torch's defaults allow.
+"""IEEE float32 arithmetic independent of torch's precision settings.
 
-By default torch lets cuDNN round the inputs of float32 convolutions and recurrent layers to tf32, ten bits of
-mantissa, and a caller may have allowed tf32 or bfloat16 for matrix products. A store that says `float32` may
-not depend on either.
+By default torch lets cuDNN round the inputs of float32 convolutions and recurrent layers to tf32, which has
+ten bits of mantissa, and a caller may have enabled tf32 or bfloat16 for matrix products. Values in a store
+whose precision is `float32` must not depend on these.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXACT = ("ieee", "none")
-"""Settings that compute in IEEE float32: `none` allows nothing else."""
+"""Values of `fp32_precision` that compute in IEEE float32; `none` enables no reduced precision."""
 
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Compute float32 convolutions and products in IEEE float32, on CUDA devices and on the CPU.
+    """Compute float32 convolutions and matrix products in IEEE float32, on CUDA devices and on the CPU.
 
-    The settings are those of the process, `torch.backends...fp32_precision`, and are as before afterwards.
-    Where one was made through the older `allow_tf32` or `set_float32_matmul_precision`, torch refuses to read
-    it back within.
+    The context changes the process-wide settings `torch.backends...fp32_precision` and restores them on exit.
+    Inside it, torch refuses to read settings back through the older `allow_tf32` and
+    `set_float32_matmul_precision` if they were made through those.
     """
     backends: Any = torch.backends
     general = backends.fp32_precision
-    # cuDNN first: operations that follow it, as those that nobody has set do, need no setting of their own.
+    # cuDNN comes first: its operations follow its setting unless they were set one by one.
     settings = [backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     settings += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     changed = []
@@ -37,7 +37,7 @@ def ieee_float32() -> Iterator[None]:
         for setting in settings:
             before = setting.fp32_precision
             if before not in EXACT or (setting is backends.cudnn and before == "none"):
-                # A value that is the general one too is taken to follow it.
+                # A value equal to the general setting is assumed to be inherited from it.
                 changed.append((setting, "none" if before == general else before))
                 setting.fp32_precision = "ieee"
         yield

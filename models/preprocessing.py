@@ -1,4 +1,4 @@
-"""From uint8 pixels to what a network wants: its own size, channels and normalisation."""
+"""Conversion of uint8 pixels to the size, channels and normalization that a network expects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config
 from coursepack.errors import RecipeError
-from coursepack.kernels import normalise
+from coursepack.kernels import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MOST_SIZE = 4096
-"""Of an image's side in pixels, as in view recipes."""
+MAX_SIZE = 4096
+"""Largest side of an image in pixels, as in view recipes."""
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Of red, green and blue (ITU-R 601)."""
+"""Weights of red, green and blue in the gray value (ITU-R 601)."""
 
 
 class Preprocessing(Config):
-    """What a network expects of its images."""
+    """Size and normalization of the images that a network expects."""
 
-    size: Annotated[int, Field(ge=1, le=MOST_SIZE)]
-    """Side in pixels at which views are rendered for it."""
+    size: Annotated[int, Field(ge=1, le=MAX_SIZE)]
+    """Side in pixels at which views are rendered for the network."""
     mean: tuple[float, ...]
-    """Subtracted per channel, of values in [0, 1]."""
+    """Means to subtract per channel, of values in [0, 1]."""
     std: tuple[Annotated[float, Field(gt=0)], ...]
-    """Divided by, per channel."""
+    """Standard deviations to divide by per channel, of values in [0, 1]."""
 
     @model_validator(mode="after")
     def _check_channels(self) -> Preprocessing:
@@ -46,10 +46,10 @@ class Preprocessing(Config):
     def changed(
         self, size: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> Preprocessing:
-        """This with what is given in the place of its own.
+        """Return a copy in which the given values replace its own.
 
         Raises:
-            RecipeError: means or standard deviations for another number of channels, or not numbers above 0.
+            RecipeError: `mean` or `std` has another number of channels, or a value of `std` is not above 0.
         """
         given = {"size": size, "mean": mean, "std": std}
         values = self.model_dump() | {key: value for key, value in given.items() if value is not None}
@@ -63,26 +63,31 @@ class Preprocessing(Config):
 
     @property
     def channels(self) -> int:
-        """Channels the network reads."""
+        """Number of channels of the network's images, 1 or 3."""
         return len(self.mean)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalised images `(N, channels, H, W)` float32 from pixels `(N, H, W, C)` uint8.
+        """Convert pixels `(N, H, W, C)` uint8 to normalized images `(N, channels, H, W)` float32.
 
-        Grey pixels are repeated for a network of three channels; colours become grey (ITU-R 601) for a
-        network of one.
+        Gray pixels are repeated for a network with three channels; color pixels are converted to gray
+        (ITU-R 601) for a network with one.
         """
         levels = self.levels(pixels.shape[3])
         if levels is None:
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
-            grey = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
-            return ((grey - self.mean[0]) / self.std[0]).contiguous()
-        return normalise(pixels, *levels)
+            gray = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
+            return ((gray - self.mean[0]) / self.std[0]).contiguous()
+        return normalize(pixels, *levels)
 
     def levels(self, given: int) -> tuple[list[int], Tensor] | None:
-        """Which channel of the pixels each of the network's reads, and the value of each level there.
+        """Return the normalization as a table lookup, or None if color pixels have to be converted to gray.
 
-        The table is `(channels, 256)` float32. None for a network of one channel that is given colours.
+        Args:
+            given: number of channels of the pixels.
+
+        Returns:
+            The index of the pixels' channel that each of the network's channels reads, and the normalized
+            value of each pixel level, `(channels, 256)` float32.
         """
         if given == 3 and self.channels == 1:
             return None
@@ -92,6 +97,6 @@ class Preprocessing(Config):
 
 @functools.lru_cache
 def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised value of each level `(channels, 256)`."""
+    """Return the normalized value of each pixel level `(channels, 256)`."""
     levels = torch.arange(256, dtype=torch.uint8).float().div_(255)
     return ((levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).contiguous()

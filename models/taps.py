@@ -1,13 +1,13 @@
-"""Taps: activations of named layers, caught while a network runs and reduced to what is kept of them.
+"""Taps: named layers whose outputs are captured in a forward pass and reduced before they are stored.
 
-layer3              the output as it is
-layer3:pooled       mean over places
+layer3              output without a reduction
+layer3:pooled       mean over positions
 layer3:attention    mean of squares over channels
-layer3:gram         similarity of places (NST)
-a+b:gram            flow between two layers (FSP)
-bn2:sign            signs only
-bn2:margin          max(t, margin of that batch normalisation) (OFD)
-layer3:map:4        averaged to 4x4 first; any reduction takes a size
+layer3:gram         similarity matrix of positions (NST)
+a+b:gram            flow matrix between two layers (FSP)
+bn2:sign            signs
+bn2:margin          max(t, margin of the batch normalization) (OFD)
+layer3:map:4        average-pooled to 4x4 first; every reduction accepts a size
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
-from coursepack.kernels import reductions
+from coursepack.models import reductions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,24 +29,33 @@ KNOWN_REDUCTIONS = (*reductions.REDUCTIONS, "margin")
 
 @dataclass(frozen=True)
 class Tap:
-    """One thing to keep of a network's inside."""
+    """A layer, or a pair of layers, with the reduction of its output."""
 
     layers: tuple[str, ...]
-    """Dotted names of submodules; two only for `gram`."""
+    """Dotted names of submodules: one, or two for `gram`."""
     reduction: str = "map"
+    """One of `KNOWN_REDUCTIONS`."""
     size: int | None = None
-    """Side in pixels to which maps are averaged first."""
+    """Side in positions to which maps are average-pooled before the reduction; None keeps their size."""
 
     @property
     def name(self) -> str:
-        """Its name in a store: without a colon, which not every file system takes."""
+        """Name of the tap in a store; it contains no colon, because some file systems do not allow it."""
         layers = "+".join(self.layers)
         if self.reduction == "map" and self.size is None:
             return layers
         return f"{layers}@{self.reduction}{self.size or ''}"
 
     def reduce(self, outputs: Sequence[Tensor], margins: Tensor | None) -> Tensor:
-        """What is kept of the layers' outputs, one `(N, C, H, W)` (or `(N, D)`) per layer."""
+        """Reduce the outputs of the tap's layers to the stored features `(N, ...)`.
+
+        Args:
+            outputs: one tensor `(N, C, H, W)` or `(N, D)` per layer.
+            margins: margins `(C,)` of a `margin` tap, None for the others.
+
+        Raises:
+            ValueError: the reduction needs maps, and an output is not `(N, C, H, W)`.
+        """
         if self.size is not None:
             outputs = [reductions.resized(output, self.size) for output in outputs]
         if len(outputs) == 2:
@@ -57,11 +66,12 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap:
-    """The tap that a flag names: `LAYER[+LAYER][:REDUCTION[:SIZE]]`.
+    """Parse `LAYER[+LAYER][:REDUCTION[:SIZE]]`, the form of a tap in options and recipes.
 
     Raises:
-        UnknownName: no reduction of that name.
-        RecipeError: a size that is no number, or two layers for something other than `gram`.
+        UnknownName: the reduction is not one of `KNOWN_REDUCTIONS`.
+        RecipeError: the size is not a positive number, or two layers are given for a reduction other than
+            `gram`.
     """
     names, *rest = text.split(":")
     reduction = rest[0] if rest else "map"
@@ -76,7 +86,7 @@ def parse_tap(text: str) -> Tap:
 
 
 def tap_from_name(name: str) -> Tap:
-    """The tap that has this name in a store."""
+    """Return the tap whose `name` in a store is given."""
     layers, _, reduction = name.partition("@")
     kept = reduction.rstrip("0123456789")
     size = reduction.removeprefix(kept)
@@ -84,10 +94,10 @@ def tap_from_name(name: str) -> Tap:
 
 
 def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:
-    """Margins `(C,)` of a `margin` tap, from its batch normalisation; None for other taps.
+    """Compute the margins `(C,)` of a `margin` tap from its batch normalization; return None for other taps.
 
     Raises:
-        TeacherMismatch: the layer is no batch normalisation with weight and bias.
+        TeacherMismatch: the layer is not a batch normalization with weight and bias.
     """
     if tap.reduction != "margin":
         return None
@@ -95,7 +105,7 @@ def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) or weight is None or bias is None:
         raise TeacherMismatch(
-            f"tap {tap.name!r} needs a batch normalisation with weight and bias, but layer "
+            f"tap {tap.name!r} needs a batch normalization with weight and bias, but layer "
             f"{tap.layers[0]!r} is a {type(layer).__name__}: tap the one before the activation"
         )
     return reductions.margins(bias.detach(), weight.detach())
@@ -103,38 +113,38 @@ def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:
 
 @contextmanager
 def tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of each named submodule on every forward pass inside the context.
+    """Capture the outputs of named submodules during forward passes inside the context.
 
     Args:
         module: the network.
-        layers: dotted names of its submodules, as `named_modules` gives them.
+        layers: dotted names of its submodules, as in `named_modules`.
 
     Yields:
-        The latest output `(N, ...)` per layer; filled by the forward pass.
+        The latest output `(N, ...)` of each layer by its name, filled by the forward pass.
 
     Raises:
-        UnknownName: no submodule of that name.
-        TeacherMismatch: a submodule gives something other than one tensor.
+        UnknownName: there is no submodule of a name.
+        TeacherMismatch: a submodule returns something other than one tensor.
     """
     modules = dict(module.named_modules())
     modules.pop("")
-    caught: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     handles = []
     for layer in layers:
         if layer not in modules:
             raise UnknownName("layer", layer, modules)
 
-        def catch(_module: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
+        def capture(_module: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
             if not isinstance(output, Tensor):
                 raise TeacherMismatch(
-                    f"layer {layer!r} gives a {type(output).__name__}, expected one tensor: tap another layer"
+                    f"layer {layer!r} returns a {type(output).__name__}, expected one tensor: tap another"
                 )
-            # A copy: the next layer may work in place, as torchvision's ReLUs do.
-            caught[layer] = output.clone()
+            # Copied, because the next layer may work in place, as torchvision's ReLUs do.
+            outputs[layer] = output.clone()
 
-        handles.append(modules[layer].register_forward_hook(catch))
+        handles.append(modules[layer].register_forward_hook(capture))
     try:
-        yield caught
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

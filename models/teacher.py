@@ -1,4 +1,4 @@
-"""A frozen teacher at work: pixels in, logits and tapped features out."""
+"""Inference of a frozen teacher: logits and tapped features of a batch of pixels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from coursepack.errors import NonFiniteOutput, RecipeError, TeacherMismatch
+from coursepack.errors import NonFiniteOutput, TeacherMismatch
 from coursepack.models.float32 import ieee_float32
-from coursepack.models.hubs.python import logits_problem
+from coursepack.models.logits import logits_problem
 from coursepack.models.taps import tap_margins, tapped
 
 if TYPE_CHECKING:
@@ -22,43 +22,27 @@ if TYPE_CHECKING:
     from coursepack.models.taps import Tap
 
 
-def pick_device(name: str) -> torch.device:
-    """The device to run on: `cpu`, `cuda`, `cuda:1`, or `auto` for a CUDA device where there is one.
-
-    Raises:
-        RecipeError: another name, or `cuda` was asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise RecipeError(f"device is {name!r}, expected cpu, cuda, cuda:NUMBER or auto")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"device is {name!r}, but torch sees no CUDA device: use --device cpu")
-    return torch.device(name)
-
-
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says about a batch."""
+    """Outputs of a teacher for one batch."""
 
     logits: Tensor
     """`(N, C)` float32."""
     features: dict[str, Tensor]
-    """Per tap's name `(N, ...)` float32."""
+    """Reduced features `(N, ...)` float32, by the name of their tap."""
 
     def arrays(self) -> dict[str, Tensor]:
-        """Everything by the name of its array in a store."""
+        """Return all outputs by the name of their array in a store."""
         return {"logits": self.logits, **{f"features/{tap}": value for tap, value in self.features.items()}}
 
 
 class TeacherRunner:
-    """A teacher in evaluation mode, without gradients, on one device, in IEEE float32."""
+    """Runs a frozen teacher on one device, in evaluation mode and in IEEE float32."""
 
     memory_layout = "contiguous"
-    """Order of the images in memory, `(N, channels, H, W)`."""
+    """Memory format of the images `(N, channels, H, W)`."""
     compiled = False
-    """Whether the network runs through `torch.compile`."""
+    """True if the network runs through `torch.compile`."""
 
     def __init__(
         self,
@@ -67,17 +51,18 @@ class TeacherRunner:
         device: torch.device | None = None,
         columns: Sequence[int] | None = None,
     ) -> None:
-        """Freeze the network.
+        """Move the network to the device and freeze it in place.
 
         Args:
             network: the teacher.
-            taps: what to keep of its inside.
-            device: where it runs; None means the CPU.
-            columns: for each class of the source the teacher's own class; None means they are the same.
+            taps: features to return besides the logits.
+            device: defaults to the CPU.
+            columns: index of the teacher's class for each class of the source. Defaults to the same classes
+                in the same order.
 
         Raises:
-            UnknownName: a tap of a layer that the network does not have.
-            TeacherMismatch: a `margin` tap of something other than a batch normalisation.
+            UnknownName: a tap names a layer that the network does not have.
+            TeacherMismatch: a `margin` tap names a layer that is not a batch normalization.
         """
         self.network = network
         self.taps = tuple(taps)
@@ -91,25 +76,25 @@ class TeacherRunner:
 
     @torch.inference_mode()
     def run(self, pixels: Tensor) -> TeacherOutput:
-        """Logits and features of rendered views, all from one forward pass.
+        """Return logits and features of rendered views, computed in one forward pass.
 
         Args:
             pixels: `(N, size, size, channels)` uint8, at the size of the network's preprocessing.
 
         Raises:
-            TeacherMismatch: the network gives another shape than `(N, C)`, never runs a tapped layer, or the
+            TeacherMismatch: the output is not logits `(N, C)`, the forward pass skips a tapped layer, or the
                 layer's output cannot be reduced.
         """
         images = self.network.preprocessing(pixels.to(self.device, non_blocking=True))
         with tapped(self._module, self._layers) as outputs, ieee_float32():
             logits = self._module(images)
         if (problem := logits_problem(logits, (len(pixels), self.network.classes))) is not None:
-            raise TeacherMismatch(f"teacher {self.network.spec!r} gives {problem}")
+            raise TeacherMismatch(f"teacher {self.network.spec!r} returns {problem}")
         if self.columns is not None:
             logits = logits[:, list(self.columns)]
         if unused := [layer for layer in self._layers if layer not in outputs]:
             raise TeacherMismatch(
-                f"teacher {self.network.spec!r} never runs its layer {unused[0]!r}: tap another layer"
+                f"teacher {self.network.spec!r} never runs layer {unused[0]!r}: tap another layer"
             )
         features = {}
         for tap in self.taps:
@@ -121,7 +106,11 @@ class TeacherRunner:
         return TeacherOutput(logits.float(), features)
 
     def static(self) -> dict[str, Tensor]:
-        """What belongs to the teacher and not to samples: its head's weights, and margins; float32, CPU."""
+        """Return the tensors that do not depend on samples, as float32 on the CPU.
+
+        They are the weights of the last linear layer, if its outputs are the logits, as `head_weight`
+        `(C, D)` and `head_bias` `(C,)`, and the margins `(C,)` of each `margin` tap by the tap's name.
+        """
         kept = {}
         heads = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]
         if heads and heads[-1].out_features == self.network.classes:
@@ -135,23 +124,26 @@ class TeacherRunner:
         return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
 
     def check_weights(self) -> None:
-        """Refuse weights that hold NaN or infinity.
+        """Check that all weights are finite.
 
         Raises:
-            NonFiniteOutput: names the first of them.
+            NonFiniteOutput: a weight is NaN or infinite; the message names the first tensor.
         """
         for name, value in self._module.state_dict().items():
             if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                 raise NonFiniteOutput(
-                    f"teacher {self.network.spec!r} has weights that are not finite, first {name!r}: give "
-                    "others"
+                    f"teacher {self.network.spec!r} has weights that are not finite, first {name!r}: "
+                    "give other weights"
                 )
 
     def row_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of every array, by running one black image.
+        """Return the shape of one row of every array, found by running one black image.
+
+        Args:
+            channels: number of channels of the source's images.
 
         Raises:
-            TeacherMismatch: the network cannot take views of its size.
+            TeacherMismatch: the network fails on images of its preprocessing's size.
         """
         size = self.network.preprocessing.size
         try:
@@ -164,11 +156,16 @@ class TeacherRunner:
         return {name: tuple(value.shape[1:]) for name, value in output.arrays().items()}
 
 
-def check_finite(output: TeacherOutput, samples: Sequence[int], who: str) -> None:
-    """Refuse an answer that holds NaN or infinity.
+def check_finite(output: TeacherOutput, samples: Sequence[int], teacher: str) -> None:
+    """Check that all outputs of a teacher for a batch are finite.
+
+    Args:
+        output: the teacher's outputs.
+        samples: index of the sample of each row.
+        teacher: spec of the teacher, for the error message.
 
     Raises:
-        NonFiniteOutput: names the first samples.
+        NonFiniteOutput: an output is NaN or infinite; the message names the first samples.
     """
     for name, value in output.arrays().items():
         bad = ~torch.isfinite(value).flatten(1).all(1)
@@ -176,6 +173,6 @@ def check_finite(output: TeacherOutput, samples: Sequence[int], who: str) -> Non
             ids = [int(samples[row]) for row in bad.nonzero()[:, 0].tolist()]
             shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
             raise NonFiniteOutput(
-                f"teacher {who!r} gives {name} that are not finite for {len(ids)} samples of a batch "
+                f"teacher {teacher!r} gives {name} that are not finite for {len(ids)} samples of a batch "
                 f"({shown}): check its weights, its preprocessing and its precision"
             )

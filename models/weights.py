@@ -1,4 +1,4 @@
-"""Weights on disk: reading them without unpickling anything, whether they fit, and their fingerprint."""
+"""Weight files: safe reading without unpickling, checks against a network, and fingerprints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from coursepack.console import say
 from coursepack.errors import RecipeError, TeacherMismatch
+from coursepack.models.hubs import find_hub
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-"""Under which of these names checkpoints usually keep the state dict, beside the epoch and the like."""
+"""Keys under which checkpoints usually keep the state dict, beside the epoch and the optimizer's state."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names of all layers."""
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
-"""Heads of torchvision's GoogLeNet and Inception that run in training alone; networks here have none."""
+"""Prefixes that DistributedDataParallel and torch.compile add to the names of all layers."""
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """sha256 over the names, shapes and values of all weights and buffers."""
+    """Return the sha256 over the names, shapes, dtypes and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -40,11 +39,11 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from a safetensors file, or from a `.pt` file that holds one, alone or in a checkpoint.
+    """Read the state dict in a safetensors file, or in a `.pt` file that holds a state dict or a checkpoint.
 
     Raises:
         RecipeError: there is no such file.
-        TeacherMismatch: it is damaged, or holds something else.
+        TeacherMismatch: the file is damaged, or holds something else.
     """
     if not path.is_file():
         raise RecipeError(f"there are no weights at {str(path)!r}")
@@ -52,7 +51,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*TorchScript")  # refused below in our own words
+            warnings.filterwarnings("ignore", message=".*TorchScript")  # refused below with a clearer text
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise TeacherMismatch(f"{str(path)!r} cannot be read as weights: {_reason(error)}") from error
@@ -66,10 +65,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
                 f"{len(wrapped)} of them ({', '.join(wrapped)})" if wrapped else f"{list(state)[:5]!r:.100}"
             )
         raise TeacherMismatch(
-            f"{str(path)!r} holds no state dict, expected tensors by the names of their layers, or those "
-            f"under one of the names {', '.join(WRAPPERS)}; it holds {held}"
+            f"{str(path)!r} holds no state dict, expected a mapping from parameter names to tensors, "
+            f"directly or under one of the keys {', '.join(WRAPPERS)}; it holds {held}"
         )
-    say(f"{path}: the state dict is taken from under {wrapped[0]!r}")
+    say(f"{path}: using the state dict under {wrapped[0]!r}")
     return dict(state[wrapped[0]])
 
 
@@ -82,42 +81,48 @@ def _is_state(value: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is no weights; torch's own texts advise to run what the file says."""
+    """Explain why a file cannot be read as weights.
+
+    torch's own message recommends `weights_only=False`, which would run code from the file.
+    """
     text = str(error)
     if "weights_only" not in text:
-        return f"{text or type(error).__name__}. A .pt file holds what torch.save wrote of a state dict"
+        return f"{text or type(error).__name__}. Expected a state dict written by torch.save"
     found = re.search(r"GLOBAL ([\w.]+)", text)
     kind = "TorchScript code" if "TorchScript" in text else found[1] if found else "objects"
     return (
-        f"it holds {kind[:100]}, expected tensors alone. To read anything else is to run what the file says, "
-        "which is never done here. Where you trust the file, load the model yourself and save its weights: "
+        f"it holds {kind[:100]}, expected only tensors. Reading anything else could run code from the file, "
+        "which is never done here. If you trust the file, load the model yourself and save its weights: "
         "torch.save(model.state_dict(), 'weights.pt')"
     )
 
 
 def without_prefix(state: Mapping[str, Tensor], module: nn.Module, where: str) -> Mapping[str, Tensor]:
-    """Weights by the names that the network's layers have, where a wrapper put something before all of them.
+    """Remove a wrapper's prefix (`PREFIXES`) from the names of all weights.
 
     Args:
-        state: the weights.
-        module: the network; what stands before its own names stays.
-        where: where the weights came from, for what is said.
+        state: weights by name.
+        module: the network. A prefix that its own parameters have is kept.
+        where: file of the weights, for the message on stderr.
     """
     own = module.state_dict().keys()
     for prefix in PREFIXES * 2:
         if state and all(name.startswith(prefix) for name in state) and own.isdisjoint(state):
-            say(f"{where}: {prefix!r} before the names of all layers is left out")
+            say(f"{where}: removed the prefix {prefix!r} from the names of all layers")
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
 def class_count(module: nn.Module, classes: int, state: Mapping[str, Tensor]) -> int:
-    """Classes that weights were trained on: rows of whatever has one row per class in the network.
+    """Return the number of classes that weights were trained on.
+
+    It is the number of rows of the first tensor whose shape differs from the network's and that has one row
+    per class there; `classes` if there is none.
 
     Args:
-        module: the network, built for another number of classes.
-        classes: that number.
-        state: the weights.
+        module: the network, built for `classes` classes.
+        classes: number of classes C of the network.
+        state: weights by name.
     """
     for name, value in module.state_dict().items():
         stored = state.get(name)
@@ -126,21 +131,23 @@ def class_count(module: nn.Module, classes: int, state: Mapping[str, Tensor]) ->
     return classes
 
 
-_OTHER_CLASSES = ". If the weights tell {:,} classes apart, say with --classes MAP which of them the {:,} are"
+_OTHER_CLASSES = (
+    ". If the weights are for {:,} classes, use --classes MAP to select the source's {:,} of them"
+)
 
 
 def load_weights(spec: str, module: nn.Module, classes: int, state: Mapping[str, Tensor], where: str) -> None:
-    """Put weights into a network.
+    """Load weights into a network in place.
 
     Args:
-        spec: the network's name.
-        module: changed in place.
-        classes: outputs of the network.
-        state: the weights.
-        where: where they came from, for the error's text.
+        spec: spec of the network.
+        module: the network.
+        classes: number of classes C that the network outputs.
+        state: weights by name.
+        where: file of the weights, for error messages.
 
     Raises:
-        TeacherMismatch: as `fitting_weights`.
+        TeacherMismatch: the weights do not fit the network.
     """
     module.load_state_dict(dict(fitting_weights(spec, module, classes, state, where)))
 
@@ -148,14 +155,15 @@ def load_weights(spec: str, module: nn.Module, classes: int, state: Mapping[str,
 def fitting_weights(
     spec: str, module: nn.Module, classes: int, state: Mapping[str, Tensor], where: str
 ) -> Mapping[str, Tensor]:
-    """The weights that a network has a place for; as `load_weights`, but the network stays as it is.
+    """Return the weights that `load_weights` would load into a network, without changing the network.
 
     Raises:
         TeacherMismatch: a name or a shape differs.
     """
     own = module.state_dict()
-    if spec.startswith("torchvision:"):
-        state = {name: value for name, value in state.items() if not name.startswith(AUXILIARY)}
+    hub, _ = find_hub(spec)
+    if hub is not None and hub.unused_weights:
+        state = {name: value for name, value in state.items() if not name.startswith(hub.unused_weights)}
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     if missing or extra:

@@ -1,4 +1,4 @@
-"""Stage one: run a frozen teacher once over augmented views and write what it says to a store."""
+"""Stage one: run a frozen teacher once over augmented views and write its outputs to a store."""
 
 from coursepack.precompute.job import Job as Job
 from coursepack.precompute.job import run_job as run_job

@@ -1,4 +1,4 @@
-"""What is inside stores: their teachers' accuracy, calibration, fidelity, and how far they agree."""
+"""Statistics of stores: teachers' accuracy and calibration, fidelity of encodings, agreement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from coursepack.data.store import StoreReader
 
 ROWS_AT_A_TIME = 8192
+"""Rows of logits that are decoded together."""
 BINS = 15
-"""Confidence bins of the calibration error (Guo et al. 2017, equation 3)."""
+"""Number of confidence bins of the calibration error (Guo et al. 2017, equation 3)."""
 
 
 def describe_store(reader: StoreReader) -> dict[str, Any]:
-    """Everything about one store as plain values; reads all logits of all committed views once."""
+    """Return identity, arrays and statistics of a store as plain values.
+
+    All logits of all committed views are read once.
+    """
     manifest = reader.manifest
     labels = torch.from_numpy(reader.labels())
     views = {}
@@ -56,25 +60,28 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
 
 
 def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
-    """Share of samples on which two teachers name the same class `(K, K)`, in the first view all have."""
+    """Return the share of samples with the same top class for each pair of teachers, `(K, K)`.
+
+    The logits are those of the first view that all stores have.
+    """
     view = min(set.intersection(*(set(reader.views) for reader in readers)))
-    answers = []
+    top_classes = []
     for reader in readers:
         parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
-        answers.append(torch.cat(parts))
-    return [[float((one == other).double().mean()) for other in answers] for one in answers]
+        top_classes.append(torch.cat(parts))
+    return [[float((one == other).double().mean()) for other in top_classes] for one in top_classes]
 
 
 def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
-    """Mean gap between confidence and accuracy over bins of confidence, weighted by their samples."""
+    """Return the expected calibration error of a view over `BINS` bins of confidence."""
     counts, confidence_sums, correct_sums = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
     for logits, samples in _logits(reader, view):
         confidence, top = torch.softmax(logits, dim=1).max(1)
-        place = (confidence * BINS).long().clamp(max=BINS - 1)
-        counts += torch.bincount(place, minlength=BINS)
-        confidence_sums += torch.bincount(place, weights=confidence.double(), minlength=BINS)
+        bins = (confidence * BINS).long().clamp(max=BINS - 1)
+        counts += torch.bincount(bins, minlength=BINS)
+        confidence_sums += torch.bincount(bins, weights=confidence.double(), minlength=BINS)
         correct = (top == labels[samples]).double()
-        correct_sums += torch.bincount(place, weights=correct, minlength=BINS)
+        correct_sums += torch.bincount(bins, weights=correct, minlength=BINS)
     return float((confidence_sums - correct_sums).abs().sum() / counts.sum())
 
 

@@ -1,9 +1,9 @@
-"""The kind of machine and the settings that a store's rows were computed with.
+"""Kind of machine and settings that the rows of a store were computed with.
 
-They decide the last bits of a teacher's answer: the same teacher gives others under AVX-512 and AVX2, on
-another GPU, or in batches of another size. That is no part of a store's identity: rows of both kinds are
-right, but no longer the same bytes. Every block records its `environment`; `numerics` is the fingerprint of
-what in it may change bits. Within one `numerics` a store's bytes do not depend on who wrote which block when.
+They determine the last bits of a teacher's outputs, which differ between AVX-512 and AVX2, between GPUs and
+between batch sizes. They are not part of a store's identity: rows of different kinds are equally correct, but
+not the same bytes. Every block records its `environment`; `numerics` is the fingerprint of the entries that
+may change bits. While it is the same, a store's bytes do not depend on which process wrote which block.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
     from coursepack.models import TeacherRunner
 
 NUMERICS = "numerics"
+"""Key of the fingerprint in an environment."""
 NOT_NUMERIC = ("coursepack", "torchvision", "numpy", NUMERICS)
-"""Members of an environment that change no bit of an answer to given pixels."""
+"""Keys of an environment that do not affect a teacher's outputs for given pixels."""
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-"""Environment variables that choose instructions and that `cpu_capability` does not show."""
+"""Environment variables that limit CPU instructions without a change of `cpu_capability`."""
 
 
 def environment_of(runner: TeacherRunner, batch_size: int) -> dict[str, Any]:
-    """Versions, device and settings of a teacher's run; `numerics` is the fingerprint of the numeric ones."""
-    facts = {
+    """Return versions, device and settings of a teacher's run, with their fingerprint under `numerics`."""
+    environment = {
         **{name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
-        **_device_facts(runner.device),
+        **_device_properties(runner.device),
         "batch_size": batch_size,
         "memory_layout": runner.memory_layout,
         "compile": runner.compiled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    return {**facts, NUMERICS: fingerprint(_numeric(facts))}
+    return {**environment, NUMERICS: fingerprint(_numeric(environment))}
 
 
-def _device_facts(device: torch.device) -> dict[str, Any]:
+def _device_properties(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         cudnn: Any = torch.backends.cudnn
         major, minor = torch.cuda.get_device_capability(device)
@@ -75,39 +76,41 @@ def _numeric(environment: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NumericsGuard:
-    """Compares the environments that a store records with that of a run."""
+    """Compares the environments recorded in a store with the environment of the current run."""
 
     store: Path
+    """Folder of the store."""
     own: dict[str, Any]
+    """Environment of the current run, from `environment_of`."""
     same_numerics: bool = False
-    """Refuse rows of other numerics instead of warning of them."""
+    """Raise an error for rows with other numerics instead of a warning."""
 
     def check(self, manifest: Manifest, *, seen: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-        """Warn of rows that were written under other numerics, or refuse them.
+        """Warn if the store has rows with other numerics than the current run.
 
         Args:
-            manifest: the store's.
-            seen: environments that were compared before.
+            manifest: manifest of the store.
+            seen: environments that an earlier call returned; they are not compared again.
 
         Returns:
-            The environments that are recorded, for `seen`.
+            All recorded environments, to be passed as `seen` to a later call.
 
         Raises:
-            StoreMismatch: there are such rows, or rows that do not record it, and `same_numerics` is set.
+            StoreMismatch: `same_numerics` is set, and there are rows with other or unrecorded numerics.
         """
         recorded = recorded_environments(self.store, manifest)
         fresh = [entry for entry in recorded if entry not in seen]
         others = [entry for entry in fresh if entry.get(NUMERICS, self.own[NUMERICS]) != self.own[NUMERICS]]
         if others:
-            self._tell(others[0])
+            self._report(others[0])
         elif self.same_numerics and any(NUMERICS not in entry for entry in fresh):
             raise StoreMismatch(
-                f"store {str(self.store)!r} does not record the numerics of all its rows, since an earlier "
-                "version wrote them: leave --same-numerics out, or use another --store"
+                f"store {str(self.store)!r} has rows without recorded numerics, written by an earlier "
+                "version of coursepack: leave --same-numerics out, or use another --store"
             )
         return recorded
 
-    def _tell(self, other: dict[str, Any]) -> None:
+    def _report(self, other: dict[str, Any]) -> None:
         table = difference_table(_numeric(other), _numeric(self.own), "store", "here")
         found = f"store {str(self.store)!r} has rows of other numerics than this run's"
         if self.same_numerics:
@@ -122,7 +125,7 @@ class NumericsGuard:
 
 
 def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Environments of committed views and of blocks that are done besides, each once."""
+    """Return the distinct environments of committed views and of finished blocks of uncommitted ones."""
     found: list[dict[str, Any]] = []
     _add(found, manifest.environments)
     location = open_location(store)
@@ -134,9 +137,11 @@ def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any
 
 
 def views_by_numerics(manifest: Manifest) -> list[dict[str, Any]]:
-    """The numerics of the committed views: `numerics`, what it stands for, and its `views`.
+    """Group the committed views by their numerics.
 
-    A view whose blocks differ is listed under each; views of earlier versions have None.
+    Returns:
+        One mapping per group with `numerics` (None for views written by earlier versions), the environment's
+        entries that determine it, and the list `views`. A view whose blocks differ is in several groups.
     """
     groups: dict[str | None, dict[str, Any]] = {}
     for view, record in sorted(manifest.view_records.items(), key=lambda item: int(item[0])):
@@ -149,7 +154,7 @@ def views_by_numerics(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def describe_numerics(group: dict[str, Any]) -> str:
-    """A group of `views_by_numerics` in a line, without its views."""
+    """Format a group of `views_by_numerics` as one line, without its views."""
     if group[NUMERICS] is None:
         return "not recorded"
     shown = [group["device"], group["device_name"]]

@@ -1,4 +1,4 @@
-"""A picture of samples, their views, and what each teacher says to every one of them."""
+"""Picture of samples and their views with the predictions of several teachers."""
 
 from __future__ import annotations
 
@@ -21,41 +21,42 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 6
-"""Rows of the picture."""
+"""Number of samples, one row of the picture each."""
 INCHES = 1.7
-"""Side of one image."""
+"""Side of one image, in inches."""
 GAP = 0.1
-"""Between columns, and below a row's last line, in inches."""
+"""Space between columns and below each row, in inches."""
 LINE = 0.125
 """Height of a line of text, in inches."""
 FONT_SIZE = 6
 NAME_LETTERS = 14
-"""Letters of a store's name and of a class beside it; more do not fit below an image."""
+"""Maximum number of letters of a store's name, and of a class name, below an image."""
 TITLE_LETTERS = 26
-"""Letters of a class above an image."""
+"""Maximum number of letters of a class name above an image."""
 FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of the supported file formats."""
 
 
 def draw_grid(
     stores: Sequence[Path], root: Path | None, views: int, path: Path, *, trust_code: bool = False
 ) -> None:
-    """Write a picture: a row per sample, first as it is, then under the first views that all stores have.
+    """Write a picture with one row per sample: the original image, then the first views common to all stores.
 
-    Below each view stands every teacher's top class with its probability, green where it is the label's (of
-    a mixed view, that of the larger share).
+    Below each view is the top class of every teacher with its probability, in green if it is the label (for a
+    mixed view, the label with the larger share).
 
     Args:
-        stores: of one source and one view recipe.
-        root: folder of the source's files.
-        views: how many views, at most those that are there.
-        path: of the picture; its suffix says the format, `.png`, `.svg` or `.pdf`.
-        trust_code: draw it even if the stores name Python code for source or views.
+        stores: folders of stores of one source and one view recipe.
+        root: folder of the source's files. Defaults to the recorded one.
+        views: maximum number of views.
+        path: file to write. Its suffix selects the format: `.png`, `.svg` or `.pdf`.
+        trust_code: import and run Python code that the stores name for source or views.
 
     Raises:
-        UntrustedCode: they do, and `trust_code` is false.
-        StoreMismatch: stores of other pixels, without a view in common, or of another source than the one at
-            hand.
-        RecipeError: the picture cannot be written there.
+        UntrustedCode: the stores name Python code, and `trust_code` is false.
+        StoreMismatch: the stores were written from different pixels, have no view in common, or were written
+            from another source than the one that is opened.
+        RecipeError: the picture cannot be written to `path`.
     """
     from matplotlib.figure import Figure
 
@@ -70,7 +71,7 @@ def draw_grid(
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
-    samples = _chosen(len(source.labels))
+    samples = _random_samples(len(source.labels))
     size = max(reader.manifest.identity["teacher"]["preprocessing"]["size"] for reader in readers)
     shape = (len(samples), 1 + len(common))
     figure = Figure()
@@ -82,9 +83,9 @@ def draw_grid(
     for column, view in enumerate(common, start=1):
         batch = Batch(source, recipe, samples, np.full_like(samples, view))
         pixels = batch.pixels(size)
-        said = [_top(reader, view, batch) for reader in readers]
+        captions = [_captions(reader, view, batch) for reader in readers]
         for row in range(len(samples)):
-            _show(axes[row][column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in said])
+            _show(axes[row][column], pixels[row].numpy(), f"view {view}", [lines[row] for lines in captions])
     try:
         figure.savefig(path, dpi=160)
     except OSError as error:
@@ -92,7 +93,7 @@ def draw_grid(
 
 
 def _axes(figure: Any, shape: tuple[int, int], lines: int) -> list[list[Any]]:
-    """Axes for the images, row by row, each with room for a title above it and so many lines below."""
+    """Return axes for the images by row and column, with space for a title and `lines` lines each."""
     rows, columns = shape
     wide, high = INCHES + GAP, LINE + INCHES + LINE * lines + GAP
     width, height = wide * columns, high * rows
@@ -117,13 +118,13 @@ def _short(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _chosen(count: int) -> np.ndarray:
+def _random_samples(count: int) -> np.ndarray:
     words = random_words(0, np.arange(min(SAMPLES, count)), 0, 0)
     return np.unique(below(words[:, 0], count))
 
 
-def _top(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
-    """Per row the teacher's top class in words, and whether it is the label's."""
+def _captions(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
+    """Return a caption with the teacher's top class per row, and True if that class is the label."""
     probs = reader.rows(LOGITS, view, batch.samples).decode().softmax(dim=1)
     share, top = probs.max(dim=1)
     names, right = reader.manifest.class_names, (top == batch.main_labels).tolist()
@@ -140,10 +141,10 @@ def _show(axis: Any, pixels: np.ndarray, title: str, lines: list[tuple[str, bool
     axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_axis_off()
     axis.text(0.5, 1.02, title, transform=axis.transAxes, fontsize=FONT_SIZE, ha="center", va="bottom")
-    for place, (text, right) in enumerate(lines):
+    for index, (text, right) in enumerate(lines):
         axis.text(
             0.5,
-            -(0.2 + place) * LINE / INCHES,
+            -(0.2 + index) * LINE / INCHES,
             text,
             transform=axis.transAxes,
             fontsize=FONT_SIZE,

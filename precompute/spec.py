@@ -8,8 +8,8 @@ from typing import Any
 
 from coursepack.data import ViewRecipe, open_source
 from coursepack.data.store.owners import Part
+from coursepack.device import pick_device
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
-from coursepack.models.teacher import pick_device
 from coursepack.precompute.job import Job
 
 

@@ -1,4 +1,4 @@
-"""Does a store still hold what its teacher says? And if not, write that part again."""
+"""Verification of a store against its source and its teacher, and repair of damaged files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coursepack.data.views import draw, render, stored_view
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
-from coursepack.models.build import reload_teacher
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import tap_from_name
 from coursepack.precompute.job import Job
 from coursepack.precompute.numerics import NumericsGuard
@@ -34,18 +34,19 @@ if TYPE_CHECKING:
     from coursepack.data.store.check import Problem
 
 SLACK = 1e-4
-"""How far a teacher's answer may move with batch size and threads, as a share of its largest value."""
+"""Tolerance for differences by batch size and threads, relative to a teacher's largest output."""
 BATCH_SIZE = 256
+"""Images per forward pass for a store that records no batch size."""
 
 
 @dataclass(frozen=True)
 class DeepReport:
-    """What running the teacher again showed."""
+    """Result of running the teacher again on some rows of a store."""
 
     rows: int
-    """Rows (sample, view) compared, all arrays of each."""
+    """Number of compared rows (sample, view), with all arrays of each."""
     wrong: tuple[str, ...]
-    """Rows that differ by more than their encoding allows."""
+    """Array, sample and view of each row that differs by more than its encoding and `SLACK` allow."""
 
 
 def job_of_store(
@@ -57,12 +58,20 @@ def job_of_store(
     device: torch.device,
     trust_code: bool = False,
 ) -> Job:
-    """The job that wrote a store, from its manifest.
+    """Recreate the job that wrote a store from the store's manifest.
+
+    Args:
+        path: folder of the store.
+        manifest: manifest of the store.
+        weights: file or name of the teacher's weights. Defaults to the recorded one.
+        root: folder of the source's files. Defaults to the recorded one.
+        device: device that the teacher runs on.
+        trust_code: import and run Python code that the manifest names.
 
     Raises:
         UntrustedCode: the manifest names Python code, and `trust_code` is false.
-        StoreMismatch: the source is not the one that the teacher saw.
-        TeacherMismatch, RecipeError: the teacher's weights are not where they were, or are others.
+        StoreMismatch: the source differs from the one that the store was written from.
+        TeacherMismatch, RecipeError: the teacher's weights are missing or differ from the store's.
     """
     identity = manifest.identity
     holder = f"store {str(path)!r}"
@@ -90,22 +99,30 @@ def source_of_stores(
     holder: str = "the store",
     trust_code: bool = False,
 ) -> Source:
-    """What the teachers of stores saw.
+    """Open the source that stores were written from.
+
+    Args:
+        manifests: manifests of the stores, all of one source and one view recipe.
+        root: folder of the source's files. Defaults to the one that the first store records.
+        holder: name of the first store, for error messages.
+        trust_code: import and run Python code that the first manifest names.
 
     Raises:
-        UntrustedCode: the first manifest names Python code for it, and `trust_code` is false.
-        StoreMismatch: they saw different pixels, or the source at hand is another.
-        SourceError, RecipeError: it cannot be opened.
+        UntrustedCode: the first manifest names Python code for the source, and `trust_code` is false.
+        StoreMismatch: the stores were written from different pixels, or from another source.
+        SourceError, RecipeError: the source cannot be opened.
     """
     first = manifests[0].identity
     if len({manifest.view_fingerprint for manifest in manifests}) > 1:
-        raise StoreMismatch("the stores' teachers saw different pixels: give stores of one source and view")
+        raise StoreMismatch(
+            "the stores were written from different pixels: give stores of one source and view recipe"
+        )
     name = check_trusted(first["source"]["name"], holder, trust_code=trust_code)
     source = open_stored(name, root, manifests[0].source_root)
     if source.fingerprint != first["source"]["fingerprint"]:
         raise StoreMismatch(
-            f"source {source.name!r} is {source.fingerprint[:12]} here, but the teacher saw "
-            f"{first['source']['fingerprint'][:12]}: give the --root that the teacher saw"
+            f"source {source.name!r} has fingerprint {source.fingerprint[:12]}, but the store was written "
+            f"from {first['source']['fingerprint'][:12]}: give the --root of the store's source"
         )
     return source
 
@@ -118,22 +135,24 @@ def check_views(
     content: bool = False,
     trust_code: bool = False,
 ) -> tuple[str, ...]:
-    """Whether this version draws and renders the views that the store's teacher saw.
+    """Check that this version of coursepack renders the views that a store was written from.
+
+    If the source cannot be opened or is not trusted, the check is skipped with a message on stderr, unless
+    `content` is true.
 
     Args:
-        path: the store.
-        manifest: the store's.
-        root: folder of the source's files; None means where they were.
-        content: also read every file of the source and compare it with what was seen.
-        trust_code: draw the views even if the manifest names Python code for source or views.
+        path: folder of the store.
+        manifest: manifest of the store.
+        root: folder of the source's files. Defaults to the recorded one.
+        content: also read every file of the source and compare it with the recorded checksums.
+        trust_code: import and run Python code that the manifest names for source or views.
 
     Returns:
-        One line per block or sample that differs. A source that is not at hand or not trusted is said, and
-        only an error if its content was asked for.
+        One line per block or sample that differs.
 
     Raises:
-        UntrustedCode: `content`, and the manifest names Python code that is not trusted.
-        SourceError, RecipeError: `content`, and the source cannot be opened.
+        UntrustedCode: `content` is true, and the manifest names Python code that is not trusted.
+        SourceError, RecipeError: `content` is true, and the source cannot be opened.
     """
     identity = manifest.identity
     try:
@@ -143,34 +162,34 @@ def check_views(
     except UntrustedCode as error:
         if content:
             raise
-        say(f"views are not drawn again: {error}")
+        say(f"the views are not checked: {error}")
         return ()
     except CoursepackError as error:
         if content:
             raise
-        say(f"views are not drawn again, because their source is not at hand: {error}")
+        say(f"the views are not checked, because their source cannot be opened: {error}")
         return ()
     if source.fingerprint != identity["source"]["fingerprint"]:
-        return (f"source {source.name!r} here is not the one that the teacher saw",)
+        return (f"source {source.name!r} differs from the one that the store was written from",)
     views = [int(view) for view in manifest.view_records]
     found = drift(manifest, source, recipe, views, every_block=True)
     if content and "content" not in manifest.view_records.get("0", {}):
-        say("the store keeps no checksums of its source's content, so that was not compared")
+        say("the store has no checksums of its source's content, so the content is not compared")
     return found + (changed_content(manifest, source, _begun(path, manifest)) if content else ())
 
 
 def _begun(path: Path, manifest: Manifest) -> float:
-    """When a store was begun, as its file system has it: the labels are written once."""
+    """Return the time when a store was begun: that of its labels, which are written once."""
     return (path / table_key(LABELS, manifest.tables[LABELS].layout)).stat().st_mtime
 
 
 def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = None) -> DeepReport:
-    """Run the teacher again on some rows of every committed view and compare with what is stored.
+    """Run the teacher again on random rows of the committed views and compare its outputs with the store.
 
     Args:
-        job: from `job_of_store`.
-        rows: how many rows (sample, view) in all, drawn at random but the same each time.
-        on_rows: called with the number of rows after each batch, for progress.
+        job: job from `job_of_store`.
+        rows: number of rows (sample, view), drawn with a fixed seed.
+        on_rows: called after each batch with its number of rows, to show progress.
     """
     reader = StoreReader(job.store)
     numbers = np.arange(rows)
@@ -186,12 +205,12 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
             pixels = torch.from_numpy(
                 render(job.recipe, job.source, part, draw(job.recipe, job.source, part, int(view)), size)
             )
-            answers = job.runner.run(pixels).arrays()
+            outputs = job.runner.run(pixels).arrays()
             for name, array in reader.manifest.arrays.items():
                 if view not in reader.manifest.committed.get(name, ()):
                     continue
                 stored = reader.components(name, int(view), part)
-                agrees = array.encoding.agrees(answers[name].cpu().numpy(), stored, SLACK)
+                agrees = array.encoding.agrees(outputs[name].cpu().numpy(), stored, SLACK)
                 wrong += [f"{name}: sample {sample}, view {view}" for sample in part[~agrees]]
             if on_rows is not None:
                 on_rows(len(part))
@@ -199,18 +218,22 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
 
 
 def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
-    """Write the files with problems again, and of their blocks whatever comes out otherwise than it stands.
+    """Write damaged files again, and the other files of their blocks if their content changes by that.
 
-    Files of committed views that the manifest does not name are among them: it vouches for them afterwards. A
-    machine of other numerics than the store's is warned of.
+    Files of committed views that the manifest does not list are written and listed. A machine with other
+    numerics than the store's causes a warning.
+
+    Args:
+        job: job from `job_of_store`.
+        problems: damaged, missing or unlisted files, as `data.store.verify` reports them.
 
     Returns:
-        The files whose new content has another checksum than before (another machine rounds differently); the
-        manifest vouches for the new ones.
+        Keys of the files whose content differs from before, because another machine rounds differently. The
+        manifest has their new checksums.
 
     Raises:
-        StoreBusy: a live process writes to the store.
-        StoreDamaged: in the place of a file is something that may be worth keeping.
+        StoreBusy: another process is writing to the store.
+        StoreDamaged: something other than a file is at the path of a file and cannot be replaced safely.
     """
     problems = list(problems)
     keys = {problem.key for problem in problems}
@@ -228,12 +251,12 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
         for key in keys:
             path, _, file = key.rpartition("/")
             name, _, component = path.rpartition("/")
-            # Also a shard that the manifest fails to name; what else `verify` reports is no shard.
+            # A shard of an array, whether or not the manifest lists it; other problems are tables.
             if name in writer.manifest.arrays and file.startswith("c."):
                 view, shard = (int(number) for number in file.split(".")[1:3])
                 layout = writer.manifest.arrays[name].components[component]
-                place = (view, shard * layout.shard_rows // writer.manifest.block_rows)
-                blocks.setdefault(place, set()).add(name)
+                index = shard * layout.shard_rows // writer.manifest.block_rows
+                blocks.setdefault((view, index), set()).add(name)
         for (view, index), names in sorted(blocks.items()):
             block = writer.block(view, index, tuple(sorted(names)))
             [(written, _)] = write_blocks(job, writer, renderer, [block], sound=sound)
@@ -248,7 +271,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
 
 
 def _same_arrays(job: Job) -> StorePlan:
-    """The job's plan with the encodings that the store has."""
+    """Return the job's plan with the arrays and encodings of the existing store."""
     plan = job.plan()
     manifest = StoreReader(job.store).manifest
     arrays = {name: (array.encoding, array.row_shape) for name, array in manifest.arrays.items()}

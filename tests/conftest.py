@@ -1,10 +1,22 @@
-"""Teachers and stores that many tests read and none changes."""
+"""Teachers and stores that many tests read and none changes, and what holds for every test."""
 
+import importlib
+import os
+import pkgutil
 import shutil
+import signal
 
+import numpy as np
 import pytest
+import torch
 from builders import write_store, write_teacher
+from filelock import FileLock
+from helpers import make_job
 from image_files import write_tree
+
+from coursepack import kernels
+from coursepack.data import PRESETS, Batch, open_source
+from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
 
@@ -17,18 +29,102 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """One thread for torch here and in processes that tests start.
+
+    Small layers on many threads mostly wait for each other. A test that wants more asks for them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+
+
+SIGTERM_HANDLER = signal.getsignal(signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def process_put_back(one_thread):
+    """Undo a test's `torch.set_num_threads`, and the handler of SIGTERM that `precompute run` sets."""
+    yield
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, SIGTERM_HANDLER)
+
+
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory):
+def shared(tmp_path_factory, cache):
+    """`shared(name, fill)`: a folder that `fill(folder)` filled once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def filled(name, fill):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(shared):
+    """Numba's kernels in its cache on disk, so that one worker compiles them and not each."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared("compiled", lambda _: compile_kernels())
+
+
+def compile_kernels():
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if module.name.startswith("jit_"):
+            importlib.import_module(f"coursepack.kernels.{module.name}")
+    source, samples = open_source("digits"), np.arange(4)
+    for recipe in PRESETS.values():
+        Batch(source, recipe, samples, samples).pixels(12)
+
+
+@pytest.fixture(scope="session")
+def teachers(shared):
     """Run folders of three digit teachers of different architectures."""
-    folder = tmp_path_factory.mktemp("teachers")
-    return [write_teacher(folder / name, name, seed=seed) for seed, name in enumerate(NETWORKS, start=1)]
+
+    def write(folder):
+        for seed, name in enumerate(NETWORKS, start=1):
+            write_teacher(folder / name, name, seed=seed)
+
+    folder = shared("teachers", write)
+    return [folder / name for name in NETWORKS]
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory, teachers):
+def stores(shared, teachers):
     """Their float32 stores, three views of the view preset `digits`."""
-    folder = tmp_path_factory.mktemp("stores")
-    return [write_store(folder / f"{teacher.name}.zarr", teacher, views=3) for teacher in teachers]
+
+    def write(folder):
+        for teacher in teachers:
+            write_store(folder / f"{teacher.name}.zarr", teacher, views=3)
+
+    folder = shared("stores", write)
+    return [folder / f"{teacher.name}.zarr" for teacher in teachers]
+
+
+@pytest.fixture(scope="session")
+def teacher(shared):
+    """Run folder of a `digits-mlp` teacher."""
+    return shared("mlp", lambda folder: write_teacher(folder / "mlp", "digits-mlp")) / "mlp"
+
+
+@pytest.fixture(scope="session")
+def cnn_store(shared, teachers):
+    """The store of the `digits-cnn` among the teachers, float16, two views in three blocks."""
+
+    def write(folder):
+        run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
+
+    return shared("cnn", write) / "s.zarr"
 
 
 @pytest.fixture

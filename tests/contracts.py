@@ -8,13 +8,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cuda_host import cuda_loss
 from reference.loss import soft_target_loss as expected_loss
 
-from coursepack.kernels import DenseRows, MixedLabels, dispatch, op, soft_target_loss
+from coursepack.kernels import DenseRows, MixedLabels, compile_op, dispatch, soft_target_loss
 from coursepack.kernels import reference as plain
-from coursepack.kernels.arguments import full_weights, spell_out
-from coursepack.kernels.request import check_request
+from coursepack.kernels.spec import LossSpec, check_call
+from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +26,8 @@ PRECISION = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 def plain_loss(student_logits, teachers, labels=None, *, weights=None, **options):
     """The plain definition behind the same door as `soft_target_loss`."""
-    request = check_request(student_logits, teachers, labels, weights=weights, **options)
-    return plain.loss(student_logits, full_weights(request), spell_out(request))
+    call = check_call(student_logits, teachers, labels, LossSpec(weights=weights, **options))
+    return plain.loss(student_logits, full_weights(call), check_values(call))
 
 
 def analytic_loss(student_logits, teachers, labels=None, **options):
@@ -39,20 +38,22 @@ def analytic_loss(student_logits, teachers, labels=None, **options):
 
 def op_loss(student_logits, teachers, labels=None, **options):
     """The operator of `torch.compile`, called as it is; the door where it is of no use."""
-    request = check_request(student_logits, teachers, labels, **options)
-    if dispatch.choose(student_logits, request)[0] != dispatch.KERNEL:
+    call = check_call(student_logits, teachers, labels, LossSpec(**options))
+    if dispatch.choose(student_logits, call)[0] != dispatch.KERNEL:
         return soft_target_loss(student_logits, teachers, labels, **options)
-    return op.call(student_logits, request)
+    return compile_op.call_op(student_logits, call)
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "kernel": soft_target_loss,
     "op": op_loss,
-    "cuda": cuda_loss,
     "analytic": analytic_loss,
     "plain": plain_loss,
 }
 """Every path that computes the fused loss, with the signature of `soft_target_loss`."""
+
+LOSSES_IN_DOUBLE = {name: LOSSES[name] for name in ("analytic", "plain")}
+"""Paths that compute in float64: kernel and operator leave it to the analytic one."""
 
 
 @dataclass(frozen=True)

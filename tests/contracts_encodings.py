@@ -1,9 +1,10 @@
-"""What every encoding has to do: a new one is tested by being listed in `ENCODINGS`."""
+"""What every encoding has to do: a new one is tested by a row in `FAMILY`."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,21 +14,12 @@ from coursepack.data.encodings import encoding_from_dict, parse_encoding
 from coursepack.kernels import Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
-SPECS = ("float32", "float16", "bfloat16", "int8", "topk:3", "topk:10", "topk:100", "bits")
-"""Every member of the family, as a flag names it."""
 ROW_SHAPES = [(1,), (10,), (11,), (1000,), (4, 3), (2, 3, 4, 5)]
 """Logits and features, narrow and wide."""
-CASES = [
-    (spec, shape)
-    for spec in SPECS
-    for shape in ROW_SHAPES
-    if not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= int(spec[5:]))
-]
-"""Encodings with the rows that they are for."""
-LIMITS = {"float32": 3e38, "float16": 65504, "bfloat16": 3e38, "int8": 32752, "topk": 65504, "bits": 3e38}
-"""Largest values that each has to take."""
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
 FLOAT16 = np.unique(FLOAT16[np.isfinite(FLOAT16)].astype(np.float64))
@@ -45,24 +37,15 @@ def float16_ulp(values: NDArray[Any]) -> NDArray[np.float64]:
     return ulp(values, 11, -14)
 
 
-def int8_step(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The scale of each row `(n, 1, ...)`: its range from float16 to float16, in 255 steps.
+def affine_step(values: NDArray[np.float32], levels: int) -> NDArray[np.float64]:
+    """The scale of each row `(n, 1, ...)`: its range from float16 to float16, in so many steps.
 
     The range may be found in float32, which is what the factor is for.
     """
     flat = values.reshape(len(values), -1).astype(np.float64)
     minimum = FLOAT16[np.searchsorted(FLOAT16, flat.min(1), side="right") - 1]
-    scale = FLOAT16[np.searchsorted(FLOAT16, (flat.max(1) - minimum) / 255 * (1 + 2.0**-22))]
+    scale = FLOAT16[np.searchsorted(FLOAT16, (flat.max(1) - minimum) / levels * (1 + 2.0**-22))]
     return scale.reshape(-1, *[1] * (values.ndim - 1))
-
-
-ERROR_BOUNDS: dict[str, Any] = {
-    "float32": lambda values: np.zeros(values.shape),
-    "float16": lambda values: float16_ulp(values) / 2,
-    "bfloat16": lambda values: ulp(values, 8, -126) / 2,
-    "int8": lambda values: 0.5001 * int8_step(values) + 2.0**-22 * np.abs(values),
-}
-"""Largest |decoded - value| per value; written from the definition of each format."""
 
 
 def some_labels(values: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -129,15 +112,19 @@ def check_components(spec: str, row_shape: tuple[int, ...]) -> None:
 
 def check_values(spec: str, values: NDArray[np.float32]) -> None:
     """What comes back is what the definition of the encoding says."""
-    CHECKS[spec.partition(":")[0]](spec, values)
+    FAMILY[spec.partition(":")[0]].check(spec, values)
 
 
-def check_error_bound(spec: str, values: NDArray[np.float32]) -> None:
-    """Every decoded value lies within the bound of its format, whatever the temperature."""
-    decoded = roundtrip(spec, values)
-    error = np.abs(decoded.astype(np.float64) - values)
-    assert (error <= ERROR_BOUNDS[spec](values)).all()
-    assert np.array_equal(roundtrip(spec, values, 4.0), decoded)
+def within(bound: Callable[[NDArray[np.float32]], Any]) -> Callable[[str, NDArray[np.float32]], None]:
+    """Check that every decoded value lies within the bound of its format, whatever the temperature."""
+
+    def check(spec: str, values: NDArray[np.float32]) -> None:
+        decoded = roundtrip(spec, values)
+        error = np.abs(decoded.astype(np.float64) - values)
+        assert (error <= bound(values)).all()
+        assert np.array_equal(roundtrip(spec, values, 4.0), decoded)
+
+    return check
 
 
 def check_signs(spec: str, values: NDArray[np.float32]) -> None:
@@ -214,8 +201,35 @@ def check_topk_decoded(decoded: NDArray[np.float32], stored: dict[str, Any], tem
             assert abs(mass - known) <= 1e-6 * size + 1e-6
 
 
-CHECKS: dict[str, Any] = {
-    **dict.fromkeys(ERROR_BOUNDS, check_error_bound),
-    "topk": check_topk,
-    "bits": check_signs,
+@dataclass(frozen=True)
+class Member:
+    """One encoding of the family."""
+
+    limit: float
+    """Largest value that it has to take."""
+    check: Callable[[str, NDArray[np.float32]], None]
+    """Check of what comes back; error bounds are written from the definition of the format."""
+    parameters: tuple[str, ...] = ("",)
+    """Parameters that it is tried with, as a flag has them."""
+
+
+FAMILY = {
+    "float32": Member(3e38, within(np.zeros_like)),
+    "float16": Member(65504, within(lambda values: float16_ulp(values) / 2)),
+    "bfloat16": Member(3e38, within(lambda values: ulp(values, 8, -126) / 2)),
+    "int8": Member(32752, within(lambda v: 0.5001 * affine_step(v, 255) + 2.0**-22 * np.abs(v))),
+    "topk": Member(65504, check_topk, (":3", ":10", ":100")),
+    "bits": Member(3e38, check_signs),
 }
+"""Every encoding by its name in `ENCODINGS`: a row here, and all of it is tested."""
+SPECS = tuple(name + parameter for name, member in FAMILY.items() for parameter in member.parameters)
+"""Every member of the family, as a flag names it."""
+
+
+def takes(spec: str, shape: tuple[int, ...]) -> bool:
+    """Whether an encoding is for such rows."""
+    return not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= int(spec[5:]))
+
+
+CASES = [(spec, shape) for spec in SPECS for shape in ROW_SHAPES if takes(spec, shape)]
+"""Encodings with the rows that they are for."""

@@ -5,7 +5,7 @@ import os
 from moments import die
 
 from coursepack.distill.cli import main
-from coursepack.distill.runs.folder import OthersFolder
+from coursepack.distill.runs.folder import ReadOnlyRunFolder
 
 epochs = []
 
@@ -18,5 +18,5 @@ def log(_, metrics):
 
 
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    OthersFolder.log = log
+    ReadOnlyRunFolder.log = log
 main()

@@ -90,9 +90,9 @@ def as_rank(index, count, port, work, arguments, queue):
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
     os.environ |= {"RANK": str(index), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    distributed.SILENT_SECONDS = 0.1
+    distributed.EXIT_DELAY_SECONDS = 0.1
     try:
-        with distributed.joined("cpu") as (us, device):
+        with distributed.process_group("cpu") as (us, device):
             assert (us.index, us.count, us.local_count, device.type) == (index, count, count, "cpu")
             queue.put((index, work(us, *arguments)))
     except BaseException as error:
@@ -149,7 +149,7 @@ def _one_epoch(us, recipe):
         recipe = recipe.model_copy(update={"objective": objective})
     run = prepare(recipe, torch.device("cpu"), us)
     state, gradients = make_state(run), []
-    state.copy_first_rank()
+    state.broadcast_weights()
 
     log = EpochMetrics(max(1, len(run.readers)), us)
     for _ in train_steps([state], run.batches(0), run.targets, [log], micro_batches=recipe.accumulate):
@@ -198,7 +198,7 @@ def fails_on_one(us, index):
     """One rank fails; the others wait for it."""
     if us.index == index:
         raise RunError("only here")
-    us.gathered(None)
+    us.all_gather(None)
 
 
 def fails_on_all(us):
@@ -210,7 +210,7 @@ def vanishes(us, index):
     """One rank ends without a word; the others wait for it."""
     if us.index != index:
         time.sleep(0.5)
-        us.gathered(None)
+        us.all_gather(None)
     return "gone"
 
 
@@ -222,10 +222,10 @@ def talks(us):
         torch.full((2, 2), us.index, dtype=torch.int64),
         torch.full((1, 2, 2, 2), 0.1 + us.index).to(memory_format=torch.channels_last),
     ]
-    us.copy_first(buffers)
+    us.broadcast_tensors(buffers)
     return {
-        "gathered": us.gathered(("it", us.index)),
-        "first": us.first_says(us.is_first),
-        "summed": us.summed(torch.tensor([1.0, us.index])).tolist(),
+        "gathered": us.all_gather(("it", us.index)),
+        "first": us.broadcast_flag(us.is_first),
+        "summed": us.all_reduce_sum(torch.tensor([1.0, us.index])).tolist(),
         "buffers": [value.tolist() for value in buffers],
     }

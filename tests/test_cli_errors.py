@@ -23,7 +23,7 @@ KD = "distill train --student digits-small --epochs 1 --out new"
 WRITE = "precompute run --teacher run:mlp --source digits --view digits --views 2 --store new.zarr"
 FILES = {
     "unknown.yaml": "student: digits-small\nsource: digits\nview: digits\nepoch: 3\n",
-    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimiser: {lr: fast}\nview: {sed: 1}\n",
+    "many.yaml": "student: 3\nepochs: 0\nobjective: {temprature: 2}\noptimizer: {lr: fast}\nview: {sed: 1}\n",
     "broken.yaml": "student: [digits\n",
     "list.yaml": "- student\n",
     "empty.yaml": "",
@@ -115,9 +115,9 @@ DOMAIN = [
      "views is 3, but the stores have 2 views in common: leave --views out, or add views with `precompute "
      "run ... --views 3`"),
     (f"{KD} --store s.zarr --teacher-weights 1,2",
-     "teacher_weights has 2 numbers, expected 1: one per store"),
+     "fusion.weights has 2 numbers, expected 1: one per store"),
     (f"{KD} --store s.zarr --teacher-weights -1",
-     "objective.teacher_weights.0: Input should be greater than or equal to 0, got -1.0"),
+     "objective.fusion.fixed.weights.0: Input should be greater than or equal to 0, got -1.0"),
     (f"{KD} --store s.zarr --method supervised",
      "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, or "
      "choose a method that learns from them, as --method kd"),
@@ -145,7 +145,7 @@ DOMAIN = [
     (f"{ALONE} --lr-schedule step --milestones 2.5",
      "optimizer.schedule.milestones.0: Input should be a valid integer, got a number with a fractional part"),
     (f"{ALONE} --lr-schedule one_cycle --warmup-epochs 1",
-     "warmup_epochs is set, but shape 'one_cycle' has a rise of its own"),
+     "warmup_epochs is 1, but shape 'one_cycle' has its own warm-up"),
     (f"{ALONE} --lr-schedule step --milestones 1,5 --epochs 5",
      "optimizer.schedule.milestones are [1, 5], but the run ends after epoch 4, so the learning rate would "
      "never fall at 5: give --milestones below 5, or more --epochs"),
@@ -156,7 +156,7 @@ DOMAIN = [
      "the recipe is not valid:\n  objective.divergence: Input should be 'kl', 'reverse_kl', 'js' or 'mse', "
      "got 'klx'"),
     (f"{KD} --store s.zarr --method ka-lsr --set objective.divergence=mse",
-     "adjustment 'smooth' makes probabilities, but divergence 'mse' compares logits: choose another of the"),
+     "adjustment 'smooth' returns probabilities, but divergence 'mse' compares logits: choose another"),
     (f"{KD} --store s.zarr --method dtd-cwsm --temperature 30",
      "temperature (T_0) is 30, expected dynamic_temperature.lowest to highest (1 to 20), within which each"),
     (f"{KD} --store s.zarr --method dtd-flsw --set objective.dynamic_temperature.lowest=12",
@@ -175,19 +175,19 @@ DOMAIN = [
      "evaluate on a split of the same data"),
     (f"{ALONE} --set optimizer.betas=[0.9,1]", "optimizer.betas.1: Input should be less than 1, got 1"),
     (f"{ALONE} --set optimizer.nestrov=true", "optimizer.nestrov: unknown key, did you mean 'nesterov'?"),
-    (f"{ALONE} --accumulate 65", "accumulate is 65, but batch_size is 64: a part needs a sample"),
+    (f"{ALONE} --accumulate 65", "accumulate is 65, but batch_size is 64: a micro-batch needs at least one"),
     (f"{KD} --store s.zarr --method dtd-flsw --accumulate 2",
      "accumulate is 2, but method 'dtd-flsw' relates all samples of a batch (dynamic_temperature): leave "
      "accumulate out, or choose a smaller batch_size"),
     (f"{KD} --store s.zarr --method amtml --compile",
-     "compile is set, but method 'amtml' looks inside the student (fusion 'adaptive'), which cannot be done "
-     "through torch.compile: leave compile out"),
+     "compile is set, but method 'amtml' reads layers of the student (fusion 'adaptive'), which "
+     "torch.compile does not support: leave compile out"),
     (f"{ALONE} --views 3 --views-per-load 2 --view-order shuffled",
      "views_per_load is 2, but the run has 3 views in shuffled order: an epoch that ends one round and "
      "begins the next might hold a view of a sample twice. Give a number that divides 3, or leave "
      "view_order out"),
     (f"{ALONE} --out run --resume --lr 0.1",
-     "run 'run' cannot be resumed, since it was begun with something else.\n  "),
+     "run 'run' cannot be resumed, since it was started with other values.\n  "),
     (f"{ALONE} --out notes --resume", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --set student_size=9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
     (f"{ALONE} --student-size 9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
@@ -240,19 +240,19 @@ DOMAIN = [
     (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
     # Where to write.
     (f"{ALONE} --out run",
-     "'run' already holds a run: choose another --out, go on with it by --resume, or remove it "
+     "'run' already holds a run: choose another --out, continue it with --resume, or remove it "
      "(`distill train` has --overwrite)"),
     (f"{ALONE} --out notes", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out notes --overwrite", "'notes' is not empty and not a run: choose another --out"),
     (f"{ALONE} --out list.yaml",
      "'list.yaml' is a file, expected a folder for the run: choose another --out"),
     (f"{ALONE} --out list.yaml/run",
-     "cannot make the run's folder 'list.yaml/run': Not a directory. Choose another"),
+     "cannot create the run's folder 'list.yaml/run': Not a directory. Choose another"),
     (f"{ALONE} --out /proc/run",
-     "cannot make the run's folder '/proc/run': No such file or directory. Choose"),
+     "cannot create the run's folder '/proc/run': No such file or directory. Choose"),
     # Teachers.
     (f"{WRITE} --teacher run:seven",
-     "teacher 'run:seven' tells 7 classes apart, but the source has 10 (0, 1, 2, ...): use a teacher "
+     "teacher 'run:seven' has 7 classes, but the source has 10 (0, 1, 2, ...): use a teacher "
      "trained on the source's classes"),
     (f"{WRITE} --teacher run:no", "there is no run at 'no'. Make one with `distill train --out no`."),
     (f"{WRITE} --teacher run:notes", "run 'notes' has no trained weights: it is unfinished or not a run"),
@@ -272,10 +272,11 @@ DOMAIN = [
     (f"{WRITE} --tap hidden1+hidden2", "tap 'hidden1+hidden2' names 2 layers: only `gram` takes two"),
     (f"{WRITE} --tap hidden1:pooled", "tap 'hidden1@pooled': pooled needs feature maps (N, C, H, W), got ("),
     (f"{WRITE} --tap hidden1:margin",
-     "tap 'hidden1@margin' needs a batch normalisation with weight and bias, but layer 'hidden1' is a "
+     "tap 'hidden1@margin' needs a batch normalization with weight and bias, but layer 'hidden1' is a "
      "Linear: tap the one before the activation"),
     (f"{WRITE} --encoding float17", "unknown encoding 'float17'. Did you mean 'float16'? Known: float32, "),
-    (f"{WRITE} --encoding topk", "encoding 'topk' does not say how many entries to keep, as topk:10 does"),
+    (f"{WRITE} --encoding topk",
+     "encoding 'topk' has no number of entries to keep, expected topk:K such as topk:10"),
     (f"{WRITE} --encoding bits", "unknown encoding 'bits'."),
     (f"{WRITE} --tap hidden1 --feature-encoding topk:3", "unknown encoding 'topk'."),
     (f"{WRITE} --classes no.yaml", "cannot read 'no.yaml': No such file or directory"),
@@ -297,7 +298,7 @@ USAGE = [
     (f"{ALONE} --batch-size 0", "'--batch-size': 0 is not in the range x>=1"),
     (f"{ALONE} --optimizer adam", "'--optimizer': 'adam' is not one of 'sgd', 'adamw'."),
     (f"{ALONE} --lr-schedule linear", "'linear' is not one of 'constant', 'step', 'cosine', 'one_cycle'."),
-    (f"{ALONE} --milestones 1,x", "'--milestones': '1,x' is not numbers with commas between"),
+    (f"{ALONE} --milestones 1,x", "'--milestones': '1,x' is not comma-separated numbers"),
     (f"{ALONE} --warmup-epochs -1", "'--warmup-epochs': -1.0 is not in the range x>=0"),
     (f"{ALONE} --clip 0", "'--clip': 0.0 is not in the range x>0"),
     (f"{ALONE} --ema 1", "'--ema': 1.0 is not in the range 0<x<1"),
@@ -310,9 +311,9 @@ USAGE = [
     (f"{ALONE} --threads 0", "'--threads': 0 is not in the range x>=1"),
     (f"{ALONE} --checkpoint-seconds -1", "'--checkpoint-seconds': -1.0 is not in the range x>=0"),
     (f"{ALONE} --views 0", "'--views': 0 is not in the range x>=1"),
-    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range x>=0"),
+    (f"{ALONE} --seed -1", "'--seed': -1 is not in the range 0<=x<"),
     (f"{ALONE} --hard-weight -1", "'--hard-weight': -1.0 is not in the range x>=0"),
-    (f"{ALONE} --teacher-weights 1,x", "'1,x' is not numbers with commas between, as in 0.5,0.3,0.2"),
+    (f"{ALONE} --teacher-weights 1,x", "'1,x' is not comma-separated numbers, as in 0.5,0.3,0.2"),
     ("distill train --student digits-small", "Missing option '--out'"),
     ("distill trian", "No such command 'trian'"),
     (f"{WRITE} --views 0", "'--views': 0 is not in the range x>=1"),
@@ -338,8 +339,8 @@ def test_usage_errors(workplace, monkeypatch, line, text):
     assert "--help' for help." in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(workplace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for line in (ALONE, WRITE, "distill eval run"):
         status, said = refuse(workplace, monkeypatch, f"{line} --device cuda")
         assert status == 1

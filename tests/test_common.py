@@ -276,7 +276,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
         with progress("train", 40, "samples") as meter:
             meter.advance(40, "accuracy 90 %")
         monkeypatch.undo()
-    listener.join(timeout=10)
+    listener.join(timeout=300)
     os.close(main)
     text = shown.decode()
     for part in ("train", "━", "40/40", "samples/s", "0:00:00", "accuracy 90 %"):

@@ -35,13 +35,8 @@ GOLDEN = Path(__file__).parent / "golden" / "version-1.zarr"
 RECIPE = ViewRecipe(ops=(PadCrop(padding=1), Solarize(probability=0.5)), reference_size=8, seed=3)
 SAMPLES, BLOCK, VIEWS = 1442, 500, 3
 PROBED = {view: drift.probe_samples(SAMPLES, view).tolist() for view in range(VIEWS)}
-OTHER_DRAWS = "this version draws other view parameters"
-OTHER_PIXELS = "this version renders other pixels"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
+OTHER_DRAWS = "the installed version draws different view parameters"
+OTHER_PIXELS = "the installed version renders different pixels"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +155,7 @@ def test_training_refuses_drift_before_anything_is_made(written, tmp_path, monke
     assert (refused.exit_code, "Traceback" in refused.output) == (1, False)
     for text in (
         f"store '{written}' was written from other views than this version makes:\n"
-        f"  view 1, block 1: {OTHER_DRAWS}\n1 of what was looked at differ. It was written with",
+        f"  view 1, block 1: {OTHER_DRAWS}\nDifferences: 1. It was written with",
         "'torchvision': ",
         "run `precompute run` again into a new store, or train all the same with --allow-drift",
     ):
@@ -195,7 +190,7 @@ def test_a_refusal_shows_a_few_and_counts_all(written, monkeypatch):
     with pytest.raises(StoreMismatch) as refused:
         prepare(make_recipe([written]), CPU)
     assert str(refused.value).count(OTHER_PIXELS) == 8
-    assert f"\n{count} of what was looked at differ" in str(refused.value)
+    assert f"\nDifferences: {count}. " in str(refused.value)
     run = prepare(make_recipe([written], allow_drift=True), CPU)
     assert len(run.drift) == count
 
@@ -266,11 +261,11 @@ def test_verify_content_names_the_files_that_changed(folder_store):
     assert len(blocks) == 2
     spans = [(16 * block, min(16 * block + 15, 69)) for block in blocks]
     expected = [
-        f"source 'folder:train': samples {first} to {last} are not what the teacher saw: "
+        f"source 'folder:train': samples {first} to {last} differ from what the teacher saw: "
         f"{bitmap(root, first)} to {bitmap(root, last)}"
         for first, last in spans
     ]
-    expected[0] += f"; changed since the store was begun: {bitmap(root, changed[0])}"
+    expected[0] += f"; modified since the store was created: {bitmap(root, changed[0])}"
     assert (found.exit_code, json.loads(found.stdout)["problems"]) == (1, expected)
 
 
@@ -279,12 +274,14 @@ def test_a_source_that_is_another_one_is_a_problem(folder_store):
     write_bitmap(bitmap(root, int(sampled(FILES)[0])), "other")
     found = command(precompute, "verify", "--store", store, "--root", root)
     assert found.exit_code == 1
-    assert found.stdout.startswith("source 'folder:train' here is not the one that the teacher saw\n")
+    assert found.stdout.startswith(
+        "source 'folder:train' differs from the one that the store was written from\n"
+    )
 
 
 def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_path):
     store, root = folder_store
-    said = "views are not drawn again, because their source is not at hand: "
+    said = "the views are not checked, because their source cannot be opened: "
     aside = root.rename(tmp_path / "aside")
     for words in ([], ["--root", tmp_path / "gone"]):
         found = command(precompute, "verify", "--store", store, *words)
@@ -293,7 +290,7 @@ def test_a_source_that_is_not_at_hand_is_said_and_no_error(folder_store, tmp_pat
         asked = command(precompute, "verify", "--store", store, "--content", *words)
         assert (asked.exit_code, said in asked.stderr, "Traceback" in asked.stderr) == (1, False, False)
         assert "sound" not in asked.stdout
-        assert ("if it is elsewhere, give --root" in asked.stderr) == (words == [])
+        assert ("if the files have moved, give --root" in asked.stderr) == (words == [])
     assert command(precompute, "verify", "--store", store, "--content", "--root", aside).exit_code == 0
 
 
@@ -318,7 +315,7 @@ def test_a_store_remembers_where_its_source_is(folder_store, tmp_path, monkeypat
     gone = command(distill, *train, "--out", tmp_path / "other")
     assert (gone.exit_code, (tmp_path / "other").exists()) == (1, False)
     assert "there is no such folder" in gone.stderr
-    assert "if it is elsewhere, give --root" in gone.stderr
+    assert "if the files have moved, give --root" in gone.stderr
     told = command(distill, *train, "--root", "aside", "--out", tmp_path / "other")
     assert told.exit_code == 0, told.output
     teacher, source = tmp_path / "two" / "mlp", open_source("folder", aside)
@@ -358,7 +355,7 @@ def test_stores_without_probes_are_used_and_still_guarded_by_their_draws(old, mo
     assert prepare(make_recipe([old]), CPU).drift == ()
     verified = command(precompute, "verify", "--store", old, "--content")
     assert verified.exit_code == 0
-    assert "keeps no checksums of its source's content" in verified.stderr, "nothing was compared"
+    assert "has no checksums of its source's content" in verified.stderr, "nothing was compared"
     move_box(monkeypatch, 701, 1)
     assert found_in(old) == (f"view 1, block 1: {OTHER_DRAWS}",)
 

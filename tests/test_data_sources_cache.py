@@ -19,8 +19,8 @@ from coursepack.data.sources.cache import cache_folder
 def looks(monkeypatch):
     """Paths whose headers are read, and samples that are decoded."""
     seen = []
-    look, decode = scan.look, files.ImageFiles._decode
-    monkeypatch.setattr(scan, "look", lambda path: seen.append(path) or look(path))
+    look, decode = scan.inspect_image, files.ImageFiles._decode
+    monkeypatch.setattr(scan, "inspect_image", lambda path: seen.append(path) or look(path))
     monkeypatch.setattr(files.ImageFiles, "_decode", lambda self, i: seen.append(i) or decode(self, i))
     return seen
 
@@ -140,7 +140,7 @@ def test_large_trees_stay_on_disk(tree, monkeypatch):
 def test_progress_of_a_long_scan(tree, monkeypatch, capsys, own_cache):
     open_source("folder", tree)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(scan, "LONG", 9)
+    monkeypatch.setattr(scan, "MANY", 9)
     shutil.rmtree(own_cache)
     open_source("folder", tree)
     assert "scan folder:train: 9 of 9 files" in capsys.readouterr().err

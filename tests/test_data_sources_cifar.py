@@ -75,7 +75,9 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, name, protocol):
     file = tmp_path / FOLDERS[100] / name
     attack = Attack(tmp_path / "made")
     file.write_bytes(pickle.dumps({"data": attack}, protocol))
-    with pytest.raises(SourceError, match=f"file '{name}' asks for .*mkdir, which no CIFAR file does"):
+    with pytest.raises(
+        SourceError, match=f"file '{name}' refers to .*mkdir, which no original CIFAR file does"
+    ):
         open_source("cifar100", tmp_path)
     assert not (tmp_path / "made").exists()
     pickle.loads(file.read_bytes())
@@ -95,7 +97,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, name, protocol):
 )
 def test_pickles_that_reach_for_functions(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(Exception, match=r"asks for|is damaged"):
+    with pytest.raises(Exception, match=r"refers to|is damaged"):
         read_plain_pickle(tmp_path / "file")
 
 

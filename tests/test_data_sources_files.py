@@ -94,7 +94,7 @@ def test_damaged_files_are_named_before_anything_is_decoded(tmp_path):
         assert text.startswith("source 'folder:train' has 7 damaged files among 17:\n")
         for name, (_, problem) in DAMAGE.items():
             assert re.search(f"\n  {re.escape(str(folder / name))} {problem}", text), name
-        assert f"{folder / 'gone.png'} is not there" in text
+        assert f"{folder / 'gone.png'} does not exist" in text
         assert "padded" not in text
         assert source.whole is None
     with pytest.raises(SourceError, match="has 7 damaged files"):
@@ -116,7 +116,7 @@ def test_a_file_that_fails_later_is_named_with_its_sample(tmp_path):
     with pytest.raises(SourceError, match=re.escape(text)):
         all_pixels(source)
     save_image(path, random_image(1, size=(7, 8)))
-    with pytest.raises(SourceError, match=r"sample 4 .* it is 7 x 8 pixels and was 48 x 56"):
+    with pytest.raises(SourceError, match=r"sample 4 .* it has 7 x 8 pixels, but 48 x 56 when scanned"):
         all_pixels(source)
     path.unlink()
     with pytest.raises(SourceError, match=r"sample 4 .*No such file"):

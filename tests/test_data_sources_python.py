@@ -126,10 +126,10 @@ def _fail(*_arguments, **_keywords):
         ({"make": lambda pixels: torch.tensor(pixels).float()}, r"is a float32 tensor of shape \(5, 6, 3\)"),
         ({"make": str}, "the image of sample 0 is a str, expected a PIL image"),
         ({"make": _one_channel_less}, "sample 1 has 1 channels, but sample 0 has 3"),
-        ({"make": _once}, "gives other pixels for sample 0 when it is asked again: leave random"),
+        ({"make": _once}, "returns different pixels each time sample 0 is loaded: remove random"),
         ({"make": _fail}, "sample 0 of source 'python:own_data:Own:train' cannot be read: ZeroDivision"),
-        ({"targets": [0.5] * 30}, "the labels of targets are not whole numbers"),
-        ({"targets": ["a"] * 30}, "the labels of targets are not whole numbers"),
+        ({"targets": [0.5] * 30}, "the labels of targets are not integers"),
+        ({"targets": ["a"] * 30}, "the labels of targets are not integers"),
         ({"targets": [0]}, "has 1 targets for 30 samples"),
         ({"targets": [3] * 30}, "has the label 3, expected 0 to 2"),
         ({"targets": [-1] * 30}, "has the label -1, expected 0 to 2"),
@@ -153,7 +153,7 @@ def test_data_sets_that_are_refused(module, changes, text):
             r"cannot import 'no_such_module': No module named 'no_such_module'\. Modules",
         ),
         ("python:own_data:absent", "module 'own_data' has no 'absent'"),
-        ("python:own_data:count", "count gave a int, expected a map-style data set"),
+        ("python:own_data:count", "count returned a int, expected a map-style data set"),
     ],
 )
 def test_factories_that_are_refused(module, spec, text):

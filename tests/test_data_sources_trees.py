@@ -69,7 +69,7 @@ def test_imagenet(tmp_path):
 def test_flat_validation_images_of_imagenet_are_refused(tmp_path):
     write_imagenet(tmp_path)
     shutil.move(tmp_path / "val" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG", tmp_path / "val")
-    with pytest.raises(SourceError, match=r"folder 'val' holds images that are in no class folder\. Move"):
+    with pytest.raises(SourceError, match=r"folder 'val' holds images outside of class folders\. Move"):
         open_source("imagenet:val", tmp_path)
 
 
@@ -77,7 +77,7 @@ def test_flat_validation_images_of_imagenet_are_refused(tmp_path):
 def test_another_list_of_classes_than_in_training_is_refused(tmp_path, name):
     write_imagenet(tmp_path)
     (tmp_path / "val" / WNIDS[0]).rename(tmp_path / "val" / "other")
-    text = f"classes of 'train' and of 'val' differ: not there: {WNIDS[0]}; unexpected: other"
+    text = f"classes of 'train' and of 'val' differ: missing: {WNIDS[0]}; unexpected: other"
     with pytest.raises(SourceError, match=text):
         open_source(f"{name}:val", tmp_path)
 
@@ -125,7 +125,7 @@ def _spoil_notes(folder):
         (
             "train",
             lambda folder: (folder / "wnids.txt").write_text("n1\n"),
-            "differ: not there: n1; unexpected: ",
+            "differ: missing: n1; unexpected: ",
         ),
         (
             "train",
@@ -149,10 +149,10 @@ def test_cinic10(tmp_path):
         assert source.whole.shape == (20, 32, 32, 3)
     (tmp_path / "test" / "cat").rename(tmp_path / "test" / "lion")
     text = (
-        f"source 'cinic10:test' cannot be read from --root '{tmp_path}': folder 'test' has other classes: "
-        "airplane, automobile, bird, deer, dog, frog, horse, lion and 2 more. Expected there: train, valid "
-        "and test, in each the folders airplane to truck with .png files. Get CINIC-10.tar.gz from its home "
-        "page, datashare.ed.ac.uk/handle/10283/3192, and unpack it there."
+        f"source 'cinic10:test' cannot be read from --root '{tmp_path}': folder 'test' has the classes "
+        "airplane, automobile, bird, deer, dog, frog, horse, lion and 2 more; expected those of CIFAR-10. "
+        "Expected there: train, valid and test, in each the folders airplane to truck with .png files. Get "
+        "CINIC-10.tar.gz from its home page, datashare.ed.ac.uk/handle/10283/3192, and unpack it there."
     )
     with pytest.raises(SourceError, match=f"^{re.escape(text)}$"):
         open_source("cinic10:test", tmp_path)

@@ -22,7 +22,7 @@ def live(folder, samples, *, views=2, steps=("write", "verify", "train"), readin
     facts |= {"limit": limit, "block_rows": 2000}
     folder.mkdir()
     command = [sys.executable, str(Path(__file__).with_name("limited_process.py")), str(folder)]
-    done = subprocess.run([*command, json.dumps(facts)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, json.dumps(facts)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert samples * ROW_BYTES > 2 * limit

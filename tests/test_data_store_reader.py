@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +22,16 @@ ROWS = RowStore(views=3, block_rows=16, encoding="float16", shapes={"logits": (1
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def written(tmp_path_factory):
     """A sound store: tests only read it."""
-    path = tmp_path_factory.mktemp("sound") / "sound.zarr"
+    path = tmp_path_factory.mktemp("written") / "sound.zarr"
     write_rows(path, ROWS)
     return path
 
 
-@pytest.fixture
-def store(sound, tmp_path):
-    """A copy that a test may damage."""
-    shutil.copytree(sound, tmp_path / "s.zarr")
-    return tmp_path / "s.zarr"
-
-
 @pytest.fixture(scope="module")
-def reader(sound):
-    return StoreReader(sound)
+def reader(written):
+    return StoreReader(written)
 
 
 def read_all(reader):
@@ -193,10 +185,10 @@ def test_pickled_reader_reads_the_same(reader):
 
 # Python 3.12 warns of any fork with threads alive; the reader promises to survive exactly that.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_reader_works_in_a_forked_process(sound):
-    reader = StoreReader(sound)
+def test_reader_works_in_a_forked_process(written):
+    reader = StoreReader(written)
     expected = read_all(reader)
-    for before in (reader, StoreReader(sound)):
+    for before in (reader, StoreReader(written)):
         child = os.fork()
         if child == 0:
             same = False

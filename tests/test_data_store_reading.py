@@ -23,7 +23,7 @@ from coursepack.data import epoch_order
 from coursepack.data.batches import Window
 from coursepack.data.store import StoreReader
 from coursepack.data.store import reader as reader_module
-from coursepack.distill.targets.stores import choose_reading, free_memory
+from coursepack.distill.targets.reading import choose_reading, free_memory
 from coursepack.errors import StoreDamaged
 
 READINGS = ("resident", "mapped", "windowed")
@@ -251,7 +251,7 @@ def test_a_forked_child_reads_while_the_parent_prefetches(store, monkeypatch, re
         try:
             import signal
 
-            signal.alarm(20)
+            signal.alarm(300)
             same = [
                 np.array_equal(
                     reader.components("logits", view, np.arange(83))["values"],

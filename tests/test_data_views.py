@@ -259,7 +259,7 @@ def test_ops_that_are_none_and_mixes_that_mix_nothing():
 @pytest.mark.parametrize("before", ["grayscale", "random_erasing", "rand_augment"])
 @pytest.mark.parametrize("after", ["horizontal_flip", "center_crop", "resized_crop"])
 def test_crops_and_flips_come_before_ops_on_pixels(before, after):
-    text = f"ops are ['{before}', '{after}']: crops, resizes and flips come before ops that change pixels"
+    text = f"ops are ['{before}', '{after}']: move crops, resizes and flips before all other ops"
     early, late = (before, OPS[before][0]), (after, OPS[after][0])
     with pytest.raises(ValidationError, match=re.escape(text)):
         recipe_of(early, late)
@@ -270,9 +270,11 @@ def test_crops_and_flips_come_before_ops_on_pixels(before, after):
 
 def test_a_pipeline_stands_alone():
     pipeline = ("pipeline", {"factory": "a:b"})
-    with pytest.raises(ValidationError, match=r"\['horizontal_flip', 'pipeline'\]: a pipeline stands alone"):
+    with pytest.raises(
+        ValidationError, match=r"\['horizontal_flip', 'pipeline'\]: a pipeline must be the only op"
+    ):
         recipe_of(("horizontal_flip", {}), pipeline)
-    with pytest.raises(ValidationError, match="a pipeline stands alone"):
+    with pytest.raises(ValidationError, match="a pipeline must be the only op"):
         recipe_of(pipeline, pipeline)
     recipe = recipe_of(pipeline)
     assert recipe.pipeline is not None

@@ -139,7 +139,7 @@ def test_a_pipeline_can_be_mixed():
         ("wrong", r"gives uint8 \(3, 17, 16\), expected uint8 \(3, 16, 16\)"),
         ("gray", r"gives uint8 \(1, 16, 16\), expected uint8 \(3, 16, 16\)"),
         ("same", r"gives uint8 \(3, 24, 24\), expected uint8 \(3, 16, 16\)"),
-        ("none", r"'my_own_views:none' cannot be loaded: .*no attribute 'none'.*Give module:function"),
+        ("none", r"'my_own_views:none': module 'my_own_views' has no 'none'"),
     ],
 )
 def test_other_shapes_types_and_functions_are_refused(name, text):
@@ -150,7 +150,7 @@ def test_other_shapes_types_and_functions_are_refused(name, text):
 def test_missing_modules_are_refused_and_the_users_own_errors_are_not_hidden():
     recipe = ViewRecipe(ops=(Pipeline(factory="no_such_views:a"),))
     samples = np.array([0])
-    with pytest.raises(RecipeError, match=r"'no_such_views:a' cannot be loaded: No module.*PYTHONPATH"):
+    with pytest.raises(RecipeError, match=r"'no_such_views:a': cannot import 'no_such_views': .*PYTHONPATH"):
         render(recipe, SOURCE, samples, draw(recipe, SOURCE, samples, 0), 8)
     with pytest.raises(KeyError):
         rendered("refused", [0])

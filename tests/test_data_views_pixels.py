@@ -330,7 +330,7 @@ def test_normalised_batches_are_their_pixels_normalised(name, size, channels):
     views = np.arange(40) % 3
     expected = preprocessing(Batch(source, PRESETS[name], samples, views).pixels(size))
     batch = Batch(source, PRESETS[name], samples, views)
-    assert torch.equal(batch.normalised(size, *preprocessing.levels(channels)), expected)
+    assert torch.equal(batch.normalized(size, *preprocessing.levels(channels)), expected)
     wide = Preprocessing(size=size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-    found = batch.normalised(size, *wide.levels(channels))
+    found = batch.normalized(size, *wide.levels(channels))
     assert torch.equal(found, wide(batch.pixels(size)))

@@ -20,7 +20,8 @@ from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup import prepare as prepare_module
-from coursepack.distill.targets.stores import CachedTargets, Targets
+from coursepack.distill.targets.base import Targets
+from coursepack.distill.targets.stores import CachedTargets
 from coursepack.errors import NonFiniteOutput, StoreDamaged, TrainingDiverged
 
 FIRST = "logits/values/c.0.0.0"
@@ -151,7 +152,7 @@ def test_live_teacher_with_weights_that_are_not_finite_is_named(tmp_path, sound,
             float("nan"),
             1.0,
             Step(0, 0),
-            "since the student's logits are not. It has made no step yet: check",
+            "since the student's logits are not. It has not been updated yet: check",
         ),
         (float("nan"), 1.0, Step(1, 0), "since the student's logits are not. Use a smaller --lr"),
         (1.0, float("nan"), Step(1, 0), "since the targets of teacher 1 are not. Check its weights"),

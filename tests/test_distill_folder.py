@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -30,20 +29,7 @@ RESNET18 = "torchvision:resnet18"
 
 
 def command(main, *words):
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small layers on many threads, beside busy workers, mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from coursepack.distill.losses.base import FeaturePair, LossInputs, StudentOutput
 from coursepack.distill.losses.hint import Adapter, Hints
 from coursepack.distill.setup.student import StudentShapes, blocks, probe_student, watched
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.models import Network, Preprocessing, build_network
 

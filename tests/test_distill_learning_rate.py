@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from coursepack.distill.training.schedule import LearningRateConfig, rate_factor
+from coursepack.distill.recipe import LearningRateConfig
+from coursepack.distill.training.schedule import rate_factor
 
 STEPS, EPOCHS, LR = 7, 6, 0.3
 
@@ -91,7 +92,7 @@ def test_rates_are_never_negative_and_never_above_the_largest(config, steps, epo
     [
         ({"shape": "step"}, r"milestones are \[\], but shape is 'step'.* needs at least one"),
         ({"milestones": [3]}, r"milestones are \[3\], but shape is 'constant'"),
-        ({"shape": "one_cycle", "warmup_epochs": 1}, "'one_cycle' has a rise of its own"),
+        ({"shape": "one_cycle", "warmup_epochs": 1}, "'one_cycle' has its own warm-up"),
         ({"shape": "step", "milestones": [0]}, "greater than or equal to 1"),
         ({"shape": "step", "milestones": [2], "factor": 1.0}, "less than 1"),
         ({"shape": "linear"}, "'constant', 'step', 'cosine' or 'one_cycle'"),

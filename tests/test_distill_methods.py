@@ -195,7 +195,7 @@ def test_a_term_may_be_all_that_reads_teachers(tapped_stores, monkeypatch):
     assert told["loss"] == pytest.approx(told["gap"] + told["cross_entropy"], rel=1e-5)
 
 
-def test_everything_that_learns_is_in_the_optimiser(tapped_stores):
+def test_everything_that_learns_is_in_the_optimizer(tapped_stores):
     run = prepare(make_recipe(tapped_stores, method="amtml-hints", limit=64, student="digits-cnn"), CPU)
     state = make_state(run)
     held = {id(value) for group in state.optimizer.param_groups for value in group["params"]}
@@ -324,7 +324,7 @@ def test_every_method_says_what_it_is():
         "loss      (1.4 / C) T²",
         '"soft_weight": "1.4 / C"',
         "LR_adaptive_learning, which takes it at T = 5",
-        '"angle": 1.0',
+        '"angle": {"weight": 1.0}',
     ):
         assert text in shown
     assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)

@@ -37,15 +37,6 @@ ALONE = {"method": "supervised", "view": MIXED.model_dump(mode="json")}
 STILL = {"optimizer": {"lr": 1e-12}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def mixed_stores(tmp_path_factory, teachers):
     """Float32 stores of two teachers under two mixed views, written in batches of 256."""

@@ -157,7 +157,10 @@ def test_views_that_have_drifted_are_refused_if_they_are_used(course, monkeypatc
     with pytest.raises(StoreMismatch, match=r"(?s)view 1, block 0: .* \(allow_drift=True in Python\)"):
         make_targets(course, objective)
     allowed = make_targets(course, objective, allow_drift=True)
-    assert allowed.drift[0] == "digits-mlp: view 1, block 0: this version draws other view parameters"
+    assert (
+        allowed.drift[0]
+        == "digits-mlp: view 1, block 0: the installed version draws different view parameters"
+    )
     assert make_targets(course, objective, views=1).drift == ()
 
 
@@ -182,7 +185,7 @@ def test_parameter_groups_are_those_of_the_command(course, stores, method):
     grouped = [id(value) for group in groups for value in group["params"]]
     assert sorted(grouped) == sorted(map(id, learner.parameters()))
     decayed = {id(value) for group in groups if "weight_decay" not in group for value in group["params"]}
-    latents = {id(value) for value in learner.objective.fusion_parameters()}
+    latents = {id(value) for group in learner.objective.parameter_groups() for value in group["params"]}
     assert set(grouped) - decayed == latents
     assert bool(latents) == (method == "amtml")
     command = make_optimizer(learner, make_recipe(stores).optimizer)

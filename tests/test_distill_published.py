@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from builders import loss_inputs
 
-from coursepack.distill.fusion.temperature import sample_temperatures, shifted
+from coursepack.distill.fusion.temperature import sample_temperatures
 from coursepack.distill.losses.base import BuildContext
 from coursepack.distill.losses.relation import angle_loss, distance_loss
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.targets.stores import Targets
-from coursepack.kernels import soft_target_loss, soft_targets
+from coursepack.distill.targets.base import Targets
+from coursepack.kernels import shift_logits, soft_target_loss, soft_targets
 
 PUBLISHED = Path(__file__).parent / "golden" / "published"
 ALL_FREE = {"gamma": 1.0, "lowest": 0.1, "highest": 100.0}
@@ -256,7 +256,7 @@ def test_dynamic_temperatures_and_shifted_logits():
     held = figures("ka_dtd")
     agree(published_temperatures(held, "flsw", held["teacher"]), held["textbrewer_flsw"])
     agree(published_temperatures(held, "cwsm", None), held["textbrewer_cwsm"])
-    moved = shifted(held["teacher"], held["labels"])
+    moved = shift_logits(held["teacher"], held["labels"])
     agree(moved, held["textbrewer_shifted"])
     agree(published_temperatures(held, "flsw", moved), held["textbrewer_flsw_after_shift"])
 
@@ -274,7 +274,7 @@ def test_adjusted_teachers_at_dynamic_temperatures(source, kind, adjustment):
     """TextBrewer's loss is a cross-entropy without T²: our divergence over T_x² and an entropy."""
     held = figures("ka_dtd")
     student = held["student"].clone().requires_grad_()
-    teacher = held["teacher"] if adjustment == "none" else shifted(held["teacher"], held["labels"])
+    teacher = held["teacher"] if adjustment == "none" else shift_logits(held["teacher"], held["labels"])
     fixed = torch.full((len(student),), 4.0)
     temperatures = fixed if kind == "none" else published_temperatures(held, kind, teacher)
     ours = soft_target_loss(

@@ -27,8 +27,8 @@ from coursepack.models.networks import NETWORKS
 from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
-COURSE, TARGETS = (
-    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.opening", "targets.stores")
+TEACHER_STORES, TARGETS = (
+    sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
 WEIGHTS = ("student.safetensors", "best.safetensors")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -40,12 +40,8 @@ ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 @pytest.fixture(autouse=True)
 def dropping(monkeypatch):
-    """One thread, and a student that draws."""
+    """A student that draws."""
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +151,8 @@ def test_another_recipe_is_refused(tmp_path, monkeypatch):
     recipe = make_recipe(**STUDENT)
     other = make_recipe(**STUDENT, optimizer={"lr": 0.01})
     text = (
-        r"run '.*o' cannot be resumed, since it was begun with something else\.\n"
-        r"  optimizer\.lr +begun with: 0\.05 +now: 0\.01\nResume with what it was begun with, or"
+        r"run '.*o' cannot be resumed, since it was started with other values\.\n"
+        r"  optimizer\.lr +started with: 0\.05 +now: 0\.01\nResume with the values it was started with, or"
     )
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=3)
     refused(other, tmp_path / "o", text)
@@ -179,7 +175,7 @@ def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, mon
         train(make_recipe(**STUDENT), out, device=CPU)
     assert not (out / CHECKPOINT_FILE).exists()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-    refused(make_recipe(**STUDENT, seed=1), out, r"seed +begun with: 0 +now: 1")
+    refused(make_recipe(**STUDENT, seed=1), out, r"seed +started with: 0 +now: 1")
     monkeypatch.undo()
     (out / "notes.txt").write_text("mine")
     train(make_recipe(**STUDENT), out, device=CPU, resume=True)
@@ -194,7 +190,7 @@ def test_another_store_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     old = shutil.move(store, tmp_path / "old.zarr")
     write_store(store, write_teacher(tmp_path / "two", seed=2))
-    refused(recipe, out, r"stores\[0\]\.fingerprint +begun with: \"?\w+")
+    refused(recipe, out, r"stores\[0\]\.fingerprint +started with: \"?\w+")
     shutil.rmtree(store)
     shutil.move(old, store)
     train(recipe, out, device=CPU, resume=True)
@@ -211,7 +207,7 @@ def test_more_views_by_then_are_refused_if_they_would_be_taken(tmp_path, monkeyp
     write_store(store, teacher, views=3)
     assert load_manifest(store).committed_views() == (0, 1, 2)
     if views is None:
-        refused(recipe, out, r"views.*begun with: .*now: 2")
+        refused(recipe, out, r"views.*started with: .*now: 2")
         return
     train(recipe, out, device=CPU, resume=True)
     assert told(out) == told(tmp_path / "once")
@@ -245,14 +241,14 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, recipe, out, saves=7)
     state = load_checkpoint(out, CPU)
     torch.save({**state, "version": 99}, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"is of version 99, expected 2: finish the run with the version that began it")
+    refused(recipe, out, r"has version 99, expected 2: finish the run with the release that started it")
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"seed": 1}, r"recipe\.seed +checkpoint: 1 +this run: 0"),
-        ({"optimiser": {"lr": 0.01}}, r"recipe\.optimiser\.lr +checkpoint: 0\.01 +this run: 0\.05"),
+        ({"optimizer": {"lr": 0.01}}, r"recipe\.optimizer\.lr +checkpoint: 0\.01 +this run: 0\.05"),
         (
             {"objective": {"temperature": 2.0}},
             r"recipe\.objective\.temperature +checkpoint: 2\.0 +this run: 4",
@@ -269,7 +265,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, stores, c
     interrupted(monkeypatch, recipe, out, saves=7)
     interrupted(monkeypatch, make_recipe(chosen, **fields), tmp_path / "other", saves=7)
     shutil.copy(tmp_path / "other" / CHECKPOINT_FILE, out / CHECKPOINT_FILE)
-    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' is of another run\.\n.*" + text)
+    refused(recipe, out, r"(?s)checkpoint '.*o/checkpoint.pt' belongs to another run\.\n.*" + text)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
@@ -310,7 +306,7 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
         return evaluate(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN._Every, "is_due", lambda _: next(steps) == STEPS + 2)
+        patch.setattr(TRAIN._Interval, "is_due", lambda _: next(steps) == STEPS + 2)
         patch.setattr(TRAIN, "evaluate", three_times)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU)
@@ -328,7 +324,7 @@ def test_stores_are_read_as_when_the_run_began(tmp_path, monkeypatch, stores):
     monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
     recipe = make_recipe(stores[:2], **STUDENT)
     choices = iter(["windowed", "windowed"])
-    monkeypatch.setattr(COURSE, "choose_reading", lambda *_: next(choices))
+    monkeypatch.setattr(TEACHER_STORES, "choose_reading", lambda *_: next(choices))
     train(recipe, tmp_path / "once", device=CPU)
     interrupted(monkeypatch, recipe, tmp_path / "o", saves=7)
     train(recipe, tmp_path / "o", device=CPU, resume=True)

@@ -17,7 +17,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import RunFolder, load_run
 from coursepack.distill.runs.train import train
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.errors import RunError, TeacherMismatch, TrainingDiverged
 from coursepack.models import build_network, load_teacher
 
@@ -147,7 +147,10 @@ def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(distill, words)
         assert result.exit_code == 1
-        assert result.stderr == "Error: run 'o' is unfinished: go on with --resume, or --overwrite it\n"
+        assert (
+            result.stderr
+            == "Error: run 'o' is unfinished: continue it with --resume, or replace it with --overwrite\n"
+        )
     with pytest.raises(RunError, match="has no trained weights: it is unfinished"):
         load_teacher("run:o", open_source("digits").class_names)
 
@@ -270,7 +273,7 @@ def test_each_flag_lands_in_the_recipe(tmp_path, monkeypatch):
         given.append((recipe, how))
         return {"epoch": 0, "evaluation": {"accuracy": 0.5, "nll": 1.0}}
 
-    monkeypatch.setattr(sys.modules["coursepack.distill.cli"], "train", spied)
+    monkeypatch.setattr(sys.modules["coursepack.distill.cli.train"], "train", spied)
     words = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--out", "new")
     call(*words)
     plain, how = given.pop()
@@ -298,8 +301,8 @@ def test_the_command_says_how_many_epochs_it_took(tmp_path, monkeypatch):
 def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
     """A source's first split is the one to train on: a recipe that names none says which it means."""
     values = {"student": "digits-small", "source": "digits", "view": "digits"}
-    assert complete(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
-    assert complete(dict(values), "here").evaluation == "digits:test"
+    assert resolve_recipe(values | {"evaluation": "digits"}, "here").evaluation == "digits:train"
+    assert resolve_recipe(dict(values), "here").evaluation == "digits:test"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +315,7 @@ def test_what_a_run_is_evaluated_on_is_spelled_out(tmp_path):
 )
 def test_numbers_are_judged_beside_those_of_their_method(stores, method, objective):
     values = {"student": "digits-small", "stores": [str(stores[0])], "method": method}
-    recipe = complete({**values, "objective": objective}, "here")
+    recipe = resolve_recipe({**values, "objective": objective}, "here")
     assert recipe.objective == resolve_objective(method, objective, "here", classes=10)
 
 

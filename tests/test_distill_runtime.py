@@ -21,21 +21,14 @@ USABLE = len(os.sched_getaffinity(0))
 def seen(monkeypatch):
     """What torch was set to when each epoch began."""
     found = []
-    begin = TRAIN._train_epoch_of
+    begin = TRAIN._train_epoch
 
     def spied(*arguments):
         found.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
         return begin(*arguments)
 
-    monkeypatch.setattr(TRAIN, "_train_epoch_of", spied)
+    monkeypatch.setattr(TRAIN, "_train_epoch", spied)
     return found
-
-
-@pytest.fixture(autouse=True)
-def threads_put_back():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -13,7 +13,7 @@ from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.schedule import value_at
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.state import make_state
 from coursepack.kernels import MixedLabels
 

@@ -167,7 +167,7 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        opening = sys.modules["coursepack.distill.targets.opening"]
+        opening = sys.modules["coursepack.distill.targets.teacher_stores"]
         patched.setattr(opening, "choose_reading", lambda *_: "mapped")
         patched.setattr(sys.modules["coursepack.distill.runs.train"], "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from coursepack.distill.losses.base import BuildContext, Loss, Needs, Step, Term
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.distill.training.step import train_step
@@ -128,7 +128,7 @@ def test_peers_see_each_others_outputs_detached():
     other = with_terms(make_recipe(limit=100, seed=1), peer=PeerConfig())
     group, told = [make_state(setup), make_state(setup, other)], []
     batch = next(setup.batches(0))
-    want = [state.learner.logits(batch).logits.detach().double() for state in group]
+    want = [state.learner.logits(batch).detach().double() for state in group]
     train_step([group], batch, lambda *_: None, Step(), log=lambda _, output, __: told.append(output.value))
     for index, value in enumerate(told):
         own, peer = want[index].log_softmax(1), want[1 - index].log_softmax(1)
@@ -157,3 +157,30 @@ def test_terms_that_leave_a_step_out_add_nothing():
     config = METHODS["supervised"].objective.model_copy(update={"terms": {"memory": MemoryConfig()}})
     inputs = loss_inputs(torch.randn(4, 3), torch.arange(4) % 3)
     assert list(Objective(config, BuildContext(labels=np.arange(4)))(inputs).terms) == ["cross_entropy"]
+
+
+class NormGapConfig(TermConfig):
+    term: Literal["norm_gap"] = "norm_gap"
+    power: float = 2.0
+
+
+class NormGap(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.power = config.power
+
+    def forward(self, inputs):
+        gap = inputs.student.logits.norm(dim=1) - inputs.teachers.logits[0].norm(dim=1)
+        return gap.abs() ** self.power
+
+
+def test_a_term_of_ones_own_is_one_row(monkeypatch):
+    loss = Loss(NormGapConfig, "| |z| - |z_1| |^power", "made up", lambda _: Needs(teacher_logits=True),
+                lambda config, _: NormGap(config))  # fmt: skip
+    monkeypatch.setitem(LOSSES, "norm_gap", loss)
+    term = NormGapConfig(weight=0.5, power=1.0)
+    config = METHODS["kd"].objective.model_copy(update={"terms": {"gap": term}})
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    value = Objective(config)(loss_inputs(student, torch.arange(6) % 5, Targets([teacher])))
+    gap = np.linalg.norm(student.numpy(), axis=1) - np.linalg.norm(teacher.numpy(), axis=1)
+    assert value.terms["gap"].item() == pytest.approx(0.5 * np.abs(gap).mean(), rel=1e-5)

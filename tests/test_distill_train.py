@@ -12,8 +12,8 @@ from reference.methods import calibration_error
 from coursepack.data import Batch, open_source
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
-from coursepack.distill.setup.prepare import opening, prepare
-from coursepack.distill.targets.stores import Targets
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.evaluate import evaluate
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
@@ -280,12 +280,12 @@ def test_shuffled_views_come_once_per_round_in_another_order_each(stores):
     assert turns(views=6, epochs=24)[1] == seen
     assert turns(views=6, epochs=24, seed=1)[1] != seen
     assert all(set(batch.views) == set(seen[8]) for batch in run.batches(8))
-    assert opening(run).endswith(
+    assert describe_setup(run).endswith(
         "; 6 views in random order, one per epoch, all seen again in another order after 6 epochs"
     )
-    assert opening(turns(views=6)[0]).endswith("; 6 views in random order, one per epoch")
+    assert describe_setup(turns(views=6)[0]).endswith("; 6 views in random order, one per epoch")
     cyclic = prepare(make_recipe(views=6, epochs=24), CPU)
-    assert opening(cyclic).endswith(
+    assert describe_setup(cyclic).endswith(
         "; 6 views in turn, one per epoch, all seen again in the same order after 6 epochs"
     )
     _, seen = turns(views=6, views_per_load=2)

@@ -20,15 +20,6 @@ from coursepack.errors import RecipeError
 from coursepack.models import build_network
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small layers on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batches_of(run, epochs=3):
     return list(itertools.chain.from_iterable(run.batches(epoch) for epoch in range(epochs)))
 
@@ -126,7 +117,7 @@ def test_a_schedule_sets_the_rate_of_every_step():
         )
         return optimizer
 
-    def step(number, _module, _optimiser):
+    def step(number, _module, _optimizer):
         if number + 1 < steps:
             schedule["one"].step()
 
@@ -156,7 +147,7 @@ def test_the_average_follows_the_formula_and_is_what_is_evaluated_and_kept(tmp_p
     run = prepare(recipe, CPU)
     averages = []
 
-    def follow(step, module, _optimiser):
+    def follow(step, module, _optimizer):
         now = {name: value.clone() for name, value in module.state_dict().items()}
         if step > 0:
             now = {
@@ -234,7 +225,7 @@ def test_parts_are_refused_where_samples_depend_on_each_other(stores):
     for method, text in (("amtml", "angle"), ("dtd-flsw", "dynamic_temperature")):
         with pytest.raises(RecipeError, match=rf"accumulate is 2, but method '{method}' relates.*{text}"):
             prepare(make_recipe(stores, method=method, accumulate=2), CPU)
-    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a part needs a sample"):
+    with pytest.raises(RecipeError, match="accumulate is 65, but batch_size is 64: a micro-batch"):
         prepare(make_recipe(accumulate=65), CPU)
 
 

@@ -2,12 +2,10 @@
 
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from benchmark_rows import check_rows
 from builders import write_store, write_teacher
 from click.testing import CliRunner
@@ -35,20 +33,12 @@ def examples():
     return found
 
 
-@pytest.fixture
-def sigterm():
-    """`precompute run` handles SIGTERM; give the test process its own handler back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 def expanded(word):
     """What a shell makes of a word."""
     return sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
 
 
-def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch, sigterm):
+def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     lines = examples()
     assert all(line.startswith(f"{command} ") for command, of in lines.items() for line in of)
     # A teacher is trained, then its store is written, then students are trained, looked at and compared.

@@ -77,7 +77,6 @@ def test_a_loop_of_ones_own_has_the_losses_of_the_command(tapped, method, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
-    pytest.importorskip("lightning")
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert example("lightning_module").train(tapped, method, epochs=3, seed=3) == wanted
@@ -85,8 +84,6 @@ def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_the_hugging_face_trainer_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert example("hf_trainer").train(tapped, method, epochs=3, seed=3) == wanted
@@ -115,9 +112,9 @@ def test_the_page_shows_the_loop_as_it_is():
 def test_the_other_code_of_the_page_runs(tapped):
     page = (ROOT / "docs" / "library.md").read_text()
     loop, network, images = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"course": open_teacher_stores(tapped), "views": [0], "Renderer": Renderer}
-    names["order"] = epoch_order(subset(names["course"].source, limit=None), seed=0, epoch=0)
+    names = {"teachers": open_teacher_stores(tapped), "views": [0], "Renderer": Renderer}
+    names["order"] = epoch_order(subset(names["teachers"].source, limit=None), seed=0, epoch=0)
     for code in (loop, network, images):
         exec(code, names)
-    logits = Learner(names["student"], Objective(ObjectiveConfig())).predict(names["batch"])
+    logits = Learner(names["student"], Objective(ObjectiveConfig())).predict(names["batch"]).logits
     assert logits.shape == (1442 % 64, 10)

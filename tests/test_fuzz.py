@@ -27,11 +27,11 @@ from coursepack.data.store import StoreReader, StoreWriter, load_manifest, verif
 from coursepack.data.store.contents import digest_of, list_key
 from coursepack.distill.recipe import load_recipe
 from coursepack.distill.runs.compare import compare, table_rows
-from coursepack.distill.runs.folder import as_begun, load_run
+from coursepack.distill.runs.folder import load_run, recipe_to_resume
 from coursepack.distill.runs.sweep import read_grid
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.checks import check_recipe
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.models import load_teacher
 from coursepack.models.classes import load_columns
 from coursepack.precompute.cli import main as precompute
@@ -89,9 +89,9 @@ class Workplace:
                 "student": "digits-small",
                 "source": "digits",
                 "view": "digits",
-                "optimiser": {"lr": 0.1},
+                "optimizer": {"lr": 0.1},
             },
-            "grid": {"method": ["supervised"], "seed": [0, 1], "optimiser.momentum": [0, 0.9]},
+            "grid": {"method": ["supervised"], "seed": [0, 1], "optimizer.momentum": [0, 0.9]},
         }
 
     def halt(self):
@@ -211,7 +211,7 @@ def recipe(place, draw):
         mutated_file(draw, yaml.safe_load((place.folder / "recipe.yaml").read_text()), dump_yaml)
     )
     with guarded(place.folder):
-        check_recipe(complete(load_recipe(path), str(path)))
+        check_recipe(resolve_recipe(load_recipe(path), str(path)))
 
 
 def grid(place, draw):
@@ -275,7 +275,7 @@ def provenance(place, draw):
     values = json.loads(file.read_text()) | {"stores": [{"reading": "mapped", "views": [0], "path": "x"}]}
     file.write_bytes(mutated_file(draw, values, dump_json))
     with guarded(path):
-        as_begun(path, place.recipe)
+        recipe_to_resume(path, place.recipe)
         train(place.recipe, path, device=CPU, resume=True, workers=0)
     return path
 

@@ -103,7 +103,7 @@ for name in names:
     importlib.import_module(name)
 
 from coursepack.data.store.owners import Part, live_runs, owning
-from coursepack.distill.targets.stores import free_memory
+from coursepack.distill.targets.reading import free_memory
 
 with tempfile.TemporaryDirectory() as folder, owning(Path(folder), Part()):
     assert live_runs(Path(folder)) == []

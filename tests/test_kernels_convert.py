@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import torch
 
-from coursepack.kernels import jit_convert, jit_math
+from coursepack.kernels.cpu import jit_convert, jit_math
 
 HALVES = np.arange(65536, dtype=np.uint16)
 

@@ -11,6 +11,7 @@ from contracts import (
     ADJUSTMENTS,
     COMBINATIONS,
     LOSSES,
+    LOSSES_IN_DOUBLE,
     PRECISION,
     LossCase,
     assert_agrees,
@@ -32,20 +33,20 @@ from reference.loss import soft_targets as reference_soft_targets
 from coursepack.kernels import DenseRows, MixedLabels, soft_target_loss, soft_targets
 
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+EVERY_LOSS_IN_DOUBLE = pytest.mark.parametrize("loss", LOSSES_IN_DOUBLE.values(), ids=LOSSES_IN_DOUBLE)
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000, 21841])
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_everything_at_once_float32(count, classes, combine):
     assert_agrees(soft_target_loss, everything_at_once(classes, count, combine, torch.float32))
 
 
-@EVERY_LOSS
+@EVERY_LOSS_IN_DOUBLE
 @pytest.mark.parametrize("combine", COMBINATIONS)
-@pytest.mark.parametrize("classes", [2, 10, 100, 1000, 21841])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_everything_at_once_float64(loss, count, classes, combine):
+@pytest.mark.parametrize(("classes", "count"), [(2, 1), (10, 8), (100, 2), (1000, 4), (21841, 3)])
+def test_everything_at_once_float64(loss, classes, count, combine):
     assert_agrees(loss, everything_at_once(classes, count, combine, torch.float64))
 
 
@@ -77,10 +78,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@EVERY_LOSS
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [(loss, torch.float32) for loss in LOSSES.values()]
+    + [(loss, torch.float64) for loss in LOSSES_IN_DOUBLE.values()],
+    ids=[*LOSSES, *(f"{name}, float64" for name in LOSSES_IN_DOUBLE)],
+)
 def test_one_option_at_a_time(loss, options, combine, dtype):
     temperature = torch.as_tensor(options.get("temperature", 1.0))
     if loss is LOSSES["plain"] and dtype == torch.float32 and temperature.max() > 8:
@@ -120,10 +125,10 @@ def test_encoded_rows_and_student_dtypes_agree(loss, dtype, combine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("adjustment", ADJUSTMENTS)
-@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
 def test_extreme_logits(temperature, adjustment, combine, dtype):
     """Logits of 1e4, classes without any probability, weights of zero: the classes of both, and of one."""
-    for seed in range(5):
+    for seed in range(2):
         case = make_case(seed, 23, 4, 6, dtype, scale=1e4, combine=combine, temperature=temperature)
         rng = np.random.default_rng((5, seed))
         case.teachers[torch.from_numpy(rng.random((4, 6, 23)) < 0.3)] = float("-inf")
@@ -163,7 +168,7 @@ def test_class_impossible_to_the_student_and_to_every_teacher_that_counts(combin
     assert_within("gradient", got.grad_student, want.grad_student, bound)
 
 
-@settings(deadline=None, max_examples=250, derandomize=True)
+@settings(deadline=None, max_examples=120, derandomize=True)
 @given(data=st.data())
 def test_random_combinations(data):
     draw = data.draw
@@ -221,7 +226,7 @@ class Recomputed(torch.autograd.Function):
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("adjustment", ADJUSTMENTS)
-@EVERY_LOSS
+@EVERY_LOSS_IN_DOUBLE
 def test_gradcheck(loss, adjustment, combine):
     case = make_case(7, 5, 3, 4, combine=combine, adjustment=adjustment, temperature=3.0, hard_weight=0.3)
     weights = torch.linspace(0.1, 1.4, 12, dtype=torch.float64).reshape(4, 3).requires_grad_(True)

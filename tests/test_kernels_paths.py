@@ -18,13 +18,13 @@ from coursepack.kernels import (
     DenseRows,
     Int8Rows,
     MixedLabels,
+    compile_op,
     describe,
     dispatch,
-    op,
     soft_target_loss,
     soft_targets,
 )
-from coursepack.kernels.request import check_request
+from coursepack.kernels.spec import LossSpec, check_call
 
 Z = torch.zeros(8, 10)
 T = torch.zeros(2, 8, 10)
@@ -128,7 +128,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 127, 128, 129, 1000, 1024, 1100])
+@pytest.mark.parametrize("classes", [1, 2, 17, 63, 64, 65, 129, 1100])
 @pytest.mark.parametrize("combine", ["mixture", "sum"])
 def test_every_kind_of_rows_at_every_length(classes, combine):
     """Lengths around whole lots of vectors, beside the analytic path on the same rows."""
@@ -185,14 +185,19 @@ def test_an_argument_is_never_changed():
 
 COMPILED = {
     "dense": lambda: make_case(0, 40, 3, 6, torch.float32, temperature=4.0, hard_weight=0.3),
-    "shift, per row": lambda: make_case(
-        1, 40, 2, 6, torch.float32, adjustment="shift", temperature=torch.full((6,), 3.0)
-    ),
-    "weights": lambda: make_case(
+    "weights per row": lambda: make_case(
         2, 40, 3, 6, torch.float32, weights=torch.rand(6, 3), combine="sum", row_weight=torch.rand(6)
     ),
-    "one weight each": lambda: make_case(
-        3, 40, 2, 6, torch.float32, weights=torch.rand(2), teacher_temperature=[1.0, 3.0]
+    "weights, temperatures of both kinds, shift": lambda: make_case(
+        3,
+        40,
+        2,
+        6,
+        torch.float32,
+        weights=torch.rand(2),
+        temperature=torch.full((6,), 3.0),
+        teacher_temperature=[1.0, 3.0],
+        adjustment="shift",
     ),
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
@@ -230,25 +235,21 @@ def test_a_compiled_step_equals_an_eager_one(make):
 def test_the_operator_passes_opcheck(make, monkeypatch):
     case = make()
     seen = []
-    monkeypatch.setattr(op, "compute", lambda *args: seen.append(args) or (Z[:, 0], Z, Z))
+    monkeypatch.setattr(compile_op, "compute", lambda *args: seen.append(args) or (Z[:, 0], Z, Z))
     student = case.student.requires_grad_(True)
     options = dict(case.options)
     if "weights" in options:
         options["weights"] = options["weights"].clone().requires_grad_(True)
-    op.call(student, check_request(student, case.teachers, case.labels, **options))
+    compile_op.call_op(student, check_call(student, case.teachers, case.labels, LossSpec(**options)))
     monkeypatch.undo()
-    torch.library.opcheck(op.compute, seen[0])
+    torch.library.opcheck(compile_op.compute, seen[0])
 
 
 IN_TORCH = {
-    "float64": lambda: everything_at_once(12, 3, "mixture", torch.float64),
     "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
     "js of rows": lambda: dataclasses.replace(
         make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
         teachers=[int8_rows((8, 37)), topk_rows()],
-    ),
-    "mse": lambda: make_case(
-        7, 40, 2, 6, torch.float32, divergence="mse", combine="sum", row_weight=torch.rand(6)
     ),
     "reverse_kl": lambda: make_case(
         8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
@@ -349,7 +350,8 @@ def nowhere(self):
 caching._CacheLocator.ensure_cache_path = nowhere
 import test_kernels_loss as tests
 from contracts import make_case, assert_agrees
-from coursepack.kernels import jit_convert, soft_target_loss
+from coursepack.kernels import soft_target_loss
+from coursepack.kernels.cpu import jit_convert
 from test_kernels_convert import check_every_half
 check_every_half()
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -360,11 +362,8 @@ assert not [name for name in sys.modules if name.startswith("coursepack.") and "
 """
 
 
-@pytest.mark.parametrize("cpu", ["x86-64", None])
-def test_without_float16_instructions_and_without_a_cache(cpu, tmp_path):
-    environment = dict(os.environ)
-    if cpu is not None:
-        environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+def test_without_float16_instructions_and_without_a_cache(tmp_path):
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", BARE, str(Path(__file__).parent)],
         capture_output=True,
@@ -413,7 +412,7 @@ def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
 
 
 def test_compiled_code_is_told_by_all_the_sources():
-    from coursepack.kernels import jit_base, jit_loss, jit_mixture, jit_stats
+    from coursepack.kernels.cpu import jit_base, jit_loss, jit_mixture, jit_stats
 
     for module in (jit_loss, jit_mixture, jit_stats):
         (cell,) = module.run._pyfunc.__closure__

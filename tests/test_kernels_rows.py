@@ -12,7 +12,7 @@ from contracts_encodings import check_topk_decoded, tail_logit
 from reference.loss import soft_target_loss as reference_loss
 
 from coursepack.kernels import BitRows, DenseRows, Int8Rows, Rows, TopKRows, decode, soft_target_loss
-from coursepack.kernels.jit_decode import topk_decode
+from coursepack.kernels.cpu.jit_decode import topk_decode
 from coursepack.kernels.rows import TAIL_TEMPERATURES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

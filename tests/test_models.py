@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader
+from coursepack.device import pick_device
 from coursepack.errors import NonFiniteOutput, RecipeError, RunError, TeacherMismatch, UnknownName
 from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, NETWORKS, WEIGHTS_FILE, weights_fingerprint
 from coursepack.models.taps import tapped
-from coursepack.models.teacher import TeacherOutput, check_finite, pick_device
+from coursepack.models.teacher import TeacherOutput, check_finite
 from coursepack.models.weights import without_prefix
 from coursepack.precompute import Job, run_job
 
@@ -153,12 +154,10 @@ def test_taps_that_cannot_be_had():
     ):
         TeacherRunner(network, [Tap(("layer1.0.conf1",))])
     network.module.spare = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        TeacherMismatch, match="'digits-resnet' never runs its layer 'spare': tap another layer"
-    ):
+    with pytest.raises(TeacherMismatch, match="'digits-resnet' never runs layer 'spare': tap another layer"):
         TeacherRunner(network, [Tap(("spare",))]).run(pixels_of(1))
     attention = torch.nn.Sequential(torch.nn.LSTM(3, 4))
-    text = "layer '0' gives a tuple, expected one tensor"
+    text = "layer '0' returns a tuple, expected one tensor"
     with tapped(attention, ["0"]), pytest.raises(TeacherMismatch, match=text):
         attention(torch.zeros(2, 3))
     assert not attention[0]._forward_hooks
@@ -217,11 +216,11 @@ def test_weights_files_that_are_not_weights_are_refused(tmp_path, monkeypatch, n
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("model.pt", "it holds torch.nn.modules.linear.Linear, expected tensors alone."),
-        ("script.pt", "it holds TorchScript code, expected tensors alone."),
+        ("model.pt", "it holds torch.nn.modules.linear.Linear, expected only tensors."),
+        ("script.pt", "it holds TorchScript code, expected only tensors."),
         (
             "nested.pt",
-            "one of the names state_dict, model_state_dict, model, net; it holds ['weights', 'epoch']",
+            "one of the keys state_dict, model_state_dict, model, net; it holds ['weights', 'epoch']",
         ),
         ("two.pt", "it holds 2 of them (model, net)"),
         ("list.pt", "it holds a list"),
@@ -248,9 +247,11 @@ def test_checkpoints_as_people_have_them(tmp_path, capsys, wrapper, prefix):
     loaded = load_teacher("digits-cnn", TEN, weights=str(file))
     assert weights_fingerprint(loaded.module) == weights_fingerprint(trained.module)
     said = capsys.readouterr().err
-    assert (f"{file}: the state dict is taken from under {wrapper!r}" in said) == (wrapper is not None)
+    assert (f"{file}: using the state dict under {wrapper!r}" in said) == (wrapper is not None)
     for part in ("module.", "_orig_mod."):
-        assert (f"{file}: {part!r} before the names of all layers is left out" in said) == (part in prefix)
+        assert (f"{file}: removed the prefix {part!r} from the names of all layers" in said) == (
+            part in prefix
+        )
 
 
 def test_a_layer_that_is_called_module_keeps_its_name(tmp_path, capsys):
@@ -269,7 +270,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_teacher("digits-cnn", TEN, weights=str(file))
     text = (
         r"head\.(bias|weight) has shape \(10,.*\), expected \(7,.*\)\. "
-        r"If the weights tell 10 classes apart, say with --classes MAP which of them the 7 are"
+        r"If the weights are for 10 classes, use --classes MAP to select the source's 7 of them"
     )
     with pytest.raises(TeacherMismatch, match=text):
         load_teacher("digits-mlp", TEN[:7], weights=str(file))
@@ -279,7 +280,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         RecipeError, match=r"teacher 'digits-mlp' has no weights: give --weights FILE \(\.saf"
     ):
         load_teacher("digits-mlp", TEN)
-    with pytest.raises(RecipeError, match="weights 'V1' are no file, and only torchvision's networks know"):
+    with pytest.raises(RecipeError, match="weights 'V1' are no file and no name of weights"):
         load_teacher("digits-mlp", TEN, weights="V1")
 
 
@@ -320,9 +321,7 @@ def test_run_folders(tmp_path):
     network = load_teacher(f"run:{folder}", TEN)
     assert (network.spec, network.weights_file) == ("digits-cnn", str(folder / WEIGHTS_FILE))
     assert load_teacher(f"run:{folder}", TEN, size=16).preprocessing.size == 16
-    with pytest.raises(
-        TeacherMismatch, match=r"tells 10 classes apart, but the source has 3 \(0, 1, 2, \.\.\.\)"
-    ):
+    with pytest.raises(TeacherMismatch, match=r"has 10 classes, but the source has 3 \(0, 1, 2, \.\.\.\)"):
         load_teacher(f"run:{folder}", TEN[:3])
     with pytest.raises(RecipeError, match="brings its own weights: leave --weights out"):
         load_teacher(f"run:{folder}", TEN, weights="w.pt")
@@ -349,7 +348,7 @@ def test_wrong_shape_of_logits_and_missing_device(monkeypatch):
     network = build_network("digits-small", 10)
     network.module.head = torch.nn.Identity()
     with pytest.raises(
-        TeacherMismatch, match=r"gives logits of shape \(3, 64\), expected \(3, 10\) \(N, C\)"
+        TeacherMismatch, match=r"returns logits of shape \(3, 64\), expected \(3, 10\) \(N, C\)"
     ):
         TeacherRunner(network).run(pixels_of(3))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

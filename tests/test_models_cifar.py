@@ -19,14 +19,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 NAMES = [name for name, kind in NETWORKS.items() if kind.preprocessing == CIFAR]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def parameters(module):
     return sum(value.numel() for value in module.parameters())
 

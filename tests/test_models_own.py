@@ -18,7 +18,8 @@ from coursepack.config import write_yaml
 from coursepack.data.store import StoreReader
 from coursepack.errors import CoursepackError, RecipeError, TeacherMismatch
 from coursepack.models import Preprocessing, TeacherRunner, build_network, load_teacher
-from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE, reload_teacher, weights_fingerprint
+from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE, weights_fingerprint
+from coursepack.models.load import reload_teacher
 from coursepack.precompute import Job, run_job
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -94,7 +95,7 @@ def test_pixels_are_stated_by_the_network_or_by_the_caller(module):
     assert build_network(SPEC, 3, **given).preprocessing == Preprocessing(**given)
     for missing in given:
         rest = {name: value for name, value in given.items() if name != missing}
-        with pytest.raises(RecipeError, match=r"does not say what pixels it expects: .*preprocessing = "):
+        with pytest.raises(RecipeError, match=r"does not define the pixels it expects: .*preprocessing = "):
             build_network(SPEC, 3, **rest)
     with pytest.raises(
         RecipeError, match=r"(?s)preprocessing of network 'python:own.*mean has 1 values and std 3"
@@ -131,7 +132,7 @@ def test_weights_from_a_file_or_from_the_factory(module, tmp_path):
     with pytest.raises(RecipeError, match=r"has no weights: give --weights FILE .*, or --weights own if"):
         load_teacher(SPEC, TEN)
     module.make = lambda _: trained
-    with pytest.raises(RecipeError, match=r"gives logits of shape \(2, 12\), expected \(2, 10\)"):
+    with pytest.raises(RecipeError, match=r"returns logits of shape \(2, 12\), expected \(2, 10\)"):
         load_teacher(SPEC, TEN, weights="own")
     trained.head = nn.Linear(64, 10)
     own = load_teacher(SPEC, TEN, weights="own")
@@ -170,9 +171,9 @@ def test_looking_at_a_network_leaves_it_as_it_was(module):
     ("make", "text"),
     [
         (_fail, r"network 'python:own_networks:make': make\(10\) failed: ZeroDivisionError: no"),
-        (lambda classes: classes, "make gave a int, expected a torch.nn.Module"),
-        (lambda _: Own(11), r"gives logits of shape \(2, 11\), expected \(2, 10\) \(N, C\)"),
-        (_with(forward=lambda _, images: [images]), r"gives a list, expected one tensor of shape \(2, 10\)"),
+        (lambda classes: classes, "make returned a int, expected a torch.nn.Module"),
+        (lambda _: Own(11), r"returns logits of shape \(2, 11\), expected \(2, 10\) \(N, C\)"),
+        (_with(forward=lambda _, images: [images]), r"returns a list, expected one tensor of shape \(2"),
         (_with(preprocessing={**PIXELS, "size": 9}),
          r"cannot take images \(2, 1, 9, 9\): RuntimeError: .*mat1 and mat2"),
         (_with(preprocessing={**PIXELS, "sise": 9}), "(?s)preprocessing of network .*sise: unknown key, did"),

@@ -18,10 +18,9 @@ from coursepack.data import open_source
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.views import PRESETS, draw, render
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
-from coursepack.kernels import reductions
-from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap
-from coursepack.models.build import reload_teacher
+from coursepack.models import Tap, TeacherRunner, build_network, load_teacher, parse_tap, reductions
 from coursepack.models.classes import load_columns
+from coursepack.models.load import reload_teacher
 from coursepack.models.taps import KNOWN_REDUCTIONS, tap_from_name
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main as precompute
@@ -179,7 +178,7 @@ def test_a_tap_before_an_activation_in_place_is_of_before():
 )
 def test_margins_are_those_of_a_batch_normalisation(layer, kind):
     text = (
-        rf"tap '{layer}@margin' needs a batch normalisation .*, but layer '{layer}' is a {kind}: tap the one"
+        rf"tap '{layer}@margin' needs a batch normalization .*, but layer '{layer}' is a {kind}: tap the one"
     )
     with pytest.raises(TeacherMismatch, match=text):
         TeacherRunner(build_network(NETWORK, 10), [parse_tap(f"{layer}:margin")])
@@ -188,7 +187,7 @@ def test_margins_are_those_of_a_batch_normalisation(layer, kind):
 def test_margins_need_weight_and_bias():
     network = build_network(NETWORK, 10)
     network.module.layer1[0].bn1 = nn.BatchNorm2d(32, affine=False)
-    with pytest.raises(TeacherMismatch, match=r"needs a batch normalisation with weight and bias"):
+    with pytest.raises(TeacherMismatch, match=r"needs a batch normalization with weight and bias"):
         TeacherRunner(network, [parse_tap("layer1.0.bn1:margin")])
 
 
@@ -341,10 +340,10 @@ def test_without_a_class_map_the_classes_have_to_be_the_same(tmp_path, twelve):
     result = command(folder, tmp_path / "s.zarr")
     assert result.exit_code == 1
     assert "has shape (12" in result.output
-    assert "the weights were trained on another number of classes" in result.output
+    assert "If the weights are for 12 classes, use --classes MAP" in result.output
     assert not (tmp_path / "s.zarr").exists()
     teacher = write_teacher(tmp_path / "run", "digits-cnn", classes=12)
-    with pytest.raises(TeacherMismatch, match=r"say which of its classes they are with --classes"):
+    with pytest.raises(TeacherMismatch, match=r"map the source's classes to the teacher's with --classes"):
         load_teacher(f"run:{teacher}", TEN)
     assert load_teacher(f"run:{teacher}", TEN, columns=COLUMNS).classes == 12
     with pytest.raises(

@@ -12,9 +12,11 @@ from coursepack.config import write_yaml
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
 from coursepack.models import Preprocessing, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE, weights_fingerprint
+from coursepack.models.hubs import HUBS, Hub, HubNetwork
 from coursepack.models.weights import load_weights
 
 TEN = tuple("0123456789")
+TINY = Preprocessing(size=8, mean=(0.5,), std=(0.5,))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -98,9 +100,40 @@ def test_what_gives_more_than_logits_is_refused():
     network = build_network("resnet20", 10)
     network.module.forward = lambda images: (images, images)
     with pytest.raises(
-        TeacherMismatch, match=r"'resnet20' gives a tuple, expected one tensor of shape \(2, 10\) \(N, C\)"
+        TeacherMismatch, match=r"'resnet20' returns a tuple, expected one tensor of shape \(2, 10\) \(N, C\)"
     ):
         TeacherRunner(network).run(pixels_of(2, size=32))
+
+
+def test_a_row_makes_a_hub(monkeypatch, tmp_path):
+    def build(name, classes, size):
+        return HubNetwork(
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(classes)), TINY, classes
+        )
+
+    def load(name, weights, classes):
+        return build(name, 12, None) if weights == "best" else None
+
+    hub = Hub(
+        "tiny:NAME", build, load, weights_help=", or best", unused_weights=("spare.",), check_output=True
+    )
+    monkeypatch.setitem(HUBS, "tiny", hub)
+    before = torch.random.get_rng_state()
+    network = build_network("tiny:one", 10, seed=1, size=4)
+    assert (network.preprocessing.size, network.module[1].weight.shape) == (4, (10, 16))
+    state = {**state_of(network), "spare.weight": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = load_teacher("tiny:one", TEN, weights=str(tmp_path / "w.safetensors"), size=4)
+    assert weights_fingerprint(loaded.module) == weights_fingerprint(network.module)
+    loaded = load_teacher("tiny:one", TEN, weights="best", columns=tuple(range(10)))
+    assert (loaded.classes, loaded.weights_file, loaded.preprocessing) == (12, "best", TINY)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(TeacherMismatch, match="'tiny:one' has 12 classes, but the source has 10"):
+        load_teacher("tiny:one", TEN, weights="best")
+    with pytest.raises(RecipeError, match=r"no name of weights of network 'tiny:one': .*\.pt\), or best"):
+        load_teacher("tiny:one", TEN, weights="worst")
+    with pytest.raises(UnknownName, match="tiny:NAME, run:FOLDER"):
+        build_network("small:one", 10)
 
 
 def test_without_timm(monkeypatch):
@@ -112,12 +145,7 @@ def test_without_timm(monkeypatch):
         build_network("timm:resnet18", 10)
 
 
-@pytest.fixture
-def timm():
-    return pytest.importorskip("timm")
-
-
-def test_timm_networks_expect_their_own_pixels(timm):
+def test_timm_networks_expect_their_own_pixels():
     network = build_network("timm:test_vit", 10)
     assert network.preprocessing == Preprocessing(size=160, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     network = build_network("timm:mobilenetv3_small_050", 10)
@@ -130,7 +158,7 @@ def test_timm_networks_expect_their_own_pixels(timm):
     assert means == {"ra_in1k": IMAGENET_MEAN, "miil_in21k_ft_in1k": (0.0, 0.0, 0.0)}
 
 
-def test_timm_weights_depend_on_the_seed_alone(timm):
+def test_timm_weights_depend_on_the_seed_alone():
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
     found = [weights_fingerprint(build_network("timm:test_vit", 10, seed=seed).module) for seed in (0, 0, 1)]
@@ -138,7 +166,7 @@ def test_timm_weights_depend_on_the_seed_alone(timm):
     assert found[0] == found[1] != found[2]
 
 
-def test_timm_weights_from_files_and_runs(timm, tmp_path):
+def test_timm_weights_from_files_and_runs(tmp_path):
     network = build_network("timm:test_resnet", 12, seed=3)
     save_file(state_of(network), tmp_path / "w.safetensors")
     columns = tuple(range(2, 12))
@@ -156,7 +184,7 @@ def test_timm_weights_from_files_and_runs(timm, tmp_path):
         load_teacher("timm:test_resnet", TEN, weights="a1_in1k")
 
 
-def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(timm, tmp_path):
+def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(tmp_path):
     built = build_network("timm:vit_tiny_patch16_224", 10, size=64)
     assert TeacherRunner(built).row_shapes(3) == {"logits": (10,)}
     folder = write_run(tmp_path / "run", built)
@@ -165,7 +193,7 @@ def test_a_timm_transformer_is_built_for_its_size_again_from_its_run(timm, tmp_p
     assert TeacherRunner(loaded).row_shapes(3) == {"logits": (10,)}
 
 
-def test_timm_names(timm):
+def test_timm_names():
     with pytest.raises(
         UnknownName,
         match=r"unknown timm network 'resnet81'\. Did you mean 'resnet18'\? Known: .* more of timm's",

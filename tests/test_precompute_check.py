@@ -33,11 +33,6 @@ ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory, teacher):
     """A store of logits as int8 and two taps, three blocks per view; tests only read it."""
     path = tmp_path_factory.mktemp("written") / "s.zarr"
@@ -49,9 +44,7 @@ def written(tmp_path_factory, teacher):
 @pytest.fixture
 def command():
     """Run `precompute` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in (*words, "--device=cpu")])
 
 
 def job_of(path, **options):
@@ -199,7 +192,9 @@ def test_weights_that_are_gone_or_changed(store, teacher, tmp_path, command, fla
 def test_another_source_is_refused(store):
     rewrite_manifest(store, lambda values: values["identity"]["source"].update(fingerprint="0" * 64))
     manifest = load_manifest(store)
-    with pytest.raises(StoreMismatch, match=r"is [0-9a-f]{12} here, but the teacher saw 000000000000"):
+    with pytest.raises(
+        StoreMismatch, match=r"has fingerprint [0-9a-f]{12}, but the store was written from 000000000000"
+    ):
         job_of_store(store, manifest, weights=None, root=None, device=CPU)
 
 
@@ -276,7 +271,7 @@ def test_repair_writes_bad_files_and_no_others(store, command, damage):
     assert sorted(
         line.partition(":")[0] for line in result.stderr.splitlines() if "written again" in line
     ) == (sorted(bad))
-    assert "rounds differently" not in result.stderr
+    assert "differs by rounding" not in result.stderr
     assert "sound" in result.stdout
     assert store_files(store) == before
     after = all_identities(store)
@@ -321,7 +316,7 @@ def test_what_is_no_regular_file_is_reported_and_replaced(store, command, kind):
     ]
     for key in bad:
         other_kind(store / key, kind)
-    with at_most(60):
+    with at_most(300):
         told = command("verify", "--store", store, "--json")
         assert told.exit_code == 1
         problems = dict(line.split(": ", 1) for line in json.loads(told.stdout)["problems"])
@@ -383,7 +378,7 @@ def test_a_fifo_beside_the_data_stops_nothing_for_ever(store, command, place):
     (store / "labels/c.0").unlink()
     (store / place).unlink(missing_ok=True)
     os.mkfifo(store / place)
-    with at_most(60):
+    with at_most(300):
         assert command("verify", "--store", store).exit_code == 1
         result = command("verify", "--store", store, "--repair")
     if place == "lock":
@@ -412,7 +407,7 @@ def test_repair_of_a_manifest_that_names_too_few_files(store, command, lost, gon
     expected = [f"{key}: not vouched for" for key in sorted(lost)]
     assert (told.exit_code, sorted(json.loads(told.stdout)["problems"])) == (1, expected)
     result = command("verify", "--store", store, "--repair")
-    assert (result.exit_code, "rounds differently" in result.stderr) == (0, False), result.output
+    assert (result.exit_code, "differs by rounding" in result.stderr) == (0, False), result.output
     assert store_files(store) == before
 
 
@@ -449,7 +444,7 @@ def test_json_of_a_repair_and_of_a_deep_check(store, command):
     assert (result.exit_code, json.loads(result.stdout)) == (0, {**facts, "rows": 50})
     shown = command("verify", "--store", store, "--deep", 50).stdout
     assert "sound" in shown
-    assert "50 rows as the teacher gives them now" in shown
+    assert "50 rows equal to the teacher's outputs" in shown
 
 
 def test_repair_of_some_views_leaves_a_store_that_can_be_extended(store, command, teacher, written):
@@ -489,7 +484,7 @@ def test_repair_that_rounds_differently_writes_all_components_of_the_rows(store,
     monkeypatch.setattr(type(load_manifest(store).arrays["logits"].encoding), "encode", other_machine)
     result = command("verify", "--store", store, "--repair")
     assert result.exit_code == 0, result.output
-    assert "logits/affine/c.0.0.0: the new content rounds differently" in result.stderr
+    assert "logits/affine/c.0.0.0: the new content differs by rounding" in result.stderr
     after = all_identities(store)
     changed = {key for key in kept if kept[key] != after[key]}
     assert changed == {"logits/q/c.0.0.0", "logits/affine/c.0.0.0"}

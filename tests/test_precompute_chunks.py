@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import zarr
-from builders import write_teacher
 from click.testing import CliRunner
 from helpers import file_identities, make_job, random_source, store_files
 
@@ -47,11 +45,6 @@ def small_pieces():
         yield
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
 def job(path, teacher, **fields):
     options = {"source": random_source(SAMPLES), "taps": [parse_tap("hidden1")], **OPTIONS, **fields}
     return make_job(path, teacher, **options)
@@ -68,9 +61,7 @@ def written(tmp_path_factory, teacher):
 @pytest.fixture
 def command():
     """Run `precompute verify` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *words: CliRunner().invoke(main, ["verify", *map(str, words), "--device=cpu"])
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *words: CliRunner().invoke(main, ["verify", *map(str, words), "--device=cpu"])
 
 
 def chunk_of(path, array, place, chunk):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import write_teacher
 from helpers import file_identities, make_job, store_files
 
 from coursepack.data.store import StoreReader, load_manifest, verify
@@ -66,11 +65,6 @@ HELD = (
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
-@pytest.fixture(scope="module")
 def arguments(teacher):
     """The command's arguments, all but the store."""
     pairs = {
@@ -119,7 +113,7 @@ def shards_written(path):
     return len([file for file in folder.iterdir() if file.name[-1].isdigit()]) if folder.is_dir() else 0
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -148,13 +142,8 @@ def shard_identities(path):
 
 
 def test_any_order_of_blocks_gives_the_same_bytes(tmp_path, teacher, once):
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     order = np.random.default_rng(0).permutation(VIEWS * BLOCKS).tolist()
     run_job(make_job(tmp_path / "s.zarr", teacher, **OPTIONS), block_order=iter(order))
-    torch.set_num_threads(threads)
     assert_same(tmp_path / "s.zarr", once)
 
 
@@ -163,7 +152,7 @@ def test_two_processes_at_once_give_the_same_bytes(tmp_path, arguments, once):
     commands = [[COMMAND, *arguments, f"--store={path}", f"--part={index}/2"] for index in range(2)]
     with running(commands[0]) as one, running(commands[1]) as two:
         for part in (one, two):
-            _, errors = part.communicate(timeout=120)
+            _, errors = part.communicate(timeout=300)
             assert part.returncode == 0, errors
     assert_same(path, once)
 
@@ -210,9 +199,9 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
         with pytest.raises(StoreBusy, match=text):
             run_job(make_job(path, teacher, **OPTIONS))
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "stopped. What is done is kept; run the same command again to finish" in errors
+    assert "stopped. Finished blocks are kept; run the same command again to finish" in errors
     assert "Traceback" not in errors
     done = done_blocks(path)
     assert 0 < len(done) < VIEWS * BLOCKS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from collections import namedtuple
 
 import numpy as np
@@ -31,23 +30,16 @@ SAMPLES = 1442
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "mlp", "digits-mlp")
-
-
 @pytest.fixture
 def command(teacher):
     """Run `precompute` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
     job = [f"--teacher=run:{teacher}", "--source=digits", "--view=digits", "--device=cpu"]
 
     def run(name, *words):
         options = job if name in ("run", "plan") else []
         return CliRunner().invoke(main, [name, *options, *map(str, words)])
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture

@@ -25,16 +25,13 @@ EVERYTHING = np.arange(1442)
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "cnn", "digits-cnn")
+def teacher(teachers):
+    return teachers[1]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory, teacher):
-    """A store that tests only read."""
-    path = tmp_path_factory.mktemp("written") / "s.zarr"
-    run_job(make_job(path, teacher, block_rows=500))
-    return path
+def written(cnn_store):
+    return cnn_store
 
 
 def live_answers(job, view):

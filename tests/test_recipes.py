@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from coursepack.config import field_at
 from coursepack.distill.cli import main as distill
-from coursepack.distill.recipe import TrainRecipe, load_recipe
+from coursepack.distill.recipe import LearningRateConfig, OptimizerConfig, TrainRecipe, load_recipe
 from coursepack.distill.runs.folder import load_run
-from coursepack.distill.training.optimizer import OptimizerConfig
-from coursepack.distill.training.schedule import LearningRateConfig
 from coursepack.models import build_network, parse_tap
 from coursepack.precompute.cli import main as precompute
 
@@ -161,11 +160,11 @@ def test_learning_rates_fall_within_the_epochs(path):
     assert max(values["optimizer"]["schedule"]["milestones"]) < values["epochs"]
 
 
-def table_of_fields():
-    """Rows of docs/training.md: field, flag, default, of the fields whose default is a number or a word."""
+def table_of_fields(heading):
+    """Rows of docs/training.md after `heading`: field, flag, default, description."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    text = page.partition("**how long**")[2]
-    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
+    text = page.partition(heading)[2]
+    rows = [line.split("|")[1:5] for line in text.splitlines() if line.startswith("| `")]
     return [[cell.strip(" `") for cell in row] for row in rows]
 
 
@@ -174,10 +173,10 @@ def test_the_page_on_training_knows_the_fields_flags_and_defaults():
         {"student": "s", "objective": {}, "source": "a", "evaluation": "b", "view": {}}
     )
     flags = {name for option in distill.commands["train"].params for name in option.opts}
-    rows = table_of_fields()
+    rows = table_of_fields("**how long**")  # fields whose default is a number or a word
     assert len(rows) > 20
     words = {"none": None, "all": None, "never": None, "": (), "true": True, "false": False}
-    for field, flag, default in rows:
+    for field, flag, default, _ in rows:
         value = recipe
         for part in field.split("."):
             value = getattr(value, part)
@@ -188,7 +187,16 @@ def test_the_page_on_training_knows_the_fields_flags_and_defaults():
         else:
             assert default == (f"{value:g}" if isinstance(value, float) else str(value)), field
         assert not flag or flag in flags, field
-    told = {field for field, _, _ in rows}
+    listed = {field for field, *_ in rows}
     config, schedule = OptimizerConfig.model_fields, LearningRateConfig.model_fields
-    assert {f"optimizer.{name}" for name in config if name != "schedule"} <= told
-    assert {f"optimizer.schedule.{name}" for name in schedule} <= told
+    assert {f"optimizer.{name}" for name in config if name != "schedule"} <= listed
+    assert {f"optimizer.schedule.{name}" for name in schedule} <= listed
+
+
+def test_the_page_on_training_describes_the_fields_as_the_help_does():
+    rows = table_of_fields("## Fields")
+    described = {field: text for field, _, _, text in rows}
+    fields = {field: field_at(TrainRecipe, field).description for field in described}
+    assert described == {field: " ".join(text.split()) for field, text in fields.items()}
+    tops = {field.partition(".")[0] for field in described}
+    assert tops == set(TrainRecipe.model_fields)

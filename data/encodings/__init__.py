@@ -1,10 +1,10 @@
-"""Encodings: how float32 values are represented in a store. Raw logits are kept, never probabilities.
+"""Encodings: representations of float32 values in a store. Raw logits are stored, never probabilities.
 
 float32     exact
-float16     half a unit in the last place; the default
+float16     within half a unit in the last place; the default
 bfloat16    float32's range, 8 bits of precision
-int8        a byte per value, affine per row: the compact setting
-topk:K      the K largest logits with the label's, and the mass of the rest; for many classes
+int8        one byte per value, affine per row; the compact setting
+topk:K      the K largest logits, the label's logit, and the mass of the rest; for many classes
 bits        signs only, for features
 """
 
@@ -33,23 +33,25 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
     "topk": TopK,
     "bits": Bits,
 }
-FOR_LOGITS = ("float32", "float16", "bfloat16", "int8", "topk")
-FOR_FEATURES = ("float32", "float16", "bfloat16", "int8", "bits")
+FOR_LOGITS = tuple(name for name in ENCODINGS if name != "bits")
+FOR_FEATURES = tuple(name for name in ENCODINGS if name != "topk")
 
 
 def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Encoding:
-    """The encoding that a flag names: `float16`, `topk:100`.
+    """Return the encoding that an option names, such as `float16` or `topk:100`.
 
     Raises:
-        UnknownName: no encoding of that name among `known`.
-        RecipeError: a parameter is missing, wrong or not wanted.
+        UnknownName: `known` has no encoding of that name.
+        RecipeError: a parameter is missing, wrong or not accepted.
     """
     name, _, parameter = text.partition(":")
     if name not in known:
         raise UnknownName("encoding", name, known)
     if name == "topk":
         if not parameter.isdecimal():
-            raise RecipeError(f"encoding {text!r} does not say how many entries to keep, as topk:10 does")
+            raise RecipeError(
+                f"encoding {text!r} has no number of entries to keep, expected topk:K such as topk:10"
+            )
         return TopK(int(parameter))
     if parameter:
         raise RecipeError(f"encoding {name!r} takes no parameter, got {text!r}")
@@ -57,10 +59,10 @@ def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Enco
 
 
 def encoding_from_dict(values: Mapping[str, Any]) -> Encoding:
-    """The encoding that `to_dict` described.
+    """Return the encoding that `to_dict` described.
 
     Raises:
-        UnknownName: no encoding of that name.
+        UnknownName: there is no encoding of that name.
     """
     parameters = {key: value for key, value in values.items() if key != "name"}
     name = str(values.get("name"))
@@ -70,11 +72,13 @@ def encoding_from_dict(values: Mapping[str, Any]) -> Encoding:
 
 
 def smaller_encoding(encoding: Encoding, row_shape: tuple[int, ...]) -> Encoding:
-    """`encoding`, or float16 where a sparse one would not be smaller than that."""
+    """Return `encoding`, or float16 if a sparse encoding would not be smaller than that."""
     if not isinstance(encoding, TopK):
         return encoding
     dense = Dense("float16")
     fits = row_shape[0] >= encoding.k
-    sparse_bytes = sum(part.row_bytes for part in encoding.components(row_shape).values()) if fits else 0
-    dense_bytes = sum(part.row_bytes for part in dense.components(row_shape).values())
+    sparse_bytes = (
+        sum(component.row_bytes for component in encoding.components(row_shape).values()) if fits else 0
+    )
+    dense_bytes = sum(component.row_bytes for component in dense.components(row_shape).values())
     return encoding if fits and sparse_bytes < dense_bytes else dense

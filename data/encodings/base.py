@@ -1,4 +1,4 @@
-"""What an encoding is: how float32 values are represented in a store, and how they come back."""
+"""The interface of an encoding, which converts float32 values to stored arrays and back."""
 
 from __future__ import annotations
 
@@ -22,98 +22,106 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Component:
-    """One stored array of an encoding: the shape and dtype of its rows."""
+    """Shape and dtype of the rows of one stored array."""
 
     dtype: str
-    """NumPy's name, little-endian when stored."""
+    """NumPy dtype name; little-endian when stored."""
     row_shape: tuple[int, ...]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of one row in bytes."""
         return int(np.dtype(self.dtype).itemsize) * math.prod(self.row_shape)
 
 
 class Encoding(Protocol):
-    """A frozen object that turns float32 rows into components and components into `Rows`."""
+    """Immutable object that encodes float32 rows as components, and wraps components as `Rows`."""
 
     @property
     def name(self) -> str:
-        """How it is asked for: its key in `ENCODINGS`, with its parameter where it has one (`topk:10`)."""
+        """Key in `ENCODINGS`, followed by the parameter if there is one (`topk:10`)."""
 
     @property
     def exact(self) -> bool:
-        """Whether values come back as they were."""
+        """True if decoding returns the original values."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `encoding_from_dict` turns back into an equal object."""
+        """Return plain values that `encoding_from_dict` converts to an equal object."""
 
     def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
-        """What is stored for rows of the given shape."""
+        """Return the components stored for rows of the given shape."""
 
     def encode(
         self, values: NDArray[np.float32], samples: Samples, labels: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """Components `(n, ...)` of values `(n, ...)`.
+        """Encode values `(n, ...)` as components `(n, ...)`.
 
         Args:
-            values: what to store.
-            samples: their indices `(n,)`, named in errors.
+            values: values to store.
+            samples: sample indices `(n,)`, named in errors.
             labels: class ids `(n,)`, for encodings that keep the label's entry.
 
         Raises:
-            EncodingRange: a finite value that cannot be represented; the text names sample and way out.
+            EncodingRange: a finite value cannot be represented; the message names the sample and an
+                alternative.
         """
 
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
-        """Whether stored rows are what encoding these values gives, `(n,)`, up to rounding.
+        """Return, for each row `(n,)`, True if the stored row is an encoding of these values up to rounding.
 
         Args:
-            values: freshly computed `(n, ...)`.
+            values: freshly computed values `(n, ...)`.
             stored: components `(n, ...)`.
-            slack: how far the values themselves may be off, as a share of each row's largest.
+            slack: tolerance of the values themselves, relative to each row's largest magnitude.
         """
 
     def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> Rows:
-        """Encoded rows for the loss from gathered components, on the CPU.
+        """Wrap gathered components on the CPU as encoded rows for the loss.
 
         Raises:
-            ValueError: components that no encoding of values writes.
+            ValueError: the components hold values that the encoding never writes.
         """
 
 
 def flat_rows(values: NDArray[Any]) -> NDArray[Any]:
-    """Rows `(n, D)` of any `(n, ...)`, also where n is 0."""
+    """Flatten `(n, ...)` to rows `(n, D)`; n may be 0."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def within(
     decoded: NDArray[np.float32], values: NDArray[np.float32], bound: Any, slack: float
 ) -> NDArray[np.bool_]:
-    """Rows `(n,)` in which every `|decoded - values| <= bound + slack * largest |value| of the row`."""
-    wide = flat_rows(values).astype(np.float64)
-    distance = np.abs(flat_rows(decoded) - wide)
+    """Return True for each row with `|decoded - values| <= bound + slack * max |values|`, as `(n,)`."""
+    flat = flat_rows(values).astype(np.float64)
+    distance = np.abs(flat_rows(decoded) - flat)
     close: NDArray[np.bool_] = (
-        distance <= bound + slack * np.abs(wide).max(1, keepdims=True, initial=0)
+        distance <= bound + slack * np.abs(flat).max(1, keepdims=True, initial=0)
     ).all(1)
     return close
 
 
 def check_range(
-    values: NDArray[np.float32], lost: NDArray[np.bool_], samples: Samples, what: str, limit: float
+    values: NDArray[np.float32], lost: NDArray[np.bool_], samples: Samples, encoding: str, limit: float
 ) -> None:
-    """Refuse values that an encoding cannot hold.
+    """Refuse values that an encoding cannot represent.
+
+    Args:
+        values: values `(n, ...)`.
+        lost: True where a value cannot be represented `(n, ...)`.
+        samples: sample indices `(n,)`.
+        encoding: name of the encoding, for the error.
+        limit: largest magnitude that the encoding represents.
 
     Raises:
-        EncodingRange: names the first sample, its value and the encoding to use instead.
+        EncodingRange: names the first sample, its value and the encodings to use instead.
     """
     if lost.any():
         row = int(np.flatnonzero(lost.reshape(len(values), -1).any(1))[0])
         worst = float(values[row].reshape(-1)[lost[row].reshape(-1)][0])
-        others = "float32" if what == "bfloat16" else "float32 or bfloat16"
+        alternatives = "float32" if encoding == "bfloat16" else "float32 or bfloat16"
         raise EncodingRange(
-            f"sample {int(samples[row])} has the value {worst:g}, outside the range of {what} "
-            f"(+-{limit:g}): use {others}"
+            f"sample {int(samples[row])} has the value {worst:g}, outside the range of {encoding} "
+            f"(+-{limit:g}): use {alternatives}"
         )

@@ -1,4 +1,4 @@
-"""The sign of every value, eight to a byte: what activation-boundary hints need (Heo et al., AAAI 2019)."""
+"""Encoding of signs in one bit per value, for activation-boundary hints (Heo et al., AAAI 2019)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bits:
-    """1 where a value is positive."""
+    """Encoding with one bit per value: 1 if the value is positive."""
 
     name: str = "bits"
     exact: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values that describe the encoding."""
         return {"name": self.name}
 
     def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
-        """`bits`, the row flattened and filled up with zeros to whole bytes."""
+        """Return the component `bits`: the flattened row, padded with zeros to whole bytes."""
         return {"bits": Component("uint8", (-(-math.prod(row_shape) // 8),))}
 
     def encode(
@@ -47,7 +47,7 @@ class Bits:
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
-        """Same signs, but for values next to nothing."""
+        """Return True for rows with the same signs, except for values close to zero."""
         flat = flat_rows(values)
         signs = np.unpackbits(stored["bits"], axis=1, count=flat.shape[1]).astype(bool)
         near_zero = np.abs(flat) <= slack * np.abs(flat).max(1, keepdims=True, initial=0)
@@ -55,5 +55,5 @@ class Bits:
         return same
 
     def rows(self, components: Mapping[str, Tensor], row_shape: tuple[int, ...]) -> BitRows:
-        """Bits as they are stored."""
+        """Wrap the stored bits."""
         return BitRows(components["bits"], row_shape)

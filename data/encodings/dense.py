@@ -1,4 +1,4 @@
-"""Encodings that keep every value as one floating-point number."""
+"""Encodings that store every value as one floating-point number."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Dense:
 
     @property
     def exact(self) -> bool:
-        """Whether values come back as they were."""
+        """True if decoding returns the original values."""
         return self.name == "float32"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values that describe the encoding."""
         return {"name": self.name}
 
     def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
-        """One component, `values`; bfloat16 as the uint16 of its bits, as NumPy has no such type."""
+        """Return the component `values`; bfloat16 is stored as uint16, because NumPy has no such type."""
         return {"values": Component("uint16" if self.name == "bfloat16" else self.name, row_shape)}
 
     def encode(
@@ -44,7 +44,7 @@ class Dense:
         samples: Samples,
         labels: NDArray[np.int64],
     ) -> dict[str, NDArray[Any]]:
-        """Round to the stored type, to nearest even."""
+        """Round to the stored type, half to even."""
         if self.name == "bfloat16":
             rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
             lost = (~torch.isfinite(rounded)).numpy() & np.isfinite(values)
@@ -59,13 +59,13 @@ class Dense:
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
-        """Within half a unit in the last place."""
+        """Return True for rows within half a unit in the last place."""
         decoded = self.rows({"values": torch.from_numpy(stored["values"])}, values.shape[1:]).decode()
         precision = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[self.name]
         bound = precision * np.abs(flat_rows(values)).astype(np.float64) + 2.0**-25
         return within(decoded.numpy(), values, bound, slack)
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> DenseRows:
-        """The values as they are stored."""
+        """Wrap the stored values."""
         values = components["values"]
         return DenseRows(values.view(torch.bfloat16) if self.name == "bfloat16" else values)

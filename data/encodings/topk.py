@@ -1,4 +1,4 @@
-"""The k largest logits of a row, the label's, and the mass of all others at a few temperatures."""
+"""Encoding of the k largest logits, the label's logit, and the mass of the others at several temperatures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _LIMIT = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class TopK:
-    """For many classes. Lossy in the shape of the tail: measure before use (`precompute inspect`)."""
+    """Sparse encoding for many classes.
+
+    It loses the shape of the tail: measure the effect before use (`precompute inspect`).
+    """
 
     k: int
 
@@ -42,18 +45,18 @@ class TopK:
 
     @property
     def exact(self) -> bool:
-        """Whether values come back as they were."""
+        """True if decoding returns the original values: always False."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values that describe the encoding."""
         return {"name": "topk", "k": self.k}
 
     def components(self, row_shape: tuple[int, ...]) -> dict[str, Component]:
-        """`ids`, `values` and `tail`.
+        """Return `ids`, `values` and `tail`.
 
         Raises:
-            RecipeError: rows that are not logits, or have fewer than k classes.
+            RecipeError: the rows are not logits, or have fewer than k classes.
         """
         if len(row_shape) != 1 or row_shape[0] < self.k:
             raise RecipeError(
@@ -69,7 +72,7 @@ class TopK:
     def encode(
         self, values: NDArray[np.float32], samples: Samples, labels: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """Keep the k largest logits; where the label is not among them it takes the place of the last."""
+        """Keep the k largest logits; if the label is not among them, it replaces the smallest."""
         lost = np.abs(values) > _LIMIT
         check_range(values, lost, samples, self.name, _LIMIT)
         logits = torch.from_numpy(np.ascontiguousarray(values))
@@ -88,31 +91,35 @@ class TopK:
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float
     ) -> NDArray[np.bool_]:
-        """Kept logits within half a float16 unit, none below what a fresh choice keeps; and the mass."""
+        """Return True for rows that a new encoding would give, up to rounding.
+
+        Kept logits are within half a float16 unit, none is smaller than those a new encoding keeps, and the
+        mass of the others agrees.
+        """
         ids = stored["ids"].astype(np.int64)
-        inside: NDArray[np.bool_] = (ids < values.shape[1]).all(1)
+        valid: NDArray[np.bool_] = (ids < values.shape[1]).all(1)
         ids = np.minimum(ids, values.shape[1] - 1)
         kept = np.take_along_axis(values, ids, axis=1)
-        moved = slack * np.abs(values).max(1, keepdims=True)
+        tolerance = slack * np.abs(values).max(1, keepdims=True)
         rounded = 2.0**-11 * np.abs(kept) + 2.0**-25
-        close = within(stored["values"].astype(np.float32), kept, rounded + moved, 0)
-        # The last entry may be the label's; every other one has to be among the k largest.
+        close = within(stored["values"].astype(np.float32), kept, rounded + tolerance, 0)
+        # The last entry may be the label's; all others must be among the k largest.
         least = -np.sort(-values, axis=1)[:, self.k - 1]
         second_lowest = np.sort(kept, axis=1)[:, 1]
-        chosen: NDArray[np.bool_] = second_lowest >= least - 2 * moved[:, 0]
-        once: NDArray[np.bool_] = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
+        chosen: NDArray[np.bool_] = second_lowest >= least - 2 * tolerance[:, 0]
+        distinct: NDArray[np.bool_] = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
         masses = _log_masses(torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(ids)).numpy()
-        # A mass moves with the dropped logits and with the row's maximum.
-        bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * moved
-        same: NDArray[np.bool_] = np.all(np.abs(stored["tail"] - masses) <= bound, axis=1)
-        return inside & close & chosen & once & same
+        # The mass changes with the dropped logits and with the row's maximum.
+        bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * tolerance
+        same_mass: NDArray[np.bool_] = np.all(np.abs(stored["tail"] - masses) <= bound, axis=1)
+        return valid & close & chosen & distinct & same_mass
 
     def rows(self, components: Mapping[str, torch.Tensor], row_shape: tuple[int, ...]) -> TopKRows:
-        """Ids, logits and tail as they are stored.
+        """Wrap the stored ids, logits and tail.
 
         Raises:
-            ValueError: an id that is no class. It is looked for here, on the CPU, as a GPU would have to be
-                waited for.
+            ValueError: an id is not a class. Ids are checked here, on the CPU, because a check on a GPU would
+                synchronize.
         """
         ids = components["ids"].numpy()
         if ids.max(initial=0) >= row_shape[0]:
@@ -121,8 +128,8 @@ class TopK:
 
 
 def _log_masses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Log of `sum exp((z - max z) / T)` over the classes that are not kept, `(N, 4)` float64."""
+    """Return the log of `sum exp((z - max z) / T)` over the classes that are not kept, `(N, 4)` float64."""
     dropped = logits.scatter(1, ids, float("-inf")).double() - logits.amax(1, keepdim=True)
     masses = torch.stack([torch.logsumexp(dropped / t, dim=1) for t in TAIL_TEMPERATURES], dim=1)
-    # Nothing was dropped, or nothing that can be seen: a mass that float16 still holds, and never NaN.
+    # Clamped for rows with no mass left, so that float16 holds a finite value.
     return masses.clamp(-_LIMIT, _LIMIT)

@@ -1,4 +1,4 @@
-"""Sources: where samples come from, by name."""
+"""Sources of samples, opened by name."""
 
 from coursepack.data.sources.base import FirstSamples as FirstSamples
 from coursepack.data.sources.base import InMemory as InMemory

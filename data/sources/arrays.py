@@ -1,4 +1,4 @@
-"""Images and labels in .npy files, memory-mapped: for data sets that someone made."""
+"""Images and labels in memory-mapped .npy files, for data sets of a user's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class MappedImages:
-    """A source whose pixels are one .npy file."""
+    """Source whose pixels are one memory-mapped .npy file."""
 
     name: str
     file: Path
@@ -40,18 +40,18 @@ class MappedImages:
 
     @functools.cached_property
     def whole(self) -> NDArray[np.uint8]:
-        """The images, mapped read-only."""
+        """All images `(N, H, W, channels)`, memory-mapped read-only."""
         images = np.lib.format.open_memmap(self.file, mode="r")
         return images[..., None] if images.ndim == 3 else images
 
     @property
     def channels(self) -> int:
-        """Channels of the pixels."""
+        """Number of channels of the pixels."""
         return int(self.whole.shape[3])
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over name, classes, labels, shape and the content of a few images."""
+        """sha256 over name, classes, labels, shape and the content of 64 images."""
         return fingerprint(
             {
                 "name": self.name,
@@ -63,29 +63,29 @@ class MappedImages:
         )
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)`, the same for all."""
+        """Return height and width `(n, 2)`, the same for all images."""
         return same_sizes(self.whole, samples)
 
     def pixels(self, samples: Samples) -> NDArray[np.uint8]:
-        """Images `(n, H, W, channels)`, read from the file."""
+        """Return the images `(n, H, W, channels)`, read from the file."""
         return np.asarray(self.whole[samples])
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)` of each image's pixels."""
+        """Return the crc32c `(n,)` of each image's pixels."""
         return checksums(self.whole[sample] for sample in samples)
 
     def path(self, sample: int) -> None:
-        """Samples have no file each."""
+        """Return None: samples have no file of their own."""
 
     def check(self) -> None:
-        """Nothing that opening did not see: a file that is cut off cannot be mapped."""
+        """Do nothing: opening the source has made all checks, as a truncated file cannot be mapped."""
 
     def __getstate__(self) -> dict[str, Any]:
         return fields_only(self)
 
 
 def arrays(spec: Spec, root: Path | None) -> Source:
-    """`root/SPLIT/images.npy` and `labels.npy`, or those in `root` itself as its only split `train`."""
+    """Open `root/SPLIT/images.npy` and `labels.npy`, or those in `root` itself as its only split `train`."""
     base = LAYOUT.root(spec, root)
     folder = base / spec.split
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""What a source is, and the two plainest: an array of images, and the first samples of another source.
+"""The interface of a source, and two simple sources: an array in memory, and the first samples of a source.
 
-A sample is an index into a source's split, and that index never changes. A subset belongs to a run
-(`splits.subset`), never to a source. Sources travel to worker processes, so they pickle, and what can be read
-again from disk is not in the pickle.
+A sample is an index into a source's split, and that index never changes. A subset of samples belongs to a run
+(`splits.subset`), never to a source. Sources are sent to worker processes, so they can be pickled; the pickle
+leaves out what can be read again from disk.
 """
 
 from __future__ import annotations
@@ -27,73 +27,73 @@ if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
 
     Pixels = NDArray[np.uint8] | list[NDArray[np.uint8]]
-    """Images of one size `(n, H, W, channels)`, or a list of `(H, W, channels)`."""
+    """Images of one size `(n, H, W, channels)`, or a list of images `(H, W, channels)`."""
 
 SAMPLED = 64
-"""A fingerprint that cannot afford all content takes the checksums of so many samples."""
+"""Number of samples whose content enters a fingerprint that does not cover all content."""
 MOST_IN_MEMORY = 2 << 30
-"""Bytes of pixels that a source that was not asked for more keeps in memory."""
+"""Maximum size in bytes of the pixels that a source keeps in memory."""
 
 
 class Source(Protocol):
-    """One split of a data set: images and single labels."""
+    """One split of a data set: images with one label each."""
 
     @property
     def name(self) -> str:
-        """What opens it again: name, options and split, `cifar100:train-0.1`."""
+        """Name that opens the source again, with options and split, such as `cifar100:train-0.1`."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class ids `(N,)`, without decoding any image."""
+        """Class ids `(N,)`, available without decoding any image."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name per class, in the order of the ids."""
+        """Class names, in the order of the class ids."""
 
     @property
     def channels(self) -> int:
-        """Channels of the pixels, 1 or 3."""
+        """Number of channels of the pixels, 1 or 3."""
 
     @property
     def whole(self) -> NDArray[np.uint8] | None:
-        """All images `(N, H, W, channels)` where they have one size and are in memory or mapped."""
+        """All images `(N, H, W, channels)` if they have one size and are in memory or mapped, else None."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what determines samples and labels; sources of files sample the content."""
+        """sha256 over everything that determines samples and labels; sources of files sample the content."""
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)` of each image in pixels, without decoding."""
+        """Return the height and width `(n, 2)` of each image in pixels, without decoding it if possible."""
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Images `(n, H, W, channels)` uint8 where `whole` is there, else a list of decoded images.
+        """Return images `(n, H, W, channels)` uint8 if `whole` is available, else a list of decoded images.
 
         Raises:
-            SourceError: an image cannot be read; names the sample and its file.
+            SourceError: an image cannot be read; the message names the sample and its file.
         """
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)` of what each sample's pixels come from: the file's bytes, or those of its pixels."""
+        """Return the crc32c `(n,)` of each sample's raw content: the bytes of its file, or of its pixels."""
 
     def path(self, sample: int) -> str | None:
-        """The file of a sample, where each has its own."""
+        """Return the path of a sample's file, or None if samples have no file of their own."""
 
     def check(self) -> None:
-        """Look for damage that can be seen without decoding everything.
+        """Check for damage that can be detected without decoding all images.
 
         Raises:
-            SourceError: names the damaged files.
+            SourceError: files are damaged; the message names them.
         """
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a source is asked for: `NAME[,OPTIONS]:SPLIT`."""
+    """Parsed name of a source: `NAME[,OPTIONS]:SPLIT`."""
 
     name: str
-    """One in `SOURCES`."""
+    """Key in `SOURCES`."""
     options: str
-    """What stands between name and split with its separator, `,classes=100` or `:module:factory`."""
+    """Text between name and split, with its separator: `,classes=100` or `:module:factory`."""
     split: str
 
     def __str__(self) -> str:
@@ -102,22 +102,22 @@ class Spec:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source whose pixels are one array."""
+    """Source whose pixels are one array in memory."""
 
     name: str
     images: NDArray[np.uint8]
-    """`(N, H, W, channels)`."""
+    """Pixels `(N, H, W, channels)`."""
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
 
     @property
     def channels(self) -> int:
-        """Channels of the pixels."""
+        """Number of channels of the pixels."""
         return int(self.images.shape[3])
 
     @property
     def whole(self) -> NDArray[np.uint8]:
-        """The images."""
+        """All images `(N, H, W, channels)`."""
         return self.images
 
     @functools.cached_property
@@ -135,34 +135,34 @@ class InMemory:
         )
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)`, the same for all."""
+        """Return height and width `(n, 2)`, the same for all images."""
         return same_sizes(self.images, samples)
 
     def pixels(self, samples: Samples) -> NDArray[np.uint8]:
-        """Images `(n, H, W, channels)` of the given samples."""
+        """Return the images `(n, H, W, channels)` of the samples."""
         return self.images[samples]
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)` of each image's pixels."""
+        """Return the crc32c `(n,)` of each image's pixels."""
         return checksums(self.images[sample] for sample in samples)
 
     def path(self, sample: int) -> None:
-        """Samples have no file each."""
+        """Return None: samples have no file of their own."""
 
     def check(self) -> None:
-        """Nothing on disk, nothing to be damaged."""
+        """Do nothing: there are no files that could be damaged."""
 
 
 @dataclass(frozen=True)
 class FirstSamples:
-    """The first few samples of a source: only to try something out, never to be stored for good."""
+    """Source of the first `limit` samples of another source, for trial runs that store nothing."""
 
     source: Source
     limit: int
 
     @property
     def name(self) -> str:
-        """Tells that it is a part."""
+        """Name of the other source with `[:limit]` appended."""
         return f"{self.source.name}[:{self.limit}]"
 
     @property
@@ -172,69 +172,69 @@ class FirstSamples:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Those of the whole source."""
+        """Class names of the other source."""
         return self.source.class_names
 
     @property
     def channels(self) -> int:
-        """Channels of the pixels."""
+        """Number of channels of the pixels."""
         return self.source.channels
 
     @property
     def whole(self) -> NDArray[np.uint8] | None:
-        """The first of the whole source's images, not copied."""
+        """The first of the other source's images, not copied."""
         whole = self.source.whole
         return None if whole is None else whole[: self.limit]
 
     @property
     def fingerprint(self) -> str:
-        """Not the whole source's, so that nothing takes one for the other."""
+        """Fingerprint that differs from the other source's, so that the two are never confused."""
         return fingerprint({"whole": self.source.fingerprint, "limit": self.limit})
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)`."""
+        """Return height and width `(n, 2)`."""
         return self.source.sizes(samples)
 
     def pixels(self, samples: Samples) -> Pixels:
-        """As the whole source gives them."""
+        """Return the images as the other source does."""
         return self.source.pixels(samples)
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)`."""
+        """Return the crc32c `(n,)` of each sample's raw content."""
         return self.source.contents(samples)
 
     def path(self, sample: int) -> str | None:
-        """As in the whole source."""
+        """Return the path that the other source returns."""
         return self.source.path(sample)
 
     def check(self) -> None:
-        """Check the whole source."""
+        """Check all of the other source."""
         self.source.check()
 
 
 def same_sizes(images: NDArray[np.uint8], samples: Samples) -> NDArray[np.int32]:
-    """Height and width `(n, 2)` of samples of an array `(N, H, W, channels)`."""
+    """Return the height and width `(n, 2)` of samples of an array `(N, H, W, channels)`."""
     return np.tile(np.array(images.shape[1:3], dtype=np.int32), (len(samples), 1))
 
 
 def checksums(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint32]:
-    """crc32c of the bytes of each piece."""
+    """Return the crc32c of each piece's bytes."""
     values = (google_crc32c.value(np.ascontiguousarray(piece)) for piece in pieces)
     return np.fromiter(values, dtype=np.uint32)
 
 
 def sampled(count: int) -> Samples:
-    """The samples among `count` whose content a fingerprint takes, ascending."""
+    """Return the samples, out of `count`, whose content enters a fingerprint, in ascending order."""
     order = shuffled(np.arange(count), seed=0, view=0, purpose=Purpose.CONTENT)
     return np.sort(order[:SAMPLED])
 
 
 def sha256_of(array: NDArray[Any]) -> str:
-    """sha256 of an array's bytes, integers as 64 bits in little-endian order."""
+    """Return the sha256 of an array's bytes; integers are hashed as 64 bits in little-endian order."""
     plain = array.astype("<i8") if array.dtype.kind in "iu" else array
     return hashlib.sha256(plain.tobytes()).hexdigest()
 
 
 def fields_only(source: Any) -> dict[str, Any]:
-    """The state to pickle of a dataclass: its fields, without what was derived from them and kept."""
+    """Return the state of a dataclass to pickle: its fields, without cached properties."""
     return {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}

@@ -1,7 +1,7 @@
-"""The cache folder: what was learned about a data set's files, so that the next start is quick.
+"""Cache folder for what was computed from a data set's files, so that the next start is fast.
 
-Everything in it can be deleted at any time. A folder that cannot be written only makes things slower, and a
-damaged file is as good as none.
+Its content can be deleted at any time. If the folder cannot be written, every start repeats the work; a
+damaged file is treated as missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARIABLE = "COURSEPACK_CACHE"
 
 
 def cache_folder() -> Path:
-    """`$COURSEPACK_CACHE`, else `coursepack` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return `$COURSEPACK_CACHE`, else `coursepack` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if given := os.environ.get(VARIABLE):
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -33,14 +33,14 @@ def cache_folder() -> Path:
 
 
 def key_of(*parts: str) -> str:
-    """A short name for what the parts say."""
+    """Return a short hash of the texts, for use in file names."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def load_facts(key: str) -> dict[str, NDArray[Any]] | None:
-    """Arrays kept under a key, or None if there are none that can be read."""
+def load_arrays(key: str) -> dict[str, NDArray[Any]] | None:
+    """Return the arrays cached under a key, or None if there are no readable ones."""
     try:
-        # From memory: numpy leaves a damaged file open.
+        # Read into memory first, because numpy leaves a damaged file open.
         content = io.BytesIO((cache_folder() / f"{key}.npz").read_bytes())
         with np.load(content, allow_pickle=False) as file:
             return dict(file)
@@ -48,16 +48,22 @@ def load_facts(key: str) -> dict[str, NDArray[Any]] | None:
         return None
 
 
-def save_facts(key: str, facts: dict[str, NDArray[Any]]) -> None:
-    """Keep arrays under a key, in place of what was there; nothing happens if that is impossible."""
+def save_arrays(key: str, arrays: dict[str, NDArray[Any]]) -> None:
+    """Cache arrays under a key, replacing earlier ones; do nothing if the folder cannot be written."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **facts)
+    np.savez(buffer, allow_pickle=False, **arrays)
     _save(f"{key}.npz", buffer.getbuffer())
 
 
-def load_pixels(place: str, key: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """The array kept for a place under a key, mapped read-only, if it is there and undamaged."""
-    for path in cache_folder().glob(f"{place}-{key}-*.npy"):
+def load_pixels(tree_key: str, content_key: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """Return the cached pixels of a tree, memory-mapped read-only, or None if missing or damaged.
+
+    Args:
+        tree_key: key of the tree of files; at most one array is cached for it.
+        content_key: key of the tree's current content.
+        shape: expected shape.
+    """
+    for path in cache_folder().glob(f"{tree_key}-{content_key}-*.npy"):
         try:
             pixels = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError):
@@ -67,12 +73,18 @@ def load_pixels(place: str, key: str, shape: tuple[int, ...]) -> NDArray[np.uint
     return None
 
 
-def save_pixels(place: str, key: str, pixels: NDArray[np.uint8]) -> None:
-    """Keep an array for a place in place of what was there; nothing happens if that is impossible."""
-    old = list(cache_folder().glob(f"{place}-*.npy"))
+def save_pixels(tree_key: str, content_key: str, pixels: NDArray[np.uint8]) -> None:
+    """Cache the pixels of a tree, replacing earlier ones; do nothing if the folder cannot be written.
+
+    Args:
+        tree_key: key of the tree of files.
+        content_key: key of the tree's current content.
+        pixels: array to cache.
+    """
+    old = list(cache_folder().glob(f"{tree_key}-*.npy"))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(pixels))
-    name = f"{place}-{key}-{_checksum(pixels)}.npy"
+    name = f"{tree_key}-{content_key}-{_checksum(pixels)}.npy"
     if _save(name, header.getvalue(), pixels):
         for path in old:
             if path.name != name:

@@ -1,8 +1,9 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their original files.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read from their original files.
 
-The originals are pickles. They are read by an unpickler that knows byte strings, lists, dicts and arrays of
-bytes, and nothing else: no function that a file names is ever called. torchvision says what the files are
-called; its own reader unpickles anything, and refuses a file that is not the official one byte for byte.
+The original files are pickles. They are read by an unpickler that accepts byte strings, lists, dicts and
+uint8 arrays only, so that no function named in a file is ever called. File names are taken from torchvision;
+its own reader is not used, because it unpickles anything and refuses files that are not byte for byte the
+official ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HOME = "from its home page, www.cs.toronto.edu/~kriz/cifar.html, and unpack it t
 
 
 def cifar10(spec: Spec, root: Path | None) -> Source:
-    """CIFAR-10: 50,000 train and 10,000 test images of 32 x 32 in ten classes."""
+    """Open CIFAR-10: 50,000 train and 10,000 test images of 32 x 32 in ten classes."""
     from torchvision.datasets import CIFAR10
 
     layout = Layout(
@@ -36,7 +37,7 @@ def cifar10(spec: Spec, root: Path | None) -> Source:
 
 
 def cifar100(spec: Spec, root: Path | None) -> Source:
-    """CIFAR-100: 50,000 train and 10,000 test images of 32 x 32 in a hundred (fine) classes."""
+    """Open CIFAR-100: 50,000 train and 10,000 test images of 32 x 32 in a hundred (fine) classes."""
     from torchvision.datasets import CIFAR100
 
     layout = Layout(
@@ -65,11 +66,11 @@ def _open(spec: Spec, root: Path | None, layout: Layout, dataset: Any, label_key
     images, labels = [], []
     for name in files:
         try:
-            part, part_labels = _batch(read_plain_pickle(base / name), label_key, len(names))
+            batch_images, batch_labels = _batch(read_plain_pickle(base / name), label_key, len(names))
         except _Damaged as error:
             raise layout.error(spec, base, f"file {name!r} {error}") from error
-        images.append(part)
-        labels.append(part_labels)
+        images.append(batch_images)
+        labels.append(batch_labels)
     return InMemory(str(spec), np.concatenate(images), np.concatenate(labels), names)
 
 
@@ -96,14 +97,14 @@ def _class_names(values: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 class _Damaged(Exception):
-    """What is wrong with a file, to follow its name."""
+    """A file is damaged; the message is to follow the file's name."""
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """A dict from a pickle that holds plain values and arrays of bytes.
+    """Return the dict in a pickle of plain values and uint8 arrays.
 
     Raises:
-        _Damaged: the file is no such pickle.
+        _Damaged: the file is damaged, or holds anything else.
     """
     try:
         with path.open("rb") as file:
@@ -111,7 +112,7 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
     except _Damaged:
         raise
     except Exception as error:
-        # A damaged pickle makes the unpickler raise nearly anything.
+        # The unpickler raises exceptions of nearly any type for a damaged pickle.
         raise _Damaged(f"is damaged: {str(error) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise _Damaged(f"holds a {type(values).__name__}, expected a dict")
@@ -121,7 +122,7 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Gives stand-ins for the four names that the files hold, and refuses all others."""
+    """Unpickler that maps the names used in CIFAR files to substitutes and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -129,15 +130,17 @@ class _PlainUnpickler(pickle.Unpickler):
             ("numpy._core.multiarray", "_reconstruct"): _new_array,
             ("numpy", "ndarray"): "ndarray",
             ("numpy", "dtype"): _DtypeState,
-            ("_codecs", "encode"): _encode,  # Python 3 writes bytes so in protocol 2
+            ("_codecs", "encode"): _encode,  # Python 3's encoding of bytes in protocol 2
         }
         if (module, name) not in allowed:
-            raise _Damaged(f"asks for {module}.{name}, which no CIFAR file does: it is not read")
+            raise _Damaged(
+                f"refers to {module}.{name}, which no original CIFAR file does; get the original file"
+            )
         return allowed[module, name]
 
 
 class _DtypeState:
-    """Stands for a numpy dtype while an array is read; its own state does not matter for bytes."""
+    """Substitute for a numpy dtype in a pickle; accepts uint8 only and ignores the dtype's state."""
 
     def __init__(self, code: Any, *_options: Any) -> None:
         if _text(code) not in ("u1", "|u1"):
@@ -148,7 +151,7 @@ class _DtypeState:
 
 
 class _ArrayState:
-    """Stands for a numpy array; gets shape and bytes as its state."""
+    """Substitute for a numpy array in a pickle; its state holds shape and bytes."""
 
     pixels: Any = None
 

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: real, tiny, and on every machine."""
+"""The handwritten digits that ship with scikit-learn: a small real data set available on every machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from coursepack.data.sources.base import Source, Spec
 
 TEST_SHARE = 5
-"""One digit in this many is a test sample, class by class."""
+"""One in this many samples of each class is a test sample."""
 
 
 def digits(spec: Spec, root: Path | None) -> Source:
-    """scikit-learn's 1797 real 8x8 digits (UCI, Alpaydin and Kaynak 1998): 1442 train, 355 test.
+    """Open scikit-learn's 1797 digits of 8 x 8 (UCI, Alpaydin and Kaynak 1998): 1442 train, 355 test.
 
-    The split is fixed: within each class, a seeded fifth is for testing. Sixteen grey levels become 0..255.
+    The split is fixed: a seeded fifth of each class is for testing. The sixteen gray levels are scaled to
+    0..255.
     """
     from sklearn.datasets import load_digits
 

@@ -1,8 +1,9 @@
-"""Images that are drawn: any size, any number of classes, and something in them to learn.
+"""Synthetic images of any size and number of classes that a network can learn to tell apart.
 
-Each class has a smooth random pattern. An image is its class's pattern, moved by a few pixels, with some of
-another class's pattern and noise over it. All of it is integer arithmetic on Philox words, so an image is the
-same on every platform, and drawn by itself: opening a large source costs nothing.
+Each class has a smooth random pattern. An image is its class's pattern, shifted by a few pixels and overlaid
+with a part of another class's pattern and with noise. All of this is integer arithmetic on Philox words, so
+an image is the same on every platform. Images are drawn independently, so opening a large source costs
+nothing.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"classes": 10, "size": 32, "samples": 10_000, "channels": 3, "seed": 0}
 TEST_SHARE = 5
-"""The test split has one image for this many of train."""
+"""Train images per test image."""
 CELLS = 4
-"""Random numbers along each side of a pattern; between them it is interpolated."""
+"""Random values along each side of a pattern; pixels between them are interpolated."""
 STEPS = 16
-"""The other class has 0 to 7 of so many parts."""
+"""Denominator of the other class's share, which is 0 to 7 sixteenths."""
 _PIECE = 256
 _PATTERNS, _NOISE, _CHOICES = 0, 1, 2
-"""Views of the generator: each split adds its own to the last two."""
+"""Views of the generator; the test split adds 2 to the last two."""
 
 
 @dataclass(frozen=True)
 class Fake:
-    """A source of drawn images."""
+    """Source of synthetic images."""
 
     name: str
     classes: int
@@ -54,65 +55,65 @@ class Fake:
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Class ids `(N,)`: classes in turn."""
+        """Class ids `(N,)`: sample index modulo the number of classes."""
         return np.arange(self.samples, dtype=np.int64) % self.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The ids."""
+        """The class ids as text."""
         return tuple(str(label) for label in range(self.classes))
 
     @functools.cached_property
     def whole(self) -> NDArray[np.uint8] | None:
-        """All images, drawn when first asked for, unless they are too many."""
+        """All images, drawn at first use, or None if they are larger than `MOST_IN_MEMORY`."""
         if self.samples * self.size**2 * self.channels > MOST_IN_MEMORY:
             return None
         return self._draw(np.arange(self.samples))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over name, numbers and a few images."""
+        """sha256 over name, options and the content of 64 images."""
         numbers = {name: getattr(self, name) for name in DEFAULTS}
         content = self.contents(sampled(self.samples)).tolist()
         return fingerprint({"name": self.name, **numbers, "content": content})
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)`, the same for all."""
+        """Return height and width `(n, 2)`, the same for all images."""
         return np.full((len(samples), 2), self.size, dtype=np.int32)
 
     def pixels(self, samples: Samples) -> Pixels:
-        """An array where `whole` is there, else a list."""
+        """Return an array if `whole` is available, else a list."""
         return list(self._draw(np.asarray(samples))) if self.whole is None else self.whole[samples]
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)` of each image's pixels."""
+        """Return the crc32c `(n,)` of each image's pixels."""
         return checksums(self._draw(np.asarray(samples)))
 
     def path(self, sample: int) -> None:
-        """Samples have no file each."""
+        """Return None: samples have no file of their own."""
 
     def check(self) -> None:
-        """Nothing on disk, nothing to be damaged."""
+        """Do nothing: there are no files that could be damaged."""
 
     def __getstate__(self) -> dict[str, Any]:
         return fields_only(self)
 
     @functools.cached_property
     def _patterns(self) -> NDArray[np.uint8]:
-        """Patterns `(classes, side, side, channels)`, wider than an image by the room to move."""
-        side = self.size + self._room
+        """Patterns `(classes, side, side, channels)`, larger than an image by the largest shift."""
+        side = self.size + self._largest_shift
         count = self.classes * CELLS * CELLS * self.channels
         words = random_words(self.seed, np.arange(-(-count // 4)), _PATTERNS, Purpose.FAKE).reshape(-1)
         cells = (words[:count] >> np.uint32(24)).astype(np.uint8)
         grids = cells.reshape(self.classes, CELLS, CELLS, self.channels)
         out = np.empty((self.classes, side, side, self.channels), dtype=np.uint8)
         for start in range(0, self.classes, _PIECE):
-            rows = _stretched(grids[start : start + _PIECE], side, 1)
-            out[start : start + _PIECE] = _stretched(rows, side, 2)
+            rows = _interpolated(grids[start : start + _PIECE], side, 1)
+            out[start : start + _PIECE] = _interpolated(rows, side, 2)
         return out
 
     @property
-    def _room(self) -> int:
+    def _largest_shift(self) -> int:
         return self.size // 8
 
     def _draw(self, samples: Samples) -> NDArray[np.uint8]:
@@ -125,12 +126,12 @@ class Fake:
         view = 2 * (self.split == "test")
         words = random_words(self.seed, samples, _CHOICES + view, Purpose.FAKE)
         windows = np.lib.stride_tricks.sliding_window_view(self._patterns, (self.size, self.size), (1, 2))
-        top = below(words[:, 0], self._room + 1)
-        left = below(words[:, 1], self._room + 1)
+        top = below(words[:, 0], self._largest_shift + 1)
+        left = below(words[:, 1], self._largest_shift + 1)
         labels = samples % self.classes
         other = (labels + below(words[:, 2], self.classes)) % self.classes
         share = below(words[:, 3], STEPS // 2).astype(np.uint16)[:, None, None, None]
-        # (n, channels, H, W) in 16 bits: the weights of the two add up to STEPS.
+        # (n, channels, H, W) in 16 bits; the weights of the two patterns sum to STEPS.
         mixed = windows[labels, top, left].astype(np.uint16) * (STEPS - share)
         mixed += windows[other, top, left].astype(np.uint16) * share
         mixed //= STEPS
@@ -147,8 +148,8 @@ class Fake:
         return noise.reshape(-1, self.size, self.size, self.channels)
 
 
-def _stretched(grids: NDArray[np.uint8], side: int, axis: int) -> NDArray[np.uint8]:
-    """Grids `(n, H, W, channels)` interpolated to `side` along one axis, in 16 bits."""
+def _interpolated(grids: NDArray[np.uint8], side: int, axis: int) -> NDArray[np.uint8]:
+    """Interpolate grids `(n, H, W, channels)` to `side` along one axis, in 16-bit arithmetic."""
     steps = max(side - 1, 1)
     position = np.arange(side) * (CELLS - 1)
     low = np.minimum(position // steps, CELLS - 2)
@@ -157,14 +158,14 @@ def _stretched(grids: NDArray[np.uint8], side: int, axis: int) -> NDArray[np.uin
     weight = ((position - low * steps) * 256 // steps).astype(np.uint16).reshape(shape)
     total = np.take(grids, low, axis) * (256 - weight)
     total += np.take(grids, low + 1, axis) * weight
-    stretched: NDArray[np.uint8] = (total >> 8).astype(np.uint8)
-    return stretched
+    interpolated: NDArray[np.uint8] = (total >> 8).astype(np.uint8)
+    return interpolated
 
 
 def fake(spec: Spec, root: Path | None) -> Source:
-    """Drawn images: `fake,classes=100,size=32,samples=50000,channels=3,seed=0:train`.
+    """Return synthetic images: `fake,classes=100,size=32,samples=50000,channels=3,seed=0:train`.
 
-    Test images have the classes' same patterns, and are a fifth as many.
+    The test split has the same patterns and a fifth as many images.
     """
     if root is not None:
         raise RecipeError("source 'fake' has no files: leave --root out")
@@ -200,7 +201,7 @@ def _numbers(spec: Spec) -> dict[str, int]:
     return numbers
 
 
-LOOKS = {
+IMAGE_SHAPES = {
     "digits": {"classes": 10, "size": 8, "channels": 1},
     "cifar10": {"classes": 10, "size": 32, "channels": 3},
     "cifar100": {"classes": 100, "size": 32, "channels": 3},
@@ -208,11 +209,13 @@ LOOKS = {
     "tiny-imagenet": {"classes": 200, "size": 64, "channels": 3},
     "imagenet": {"classes": 1000, "size": 96, "channels": 3},
 }
-"""Classes, size and channels of each source's images; others are taken for ten classes of 32 x 32 color
-images."""
+"""Classes, size and channels of each source's images.
+
+Other sources are assumed to have ten classes of 32 x 32 color images.
+"""
 
 
 def stand_in(source: str, samples: int = 16) -> str:
-    """Return the name of a fake source whose images have the classes, size and channels of another's."""
-    looks = LOOKS.get(source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
-    return "fake," + ",".join(f"{name}={number}" for name, number in {**looks, "samples": samples}.items())
+    """Return the name of a fake source with the same classes, image size and channels as `source`."""
+    shape = IMAGE_SHAPES.get(source.partition(":")[0], {"classes": 10, "size": 32, "channels": 3})
+    return "fake," + ",".join(f"{name}={number}" for name, number in {**shape, "samples": samples}.items())

@@ -1,7 +1,8 @@
-"""A source whose samples are image files.
+"""Source whose samples are image files.
 
-Images are decoded by Pillow and converted to RGB, as torchvision's ImageFolder does it; an orientation in the
-EXIF header is not applied, there as here. A tree of small images of one size is decoded once and kept.
+Pillow decodes the images and converts them to RGB, as torchvision's ImageFolder does; like there, the
+orientation in an EXIF header is not applied. If all images have one size and are small, they are decoded once
+and cached.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A list of image files under one root, with what a scan saw in them."""
+    """Image files under one root, with the result of scanning them."""
 
     listing: Listing
     found: Scan
@@ -48,22 +49,22 @@ class ImageFiles:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name per class."""
+        """Class names, in the order of the class ids."""
         return self.listing.class_names
 
     @property
     def channels(self) -> int:
-        """Always RGB."""
+        """Number of channels of the pixels: 3, as images are converted to RGB."""
         return 3
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names, byte sizes, order, labels, image sizes and the content of a few files."""
+        """sha256 over names, byte sizes, order, labels, image sizes and the content of 64 files."""
         return self.found.fingerprint
 
     @functools.cached_property
     def whole(self) -> NDArray[np.uint8] | None:
-        """All images, if they have one size and fit; decoded at most once and then mapped from the cache."""
+        """All images if they have one size and fit, decoded at most once and then mapped from the cache."""
         from PIL import __version__ as decoder
 
         sizes = self.found.sizes
@@ -72,10 +73,10 @@ class ImageFiles:
         shape = (len(sizes), int(sizes[0, 0]), int(sizes[0, 1]), 3)
         if int(np.prod(shape, dtype=np.int64)) > MOST_IN_MEMORY:
             return None
-        # The fingerprint samples content, so it alone would not tell that a file was replaced.
-        key = key_of(self.fingerprint, self.found.listing, decoder)
-        place = self.found.place.replace("scan", "pixels")
-        kept = load_pixels(place, key, shape)
+        # The fingerprint covers the content of a few files only; the listing detects replaced files.
+        content_key = key_of(self.fingerprint, self.found.listing, decoder)
+        tree_key = self.found.tree_key
+        kept = load_pixels(tree_key, content_key, shape)
         if kept is not None:
             return kept
         pixels = np.empty(shape, dtype=np.uint8)
@@ -84,30 +85,30 @@ class ImageFiles:
             pixels[sample] = self._decode(sample)
 
         in_threads(fill, range(len(sizes)), f"decode {self.name}")
-        save_pixels(place, key, pixels)
+        save_pixels(tree_key, content_key, pixels)
         return pixels
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)` from the files' headers."""
+        """Return the height and width `(n, 2)` in the files' headers."""
         return self.found.sizes[samples]
 
     def pixels(self, samples: Samples) -> Pixels:
-        """An array where `whole` is there, else a list."""
+        """Return an array if `whole` is available, else a list."""
         if self.whole is not None:
             return self.whole[samples]
         return [self._decode(int(sample)) for sample in samples]
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)` of the files."""
+        """Return the crc32c `(n,)` of each file's bytes."""
         values = in_threads(self._checksum, [int(sample) for sample in samples])
         return np.array(values, dtype=np.uint32)
 
     def path(self, sample: int) -> str:
-        """The file of a sample."""
+        """Return the path of a sample's file."""
         return self.listing.path(sample)
 
     def check(self) -> None:
-        """Refuse what the scan saw: files that are empty, cut off, too large or no images."""
+        """Raise SourceError if the scan found files that are empty, truncated, too large or not images."""
         damaged = self.found.damaged
         if not damaged:
             return
@@ -117,7 +118,7 @@ class ImageFiles:
         raise SourceError(
             f"source {self.name!r} has {len(damaged):,} damaged files among {len(self.labels):,}:\n"
             + "\n".join(files)
-            + "\nReplace them. Removing them works as well, and makes another source of what is left."
+            + "\nReplace them, or remove them; without them the source has a different fingerprint."
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +136,8 @@ class ImageFiles:
         if pixels.shape[:2] != tuple(self.found.sizes[sample]):
             height, width = self.found.sizes[sample]
             raise self._unreadable(
-                sample, f"it is {pixels.shape[0]} x {pixels.shape[1]} pixels and was {height} x {width}"
+                sample,
+                f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels, but {height} x {width} when scanned",
             )
         return pixels
 
@@ -156,7 +158,7 @@ class ImageFiles:
 def open_files(
     name: str, root: str, files: list[str], labels: list[int], class_names: tuple[str, ...]
 ) -> ImageFiles:
-    """A source of files, given relative to the root and in the order of their indices."""
+    """Return a source of the given files, relative to the root and in the order of their indices."""
     names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
     listing = Listing(name, root, names, np.array(labels, dtype=np.int64), class_names)
     return ImageFiles(listing, listing.scan())

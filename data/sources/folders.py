@@ -1,6 +1,6 @@
-"""Trees of image files: any ImageFolder, and the data sets that come as one.
+"""Trees of image files: any ImageFolder, and the data sets that are distributed as one.
 
-Classes are sorted by name, files by path, as torchvision's ImageFolder numbers them.
+Classes are sorted by name and files by path, so indices are those of torchvision's ImageFolder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coursepack.data.sources.files import open_files
-from coursepack.data.sources.roots import Layout, found_in, some
+from coursepack.data.sources.roots import Layout, found_in, summarize_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from coursepack.data.sources.base import Source, Spec
 
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
-"""Folders that are splits rather than classes."""
+"""Folder names that denote splits rather than classes."""
 CIFAR_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -26,23 +26,23 @@ CIFAR_CLASSES = (
 
 @dataclass(frozen=True)
 class _Tree:
-    """A folder of one split, with a folder of images for each class."""
+    """Folder of one split, with one folder of images per class."""
 
     spec: Spec
     layout: Layout
     root: Path
     folder: str
-    """Relative to the root; empty for the root itself."""
+    """Path relative to the root; empty for the root itself."""
 
     @property
     def path(self) -> Path:
         return self.root / self.folder
 
     def classes(self) -> list[str]:
-        """Names of the class folders, sorted.
+        """Return the names of the class folders, sorted.
 
         Raises:
-            SourceError: there are none.
+            SourceError: there are no class folders.
         """
         if not self.path.is_dir():
             raise self.error(f"there is no folder {self.folder!r}; {found_in(self.root)}")
@@ -53,21 +53,21 @@ class _Tree:
         return names
 
     def open(self, classes: list[str]) -> Source:
-        """The images of the classes.
+        """Open the images of the classes as a source.
 
         Raises:
-            SourceError: a class has none.
+            SourceError: a class has no images.
         """
         from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
         ids = {name: label for label, name in enumerate(classes)}
         found = make_dataset(str(self.path), ids, extensions=IMG_EXTENSIONS, allow_empty=True)
         if len({label for _, label in found}) < len(classes):
-            there = {label for _, label in found}
-            empty = [name for name, label in ids.items() if label not in there]
+            present = {label for _, label in found}
+            empty = [name for name, label in ids.items() if label not in present]
             raise self.error(
                 f"{len(empty)} of {len(classes)} class folders in {str(self.path)!r} hold no images: "
-                f"{some(empty)}"
+                f"{summarize_names(empty)}"
             )
         files = [path.removeprefix(f"{self.root}{os.sep}") for path, _ in found]
         return open_files(
@@ -82,7 +82,7 @@ FOLDER = Layout("SPLIT/CLASS/**, images in a folder per class, or CLASS/** for a
 
 
 def folder(spec: Spec, root: Path | None) -> Source:
-    """An ImageFolder tree: `root/SPLIT/CLASS/**`, or `root/CLASS/**` where there are no split folders."""
+    """Open an ImageFolder tree: `root/SPLIT/CLASS/**`, or `root/CLASS/**` if there are no split folders."""
     base = FOLDER.root(spec, root)
     tree = _Tree(spec, FOLDER, base, spec.split)
     if not tree.path.is_dir() and spec.split == "train":
@@ -91,7 +91,7 @@ def folder(spec: Spec, root: Path | None) -> Source:
         if SPLIT_NAMES & set(classes):
             raise tree.error(f"there is no folder 'train'; {found_in(base)}")
         return tree.open(classes)
-    return tree.open(_same_as_in_training(tree))
+    return tree.open(_checked_classes(tree))
 
 
 IMAGENET = Layout(
@@ -102,15 +102,15 @@ IMAGENET = Layout(
 
 
 def imagenet(spec: Spec, root: Path | None) -> Source:
-    """ImageNet (ILSVRC 2012), or any of its subsets in the same layout. Class names are wnids."""
+    """Open ImageNet (ILSVRC 2012), or a subset of it in the same layout. Class names are wnids."""
     base = IMAGENET.root(spec, root)
     tree = _Tree(spec, IMAGENET, base, spec.split)
     if tree.path.is_dir() and any(path.suffix == ".JPEG" for path in tree.path.iterdir()):
         raise tree.error(
-            f"folder {spec.split!r} holds images that are in no class folder. Move each into a folder named "
+            f"folder {spec.split!r} holds images outside of class folders. Move each into a folder named "
             "after its wnid; torchvision.datasets.ImageNet does that from ILSVRC2012_devkit_t12.tar.gz"
         )
-    return tree.open(_same_as_in_training(tree))
+    return tree.open(_checked_classes(tree))
 
 
 CINIC = Layout(
@@ -120,12 +120,14 @@ CINIC = Layout(
 
 
 def cinic10(spec: Spec, root: Path | None) -> Source:
-    """CINIC-10 (Darlow et al. 2018): CIFAR-10's classes, 90,000 images of 32 x 32 in each split."""
+    """Open CINIC-10 (Darlow et al. 2018): CIFAR-10's classes, 90,000 images of 32 x 32 in each split."""
     base = CINIC.root(spec, root)
     tree = _Tree(spec, CINIC, base, spec.split)
     classes = tree.classes()
     if tuple(classes) != CIFAR_CLASSES:
-        raise tree.error(f"folder {spec.split!r} has other classes: {some(classes)}")
+        raise tree.error(
+            f"folder {spec.split!r} has the classes {summarize_names(classes)}; expected those of CIFAR-10"
+        )
     return tree.open(classes)
 
 
@@ -137,9 +139,9 @@ TINY_FOLDER = "tiny-imagenet-200"
 
 
 def tiny_imagenet(spec: Spec, root: Path | None) -> Source:
-    """Tiny ImageNet (CS231n): 200 classes, 64 x 64; its test images have no labels, so it has no such split.
+    """Open Tiny ImageNet (CS231n): 200 classes, 64 x 64. Its test images have no labels and are left out.
 
-    Classes are sorted wnids, as an ImageFolder of train has them, and not in the order of wnids.txt.
+    Classes are the sorted wnids, as in an ImageFolder of `train`, not in the order of wnids.txt.
     """
     base = TINY.root(spec, root)
     if (base / TINY_FOLDER).is_dir():
@@ -153,12 +155,12 @@ def tiny_imagenet(spec: Spec, root: Path | None) -> Source:
         if found != classes:
             raise tree.error(f"classes of wnids.txt and of 'train' differ: {_difference(classes, found)}")
         return tree.open(classes)
-    notes = base / "val" / "val_annotations.txt"
-    if not notes.is_file():
+    annotations = base / "val" / "val_annotations.txt"
+    if not annotations.is_file():
         raise tree.error("there is no file 'val/val_annotations.txt'")
     ids = {name: label for label, name in enumerate(classes)}
     files, labels = [], []
-    for number, line in enumerate(notes.read_text().splitlines(), start=1):
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in ids:
             raise tree.error(
@@ -172,11 +174,11 @@ def tiny_imagenet(spec: Spec, root: Path | None) -> Source:
     return open_files(str(spec), str(base), files, labels, tuple(classes))
 
 
-def _same_as_in_training(tree: _Tree) -> list[str]:
-    """The classes of a split.
+def _checked_classes(tree: _Tree) -> list[str]:
+    """Return the classes of a split.
 
     Raises:
-        SourceError: `train` has others, so that ids would mean other things in it.
+        SourceError: `train` has other classes, so that class ids would differ between the splits.
     """
     classes = tree.classes()
     training = _Tree(tree.spec, tree.layout, tree.root, "train")
@@ -188,7 +190,7 @@ def _same_as_in_training(tree: _Tree) -> list[str]:
 
 
 def _difference(expected: list[str], found: list[str]) -> str:
-    only = [name for name in expected if name not in set(found)]
-    more = [name for name in found if name not in set(expected)]
-    texts = [f"not there: {some(only)}"] if only else []
-    return "; ".join(texts + ([f"unexpected: {some(more)}"] if more else []))
+    missing = [name for name in expected if name not in set(found)]
+    unexpected = [name for name in found if name not in set(expected)]
+    texts = [f"missing: {summarize_names(missing)}"] if missing else []
+    return "; ".join(texts + ([f"unexpected: {summarize_names(unexpected)}"] if unexpected else []))

@@ -1,4 +1,4 @@
-"""Sources by name."""
+"""The table of sources, and functions that open a source by name."""
 
 from __future__ import annotations
 
@@ -25,55 +25,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceKind:
-    """How a named source is opened, and which splits it has."""
+    """Opening function and splits of a named source."""
 
     open: Callable[[Spec, Path | None], Source]
     splits: tuple[str, ...]
-    """The first is the default."""
+    """Split names; the first is the default."""
     evaluation_split: str
     any_split: bool = False
-    """Whether users name splits as they like; `splits` are then the usual ones."""
+    """True if users choose the names of splits; `splits` then holds common names."""
 
 
 def open_source(spec: str, root: Path | None = None) -> Source:
-    """Open `NAME`, `NAME:SPLIT`, or a part of a split, `NAME:SPLIT-0.1` or `NAME:SPLIT+0.1`.
+    """Open the source `NAME`, `NAME:SPLIT`, or a hold-out of it, `NAME:SPLIT-0.1` or `NAME:SPLIT+0.1`.
 
     Args:
-        spec: a name in `SOURCES` with its options, and a split of it (the first by default).
+        spec: key in `SOURCES` with its options and split. The split defaults to the source's first one.
         root: folder of the data set's files, for sources that have files.
 
     Raises:
-        UnknownName: no such source, option or split.
-        RecipeError: the spec does not fit the source, or it needs a root, or has none.
-        SourceError: files missing or damaged.
+        UnknownName: there is no such source, option or split.
+        RecipeError: `spec` is malformed, `root` is missing, or the source takes none.
+        SourceError: files are missing or damaged.
     """
     parsed, held = _parse(spec)
     source = SOURCES[parsed.name].open(parsed, root)
     return source if held is None else hold_out(source, held)
 
 
-def open_stored(spec: str, root: Path | None, kept: str | None) -> Source:
-    """`open_source` of what a store's teacher saw: from `root`, else from the folder that the store keeps.
+def open_stored(spec: str, root: Path | None, recorded_root: str | None) -> Source:
+    """Open the source that a store's teacher saw, from `root`, else from the folder recorded in the store.
+
+    Args:
+        spec: name of the source, as for `open_source`.
+        root: folder of the files now, if they have moved.
+        recorded_root: folder that the store recorded.
 
     Raises:
-        SourceError: also that folder is not there any more.
-        Otherwise as `open_source`.
+        SourceError: as `open_source`, or the recorded folder no longer exists.
     """
-    if root is not None or kept is None:
+    if root is not None or recorded_root is None:
         return open_source(spec, root)
     try:
-        return open_source(spec, Path(kept))
+        return open_source(spec, Path(recorded_root))
     except SourceError as error:
         raise SourceError(
-            f"{error} The store's teacher read it there: if it is elsewhere, give --root"
+            f"{error} This folder is recorded in the store: if the files have moved, give --root"
         ) from error
 
 
 def evaluation_spec(spec: str) -> str:
-    """What students of `spec` are evaluated on.
+    """Return the name of the source on which students trained on `spec` are evaluated.
 
-    That is what `spec` leaves out, `cifar100:train+0.1` for `cifar100:train-0.1`; else the source's split for
-    evaluation, `digits:test` for `digits:train`.
+    For `cifar100:train-0.1` this is the held-out part, `cifar100:train+0.1`; for other sources it is their
+    evaluation split, such as `digits:test` for `digits:train`.
     """
     parsed, held = _parse(spec)
     if held is not None and held.sign == "-":

@@ -1,4 +1,4 @@
-"""Where a data set comes from and how it lies on disk: what errors about a missing root say."""
+"""Expected layouts of data sets on disk, and the errors raised if a root does not match."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from coursepack.data.sources.base import Spec
 
 MOST_NAMES = 8
-"""Names that an error lists before it only counts."""
+"""Maximum number of names that an error lists; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a user has to put under --root."""
+    """Files that a source expects under --root."""
 
     contents: str
-    """What the folder holds, for people to read."""
+    """Description of the expected files, for error messages."""
     download: str
-    """Where it comes from, as a sentence; empty for a user's own files."""
+    """Download instructions as a sentence; empty for a user's own files."""
 
     def root(self, spec: Spec, root: Path | None) -> Path:
-        """The folder that was given, absolute.
+        """Return the given root as an absolute path.
 
         Raises:
-            RecipeError: none was given.
-            SourceError: it is not there.
+            RecipeError: no root was given.
+            SourceError: the root is not a folder.
         """
         if root is None:
             raise RecipeError(
@@ -44,7 +44,7 @@ class Layout:
         return folder
 
     def error(self, spec: Spec, root: Path, problem: str) -> SourceError:
-        """An error that says what is wrong, what was expected and what to do."""
+        """Return an error with the problem, the expected files and where to get them."""
         advice = f" {self.download}" if self.download else ""
         return SourceError(
             f"source '{spec}' cannot be read from --root {str(root)!r}: {problem}. Expected there: "
@@ -53,13 +53,13 @@ class Layout:
 
 
 def found_in(folder: Path) -> str:
-    """What a folder holds, for an error."""
+    """Describe the content of a folder, for an error message."""
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    return f"found {some(names)}" if names else "the folder is empty"
+    return f"found {summarize_names(names)}" if names else "the folder is empty"
 
 
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+def summarize_names(names: Iterable[str]) -> str:
+    """Join the first names with commas and append the number of the remaining ones."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

@@ -1,7 +1,7 @@
-"""One look at every image file of a tree: sizes from headers, damage from tails, checksums of a few.
+"""Scan of all image files of a tree: sizes from headers, damage from file ends, checksums of a few files.
 
-Nothing is decoded but what looks cut off. What was seen is kept in the cache folder under the tree's place,
-and holds as long as the listing does: names, byte sizes and times of change.
+Only files that seem truncated are decoded. The result is cached, and stays valid until a name, a byte size or
+a modification time changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.console import progress
 from coursepack.data.sources.base import sampled, sha256_of
-from coursepack.data.sources.cache import key_of, load_facts, save_facts
+from coursepack.data.sources.cache import key_of, load_arrays, save_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 VERSION = "1"
-"""Of what a scan looks for: another one makes old scans worthless."""
-LONG = 20_000
-"""Files from which on progress is shown."""
+"""Version of the scan; changing it invalidates cached scans."""
+MANY = 20_000
+"""Number of files from which on progress is meters."""
 PIECE = 64
-"""Files that a thread takes at a time."""
+"""Number of files that a thread processes at a time."""
 THREADS = 16
 TAIL = 256
-"""Bytes at the end of a file in which its end marker has to be."""
+"""Number of bytes at the end of a file that must contain the end marker."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 T = TypeVar("T")
@@ -43,36 +43,36 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known about the files of a source."""
+    """Result of scanning the files of a source."""
 
     sizes: NDArray[np.int32]
-    """Height and width `(N, 2)` in pixels, 0 where they cannot be read."""
+    """Height and width `(N, 2)` in pixels, 0 for unreadable files."""
     damaged: tuple[tuple[int, str], ...]
-    """Samples whose files are damaged, and how."""
+    """Samples whose files are damaged, each with a description of the damage."""
     fingerprint: str
-    place: str
-    """Of the tree, for the cache folder."""
+    tree_key: str
+    """Key of the tree in the cache folder."""
     listing: str
-    """Digest of names, byte sizes and times of change."""
+    """Digest of names, byte sizes and modification times."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source, before any is opened."""
+    """Paths and labels of a source's files, before any file is opened."""
 
     name: str
     root: str
     files: NDArray[np.bytes_]
-    """Paths `(N,)` relative to the root, as bytes of the file system."""
+    """Paths `(N,)` relative to the root, encoded for the file system."""
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
 
     def path(self, sample: int) -> str:
-        """A file's path."""
+        """Return the path of a sample's file."""
         return os.path.join(self.root, os.fsdecode(self.files[sample]))  # noqa: PTH118 - Path costs more than the call, a million times
 
     def scan(self) -> Scan:
-        """Look at all files, or remember what was seen before."""
+        """Scan all files, or return the cached result of an earlier scan."""
         samples = range(len(self.files))
         stats = np.array(in_threads(lambda i: _stat(self.path(i)), samples), dtype=np.int64)
         names = sha256_of(self.files)
@@ -80,36 +80,36 @@ class Listing:
         listing = fingerprint(
             {"version": VERSION, "name": self.name, "files": names, "stats": sha256_of(stats), **labels}
         )
-        place = key_of("scan", self.root, self.name)
-        facts = load_facts(place)
-        if facts is None or not _fits(facts, listing, len(self.files)):
-            seen = in_threads(lambda i: look(self.path(i)), samples, f"scan {self.name}")
-            facts = {
+        tree_key = key_of("scan", self.root, self.name)
+        arrays = load_arrays(tree_key)
+        if arrays is None or not _is_current(arrays, listing, len(self.files)):
+            images = in_threads(lambda i: inspect_image(self.path(i)), samples, f"scan {self.name}")
+            arrays = {
                 "listing": np.array(listing),
-                "sizes": np.array([(height, width) for height, width, _ in seen], dtype=np.int32),
-                "damaged": np.array([i for i, (_, _, damage) in enumerate(seen) if damage], dtype=np.int64),
-                "damage": np.array([damage for _, _, damage in seen if damage], dtype=np.str_),
+                "sizes": np.array([(height, width) for height, width, _ in images], dtype=np.int32),
+                "damaged": np.array([i for i, (_, _, damage) in enumerate(images) if damage], dtype=np.int64),
+                "damage": np.array([damage for _, _, damage in images if damage], dtype=np.str_),
                 "content": np.array(
                     in_threads(lambda i: _checksum(self.path(i)), sampled(len(self.files)).tolist())
                 ),
             }
-            save_facts(place, facts)
+            save_arrays(tree_key, arrays)
         identity = fingerprint(
             {
                 "name": self.name,
                 "files": names,
                 "bytes": sha256_of(stats[:, 0]),
-                "sizes": sha256_of(facts["sizes"]),
-                "content": facts["content"].tolist(),
+                "sizes": sha256_of(arrays["sizes"]),
+                "content": arrays["content"].tolist(),
                 **labels,
             }
         )
-        damaged = tuple(zip(facts["damaged"].tolist(), facts["damage"].tolist(), strict=True))
-        return Scan(facts["sizes"], damaged, identity, place, listing)
+        damaged = tuple(zip(arrays["damaged"].tolist(), arrays["damage"].tolist(), strict=True))
+        return Scan(arrays["sizes"], damaged, identity, tree_key, listing)
 
 
-def look(path: str) -> tuple[int, int, str]:
-    """Height, width and damage of an image file; an empty text is no damage."""
+def inspect_image(path: str) -> tuple[int, int, str]:
+    """Return height, width and a description of the damage of an image file; no damage is an empty text."""
     from PIL import Image, UnidentifiedImageError
 
     height = width = 0
@@ -130,22 +130,25 @@ def look(path: str) -> tuple[int, int, str]:
     except UnidentifiedImageError:
         return 0, 0, "has no header of an image format that Pillow reads"
     except FileNotFoundError:
-        return 0, 0, "is not there"
-    except Exception as error:  # noqa: BLE001, RUF100 -- Pillow's plugins raise whatever they meet
+        return 0, 0, "does not exist"
+    except Exception as error:  # noqa: BLE001, RUF100 -- Pillow's plugins raise exceptions of any type
         return height, width, f"cannot be decoded: {str(error) or type(error).__name__}"
     return height, width, ""
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str = "") -> list[R]:
-    """The results of `work` on every item, in their order; with a title, progress where there are many."""
+    """Apply `work` to every item in threads and return the results in order.
+
+    With a title, progress is shown if there are many items.
+    """
     pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
     results: list[R] = []
-    shown: Any = progress(title, len(items), "files") if title and len(items) >= LONG else nullcontext()
-    with shown as meter, ThreadPoolExecutor(THREADS) as pool:
-        for part in pool.map(lambda piece: [work(item) for item in piece], pieces):
-            results += part
+    meters: Any = progress(title, len(items), "files") if title and len(items) >= MANY else nullcontext()
+    with meters as meter, ThreadPoolExecutor(THREADS) as pool:
+        for piece_results in pool.map(lambda piece: [work(item) for item in piece], pieces):
+            results += piece_results
             if meter is not None:
-                meter.advance(len(part))
+                meter.advance(len(piece_results))
     return results
 
 
@@ -165,11 +168,11 @@ def _checksum(path: str) -> int:
         return 0
 
 
-def _fits(facts: dict[str, NDArray[Any]], listing: str, count: int) -> bool:
+def _is_current(arrays: dict[str, NDArray[Any]], listing: str, count: int) -> bool:
     expected = {"listing", "sizes", "damaged", "damage", "content"}
     return (
-        facts.keys() == expected
-        and str(facts["listing"]) == listing
-        and facts["sizes"].shape == (count, 2)
-        and len(facts["damaged"]) == len(facts["damage"])
+        arrays.keys() == expected
+        and str(arrays["listing"]) == listing
+        and arrays["sizes"].shape == (count, 2)
+        and len(arrays["damaged"]) == len(arrays["damage"])
     )

@@ -1,7 +1,7 @@
 """Parts of a split: hold-outs, which are sources of their own, and subsets, which belong to a run.
 
-`train-0.1` is train without a tenth of every class, `train+0.1` is exactly that tenth: together they are
-train, and the choice never changes. Both count their samples from 0, in the order of the whole split.
+`train-0.1` is train without a tenth of every class and `train+0.1` is that tenth. Together they are train,
+and the selection never changes. Both number their samples from 0, in the order of the full split.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _HOLD_OUT = re.compile(r"(?P<split>.*)(?P<sign>[+-])(?P<share>\d*\.\d+)", re.ASC
 
 @dataclass(frozen=True)
 class HoldOut:
-    """A share of a split, held out from it or kept alone."""
+    """Share of a split that is held out, or kept alone."""
 
     sign: str
-    """`-` leaves the share out, `+` is the share."""
+    """`-` leaves the share out, `+` keeps the share alone."""
     share: Fraction
     text: str
-    """The share as it is written in names, `0.1`."""
+    """The share as written in names, `0.1`."""
 
     def __str__(self) -> str:
         return f"{self.sign}{self.text}"
 
 
 def parse_hold_out(split: str) -> tuple[str, HoldOut | None]:
-    """A split's name and what is held out from it, if anything.
+    """Split a split's name into the name of the full split and the hold-out, if any.
 
     Raises:
         RecipeError: the share is not between 0 and 1.
@@ -70,12 +70,12 @@ def parse_hold_out(split: str) -> tuple[str, HoldOut | None]:
 
 @dataclass(frozen=True)
 class Picked:
-    """Some samples of a source as a source of their own, with indices of their own."""
+    """Source of selected samples of another source, numbered from 0."""
 
     name: str
     source: Source
     picked: Samples
-    """Indices `(N,)` in the whole source, ascending."""
+    """Sample indices `(N,)` in the full source, ascending."""
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -84,17 +84,17 @@ class Picked:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Those of the whole source."""
+        """Class names of the full source."""
         return self.source.class_names
 
     @property
     def channels(self) -> int:
-        """Channels of the pixels."""
+        """Number of channels of the pixels."""
         return self.source.channels
 
     @functools.cached_property
     def whole(self) -> NDArray[np.uint8] | None:
-        """A copy of the images, unless they are too many for one."""
+        """A copy of the selected images, or None if they are larger than `MOST_IN_MEMORY`."""
         whole = self.source.whole
         if whole is None or whole[0].nbytes * len(self.picked) > MOST_IN_MEMORY:
             return None
@@ -102,31 +102,31 @@ class Picked:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over the whole source's fingerprint, the name, and which samples were picked."""
+        """sha256 over the full source's fingerprint, the name and the selected samples."""
         return fingerprint(
             {"whole": self.source.fingerprint, "name": self.name, "picked": sha256_of(self.picked)}
         )
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
-        """Height and width `(n, 2)`."""
+        """Return height and width `(n, 2)`."""
         return self.source.sizes(self.picked[samples])
 
     def pixels(self, samples: Samples) -> Pixels:
-        """An array where `whole` is there, else a list."""
+        """Return an array if `whole` is available, else a list."""
         if self.whole is not None:
             return self.whole[samples]
         return list(self.source.pixels(self.picked[samples]))
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
-        """crc32c `(n,)`."""
+        """Return the crc32c `(n,)` of each sample's raw content."""
         return self.source.contents(self.picked[samples])
 
     def path(self, sample: int) -> str | None:
-        """As in the whole source."""
+        """Return the path of a sample's file, if it has one."""
         return self.source.path(int(self.picked[sample]))
 
     def check(self) -> None:
-        """Check the whole source."""
+        """Check the full source."""
         self.source.check()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,13 +134,13 @@ class Picked:
 
 
 def hold_out(source: Source, held: HoldOut) -> Source:
-    """The part of a source that `held` names.
+    """Return the part of a source that `held` selects.
 
-    The share is taken class by class, and rounded so that the total is right: a class gives its share of
-    samples, one more or one less.
+    The share is taken class by class, and rounded so that the total is right: each class contributes its
+    share of samples, plus or minus one.
 
     Raises:
-        RecipeError: nothing would be left, or nothing held out.
+        RecipeError: one of the two parts would be empty.
     """
     labels = source.labels
     out = np.zeros(len(labels), dtype=bool)
@@ -163,7 +163,9 @@ def _rounded(value: Fraction) -> int:
 
 
 def subset(source: Source, limit: int | None) -> Samples:
-    """The samples a run uses: all, or `limit` of them, evenly over classes and the same in every run.
+    """Return the samples that a run uses: all, or `limit` of them.
+
+    A limited subset is balanced over classes and the same in every run.
 
     Raises:
         RecipeError: `limit` is larger than the source, or not positive.

@@ -1,8 +1,8 @@
 """View recipes: view v of sample i as a pure function of the recipe's seed, i and v.
 
-Drawing and rendering are two steps. `draw` gives parameters in normalised coordinates on a grid of 2**-16,
-equal on every platform; `render` turns them into uint8 pixels of any size. A teacher at 224 and a student at
-160 see the same crop. docs/views.md states every detail.
+Drawing and rendering are separate steps. `draw` returns parameters in normalized coordinates on a grid of
+2**-16, equal on every platform; `render` turns them into uint8 pixels of any size. A teacher at 224 and a
+student at 160 see the same crop. docs/views.md has the details.
 """
 
 from coursepack.data.views.drawing import draw as draw
@@ -15,7 +15,7 @@ from coursepack.data.views.recipe import stored_view as stored_view
 from coursepack.data.views.recipe import view_fingerprint as view_fingerprint
 from coursepack.data.views.recipe import view_recipe as view_recipe
 from coursepack.data.views.rendering import render as render
-from coursepack.data.views.rendering import render_normalised as render_normalised
+from coursepack.data.views.rendering import render_normalized as render_normalized
 from coursepack.data.views.rendering import render_on_device as render_on_device
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "ViewRecipe",
     "draw",
     "render",
-    "render_normalised",
+    "render_normalized",
     "render_on_device",
     "stored_view",
     "view_fingerprint",

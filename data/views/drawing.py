@@ -1,4 +1,4 @@
-"""From (recipe, source, sample, view) to the numbers that describe a view."""
+"""Drawing of view parameters from a recipe, a source, samples and a view index."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def draw(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> ViewParams:
-    """Parameters of one view of the given samples, whatever else is drawn beside them.
+    """Draw the parameters of one view of the samples, `(N,)` rows that do not depend on each other.
 
-    Nothing is decoded: of the source only the images' sizes and their number matter.
+    No image is decoded: only the number of samples and the images' sizes are read from the source.
     """
     params = _draw_unmixed(recipe, source, samples, view)
     if recipe.mix is None:
@@ -32,10 +32,10 @@ def draw(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> Vie
 
 
 def _draw_unmixed(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> ViewParams:
-    frame = Frame.whole(source.sizes(samples), recipe.reference_size)
+    frame = Frame.full(source.sizes(samples), recipe.reference_size)
     pixel_ops = []
-    for place, op in enumerate(recipe.ops):
-        draws = Draws(recipe.seed, samples, view, Purpose.VIEW + place)
+    for index, op in enumerate(recipe.ops):
+        draws = Draws(recipe.seed, samples, view, Purpose.VIEW + index)
         if isinstance(op, GEOMETRY_OPS):
             op.draw(draws, frame)
         else:

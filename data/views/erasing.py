@@ -1,4 +1,4 @@
-"""Random erasing: a box of a rendered image is overwritten."""
+"""Random erasing: overwrites a box of a rendered image."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from coursepack.data.randomness import Draws
 
 NOISE_STREAM = 100
-"""Beyond the streams of a box's attempts."""
+"""Stream of the noise, beyond the streams of a box's attempts."""
 
 
 class RandomErasing(Config):
-    """Overwrite a box of random area and proportions (Zhong et al. 2020), in uint8, before normalisation."""
+    """Overwrite a box of random area and aspect ratio (Zhong et al. 2020), in uint8, before normalization."""
 
     op: Literal["random_erasing"] = "random_erasing"
     probability: Probability = 0.5
     scale: Range = (0.02, 0.33)
-    """Smallest and largest area, as shares of the image's."""
+    """Smallest and largest area, as shares of the image's area."""
     ratio: Range = (0.3, 3.3)
     """Smallest and largest height / width."""
     value: Annotated[int, Field(ge=0, le=255)] | Literal["noise"] = 0
-    """What all channels are set to, or `noise`: every value from 0 to 255 as likely, drawn per pixel."""
+    """Value of all channels, or `noise`: values uniformly distributed from 0 to 255, drawn per pixel."""
 
     @model_validator(mode="after")
     def _ranges(self) -> RandomErasing:
@@ -46,10 +46,10 @@ class RandomErasing(Config):
         return self
 
     def draw(self, draws: Draws, reference_size: int) -> NDArray[np.int32]:
-        """Top, left, height, width in 2**-16 (height 0: nothing is erased), and the noise's two words."""
+        """Draw top, left, height, width in 2**-16 (height 0: no erasing) and, for noise, its two-word key."""
         taken = chance(draws.words(NOISE_STREAM)[:, 0], self.probability)
         sides = np.full((len(taken), 2), reference_size, dtype=np.int64)
-        # A box's proportions are width / height there and height / width here.
+        # `random_boxes` takes width / height, `ratio` is height / width.
         start, length = random_boxes(
             draws, sides, self.scale, (1 / self.ratio[1], 1 / self.ratio[0]), smaller=True
         )
@@ -59,7 +59,7 @@ class RandomErasing(Config):
         return np.concatenate([box, key], axis=1).astype(np.int32) if self.value == "noise" else box
 
     def apply(self, image: Tensor, params: Sequence[int], reference_size: int) -> Tensor:
-        """One image `(C, S, S)` uint8 with its box overwritten; edges are rounded to whole pixels."""
+        """Overwrite the box of one image `(C, S, S)` uint8; its edges are rounded to whole pixels."""
         import torch
 
         top, left, height, width, *key = params
@@ -78,7 +78,7 @@ class RandomErasing(Config):
 
 
 def _noise(key: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Evenly distributed bytes under a key of two words."""
+    """Draw uniformly distributed bytes under a key of two words."""
     from coursepack.data.randomness import random_words
 
     low, high = (int(word) & 0xFFFFFFFF for word in key)

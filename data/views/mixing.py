@@ -1,7 +1,8 @@
-"""Mixup and cutmix whose partners are drawn, not taken from the batch.
+"""Mixup and cutmix with partners drawn from the whole split instead of the batch.
 
-A partner is any sample of the split, each as likely, seen under the same view without being mixed itself. The
-stored target is the teacher's answer to the mixed image; the hard label becomes two with a share each.
+A partner is any sample of the split with equal probability, rendered under the same view without being mixed
+itself. The stored target is the teacher's output for the mixed image; the hard label becomes two labels with
+a share each.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ if TYPE_CHECKING:
 Alpha = Annotated[float, Field(ge=0, le=1)]
 
 ATTEMPTS = 32
-"""Of one draw from a beta distribution; each succeeds at least every other time."""
+"""Maximum number of attempts per beta-distributed draw; each succeeds with probability at least one half."""
 
 
 class Mix(Config):
-    """How images are mixed."""
+    """Configuration of mixup and cutmix."""
 
     mixup_alpha: Alpha = 0.0
-    """Both parameters of the beta distribution of mixup's share (Zhang et al. 2018); 0 turns it off."""
+    """Both parameters of the beta distribution of mixup's share (Zhang et al. 2018); 0 disables mixup."""
     cutmix_alpha: Alpha = 0.0
-    """Both parameters of the beta distribution of cutmix's share (Yun et al. 2019); 0 turns it off."""
+    """Both parameters of the beta distribution of cutmix's share (Yun et al. 2019); 0 disables cutmix."""
     cutmix_probability: Probability = 0.5
-    """How often cutmix is taken where both are on."""
+    """Probability of cutmix rather than mixup if both are enabled."""
     probability: Probability = 1.0
-    """How often an image is mixed at all."""
+    """Probability that an image is mixed at all."""
 
     @model_validator(mode="after")
-    def _something(self) -> Mix:
+    def _check_enabled(self) -> Mix:
         if self.mixup_alpha == self.cutmix_alpha == 0:
             raise ValueError("mixup_alpha and cutmix_alpha are both 0: leave mix out, or set one of them")
         return self
@@ -49,11 +50,11 @@ class Mix(Config):
     def draw(
         self, draws: Draws, population: int
     ) -> tuple[NDArray[np.uint8], Samples, NDArray[np.int32], NDArray[np.int32]]:
-        """Kinds, partners, shares and boxes; as the fields of `Mixing`.
+        """Return kinds, partners, shares and boxes, defined as in `Mixing`.
 
         Args:
-            draws: words.
-            population: samples of the split.
+            draws: random words.
+            population: number of samples in the split.
         """
         words = draws.words(0)
         cutmix_probability = self.cutmix_probability
@@ -68,19 +69,19 @@ class Mix(Config):
         boxes = _cut_boxes(draws, shares)
         boxes[kinds != CUTMIX] = 0
         area = boxes[:, 2].astype(np.int64) * boxes[:, 3]
-        # The label's share is that of the box as it is, cut off at the borders.
+        # The label's share follows the area of the clipped box.
         shares = np.where(kinds == CUTMIX, GRID - (area + GRID // 2) // GRID, shares)
         return kinds, partners, shares.astype(np.int32), boxes
 
 
 def _beta(draws: Draws, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Draws of Beta(a, a) for 0 < a <= 1, by Jöhnk's method (1964)."""
+    """Draw from Beta(a, a) for 0 < a <= 1 by Jöhnk's method (1964)."""
     result = np.full(len(alphas), 0.5)
     pending = np.flatnonzero(alphas > 0)
     for attempt in range(ATTEMPTS):
-        words = draws.only(pending).words(2 + attempt)
+        words = draws.select(pending).words(2 + attempt)
         powers = exact.log((words[:, :2].astype(np.float64) + 0.5) / 2.0**32) / alphas[pending, None]
-        # Logarithms keep small powers apart from zero; their larger one is taken out.
+        # Computed in logarithms, relative to the larger one, because small powers would underflow.
         largest = powers.max(axis=1)
         first, second = exact.exp(np.maximum(powers - largest[:, None], -700.0)).T
         fits = first + second <= exact.exp(np.minimum(-largest, 700.0))
@@ -92,7 +93,7 @@ def _beta(draws: Draws, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cut_boxes(draws: Draws, shares: NDArray[np.int64]) -> NDArray[np.int32]:
-    """A box of area 1 - share about an evenly drawn middle, cut off at the borders."""
+    """Draw a box of area 1 - share around a uniformly distributed center, clipped at the borders."""
     middle = below(draws.words(1)[:, :2], GRID)
     half = np.rint(np.sqrt((GRID - shares) / GRID) * (GRID / 2)).astype(np.int64)[:, None]
     low, high = np.maximum(middle - half, 0), np.minimum(middle + half, GRID)

@@ -1,4 +1,4 @@
-"""What is drawn for a view: numbers on a grid of 2**-16, equal on every platform."""
+"""Drawn parameters of views: integers on a grid of 2**-16, equal on every platform."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
 
 GRID = 1 << 16
-"""Steps of a normalised coordinate over the side of an image, and of every other continuous parameter."""
+"""Resolution of coordinates and of all other continuous parameters: integers in units of 1 / GRID."""
 
 MIRRORED, UPSIDE_DOWN = 1, 2
-"""Bits of `flips`: left and right, top and bottom exchanged after the crop."""
+"""Bits of `flips`: left-right and top-bottom flip, applied after the crop."""
 
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Which other image comes into each one, and how."""
+    """Parameters of mixing each image with a partner image."""
 
     kinds: NDArray[np.uint8]
     """`(N,)`: `NO_MIX`, `MIXUP` or `CUTMIX`."""
     partners: Samples
-    """`(N,)` samples of the whole split; the sample itself where it is not mixed."""
+    """Partners `(N,)`, samples of the whole split; the sample itself if it is not mixed."""
     shares: NDArray[np.int32]
-    """`(N,)` share of the first image in 2**-16: weight of its label, and in mixup of its pixels."""
+    """Share `(N,)` of the first image in 2**-16: weight of its label and, in mixup, of its pixels."""
     boxes: NDArray[np.int32]
-    """`(N, 4)` where cutmix puts the partner: top, left, height, width in 2**-16 of the rendered side."""
+    """Box `(N, 4)` that cutmix fills: top, left, height, width in 2**-16 of the rendered side."""
     params: ViewParams
-    """The partners' own parameters, unmixed."""
+    """View parameters of the partners, which are not mixed themselves."""
 
     def _arrays(self) -> Iterator[NDArray[np.generic]]:
         yield from (self.kinds, self.partners.astype("<i8"), self.shares, self.boxes)
@@ -51,19 +51,19 @@ class Mixing:
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What was drawn for each row."""
+    """Drawn parameters of views, one row per (sample, view)."""
 
     boxes: NDArray[np.int32]
     """Crop box `(N, 4)`: top, left, height, width, in 2**-16 of the image's sides. Outside is black."""
     flips: NDArray[np.uint8] | None = None
-    """`(N,)` bits `MIRRORED` and `UPSIDE_DOWN`; None where no op flips."""
+    """`(N,)` bits `MIRRORED` and `UPSIDE_DOWN`; None if no op flips."""
     pixel_ops: tuple[NDArray[np.int32], ...] = ()
-    """Per op that works on rendered pixels its own parameters `(N, P)`."""
+    """Parameters `(N, P)` of each op on rendered pixels."""
     mixing: Mixing | None = None
-    """The other image; None where no op mixes."""
+    """Parameters of mixing; None if the recipe does not mix."""
 
     def digest(self) -> str:
-        """crc32c over all numbers drawn, 8 hex digits."""
+        """Return the crc32c of all parameters, as 8 hexadecimal digits."""
         checksum = 0
         for array in self._arrays():
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -79,7 +79,7 @@ class ViewParams:
             yield from self.mixing._arrays()
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> ViewParams:
-        """The parameters of some rows."""
+        """Return the parameters of the selected rows."""
         return ViewParams(
             self.boxes[rows],
             None if self.flips is None else self.flips[rows],
@@ -92,7 +92,7 @@ class ViewParams:
 
 
 def concatenate(parts: Sequence[ViewParams]) -> ViewParams:
-    """The rows of several, one after the other; all of one recipe."""
+    """Concatenate the rows of view parameters drawn from one recipe."""
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -1,6 +1,7 @@
-"""AutoAugment's learned policies (Cubuk et al. 2019, appendix A): pairs of steps.
+"""Learned policies of AutoAugment (Cubuk et al. 2019, appendix A): pairs of steps.
 
-A step is a kind, the probability of taking it, and a bin of ten magnitudes (0 for kinds without one).
+A step is a kind, the probability of applying it, and one of ten magnitude bins (0 for kinds without a
+magnitude).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""View recipes: the ops of a view, their order, the seed. Presets, files, fingerprints."""
+"""View recipes: ops of a view in order, mixing and seed; presets, YAML files and fingerprints."""
 
 from __future__ import annotations
 
@@ -56,50 +56,55 @@ Op = Annotated[GeometryOp | PixelOp | Pipeline, Field(discriminator="op")]
 
 
 class ViewRecipe(Config):
-    """An ordered list of ops, drawn independently for every (sample, view)."""
+    """Ordered list of ops, drawn independently for every (sample, view)."""
 
     ops: tuple[Op, ...] = ()
-    """Applied in order. Ops that choose what is seen come before those that change pixels."""
+    """Ops in the order of application. Ops on geometry come before ops on rendered pixels."""
     mix: Mix | None = None
     """Mixing with another sample, after all ops."""
     reference_size: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Side in pixels of the frame in which pixel-unit parameters are meant."""
+    """Side in pixels of the reference frame, the unit of parameters that are lengths in pixels."""
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
-    """Key of the generator."""
+    """Seed of all draws."""
 
     @model_validator(mode="after")
     def _order(self) -> ViewRecipe:
         names = [op.op for op in self.ops]
         if "pipeline" in names and len(names) > 1:
-            raise ValueError(f"ops are {names}: a pipeline stands alone, put the other ops into it")
-        late = [isinstance(op, GEOMETRY_OPS) for op in self.ops]
-        if sorted(late, reverse=True) != late:
             raise ValueError(
-                f"ops are {names}: crops, resizes and flips come before ops that change pixels, because "
-                "they are one resampling of the source"
+                f"ops are {names}: a pipeline must be the only op; include the other ops in the pipeline"
+            )
+        is_geometry = [isinstance(op, GEOMETRY_OPS) for op in self.ops]
+        if sorted(is_geometry, reverse=True) != is_geometry:
+            raise ValueError(
+                f"ops are {names}: move crops, resizes and flips before all other ops, because the "
+                "source is resampled only once"
             )
         return self
 
     @property
     def geometry_ops(self) -> tuple[GeometryOp, ...]:
-        """Those that choose what is seen."""
+        """Ops on geometry: crops, resizes and flips."""
         return tuple(op for op in self.ops if isinstance(op, GEOMETRY_OPS))
 
     @property
     def filters_before_cropping(self) -> bool:
-        """Whether crops are of a resized image, as in `eval`: then a filter sees beyond the crop's edge."""
+        """True if crops are taken from a resized image, as in `eval`.
+
+        The resampling filter then reads pixels beyond the crop's edge.
+        """
         return any(isinstance(op, Resize) for op in self.ops) and not any(
             isinstance(op, (PadCrop, ResizedCrop)) for op in self.ops
         )
 
     @property
     def pixel_ops(self) -> tuple[PixelOp, ...]:
-        """Those that change rendered pixels."""
+        """Ops on rendered pixels."""
         return tuple(op for op in self.ops if not isinstance(op, (*GEOMETRY_OPS, Pipeline)))
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The user's own pipeline, where that is the view."""
+        """The user's own pipeline, if the view is one."""
         return self.ops[0] if self.ops and isinstance(self.ops[0], Pipeline) else None
 
 
@@ -125,14 +130,14 @@ PRESETS = {
 
 
 def view_recipe(name: str, seed: int | None = None) -> ViewRecipe:
-    """A preset by name, or the recipe in a YAML file.
+    """Return a preset by name, or the recipe in a YAML file.
 
     Args:
-        name: a name in `PRESETS`, or a path that ends in .yaml or .yml.
+        name: key in `PRESETS`, or a path that ends in .yaml or .yml.
         seed: replaces the recipe's seed.
 
     Raises:
-        UnknownName: no such preset.
+        UnknownName: there is no such preset.
         RecipeError: the file is not a view recipe.
     """
     if name.endswith((".yaml", ".yml")):
@@ -147,16 +152,16 @@ def view_recipe(name: str, seed: int | None = None) -> ViewRecipe:
 
 
 def stored_view(values: Any, holder: str, *, trust_code: bool) -> ViewRecipe:
-    """The view recipe that a store's manifest holds.
+    """Return the view recipe in a store's manifest.
 
     Args:
         values: `identity["view"]["recipe"]` of the manifest.
-        holder: the store, for errors: `store 'cnn.zarr'`.
-        trust_code: whether a pipeline that it names may be imported and run.
+        holder: description of the store for errors, such as `store 'cnn.zarr'`.
+        trust_code: allow a pipeline named in the manifest to be imported and run.
 
     Raises:
         RecipeError: the values are not a view recipe.
-        UntrustedCode: it names a pipeline, and is not trusted.
+        UntrustedCode: the recipe names a pipeline and `trust_code` is False.
     """
     recipe = parse_config(ViewRecipe, values, f"the view recipe of {holder}")
     if recipe.pipeline is not None:
@@ -165,5 +170,8 @@ def stored_view(values: Any, holder: str, *, trust_code: bool) -> ViewRecipe:
 
 
 def view_fingerprint(recipe: ViewRecipe, source: Source) -> str:
-    """sha256 of what determines every view of every sample; stores carry it and students check it."""
+    """Return the sha256 of everything that determines the views of all samples.
+
+    Stores contain this fingerprint, and students check it.
+    """
     return fingerprint({"recipe": recipe.model_dump(mode="json"), "source": source.fingerprint})

@@ -1,8 +1,8 @@
-"""From drawn parameters to uint8 pixels of any size, on the CPU or on a GPU that holds the images.
+"""Rendering of drawn parameters to uint8 pixels of any size, on the CPU or on a GPU that holds the images.
 
-On the CPU geometry and mixing are compiled kernels in integer arithmetic. On a GPU the same integers go
-through matrix products in float64, which carries them exactly, so both give the same pixels; ops on rendered
-pixels are torchvision's on both.
+On the CPU, geometry and mixing are compiled kernels in integer arithmetic. On a GPU the same integers go
+through matrix products in float64, which represents them exactly, so both devices give the same pixels. Ops
+on rendered pixels call torchvision on both.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def render(
     *,
     threads: int = 1,
 ) -> NDArray[np.uint8]:
-    """Pixels `(N, size, size, channels)` of the given samples under drawn parameters.
+    """Render samples under drawn parameters to pixels `(N, size, size, channels)`.
 
     Args:
-        recipe: whose ops the parameters belong to.
-        source: where the images are.
-        samples: `(N,)`.
-        params: from `draw`, of the same samples.
+        recipe: view recipe from which the parameters were drawn.
+        source: source of the images.
+        samples: sample indices `(N,)`.
+        params: view parameters of these samples, from `draw`.
         size: side in pixels.
-        threads: how many threads resample.
+        threads: number of threads that resample.
 
     Raises:
         SourceError: an image cannot be decoded.
-        RecipeError: the recipe's own pipeline gives something else than pixels of this size.
+        RecipeError: the user's own pipeline returns anything but uint8 pixels of this size.
     """
     out = _render_unmixed(recipe, source, samples, params, size, threads)
     if params.mixing is not None:
@@ -64,7 +64,7 @@ def render(
     return out
 
 
-def render_normalised(
+def render_normalized(
     recipe: ViewRecipe,
     source: Source,
     samples: Samples,
@@ -73,30 +73,30 @@ def render_normalised(
     channel: Sequence[int],
     table: NDArray[np.float32],
 ) -> NDArray[np.float32] | None:
-    """`render`, and each level looked up in the same pass: what a network reads, `(N, channels, S, S)`.
+    """Render and map pixel values through a table in one pass, to a network's input `(N, channels, S, S)`.
 
     Args:
         recipe, source, samples, params, size: as for `render`.
-        channel: for each channel of the network the one of the source.
-        table: `(channels, 256)`, the value of each level.
+        channel: for each input channel of the network, the index of the source's channel.
+        table: `(channels, 256)`, the network's input for each pixel value.
 
     Returns:
-        None where it takes more than one pass: image files, mixing, and ops on rendered pixels.
+        None for views that take more than one pass: image files, mixing, and ops on rendered pixels.
     """
     if source.whole is None or params.mixing is not None or params.pixel_ops:
         return None
-    from coursepack.data.jit_pixels import normalise_rows
+    from coursepack.data.jit_pixels import normalize_rows
 
     _check_samples(source.whole, samples)
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     out = np.empty((len(samples), len(channel), size, size), np.float32)
-    beyond = recipe.filters_before_cropping
-    normalise_rows(source.whole, samples, params.boxes, flips, beyond, np.asarray(channel), table, out)
+    beyond_crop = recipe.filters_before_cropping
+    normalize_rows(source.whole, samples, params.boxes, flips, beyond_crop, np.asarray(channel), table, out)
     return out
 
 
 def _check_samples(whole: NDArray[np.uint8], samples: Samples) -> None:
-    """Kernels read by address: what numpy would refuse has to be refused here."""
+    """Raise IndexError for invalid indices, as the compiled kernels do no bounds checks."""
     if len(samples) and not 0 <= samples.min() <= samples.max() < len(whole):
         raise IndexError(f"samples are {samples.min()} to {samples.max()} of {len(whole)}")
 
@@ -128,23 +128,27 @@ def _resample(
 
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     images = source.pixels(samples) if source.whole is None else None
-    beyond = recipe.filters_before_cropping
+    beyond_crop = recipe.filters_before_cropping
     if source.whole is not None:
         _check_samples(source.whole, samples)
 
-    def some(rows: slice) -> None:
+    def resample_slice(rows: slice) -> None:
         if source.whole is not None:
-            resample_rows(source.whole, samples[rows], params.boxes[rows], flips[rows], beyond, out[rows])
+            resample_rows(
+                source.whole, samples[rows], params.boxes[rows], flips[rows], beyond_crop, out[rows]
+            )
         elif images is not None:
             for n in range(*rows.indices(len(samples))):
-                resample(images[n], params.boxes[n], flips[n], beyond, out[n])
+                resample(images[n], params.boxes[n], flips[n], beyond_crop, out[n])
 
     if threads == 1:
-        some(slice(None))
+        resample_slice(slice(None))
         return
     share = -(-len(samples) // threads)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(some, [slice(start, start + share) for start in range(0, len(samples), share)]))
+        list(
+            pool.map(resample_slice, [slice(start, start + share) for start in range(0, len(samples), share)])
+        )
 
 
 def _change_pixels(recipe: ViewRecipe, params: ViewParams, pixels: Tensor) -> None:
@@ -161,18 +165,18 @@ def _change_pixels(recipe: ViewRecipe, params: ViewParams, pixels: Tensor) -> No
 def render_on_device(
     recipe: ViewRecipe, images: Tensor, samples: Samples, params: ViewParams, size: int
 ) -> Tensor:
-    """`render` of images that are on a device, there.
+    """Render images that are on a device, there.
 
     Args:
-        recipe: whose ops the parameters belong to; not a pipeline.
+        recipe: view recipe from which the parameters were drawn; not a pipeline.
         images: the source's `whole`, `(M, H, W, C)` uint8 on the device.
-        samples: `(N,)`.
-        params: from `draw`, of the same samples.
+        samples: sample indices `(N,)`.
+        params: view parameters of these samples, from `draw`.
         size: side in pixels.
 
     Returns:
-        `(N, size, size, channels)` uint8 on the device; resampled and mixed pixels equal the CPU's, those
-        that torchvision changed are within one level.
+        `(N, size, size, channels)` uint8 on the device. Resampled and mixed pixels equal those of `render`;
+            pixels changed by torchvision's functions differ by at most one level.
     """
     out = _unmixed_on_device(recipe, images, samples, params, size)
     if params.mixing is None:
@@ -191,15 +195,15 @@ def _unmixed_on_device(
 
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     _, height, width, channels = images.shape
-    beyond = recipe.filters_before_cropping
-    rows = _matrices(params.boxes[:, 0::2], height, size, flips & UPSIDE_DOWN > 0, beyond)
-    columns = _matrices(params.boxes[:, 1::2], width, size, flips & MIRRORED > 0, beyond)
-    chosen = images[_moved(samples, images.device)].double()
+    beyond_crop = recipe.filters_before_cropping
+    rows = _matrices(params.boxes[:, 0::2], height, size, flips & UPSIDE_DOWN > 0, beyond_crop)
+    columns = _matrices(params.boxes[:, 1::2], width, size, flips & MIRRORED > 0, beyond_crop)
+    chosen = images[_to_device(samples, images.device)].double()
     half, one = float(HALF), float(ONE)
-    # Not float32, which a user may have allowed to be multiplied with fewer bits.
-    tall = torch.bmm(_moved(rows, images.device), chosen.reshape(len(samples), height, width * channels))
+    # Not float32: the user may have allowed TF32 or bfloat16 products for it.
+    tall = torch.bmm(_to_device(rows, images.device), chosen.reshape(len(samples), height, width * channels))
     tall = ((tall + half) / one).floor_().reshape(len(samples), size, width, channels)
-    wide = torch.einsum("nxw,nywc->nyxc", _moved(columns, images.device), tall)
+    wide = torch.einsum("nxw,nywc->nyxc", _to_device(columns, images.device), tall)
     pixels = ((wide + half) / one).floor_().to(torch.uint8)
     if recipe.pixel_ops:
         _change_pixels(recipe, params, pixels)
@@ -207,17 +211,17 @@ def _unmixed_on_device(
 
 
 def _matrices(
-    spans: NDArray[np.int32], side: int, size: int, flips: NDArray[np.bool_], beyond: bool
+    spans: NDArray[np.int32], side: int, size: int, flips: NDArray[np.bool_], beyond_crop: bool
 ) -> NDArray[np.float64]:
-    """The weights of one axis as matrices `(N, size, side)`."""
+    """Return the resampling weights of one axis as matrices `(N, size, side)`."""
     from coursepack.data.jit_pixels import axis_matrices
 
     matrices = np.empty((len(spans), size, side))
-    axis_matrices(spans, flips, side, beyond, matrices)
+    axis_matrices(spans, flips, side, beyond_crop, matrices)
     return matrices
 
 
-def _moved(values: NDArray[np.generic], device: torch.device) -> Tensor:
+def _to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
@@ -228,12 +232,14 @@ def _blend_on_device(first: Tensor, second: Tensor, mixing: Mixing) -> Tensor:
 
     size, device = first.shape[1], first.device
     shares = np.where(mixing.kinds == MIXUP, mixing.shares, GRID)
-    share = _moved(shares, device).to(torch.int32)[:, None, None, None]
+    share = _to_device(shares, device).to(torch.int32)[:, None, None, None]
     blended = (first.int() * share + second.int() * (GRID - share) + GRID // 2) >> 16
     edges = mixing.boxes.astype(np.int64)
     edges[:, 2:] += edges[:, :2]
-    top, left, bottom, right = _moved((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
-    place = torch.arange(size, device=device)
-    inside = ((place >= top) & (place < bottom))[:, :, None] & ((place >= left) & (place < right))[:, None]
-    inside &= _moved(mixing.kinds == CUTMIX, device)[:, None, None]
+    top, left, bottom, right = _to_device((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
+    position = torch.arange(size, device=device)
+    inside = ((position >= top) & (position < bottom))[:, :, None] & (
+        (position >= left) & (position < right)
+    )[:, None]
+    inside &= _to_device(mixing.kinds == CUTMIX, device)[:, None, None]
     return torch.where(inside[..., None], second, blended.to(torch.uint8))

@@ -12,7 +12,7 @@ from coursepack.console import parse_numbers
 from coursepack.distill.recipe import TrainRecipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 FIELDS = {
     "student": "student",
@@ -55,14 +55,14 @@ FIELDS = {
     "label-smoothing": "objective.label_smoothing",
     "teacher-weights": "objective.fusion.weights",
 }
-"""Recipe field by option. Every other field is set by `--set FIELD=VALUE`."""
+"""Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
 
 DEFAULTS = {
     "method": "kd with stores, else supervised",
     "source": "the stores'",
     "view": "the stores'",
 }
-"""Defaults that are no constant."""
+"""Help text for defaults that are not constants."""
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,18 +72,22 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, by the recipe field that each sets."""
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    return {FIELDS[name.replace("_", "-")]: value for name, value in given.items()}
+def given_options(options: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return flag, recipe field and value of every given option."""
+    flags = {name: name.replace("_", "-") for name in options}
+    return [
+        (f"--{flags[name]}", FIELDS[flags[name]], value)
+        for name, value in options.items()
+        if value is not None and value != ()
+    ]
 
 
 def _option(name: str, path: str) -> Callable[..., Any]:
     field = field_at(TrainRecipe, path)
-    kind = _kind(field.annotation)
+    kind = _kind(field.annotation, field.metadata)
     text = " ".join((field.description or "").split())
     default = DEFAULTS.get(name)
-    # A method brings its own objective, so its fields have no default of their own.
+    # Defaults of objective fields depend on the method, so no default is shown for them.
     if default is None and not field.is_required() and not path.startswith("objective."):
         default = None if field.default in (None, False, ()) else str(field.default)
     shown = text + (f"  [default: {default}]" if default else "")
@@ -97,15 +101,29 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     return click.option(flag, variable, type=kind, help=shown)
 
 
-def _kind(annotation: Any) -> Any:
-    """Return click's type for a field; `bool` stands for a flag and `tuple` for a list."""
+def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
+    """Return click's type for a field; `bool` means a flag and `tuple` a list of numbers."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _kind(get_args(annotation)[0])
+        inner, *marks = get_args(annotation)
+        more = (bound for mark in marks for bound in getattr(mark, "metadata", [mark]))
+        return _kind(inner, [*bounds, *more])
     if origin in (Union, types.UnionType):
-        return _kind(get_args(annotation)[0])
+        return _kind(get_args(annotation)[0], bounds)
     if origin is Literal:
         return click.Choice(get_args(annotation))
     if origin is tuple:
         return tuple
-    return annotation if annotation in (bool, int, float) else str
+    if annotation in (int, float):
+        return _range(annotation, bounds)
+    return bool if annotation is bool else str
+
+
+def _range(number: type, bounds: Sequence[Any]) -> click.IntRange | click.FloatRange:
+    """Return click's range of numbers within pydantic's bounds."""
+    limits: dict[str, Any] = {}
+    for bound in bounds:
+        for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
+            if hasattr(bound, name):
+                limits |= {side: getattr(bound, name), f"{side}_open": name in ("gt", "lt")}
+    return (click.IntRange if number is int else click.FloatRange)(**limits)

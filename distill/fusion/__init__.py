@@ -1,4 +1,4 @@
-"""Fusion of several teachers: how much each counts, and at which temperature."""
+"""Fusion of several teachers: their weights, and the temperature of the fused targets."""
 
 from coursepack.distill.fusion import adaptive, weights
 from coursepack.distill.fusion.base import Fusion
@@ -12,4 +12,4 @@ FUSIONS: dict[str, Fusion] = {
     "entropy": weights.ENTROPY,
     "adaptive": adaptive.ADAPTIVE,
 }
-"""Every fusion by name. A new one is a file beside these and a row here."""
+"""Fusions by name. To add one, write a module in this package and add a row here."""

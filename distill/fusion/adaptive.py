@@ -1,4 +1,4 @@
-"""The adaptive fusion of AMTML-KD: weights per sample from latent vectors trained with the student."""
+"""Adaptive fusion of AMTML-KD: weights per sample, computed from latent vectors trained with the student."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 class AdaptiveConfig(FusionConfig):
-    """Numbers of the adaptive fusion."""
+    """Config of the adaptive fusion."""
 
     name: Literal["adaptive"] = "adaptive"
     layer: str | None = None
-    """The student's layer whose maximum over positions is a sample's embedding; None means the input of the
+    """Student layer whose maximum over positions is a sample's embedding; defaults to the input of the
     student's head."""
     init: NotNegative = 1.0
-    """Standard deviation of the initial latents. At 1, the release's, wide students begin with nearly all
-    weight on one teacher; with 0.1 they begin close to equal."""
+    """Standard deviation of the initial latents. With 1, the value of the release, wide students start with
+    nearly all weight on one teacher; with 0.1 the initial weights are nearly equal."""
     joint_epochs: Annotated[int, Field(ge=1)] | None = None
-    """Epochs in which the latents are trained before they are frozen; None means all."""
+    """Number of epochs after which the latents are frozen; defaults to never."""
 
 
 class Adaptive(nn.Module):
-    """A latent vector per teacher, compared with the student's embedding of each sample.
+    """Weights from a latent vector per teacher and the student's embedding of each sample.
 
         a_ki = v . (theta_k * beta_i),   w_i = softmax_k(a_i)
 
-    Liu, Zhang and Wang 2020, arXiv 2103.04062, section 3.2. The embedding beta_i gets a gradient, by
-    construction; so do theta and v. With one teacher the weight is exactly one.
+    Liu, Zhang and Wang 2020, arXiv 2103.04062, section 3.2. The embedding beta_i, theta and v
+    receive gradients. With one teacher the weight is exactly one.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Adaptive(nn.Module):
         return ((embedding.float() * self.shared) @ self.latents.T).softmax(1)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Freeze the latents once their epochs are over."""
+        """Freeze the latents from epoch `joint_epochs` on."""
         self.requires_grad_(self.joint_epochs is None or epoch < self.joint_epochs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the latents without weight decay: their penalty is a term of the objective."""
+        """Return the latents as a group without weight decay; the term `latents` penalizes them instead."""
         return [{"params": list(self.parameters()), "weight_decay": 0.0}]
 
 

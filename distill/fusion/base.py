@@ -1,4 +1,4 @@
-"""What every fusion is: its numbers, its needs, and the weights that it gives the teachers of a batch."""
+"""Base types of fusions: config, needs, and a function that returns the teachers' weights for a batch."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ if TYPE_CHECKING:
 
 
 class FusionConfig(Config):
-    """Base of every fusion's numbers."""
+    """Base class of the configs of fusions."""
 
     name: str = "fixed"
-    """A name in `FUSIONS`."""
+    """Name of the fusion, a key of `FUSIONS`."""
 
     @model_serializer(mode="wrap")
     def _keep_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {"name": self.name, **handler(self)}
 
     def refusal(self, teachers: int) -> str:
-        """Say why the numbers do not fit so many teachers; empty where they do."""
+        """Return why the config does not fit this number of teachers, or an empty string if it does."""
         return ""
 
 
 def no_needs(_config: Any) -> Needs:
-    """Return the needs of a fusion that only reads the teachers' logits."""
+    """Return the needs of a fusion that reads only the teachers' logits."""
     return Needs()
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """One way to weigh teachers.
+    """One way to weight teachers.
 
-    `build` returns a function, or a module where something is learned, from `LossInputs` to weights `(K,)` or
-    `(N, K)`, or to None for 1/K. Weights sum to one over the teachers that are read, whatever a release did
-    (see `methods`), but for given weights of `fixed`, which are taken as they are.
+    `build` returns a function, or a module if the fusion has parameters, that maps `LossInputs` to weights
+    `(K,)` or `(N, K)`, or to None for 1/K. Weights sum to one over the teachers that are read (see `methods`
+    for releases that normalize otherwise); only user-given weights of `fixed` are not normalized.
     """
 
     config: type[FusionConfig]
     formula: str
+    """Formula of the weights, in one line."""
     source: str
+    """Paper or release."""
     combine: Literal["mixture", "sum"]
-    """The published form: the divergence from the mixture, or the weighted sum of divergences."""
+    """Published form of the loss: divergence from the mixture, or weighted sum of divergences."""
     build: Callable[[Any, BuildContext], Weigh]
     needs: Callable[[Any], Needs] = no_needs
     choose: Callable[[Any, BuildContext, Step], int] | None = None
-    """Index of the only teacher that is read for a batch; None where all are."""
+    """Returns the index of the only teacher that is read for a batch; None if all teachers are read."""

@@ -1,4 +1,4 @@
-"""The fused targets of all teachers: weights, adjustments and temperatures, computed once per batch."""
+"""Fused targets of all teachers: weights, adjustments and temperatures, computed once per batch."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FusedTargets:
-    """Targets of the teachers that are read for a batch, with everything that makes them one."""
+    """Logits of the teachers that are read for a batch, with the weights and temperature that fuse them."""
 
     logits: Sequence[Tensor | Rows]
-    """Per teacher `(N, C)`."""
+    """Logits `(N, C)` of each teacher."""
     labels: Tensor | None
-    """Class ids `(N,)`; None where images are mixed."""
+    """Class ids `(N,)`; None if images are mixed."""
     weights: Tensor | None
-    """`(N, K)` or `(K,)`, with gradient where the fusion learns; None means 1/K."""
+    """Weights `(N, K)` or `(K,)`, with gradient if the fusion has parameters; None means 1/K."""
     adjustments: tuple[str, ...]
-    """Adjustment of each teacher where it is wrong: none, shift or smooth."""
+    """Adjustment of each teacher's wrong predictions: none, shift or smooth."""
     smoothing: float
     """Epsilon of the adjustment `smooth`."""
     temperature: float | Tensor
-    """One for all samples, or `(N,)`."""
+    """Temperature of all samples, or one per sample `(N,)`."""
     temperatures: SampleTemperatures | None
-    """Set where every sample has its own."""
+    """Temperatures per sample; None if all samples share one."""
     combine: Literal["mixture", "sum"]
-    """Whether divergences are taken from the mixture or summed, where a term leaves it to the fusion."""
+    """Form of the loss for terms with `combine="auto"`: divergence from the mixture, or weighted sum."""
 
     @functools.cached_property
     def probs(self) -> Tensor:
-        """Soft targets `(N, C)` of the mixture at the temperature, detached."""
+        """Soft targets `(N, C)` of the teachers' mixture at the temperature, detached."""
         return soft_targets(
             self.logits,
             self.labels,
@@ -62,14 +62,14 @@ def dynamic_temperatures(
     weights: Tensor | None,
     adjustments: tuple[str, ...],
 ) -> SampleTemperatures | None:
-    """Return a temperature per sample; None where all share `base`.
+    """Return a temperature per sample, or None if all samples share `base`.
 
     Args:
-        config: the kind and its numbers.
-        base: T_0.
-        inputs: the batch.
-        weights: of the teachers, for the fused teacher of `flsw`.
-        adjustments: of the teachers.
+        config: kind of dynamic temperature, with its settings.
+        base: temperature T_0.
+        inputs: loss inputs of the batch.
+        weights: weights of the teachers, used by the fused teacher of `flsw`.
+        adjustments: adjustment of each teacher.
     """
     if config.kind == "none":
         return None

@@ -1,9 +1,10 @@
-"""Dynamic temperature: every sample has its own, lower where the student is confused.
+"""Dynamic temperature: a temperature per sample, lower where the student is confused.
 
     T_x = T_0 + slope (mean_j omega_j - omega_x),   clamped to [lowest, highest]
 
-Wen, Lai and Qian 2019, arXiv 1911.07471 (DTD). Without gradient. The mean is over the batch, so a sample's
-loss depends on its batch: the term is batch-coupled. `soft_target_loss` multiplies by T_x² inside the mean.
+Wen, Lai and Qian 2019, arXiv 1911.07471 (DTD). Temperatures have no gradient. The mean is over the batch, so
+a sample's loss depends on its batch: the term is batch-coupled. `soft_target_loss` multiplies by T_x² inside
+the mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import Field
 from coursepack.config import Config
 from coursepack.distill.losses.base import Needs
 from coursepack.distill.schedule import NotNegative
-from coursepack.kernels import decode
+from coursepack.kernels import decode, shift_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,27 +29,27 @@ if TYPE_CHECKING:
 
 NORM_EPSILON = 1e-4
 PROB_EPSILON = 1e-3
-"""Added to the norm of logits and to the largest probability, as TextBrewer does."""
+"""Constants added to the norm of the logits and to the largest probability, as in TextBrewer."""
 
 Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class DynamicTemperatureConfig(Config):
-    """Numbers of a temperature per sample; the objective's `temperature` is T_0."""
+    """Config of the temperature per sample; the objective's `temperature` is T_0."""
 
     kind: Literal["none", "flsw", "cwsm"] = "none"
-    """What omega is: see `flsw_omega` and `cwsm_omega`."""
+    """Definition of omega, see `flsw_omega` and `cwsm_omega`; `none` means one temperature for all."""
     slope: NotNegative = 1.0
-    """Beta; with zero every sample has T_0, clamped like any T_x."""
+    """Slope of the temperature in omega (beta in the paper); with 0 every sample has T_0."""
     gamma: NotNegative = 1.0
-    """Exponent of FLSW."""
+    """Exponent gamma of FLSW."""
     lowest: Temperature = 1.0
     """Lower bound of T_x."""
     highest: Temperature = 20.0
     """Upper bound of T_x."""
 
     def needs(self) -> Needs:
-        """Return the needs of the kind: FLSW compares all logits; both relate the samples of a batch."""
+        """Return the needs: FLSW reads all logits of the teachers, and both kinds couple the samples."""
         if self.kind == "none":
             return Needs()
         return Needs(dense_logits="FLSW" if self.kind == "flsw" else "", whole_batch=("dynamic_temperature",))
@@ -56,32 +57,32 @@ class DynamicTemperatureConfig(Config):
 
 @dataclass(frozen=True)
 class SampleTemperatures:
-    """Temperatures of a batch, without gradient."""
+    """Temperatures per sample of a batch, without gradient."""
 
     values: Tensor
-    """T_x `(N,)` float32."""
+    """Temperatures T_x `(N,)` float32."""
     clamped: Tensor
-    """`(N,)` bool: where a bound was hit."""
+    """Mask `(N,)` of the samples whose temperature was clamped to a bound."""
 
 
 def flsw_omega(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Tensor:
-    """`(1 - cos(v, t))^gamma`, `(N,)`: how far the student's direction is from the teacher's.
+    """Return `(1 - cos(v, t))^gamma`, `(N,)`, the distance between the directions of two logit vectors.
 
     Args:
-        student_logits: `(N, C)`.
-        teacher_logits: `(N, C)`, of the fused teacher.
+        student_logits: logits v `(N, C)`.
+        teacher_logits: logits t `(N, C)` of the fused teacher.
         gamma: exponent, as in the focal loss.
     """
     student, teacher = (
         logits / (logits.norm(dim=1, keepdim=True) + NORM_EPSILON)
         for logits in (student_logits, teacher_logits)
     )
-    apart: Tensor = (1 - (student * teacher).sum(1)).clamp_min(0) ** gamma
-    return apart
+    distance: Tensor = (1 - (student * teacher).sum(1)).clamp_min(0) ** gamma
+    return distance
 
 
 def cwsm_omega(student_logits: Tensor) -> Tensor:
-    """`1 / max_c softmax(v)_c`, `(N,)`: how unsure the student is."""
+    """Return `1 / max_c softmax(v)_c`, `(N,)`, the student's uncertainty."""
     return 1 / (student_logits.softmax(1).amax(1) + PROB_EPSILON)
 
 
@@ -91,34 +92,26 @@ def fused_logits(
     labels: Tensor | None = None,
     adjustments: Sequence[str] = (),
 ) -> Tensor:
-    """Logits `(N, C)` of several teachers as one: their weighted mean, after KA-PS where that is asked.
+    """Return the weighted mean `(N, C)` of the teachers' logits, after the adjustment "shift" (KA-PS).
 
-    This is the fused teacher that FLSW compares the student with; for one teacher it is that teacher. KA-LSR
-    has no logits, so a teacher that it replaces counts as it is.
+    FLSW compares the student with this fused teacher. The adjustment "smooth" (KA-LSR) is not defined on
+    logits, so logits of such teachers are used unadjusted.
 
     Args:
-        teachers: K times `(N, C)`.
-        weights: `(K,)` or `(N, K)`; None means 1/K.
-        labels: `(N,)`, needed by "shift".
-        adjustments: one name per teacher; empty means none.
+        teachers: logits `(N, C)` of each of the K teachers.
+        weights: weights `(K,)` or `(N, K)`; None means 1/K.
+        labels: class ids `(N,)`, required by "shift".
+        adjustments: adjustment of each teacher; empty means none.
     """
-    parts, shares = [], []
-    for place, teacher in enumerate(teachers):
+    weighted, shares = [], []
+    for index, teacher in enumerate(teachers):
         logits = decode(teacher).detach()
-        if adjustments and adjustments[place] == "shift" and labels is not None:
-            logits = shifted(logits, labels)
-        share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., place]
-        parts.append(share.reshape(-1, 1) * logits)
+        if adjustments and adjustments[index] == "shift" and labels is not None:
+            logits = shift_logits(logits, labels)
+        share = torch.ones_like(logits[:, 0]) if weights is None else weights.detach()[..., index]
+        weighted.append(share.reshape(-1, 1) * logits)
         shares.append(share.reshape(-1, 1))
-    return torch.stack(parts).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
-
-
-def shifted(logits: Tensor, labels: Tensor) -> Tensor:
-    """KA-PS on logits: the label's and the top class's entries swapped (Wen et al. 2019, section 3.1)."""
-    label, top = labels.clamp_min(0)[:, None], logits.argmax(1, keepdim=True)
-    right = (logits.gather(1, label) >= logits.amax(1, keepdim=True)) | (labels < 0)[:, None]
-    swapped = logits.scatter(1, label, logits.gather(1, top)).scatter(1, top, logits.gather(1, label))
-    return torch.where(right, logits, swapped)
+    return torch.stack(weighted).sum(0) / torch.stack(shares).sum(0).clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -133,12 +126,17 @@ def sample_temperatures(
     lowest: float,
     highest: float,
 ) -> SampleTemperatures:
-    """`T_0 + slope (mean(omega) - omega_x)` within bounds; the fields are `DynamicTemperatureConfig`'s.
+    """Return `T_0 + slope (mean(omega) - omega_x)`, clamped to the bounds.
 
     Args:
-        student_logits: `(N, C)`.
-        fused: logits `(N, C)` of the fused teacher; `flsw` needs them.
-        base: T_0.
+        student_logits: logits `(N, C)`.
+        fused: logits `(N, C)` of the fused teacher, required by `flsw`.
+        kind: `flsw` or `cwsm`.
+        base: temperature T_0.
+        slope: slope in omega.
+        gamma: exponent of `flsw`.
+        lowest: lower bound of the temperatures.
+        highest: upper bound of the temperatures.
     """
     logits = student_logits.detach().float()
     if kind == "cwsm":
@@ -147,6 +145,6 @@ def sample_temperatures(
         raise ValueError("flsw compares the student with teachers, but fused is None")
     else:
         omega = flsw_omega(logits, fused.float(), gamma)
-    free = base + slope * (omega.mean() - omega)
-    values = free.clamp(lowest, highest)
-    return SampleTemperatures(values, values != free)
+    unclamped = base + slope * (omega.mean() - omega)
+    values = unclamped.clamp(lowest, highest)
+    return SampleTemperatures(values, values != unclamped)

@@ -1,4 +1,4 @@
-"""Fusions by a rule: weights of the teachers from what they said and the labels, without gradient."""
+"""Fusions without parameters: fixed weights, or weights computed from teachers' logits and labels."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class FixedConfig(FusionConfig):
-    """Weights that never change."""
+    """Config of constant weights."""
 
     name: Literal["fixed"] = "fixed"
     weights: tuple[NotNegative, ...] | None = None
-    """One weight per teacher, in the order of the stores. They are not normalized: their sum is a factor of
-    the soft-target gradient. Defaults to equal weights that sum to one."""
+    """Weight of each teacher, in the order of the stores; defaults to 1/K each. Weights are not normalized,
+    so their sum scales the soft-target gradient."""
 
     @field_validator("weights")
     @classmethod
@@ -37,52 +37,53 @@ class FixedConfig(FusionConfig):
         return weights
 
     def refusal(self, teachers: int) -> str:
-        """Say that there are more or fewer weights than teachers."""
+        """Return an error if the number of weights is not the number of teachers."""
         if self.weights is None or len(self.weights) == teachers:
             return ""
         return f"fusion.weights has {len(self.weights)} numbers, expected {teachers}: one per store"
 
 
 class UniformConfig(FusionConfig):
-    """Equal weights, with the divergences summed."""
+    """Config of equal weights with summed divergences."""
 
     name: Literal["uniform"] = "uniform"
 
 
 class BestConfig(FusionConfig):
-    """One teacher for all batches."""
+    """Config of the fusion that reads the same single teacher for all batches."""
 
     name: Literal["best"] = "best"
     teacher: Annotated[int, Field(ge=0)] | None = None
-    """Index of its store; defaults to the teacher with the highest accuracy recorded in its store."""
+    """Index of the teacher's store; defaults to the teacher with the highest accuracy recorded in its
+    store."""
 
     def refusal(self, teachers: int) -> str:
-        """Say that there is no such teacher."""
+        """Return an error if the teacher does not exist."""
         if self.teacher is None or self.teacher < teachers:
             return ""
         return f"fusion.teacher is {self.teacher}, but there are {teachers} stores: indices begin at 0"
 
 
 class RandomConfig(FusionConfig):
-    """One teacher per batch, drawn at random."""
+    """Config of the fusion that draws one teacher per batch at random."""
 
     name: Literal["random"] = "random"
 
 
 class ConfidenceConfig(FusionConfig):
-    """Weights that fall with each teacher's cross-entropy to the label."""
+    """Config of weights that decrease with each teacher's cross-entropy to the label."""
 
     name: Literal["confidence"] = "confidence"
 
 
 class EntropyConfig(FusionConfig):
-    """Weights that fall with each teacher's entropy."""
+    """Config of weights that decrease with each teacher's entropy."""
 
     name: Literal["entropy"] = "entropy"
 
 
 class Fixed(nn.Module):
-    """Weights that never change."""
+    """Constant weights."""
 
     weights: Tensor | None
 
@@ -97,31 +98,31 @@ class Fixed(nn.Module):
 
 
 def confidence_weights(cross_entropy: Tensor) -> Tensor:
-    """CA-MKD: `w_k = (1 - softmax_k(CE_k)) / (K - 1)`, `(N, K)`; one teacher has weight one.
+    """Return CA-MKD's weights `w_k = (1 - softmax_k(CE_k)) / (K - 1)`, `(N, K)`; 1 for a single teacher.
 
     Args:
-        cross_entropy: of each teacher to the label at T = 1, `(K, N)` nats.
+        cross_entropy: cross-entropy `(K, N)` of each teacher to the label at T = 1, in nats.
 
     Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007, equation 2.
     """
-    return _less_of(cross_entropy.softmax(0))
+    return _complementary_weights(cross_entropy.softmax(0))
 
 
 def entropy_weights(entropy: Tensor) -> Tensor:
-    """EBKD: `w_k = (1 - H_k / sum_j H_j) / (K - 1)`, `(N, K)`; one teacher has weight one.
+    """Return EBKD's weights `w_k = (1 - H_k / sum_j H_j) / (K - 1)`, `(N, K)`; 1 for a single teacher.
 
     Args:
-        entropy: of each teacher at T = 1, `(K, N)` nats. Where all are zero, all count the same.
+        entropy: entropy `(K, N)` of each teacher at T = 1, in nats. If all are zero, weights are equal.
 
-    Kwon et al. 2020 as in the release of CA-MKD, which leaves out the K - 1, so that weights sum to K - 1.
+    Kwon et al. 2020, as in the release of CA-MKD. The release omits the K - 1, so its weights sum to K - 1.
     """
     total = entropy.sum(0)
     share = torch.where(total > 0, entropy / total, 1 / len(entropy))
-    return _less_of(share)
+    return _complementary_weights(share)
 
 
-def _less_of(share: Tensor) -> Tensor:
-    """Weights `(N, K)` that sum to one and fall with each teacher's share `(K, N)`."""
+def _complementary_weights(share: Tensor) -> Tensor:
+    """Return weights `(N, K)`, proportional to one minus each teacher's share `(K, N)`, that sum to one."""
     if len(share) == 1:
         return torch.ones_like(share).T
     return ((1 - share) / (len(share) - 1)).T
@@ -131,9 +132,9 @@ def label_cross_entropy(inputs: LossInputs) -> Tensor:
     """Return each teacher's cross-entropy to the (mixed) labels at T = 1, `(K, N)` nats."""
 
     def to(labels: Tensor) -> Tensor:
-        found = teacher_stats(inputs.teachers.logits, labels).cross_entropy
-        assert found is not None
-        return found
+        values = teacher_stats(inputs.teachers.logits, labels).cross_entropy
+        assert values is not None
+        return values
 
     if isinstance(inputs.labels, MixedLabels):
         lam = inputs.labels.lam
@@ -142,12 +143,12 @@ def label_cross_entropy(inputs: LossInputs) -> Tensor:
 
 
 def best_teacher(config: BestConfig, context: BuildContext, _step: Step) -> int:
-    """Return the index that is given, or the most accurate teacher's; ties go to the first."""
+    """Return the configured index, or that of the most accurate teacher; the first one wins ties."""
     return int(np.argmax(context.accuracies)) if config.teacher is None else config.teacher
 
 
 def random_teacher(_config: RandomConfig, context: BuildContext, step: Step) -> int:
-    """Draw one teacher per batch, by (seed, epoch, batch)."""
+    """Return the index of a teacher drawn from (seed, epoch, batch)."""
     words = random_words(context.seed, np.array([step.batch]), step.epoch, Purpose.TEACHER)
     return int(below(words[:, 0], context.teachers)[0])
 

@@ -1,4 +1,4 @@
-"""Loss terms, one file each: everything that a student can be asked to do about a batch."""
+"""Loss terms of an objective, one module each."""
 
 from coursepack.distill.losses import hint, label, latents, relation, soft_target
 from coursepack.distill.losses.base import Loss
@@ -11,4 +11,4 @@ LOSSES: dict[str, Loss] = {
     "hint": hint.LOSS,
     "latents": latents.LOSS,
 }
-"""Every loss term by name. A new one is a file beside these and a row here."""
+"""Loss terms by name. To add one, write a module in this package and add a row here."""

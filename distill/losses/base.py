@@ -1,9 +1,9 @@
-"""Loss terms: what a term declares that it needs, what it is built from, and its inputs for one batch.
+"""Base types of loss terms: config, needs, build context, and inputs for one batch.
 
-A term is a `Loss` row in `coursepack.distill.losses.LOSSES`: its numbers (a `TermConfig`), what follows from
-the numbers alone (`Needs`), and a function that builds the module. The module maps `LossInputs` to values per
-sample `(N,)`, or to a scalar that is coupled over the batch. Weights, schedules and the mean over the batch
-are the objective's.
+A term is a `Loss` row in `coursepack.distill.losses.LOSSES`: a config (`TermConfig`), a function from the
+config to its `Needs`, and a function that builds the module. The module maps `LossInputs` to values per
+sample `(N,)`, or to a scalar that couples the samples of a batch. The objective applies weights, schedules
+and the mean over the batch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from coursepack.distill.fusion.fused import FusedTargets
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
     from coursepack.kernels import MixedLabels
 
 
 @dataclass(frozen=True)
 class Step:
-    """Position in training, on which schedules and random draws depend."""
+    """Position in training, which determines schedules and random draws."""
 
     epoch: int = 0
     batch: int = 0
     """Index of the batch within its epoch."""
     micro_batch: int = 0
-    """Index of the micro-batch within its batch, where gradients are accumulated."""
+    """Index of the micro-batch within its batch, if gradients are accumulated."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class StudentOutput:
     """Output of one student for a batch, with gradient."""
 
     logits: Tensor
-    """`(N, C)`."""
+    """Logits `(N, C)`."""
     embedding: Tensor | None = None
-    """`(N, D)`: the input of the student's head, or a layer's maximum over positions."""
+    """Embedding `(N, D)`: the input of the student's head, or a layer's maximum over positions."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs `(N, ...)` of watched layers by layer name."""
 
@@ -69,28 +69,30 @@ class LossInputs:
 
     student: StudentOutput
     labels: Tensor | MixedLabels
-    """Class ids `(N,)` int64, or two and a share per sample where images are mixed."""
+    """Class ids `(N,)` int64, or two class ids and their shares per sample if images are mixed."""
     targets: Targets | None = None
-    """Targets of the teachers; None where no term of the objective needs them."""
+    """Teachers' targets; None if the objective does not read teachers."""
     step: Step = Step()
     samples: NDArray[np.int64] | None = None
     """Sample indices `(N,)`, for terms that keep a memory of the samples."""
     peers: tuple[StudentOutput, ...] = ()
-    """Outputs of the other students that train together with this one, detached."""
+    """Detached outputs of the other students that train together with this one."""
     fused: FusedTargets | None = None
-    """Targets of all teachers fused into one; set by the objective where a term needs it."""
+    """Fused targets of all teachers; set by the objective if a term needs them."""
     fusion: nn.Module | None = None
     """The objective's fusion, for terms that penalize or train its parameters."""
 
     @property
     def teachers(self) -> Targets:
-        """The targets of the teachers.
+        """Teachers' targets.
 
         Raises:
-            RecipeError: there are none.
+            RecipeError: the objective was called without targets.
         """
         if self.targets is None:
-            raise RecipeError("this objective needs teachers, but was given no targets")
+            raise RecipeError(
+                "this objective reads teachers, but targets is None: pass the result of `fetch(batch)`"
+            )
         return self.targets
 
     @property
@@ -101,36 +103,39 @@ class LossInputs:
             RecipeError: the term did not declare `fused` in its needs.
         """
         if self.fused is None:
-            raise RecipeError("this term reads the fused targets, but its needs do not declare them")
+            raise RecipeError(
+                "this term reads the fused targets, but its needs do not declare them: return "
+                "Needs(fused=True) from its `needs`"
+            )
         return self.fused
 
 
 class PairChoice(Config):
-    """One teacher's tap that is compared with one of the student's layers."""
+    """Pair of a teacher's tap and a student layer that are compared."""
 
     teacher: Annotated[int, Field(ge=0)]
     """Index of the teacher's store."""
     tap: str
-    """LAYER[:REDUCTION[:SIZE]] in its store."""
+    """Tap in the teacher's store, as LAYER[:REDUCTION[:SIZE]]."""
     layer: str
-    """The student's layer."""
+    """Layer of the student."""
 
 
 @dataclass(frozen=True)
 class PairNeeds:
-    """Pairs of a teacher's tap and a student's layer that a term compares."""
+    """Pairs of taps and student layers that a term compares."""
 
     pairs: tuple[PairChoice, ...] = ()
-    """The pairs; empty means one per teacher, chosen by depth."""
+    """Given pairs; empty means one pair per teacher, chosen by depth."""
     layers: tuple[str, ...] = ()
-    """The student's layers to choose from by depth, shallow to deep; empty means all its blocks."""
+    """Student layers to choose from by depth, shallow to deep; empty means all blocks."""
     reductions: tuple[str, ...] = ("map", "pooled")
-    """Reductions of the taps that the term can compare."""
+    """Tap reductions that the term supports."""
 
 
 @dataclass(frozen=True)
 class FeaturePair:
-    """A pair with the shapes of one sample's features."""
+    """Pair of a tap and a student layer, with the shapes of one sample's features."""
 
     teacher: int
     tap: str
@@ -142,33 +147,35 @@ class FeaturePair:
 
 @dataclass(frozen=True)
 class Needs:
-    """Everything that a term, a fusion or an objective must be given, known from its numbers alone.
+    """Inputs and conditions that a term, a fusion or an objective requires, derived from its config alone.
 
-    Which arrays of the stores are read, which layers are watched, and what a recipe is refused for follow
-    from it. A text field is empty where the need does not exist, and otherwise says in an error what has it.
+    Needs determine which arrays of the stores are read, which layers are watched, and which recipes are
+    refused. A text field is empty if there is no such need; otherwise it names the part of the objective
+    that has the need, for error messages.
     """
 
     teacher_logits: bool = False
+    """True if the teachers' logits are read."""
     fused: bool = False
-    """The teachers' targets fused into one; implies their logits."""
+    """True if the fused targets of all teachers are read; implies `teacher_logits`."""
     dense_logits: str = ""
-    """All logits of a teacher: top-k rows do not suffice."""
+    """Need for all logits of every teacher; top-k stores are refused."""
     pairs: PairNeeds | None = None
-    """Features of teachers and student layers."""
+    """Pairs of teachers' features and student layers that are compared."""
     embedding: str = ""
-    """An embedding of each sample inside the student."""
+    """Need for an embedding of each sample by the student."""
     embedding_layer: str | None = None
-    """The layer it is taken from; None means the input of the student's head."""
+    """Student layer that yields the embedding; None means the input of the student's head."""
     student_layers: tuple[str, ...] = ()
-    """Further layers of the student whose outputs are read."""
+    """Further student layers whose outputs are read."""
     one_label: str = ""
-    """One label per sample: mixed images have two."""
+    """Need for exactly one label per sample; views that mix images are refused."""
     whole_batch: tuple[str, ...] = ()
-    """Everything that makes a sample's loss depend on the rest of its batch, by name."""
+    """Names of everything that makes a sample's loss depend on the rest of its batch."""
     every_teacher: str = ""
-    """The targets of all teachers in every batch: a fusion that asks one at a time does not fit."""
+    """Need for all teachers in every batch; fusions that read one teacher at a time are refused."""
     peers: str = ""
-    """Other students that train together with this one."""
+    """Need for other students that train together with this one."""
 
     @property
     def logits(self) -> bool:
@@ -182,29 +189,29 @@ class Needs:
 
     @property
     def inside_student(self) -> tuple[str, ...]:
-        """Names of what reads inside the student, for the refusal of a compiled one."""
+        """Names of the needs that read inside the student, which a compiled student cannot meet."""
         layers = ["hints"] if self.pairs is not None or self.student_layers else []
         return (*layers, *([self.embedding] if self.embedding else []))
 
     def __or__(self, other: Needs) -> Needs:
-        """Join two needs: flags and texts add up; only the first one's pairs are kept (see `Objective`)."""
-        joined: dict[str, Any] = {}
+        """Return the union of two needs; of two `pairs`, only the first is kept."""
+        union: dict[str, Any] = {}
         for each in fields(self):
             mine, theirs = getattr(self, each.name), getattr(other, each.name)
             if isinstance(mine, tuple):
-                joined[each.name] = tuple(dict.fromkeys((*mine, *theirs)))
+                union[each.name] = tuple(dict.fromkeys((*mine, *theirs)))
             else:
-                joined[each.name] = mine or theirs
-        return Needs(**joined)
+                union[each.name] = mine or theirs
+        return Needs(**union)
 
 
 class TermConfig(Config):
-    """Base of every term's numbers."""
+    """Base class of the configs of loss terms."""
 
     term: str
-    """A name in `LOSSES`; the key of the term where it is left out."""
+    """Name of the term, a key of `LOSSES`; defaults to the term's key in the objective."""
     weight: Weight = 1.0
-    """Factor of the term, or its schedule over epochs."""
+    """Weight of the term, or its schedule over epochs."""
 
     @model_serializer(mode="wrap")
     def _keep_term(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -213,27 +220,27 @@ class TermConfig(Config):
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Everything that terms and fusions may be built for, beside their numbers."""
+    """Properties of teachers, student and source that terms and fusions are built from."""
 
     teachers: int = 1
     """Number of teachers K."""
     classes: int = 0
     """Number of classes C."""
     accuracies: tuple[float, ...] = ()
-    """Share of samples that each teacher classified correctly when its store was written."""
+    """Accuracy of each teacher, as recorded in its store."""
     embedding_width: int = 0
-    """D of the student's embedding."""
+    """Width D of the student's embedding."""
     labels: NDArray[np.int64] | None = None
     """Labels of all samples of the training split, in index order."""
     pairs_by_term: Mapping[str, tuple[FeaturePair, ...]] = field(default_factory=dict)
-    """Pairs of every term that compares features, by the term's key."""
+    """Pairs of each term that compares features, by the key of the term."""
     pairs: tuple[FeaturePair, ...] = ()
     """Pairs of the term that is being built."""
     seed: int = 0
-    """Seed of everything that is drawn: initial adapters and latents, a random teacher."""
+    """Seed for initial adapters and latents, and for random teachers."""
 
     def for_term(self, key: str) -> Self:
-        """Return the context of one term."""
+        """Return the context with the pairs of one term."""
         return replace(self, pairs=self.pairs_by_term.get(key, ()))
 
 
@@ -241,16 +248,18 @@ class BuildContext:
 class Loss:
     """One kind of loss term.
 
-    The module that `build` returns maps `LossInputs` to values `(N,)`, to a scalar coupled over the batch, or
-    to None where it has nothing to add in this step. It may have `begin_epoch(epoch)`, called before every
-    epoch; `after_step(inputs)`, called after the update, as a memory needs it; and `parameter_groups()`, for
-    parameters with optimizer settings of their own.
+    The module that `build` returns maps `LossInputs` to values `(N,)`, to a scalar that couples the samples
+    of a batch, or to None if it adds nothing in this step. Optional methods are `begin_epoch(epoch)`, called
+    before every epoch; `after_step(inputs)`, called after the optimizer step, for example to update a memory
+    bank; and `parameter_groups()`, for parameters with their own optimizer settings.
     """
 
     config: type[TermConfig]
     formula: str
+    """Formula of the loss, in one line."""
     source: str
+    """Paper and equation."""
     needs: Callable[[Any], Needs]
     build: Callable[[Any, BuildContext], nn.Module]
     applies_weight: bool = False
-    """True if the module multiplies by its weight itself, as a fused kernel does."""
+    """True if the module multiplies by its own weight, for example inside a fused kernel."""

@@ -1,9 +1,9 @@
-"""Hints: teachers' features as targets of the student's, through one learnable adapter each.
+"""Hint loss: student features, mapped by a learnable adapter per pair, are regressed to teachers' features.
 
-Romero et al., ICLR 2015, arXiv 1412.6550, equation 3 (FitNets); with several teachers, each guiding one group
-of the student's layers, Liu et al. 2020, arXiv 2103.04062, section 3.4 (AMTML-KD). The paper leaves open
-which teacher guides which group: here teachers, in the order of the stores, go from shallow to deep. The
-teacher's features are taken as they are, so its adapter ends without an activation.
+Romero et al., ICLR 2015, arXiv 1412.6550, equation 3 (FitNets). With several teachers, each guides one group
+of the student's layers: Liu et al. 2020, arXiv 2103.04062, section 3.4 (AMTML-KD). That paper does not state
+which teacher guides which group; here teachers are assigned from shallow to deep in the order of the stores.
+The teacher's features are not transformed, so the adapter has no final activation.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 
 class HintConfig(TermConfig):
-    """Numbers of the hints."""
+    """Config of the hint loss."""
 
     term: Literal["hint"] = "hint"
     pairs: tuple[PairChoice, ...] = ()
-    """The layers that guide each other; empty means one layer per teacher, chosen by depth."""
+    """Pairs of taps and student layers to compare; defaults to one pair per teacher, chosen by depth."""
     layers: tuple[str, ...] = ()
-    """The student's layers to choose from by depth, shallow to deep; empty means all its blocks."""
+    """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
 
 
 class Adapter(nn.Module):
-    """From a student's features to the form of a teacher's.
+    """Learnable map from student features to the shape of a teacher's features.
 
-    Maps are averaged (or repeated) to the teacher's height and width first; a 1x1 convolution then changes
-    the channels. Where one side has no places, the other's are averaged away, and it is a linear map.
+    Between two maps, adaptive average pooling matches the teacher's height and width, and a 1x1 convolution
+    maps the channels. If either side is a vector, maps are averaged over positions and the adapter is linear.
     """
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
@@ -55,28 +55,28 @@ class Adapter(nn.Module):
         self.change = kind(student_shape[0], teacher_shape[0])
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, D)` or `(N, C, H, W)`, as `like` makes of the teacher's."""
+        """Return adapted features, `(N, D)` or `(N, C, H, W)`, of the same shape as `like` returns."""
         features = features.float()
         if self.size is not None:
             features = F.adaptive_avg_pool2d(features, self.size)
-        changed: Tensor = self.change(_without_places(features) if self.size is None else features)
+        changed: Tensor = self.change(_pooled(features) if self.size is None else features)
         return changed
 
     def like(self, teacher_features: Tensor) -> Tensor:
-        """The teacher's features in the form of the adapter's output."""
-        return teacher_features if self.size is not None else _without_places(teacher_features)
+        """Return the teacher's features in the shape of the adapter's output."""
+        return teacher_features if self.size is not None else _pooled(teacher_features)
 
 
 def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 1)
 
 
-def _without_places(features: Tensor) -> Tensor:
+def _pooled(features: Tensor) -> Tensor:
     return features if features.ndim == 2 else features.flatten(2).mean(2)
 
 
 class Hints(nn.Module):
-    """The sum over pairs of each one's mean squared error, per sample."""
+    """Hint loss: the sum over pairs of the mean squared error, per sample."""
 
     def __init__(self, pairs: Sequence[FeaturePair], *, seed: int = 0) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class Hints(nn.Module):
             self.adapters = nn.ModuleList(Adapter(p.student_shape, p.teacher_shape) for p in pairs)
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)`; gradient to the student's features and the adapters."""
+        """Return the loss `(N,)`, with gradient to the student's features and the adapters."""
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, Adapter)
-            theirs = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
-            error = adapter(inputs.student.features[pair.layer]) - theirs.detach()
+            target = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
+            error = adapter(inputs.student.features[pair.layer]) - target.detach()
             total = total + error.square().flatten(1).mean(1)
         return total
 

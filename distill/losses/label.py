@@ -1,4 +1,4 @@
-"""Cross-entropy to the labels, and its part that label smoothing spreads over all classes."""
+"""Cross-entropy to the labels, or to the uniform distribution for label smoothing."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs
 from coursepack.kernels import MixedLabels
 
 IGNORED = -100
-"""A label that adds no cross-entropy, as in torch."""
+"""Label of samples without a class, which have loss zero, as in torch."""
 
 
 class LabelConfig(TermConfig):
-    """Numbers of the cross-entropy to the labels."""
+    """Config of the cross-entropy term."""
 
     term: Literal["label"] = "label"
     target: Literal["label", "uniform"] = "label"
-    """`label`: the labels. `uniform`: the uniform distribution over the classes, the second part of smoothed
-    labels (Szegedy et al. 2016, arXiv 1512.00567)."""
+    """Target distribution: `label` for the labels, `uniform` for the uniform distribution over the classes,
+    which is the smoothing part of label smoothing (Szegedy et al. 2016, arXiv 1512.00567)."""
 
 
 class Label(nn.Module):
-    """The cross-entropy of the student to hard or mixed labels, or to the uniform distribution."""
+    """Cross-entropy of the student to hard or mixed labels, or to the uniform distribution."""
 
     def __init__(self, config: LabelConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)` in nats; gradient to the student's logits."""
+        """Return the loss `(N,)` in nats, with gradient to the student's logits."""
         loss = cross_entropy if self.config.target == "label" else uniform_cross_entropy
         return loss(inputs.student.logits, inputs.labels)
 
@@ -46,7 +46,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tenso
 
 
 def uniform_cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) -> Tensor:
-    """Return the cross-entropy `(N,)` to the uniform distribution, float32, nats; 0 without a label."""
+    """Return the cross-entropy `(N,)` to the uniform distribution, float32, nats; 0 for label `IGNORED`."""
     logits = student_logits.float()
     values = logits.logsumexp(1) - logits.mean(1)
     return values if isinstance(labels, MixedLabels) else values.masked_fill(labels == IGNORED, 0)
@@ -63,7 +63,7 @@ def _build(config: LabelConfig, _context: BuildContext) -> Label:
 LOSS = Loss(
     config=LabelConfig,
     formula="CE(z, y)",
-    source="cross-entropy; mixed labels by their shares",
+    source="cross-entropy; mixed labels are weighted by their shares",
     needs=_needs,
     build=_build,
 )

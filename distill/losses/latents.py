@@ -1,6 +1,6 @@
-"""Penalty on the latent vectors of an adaptive fusion, as long as they are trained.
+"""L2 penalty on the latent vectors of the adaptive fusion while they are trained.
 
-Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062; its release adds it to the loss.
+Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062; the penalty is in its release.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from coursepack.errors import RecipeError
 
 
 class LatentsConfig(TermConfig):
-    """Numbers of the penalty."""
+    """Config of the L2 penalty on latent vectors."""
 
     term: Literal["latents"] = "latents"
     weight: Weight = 0.1
 
 
 class Latents(nn.Module):
-    """The sum of the squared norms of the fusion's latent vectors."""
+    """Sum of the squared norms of the fusion's latent vectors."""
 
     def forward(self, inputs: LossInputs) -> Tensor | None:
-        """Return `||v||² + sum_k ||theta_k||²`, a scalar; None once the latents are frozen.
+        """Return `||v||² + sum_k ||theta_k||²`, a scalar, or None if the latents are frozen.
 
         Raises:
             RecipeError: the objective's fusion has no latents.
         """
         latents = None if inputs.fusion is None else dict(inputs.fusion.named_parameters())
         if not latents:
-            raise RecipeError("the term 'latents' is for fusion 'adaptive': this objective's has no latents")
+            raise RecipeError(
+                "the term 'latents' needs fusion 'adaptive', but this objective's fusion has no latents: set "
+                "fusion.name=adaptive, or leave the term out"
+            )
         trained = [value for value in latents.values() if value.requires_grad]
         return (
             sum((value.square().sum() for value in trained[1:]), trained[0].square().sum())

@@ -1,10 +1,10 @@
-"""Relations between the samples of a batch, compared between student and teachers (RKD).
+"""Relational knowledge distillation (RKD): angles and distances between the samples of a batch.
 
-Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8; on outputs, with the integrated soft targets as
-the teacher, in AMTML-KD (Liu et al. 2020, arXiv 2103.04062). Both losses are scalars coupled over the batch,
-in float32 or better, with a gradient to the student alone. Angles are B³ numbers: they are computed in
-chunks of anchors of bounded memory (or one by one, B (B + C) numbers each, where that is more), and once more
-in the backward pass.
+Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8. Applied to outputs, with the fused soft targets as
+the teacher, in AMTML-KD (Liu et al. 2020, arXiv 2103.04062). Both losses are scalars that couple the samples
+of a batch, computed in float32 or float64, with gradient to the student only. The N³ angles are computed in
+chunks of anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are
+recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK_BYTES = 32 << 20
-"""Memory for one chunk of angles and what its backward pass keeps; a chunk has at least one anchor."""
+"""Memory for one chunk of angles and its backward pass; a chunk has at least one anchor."""
 
 
 class RelationConfig(TermConfig):
-    """Numbers that both relation losses share."""
+    """Base class of the configs of relation losses."""
 
     student: Literal["probs", "log_probs", "logits"] = "probs"
-    """Form of the student's output that is compared with the fused targets, at the objective's temperature.
-    With `probs` a student that equals its teachers has loss zero; AMTML-KD's notebooks take the others."""
+    """Form of the student's output, at the objective's temperature, that is compared with the fused targets.
+    With `probs`, a student with the teachers' outputs has loss zero; AMTML-KD's notebooks use the others."""
 
 
 class AngleConfig(RelationConfig):
-    """Numbers of the angle loss."""
+    """Config of the angle loss."""
 
     term: Literal["angle"] = "angle"
 
 
 class DistanceConfig(RelationConfig):
-    """Numbers of the distance loss."""
+    """Config of the distance loss."""
 
     term: Literal["distance"] = "distance"
 
 
 class Relation(nn.Module):
-    """A relation loss between the student's outputs and the fused targets."""
+    """Relation loss between the student's outputs and the fused targets."""
 
     def __init__(self, config: RelationConfig, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Relation(nn.Module):
         self.loss = loss
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return a scalar coupled over the batch; gradient to the student's logits."""
+        """Return the loss, a scalar over the whole batch, with gradient to the student's logits."""
         soft = inputs.soft
         embedded = student_embedding(inputs.student.logits, self.config.student, soft.temperature)
         return self.loss(embedded, soft.probs)
 
 
 def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | float) -> Tensor:
-    """`(N, C)`, in float32 or better, of a kind in `RelationConfig.student`."""
+    """Return the student's output `(N, C)` in a form of `RelationConfig.student`, float32 or float64."""
     wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
@@ -73,20 +73,20 @@ def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | f
 
 
 def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Mean over all triples of SmoothL1(psi_student - psi_teacher), a scalar.
+    """Return the mean over all triples of SmoothL1(psi_student - psi_teacher), a scalar.
 
-    psi_ijk is the cosine of the angle at j between i and k; it is 0 where two of them are equal.
+    psi_ijk is the cosine of the angle at j between i and k, and 0 if two of them are the same point.
 
     Args:
-        student: `(N, C)`, receives the gradient.
-        teacher: `(N, C)`, detached.
-        chunk_bytes: most memory for angles at a time, if one anchor fits; changes no value beyond rounding.
+        student: points `(N, C)`, which receive the gradient.
+        teacher: points `(N, C)`; detached.
+        chunk_bytes: memory limit for one chunk of angles; affects results only by rounding.
     """
     rows = len(student)
     anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + student.shape[1])))
     total = student.new_zeros(())
     for start in range(0, rows, anchors):
-        part = checkpoint(
+        chunk_sum = checkpoint(
             _angle_sum,
             student,
             teacher.detach(),
@@ -95,28 +95,32 @@ def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES)
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        assert isinstance(part, Tensor)
-        total = total + part
+        assert isinstance(chunk_sum, Tensor)
+        total = total + chunk_sum
     return total / rows**3
 
 
 def _angle_sum(student: Tensor, teacher: Tensor, start: int, stop: int) -> Tensor:
     with torch.autocast(student.device.type, enabled=False):
-        theirs = _angles(teacher, start, stop)
-        return F.smooth_l1_loss(_angles(student, start, stop), theirs, reduction="sum")
+        targets = _angles(teacher, start, stop)
+        return F.smooth_l1_loss(_angles(student, start, stop), targets, reduction="sum")
 
 
 def _angles(embedding: Tensor, start: int, stop: int) -> Tensor:
-    """Cosines `(anchors, N, N)` at some anchors."""
+    """Return the cosines `(anchors, N, N)` of the angles at a range of anchors."""
     sides = F.normalize(embedding[None] - embedding[start:stop, None], dim=2)
     return sides @ sides.transpose(1, 2)
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all pairs of SmoothL1(d_student - d_teacher), a scalar.
+    """Return the mean over all pairs of SmoothL1(d_student - d_teacher), a scalar.
 
-    Distances are divided by their mean over the pairs of two different samples, those at distance 0 counted
-    too, as in the releases. Arguments as `angle_loss`.
+    Distances are divided by their mean over all pairs of different samples, including pairs at distance 0,
+    as in the releases.
+
+    Args:
+        student: points `(N, C)`, which receive the gradient.
+        teacher: points `(N, C)`; detached.
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.smooth_l1_loss(_distances(student), _distances(teacher.detach()))

@@ -1,4 +1,4 @@
-"""Soft targets: divergence from the fused teachers, with the cross-entropy in the same kernel call.
+"""Soft-target loss: divergence from the fused teachers, with the cross-entropy in the same kernel call.
 
 Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2. The factor T² is applied inside
 `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
@@ -18,27 +18,27 @@ Divergence = Literal["kl", "reverse_kl", "js", "mse"]
 
 
 class SoftTargetConfig(TermConfig):
-    """Numbers of a soft-target term."""
+    """Config of the soft-target loss."""
 
     term: Literal["soft_target"] = "soft_target"
     hard_weight: Weight = 0.0
-    """Factor of the cross-entropy to the labels."""
+    """Weight of the cross-entropy to the labels, or its schedule over epochs."""
     divergence: Divergence = "kl"
-    """Divergence between soft targets, as `coursepack.kernels.soft_target_loss` names it."""
+    """Divergence of the student from the soft targets, see `coursepack.kernels.soft_target_loss`."""
     combine: Literal["auto", "mixture", "sum"] = "auto"
-    """Divergence from the teachers' mixture, or weighted sum of divergences; auto: as the fusion is
-    published."""
+    """Divergence from the mixture of teachers, or weighted sum of divergences; auto takes the published form
+    of the fusion."""
 
 
 class SoftTarget(nn.Module):
-    """The weighted divergence from the fused teachers plus the weighted cross-entropy, per sample."""
+    """Weighted divergence from the fused teachers plus weighted cross-entropy, per sample."""
 
     def __init__(self, config: SoftTargetConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)` in nats; gradient to the student's logits and the teachers' weights."""
+        """Return the loss `(N,)` in nats, with gradient to the student's logits and the teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
         return soft_target_loss(
             inputs.student.logits,

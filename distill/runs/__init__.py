@@ -1,1 +1,1 @@
-"""Runs on disk: training one, sweeps, comparison, smoke runs, TensorBoard."""
+"""Runs on disk: training, sweeps, comparison, smoke tests and TensorBoard."""

@@ -1,4 +1,4 @@
-"""Runs side by side: runs that differ only in their seed form a group, groups form a table."""
+"""Comparison of runs: runs that differ only in their seed form a group, which is one row of a table."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ EXTRAS = {
     "teacher_kl": (("teachers", "kl"), "kl to teachers"),
     "clamped": (("temperature", "clamped"), "T clamped"),
 }
-"""What is shown where runs told it: its place in an epoch's metrics, and its column."""
+"""Optional columns: keys in an epoch's metrics, and the column's header."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe under several seeds."""
+    """Runs of one recipe with different seeds."""
 
     label: str
-    """The recipe fields in which the groups of a comparison differ."""
+    """Recipe fields that distinguish this group from the others."""
     accuracy: dict[int, float]
-    """Accuracy on the evaluation split after the last epoch, per seed, in [0, 1]."""
+    """Accuracy on the evaluation split after the last epoch, in [0, 1], by seed."""
     nll: dict[int, float]
-    """Negative log-likelihood in nats, per seed."""
+    """Negative log-likelihood in nats, by seed."""
     epochs: dict[int, int]
-    """Epochs trained, per seed."""
+    """Number of epochs trained, by seed."""
     epoch_seconds: float
-    """Median over all epochs of all runs, without evaluation."""
+    """Median seconds per epoch over all runs, without evaluation."""
     wins: int | None
-    """Seeds on which it beats the first group; None for the first group itself."""
+    """Number of seeds with a higher accuracy than in the first group; None for the first group itself."""
     paired: int
-    """Seeds it shares with the first group."""
+    """Number of seeds shared with the first group."""
     extras: dict[str, float]
-    """Means over seeds of what its last epochs told besides, as far as all runs told it."""
+    """Mean over seeds of each optional column that all runs have."""
     curve: dict[int, float]
-    """Mean accuracy on the evaluation split by number of epochs, where all runs were evaluated."""
+    """Mean accuracy on the evaluation split by number of epochs, for epochs evaluated in all runs."""
 
     @property
     def mean(self) -> float:
-        """Mean accuracy."""
+        """Mean accuracy over seeds."""
         return statistics.fmean(self.accuracy.values())
 
     @property
@@ -60,7 +60,7 @@ class Group:
         return statistics.stdev(self.accuracy.values()) if len(self.accuracy) > 1 else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the group as plain values."""
         return {
             "label": self.label,
             "runs": len(self.accuracy),
@@ -76,10 +76,11 @@ class Group:
 
 
 def compare(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Group runs by recipe, in the order in which the groups appear.
+    """Group runs by recipe, in order of first appearance.
 
     Raises:
-        RunError: no run, two runs of one recipe and seed, or runs evaluated on different data.
+        RunError: there is no run, two runs have the same recipe and seed, or runs were evaluated on different
+            data.
     """
     if not runs:
         raise RunError("there is nothing to compare: name at least one run")
@@ -98,32 +99,32 @@ def compare(runs: Sequence[FinishedRun]) -> list[Group]:
     recipes = [_shared_fields(members[0]) for members in grouped.values()]
     first = {run.recipe.seed: _final(run)["accuracy"] for run in next(iter(grouped.values()))}
     return [
-        _group(members, _label(recipe, recipes), first, is_first=place == 0)
-        for place, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
+        _group(members, _label(recipe, recipes), first, is_first=index == 0)
+        for index, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
     ]
 
 
 def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for `print_table`."""
-    told = [name for name in EXTRAS if any(name in group.extras for group in groups)]
+    """Return header and rows for `print_table`."""
+    shown_extras = [name for name in EXTRAS if any(name in group.extras for group in groups)]
     header = ["recipe", "runs", "accuracy", "+- sd", "nll", "epoch", "beats first"]
-    header += [EXTRAS[name][1] for name in told]
+    header += [EXTRAS[name][1] for name in shown_extras]
     rows = []
     for group in groups:
         spread = "-" if math.isnan(group.spread) else f"{group.spread:.2%}"
         wins = "-" if group.wins is None else f"{group.wins} of {group.paired}"
         nll = statistics.fmean(group.nll.values())
         runs, epoch = str(len(group.accuracy)), f"{group.epoch_seconds * 1000:.1f} ms"
-        more = [f"{group.extras[name]:.3f}" if name in group.extras else "-" for name in told]
+        more = [f"{group.extras[name]:.3f}" if name in group.extras else "-" for name in shown_extras]
         rows.append([group.label, runs, f"{group.mean:.2%}", spread, f"{nll:.3f}", epoch, wins, *more])
     return header, rows
 
 
 def plot(groups: Sequence[Group], path: Path) -> None:
-    """Draw accuracy by epoch, one line per group, and every run's last accuracy as a dot.
+    """Plot accuracy by epoch, one line per group, with each run's final accuracy as a dot.
 
     Raises:
-        RunError: no picture can be written there.
+        RunError: the file cannot be written, or its format is unknown.
     """
     from matplotlib.figure import Figure
 
@@ -160,7 +161,7 @@ def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, i
 
 
 def _curve(run: FinishedRun) -> dict[int, float]:
-    """Accuracy by number of epochs, where the run was evaluated."""
+    """Return the accuracy by number of epochs, for epochs with an evaluation."""
     evaluated = [line for line in run.metrics if "evaluation" in line]
     return {line["epoch"] + 1: float(line["evaluation"]["accuracy"]) for line in evaluated}
 
@@ -171,13 +172,13 @@ def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def _extras(members: Sequence[FinishedRun]) -> dict[str, float]:
-    found = {}
-    for name, (place, _) in EXTRAS.items():
-        values = [run.metrics[-1].get(place[0], {}).get(place[1]) for run in members]
+    extras = {}
+    for name, (keys, _) in EXTRAS.items():
+        values = [run.metrics[-1].get(keys[0], {}).get(keys[1]) for run in members]
         known = [float(value) for value in values if value is not None]
         if len(known) == len(members):
-            found[name] = statistics.fmean(known)
-    return found
+            extras[name] = statistics.fmean(known)
+    return extras
 
 
 def _final(run: FinishedRun) -> dict[str, Any]:
@@ -190,29 +191,29 @@ def _shared_fields(run: FinishedRun) -> dict[str, Any]:
 
 
 def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
-    """What sets a recipe apart, in few words: student, method, teachers, then other fields that differ."""
+    """Return a label of the fields that distinguish a recipe: student, method, teachers, then others."""
     words = [recipe["method"], recipe["student"]]
     if recipe["stores"]:
         names = ", ".join(_store_names(recipe["stores"], recipes))
         words.append(f"from {names}" + (" live" if recipe["online"] else ""))
-    told = {"method", "student", "online"}
+    compared = {"method", "student", "online"}
     for other in recipes:
         for path, mine, _ in differences(recipe, other):
             top = path.partition(".")[0].partition("[")[0]
-            # A method's defaults and a store's view go without saying.
+            # Methods imply their objectives, and stores imply their views.
             implied = {
                 "stores": True,
                 "view": bool(recipe["stores"] or other["stores"]),
                 "objective": other["method"] != recipe["method"],
             }.get(top, False)
-            if path not in told and not implied:
-                told.add(path)
+            if path not in compared and not implied:
+                compared.add(path)
                 words.append(f"{path}={mine}")
     return " ".join(words)
 
 
 def _store_names(stores: list[str], recipes: list[dict[str, Any]]) -> list[str]:
-    """Their folders without the ending; their paths where another recipe has other stores of these names."""
+    """Return the stores' folder names, or their paths if stores of another recipe have the same names."""
 
     def short(paths: list[str]) -> list[str]:
         return [Path(path).name.removesuffix(".zarr") for path in paths]

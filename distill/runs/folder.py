@@ -1,13 +1,13 @@
-"""A run's folder: the recipe as used, where its targets came from, metrics per epoch, weights.
+"""Folder of a run.
 
-recipe.yaml          trains this run again
-provenance.json      fingerprints of the stores it read, library versions, device
-network.yaml         what `run:FOLDER` needs to build the student
-metrics.jsonl        one line per epoch
-best.safetensors     the student's weights after the evaluation with the best accuracy
-checkpoint.pt        while a run is unfinished, all it needs to go on
-lock                 while a process trains it, which process that is
-student.safetensors  the student's weights after the last epoch; its presence says the run is finished
+recipe.yaml          complete recipe; trains the same run again
+provenance.json      fingerprints of the stores, library versions, device
+network.yaml         description of the student, from which `run:FOLDER` builds it
+metrics.jsonl        metrics, one line per epoch
+best.safetensors     weights of the student after the evaluation with the best accuracy
+checkpoint.pt        training state; present while the run is unfinished
+lock                 lock of the process that trains the run
+student.safetensors  weights of the student after the last epoch; present if the run is finished
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import save
 from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import parse_config, write_yaml
 from coursepack.distill.recipe import TrainRecipe, load_recipe
-from coursepack.distill.renamed import upgraded
+from coursepack.distill.renamed import upgrade_recipe
 from coursepack.distill.runs.records import read_metrics, read_provenance
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
@@ -42,39 +42,39 @@ PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
 LOCK_FILE = "lock"
-BOARD_FOLDER = "tensorboard"
-OWN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
-"""Files of a run that is unfinished."""
+TENSORBOARD_FOLDER = "tensorboard"
+RUN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
+"""Files of an unfinished run."""
 
-MUST_STAY = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
-"""Parts of the provenance in which a run that is resumed may not differ; but a store may have more views by
-then, as long as they are not the run's."""
+FIXED_PROVENANCE = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
+"""Keys of the provenance that must not change before a run is resumed. Stores may have more views by then, as
+long as the run does not use them."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What is kept of a run."""
+    """Recipe and metrics of a finished run."""
 
     path: Path
     recipe: TrainRecipe
     metrics: list[dict[str, Any]]
-    """One entry per epoch."""
+    """Metrics of each epoch."""
 
 
 class RunFolder:
-    """The folder of a run that this process trains, locked against other processes until it is closed."""
+    """Folder of a run that this process trains, locked against other processes until it is closed."""
 
     def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Make the folder where there is none, and lock it.
+        """Create the folder if it does not exist, and lock it.
 
         Args:
             path: the folder.
-            overwrite: whether it may hold a run that will be replaced.
-            resume: whether it may hold a run that is unfinished.
+            overwrite: allow the folder to hold a run, which will be replaced.
+            resume: allow the folder to hold an unfinished run.
 
         Raises:
-            RunError: the folder cannot be made, or holds something else.
-            RunBusy: another process trains this run.
+            RunError: the folder cannot be created, or holds something else.
+            RunBusy: another process is training this run.
         """
         self.path = path
         check_free(path, overwrite=overwrite, resume=resume)
@@ -83,7 +83,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot make the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
+                f"cannot create the run's folder {str(path)!r}: {error.strerror}. Choose another --out."
             ) from error
         try:
             self._lock = FileLock(path / LOCK_FILE)
@@ -96,12 +96,14 @@ class RunFolder:
             _remove_empty(missing)
             raise
         self._made: list[Path] | None = None
-        """Folders that were made for this run; None where it was there before."""
+        """Folders that were created for this run; None if the run existed before."""
         try:
-            # Once more, since another process may have trained it meanwhile.
+            # Check again under the lock, since another process may have trained the run meanwhile.
             check_free(path, overwrite=overwrite, resume=resume)
             if (path / WEIGHTS_FILE).is_file() and not overwrite:
-                raise RunError(f"run {str(path)!r} was finished by another process just now")
+                raise RunError(
+                    f"run {str(path)!r} was finished by another process just now: nothing is left to do"
+                )
         except BaseException:
             self.close()
             raise
@@ -111,7 +113,7 @@ class RunFolder:
     def begin(
         self, recipe: TrainRecipe, provenance: dict[str, Any], network: Network, *, overwrite: bool
     ) -> None:
-        """Write what describes the run, in the place of one that was begun before or is overwritten."""
+        """Write recipe, provenance and network of a new run, replacing an earlier one."""
         path = self.path
         _clear_partials(path)
         if overwrite and (path / RECIPE_FILE).is_file():
@@ -124,17 +126,17 @@ class RunFolder:
         (path / METRICS_FILE).write_bytes(b"")
 
     def reopen(self, epoch: int) -> None:
-        """Go on with an unfinished run from an epoch; what it logged of that and later ones is dropped."""
+        """Continue an unfinished run from an epoch, dropping metrics of that epoch and later ones."""
         path = self.path
         _clear_partials(path)
         lines = (path / METRICS_FILE).read_bytes().splitlines(keepends=True)
         write_whole(path / METRICS_FILE, *lines[:epoch])
 
     def close(self, *, keep: bool = True) -> None:
-        """Unlock the folder; without `keep`, remove it if it was made for this run."""
+        """Unlock the folder; if `keep` is false, remove it if it was created for this run."""
         if not keep and self._made is not None:
-            shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
-            for file in (*(self.path / name for name in OWN_FILES), *partials(self.path)):
+            shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
+            for file in (*(self.path / name for name in RUN_FILES), *partials(self.path)):
                 file.unlink(missing_ok=True)
         self._lock.release()
         if not keep and self._made is not None:
@@ -146,35 +148,35 @@ class RunFolder:
         with naming(path), path.open("a") as file:
             file.write(canonical_json(metrics) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint that counts on this line reaches the disk after it
+            os.fsync(file.fileno())  # later checkpoints assume that this line is on disk
 
     def keep_best(self, network: Network) -> None:
         """Write the weights of the best student so far."""
         write_whole(self.path / BEST_FILE, _weights(network))
 
     def finish(self, network: Network) -> None:
-        """Write the last weights, and clear away what an unfinished run needs."""
+        """Write the final weights, and remove the checkpoint."""
         write_whole(self.path / WEIGHTS_FILE, _weights(network))
         (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
-class OthersFolder:
-    """A run that another rank writes."""
+class ReadOnlyRunFolder:
+    """Folder of a run on ranks other than the first, which write nothing."""
 
     path: Path
 
     def close(self, *, keep: bool = True) -> None:
-        """Nothing to give up."""
+        """Do nothing: the first rank holds the lock."""
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
     def keep_best(self, network: Network) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
     def finish(self, network: Network) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
 
 def _weights(network: Network) -> bytes:
@@ -183,25 +185,25 @@ def _weights(network: Network) -> bytes:
 
 
 def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
-    """The last metrics of a run that is finished; None where it is not.
+    """Return the last metrics of a finished run, or None if the run is not finished.
 
     Raises:
-        RunError: it is a run of another recipe.
+        RunError: the run has another recipe.
     """
     if not (path / WEIGHTS_FILE).is_file():
         return None
     finished = load_run(path)
     _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # a kill just before that leaves it
+    (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # left if a process was killed before removing it
     _clear_partials(path)
     return finished.metrics[-1]
 
 
-def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe with what was decided when an unfinished run was begun: how its stores are read.
+def recipe_to_resume(path: Path, recipe: TrainRecipe) -> TrainRecipe:
+    """Return a recipe with the `reading` that was chosen when the unfinished run in a folder was started.
 
     Raises:
-        RunError: it is a run of another recipe.
+        RunError: the run in the folder has another recipe.
     """
     if not (path / RECIPE_FILE).is_file():
         return recipe
@@ -213,25 +215,25 @@ def as_begun(path: Path, recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"reading": stores[0]["reading"]}) if stores else recipe
 
 
-def lasting(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's provenance in which it may not differ when it is resumed."""
-    facts: dict[str, Any] = {name: provenance.get(name) for name in MUST_STAY}
-    stores = [{**store, "views": None} for store in facts["stores"]]
-    return {**facts, "stores": stores}
+def fixed_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a run's provenance that must not change before the run is resumed."""
+    fixed: dict[str, Any] = {name: provenance.get(name) for name in FIXED_PROVENANCE}
+    stores = [{**store, "views": None} for store in fixed["stores"]]
+    return {**fixed, "stores": stores}
 
 
-def check_begun(path: Path, provenance: dict[str, Any]) -> None:
-    """Refuse to resume a run whose stores, source or views are not those that it was begun with.
+def check_provenance(path: Path, provenance: dict[str, Any]) -> None:
+    """Check that stores, source and views are those that an unfinished run was started with.
 
     Raises:
-        RunError: the text says what differs.
+        RunError: they are not; the message shows the differences.
     """
     begun = read_provenance(path / PROVENANCE_FILE)
-    _check_same(path, lasting(begun), lasting(provenance))
+    _check_same(path, fixed_provenance(begun), fixed_provenance(provenance))
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, innermost first, as far as they hold nothing."""
+    """Remove folders, innermost first, until one is not empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -244,36 +246,36 @@ def _clear_partials(path: Path) -> None:
 
 def _check_same(path: Path, begun: Any, now: Any) -> None:
     if begun != now:
-        table = difference_table(begun, now, "begun with", "now")
+        table = difference_table(begun, now, "started with", "now")
         raise RunError(
-            f"run {str(path)!r} cannot be resumed, since it was begun with something else.\n{table}\n"
-            "Resume with what it was begun with, or choose another --out."
+            f"run {str(path)!r} cannot be resumed, since it was started with other values.\n{table}\n"
+            "Resume with the values it was started with, or choose another --out."
         )
 
 
 def check_free(path: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that holds something that is not to be replaced or resumed.
+    """Check that a folder is empty, or holds a run that may be replaced or resumed.
 
     Raises:
-        RunError: the folder is not empty, and is not a run or may not be overwritten.
+        RunError: the folder holds something else.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{str(path)!r} is a file, expected a folder for the run: choose another --out")
     if not path.is_dir():
         return
-    if set(path.iterdir()) <= {*partials(path), path / LOCK_FILE}:  # what a kill leaves of a new folder
+    if set(path.iterdir()) <= {*partials(path), path / LOCK_FILE}:  # left by a killed process
         return
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"{str(path)!r} is not empty and not a run: choose another --out")
     if not (overwrite or resume):
         raise RunError(
-            f"{str(path)!r} already holds a run: choose another --out, go on with it by --resume, or "
+            f"{str(path)!r} already holds a run: choose another --out, continue it with --resume, or "
             "remove it (`distill train` has --overwrite)"
         )
 
 
 def _clear(path: Path) -> None:
-    """Remove a run, what says that it is one last: a kill leaves something that can be overwritten again."""
+    """Remove a run's files, the recipe last, so that an interrupted removal leaves a run to overwrite."""
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -283,7 +285,7 @@ def _clear(path: Path) -> None:
 
 
 def load_run(path: Path) -> FinishedRun:
-    """Read a finished run's recipe and metrics.
+    """Read the recipe and metrics of a finished run.
 
     Raises:
         RunError: there is no run, or it is unfinished.
@@ -291,6 +293,10 @@ def load_run(path: Path) -> FinishedRun:
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
     if not (path / WEIGHTS_FILE).is_file():
-        raise RunError(f"run {str(path)!r} is unfinished: go on with --resume, or --overwrite it")
-    recipe = parse_config(TrainRecipe, upgraded(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE))
+        raise RunError(
+            f"run {str(path)!r} is unfinished: continue it with --resume, or replace it with --overwrite"
+        )
+    recipe = parse_config(
+        TrainRecipe, upgrade_recipe(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE)
+    )
     return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))

@@ -1,4 +1,4 @@
-"""What a run's folder says of a run: its metrics and its provenance, checked before they are believed."""
+"""Metrics and provenance of a run, validated when they are read."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from coursepack.parsing import parse_json, read_bounded, read_json
 if TYPE_CHECKING:
     from pathlib import Path
 
-MOST_METRICS_BYTES = 1 << 28
+MAX_METRICS_BYTES = 1 << 28
 Index = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
-class _Part(BaseModel):
-    """What is read of a mapping; it may hold more, as what a later release adds."""
+class _Record(BaseModel):
+    """Mapping with validated keys; unknown keys, as later releases may add, are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class _Evaluation(_Part):
+class _Evaluation(_Record):
     accuracy: float
     nll: float
     calibration_error: float | None = None
 
 
-class _Teachers(_Part):
+class _Teachers(_Record):
     agreement: float | None = None
     kl: float | None = None
 
 
-class _Temperature(_Part):
+class _Temperature(_Record):
     clamped: float | None = None
 
 
-class _Epoch(_Part):
+class _Epoch(_Record):
     epoch: Index
     seconds: float
     evaluation: _Evaluation | None = None
@@ -49,25 +49,25 @@ class _Evaluated(_Epoch):
     evaluation: _Evaluation
 
 
-class _Store(_Part):
+class _Store(_Record):
     reading: Literal["resident", "mapped", "windowed"]
 
 
-class _Provenance(_Part):
+class _Provenance(_Record):
     stores: list[_Store]
 
 
-P = TypeVar("P", bound=_Part)
+P = TypeVar("P", bound=_Record)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a finished run's metrics, one per epoch.
+    """Return the metrics of a finished run, one mapping per epoch.
 
     Raises:
-        RunError: the file cannot be read, or a line is not what a run writes.
+        RunError: the file cannot be read, or a line is damaged.
     """
     try:
-        lines = read_bounded(path, MOST_METRICS_BYTES).splitlines()
+        lines = read_bounded(path, MAX_METRICS_BYTES).splitlines()
     except ValueError as error:
         raise RunError(f"{str(path)!r} {error}") from error
     except OSError as error:
@@ -81,10 +81,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Where an unfinished run's targets come from, as `prepare.provenance` gave it.
+    """Return the provenance of an unfinished run.
 
     Raises:
-        RunError: the file cannot be read, or is not what a run writes.
+        RunError: the file cannot be read, or is damaged.
     """
     values: dict[str, Any] = read_json(path, RunError)
     _check(_Provenance, values, str(path))
@@ -105,6 +105,6 @@ def _check(model: type[P], values: Any, where: str) -> None:
         model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "it"
+        key = ".".join(map(str, problem["loc"])) or "it"
         text = problem["msg"] if problem["loc"] else "Input should be a mapping"
-        raise RunError(f"{where} is damaged: {place}: {text}") from error
+        raise RunError(f"{where} is damaged: {key}: {text}") from error

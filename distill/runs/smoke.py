@@ -1,8 +1,8 @@
-"""Any recipe in seconds: drawn images instead of its data, and stores of tiny untrained teachers.
+"""Smoke tests: any recipe in seconds, on synthetic images and stores of tiny untrained teachers.
 
-A smoke run says nothing about accuracy. It shows that a recipe is complete, that its student takes its views,
-and that its objective can be computed. Teachers are one convolution with fresh weights; whatever
-tap the recipe's hints name, they give a map for it.
+A smoke test does not measure accuracy. It shows that a recipe is complete, that its student accepts the
+views, and that its objective can be computed. Teachers are a single convolution with random weights, and
+return a map for every tap that the recipe names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coursepack.data.views import draw
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
-from coursepack.distill.targets.stores import FEATURES
+from coursepack.distill.targets.base import FEATURES
 from coursepack.models import parse_tap
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
     from coursepack.distill.recipe import TrainRecipe
 
 SAMPLES = 16
-MOST_BATCH = 8
-GENTLE = 1e-3
-"""Largest learning rate: a few steps of a recipe's own on noise may diverge."""
+MAX_BATCH_SIZE = 8
+MAX_LEARNING_RATE = 1e-3
+"""Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
-HINT = "smoke"
-"""The tap that a smoke store has where a recipe leaves the choice to the depth."""
+DEFAULT_TAP = "smoke"
+"""Tap in the stores of recipes that choose taps by depth."""
 
 
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
-    """The recipe on drawn images for two epochs, with stores in `folder` in place of its own."""
+    """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
     source = open_source(stand_in(recipe.source, SAMPLES))
     taps: dict[int, list[str]] = {}
     free = False
@@ -55,11 +55,11 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
         free |= needs is not None and not needs.pairs
         for pair in () if needs is None else needs.pairs:
             taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
-    batch_size = max(min(recipe.batch_size, MOST_BATCH), VIEWS)
+    batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
     stores = []
     for index, store in enumerate(recipe.stores):
         path = folder / f"{index}-{Path(store).name}"
-        own = [*taps.get(index, []), *([HINT] if free else [])]
+        own = [*taps.get(index, []), *([DEFAULT_TAP] if free else [])]
         write_smoke_store(path, source, recipe.view, own, seed=index)
         stores.append(str(path))
     return recipe.model_copy(
@@ -79,14 +79,14 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "accumulate": min(recipe.accumulate, batch_size),
             "objective": _shortened(recipe.objective),
             "optimizer": _shortened(recipe.optimizer).model_copy(
-                update={"lr": min(recipe.optimizer.lr, GENTLE)}
+                update={"lr": min(recipe.optimizer.lr, MAX_LEARNING_RATE)}
             ),
         }
     )
 
 
 def _shortened(value: Any) -> Any:
-    """Schedules and phases within two epochs, anywhere in a config."""
+    """Return a config with all schedules and phases, at any depth, shortened to fit two epochs."""
     if isinstance(value, Schedule):
         return value.model_copy(update={"epochs": 1})
     if hasattr(value, "model_fields_set"):
@@ -105,18 +105,20 @@ def _shortened(value: Any) -> Any:
 def write_smoke_store(
     path: Path, source: Source, recipe: ViewRecipe, taps: Sequence[str], *, seed: int
 ) -> None:
-    """A store of an untrained teacher over all of a source."""
+    """Write the store of an untrained teacher for all samples of a source."""
     size = next(iter(source.sizes(np.arange(1))))[0].item()
-    answer = _teacher(source, taps, seed)
+    run_teacher = _teacher(source, taps, seed)
+    pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
     identity = {
-        "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": {"size": size}},
+        "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
         "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": view_fingerprint(recipe, source)},
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "precision": "float32",
     }
     float32 = parse_encoding("float32")
     shapes = {
-        name: value.shape[1:] for name, value in answer(torch.zeros(1, size, size, source.channels)).items()
+        name: value.shape[1:]
+        for name, value in run_teacher(torch.zeros(1, size, size, source.channels)).items()
     }
     plan = StorePlan(
         identity=identity,
@@ -140,23 +142,23 @@ def write_smoke_store(
                 record["content"] = content_digest(source, block.samples)
             files = writer.write(block, record)
             for batch in batches(source, recipe, block.samples, views=[block.view], batch_size=64):
-                files.add({name: value.numpy() for name, value in answer(batch.pixels(size)).items()})
+                files.add({name: value.numpy() for name, value in run_teacher(batch.pixels(size)).items()})
             files.finish({"rows": float(len(block)), "correct": 0.0})
         writer.commit()
 
 
 def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
-    """From pixels `(N, size, size, channels)` to arrays by their name in a store."""
+    """Return a function from pixels `(N, size, size, channels)` to arrays by their name in a store."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
         head = nn.Linear(8, len(source.class_names))
 
     @torch.inference_mode()
-    def answer(pixels: Tensor) -> Mapping[str, Tensor]:
+    def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
         maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
         pooled = maps.mean((2, 3))
         features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
         return {LOGITS: 4 * head(pooled), **features}
 
-    return answer
+    return run_teacher

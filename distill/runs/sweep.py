@@ -1,7 +1,7 @@
-"""A sweep: many students of one grid over shared stores, resumable, with one table at the end.
+"""Sweeps: one student per combination of values in a grid, resumable, with a table at the end.
 
-Students that see the same batches may be trained together: their views are rendered and their targets read
-once for all of them. Each comes out as if it had been trained alone, to the last bit on a CPU.
+Students that use the same batches can be trained together: views are rendered and targets are read once for
+all of them. On a CPU, each student is identical, bit for bit, to one that is trained alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from coursepack.canonical import canonical_json
 from coursepack.config import Config, parse_config
 from coursepack.console import say
 from coursepack.distill.recipe import load_recipe, set_value
-from coursepack.distill.runs.folder import as_begun, check_free, finished_metrics
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, begin, train_together
+from coursepack.distill.runs.folder import check_free, finished_metrics, recipe_to_resume
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS, start_run, train_together
 from coursepack.distill.setup.checks import check_recipe
-from coursepack.distill.setup.prepare import opening, prepare
-from coursepack.distill.setup.resolve import complete
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import build_network
@@ -40,23 +40,23 @@ if TYPE_CHECKING:
 
     from coursepack.distill.recipe import TrainRecipe
 
-OWN_FIELDS = (
+FREE_FIELDS = (
     *("student", "student_size", "student_mean", "student_std"),
     *("method", "objective", "optimizer", "patience"),
     *("precision", "channels_last", "compile"),
 )
-"""Fields in which students that are trained together may differ: none of them changes a batch."""
-LONGEST_NAME = 100
-MOST_STUDENTS = 10_000
+"""Fields in which students that are trained together may differ, since none of them affects batches."""
+MAX_NAME_LENGTH = 100
+MAX_STUDENTS = 10_000
 
 
 class Grid(Config):
-    """A grid file."""
+    """Content of a grid file."""
 
     base: dict[str, Any] = Field(default={})
-    """Recipe fields that all students share, as in the file of a recipe."""
+    """Recipe fields that all students share, nested as in a recipe file."""
     grid: dict[str, list[Any]]
-    """Values to combine, each with each, by `field.subfield`."""
+    """Values to combine, by `field.subfield`."""
 
 
 @dataclass(frozen=True)
@@ -64,41 +64,42 @@ class Student:
     """One student of a sweep."""
 
     name: str
-    """What sets it apart; its folder's name."""
+    """Name of the student's folder, made of the values that distinguish it."""
     recipe: TrainRecipe
 
 
 def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
-    """The students of a grid file, in the order of its values, the last key's changing first.
+    """Return the students of a grid file, with the values of the last key varying fastest.
 
     Raises:
         RecipeError: the file is not a grid, or one of its recipes is not valid.
-        UntrustedCode: a store names Python code for what the grid leaves out, and `trust_code` is false.
+        UntrustedCode: a store names Python code for a source or view that the grid leaves out, and
+            `trust_code` is false.
     """
     grid = parse_config(Grid, load_recipe(path), str(path))
     empty = [key for key, values in grid.grid.items() if not values]
     if empty or not grid.grid:
         raise RecipeError(f"{str(path)!r} has no values for {', '.join(empty) or 'grid'}: give at least one")
     count = math.prod(map(len, grid.grid.values()))
-    if count > MOST_STUDENTS:
-        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MOST_STUDENTS:,}")
+    if count > MAX_STUDENTS:
+        raise RecipeError(f"{str(path)!r} combines to {count:,} students, expected at most {MAX_STUDENTS:,}")
     students = []
     for chosen in itertools.product(*grid.grid.values()):
         settings = dict(zip(grid.grid, chosen, strict=True))
         values = copy.deepcopy(grid.base)
         for key, value in settings.items():
             set_value(values, key, copy.deepcopy(value), f"grid of {str(path)!r}")
-        recipe = complete(values, str(path), trust_code=trust_code)
+        recipe = resolve_recipe(values, str(path), trust_code=trust_code)
         students.append(Student(student_name(settings), recipe))
     names = [student.name for student in students]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise RecipeError(f"{str(path)!r} gives {repeated[0]!r} more than once: name every value once")
+        raise RecipeError(f"{str(path)!r} gives {repeated[0]!r} more than once: list every value once")
     return students
 
 
 def student_name(settings: Mapping[str, Any]) -> str:
-    """A folder's name from what sets a student apart: `student=resnet20,seed=1`."""
+    """Return a student's folder name, for example `student=resnet20,seed=1`."""
     words = []
     short = [key.rpartition(".")[2] for key in settings]
     for key, value in settings.items():
@@ -107,10 +108,10 @@ def student_name(settings: Mapping[str, Any]) -> str:
         text = value if isinstance(value, str) else canonical_json(value)
         words.append(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '-', text).strip('-')}")
     name = ",".join(words)
-    if len(name) <= LONGEST_NAME and "/" not in "".join(map(str, settings.values())):
+    if len(name) <= MAX_NAME_LENGTH and "/" not in "".join(map(str, settings.values())):
         return name
     digest = hashlib.sha256(canonical_json(dict(settings)).encode()).hexdigest()[:8]
-    return f"{name[:LONGEST_NAME]}-{digest}"
+    return f"{name[:MAX_NAME_LENGTH]}-{digest}"
 
 
 def sweep(
@@ -128,22 +129,22 @@ def sweep(
     """Train the students of a sweep, each into its own folder in `out`.
 
     Args:
-        students: as `read_grid` gives them.
-        out: folder of the runs' folders.
-        device: where to train.
-        together: students that may be trained at a time, if they see the same batches.
-        resume: leave out those that are finished, go on with those that are not.
-        workers: processes that decode and render.
-        threads: of torch and the kernels.
+        students: a result of `read_grid`.
+        out: folder for the runs' folders.
+        device: device to train on.
+        together: maximum number of students to train at the same time, if they use the same batches.
+        resume: skip finished runs, and continue unfinished ones.
+        workers: number of processes that decode and render images.
+        threads: number of threads of torch and the loss kernels.
         checkpoint_seconds: time between checkpoints.
-        trust_code: run live teachers even if their stores name Python code for them.
+        trust_code: allow stores to name Python code for live teachers.
 
     Returns:
-        What was wrong with students that diverged, by name; the others are finished.
+        The error messages of the students that diverged, by name; all others are finished.
 
     Raises:
-        RunError: a folder is not free, or holds another run than the grid's.
-        Otherwise as `train`, but for divergence.
+        RunError: a folder is not empty, or holds another run.
+        Otherwise as `train`, except for divergence.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
@@ -151,18 +152,18 @@ def sweep(
     for spec, size, mean, std in dict.fromkeys(
         tuple(getattr(student.recipe, name) for name in pixels) for student in students
     ):
-        build_network(spec, 2, size=size, mean=mean, std=std)  # refuses, before the first is trained
+        build_network(spec, 2, size=size, mean=mean, std=std)  # raises an error before any training
     for student in students:
         check_recipe(student.recipe)
     if not resume:
         for student in students:
             check_free(out / student.name, overwrite=False)
-    left = _unfinished(students, out) if resume else list(students)
-    if len(left) < len(students):
-        say(f"{len(students) - len(left)} of {len(students)} students are finished")
+    remaining = _unfinished(students, out) if resume else list(students)
+    if len(remaining) < len(students):
+        say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
     waiting: list[list[Student]] = []
-    for alike in _alike(left, out):
-        waiting += [alike[start : start + together] for start in range(0, len(alike), together)]
+    for same in _by_batches(remaining, out):
+        waiting += [same[start : start + together] for start in range(0, len(same), together)]
     diverged: dict[str, str] = {}
     while waiting:
         group = waiting.pop(0)
@@ -170,16 +171,16 @@ def sweep(
         try:
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
-                found = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
+                failures = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
         except TrainingDiverged as error:
             if len(group) > 1:
-                # Within a step, whoever it was: the others go on from their checkpoints, each alone.
+                # It is unknown which student diverged in this step: continue each alone from its checkpoint.
                 waiting = [[student] for student in _unfinished(group, out)] + waiting
                 continue
-            found = {group[0].name: str(error)}
-        for name, reason in found.items():
+            failures = {group[0].name: str(error)}
+        for name, reason in failures.items():
             say(f"{name}: {reason}")
-        diverged |= found
+        diverged |= failures
     return diverged
 
 
@@ -192,36 +193,38 @@ def _train_group(
     checkpoint_seconds: float,
     trust_code: bool,
 ) -> dict[str, str]:
-    """Train a group; returns what was wrong with those that diverged."""
-    first, *others = [as_begun(out / student.name, student.recipe) for student in group]
+    """Train students together, and return the error messages of those that diverged, by name."""
+    first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
     setup = prepare(first, device, others=others, trust_code=trust_code)
     with ExitStack() as stack:
-        trainings = [
+        student_runs = [
             stack.enter_context(
-                begin(setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False)
+                start_run(
+                    setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
+                )
             )
             for each in group
         ]
-        say(opening(setup))
+        say(describe_setup(setup))
         by_position: dict[tuple[int, int], list[Any]] = {}
-        for training in trainings:
-            position = (training.position.epoch, training.position.batches)
-            by_position.setdefault(position, []).append(training)
-        for alike in by_position.values():
-            train_together(setup, alike, workers=workers, checkpoint_seconds=checkpoint_seconds)
+        for run in student_runs:
+            position = (run.position.epoch, run.position.batches)
+            by_position.setdefault(position, []).append(run)
+        for runs in by_position.values():
+            train_together(setup, runs, workers=workers, checkpoint_seconds=checkpoint_seconds)
     return {
-        student.name: str(training.diverged)
-        for student, training in zip(group, trainings, strict=True)
-        if training.diverged is not None
+        student.name: str(run.diverged)
+        for student, run in zip(group, student_runs, strict=True)
+        if run.diverged is not None
     }
 
 
-def _alike(students: Sequence[Student], out: Path) -> list[list[Student]]:
-    """The students in groups that see the same batches, and read stores in the same way, in their order."""
+def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
+    """Return the students in groups that use the same batches and read stores in the same way."""
     groups: dict[str, list[Student]] = {}
     for student in students:
-        begun = as_begun(out / student.name, student.recipe)
-        shared = begun.model_dump(mode="json", exclude=set(OWN_FIELDS))
+        resumed = recipe_to_resume(out / student.name, student.recipe)
+        shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS))
         groups.setdefault(canonical_json(shared), []).append(student)
     return list(groups.values())
 
@@ -230,6 +233,6 @@ def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
     return [each for each in students if finished_metrics(out / each.name, each.recipe) is None]
 
 
-def finished(students: Sequence[Student], out: Path) -> list[Path]:
-    """Folders of the students that are finished."""
+def finished_runs(students: Sequence[Student], out: Path) -> list[Path]:
+    """Return the folders of the finished students."""
     return [out / student.name for student in students if (out / student.name / WEIGHTS_FILE).is_file()]

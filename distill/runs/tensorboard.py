@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard, where it is installed."""
+"""Metrics for TensorBoard, an optional dependency."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def check_tensorboard() -> None:
-    """Refuse before a run what would fail in it.
+    """Check that TensorBoard is installed.
 
     Raises:
-        RecipeError: TensorBoard is not installed.
+        RecipeError: it is not.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - only to see whether it is there
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - only to see whether it is installed
     except ImportError as error:
         raise RecipeError(
             "--tensorboard needs a library that is not installed: pip install 'coursepack[tensorboard]'. "
@@ -28,11 +28,11 @@ def check_tensorboard() -> None:
         ) from error
 
 
-class Board:
-    """Scalars by epoch, in a folder of event files."""
+class MetricWriter:
+    """Writer of metrics by epoch to TensorBoard event files."""
 
     def __init__(self, path: Path, *, first: int | None = None) -> None:
-        """Write into a folder; what was written of epoch `first` and later ones is no longer shown."""
+        """Initialize a writer to a folder; events of epoch `first` and later ones are purged."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = path
@@ -45,15 +45,15 @@ class Board:
         self._writer.close()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Write one epoch's metrics, so that they can be looked at and outlive the process."""
+        """Write the metrics of one epoch, and flush them to disk."""
         with naming(self._path):
             for name, value in scalars(metrics):
                 self._writer.add_scalar(name, value, metrics["epoch"])
-            self._writer.flush()  # a run that is killed has told what it finished
+            self._writer.flush()
 
 
-class NoBoard:
-    """Nowhere."""
+class NoMetricWriter:
+    """Writer that discards metrics."""
 
     def __enter__(self) -> Self:
         return self
@@ -62,11 +62,11 @@ class NoBoard:
         pass
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
 
 def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in metrics with a path for a name; a list counts its places.
+    """Yield the path and value of every number in nested metrics; list items are named by index.
 
     >>> list(scalars({"train": {"loss": 1.5}, "teachers": {"weight": [0.25, 0.75]}}))
     [('train/loss', 1.5), ('teachers/weight/0', 0.25), ('teachers/weight/1', 0.75)]
@@ -75,7 +75,7 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         for key, inner in value.items():
             yield from scalars(inner, f"{name}/{key}" if name else str(key))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from scalars(inner, f"{name}/{place}")
+        for index, inner in enumerate(value):
+            yield from scalars(inner, f"{name}/{index}")
     elif isinstance(value, (int, float)):
         yield name, float(value)

@@ -13,16 +13,16 @@ from coursepack.data.loading import Renderer
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.losses.base import Step
 from coursepack.distill.runs.folder import (
-    BOARD_FOLDER,
-    OthersFolder,
+    TENSORBOARD_FOLDER,
+    ReadOnlyRunFolder,
     RunFolder,
-    as_begun,
-    check_begun,
+    check_provenance,
     finished_metrics,
-    lasting,
+    fixed_provenance,
+    recipe_to_resume,
 )
-from coursepack.distill.runs.tensorboard import Board, NoBoard, check_tensorboard
-from coursepack.distill.setup.prepare import opening, prepare, provenance
+from coursepack.distill.runs.tensorboard import MetricWriter, NoMetricWriter, check_tensorboard
+from coursepack.distill.setup.prepare import describe_setup, prepare, provenance
 from coursepack.distill.training.checkpoint import (
     CHECKPOINT_FILE,
     Position,
@@ -52,35 +52,37 @@ if TYPE_CHECKING:
     from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_SECONDS = 60.0
+"""Default time between checkpoints."""
 
 
 @dataclass
 class StudentRun:
-    """One student in training: its recipe, its folder, and its position."""
+    """Student in training, with its recipe, folder and progress."""
 
     recipe: TrainRecipe
-    folder: RunFolder | OthersFolder
+    folder: RunFolder | ReadOnlyRunFolder
     state: TrainState
-    board: Board | NoBoard
+    writer: MetricWriter | NoMetricWriter
     position: Position
     log: EpochMetrics
+    """Metrics of the current epoch."""
     identity: dict[str, Any]
-    """What a checkpoint of it is bound to: the recipe, and the fingerprints of what it reads."""
+    """Recipe and fingerprints of the data, with which a checkpoint must agree."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the last epoch."""
+    """Metrics of the last completed epoch."""
     diverged: TrainingDiverged | None = None
-    """Why it cannot go on."""
+    """Error that ended the run, if training diverged."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give up the folder, and remove it if the run did no step."""
+        """Unlock the folder, and remove it if an error occurred before the first step."""
         self.folder.close(keep=kind is None or self.state.steps > 0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has had its last epoch."""
+        """True after the last epoch, or when `patience` is exhausted."""
         patience = self.recipe.patience
         return self.position.epoch >= self.recipe.epochs or (
             patience is not None and self.position.stale >= patience
@@ -88,7 +90,7 @@ class StudentRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do."""
+        """True if the run is finished or has diverged."""
         return self.is_finished or self.diverged is not None
 
     def save(self) -> None:
@@ -96,11 +98,11 @@ class StudentRun:
         save_checkpoint(self.folder.path, self.position, self.state, self.log, self.identity)
 
     def end_epoch(self, views: list[int], evaluation: dict[str, float] | None) -> None:
-        """Log an epoch, keep the student if it is the best so far, and go on to the next."""
+        """Log the metrics of an epoch, save the student if it is the best, and start the next epoch."""
         epoch = self.position.epoch
         train_metrics = self.log.means()
-        told = train_metrics.keys() & {"teachers", "temperature"}
-        groups: dict[str, Any] = {name: train_metrics.pop(name) for name in sorted(told)}
+        group_names = train_metrics.keys() & {"teachers", "temperature"}
+        groups: dict[str, Any] = {name: train_metrics.pop(name) for name in sorted(group_names)}
         _check_finite(train_metrics | (evaluation or {}), epoch, self.recipe)
         self.metrics = {
             "epoch": epoch,
@@ -111,7 +113,7 @@ class StudentRun:
             **groups,
         }
         self.folder.log(self.metrics)
-        self.board.log(self.metrics)
+        self.writer.log(self.metrics)
         best, stale = self.position.best, self.position.stale
         if evaluation is not None:
             if best is None or evaluation["accuracy"] > best:
@@ -139,57 +141,62 @@ def train(
 ) -> dict[str, Any]:
     """Train one student into a run folder.
 
-    Everything that can be refused is refused before the folder is made, and none stays of a run that did no
-    step. Several ranks call it alike, with what `joined` gives each; the first alone writes.
+    Invalid input is refused before the folder is created, and the folder is removed if an error occurs before
+    the first step. With several ranks, each calls this function with the rank and device that
+    `process_group` returns; only the first rank writes.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe.
         out: the run's folder.
-        device: where to train.
-        overwrite: replace a run that is there.
-        resume: go on with a run that was interrupted, from its checkpoint; begin it where there is none.
-        workers: processes that decode and render, see `Renderer`.
-        threads: of torch and the kernels; None means as many as torch has, see `machine`.
-        tensorboard: write the metrics for TensorBoard too.
+        device: device to train on.
+        overwrite: replace an existing run.
+        resume: continue an interrupted run from its checkpoint, or start a new one if there is none.
+        workers: number of processes that decode and render images, see `Renderer`.
+        threads: number of threads of torch and the loss kernels; defaults to torch's current number.
+        tensorboard: also write the metrics for TensorBoard.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
-        ranks: who trains it together.
-        trust_code: run live teachers even if their stores name Python code for them.
+        ranks: rank of this process.
+        trust_code: allow stores to name Python code for live teachers.
 
     Returns:
         The metrics of the last epoch.
 
     Raises:
-        RunBusy: another process trains into the folder.
-        RunError: the folder is not free, or holds a run that cannot be resumed with this recipe.
-        TrainingDiverged: the loss is no longer finite; the run stays unfinished.
+        RunBusy: another process is training into the folder.
+        RunError: the folder is not empty, or holds a run that cannot be resumed with this recipe.
+        TrainingDiverged: the loss is not finite; the run stays unfinished.
         Otherwise as `prepare`.
     """
     if resume:
-        _check_all_see(ranks, out, [(out / name).is_file() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)])
+        _check_same_on_all_ranks(
+            ranks, out, [(out / name).is_file() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)]
+        )
     if resume and (metrics := finished_metrics(out, recipe)) is not None:
-        ranks.say(f"{out} is finished: there is nothing to resume")
+        ranks.log_once(f"{out} is finished: there is nothing to resume")
         return metrics
-    begun = as_begun(out, recipe) if resume else recipe
+    resumed = recipe_to_resume(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
-        setup = prepare(begun, device, ranks, trust_code=trust_code)
-        with begin(
+        setup = prepare(resumed, device, ranks, trust_code=trust_code)
+        with start_run(
             setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard
-        ) as training:
-            ranks.say(opening(setup))
+        ) as run:
+            ranks.log_once(describe_setup(setup))
             try:
-                train_together(setup, [training], workers=workers, checkpoint_seconds=checkpoint_seconds)
+                train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)
             except KeyboardInterrupt:
-                ranks.say(f"interrupted: the same command with --resume goes on with {out}")
+                ranks.log_once(f"interrupted: the same command with --resume continues {out}")
                 raise
-    if training.diverged is not None:
-        raise training.diverged
-    return training.metrics
+    if run.diverged is not None:
+        raise run.diverged
+    return run.metrics
 
 
-def begin(
+def start_run(
     setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
 ) -> StudentRun:
-    """A fresh student in a new folder, or one as its checkpoint has it; a context that gives up the folder.
+    """Start a run in a new folder, or restore it from its checkpoint.
+
+    The result is a context manager that unlocks the folder.
 
     Raises:
         RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
@@ -201,9 +208,9 @@ def begin(
         for view in setup.views_of_epoch(0):
             setup.targets.open(view, teachers_read([state], Step()))
     is_first = setup.ranks.is_first
-    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else OthersFolder(out)
+    folder = RunFolder(out, overwrite=overwrite, resume=resume) if is_first else ReadOnlyRunFolder(out)
     try:
-        return _begun(
+        return _start_in_folder(
             setup, recipe, folder, state, overwrite=overwrite, resume=resume, tensorboard=tensorboard
         )
     except BaseException:
@@ -211,142 +218,153 @@ def begin(
         raise
 
 
-def _begun(
+def _start_in_folder(
     setup: Setup,
     recipe: TrainRecipe,
-    folder: RunFolder | OthersFolder,
+    folder: RunFolder | ReadOnlyRunFolder,
     state: TrainState,
     *,
     overwrite: bool,
     resume: bool,
     tensorboard: bool,
 ) -> StudentRun:
-    """`begin` in a folder that is locked."""
-    out, facts = folder.path, provenance(setup)
-    identity = {"recipe": recipe.model_dump(mode="json"), **lasting(facts)}
+    """Start or restore a run in a folder that is already locked."""
+    out, origin = folder.path, provenance(setup)
+    identity = {"recipe": recipe.model_dump(mode="json"), **fixed_provenance(origin)}
     position, log = Position(), new_metrics(state)
     saved = load_checkpoint(out, setup.device) if resume else None
     if saved is not None:
-        check_begun(out, facts)
+        check_provenance(out, origin)
         check_identity(out, saved, identity)
         steps = setup.steps_per_epoch
         position = restore(out, saved, state, log, epochs=recipe.epochs, batches=steps)
-    # Nobody writes before all have looked.
-    _check_all_see(setup.ranks, out, None if saved is None else saved["position"])
+    # No rank may write before all ranks have read the folder.
+    _check_same_on_all_ranks(setup.ranks, out, None if saved is None else saved["position"])
     if saved is not None:
         if isinstance(folder, RunFolder):
             folder.reopen(position.epoch)
-        setup.ranks.say(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
+        setup.ranks.log_once(f"resuming {out} in epoch {position.epoch} after {position.batches} batches")
     elif isinstance(folder, RunFolder):
-        folder.begin(recipe, facts, state.learner.network, overwrite=overwrite)
-    state.copy_first_rank()
+        folder.begin(recipe, origin, state.learner.network, overwrite=overwrite)
+    state.broadcast_weights()
     first = position.epoch if resume else None
-    board = Board(out / BOARD_FOLDER, first=first) if tensorboard and setup.ranks.is_first else NoBoard()
-    return StudentRun(recipe, folder, state, board, position, log, identity)
+    writer = (
+        MetricWriter(out / TENSORBOARD_FOLDER, first=first)
+        if tensorboard and setup.ranks.is_first
+        else NoMetricWriter()
+    )
+    return StudentRun(recipe, folder, state, writer, position, log, identity)
 
 
-def _check_all_see(ranks: Ranks, out: Path, seen: object) -> None:
-    """Refuse ranks that would begin at different places."""
-    everywhere = ranks.gathered(seen)
-    if any(other != everywhere[0] for other in everywhere):
+def _check_same_on_all_ranks(ranks: Ranks, out: Path, seen: object) -> None:
+    """Check that all ranks see the same files.
+
+    Raises:
+        RunError: they do not, so they would start at different positions.
+    """
+    gathered = ranks.all_gather(seen)
+    if any(other != gathered[0] for other in gathered):
         raise RunError(
-            f"ranks see different checkpoints in {str(out)!r}: --out has to be one folder for all of them, "
-            "as on a shared file system"
+            f"ranks see different checkpoints in {str(out)!r}: --out must be the same folder for all of "
+            "them, for example on a shared file system"
         )
 
 
 def train_together(
-    setup: Setup, trainings: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
+    setup: Setup, student_runs: Sequence[StudentRun], *, workers: int | None, checkpoint_seconds: float
 ) -> None:
-    """Train students that are equally far on one stream of batches, until all are over.
+    """Train students at the same position on one stream of batches, until all are finished or diverged.
 
-    Each is kept as soon as it is finished. One that diverges is left unfinished, and says so in `diverged`.
+    Each student is saved as soon as it is finished. A diverged one stays unfinished, with the error in
+    `diverged`.
     """
-    recipe, first = setup.recipe, trainings[0].position
-    states = [training.state for training in trainings]
+    recipe, first = setup.recipe, student_runs[0].position
+    states = [run.state for run in student_runs]
     total = len(setup.samples)
     done = first.epoch * total + _rows_before(setup, first)
     with ExitStack() as stack:
-        title = f"train {', '.join(training.folder.path.name for training in trainings)}"
+        title = f"train {', '.join(run.folder.path.name for run in student_runs)}"
         meter = stack.enter_context(
             progress(title, recipe.epochs * total, "samples", done=done, shown=setup.ranks.is_first)
         )
         pin, sizes = setup.device.type == "cuda", setup.sizes([state.learner.network for state in states])
         renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
-        looking = stack.enter_context(
+        evaluation_renderer = stack.enter_context(
             Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
         )
-        for training in trainings:
-            stack.enter_context(training.board)
-        checkpoints = _Every(checkpoint_seconds)
-        while active := [training for training in trainings if not training.is_over]:
+        for run in student_runs:
+            stack.enter_context(run.writer)
+        checkpoints = _Interval(checkpoint_seconds)
+        while active := [run for run in student_runs if not run.is_over]:
             rows = len(setup.samples) - _rows_before(setup, active[0].position)
-            _train_epoch_of(setup, active, renderer, checkpoints)
+            _train_epoch(setup, active, renderer, checkpoints)
             if setup.targets is not None:
                 setup.targets.check_unchanged()
-            _evaluate(setup, active, looking)
-            found = [training.position.best for training in active if training.position.best is not None]
-            meter.advance(rows, f"best accuracy {max(found):.2%}" if found else "")
-            for training in active:
-                if training.is_finished:
-                    training.folder.finish(training.state.network)
+            _evaluate(setup, active, evaluation_renderer)
+            best = [run.position.best for run in active if run.position.best is not None]
+            meter.advance(rows, f"best accuracy {max(best):.2%}" if best else "")
+            for run in active:
+                if run.is_finished:
+                    run.folder.finish(run.state.network)
 
 
-def _train_epoch_of(
-    setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Every
+def _train_epoch(
+    setup: Setup, active: Sequence[StudentRun], renderer: Renderer, checkpoints: _Interval
 ) -> None:
-    """What is left of an epoch of several trainings, with checkpoints on the way."""
-    epoch, begun = active[0].position.epoch, active[0].position.batches
-    before, started = [training.position.seconds for training in active], time.perf_counter()
+    """Train several students on the rest of an epoch, writing checkpoints when they are due."""
+    epoch, first = active[0].position.epoch, active[0].position.batches
+    before, started = [run.position.seconds for run in active], time.perf_counter()
     steps = train_steps(
-        [training.state for training in active],
-        renderer.ahead(setup.batches(epoch, begun)),
+        [run.state for run in active],
+        renderer.ahead(setup.batches(epoch, first)),
         setup.targets,
-        [training.log for training in active],
+        [run.log for run in active],
         epoch,
         micro_batches=setup.recipe.accumulate,
-        first=begun,
+        first=first,
     )
     for batches in steps:
         spent = (time.perf_counter() - started) / len(active)
-        for training, seconds in zip(active, before, strict=True):
-            training.position.batches, training.position.seconds = batches, seconds + spent
-        if setup.ranks.first_says(checkpoints.is_due()):
-            for training in active:
-                training.save()
+        for run, seconds in zip(active, before, strict=True):
+            run.position.batches, run.position.seconds = batches, seconds + spent
+        if setup.ranks.broadcast_flag(checkpoints.is_due()):
+            for run in active:
+                run.save()
 
 
 def _evaluate(setup: Setup, active: Sequence[StudentRun], renderer: Renderer) -> None:
-    """End an epoch of several trainings, with an evaluation where it is due."""
+    """End an epoch of several students, with an evaluation if it is due."""
     epoch, recipe = active[0].position.epoch, setup.recipe
     is_due = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
-    for training in active:
-        network = training.state.network
-        found = None
+    for run in active:
+        network = run.state.network
+        evaluation = None
         if is_due:
-            found = evaluate(network, setup.evaluation, setup.device, renderer=renderer, ranks=setup.ranks)
+            evaluation = evaluate(
+                network, setup.evaluation, setup.device, renderer=renderer, ranks=setup.ranks
+            )
         try:
-            training.end_epoch(setup.views_of_epoch(epoch), found)
+            run.end_epoch(setup.views_of_epoch(epoch), evaluation)
         except TrainingDiverged as error:
             check_targets(setup.targets, setup.views_of_epoch(epoch))
-            training.diverged = error
+            run.diverged = error
 
 
 def _rows_before(setup: Setup, position: Position) -> int:
-    """Samples of an epoch that are done."""
+    """Return the number of samples of the epoch that are completed at a position."""
     return min(
         len(setup.samples), position.batches * (setup.recipe.batch_size // setup.recipe.views_per_load)
     )
 
 
-class _Every:
-    """Says when so many seconds have gone by."""
+class _Interval:
+    """Timer that is due every given number of seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._since = seconds, time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time; if so, the time runs anew."""
+        """Return true, and restart the timer, if the interval has passed."""
         if time.monotonic() - self._since < self._seconds:
             return False
         self._since = time.monotonic()
@@ -358,6 +376,6 @@ def _check_finite(metrics: dict[str, float], epoch: int, recipe: TrainRecipe) ->
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"training diverged in epoch {epoch}: {name} is {value}. Use a smaller --lr than "
-                f"{recipe.optimizer.lr:g}. What is left of the run stays until it is removed or --overwrite "
-                "is given."
+                f"{recipe.optimizer.lr:g}. The unfinished run stays in its folder: remove it, or replace it "
+                "with --overwrite."
             )

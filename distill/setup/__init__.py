@@ -1,1 +1,1 @@
-"""From a recipe to a run that can begin: everything resolved, opened and checked."""
+"""Setup of a training run: resolves a recipe, opens its stores and sources, and checks that they fit."""

@@ -1,4 +1,4 @@
-"""Students and objectives from names and numbers."""
+"""Construction of students and objectives from recipes and methods."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from coursepack.data.store import StoreReader
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.opening import TeacherStores
+    from coursepack.distill.targets.teacher_stores import TeacherStores
     from coursepack.models import Network
 
 
 def build_student(recipe: TrainRecipe, source: Source) -> Network:
-    """Build the recipe's student with fresh weights.
+    """Build the recipe's student with newly initialized weights.
 
     Raises:
-        UnknownName: no such network.
-        RecipeError: it cannot be built, or not for such pixels.
+        UnknownName: the network does not exist.
+        RecipeError: the network cannot be built with the recipe's size, mean or std.
     """
     return build_network(
         recipe.student,
@@ -47,19 +47,19 @@ def make_objective(
     *,
     seed: int = 0,
 ) -> Objective:
-    """Build a method's objective for one student and the teachers of some stores.
+    """Build a method's objective for a student and the teachers of some stores.
 
     Args:
         stores: the teachers' stores.
         student: the network to train.
         method: a name in `METHODS`.
-        changes: fields of its `ObjectiveConfig` to replace, as `{"temperature": 2.0}`.
-        seed: seed of everything that the objective draws: initial adapters and latents, a random teacher.
+        changes: fields of its `ObjectiveConfig` to replace, for example `{"temperature": 2.0}`.
+        seed: seed for initial adapters and latents, and for random teachers.
 
     Raises:
-        UnknownName: no such method, or a layer that the student does not have.
-        RecipeError: a field that does not exist, numbers that do not fit the stores, or features that are not
-            stored; the text then has the command that adds them.
+        UnknownName: the method, or a layer of the student, does not exist.
+        RecipeError: a field does not exist, a value does not fit the stores, or features are not stored; in
+            that case, the message has the command that adds them.
     """
     classes = len(stores.source.class_names)
     config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
@@ -79,11 +79,11 @@ def build_objective(
     root: str | None,
     seed: int,
 ) -> Objective:
-    """Build an objective for one student from numbers that `check_needs` has accepted.
+    """Build an objective for a student from a config that has passed `check_needs`.
 
     Raises:
-        UnknownName: a layer that the student does not have.
-        RecipeError: features that are not stored or cannot be compared, or no embedding of a sample.
+        UnknownName: a layer does not exist in the student.
+        RecipeError: features are not stored or cannot be compared, or the student has no usable embedding.
     """
     needs = config.needs()
     pairs = term_pairs(config, readers, student)
@@ -105,10 +105,10 @@ def build_objective(
 
 
 def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:
-    """Return the names of the arrays that a recipe's objective reads of each store.
+    """Return the names of the arrays that a recipe's objective reads from each store.
 
     Raises:
-        RecipeError: a store does not hold one of them; the text has the command that adds it.
+        RecipeError: an array is not stored; the message has the command that adds it.
     """
     needs = recipe.objective.needs()
     pairs = (
@@ -118,6 +118,6 @@ def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRead
 
 
 def _accuracy(reader: StoreReader) -> float:
-    """Return the share of rows on which the store's teacher was right, over the views that are recorded."""
+    """Return a teacher's accuracy over all views recorded in its store."""
     totals = reader.manifest.totals
     return totals["correct"] / max(totals["rows"], 1.0)

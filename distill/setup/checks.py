@@ -1,4 +1,4 @@
-"""What is refused before the first step: recipes, stores, sources and students that do not fit together."""
+"""Checks before the first step: recipe, views, sources, student and ranks must fit together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def check_student(network: Network, source: Source) -> None:
-    """Refuse a student that cannot take the source's images, before the run."""
+    """Check that a student accepts the source's images and returns logits of its classes.
+
+    Raises:
+        RecipeError: it does not.
+    """
     shape = probe_student(network, source.channels).logits
     if shape != (network.classes,):
         raise RecipeError(
@@ -28,13 +32,13 @@ def check_student(network: Network, source: Source) -> None:
 
 
 def check_recipe(recipe: TrainRecipe) -> None:
-    """Refuse fields that do not fit together.
+    """Check that the fields of a recipe fit together.
 
     Raises:
-        RecipeError: the text names them.
+        RecipeError: they do not; the message names the fields.
     """
     _check_mixing(recipe)
-    _check_parts(recipe)
+    _check_accumulation(recipe)
     _check_compile(recipe)
     _check_schedule(recipe)
     if recipe.views_per_load > recipe.batch_size:
@@ -53,7 +57,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
 
 
 def _check_mixing(recipe: TrainRecipe) -> None:
-    """Partners come from the whole split: a student that may know few labels must not learn theirs."""
+    """Refuse mixed images with a limit: partners come from the whole split, so their labels would leak."""
     objective = recipe.objective
     hard = not objective.needs().teachers or is_used(objective.hard_weight)
     if recipe.view.mix is not None and recipe.limit is not None and hard:
@@ -63,8 +67,8 @@ def _check_mixing(recipe: TrainRecipe) -> None:
         )
 
 
-def _check_parts(recipe: TrainRecipe) -> None:
-    """Refuse to work a batch through in parts where its samples depend on each other."""
+def _check_accumulation(recipe: TrainRecipe) -> None:
+    """Refuse gradient accumulation if the loss couples the samples of a batch."""
     coupled = recipe.objective.needs().whole_batch
     if recipe.accumulate > 1 and coupled:
         raise RecipeError(
@@ -73,22 +77,23 @@ def _check_parts(recipe: TrainRecipe) -> None:
         )
     if recipe.accumulate > recipe.batch_size:
         raise RecipeError(
-            f"accumulate is {recipe.accumulate}, but batch_size is {recipe.batch_size}: a part needs a sample"
+            f"accumulate is {recipe.accumulate}, but batch_size is {recipe.batch_size}: a micro-batch needs "
+            "at least one sample"
         )
 
 
 def _check_compile(recipe: TrainRecipe) -> None:
-    """Refuse to compile a student whose layers are watched: a compiled one runs past the hooks."""
+    """Refuse to compile a student whose layers are watched: compiled modules skip forward hooks."""
     inside = recipe.objective.needs().inside_student
     if recipe.compile and inside:
         raise RecipeError(
-            f"compile is set, but method {recipe.method!r} looks inside the student ({', '.join(inside)}), "
-            "which cannot be done through torch.compile: leave compile out"
+            f"compile is set, but method {recipe.method!r} reads layers of the student "
+            f"({', '.join(inside)}), which torch.compile does not support: leave compile out"
         )
 
 
 def _check_schedule(recipe: TrainRecipe) -> None:
-    """Refuse a learning rate whose changes lie past the end of the run."""
+    """Refuse a learning-rate schedule whose milestones or warm-up lie past the end of the run."""
     schedule, epochs = recipe.optimizer.schedule, recipe.epochs
     late = [milestone for milestone in schedule.milestones if milestone >= epochs]
     if late:
@@ -106,20 +111,28 @@ def _check_schedule(recipe: TrainRecipe) -> None:
 
 
 def check_evaluation(source: Source, evaluation: Source) -> None:
-    """Refuse to evaluate on images or classes that the student is not trained on."""
-    for what, trained, evaluated in (
+    """Check that training and evaluation data have the same number of classes and channels.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    for kind, trained, evaluated in (
         ("classes", len(source.class_names), len(evaluation.class_names)),
         ("channels", source.channels, evaluation.channels),
     ):
         if trained != evaluated:
             raise RecipeError(
-                f"evaluation {evaluation.name!r} has {evaluated} {what}, but source {source.name!r} has "
+                f"evaluation {evaluation.name!r} has {evaluated} {kind}, but source {source.name!r} has "
                 f"{trained}: evaluate on a split of the same data"
             )
 
 
 def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
-    """Refuse an epoch that would hold a view of a sample twice."""
+    """Check that no epoch contains a view of a sample twice.
+
+    Raises:
+        RecipeError: an epoch would.
+    """
     each = recipe.views_per_load
     if each > len(views):
         raise RecipeError(
@@ -135,23 +148,27 @@ def check_views(recipe: TrainRecipe, views: Sequence[int]) -> None:
 
 
 def fewest_rows(ranks: Ranks) -> int:
-    """Rows of a batch that is divided between ranks: two for each, which batch normalisation needs."""
+    """Return the smallest batch that is divided among ranks: two rows per rank, for batch normalization."""
     return 2 * ranks.count if ranks.count > 1 else 1
 
 
 def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
-    """Refuse what several ranks cannot do together."""
+    """Check that a recipe can be trained on several ranks.
+
+    Raises:
+        RecipeError: it cannot.
+    """
     if ranks.count == 1:
         return
     if recipe.batch_size < fewest_rows(ranks):
         raise RecipeError(
             f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
-            f"{fewest_rows(ranks)}, two rows for each"
+            f"{fewest_rows(ranks)}, two rows per rank"
         )
     coupled = recipe.objective.needs().whole_batch
     if coupled and recipe.online:
         raise RecipeError(
             f"method {recipe.method!r} relates all samples of a batch ({', '.join(coupled)}), so every rank "
-            "needs the teachers' answers to the whole batch, but live teachers see one rank's rows: leave "
-            "--online out, or train in one process"
+            "needs the teachers' outputs for the whole batch, but live teachers run on one rank's rows: "
+            "leave --online out, or train in one process"
         )

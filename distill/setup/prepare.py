@@ -1,4 +1,4 @@
-"""From a recipe to a setup: everything opened, and refused what cannot be trained."""
+"""Setup of a run: a recipe's sources, stores and targets, opened and checked."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from coursepack.distill.setup.checks import (
     fewest_rows,
 )
 from coursepack.distill.setup.requirements import check_needs
-from coursepack.distill.targets.opening import open_targets, open_teacher_stores
-from coursepack.distill.targets.stores import OnlineTargets, free_memory, live_teachers
+from coursepack.distill.targets.live import OnlineTargets, live_teachers
+from coursepack.distill.targets.reading import free_memory
+from coursepack.distill.targets.teacher_stores import open_targets, open_teacher_stores
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,56 +41,57 @@ if TYPE_CHECKING:
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.objective import Objective
     from coursepack.distill.recipe import TrainRecipe
-    from coursepack.distill.targets.stores import CachedTargets, TargetSource
+    from coursepack.distill.targets.base import TargetSource
+    from coursepack.distill.targets.stores import CachedTargets
     from coursepack.models import Network
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe opened and checked, before the first step."""
+    """Recipe with its opened and checked sources, stores and targets."""
 
     recipe: TrainRecipe
     source: Source
     evaluation: Source
     samples: Samples
     views: tuple[int, ...] | None
-    """Views taken in turn, one per epoch; None means epoch e takes view e."""
+    """Views, used in turn; None means a new view every epoch."""
     targets: TargetSource | None
     readers: tuple[StoreReader, ...]
     window: Window | None
-    """How samples are ordered when the stores do not fit into memory."""
+    """Window within which samples are shuffled if the stores do not fit into memory."""
     device: torch.device
     drift: tuple[str, ...] = ()
     """Drift detected in the stores' views and accepted with `--allow-drift`."""
     images: torch.Tensor | None = None
-    """The source's images on the device, where views are rendered there."""
+    """Images of the source on the device, if views are rendered there."""
     ranks: Ranks = ALONE
-    """The processes that train together."""
+    """Rank of this process."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
 
     def views_of_epoch(self, epoch: int) -> list[int]:
-        """Return the views of every sample in an epoch."""
+        """Return the views of each sample in an epoch."""
         each = self.recipe.views_per_load
         return [self._view(turn) for turn in range(epoch * each, (epoch + 1) * each)]
 
     def _view(self, turn: int) -> int:
         if self.views is None:
             return turn
-        time_round, place = divmod(turn, len(self.views))
+        time_round, index = divmod(turn, len(self.views))
         if self.recipe.view_order == "cyclic":
-            return self.views[place]
+            return self.views[index]
         views = np.array(self.views, dtype=np.int64)
-        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[place])
+        return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[index])
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the given one on; tells the targets what will be needed next.
+        """Yield the batches of an epoch from batch `first` on, and prefetch the targets that follow.
 
-        Of several ranks each gets its share of every batch. A last batch with fewer than two rows for each is
-        not divided: all ranks work it through whole.
+        With several ranks, each gets its share of every batch. A last batch with fewer than two rows per rank
+        is not divided; every rank processes it whole.
         """
         views = self.views_of_epoch(epoch)
         order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
@@ -105,7 +107,7 @@ class Setup:
             first=first,
             part=self.ranks.part,
         ):
-            whole = batch.whole or batch
+            whole = batch.global_batch or batch
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
                 for view in views:
@@ -117,17 +119,17 @@ class Setup:
             done += len(whole) // len(views)
 
     def sizes(self, students: Sequence[Network]) -> list[int]:
-        """Return the sides in pixels at which students and live teachers need the views."""
+        """Return the image sizes in pixels at which students and live teachers need the views."""
         sizes = {student.preprocessing.size for student in students}
         if isinstance(self.targets, OnlineTargets):
             sizes |= {runner.network.preprocessing.size for runner in self.targets.runners}
         return sorted(sizes)
 
     def student(self, recipe: TrainRecipe) -> Network:
-        """Build a fresh student of a recipe on the same source.
+        """Build the student of a recipe for this setup's source, with newly initialized weights.
 
         Raises:
-            UnknownName, RecipeError: it cannot be built, or cannot take the source's images.
+            UnknownName, RecipeError: the student cannot be built, or does not accept the source's images.
         """
         student = build_student(recipe, self.source)
         check_student(student, self.source)
@@ -136,7 +138,7 @@ class Setup:
         return student
 
     def objective(self, recipe: TrainRecipe, student: Network) -> Objective:
-        """Build a recipe's objective for a student and the setup's teachers."""
+        """Build a recipe's objective for a student and this setup's teachers."""
         return build_objective(
             recipe.objective,
             student,
@@ -156,23 +158,23 @@ def prepare(
     *,
     trust_code: bool = False,
 ) -> Setup:
-    """Open what a recipe names, and refuse what cannot be trained.
+    """Open the sources and stores of a recipe, and check that it can be trained.
 
-    All ranks read their stores in the same way, one that each has the memory for.
+    All ranks read their stores in the same way, chosen to fit the memory of every rank.
 
     Args:
-        recipe: whose batches and stores they are.
-        device: where to train.
-        ranks: who trains together.
-        others: recipes of further students of the same batches and stores.
-        trust_code: run live teachers even if their stores name Python code for them.
+        recipe: the recipe.
+        device: device to train on.
+        ranks: rank of this process.
+        others: recipes of further students that train on the same batches and stores.
+        trust_code: allow stores to name Python code for live teachers.
 
     Raises:
         UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
-        StoreMismatch: stores of different views or sources, or of another source than the recipe's.
-        StoreNotFound, StoreIncomplete, StoreDamaged: a store that cannot be read.
-        SourceError: a source's files are missing or damaged.
-        RecipeError, UnknownName: fields that do not fit together.
+        StoreMismatch: stores have different views or sources, or another source than the recipe.
+        StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
+        SourceError: files of a source are missing or damaged.
+        RecipeError, UnknownName: fields do not fit together, or a name is unknown.
     """
     root = None if recipe.root is None else Path(recipe.root)
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
@@ -213,16 +215,16 @@ def prepare(
 def _cached_targets(
     recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
 ) -> CachedTargets:
-    """Open everything that the recipes read in the stores of the first."""
+    """Open the arrays that any of the recipes reads, in the stores of `recipe`."""
     stores = open_teacher_stores(recipe.stores, source=source, view=recipe.view, root=recipe.root)
-    asked = []
+    arrays = []
     for each in recipes:
         check_needs(each.method, each.objective, stores.readers, each.view, each.root)
-        asked.append(read_arrays(each, source, stores.readers))
-    free = min(ranks.gathered(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
+        arrays.append(read_arrays(each, source, stores.readers))
+    free = min(ranks.all_gather(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
     return open_targets(
         stores,
-        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*asked, strict=True)],
+        [list(dict.fromkeys(itertools.chain(*of_store))) for of_store in zip(*arrays, strict=True)],
         views=recipe.views,
         device=device,
         reading=recipe.reading,
@@ -232,7 +234,7 @@ def _cached_targets(
 
 
 def provenance(setup: Setup) -> dict[str, Any]:
-    """Return where a run's targets come from, and the software and hardware that run it."""
+    """Return a run's provenance: fingerprints of its data, library versions and device."""
     stores = [
         {
             "path": str(reader.path.resolve()),
@@ -256,18 +258,18 @@ def provenance(setup: Setup) -> dict[str, Any]:
     }
 
 
-def opening(setup: Setup) -> str:
+def describe_setup(setup: Setup) -> str:
     """Return the line that a run prints before its first step."""
     recipe = setup.recipe
     teachers = ", ".join(reader.name for reader in setup.readers)
-    said = (
+    text = (
         f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
     )
     if setup.readers:
         how = "live" if recipe.online else f"from their stores ({setup.readers[0].reading})"
-        said += f", teachers {teachers} {how}"
+        text += f", teachers {teachers} {how}"
     if setup.views is None:
-        return f"{said}; a new view every epoch"
+        return f"{text}; a new view every epoch"
     each = recipe.views_per_load
     round_trip = -(-len(setup.views) // each)
     order, again = {
@@ -276,4 +278,4 @@ def opening(setup: Setup) -> str:
     }[recipe.view_order]
     repeats = "" if recipe.epochs <= round_trip else f", all seen again {again} after {round_trip} epochs"
     per_epoch = "one" if each == 1 else f"{each} of every sample"
-    return f"{said}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"
+    return f"{text}; {len(setup.views)} views {order}, {per_epoch} per epoch{repeats}"

@@ -1,4 +1,4 @@
-"""What an objective needs of its stores, and the command that would add what is missing."""
+"""Requirements of an objective on its stores, and the `precompute run` command that adds missing arrays."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import FeaturePair
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
-from coursepack.distill.targets.stores import FEATURES
+from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
-from coursepack.models.build import WEIGHTS_FILE, own_preprocessing
+from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.load import own_preprocessing
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
@@ -34,20 +35,21 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 
 
 def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
-    """Find the pairs of features of every term: those that are given, or by depth.
+    """Return the pairs of taps and student layers of every term, as configured or chosen by depth.
 
-    By depth, teachers are spread over the student's groups from shallow to deep, and each gives the tap of
-    its store that is as deep in it; where there is none, the pair names the block that it should have tapped.
+    By depth, teachers are spread over the student's blocks from shallow to deep, and each contributes the
+    stored tap at the same relative depth. If a store has no usable tap, the pair names the teacher's block at
+    that depth.
 
     Raises:
-        RecipeError: a pair names a teacher that is not there.
+        RecipeError: a configured pair names a teacher that does not exist.
     """
-    found: Pairs = {}
+    pairs: Pairs = {}
     for key, term in config.all_terms().items():
         needs = LOSSES[term.term].needs(term).pairs
         if needs is not None:
-            found[key] = _pairs(f"terms.{key}", needs, readers, student)
-    return found
+            pairs[key] = _pairs(f"terms.{key}", needs, readers, student)
+    return pairs
 
 
 def _pairs(
@@ -62,18 +64,18 @@ def _pairs(
                 )
         return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
     groups = list(needs.layers) or blocks(student.module)
-    found = []
+    pairs = []
     for index, reader in enumerate(readers):
         group = depth_group(index, len(readers), len(groups))
         depth = group / max(1, len(groups) - 1)
-        found.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
-    return found
+        pairs.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
+    return pairs
 
 
 def depth_group(teacher: int, teachers: int, groups: int) -> int:
-    """Return the student's group that a teacher guides; teachers are spread evenly from shallow to deep.
+    """Return the index of the student group that a teacher guides, spread evenly from shallow to deep.
 
-    One teacher guides the middle, as in FitNets.
+    A single teacher guides the middle group, as in FitNets.
 
     >>> [depth_group(teacher, 3, 4) for teacher in range(3)]
     [0, 2, 3]
@@ -84,7 +86,7 @@ def depth_group(teacher: int, teachers: int, groups: int) -> int:
 
 
 def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
-    """The stored tap at a relative depth (0 to 1), or the teacher's block there."""
+    """Return the stored tap at a relative depth (0 to 1), or else the teacher's block at that depth."""
     module = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
     taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
     usable = [name for name in taps if tap_from_name(name).reduction in reductions]
@@ -95,7 +97,7 @@ def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
 
 
 def _untrained(spec: str, classes: int) -> nn.Module | None:
-    """A teacher's network, to name its layers; none of a user's own, whose code a store must not run."""
+    """Return a teacher's network for its layer names; None for user code, which stores must not run."""
     if spec.startswith("python:"):
         return None
     try:
@@ -112,10 +114,10 @@ def needed_arrays(
     logits: bool,
     root: str | None,
 ) -> list[list[str]]:
-    """What is read of each store.
+    """Return the names of the arrays to read from each store.
 
     Raises:
-        RecipeError: a store does not hold it; the text has the command that adds it.
+        RecipeError: an array is not stored; the message has the command that adds it.
     """
     arrays = [[LOGITS] if logits else [] for _ in readers]
     for index, tap, _ in itertools.chain(*pairs.values()):
@@ -124,12 +126,12 @@ def needed_arrays(
             arrays[index].append(name)
     missing = []
     for reader, names in zip(readers, arrays, strict=True):
-        lacking = [name for name in names if name not in reader.manifest.arrays]
-        if lacking:
-            taps = [_tap_text(name.removeprefix(FEATURES)) for name in lacking]
+        absent = [name for name in names if name not in reader.manifest.arrays]
+        if absent:
+            taps = [_tap_text(name.removeprefix(FEATURES)) for name in absent]
             missing.append(
-                f"store {str(reader.path)!r} has no {', '.join(map(repr, lacking))}\n"
-                f"  {precompute_line(reader, root, taps=taps)}"
+                f"store {str(reader.path)!r} has no {', '.join(map(repr, absent))}\n"
+                f"  {precompute_command(reader, root, taps=taps)}"
             )
     if missing:
         raise RecipeError(
@@ -139,7 +141,7 @@ def needed_arrays(
 
 
 def _tap_text(name: str) -> str:
-    """A tap as a flag says it."""
+    """Return a tap as a value of `--tap`."""
     tap = tap_from_name(name)
     text = "+".join(tap.layers)
     if tap.reduction == "map" and tap.size is None:
@@ -154,27 +156,26 @@ def shaped_pairs(
     student: Network,
     channels: int,
 ) -> dict[str, tuple[FeaturePair, ...]]:
-    """Return the pairs of every term with their shapes.
+    """Return the pairs of every term with the shapes of their features.
 
     Raises:
-        RecipeError: features that are neither maps nor vectors, or of a reduction that the term cannot
-            compare.
-        UnknownName: a layer that the student does not have.
+        RecipeError: features are neither maps nor vectors, or the term does not support their reduction.
+        UnknownName: a layer does not exist in the student.
     """
     layers = sorted({layer for _, _, layer in itertools.chain(*pairs.values())})
     if not layers:
         return {}
     shapes = probe_student(student, channels, layers).features
     terms = config.all_terms()
-    found = {}
+    shaped = {}
     for key, of_term in pairs.items():
         needs = LOSSES[terms[key].term].needs(terms[key]).pairs
         assert needs is not None
-        found[key] = tuple(_shaped(key, needs, readers, shapes, *pair) for pair in of_term)
-    return found
+        shaped[key] = tuple(_with_shapes(key, needs, readers, shapes, *pair) for pair in of_term)
+    return shaped
 
 
-def _shaped(
+def _with_shapes(
     key: str,
     needs: PairNeeds,
     readers: Sequence[StoreReader],
@@ -184,10 +185,10 @@ def _shaped(
     layer: str,
 ) -> FeaturePair:
     reader = readers[index]
-    theirs = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
+    teacher_shape = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
     usable = tap_from_name(tap).reduction in needs.reductions
     for side, shape in (
-        (f"{tap!r} of store {str(reader.path)!r}", theirs),
+        (f"{tap!r} of store {str(reader.path)!r}", teacher_shape),
         (f"layer {layer!r} of the student", shapes[layer]),
     ):
         if len(shape) not in (1, 3) or not usable:
@@ -195,11 +196,11 @@ def _shaped(
                 f"term {key!r} cannot compare {side} (shape {shape}): it takes vectors (D,) and maps "
                 f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
             )
-    return FeaturePair(index, tap, layer, theirs, shapes[layer])
+    return FeaturePair(index, tap, layer, teacher_shape, shapes[layer])
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
-    """`check_needs` of a recipe."""
+    """Check a recipe's objective with `check_needs`."""
     check_needs(recipe.method, recipe.objective, readers, recipe.view, recipe.root)
 
 
@@ -210,10 +211,10 @@ def check_needs(
     view: ViewRecipe,
     root: str | None,
 ) -> None:
-    """Refuse what the objective's numbers ask of stores and views in vain.
+    """Check that stores and views meet the needs of an objective.
 
     Raises:
-        RecipeError: the text says what to do.
+        RecipeError: they do not; the message has a remedy.
     """
     if not isinstance(objective.adjustment, str) and len(objective.adjustment) != len(readers):
         raise RecipeError(
@@ -225,22 +226,22 @@ def check_needs(
     if needs.one_label and view.mix is not None:
         raise RecipeError(
             f"{needs.one_label}, but the view mixes images: a mixed image has two "
-            "labels and no answer to it is wrong. Use stores of a view without mix, or "
+            "labels, so no prediction is wrong. Use stores of a view without mix, or "
             "--set objective.adjustment=none"
         )
     if needs.dense_logits:
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
-                line = precompute_line(reader, root, store=dense, encoding="float16")
+                line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
-                    f"{str(reader.path)!r} keeps the largest alone (topk). Write a dense store with\n"
-                    f"  {line}\nor use CWSM, which looks at the student only: --method dtd-cwsm"
+                    f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
+                    f"  {line}\nor use CWSM, which reads only the student: --method dtd-cwsm"
                 )
 
 
-def precompute_line(
+def precompute_command(
     reader: StoreReader,
     root: str | None,
     *,
@@ -248,7 +249,7 @@ def precompute_line(
     store: Path | None = None,
     encoding: str | None = None,
 ) -> str:
-    """The `precompute run` that writes such a store again, or adds taps to it."""
+    """Return the `precompute run` command that writes a store again, or adds taps to it."""
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
     words = ["precompute", "run"]
@@ -258,10 +259,10 @@ def precompute_line(
     else:
         spec = teacher["network"]
         words += ["--teacher", spec, "--weights", str(weights or "FILE")]
-    words += _pixel_words(spec, teacher["preprocessing"])
+    words += _pixel_options(spec, teacher["preprocessing"])
     words += ["--source", manifest.identity["source"]["name"]]
     words += [] if root is None else ["--root", root]
-    words += [*_view_words(manifest), "--views", str(manifest.views)]
+    words += [*_view_options(manifest), "--views", str(manifest.views)]
     words += [] if teacher.get("columns") is None else ["--classes", "FILE"]
     logits = encoding or manifest.arrays[LOGITS].encoding.name
     words += [] if logits == "float16" else ["--encoding", logits]
@@ -271,8 +272,8 @@ def precompute_line(
     return shlex.join(words)
 
 
-def _pixel_words(spec: str, stored: Mapping[str, Any]) -> list[str]:
-    """The flags for what a teacher saw that is not, or may not be, what it expects by itself."""
+def _pixel_options(spec: str, stored: Mapping[str, Any]) -> list[str]:
+    """Return options for the teacher's preprocessing if it differs from the network's or is unknown."""
     try:
         own = own_preprocessing(spec)
     except CoursepackError:
@@ -286,7 +287,7 @@ def _pixel_words(spec: str, stored: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _view_words(manifest: Manifest) -> list[str]:
+def _view_options(manifest: Manifest) -> list[str]:
     recipe = ViewRecipe.model_validate(manifest.identity["view"]["recipe"])
     for name, preset in PRESETS.items():
         if preset.model_copy(update={"seed": recipe.seed}) == recipe:

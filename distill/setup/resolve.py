@@ -1,4 +1,4 @@
-"""From the fields that someone gave to a whole recipe: what stores and method say fills the gaps."""
+"""Resolution of recipes: fields that are not given are filled in from the stores and the method."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec, open_stored
 from coursepack.data.sources.fake import stand_in
 from coursepack.data.views import stored_view
-from coursepack.distill.recipe import TrainRecipe, resolve_objective
+from coursepack.distill.methods import METHODS
+from coursepack.distill.recipe import TrainRecipe, objective_values, resolve_objective
 from coursepack.distill.renamed import check_renamed
 from coursepack.distill.targets.stores import open_stores
 from coursepack.errors import RecipeError
 from coursepack.imports import check_trusted
 
 
-def complete(
+def resolve_recipe(
     values: dict[str, Any], where: str, *, smoke: bool = False, trust_code: bool = False
 ) -> TrainRecipe:
-    """Fill in what the stores and the method say, and check the whole; for a smoke run open nothing.
+    """Return a complete recipe from plain values, with missing fields taken from the stores and the method.
+
+    Args:
+        values: recipe fields; changed in place.
+        where: file or command that the fields came from, for error messages.
+        smoke: open neither stores nor sources, for a smoke run.
+        trust_code: allow stores to name Python code for sources and views.
 
     Raises:
-        UntrustedCode: a store names Python code for a source or a view that the values leave out, and
+        UntrustedCode: a store names Python code for a source or view that `values` leaves out, and
             `trust_code` is false.
-        RecipeError: something is missing, unknown or out of range.
+        RecipeError: a field is missing, unknown or out of range.
     """
     if isinstance(values.get("view"), str):
         values["view"] = view_recipe(values["view"])
     check_renamed(values, where)
-    check_given(TrainRecipe, values, where)
+    _check_fields(values, where)
     if "student" not in values:
         raise RecipeError("there is no student: give --student NAME, or a recipe file")
     stores = values.get("stores") or ()
-    values.setdefault("method", "kd" if stores else "supervised")
-    kept = None
+    values.setdefault("method", _usual_method(values))
+    stored_root = None
     if stores and not smoke:
         first = open_stores(stores)[0]
         identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
@@ -45,17 +52,17 @@ def complete(
         if "view" not in values:
             values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
         if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
-            kept = first.manifest.source_root
+            stored_root = first.manifest.source_root
     if "source" not in values:
         raise RecipeError("there is nothing to train on: give --source NAME[:SPLIT], or --store")
     root = Path(values["root"]) if values.get("root") else None
     if smoke:
         classes = len(open_source(stand_in(values["source"])).class_names)
     else:
-        source = open_stored(values["source"], root, kept)
+        source = open_stored(values["source"], root, stored_root)
         values["source"], classes = source.name, len(source.class_names)
-        if root is None and kept is not None:
-            root, values["root"] = Path(kept), kept
+        if root is None and stored_root is not None:
+            root, values["root"] = Path(stored_root), stored_root
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
     values.setdefault("evaluation", evaluation_spec(values["source"]))
@@ -64,3 +71,18 @@ def complete(
     if "view" not in values:
         raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
     return parse_config(TrainRecipe, values, where)
+
+
+def _usual_method(values: dict[str, Any]) -> str:
+    return "kd" if values.get("stores") else "supervised"
+
+
+def _check_fields(values: dict[str, Any], where: str) -> None:
+    """Check the given fields before anything is opened.
+
+    Fields of the objective are checked together with the method's defaults, which they may replace in part.
+    """
+    changes, method = values.get("objective"), values.get("method", _usual_method(values))
+    if isinstance(changes, dict) and method in METHODS:
+        changes = objective_values(method, changes, classes=1)
+    check_given(TrainRecipe, values if changes is None else {**values, "objective": changes}, where)

@@ -1,4 +1,4 @@
-"""Outputs of a student: its logits, watched layers and the input of its head, and their shapes."""
+"""Outputs of a student that training reads: logits, watched layers and embedding, and their shapes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 UNFIT = (RuntimeError, AssertionError)
-"""Errors that networks raise for images of a size that they are not made for; vision transformers assert."""
+"""Exceptions that networks raise for images of an unsupported size; vision transformers use assertions."""
 
 
 def wrong_size(network: Network, error: Exception) -> RecipeError:
-    """Return the error for a student that raised one of `UNFIT` for an image."""
+    """Return the error to raise for a student that raised one of `UNFIT`."""
     size = network.preprocessing.size
     return RecipeError(
         f"student {network.spec!r} cannot take views of {size} x {size} pixels: {error}. Choose another "
@@ -35,31 +35,33 @@ def wrong_size(network: Network, error: Exception) -> RecipeError:
 def watched(
     network: Network, layers: Sequence[str], *, embedding: bool, embedding_layer: str | None = None
 ) -> Iterator[Callable[[Tensor], StudentOutput]]:
-    """Capture outputs of layers, and an embedding of each sample, on the forward pass inside the context.
+    """Capture outputs of layers, and optionally an embedding, during a forward pass inside the context.
 
     Args:
         network: the student.
-        layers: dotted names of layers whose outputs are wanted.
-        embedding: true if an embedding of each sample is wanted.
-        embedding_layer: the layer, among `layers`, whose maximum over positions is the embedding; None means
-            the input of the last linear layer.
+        layers: dotted names of the layers to capture.
+        embedding: capture an embedding of each sample.
+        embedding_layer: layer, among `layers`, whose maximum over positions is the embedding; None means the
+            input of the last linear layer.
 
     Yields:
-        A function from the student's logits to the whole output, to be called once the pass is over.
+        A function that takes the student's logits after the forward pass and returns the student's output.
     """
-    read: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     with ExitStack() as stack:
-        caught = stack.enter_context(tapped(network.module, layers))
+        captured = stack.enter_context(tapped(network.module, layers))
         if embedding and embedding_layer is None:
-            handle = _head(network).register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
+            handle = _head(network).register_forward_pre_hook(
+                lambda _module, inputs: head_inputs.append(inputs[0])
+            )
             stack.callback(handle.remove)
 
         def output(logits: Tensor) -> StudentOutput:
-            found = read[-1] if read else None
+            vectors = head_inputs[-1] if head_inputs else None
             if embedding and embedding_layer is not None:
-                features = caught[embedding_layer]
-                found = features.flatten(2).amax(2) if features.ndim > 2 else features
-            return StudentOutput(logits, found, caught)
+                features = captured[embedding_layer]
+                vectors = features.flatten(2).amax(2) if features.ndim > 2 else features
+            return StudentOutput(logits, vectors, captured)
 
         yield output
 
@@ -68,8 +70,8 @@ def _head(network: Network) -> nn.Linear:
     heads = [module for module in network.module.modules() if isinstance(module, nn.Linear)]
     if not heads or heads[-1].out_features != network.classes:
         raise RecipeError(
-            f"student {network.spec!r} does not end in a linear layer of {network.classes} classes: say "
-            "which layer represents a sample with --set objective.fusion.layer=LAYER"
+            f"student {network.spec!r} does not end in a linear layer of {network.classes} classes: name "
+            "the layer that represents a sample with --set objective.fusion.layer=LAYER"
         )
     return heads[-1]
 
@@ -80,7 +82,7 @@ class StudentShapes:
 
     logits: tuple[int, ...]
     embedding_width: int
-    """D of the embedding; 0 if none was asked for."""
+    """Width D of the embedding; 0 if it was not requested."""
     features: dict[str, tuple[int, ...]]
     """Shape of each watched layer's output by layer name."""
 
@@ -94,12 +96,12 @@ def probe_student(
     embedding: bool = False,
     embedding_layer: str | None = None,
 ) -> StudentShapes:
-    """Run one black image, and return the shapes of everything that training reads of the student.
+    """Return the shapes of a student's outputs, from a forward pass on one black image.
 
     Raises:
-        UnknownName: a layer that the student does not have.
-        RecipeError: a size that it cannot take, a layer that does not run, or no usable embedding: an output
-            that is neither a vector nor a map.
+        UnknownName: a layer does not exist in the student.
+        RecipeError: the student does not support its image size, a layer is not run, or the embedding layer's
+            output is neither a vector nor a map.
     """
     module, size = network.module, network.preprocessing.size
     device = next(module.parameters()).device
@@ -133,11 +135,11 @@ def probe_student(
 
 
 def blocks(module: nn.Module) -> list[str]:
-    """Return the names of a network's parts, shallow to deep: its children with weights, without the head."""
-    parts = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
-    return parts[:-1] or parts
+    """Return the names of a network's blocks, shallow to deep: children with parameters, except the head."""
+    names = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    return names[:-1] or names
 
 
 def depth_of(module: nn.Module) -> dict[str, int]:
-    """Return every submodule's position in the order of the network."""
+    """Return the index of every submodule in the order of definition, by name."""
     return {name: index for index, (name, _) in enumerate(module.named_modules()) if name}

@@ -1,1 +1,1 @@
-"""Sources of the teachers' targets: stores, or the teachers run live."""
+"""Sources of the teachers' targets: stores, or teachers run live."""

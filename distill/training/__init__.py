@@ -1,1 +1,1 @@
-"""The training loop: step, state, optimizer, schedule, checkpoints, evaluation, distributed processes."""
+"""Training loop: step, state, optimizer, learning-rate schedule, checkpoints, metrics and evaluation."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on, to the last bit, from between two steps."""
+"""Checkpoints: the complete state of a run between two steps, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ if TYPE_CHECKING:
     from coursepack.distill.training.state import TrainState
 
 CHECKPOINT_FILE = "checkpoint.pt"
-PARTS = {"version", "identity", "position", "state", "metrics"}
+KEYS = {"version", "identity", "position", "state", "metrics"}
 VERSION = 2
-"""Version 1 did not hold the identity of its run, so that a checkpoint of another run could be taken."""
+"""Format version. Version 1 had no identity, so a checkpoint of another run could not be detected."""
 
 
 @dataclass
 class Position:
-    """How far a run is."""
+    """Progress of a run."""
 
     epoch: int = 0
+    """Index of the current epoch."""
     batches: int = 0
-    """Batches of the epoch that are done."""
+    """Number of completed batches of the epoch."""
     seconds: float = 0.0
-    """Time that they took."""
+    """Training time of these batches."""
     best: float | None = None
-    """The best accuracy of an evaluation so far."""
+    """Best evaluation accuracy so far."""
     stale: int = 0
-    """Evaluations since then."""
+    """Number of evaluations since the best one."""
 
 
-class _StatedPosition(Config):
-    """A position as a file gives it."""
+class _PositionConfig(Config):
+    """Schema of a position read from a file."""
 
     epoch: Annotated[int, Field(ge=0)]
     batches: Annotated[int, Field(ge=0)]
@@ -56,14 +57,14 @@ class _StatedPosition(Config):
 def save_checkpoint(
     folder: Path, position: Position, state: TrainState, metrics: EpochMetrics, identity: dict[str, Any]
 ) -> None:
-    """Write a run's checkpoint; a kill leaves the old one or the new one. Of several ranks the first does.
+    """Write a run's checkpoint atomically. All ranks must call it; only the first one writes.
 
     Args:
         folder: the run's folder.
-        position: how far the run is.
-        state: the student in training.
-        metrics: sums of the epoch so far.
-        identity: everything that determines the run, as plain values; `check_identity` compares it.
+        position: progress of the run.
+        state: state of the student.
+        metrics: metrics of the epoch so far.
+        identity: everything that determines the run, as plain values; compared by `check_identity`.
     """
     content = {
         "version": VERSION,
@@ -80,10 +81,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote; None where there is none. Nothing is unpickled but plain values.
+    """Return the checkpoint in a folder, or None if there is none.
+
+    Only tensors and plain values are unpickled (`weights_only=True`).
 
     Raises:
-        RunError: it cannot be read, or is of another version.
+        RunError: the checkpoint cannot be read, or has another version.
     """
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
@@ -100,10 +103,10 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     version = state.get("version")
     if type(version) is not int or version != VERSION:
         raise RunError(
-            f"checkpoint {str(path)!r} is of version {version!r:.40}, expected {VERSION}: finish the "
-            "run with the version that began it, or train again with --overwrite"
+            f"checkpoint {str(path)!r} has version {version!r:.40}, expected {VERSION}: finish the "
+            "run with the release that started it, or train again with --overwrite"
         )
-    if missing := PARTS - state.keys():
+    if missing := KEYS - state.keys():
         raise _damaged(folder, f"it has no {', '.join(sorted(missing))}")
     return state
 
@@ -117,21 +120,21 @@ def restore(
     epochs: int,
     batches: int,
 ) -> Position:
-    """Put a student and its metrics where a checkpoint has them, and return the position.
+    """Restore a student and its metrics from a checkpoint, and return the run's position.
 
     Args:
         folder: the run's folder.
         content: a result of `load_checkpoint`.
-        state: the student in training; changed in place.
-        metrics: sums of the epoch; changed in place.
-        epochs: epochs of the run.
-        batches: batches of an epoch.
+        state: state of the student; changed in place.
+        metrics: metrics of the epoch; changed in place.
+        epochs: number of epochs of the run.
+        batches: number of batches per epoch.
 
     Raises:
-        RunError: the checkpoint is not one of this run.
+        RunError: the checkpoint is damaged or does not fit this run.
     """
     try:
-        stated = parse_config(_StatedPosition, content["position"], "its position")
+        stated = parse_config(_PositionConfig, content["position"], "its position")
         position = Position(**stated.model_dump())
         if position.epoch >= epochs or position.batches > batches:
             raise ValueError(f"it is in epoch {position.epoch} after {position.batches} batches")
@@ -144,36 +147,36 @@ def restore(
 
 
 def check_identity(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was written by another run than the one at hand.
+    """Check that a checkpoint was written by this run.
 
     Args:
-        folder: of the run.
-        state: from `load_checkpoint`.
-        identity: what determines the run at hand.
+        folder: the run's folder.
+        state: a result of `load_checkpoint`.
+        identity: everything that determines this run, as plain values.
 
     Raises:
-        RunError: the text says what differs.
+        RunError: the checkpoint belongs to another run; the message shows the differences.
     """
     held = state["identity"]
     if not isinstance(held, str) or held != canonical_json(identity):
         try:
             table = difference_table(parse_json(held), identity, "checkpoint", "this run")
         except (ValueError, TypeError, AttributeError) as error:
-            raise _damaged(folder, "it does not say which run it is of") from error
+            raise _damaged(folder, "its identity cannot be read") from error
         raise RunError(
-            f"checkpoint {str(folder / CHECKPOINT_FILE)!r} is of another run.\n{table}\n"
-            "Resume with what it was written with, or train again with --overwrite."
+            f"checkpoint {str(folder / CHECKPOINT_FILE)!r} belongs to another run.\n{table}\n"
+            "Resume with the values in the checkpoint, or train again with --overwrite."
         )
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the file's checksums, which torch writes but does not look at."""
+    """Verify the checksums of the file's entries, which torch writes but does not verify."""
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("it is compressed, as torch writes none")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, but torch writes uncompressed files")
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+        raise ValueError(f"the checksum of its entry {damaged!r} is wrong")
 
 
 def _damaged(folder: Path, fault: str) -> RunError:

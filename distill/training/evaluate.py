@@ -1,4 +1,4 @@
-"""How well a network does on a source, without augmentation."""
+"""Evaluation of a network on a source without augmentation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,19 @@ def evaluate(
     meter: Meter | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Accuracy (top-1, and top-5 where there are more than five classes), NLL in nats, calibration error.
+    """Return the accuracy, negative log-likelihood in nats and calibration error of a network on a source.
 
-    Images are seen under `evaluation_view`; `renderer` renders them ahead. Computed in float32; sums stay on
-    the device until the last batch is asked for, so that no batch waits for the one before. Of several ranks
-    each looks at its share of every batch, and all are told the facts of the whole.
+    Top-5 accuracy is included for more than five classes. Metrics are computed in float32 and accumulated on
+    the device, so batches do not wait for each other. With several ranks, each evaluates its share of every
+    batch and all return the metrics of the whole source.
+
+    Args:
+        network: the network; evaluated in eval mode and restored to its mode.
+        source: images and labels, rendered with `evaluation_view`.
+        device: device of the network.
+        renderer: renders batches ahead in worker processes; None renders in this process.
+        meter: progress display.
+        ranks: processes that share the evaluation.
     """
     module = network.module
     was_training = module.training
@@ -50,23 +58,23 @@ def evaluate(
     of_all = batches(
         source, recipe, samples, views=[0], batch_size=BATCH_SIZE, device=device, part=ranks.part
     )
-    several = (batch for batch in of_all if len(batch))
-    for batch in several if renderer is None else renderer.ahead(several):
+    nonempty = (batch for batch in of_all if len(batch))
+    for batch in nonempty if renderer is None else renderer.ahead(nonempty):
         logits, labels = module(network_input(batch, network.preprocessing)).float(), batch.main_labels
-        found = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
+        sums_of_batch = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
         if "accuracy_top5" in names:
-            found.append(top5_correct(logits, labels))
-        sums += torch.stack([value.double() for value in found])
+            sums_of_batch.append(top5_correct(logits, labels))
+        sums += torch.stack([value.double() for value in sums_of_batch])
         calibration.add(logits, labels)
         if meter is not None:
             meter.advance(len(batch))
     module.train(was_training)
-    ranks.summed(sums)
-    ranks.summed(calibration.sums)
+    ranks.all_reduce_sum(sums)
+    ranks.all_reduce_sum(calibration.sums)
     values = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
     return {**values, "calibration_error": calibration.error()}
 
 
 def evaluation_view(source: Source) -> ViewRecipe:
-    """How a source is looked at without augmentation: small images whole, image files cut to their middle."""
+    """Return the view recipe for evaluation: whole images for small ones, a center crop for image files."""
     return PRESETS["none"] if source.whole is not None else PRESETS["eval"]

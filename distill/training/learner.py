@@ -1,4 +1,4 @@
-"""A learner: one student and its objective, with everything that is trained for them."""
+"""Learner: one student and its objective as a single module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.objective import Objective, ObjectiveValue
-    from coursepack.distill.targets.stores import Targets
+    from coursepack.distill.targets.base import Targets
     from coursepack.models import Network
     from coursepack.models.preprocessing import Preprocessing
 
@@ -33,7 +33,7 @@ class LearnerOutput:
 
 
 class Learner(nn.Module):
-    """One student and its objective. Optimizer, checkpoints and gradient averaging see them as one module."""
+    """Module that holds one student and its objective, so that optimizers and checkpoints cover both."""
 
     def __init__(
         self,
@@ -44,15 +44,15 @@ class Learner(nn.Module):
         compiled: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Join a student and its objective.
+        """Initialize the learner.
 
         Args:
             network: the student.
-            objective: its loss.
+            objective: the student's objective.
             precision: autocast precision of the student's forward and backward pass; None means float32. The
-                objective computes in float32 whatever it is.
-            compiled: train the student through `torch.compile`.
-            ranks: the processes that train it together, each on its own rows.
+                objective always computes in float32.
+            compiled: compile the student with `torch.compile`.
+            ranks: the processes that train this student, each on its own rows.
         """
         super().__init__()
         self.network = network
@@ -62,48 +62,49 @@ class Learner(nn.Module):
         self.ranks = ranks
 
     def begin_epoch(self, epoch: int) -> None:
-        """Freeze or release what the objective's phases say."""
+        """Start an epoch: freeze or unfreeze parameters as the objective's phases require."""
         self.objective.begin_epoch(epoch)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return everything that is trained, for an optimizer; parts with settings of their own come last."""
+        """Return all parameters in groups for an optimizer; groups with their own settings come last."""
         groups = self.objective.parameter_groups()
         own = {id(value) for group in groups for value in group["params"]}
         rest = [value for value in self.parameters() if id(value) not in own]
         return [{"params": rest}, *(group for group in groups if group["params"])]
 
     def rows_for(self, batch: Batch) -> Batch:
-        """Return the rows that the objective reads: those of all ranks where it couples them."""
-        return batch if batch.whole is None or not self.objective.needs.whole_batch else batch.whole
+        """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples."""
+        couples = bool(self.objective.needs.whole_batch)
+        return batch.global_batch if couples and batch.global_batch is not None else batch
 
     def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
         """Return the student's logits and the objective's value on one batch.
 
         Args:
             batch: the student's rows.
-            targets: targets of `rows_for(batch)`; logits and value are of these rows too.
-            step: epoch and batch, on which schedules and draws depend.
+            targets: teachers' targets for `rows_for(batch)`, the rows of the returned logits and value.
+            step: epoch and batch, on which schedules and random draws depend; defaults to the first.
         """
         inputs = self.inputs(batch, self.predict(batch), targets, step or Step())
         return LearnerOutput(inputs.student.logits, self.objective(inputs))
 
     def predict(self, batch: Batch) -> StudentOutput:
-        """Return the student's output for a batch: logits, and the layers that the objective reads.
+        """Return the student's output for a batch: its logits, and the layers that the objective reads.
 
-        Logits are in the precision of training as long as it is float32, and in float32 otherwise.
+        Outputs computed under autocast are converted to float32.
         """
         layers, needs = self.objective.student_layers, self.objective.needs
         if layers or needs.embedding:
             with watched(
                 self.network, layers, embedding=bool(needs.embedding), embedding_layer=needs.embedding_layer
             ) as output:
-                found = output(self.logits(batch))
+                result = output(self.logits(batch))
         else:
-            found = StudentOutput(self.logits(batch))
-        return found if self.precision is None else found.float()
+            result = StudentOutput(self.logits(batch))
+        return result if self.precision is None else result.float()
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return the student's logits `(N, C)`, in the precision of training."""
+        """Return the student's logits `(N, C)` in the learner's autocast precision."""
         images = network_input(batch, self.network.preprocessing)
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
             logits: Tensor = self.student(images)
@@ -117,22 +118,22 @@ class Learner(nn.Module):
         step: Step,
         peers: tuple[StudentOutput, ...] = (),
     ) -> LossInputs:
-        """Return the objective's inputs, with the rows of all ranks where it couples them."""
+        """Return the objective's inputs; rows of all ranks are gathered if the objective couples samples."""
         rows = self.rows_for(batch)
         if rows is not batch:
             counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
             output, *others = (
-                each.map(lambda own: self.ranks.all_rows(own, counts)) for each in (output, *peers)
+                each.map(lambda own: self.ranks.gather_rows(own, counts)) for each in (output, *peers)
             )
             peers = tuple(others)
         return LossInputs(output, rows.labels, targets, step, samples=rows.samples, peers=peers)
 
 
 def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
-    """Return a network's input for a batch, `(N, channels, size, size)` float32, channels last in memory.
+    """Return a network's input for a batch, `(N, channels, size, size)` float32 in channels-last format.
 
-    In that order a CPU convolves faster, whatever the order of the weights.
+    Convolutions on a CPU are faster in this format, whatever the format of the weights.
     """
     size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
-    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalised(size, *levels)
+    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalized(size, *levels)
     return images.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The training loop over the batches of an epoch."""
+"""Training loop over the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from coursepack.data import Batch
-    from coursepack.distill.targets.stores import Targets, TargetSource
+    from coursepack.distill.targets.base import Targets, TargetSource
     from coursepack.distill.training.learner import LearnerOutput
     from coursepack.distill.training.state import TrainState
 
@@ -28,7 +28,7 @@ def train_epoch(
     *,
     micro_batches: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train every student once on each batch, and return each one's metrics."""
+    """Train every student on each batch, and return the metrics of each student."""
     metrics = [new_metrics(state) for state in states]
     for _ in train_steps(states, batches, targets, metrics, epoch, micro_batches=micro_batches):
         pass
@@ -45,19 +45,19 @@ def train_steps(
     micro_batches: int = 1,
     first: int = 0,
 ) -> Iterator[int]:
-    """Train on the batches of an epoch, or on what is left of them, one step at a time.
+    """Train on the batches of an epoch, or on the rest of it, one step at a time.
 
     Args:
-        states: the students; all see the same batches, and none learns from another.
-        batches: batches of the epoch, from the first that is not done.
-        targets: source of the teachers' targets; None where no objective needs them.
-        metrics: each student's metrics of the epoch, which are added to.
+        states: the students, trained independently on the same batches.
+        batches: batches of the epoch, starting with batch `first`.
+        targets: source of the teachers' targets; None if no objective reads teachers.
+        metrics: metrics of each student, updated in every step.
         epoch: index of the epoch.
-        micro_batches: number of parts that each batch is worked through in.
+        micro_batches: number of micro-batches that each batch is split into.
         first: index of the first batch.
 
     Yields:
-        After every step, the number of batches of the epoch that are done.
+        The number of completed batches of the epoch, after every step.
     """
     by_state = {id(state): each for state, each in zip(states, metrics, strict=True)}
     groups = [[state] for state in states]
@@ -81,11 +81,11 @@ def train_steps(
 
 
 def check_targets(targets: TargetSource | None, views: Sequence[int]) -> None:
-    """Refuse targets that are the cause of a loss that is not finite.
+    """Check whether the teachers' targets are the cause of a loss that is not finite.
 
     Raises:
         StoreDamaged: files of a store were changed while they were read.
-        NonFiniteOutput: targets are not finite.
+        NonFiniteOutput: targets of the given views are not finite.
     """
     if targets is not None:
         targets.check_unchanged()
@@ -93,13 +93,13 @@ def check_targets(targets: TargetSource | None, views: Sequence[int]) -> None:
 
 
 def new_metrics(state: TrainState) -> EpochMetrics:
-    """Return empty metrics of an epoch for a student."""
+    """Return empty epoch metrics for a student."""
     learner = state.learner
     return EpochMetrics(learner.objective.context.teachers, learner.ranks)
 
 
 def teachers_read(states: Sequence[TrainState], step: Step) -> list[int] | None:
-    """Return the indices of the teachers that any of the students reads for a batch; None means all."""
+    """Return the indices of the teachers that at least one student reads in a step; None means all."""
     chosen = {state.learner.objective.chosen_teacher(step) for state in states}
     indices = [index for index in chosen if index is not None]
     return sorted(indices) if len(indices) == len(chosen) else None

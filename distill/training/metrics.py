@@ -1,8 +1,8 @@
-"""What a run tells about an epoch: sums kept on the device, so that no step waits for it.
+"""Training metrics of an epoch, accumulated on the device so that steps do not synchronize with it.
 
-Loss, terms, accuracy, teachers' weights and temperatures are taken from every batch. What would make a step
-longer (NLL, top-5, calibration, agreement with the teachers, how many samples are shifted) is taken from one
-batch in `WATCH_EVERY`, the first among them.
+Loss, terms, accuracy, teachers' weights and temperatures are computed for every batch. Metrics that would
+slow a step down (NLL, top-5 accuracy, calibration, agreement with the teachers, number of shifted samples)
+are computed for one batch in `WATCH_EVERY`, starting with the first.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ if TYPE_CHECKING:
     from coursepack.distill.training.learner import LearnerOutput
 
 WATCH_EVERY = 8
-"""One batch in so many, the first among them, is compared with its teachers in full."""
+"""Interval, in batches, at which the more expensive metrics are computed."""
 BINS = 15
-"""Of equal width, for the calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
+"""Number of equal-width bins of the calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
 
 
 class Calibration:
-    """Expected calibration error over many batches."""
+    """Expected calibration error, accumulated over batches."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits `(N, C)`, labels `(N,)`."""
+        """Add one batch: logits `(N, C)`, labels `(N,)`."""
         confidence, top = logits.detach().float().softmax(1).max(1)
-        place = (confidence * BINS).long().clamp(0, BINS - 1)
+        index = (confidence * BINS).long().clamp(0, BINS - 1)
         counts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
-        self.sums.index_add_(0, place, counts.double())
+        self.sums.index_add_(0, index, counts.double())
 
     def error(self) -> float:
-        """Mean over samples of |confidence - accuracy| of their bin."""
+        """Return the mean over samples of |confidence - accuracy| of their bins."""
         count, confidence, correct = self.sums.T
         return float((confidence - correct).abs().sum() / count.sum().clamp_min(1))
 
 
 def top5_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Samples whose label is among the five largest logits, a scalar."""
+    """Return the number of samples whose label is among the five largest logits, as a scalar tensor."""
     return (logits.topk(5, dim=1).indices == labels[:, None]).any(1).sum()
 
 
 class EpochMetrics:
-    """Means over one epoch of one learner: of what every rank counted."""
+    """Metrics of one student over one epoch and all ranks."""
 
     def __init__(self, teachers: int = 1, ranks: Ranks = ALONE) -> None:
-        """Begin with nothing; `teachers` is how many stores there are."""
+        """Initialize empty metrics for a number of teachers."""
         self._teacher_count = teachers
         self._ranks = ranks
         self._batches = self._samples = self._watched = 0
@@ -68,8 +68,8 @@ class EpochMetrics:
         self._extremes: tuple[Tensor, Tensor] | None = None
 
     def add(self, output: LearnerOutput, batch: Batch) -> None:
-        """Count one batch: each rank its own share, but the first alone what all ranks computed whole."""
-        if batch.whole is None and not self._ranks.is_first:
+        """Add one batch. Each rank adds its share; a batch that every rank computed whole counts once."""
+        if batch.global_batch is None and not self._ranks.is_first:
             return
         count, labels = len(batch), batch.main_labels
         logits = output.student_logits.detach().float()
@@ -95,21 +95,21 @@ class EpochMetrics:
         self._batches += 1
 
     def state(self) -> list[dict[str, Any]]:
-        """Everything that each rank has counted so far, on the CPU; all ranks have to ask for it."""
+        """Return the sums of every rank, on the CPU. All ranks must call it."""
         own = {
             "counts": (self._batches, self._samples, self._watched),
             "sums": {name: value.cpu() for name, value in self._sums.items()},
             "calibration": None if self._calibration is None else self._calibration.sums.cpu(),
             "extremes": None if self._extremes is None else tuple(value.cpu() for value in self._extremes),
         }
-        return self._ranks.gathered(own)
+        return self._ranks.all_gather(own)
 
     def restore(self, states: list[dict[str, Any]]) -> None:
-        """Continue from what `state` gave; where ranks were more or fewer, the first has counted it all."""
+        """Restore a result of `state`; with another number of ranks, the first rank takes over all sums."""
         if len(states) == self._ranks.count:
             self._continue(states[self._ranks.index])
         elif self._ranks.is_first:
-            self._continue(_added(states))
+            self._continue(_merged(states))
 
     def _continue(self, state: dict[str, Any]) -> None:
         self._batches, self._samples, self._watched = state["counts"]
@@ -119,12 +119,12 @@ class EpochMetrics:
             self._calibration.sums = state["calibration"]
 
     def means(self) -> dict[str, Any]:
-        """Plain numbers; `teachers` and `temperature` are groups of them, where there are any.
+        """Return the means as plain numbers, with groups `teachers` and `temperature` where they apply.
 
-        All ranks have to ask for them.
+        All ranks must call it.
         """
         everything = EpochMetrics(self._teacher_count)
-        everything._continue(_added(self.state()))
+        everything._continue(_merged(self.state()))
         return everything._means()
 
     def _means(self) -> dict[str, Any]:
@@ -166,25 +166,25 @@ class EpochMetrics:
         self._sum("temperature.clamped", value.temperatures.clamped.sum())
 
     def _add_weights(self, value: ObjectiveValue, labels: Tensor, classes: int) -> None:
-        """Sums of weights per class and teacher `(C, teachers)`; a teacher that is not asked has zero."""
+        """Add the weights per class and teacher, `(C, K)`; teachers that are not read have weight zero."""
         assert value.targets is not None
         indices, rows = value.targets.indices, len(labels)
         weights = torch.full((rows, len(indices)), 1 / len(indices), device=labels.device)
         if value.weights is not None:
             weights = value.weights.float().expand(rows, len(indices))
         by_class = torch.zeros(classes, len(indices), device=labels.device).index_add_(0, labels, weights)
-        self._sum("teachers.by_class", self._placed(by_class, indices))
+        self._sum("teachers.by_class", self._all_teachers(by_class, indices))
         self._sum("teachers.per_class", F.one_hot(labels, classes).sum(0))
 
-    def _placed(self, values: Tensor, indices: Sequence[int]) -> Tensor:
-        """Columns of the asked teachers among those of all."""
+    def _all_teachers(self, values: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return values `(..., K)` of all teachers, from those that were read and zeros for the others."""
         full = values.new_zeros(*values.shape[:-1], self._teacher_count)
-        for column, place in enumerate(indices):
-            full[..., place] = values[..., column]
+        for column, index in enumerate(indices):
+            full[..., index] = values[..., column]
         return full
 
     def _watch(self, value: ObjectiveValue, logits: Tensor, batch: Batch) -> None:
-        """Compare with the teachers at T = 1, before any adjustment."""
+        """Add the comparison of student and teachers at T = 1, without adjustments."""
         targets = value.targets
         assert targets is not None
         weights = None if value.weights is None else _to_one(value.weights)
@@ -195,26 +195,26 @@ class EpochMetrics:
         assert correct is not None
         wrong = (~correct).sum(1).float()
         changed = torch.tensor([name != "none" for name in value.adjustments], device=wrong.device)
-        self._sum("watched.wrong", self._placed(wrong, targets.indices))
-        self._sum("watched.shifted", self._placed(wrong * changed, targets.indices))
-        self._sum("watched.seen", self._placed(torch.full_like(wrong, len(batch)), targets.indices))
+        self._sum("watched.wrong", self._all_teachers(wrong, targets.indices))
+        self._sum("watched.shifted", self._all_teachers(wrong * changed, targets.indices))
+        self._sum("watched.seen", self._all_teachers(torch.full_like(wrong, len(batch)), targets.indices))
 
     def _teachers(self) -> dict[str, Any]:
         by_class, per_class = self._sums["teachers.by_class"], self._sums["teachers.per_class"]
-        told: dict[str, Any] = {
+        values: dict[str, Any] = {
             "weight": (by_class.sum(0) / self._samples).tolist(),
             "weight_by_class": (by_class / per_class.clamp_min(1)[:, None]).T.tolist(),
         }
         seen = self._sums["watched.seen"].clamp_min(1)
         for name in ("wrong", "shifted"):
-            told[name] = (self._sums[f"watched.{name}"] / seen).tolist()
+            values[name] = (self._sums[f"watched.{name}"] / seen).tolist()
         for name in ("agreement", "kl"):
-            told[name] = float(self._sums[f"watched.{name}"]) / self._watched
-        return told
+            values[name] = float(self._sums[f"watched.{name}"]) / self._watched
+        return values
 
 
-def _added(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What several ranks counted, as if one had."""
+def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the sums of several ranks into those of one."""
     batches, samples, watched = zip(*(state["counts"] for state in states), strict=True)
     names = dict.fromkeys(name for state in states for name in state["sums"])
     extremes = [state["extremes"] for state in states if state["extremes"] is not None]
@@ -236,5 +236,5 @@ def _sum_of(values: Sequence[Tensor]) -> Tensor | None:
 
 
 def _to_one(weights: Tensor) -> Tensor:
-    """Weights that sum to one, so that the divergence of equals is zero."""
+    """Return weights normalized to sum to one, so that equal distributions have divergence zero."""
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""The optimizer of a learner, and averaged weights."""
+"""Optimizers, and exponential moving averages of weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(learner: Learner, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make an optimizer over everything that the learner trains."""
+    """Return an optimizer over all parameters of a learner."""
     groups = learner.parameter_groups()
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "adamw":
@@ -25,28 +25,33 @@ def make_optimizer(learner: Learner, config: OptimizerConfig) -> torch.optim.Opt
 
 
 _KEPT = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
-"""Values that an optimizer keeps of each parameter."""
+"""Keys of an optimizer's state per parameter, by class."""
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    """Continue from the `state` of another optimizer's `state_dict`; what groups are told stays as it is.
+    """Restore the `state` of another optimizer's `state_dict`; settings of parameter groups are kept.
 
     Raises:
-        ValueError: it was the state of other parameters, or of another kind of optimizer.
+        ValueError: the state belongs to other parameters or to another kind of optimizer.
     """
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, kept in state.items():
         if kept.keys() != _KEPT[type(optimizer)]:
-            raise ValueError(f"the optimizer keeps {', '.join(map(str, kept))} of a parameter")
+            raise ValueError(f"the optimizer's state of a parameter has {', '.join(map(str, kept))}")
         for name, value in kept.items():
             expected = () if name == "step" else tuple(parameters[index].shape)
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"the optimizer's {name} has shape {tuple(value.shape)}, not {expected}")
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+            if found != expected:
+                raise ValueError(f"the optimizer's {name} has shape {found!r:.80}, not {expected}")
+    if state and isinstance(optimizer, torch.optim.SGD):
+        # One that is missing among others would end the first step; one of zeros is as good.
+        for index, parameter in enumerate(parameters):
+            state.setdefault(index, {"momentum_buffer": torch.zeros_like(parameter)})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of a module that follows it as an exponential moving average, buffers too."""
+    """Return an exponential moving average of a module's parameters and buffers."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types for it
     return AveragedModel(module, multi_avg_fn=average, use_buffers=True)

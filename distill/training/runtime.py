@@ -1,10 +1,10 @@
-"""What a run asks of the machine: how many threads, and which of torch's algorithms. Set once, and put back.
+"""Process-wide torch settings of a run: threads, deterministic algorithms and random generators.
 
-A step on a CPU is computed in torch's threads, and the loss's kernels borrow the same ones: one for each core
-that this process may use, which is what torch begins with. torchrun asks for one thread per rank instead;
-here ranks on one machine share its cores evenly. The number does not depend on how many processes decode
-images, because sums in convolutions depend on it, and who renders must not change a student. Where decoding
-leaves a step too little of the machine, give fewer --workers.
+Each setting is changed by a context manager and restored afterwards. Training on a CPU and the loss kernels
+share torch's threads, one per usable core by default. torchrun sets one thread per rank; here the ranks on
+one machine share its cores evenly instead. The number of threads does not depend on the number of worker
+processes, because results of convolutions depend on it and rendering must not change a student. If decoding
+slows training down on a CPU, use fewer --workers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def cores() -> int:
-    """Cores that this process may use, its share where several ranks run on one machine."""
+    """Return the number of cores that this process may use, divided among the ranks of this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Set torch's threads inside the context; None leaves them alone, but for a rank's share of the cores."""
+    """Set the number of torch's threads inside the context.
+
+    None keeps the current number, or under torchrun uses this rank's share of the cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count or (cores() if "LOCAL_WORLD_SIZE" in os.environ else before))
     try:
@@ -40,11 +43,11 @@ def threads_of(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def algorithms(*, deterministic: bool) -> Iterator[None]:
-    """Have torch use only deterministic algorithms inside the context, or else the fastest."""
+    """Select torch's deterministic algorithms, or else its fastest ones, inside the context."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     workspace = os.environ.get(WORKSPACE)
     if deterministic:
-        # What cuBLAS asks for, and reads when it is first used.
+        # cuBLAS requires this variable for determinism, and reads it on first use.
         os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -59,6 +62,6 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
 
 @contextmanager
 def generators_of(device: torch.device) -> Iterator[None]:
-    """Put torch's generators back afterwards: training seeds them before every step."""
+    """Restore the state of torch's generators on exit; training reseeds them before every step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

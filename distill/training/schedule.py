@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no state of it."""
+"""Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
 ONE_CYCLE_END = 1 / 25e4
-"""Share of the steps in which the rate rises, and its first and last value as shares of `lr`. Those of
-`torch.optim.lr_scheduler.OneCycleLR`, after Smith and Topin, arXiv 1708.07120; momentum is left alone."""
+"""Fraction of steps in which the rate rises, and its first and last value as fractions of `lr`. Same as
+`torch.optim.lr_scheduler.OneCycleLR`, after Smith and Topin, arXiv 1708.07120; momentum is not changed."""
 
 
 def rate_factor(config: LearningRateConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Return the factor of the learning rate at step 0, 1, ... of a run.
+    """Return the factor by which the learning rate is multiplied at a step, counted from 0.
 
     >>> from coursepack.distill.recipe import LearningRateConfig
     >>> rate_factor(LearningRateConfig(shape="step", milestones=(2,)), 20, 10, 4)
@@ -49,4 +49,4 @@ _FACTORS: dict[str, Callable[[LearningRateConfig, int, int, int], float]] = {
     "cosine": lambda config, step, total, _epoch: _half_cosine(1.0, config.end, step / total),
     "one_cycle": _one_cycle,
 }
-"""By config, step and number of steps after the warm-up, and epoch."""
+"""Factor by schedule; arguments are the config, step and total steps after the warm-up, and the epoch."""

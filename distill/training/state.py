@@ -1,4 +1,4 @@
-"""The state of a student in training: a learner, its optimizer, and everything else that changes."""
+"""Training state of a student: its learner, optimizer, averaged weights and gradient scaler."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Autocast dtype by name; None means no autocast."""
 
 
 @dataclass
 class TrainState:
-    """A learner and its optimizer. `make_state` makes a recipe's."""
+    """Training state of a student; `make_state` creates it from a recipe."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
@@ -38,11 +39,11 @@ class TrainState:
     average: AveragedModel | None = None
     scaler: torch.amp.GradScaler | None = None
     steps: int = 0
-    """Updates made so far."""
+    """Number of completed optimizer steps."""
 
     @property
     def network(self) -> Network:
-        """The network that is evaluated and kept: the student, or its average."""
+        """Network that is evaluated and saved: the student, or the moving average of its weights."""
         network = self.learner.network
         return network if self.average is None else replace(network, module=self.average.module)
 
@@ -56,35 +57,35 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
-        """Add the gradients of a loss, or of the given share of it."""
+        """Accumulate the gradient of a loss multiplied by `share`."""
         loss = loss if share == 1.0 else loss * share
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def end_step(self) -> None:
-        """Update the parameters, and their average, by the mean of all ranks' gradients.
+        """Average gradients over ranks, and update the parameters and their moving average.
 
-        Buffers (running statistics of batch normalisation) become those of the first rank, as in
+        Buffers, such as running statistics of batch normalization, are copied from the first rank as in
         DistributedDataParallel.
         """
         ranks = self.learner.ranks
         ranks.average_gradients(self.learner.parameters())
-        ranks.copy_first(self.learner.buffers())
+        ranks.broadcast_tensors(self.learner.buffers())
         if self.scaler is not None and self.config.clip is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
-        is_left_out = False
+        is_skipped = False
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
-            is_left_out = self._update_scale()
-        if self.average is not None and not is_left_out:
+            is_skipped = self._update_scale()
+        if self.average is not None and not is_skipped:
             self.average.update_parameters(self.learner.network.module)
         self.steps += 1
 
     def _update_scale(self) -> bool:
-        """Adjust the scale of float16's gradients; return true if their overflow left the step out."""
+        """Update the gradient scale; return true if the step was skipped because gradients overflowed."""
         assert self.scaler is not None
         if self.average is None:  # reading the scale waits for the device
             self.scaler.update()
@@ -94,7 +95,7 @@ class TrainState:
         return self.scaler.get_scale() < before  # it falls after an overflow, and only then
 
     def seed_step(self, device: torch.device, micro_batch: int) -> None:
-        """Seed what the network draws (dropout) by seed, step, micro-batch and rank alone."""
+        """Seed torch's generators, as used by dropout, from the seed, step, micro-batch and rank."""
         ranks = self.learner.ranks
         index = micro_batch * ranks.count + ranks.index
         words = random_words(self.seed, np.array([self.steps]), index, Purpose.STEP)[0]
@@ -103,15 +104,15 @@ class TrainState:
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def copy_first_rank(self) -> None:
-        """Take over the first rank's weights."""
+    def broadcast_weights(self) -> None:
+        """Copy the first rank's weights and buffers to all ranks."""
         modules = [self.learner, *([] if self.average is None else [self.average])]
-        self.learner.ranks.copy_first(
+        self.learner.ranks.broadcast_tensors(
             value for module in modules for value in (*module.parameters(), *module.buffers())
         )
 
     def state(self) -> dict[str, Any]:
-        """Return everything that changes in training."""
+        """Return the state as plain values and tensors."""
         parts: dict[str, Any] = {
             "learner": self.learner,
             "optimizer": self.optimizer,
@@ -122,7 +123,7 @@ class TrainState:
         return {**states, "steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`."""
+        """Restore a result of `state`."""
         self.learner.load_state_dict(state["learner"])
         restore_optimizer(self.optimizer, state["optimizer"]["state"])
         if self.average is not None:
@@ -133,10 +134,10 @@ class TrainState:
 
 
 def make_state(setup: Setup, recipe: TrainRecipe | None = None) -> TrainState:
-    """Make a fresh student of a setup, ready for the first step.
+    """Return the state of a freshly initialized student.
 
     Args:
-        setup: the batches and the teachers.
+        setup: the setup that it trains in.
         recipe: recipe of the student; defaults to the setup's.
     """
     recipe = recipe or setup.recipe
@@ -152,7 +153,7 @@ def make_state(setup: Setup, recipe: TrainRecipe | None = None) -> TrainState:
 
 
 def state_of(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> TrainState:
-    """Make the state of a learner that is on its device, ready for the first step."""
+    """Return the initial state of a learner that is already on its device."""
     config = recipe.optimizer
     device = next(learner.parameters()).device
     return TrainState(

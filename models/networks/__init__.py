@@ -1,4 +1,4 @@
-"""The networks of this package by name, each with the pixels that it expects."""
+"""Networks defined in this package, by name, each with its preprocessing."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIGITS = Preprocessing(size=8, mean=(0.3,), std=(0.37,))
+"""Size, mean and standard deviation of the digits that scikit-learn ships."""
 CIFAR = Preprocessing(size=32, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
-"""Means and standard deviations of CIFAR-100's training pixels."""
+"""Size of CIFAR images, and means and standard deviations of CIFAR-100's training pixels."""
 
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """How a named network is built, and what pixels it expects."""
+    """Constructor and preprocessing of a named network."""
 
     build: Callable[[int], nn.Module]
-    """From the number of classes."""
+    """Builds the network for a number of classes."""
     preprocessing: Preprocessing
 
 
@@ -58,3 +59,4 @@ NETWORKS = {
     "shufflenet-v1": NetworkKind(ShuffleNetV1, CIFAR),
     "shufflenet-v2": NetworkKind(ShuffleNetV2, CIFAR),
 }
+"""Networks by name."""

@@ -1,4 +1,4 @@
-"""Small networks for 8x8 grey digits, of clearly different sizes and shapes."""
+"""Small networks for 8x8 gray images of digits, with different sizes and architectures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DigitsSmall(nn.Module):
-    """One hidden layer: 64-64-C, 4810 parameters for ten classes. Meant as a student."""
+    """Multilayer perceptron 64-64-C with 4,810 parameters for ten classes, meant as a student."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -15,13 +15,13 @@ class DigitsSmall(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        """Return logits `(N, classes)` for images `(N, 1, 8, 8)`."""
         out: Tensor = self.head(F.relu(self.hidden(images.flatten(1))))
         return out
 
 
 class DigitsMLP(nn.Module):
-    """Two wide hidden layers without any notion of space: 64-256-128-C."""
+    """Multilayer perceptron 64-256-128-C."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class DigitsMLP(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        """Return logits `(N, classes)` for images `(N, 1, 8, 8)`."""
         hidden = F.relu(self.hidden1(images.flatten(1)))
         out: Tensor = self.head(F.relu(self.hidden2(hidden)))
         return out
 
 
 class DigitsCNN(nn.Module):
-    """Two convolutions with pooling: the shape of LeNet."""
+    """LeNet-like network of two convolutions with pooling and one hidden layer."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class DigitsCNN(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        """Return logits `(N, classes)` for images `(N, 1, 8, 8)`."""
         maps = F.max_pool2d(F.relu(self.conv1(images)), 2)
         maps = F.max_pool2d(F.relu(self.conv2(maps)), 2)
         out: Tensor = self.head(F.relu(self.hidden(maps.flatten(1))))
@@ -55,7 +55,7 @@ class DigitsCNN(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """Four residual blocks with batch normalisation and global average pooling."""
+    """Residual network of four blocks with batch normalization and global average pooling."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class DigitsResNet(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 1, 8, 8)`."""
+        """Return logits `(N, classes)` for images `(N, 1, 8, 8)`."""
         maps = self.layer2(self.layer1(self.stem(images)))
         out: Tensor = self.head(maps.mean((2, 3)))
         return out
 
 
 class _Residual(nn.Module):
-    """Pre-activation block: BN, ReLU, convolution, twice, beside a shortcut."""
+    """Pre-activation block: twice BN, ReLU and convolution, plus a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What several families of networks for 32-pixel images are made of, and their initial weights."""
+"""Layers and weight initialization shared by the networks for 32-pixel images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ def conv_bn(
     bias: bool = False,
     relu: bool = True,
 ) -> nn.Sequential:
-    """A convolution that keeps the size of maps at stride 1, batch normalisation, and ReLU."""
+    """Return a convolution with batch normalization and ReLU.
+
+    Args:
+        channels_in: input channels.
+        channels_out: output channels.
+        side: kernel size, odd; padding keeps the size of maps at stride 1.
+        stride: stride of the convolution.
+        groups: groups of the convolution.
+        bias: give the convolution a bias.
+        relu: append a ReLU.
+    """
     layers: list[nn.Module] = [
         nn.Conv2d(channels_in, channels_out, side, stride, side // 2, groups=groups, bias=bias),
         nn.BatchNorm2d(channels_out),
@@ -31,19 +41,27 @@ def conv_bn(
 def stage(
     block: Callable[[int, int, int], nn.Module], channels_in: int, channels_out: int, count: int, stride: int
 ) -> nn.Sequential:
-    """`count` blocks, made from channels in, channels out and stride; the first alone changes the shape."""
+    """Return a sequence of blocks, of which only the first changes the channels and the size.
+
+    Args:
+        block: builds a block from input channels, output channels and stride.
+        channels_in: input channels of the first block.
+        channels_out: output channels of all blocks.
+        count: number of blocks.
+        stride: stride of the first block; the others have stride 1.
+    """
     first = block(channels_in, channels_out, stride)
     return nn.Sequential(first, *(block(channels_out, channels_out, 1) for _ in range(count - 1)))
 
 
 def he_init(network: nn.Module, head_std: float | None = None) -> None:
-    """Draw weights of convolutions from N(0, 2 / (k² channels out)), and set biases to zero.
+    """Initialize convolutions from N(0, 2 / (k² output channels)) and set biases to zero, in place.
 
-    He et al. 2015 (arXiv 1502.01852), the backward case of section 2.2.
+    He et al. 2015 (arXiv 1502.01852), section 2.2, backward case.
 
     Args:
-        network: changed in place.
-        head_std: standard deviation of linear layers' weights; None leaves them as torch drew them.
+        network: network to initialize.
+        head_std: standard deviation of the weights of linear layers; None keeps torch's initialization.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):

@@ -1,8 +1,9 @@
 """MobileNetV2 for 32-pixel images: Sandler et al. 2018 (arXiv 1801.04381), table 2.
 
-As distillation papers use it since Tian et al. 2020 (arXiv 1910.10699): half as wide, stride 1 in the
-second layer so that 32 pixels become 2, ReLU for ReLU6, no dropout, 1280 channels before the head whatever
-the width, and a 1x1 convolution before the depthwise one in the first layer too, although it expands nothing.
+This is the variant that distillation papers use since Tian et al. 2020 (arXiv 1910.10699). It has half the
+width, stride 1 in the second layer so that 32 pixels become 2, ReLU instead of ReLU6, no dropout, and 1,280
+channels before the head for every width. The first layer also has a 1x1 convolution before the depthwise one,
+although it does not expand the channels.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAST = 1280
-"""Channels that the head reads."""
+"""Input channels of the head."""
 
 
 class MobileNetV2(nn.Module):
-    """Seven layers of inverted residuals between two convolutions, and the head."""
+    """MobileNetV2: a convolution, seven layers of inverted residuals, a 1x1 convolution and the head."""
 
     def __init__(self, classes: int, *, width: float) -> None:
-        """From the factor of the channels."""
+        """Build the network.
+
+        Args:
+            classes: number of classes C.
+            width: factor of the channels of the stem and the seven layers.
+        """
         super().__init__()
         channels = [int(full * width) for full in (32, 16, 24, 32, 64, 96, 160, 320)]
         wider = functools.partial(_InvertedResidual, expansion=6)
@@ -42,7 +48,7 @@ class MobileNetV2(nn.Module):
         he_init(self, head_std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.layer3(self.layer2(self.layer1(self.stem(images))))
         maps = self.tail(self.layer7(self.layer6(self.layer5(self.layer4(maps)))))
         out: Tensor = self.head(maps.mean((2, 3)))
@@ -50,7 +56,7 @@ class MobileNetV2(nn.Module):
 
 
 class _InvertedResidual(nn.Module):
-    """1x1 to more channels, 3x3 on each channel, 1x1 to fewer without ReLU; a shortcut if the shape stays."""
+    """1x1 expansion, 3x3 depthwise convolution, 1x1 projection without ReLU; a shortcut if shapes agree."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int = 1) -> None:
         super().__init__()

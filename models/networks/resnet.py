@@ -1,7 +1,8 @@
 """Residual networks for 32-pixel images: He et al. 2016 (arXiv 1512.03385), section 4.2.
 
-As distillation papers use them since Tian et al. 2020 (arXiv 1910.10699): where a block changes its shape, a
-1x1 convolution with batch normalisation stands beside it (option B of section 3.3), not padding with zeros.
+These are the variants that distillation papers use since Tian et al. 2020 (arXiv 1910.10699): the shortcut of
+a block that changes the shape is a 1x1 convolution with batch normalization (option B of section 3.3) instead
+of padding with zeros.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTHS = (16, 16, 32, 64)
-"""Channels of the stem and of each layer."""
+"""Channels of the stem and of the three layers."""
 WIDE = (32, 64, 128, 256)
-"""Those of the `x4` networks: four times as many, in the stem twice."""
+"""Channels of the `x4` networks: twice as many in the stem, four times as many in the layers."""
 
 
 class ResNet(nn.Module):
-    """6n + 2 layers: a convolution, three layers of n blocks of two convolutions, and the head."""
+    """Residual network of depth 6n + 2: a convolution, three layers of n blocks, and the head."""
 
     def __init__(self, classes: int, *, depth: int, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         super().__init__()
@@ -36,14 +37,14 @@ class ResNet(nn.Module):
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.layer3(self.layer2(self.layer1(self.stem(images))))
         out: Tensor = self.head(maps.mean((2, 3)))
         return out
 
 
 class _Block(nn.Module):
-    """Convolution and BN, twice, beside a shortcut; ReLU after the first and after the sum."""
+    """Residual block of two convolutions with BN; ReLU after the first and after adding the shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -1,10 +1,9 @@
-"""ShuffleNets for 32-pixel images.
+"""ShuffleNets for 32-pixel images: V1, Zhang et al. 2018 (arXiv 1707.01083); V2, Ma et al. 2018 (1807.11164).
 
-V1: Zhang et al. 2018 (arXiv 1707.01083). V2: Ma et al. 2018 (arXiv 1807.11164). As distillation papers use
-them since Tian et al. 2020 (arXiv 1910.10699): a 1x1 convolution for a stem and no pooling before the first
-layer, so that 32 pixels become 4. V1 is the network of three groups, with ReLU after the depthwise
-convolutions too. V2 is the one of width 1. Neither paper says how to draw the first weights, so torch's way
-stays.
+These are the variants that distillation papers use since Tian et al. 2020 (arXiv 1910.10699): the stem is a
+1x1 convolution without pooling after it, so that 32 pixels become 4. V1 has three groups, and ReLU after the
+depthwise convolutions too. V2 has width 1. Neither paper describes the initial weights, so these are torch's
+defaults.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 STEM = 24
 """Channels of the stem."""
 GROUPS = 3
-"""Of the 1x1 convolutions of V1."""
+"""Groups of the 1x1 convolutions in V1."""
 
 
 class ShuffleNetV1(nn.Module):
-    """Three layers of units with grouped 1x1 convolutions (table 1, three groups), and the head."""
+    """ShuffleNet V1: three layers of units with grouped 1x1 convolutions (table 1), and the head."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -38,21 +37,21 @@ class ShuffleNetV1(nn.Module):
         self.head = nn.Linear(960, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.layer3(self.layer2(self.layer1(self.stem(images))))
         out: Tensor = self.head(maps.mean((2, 3)))
         return out
 
 
 class _Unit(nn.Module):
-    """Figure 2 b; at stride 2 figure 2 c: the maps, averaged, stand beside the new ones."""
+    """Unit of V1 (figure 2 b); at stride 2 the average-pooled input is concatenated (figure 2 c)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
         new = channels_out - channels_in if stride == 2 else channels_out
         inner = new // 4
-        # The stem's few channels are not divided (section 3.2).
+        # The stem has too few channels for groups (section 3.2).
         self.groups = 1 if channels_in == STEM else GROUPS
         self.reduce = conv_bn(channels_in, inner, 1, groups=self.groups)
         self.depthwise = conv_bn(inner, inner, 3, stride, groups=inner)
@@ -67,7 +66,7 @@ class _Unit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Three layers of units that split their channels (table 5, width 1), a convolution, and the head."""
+    """ShuffleNet V2: three layers of channel-splitting units (table 5), a convolution and the head."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class ShuffleNetV2(nn.Module):
         self.head = nn.Linear(1024, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.tail(self.layer3(self.layer2(self.layer1(self.stem(images)))))
         out: Tensor = self.head(maps.mean((2, 3)))
         return out
@@ -90,7 +89,7 @@ def _split_unit(channels_in: int, channels_out: int, stride: int) -> nn.Module:
 
 
 class _SplitUnit(nn.Module):
-    """Figure 3 c: half of the channels pass by."""
+    """Unit of V2 at stride 1 (figure 3 c): half of the channels skip the convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class _SplitUnit(nn.Module):
 
 
 class _DownUnit(nn.Module):
-    """Figure 3 d: both branches halve the size."""
+    """Unit of V2 at stride 2 (figure 3 d): both branches halve the size."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()

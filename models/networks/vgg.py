@@ -1,8 +1,8 @@
 """VGG for 32-pixel images: the convolutions of Simonyan and Zisserman 2015 (arXiv 1409.1556), table 1.
 
-As distillation papers use them: batch normalisation after each convolution, whose bias stays, and one linear
-layer on the mean over places in the place of three. The four poolings leave 2x2 of 32 pixels; at less than 64
-pixels the last is left out.
+These are the variants that distillation papers use: batch normalization after each convolution, which keeps
+its bias, and one linear layer on the mean over positions instead of three linear layers. Images of 64 pixels
+and more are pooled four times, smaller ones three times: 32 pixels become 4.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHANNELS = (64, 128, 256, 512, 512)
-"""Of each layer."""
+"""Channels of each layer."""
 
 
 class VGG(nn.Module):
-    """Five layers of 3x3 convolutions, and the head."""
+    """VGG: five layers of 3x3 convolutions, and the head."""
 
     def __init__(self, classes: int, *, counts: tuple[int, int, int, int, int]) -> None:
-        """From the number of convolutions of each layer."""
+        """Build the network.
+
+        Args:
+            classes: number of classes C.
+            counts: number of convolutions in each of the five layers.
+        """
         super().__init__()
         before = (3, *CHANNELS)
         self.layer1, self.layer2, self.layer3, self.layer4, self.layer5 = (
@@ -39,7 +44,7 @@ class VGG(nn.Module):
         he_init(self, head_std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.layer1(images)
         for layer in (self.layer2, self.layer3, self.layer4):
             maps = layer(F.max_pool2d(maps, 2))

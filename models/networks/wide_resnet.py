@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class WideResNet(nn.Module):
-    """6n + 4 layers, `factor` times as wide as the narrowest."""
+    """Wide residual network of depth 6n + 4; `factor` multiplies the channels 16, 32 and 64 of its layers."""
 
     def __init__(self, classes: int, *, depth: int, factor: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class WideResNet(nn.Module):
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        """Return logits `(N, classes)` for images `(N, 3, H, W)`."""
         maps = self.norm(self.layer3(self.layer2(self.layer1(self.stem(images)))))
         out: Tensor = self.head(F.relu(maps).mean((2, 3)))
         return out
 
 
 class _Block(nn.Module):
-    """BN, ReLU and convolution, twice. Where the shape changes, the shortcut reads the first ReLU's maps."""
+    """Block of twice BN, ReLU and convolution; a shortcut convolution takes the output of the first ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command `precompute`: plan and write stores. `cli_stores` has the commands that look at them."""
+"""The command `precompute`, with its subcommands `run` and `plan`; `cli.stores` has the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from coursepack.precompute.plan import Costs, Probe
 
 @click.group(cls=Commands)
 def main() -> None:
-    """Run frozen teachers once over augmented views and keep what they say in Zarr stores."""
+    """Run frozen teachers once over augmented views and write their outputs to Zarr stores."""
 
 
 def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str) -> Part:
@@ -40,42 +40,46 @@ def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str) -> Par
 # fmt: off
 JOB_OPTIONS = (
     click.option("--teacher", required=True, help="run:FOLDER, or a network's name with --weights."),
-    click.option("--weights", help="The teacher's weights: .safetensors, .pt, or a name of torchvision's."),
-    click.option("--size", type=click.IntRange(1), help="Side in pixels to render views at for it."),
+    click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's."),
+    click.option("--size", type=click.IntRange(1),
+                 help="Side in pixels of the rendered views.  [default: the teacher's own]"),
     click.option("--mean", callback=parse_numbers, metavar="X,X,X",
-                 help="Subtracted per channel of values in [0, 1].  [default: the teacher's own]"),
+                 help="Mean per channel, of values in [0, 1].  [default: the teacher's own]"),
     click.option("--std", callback=parse_numbers, metavar="X,X,X",
-                 help="Divided by, per channel.  [default: the teacher's own]"),
+                 help="Standard deviation per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML: the teacher's class ids, in the order of the source's classes or by name."),
-    click.option("--source", "source_spec", required=True, help="NAME or NAME:SPLIT."),
-    click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files, if any."),
-    click.option("--view", required=True, help="View recipe: a preset's name or a YAML file."),
-    click.option("--view-seed", type=click.IntRange(0), help="Seed of the view recipe.  [default: its own]"),
-    click.option("--views", type=click.IntRange(1), required=True, help="Views of every sample."),
+                 help="YAML class map: the teacher's class index for each class of the source."),
+    click.option("--source", "source_spec", required=True, help="Source of samples: NAME or NAME:SPLIT."),
+    click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
+    click.option("--view", required=True, help="View recipe: name of a preset, or a YAML file."),
+    click.option("--view-seed", type=click.IntRange(0),
+                 help="Seed of the view recipe.  [default: the recipe's own]"),
+    click.option("--views", type=click.IntRange(1), required=True, help="Number of views of each sample."),
     click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store."),
-    click.option("--tap", "taps", multiple=True, help="LAYER[:REDUCTION[:SIZE]] to store too. Repeatable."),
+    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]]",
+                 help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
-                 help="How logits are stored: float32, float16, bfloat16, int8, topk:K."),
+                 help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
     click.option("--feature-encoding", default="float16", show_default=True,
-                 help="How features are stored: float32, float16, bfloat16, int8, bits."),
+                 help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
     click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,
-                 help="Images at a time."),
-    click.option("--block-rows", type=click.IntRange(1), help="Rows done as a whole.  [default: auto]"),
+                 help="Images per forward pass."),
+    click.option("--block-rows", type=click.IntRange(1),
+                 help="Rows per block, the unit of resuming.  [default: auto]"),
     click.option("--part", callback=_parse_part, metavar="I/COUNT", default="0/1", show_default=True,
-                 help="Do only this share of the blocks; other processes do the rest."),
+                 help="Share of the blocks that this process writes."),
     click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
-                 help="Views rendered from one decoding of an image; changes no byte of the store."),
+                 help="Views rendered per decoded image; does not change the store's bytes."),
     click.option("--workers", type=click.IntRange(0),
-                 help="Processes that decode and render.  [default: one per core for image files]"),
+                 help="Worker processes that render views.  [default: one per core for image files]"),
     TRUST_CODE,
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto."),
 )
 # fmt: on
 
 
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that describe a job."""
+    """Add the options that describe a job to a command."""
     for option in reversed(JOB_OPTIONS):
         command = option(command)
     return command
@@ -92,17 +96,17 @@ Examples:
 
 @main.command(epilog=EXAMPLES_RUN)
 @job_options
-@click.option("--ignore-space", is_flag=True, help="Begin even if the store will not fit on the disk.")
+@click.option("--ignore-space", is_flag=True, help="Start even if the store will not fit on the disk.")
 @click.option(
     "--same-numerics",
     is_flag=True,
-    help="Refuse a store with rows of another kind of machine or batch size, instead of warning.",
+    help="Fail instead of warning if rows come from another kind of machine or batch size.",
 )
 def run(ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
     """Run one teacher over all views and write its store.
 
-    Run the same command again after any interruption: it goes on where it stopped. More --views, or another
-    --tap, on a finished store adds only what is missing.
+    An interrupted run continues when the same command is run again. More --views, or another --tap, for a
+    finished store adds only the missing views and arrays.
     """
     job = _job(**flags)
     if not ignore_space:
@@ -121,9 +125,10 @@ Example:
 @main.command(epilog=EXAMPLES_PLAN)
 @job_options
 def plan(**flags: Any) -> None:
-    """Say what `precompute run` with the same options would write, how long it takes, and when it pays.
+    """Estimate the size, duration and break-even of `precompute run` with the same options.
 
-    Runs the teacher on a few batches; writes nothing to the store. Exit status 1 if it will not fit.
+    Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
+    not fit on the disk.
     """
     job = _job(**flags)
     cost, timing = costs(job), probe(job)
@@ -181,12 +186,12 @@ def _job(
 
 @contextmanager
 def _stoppable(store: Path) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into one sentence and exit status 130."""
+    """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        say(f"stopped. What is done is kept; run the same command again to finish {str(store)!r}.")
+        say(f"stopped. Finished blocks are kept; run the same command again to finish {str(store)!r}.")
         raise click.exceptions.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

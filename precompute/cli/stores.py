@@ -1,4 +1,4 @@
-"""Commands that look at stores: status, verify, inspect."""
+"""Subcommands for existing stores: `status`, `verify` and `inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coursepack.data.store.identity import check_complete
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
-from coursepack.models.teacher import pick_device
+from coursepack.device import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from coursepack.data.store import Manifest
 
 STORE = click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
-ROOT_HELP = "Folder of the source's files, if it has any.  [default: where they were]"
+ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -33,7 +33,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @STORE
 @JSON
 def status(store: Path, as_json: bool) -> None:
-    """Say what a store holds, what is still missing, and who is writing to it."""
+    """Show the content of a store, its missing views and the processes that write to it."""
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     if as_json:
@@ -53,15 +53,15 @@ Examples:
 
 @click.command("verify", epilog=EXAMPLES_VERIFY)
 @STORE
-@click.option("--deep", type=click.IntRange(1), help="Also run the teacher again on this many random rows.")
 @click.option(
-    "--content", is_flag=True, help="Also read all of the source and compare it with what was seen."
+    "--deep", type=click.IntRange(1), help="Number of random rows to compare with the teacher's outputs."
 )
-@click.option("--repair", "mend", is_flag=True, help="Write bad files again, and only those.")
-@click.option("--weights", help="Where the teacher's weights are now.  [default: where they were]")
+@click.option("--content", is_flag=True, help="Also compare all of the source with the recorded checksums.")
+@click.option("--repair", "mend", is_flag=True, help="Write damaged files again.")
+@click.option("--weights", help="Weights of the teacher.  [default: the recorded file or name]")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 @JSON
 def verify_command(
     store: Path,
@@ -74,7 +74,10 @@ def verify_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Check every file against the manifest; exit status 1 if anything is wrong."""
+    """Check every file of a store against its manifest.
+
+    The exit status is 1 if there is a problem.
+    """
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     with progress(f"verify {store.name}", manifest.data_bytes, "bytes") as meter:
@@ -88,7 +91,7 @@ def verify_command(
         for problem in report.problems:
             say(f"{problem}: written again")
         for key in others:
-            say(f"{key}: the new content rounds differently; the manifest vouches for it now")
+            say(f"{key}: the new content differs by rounding; the manifest has its new checksum")
         report = verify(store)
     if not report.problems:
         wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
@@ -103,7 +106,7 @@ def verify_command(
         for line in problems:
             click.echo(printable(line))
         verdict = f"{len(problems)} problems" if problems else "sound"
-        compared = f", {deep} rows as the teacher gives them now" if deep and not problems else ""
+        compared = f", {deep} rows equal to the teacher's outputs" if deep and not problems else ""
         click.echo(f"{store}: {verdict}, {report.files} files, {byte_size(report.size)}{compared}")
     if problems:
         raise click.exceptions.Exit(1)
@@ -118,8 +121,8 @@ Examples:
 
 @click.command(epilog=EXAMPLES_INSPECT)
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--views", type=click.IntRange(1), help="Views of the picture.  [default: 4]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write a picture of some samples and views.")
+@click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
+@click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
 @JSON
@@ -131,16 +134,16 @@ def inspect(
     trust_code: bool,
     as_json: bool,
 ) -> None:
-    """Show what is inside stores: teachers per view, fidelity of encodings, agreement between teachers.
+    """Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.
 
-    With --out, a picture instead: some samples, their views, and what each teacher says to every one.
+    With --out, write a picture instead: some samples, their views, and the top class of each teacher.
     """
     if out is not None:
         draw_grid(stores, root, views or 4, out, trust_code=trust_code)
         click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
     if views is not None:
-        raise click.UsageError("--views is of the picture: give --out grid.png too")
+        raise click.UsageError("--views applies to the picture: give --out grid.png too")
     readers = [StoreReader(path) for path in stores]
     for reader in readers:
         check_complete(reader.manifest, str(reader.path))
@@ -149,8 +152,8 @@ def inspect(
     if as_json:
         click.echo(json.dumps({"stores": described, "agreement": agree}, indent=1))
         return
-    for facts in described:
-        _print_store(facts)
+    for description in described:
+        _print_store(description)
     if agree is not None and len(readers) > 1:
         header = ["agreement of top classes", *[reader.name for reader in readers]]
         rows = [
@@ -161,23 +164,23 @@ def inspect(
 
 
 def print_status(store: Path, manifest: Manifest) -> None:
-    """Print what a store holds."""
-    facts = _status(store, manifest)
+    """Print the content of a store and its missing views."""
+    content = _status(store, manifest)
     rows = [
-        ["teacher", f"{facts['network']} from {facts['weights']}"],
-        ["source", f"{facts['source']}, {facts['samples']:,} samples, {facts['classes']} classes"],
-        ["views committed", f"{len(facts['committed_views'])} of {facts['views']}"],
+        ["teacher", f"{content['network']} from {content['weights']}"],
+        ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
+        ["views committed", f"{len(content['committed_views'])} of {content['views']}"],
     ]
-    for name, array in facts["arrays"].items():
+    for name, array in content["arrays"].items():
         rows.append([name, f"{_shape(array['row_shape'])}, {array['encoding']}"])
-    rows.append(["size", byte_size(facts["bytes"])])
-    if facts["accuracy_per_view"]:
-        correct = facts["accuracy_per_view"].values()
+    rows.append(["size", byte_size(content["bytes"])])
+    if content["accuracy_per_view"]:
+        correct = content["accuracy_per_view"].values()
         rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
-    rows += _numerics_rows(facts["numerics"])
-    if len(facts["committed_views"]) < facts["views"]:
-        rows.append(["blocks done besides", str(facts["blocks_done_besides"])])
-    for writer in facts["writers"]:
+    rows += _numerics_rows(content["numerics"])
+    if len(content["committed_views"]) < content["views"]:
+        rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
+    for writer in content["writers"]:
         part = f"part {writer['part_index']}/{writer['part_count']}"
         rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
     print_table(str(store), ["", ""], rows)
@@ -213,30 +216,30 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print_store(facts: dict[str, Any]) -> None:
-    teacher = facts["identity"]["teacher"]
-    click.echo(printable(f"{facts['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
+def _print_store(description: dict[str, Any]) -> None:
+    teacher = description["identity"]["teacher"]
+    click.echo(printable(f"{description['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
     rows = [
         [name, array["encoding"], _shape(array["row_shape"]), f"{array['row_bytes']:,}", str(array["views"])]
-        for name, array in facts["arrays"].items()
+        for name, array in description["arrays"].items()
     ]
     print_table("", ["array", "encoding", "row", "bytes a row", "views"], rows)
     header = ["view", "accuracy", "cross-entropy", "entropy", "calibration error"]
-    temperatures = list(next(iter(facts["views"].values()))["fidelity"])
+    temperatures = list(next(iter(description["views"].values()))["fidelity"])
     header += [f"KL {name}: mean, p99" for name in temperatures]
     rows = []
-    for view, values in facts["views"].items():
+    for view, values in description["views"].items():
         row = [view, f"{values['accuracy']:.2%}"]
         row += [f"{values[name]:.4f}" for name in ("cross_entropy", "entropy", "calibration_error")]
         fidelity = (values["fidelity"][name] for name in temperatures)
         rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
     print_table("", header, rows)
-    for name, text in _numerics_rows(facts["numerics"]):
+    for name, text in _numerics_rows(description["numerics"]):
         click.echo(f"{name}: {text}")
 
 
 def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
-    """One line per numerics of the committed views, with how many they are."""
+    """Return a table row for each kind of numerics with its number of views."""
     return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
 
 

@@ -1,0 +1,120 @@
+"""Commands `distill sweep`, `distill eval` and `distill compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE, print_table, progress
+from coursepack.data import open_source
+from coursepack.data.loading import Renderer
+from coursepack.device import pick_device
+from coursepack.distill.runs.compare import compare, plot, table_rows
+from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS
+from coursepack.distill.training.evaluate import evaluate, evaluation_view
+from coursepack.errors import TrainingDiverged
+from coursepack.imports import check_trusted
+from coursepack.models import load_teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.distill.runs.compare import Group
+
+
+@click.command(
+    "sweep", epilog="\b\nExample:\n  distill sweep grid.yaml --out runs/sweep --together 4 --resume"
+)
+@click.argument("grid_file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the runs' folders.")
+@click.option("--resume", is_flag=True, help="Skip finished runs, and continue unfinished ones.")
+@click.option("--together", type=click.IntRange(1), default=1, show_default=True,
+              help="Students to train at the same time, if they use the same batches.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
+              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@TRUST_CODE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def sweep_command(
+    grid_file: Path, out: Path, device: str, as_json: bool, trust_code: bool, **how: Any
+) -> None:
+    """Train one student for every combination of the values in a grid file.
+
+    The file has `base`, the recipe fields that all students share, and `grid`, lists of values by
+    field.subfield. Each student is a run in its own folder, named after its values.
+
+    \b
+    base: {stores: [cnn.zarr, mlp.zarr], epochs: 30}
+    grid:
+      student: [digits-small, digits-cnn]
+      objective.temperature: [2, 4]
+      seed: [0, 1, 2]
+    """
+    students = read_grid(grid_file, trust_code=trust_code)
+    diverged = sweep(students, out, device=pick_device(device), trust_code=trust_code, **how)
+    _show(finished_runs(students, out), as_json=as_json)
+    if diverged:
+        raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")
+
+
+@click.command("eval", epilog="\b\nExample:\n  distill eval runs/kd")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--source", help="Evaluation data, NAME:SPLIT.  [default: the run's evaluation data]")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files.")
+@TRUST_CODE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def eval_command(
+    run: Path, source: str | None, root: Path | None, trust_code: bool, as_json: bool, device: str
+) -> None:
+    """Evaluate the student of a finished run."""
+    finished = load_run(run)
+    recipe = finished.recipe
+    name = source or check_trusted(recipe.evaluation, f"run {str(run)!r}", trust_code=trust_code)
+    data = open_source(name, root or (Path(recipe.root) if recipe.root else None))
+    network = load_teacher(f"run:{run}", data.class_names, trust_code=trust_code)
+    chosen = pick_device(device)
+    network.module.to(chosen)
+    with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
+        size = network.preprocessing.size
+        with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
+            values = evaluate(network, data, chosen, renderer=renderer, meter=meter)
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "source": data.name, **values}, indent=1))
+    else:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        click.echo(f"{run}: {numbers} on {data.name}, {len(data.labels):,} samples")
+
+
+@click.command("compare", epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Also plot accuracy by epoch, to a .png, .svg or .pdf file.",
+)
+def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | None) -> None:
+    """Compare finished runs in a table; runs that differ only in their seed share a row."""
+    groups = _show(runs, as_json=as_json)
+    if plot_file is not None:
+        plot(groups, plot_file)
+
+
+def _show(runs: Sequence[Path], *, as_json: bool) -> list[Group]:
+    groups = compare([load_run(path) for path in runs])
+    if as_json:
+        click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
+    else:
+        print_table("", *table_rows(groups))
+    return groups

@@ -1,0 +1,114 @@
+"""Command `distill train`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import TRUST_CODE
+from coursepack.data import view_recipe
+from coursepack.distill.cli.options import given_options, recipe_options
+from coursepack.distill.distributed import process_group
+from coursepack.distill.recipe import load_recipe, set_value, set_values
+from coursepack.distill.runs.smoke import smoke_recipe
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
+from coursepack.distill.setup.resolve import resolve_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES_TRAIN = """\b
+Examples:
+  distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
+  distill train --student digits-small --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
+  distill train runs/kd/recipe.yaml --smoke --out runs/smoke
+  distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
+"""
+
+
+@click.command("train", epilog=EXAMPLES_TRAIN)
+@click.argument("recipe_file", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+@recipe_options
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
+@click.option(
+    "--set", "assignments", multiple=True, help="Recipe field to set, as key.subkey=value. Repeatable."
+)
+@click.option("--smoke", is_flag=True,
+              help="Test the recipe: train for two epochs on synthetic data and teachers.")  # fmt: skip
+@click.option("--resume", is_flag=True,
+              help="Continue an interrupted run, or start a new one if there is none.")  # fmt: skip
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
+              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
+@click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
+@TRUST_CODE
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def train_command(
+    recipe_file: Path | None,
+    out: Path,
+    overwrite: bool,
+    tensorboard: bool,
+    trust_code: bool,
+    smoke: bool,
+    device: str,
+    workers: int | None,
+    resume: bool,
+    checkpoint_seconds: float,
+    threads: int | None,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Train a student from stores, from teachers run live, or without teachers.
+
+    Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
+    """
+    with process_group(device) as (ranks, own):
+        values = {} if recipe_file is None else load_recipe(recipe_file)
+        changes: dict[str, Any] = {}
+        _apply(changes, options, assignments)
+        if "method" in values and changes.get("method", values["method"]) != values["method"]:
+            values.pop("objective", None)  # its fields belong to the file's method
+        _apply(values, options, assignments)
+        where = "the recipe" if recipe_file is None else str(recipe_file)
+        recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
+        how: dict[str, Any] = {
+            "overwrite": overwrite,
+            "resume": resume,
+            "workers": workers,
+            "threads": threads,
+            "tensorboard": tensorboard,
+            "trust_code": trust_code,
+            "checkpoint_seconds": checkpoint_seconds,
+        }
+        if smoke:
+            with tempfile.TemporaryDirectory() as folder:
+                recipe = smoke_recipe(recipe, Path(folder))
+                metrics = train(recipe, out, device=own, ranks=ranks, **how)
+        else:
+            metrics = train(recipe, out, device=own, ranks=ranks, **how)
+        evaluation = metrics["evaluation"]
+        if not ranks.is_first:
+            return
+        click.echo(
+            f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
+            f"{recipe.evaluation} after {metrics['epoch'] + 1} epochs"
+        )
+
+
+def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply options and assignments to a recipe's plain values in place.
+
+    Raises:
+        UnknownName, RecipeError: a view does not exist, or an option does not fit the recipe.
+    """
+    for flag, field, value in given_options(options):
+        plain = view_recipe(value).model_dump(mode="json") if field == "view" else value
+        set_value(values, field, plain, flag)
+    set_values(values, assignments)

@@ -1,0 +1,206 @@
+"""Decoding and softmax of one teacher row, compiled. Imported at first use: numba is slow to import."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from coursepack.kernels.cpu.jit_base import float32, float64, int64, njit
+from coursepack.kernels.cpu.jit_convert import (
+    LOT,
+    fill,
+    from_half,
+    lots,
+    read_bfloat16,
+    read_float32,
+    read_half,
+    read_int8,
+    write_float32,
+)
+from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
+from coursepack.kernels.cpu.jit_softmax import exponentials
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
+
+LARGEST = 1.0e30
+"""Upper bound of 1/T, which keeps products finite. The loss T² D is zero in float32 at such temperatures."""
+FETCHED = 4096
+"""Bytes of a row to prefetch; the CPU prefetches the rest on its own."""
+# Values of 1/T at which the mass of dropped classes is known: 0 and the inverse `rows.TAIL_TEMPERATURES`.
+KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
+
+
+@njit(forceinline=True)
+def inverse_temperature(temperature: float) -> float:
+    """Return 1/T, at most `LARGEST`."""
+    inverse = 1 / temperature
+    return inverse if inverse < LARGEST else LARGEST
+
+
+@njit(forceinline=True)
+def factor_of(inverse: float) -> float:
+    """Return the factor that turns logits into exponents of two."""
+    factor = inverse * LOG2_E
+    return float32(factor if factor < LARGEST else LARGEST)
+
+
+@njit
+def read_dense(kind: int, values: int, index: int, classes: int, out: int) -> float:
+    """Decode the floating-point row that starts at an element index and return its largest value."""
+    zero, one = float32(0), float32(1)
+    if kind == FLOAT32:
+        return read_float32(values + 4 * index, classes, one, zero, out)
+    if kind == FLOAT16:
+        return read_half(values + 2 * index, classes, one, zero, out)
+    return read_bfloat16(values + 2 * index, classes, one, zero, out)
+
+
+@njit
+def prefetch_row(kind: int, values: int, index: int, classes: int) -> None:
+    """Prefetch the start of a row while another is processed.
+
+    Rows are far apart, and the CPU detects a sequential read only after a few cache lines.
+    """
+    size = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+    start = values + size * index
+    for line in range(0, size * classes if size * classes < FETCHED else FETCHED, 64):
+        prefetch(start + line)
+
+
+@njit
+def class_id(teacher: Any, n: int, i: int) -> int:
+    """Return the i-th kept class of a top-k row."""
+    index = n * teacher.ids_stride + i
+    if teacher.ids_bytes == 2:
+        return int64(load_uint16(teacher.ids, index))
+    return int64(load_uint32(teacher.ids, index))
+
+
+@njit
+def half_at(start: int, index: int) -> float:
+    """Read one float16 as float32."""
+    return from_half(load_uint16(start, index))
+
+
+@njit
+def top_value(teacher: Any, n: int) -> float:
+    """Return the largest kept logit of a top-k row, NaN if any is NaN."""
+    top = half_at(teacher.values, n * teacher.stride)
+    for i in range(1, teacher.kept):
+        value = half_at(teacher.values, n * teacher.stride + i)
+        top = value if value > top or value != value else top
+    return top
+
+
+@njit
+def dropped_logit(teacher: Any, n: int, dropped: int, top: float, temperature: float) -> float:
+    """Return the common logit of the dropped classes of a top-k row, as `TopKRows.tail_logit`."""
+    if dropped == 0:
+        return top
+    inverse, limit = float32(1 / temperature), float32(math.log(dropped))
+    segment = 0
+    while segment < len(KNOTS) - 2 and float32(KNOTS[segment + 1]) < inverse:
+        segment += 1
+    tail = n * teacher.tail_stride
+    low = limit if segment == 0 else half_at(teacher.tail, tail + len(KNOTS) - 1 - segment)
+    high = half_at(teacher.tail, tail + len(KNOTS) - 2 - segment)
+    start, stop = float32(KNOTS[segment]), float32(KNOTS[segment + 1])
+    excess = (low + (high - low) * ((inverse - start) / (stop - start)) - limit) / inverse
+    return top + (float32(0) if excess > 0 else excess)
+
+
+@njit
+def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
+    """True if all class ids of a top-k row are below `classes`."""
+    highest = 0
+    for i in range(teacher.kept):
+        index = class_id(teacher, n, i)
+        highest = index if index > highest else highest
+    return highest < classes
+
+
+@njit(inline="always")
+def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float, out: int) -> float:
+    """Decode a row of any kind and return its largest value."""
+    if teacher.kind == INT8:
+        affine = n * teacher.affine_stride
+        scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
+        return read_int8(teacher.values + n * teacher.stride, classes, scale, minimum, out)
+    if teacher.kind == TOPK:
+        top = top_value(teacher, n)
+        rest = dropped_logit(teacher, n, classes - teacher.kept, top, temperature)
+        fill(out, 0, classes, float32(rest))
+        fill(out, classes, length, float32(-np.inf))
+        for i in range(teacher.kept):
+            store(out, class_id(teacher, n, i), half_at(teacher.values, n * teacher.stride + i))
+        return top
+    return read_dense(teacher.kind, teacher.values, n * teacher.stride, classes, out)
+
+
+@njit(inline="always")
+def topk_exponentials(
+    teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, spare: int, out: int
+) -> float:
+    """Compute `exponentials` of a top-k row, evaluating only those of the kept classes."""
+    kept = teacher.kept
+    dropped = classes - kept
+    row = teacher.values + 2 * n * teacher.stride
+    top = read_half(row, kept, float32(1), float32(0), spare)
+    total = exponentials(spare, top, factor, out, lots(kept + LOT - 1))
+    write_float32(out, spare, kept)
+    rest = exp2(float32((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor))
+    fill(out, 0, classes, rest)
+    fill(out, classes, length, float32(0))
+    for i in range(kept):
+        store(out, class_id(teacher, n, i), load(spare, i))
+    return total + dropped * float64(rest)
+
+
+@njit
+def teacher_exponentials(
+    teacher: Any,
+    n: int,
+    label: int,
+    classes: int,
+    length: int,
+    temperature: float,
+    smoothing: float,
+    logits: int,
+    out: int,
+) -> float:
+    """Write the softened and adjusted probabilities of a teacher row, up to a factor, and return their sum.
+
+    Args:
+        teacher: its record.
+        n: the row.
+        label: its class id, or -1 where it has none that counts.
+        classes: C.
+        length: C in whole lots.
+        temperature: T of this teacher and row.
+        smoothing: epsilon of label smoothing.
+        logits: a row of scratch to decode to.
+        out: a row of scratch for the probabilities.
+    """
+    factor = factor_of(inverse_temperature(temperature))
+    adjusts = teacher.adjustment != NONE and label >= 0
+    if teacher.kind == TOPK and not adjusts:
+        return topk_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
+    top = read_row(teacher, n, classes, length, temperature, logits)
+    wrong = adjusts and load(logits, label) < top
+    if wrong and teacher.adjustment == SHIFT:
+        # Swapping two logits swaps their probabilities. Ties for the top go to the lowest class.
+        first = 0
+        while first < classes - 1 and load(logits, first) != top:
+            first += 1
+        at_label = load(logits, label)
+        store(logits, label, load(logits, first))
+        store(logits, first, at_label)
+    total = exponentials(logits, top, factor, out, length)
+    if wrong and teacher.adjustment == SMOOTH:
+        fill(out, 0, classes, float32(smoothing / classes))
+        fill(out, classes, length, float32(0))
+        store(out, label, load(out, label) + float32(1 - smoothing))
+        # A row with a NaN stays NaN: its sum of exponentials is NaN.
+        total = 1.0 if total == total else total
+    return total

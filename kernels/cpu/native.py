@@ -1,0 +1,156 @@
+"""Runs a checked call on the compiled CPU kernels: scratch memory, records, threads and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels.cpu.records import KINDS as KINDS
+from coursepack.kernels.cpu.records import pack, plain, row_major
+from coursepack.kernels.cpu.threads import run_kernel, usable_threads
+from coursepack.kernels.rows import TopKRows
+from coursepack.kernels.values import check_values, full_weights
+
+if TYPE_CHECKING:
+    from coursepack.kernels.spec import LossCall
+
+PARALLEL_FROM = 40_000
+"""Number of exponentials above which more than one thread is faster."""
+LOT = 64
+_LARGEST_KEPT = 1 << 22
+_buffers = threading.local()
+_State = ctypes.c_int64 * 3
+
+
+def work_of(call: LossCall) -> int:
+    """Estimate the number of exponentials in a call."""
+    return call.rows * call.classes * (call.teacher_count + 1)
+
+
+def evaluate(
+    call: LossCall, student_logits: Tensor, weights: Tensor | None, wants_student: bool, wants_weights: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the loss `(N,)` float32 and the gradients of its sum, None for those not wanted.
+
+    Args:
+        call: a call for which `dispatch.choose` returns the kernel.
+        student_logits: `(N, C)` float32, bfloat16 or float16 on the CPU.
+        weights: `(N, K)`, or None for 1/K.
+        wants_student: compute the gradient `(N, C)`, in the dtype of the logits.
+        wants_weights: compute the gradient `(N, K)`, in the dtype of the weights.
+
+    Raises:
+        ValueError: an invalid label, class id, temperature or weight; the text names the first.
+    """
+    loss = torch.empty(call.rows)
+    student = row_major(student_logits)
+    grad = torch.empty(call.rows, call.classes, dtype=student.dtype) if wants_student else None
+    grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
+    kept = call.teacher_count if wants_weights and call.spec.combine == "mixture" else 0
+    _launch(
+        "jit_loss",
+        call,
+        weights,
+        student,
+        loss,
+        grad,
+        grad_weights,
+        scratch_rows=6 + kept,
+    )
+    if grad_weights is not None and weights is not None:
+        grad_weights = grad_weights.to(weights.dtype)
+    return loss, grad, grad_weights
+
+
+def mixture(call: LossCall) -> Tensor:
+    """Compute `sum_k w_k P_k`, `(N, C)` float32, for a call that `dispatch.reads_teachers` accepts.
+
+    Raises:
+        ValueError: an invalid label, class id, temperature or weight; the text names the first.
+    """
+    out = torch.empty(call.rows, call.classes)
+    _launch("jit_mixture", call, call.wide_weights, None, None, out, None, scratch_rows=3)
+    return out
+
+
+def statistics(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the fields of `stats.TeacherStats` for a call that `dispatch.reads_teachers` accepts.
+
+    Returns:
+        `(4, K, N)` float32: entropy, norm, cross-entropy, cosine; top classes `(K, N)` int64; and whether
+        they are right `(K, N)` bool. What needs labels or `student_logits` has no meaning without.
+
+    Raises:
+        ValueError: an invalid label or class id; the text names the first.
+    """
+    shape = (call.teacher_count, call.rows)
+    numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
+    correct = torch.empty(shape, dtype=torch.bool)
+    student = None if student_logits is None else row_major(student_logits)
+    _launch("jit_stats", call, None, student, numbers, correct, tops, scratch_rows=3)
+    return numbers, tops, correct
+
+
+def _launch(
+    module: str,
+    call: LossCall,
+    weights: Tensor | None,
+    student: Tensor | None,
+    loss: Tensor | None,
+    grad: Tensor | None,
+    grad_weights: Tensor | None,
+    *,
+    scratch_rows: int,
+) -> None:
+    """Run the compiled function of a module on a call, with `scratch_rows` rows of scratch per thread."""
+    threads, _ = usable_threads(work_of(call), PARALLEL_FROM)
+    stride = scratch_rows * -(-call.classes // LOT) * LOT
+    scratch = _scratch(threads * stride)
+    state = _State()
+    data, held = pack(
+        call,
+        plain(weights, torch.float64),
+        student,
+        (loss, grad, grad_weights),
+        chunk=max(1, call.rows // (8 * threads)),
+        state=ctypes.addressof(state),
+        scratch=scratch,
+        scratch_stride=stride,
+    )
+    run_kernel(_compiled(module), data, threads)
+    del held  # tensors must live until here
+    if state[2]:
+        _explain(call, state[2] - 1)
+
+
+@functools.cache
+def _compiled(module: str) -> int:
+    """Return the address of the function that a module compiles at its first import."""
+    return int(importlib.import_module(f"coursepack.kernels.cpu.{module}").run.address)
+
+
+def _scratch(size: int) -> Tensor:
+    """Return a float32 buffer, kept for the next call in this thread unless it is large."""
+    kept: Tensor | None = getattr(_buffers, "scratch", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    scratch = torch.empty(size)
+    if size <= _LARGEST_KEPT:
+        _buffers.scratch = scratch
+    return scratch
+
+
+def _explain(call: LossCall, row: int) -> None:
+    """Raise the error that the checks in torch raise for a bad value."""
+    check_values(call)
+    full_weights(call)
+    for teacher in call.teacher_list:
+        if isinstance(teacher, TopKRows):
+            teacher.decode()
+    raise RuntimeError(f"the compiled loss refused row {row}, and the checks in torch did not")

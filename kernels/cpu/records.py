@@ -1,0 +1,178 @@
+"""Packs a checked call into the records that the compiled kernels read: addresses, strides, numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coursepack.kernels.cpu import layout
+from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
+from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
+
+if TYPE_CHECKING:
+    from coursepack.kernels.rows import Rows
+    from coursepack.kernels.spec import LossCall
+
+_ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
+KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
+
+
+def pack(
+    call: LossCall,
+    weights: Tensor | None,
+    student: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    scratch: Tensor | None,
+    scratch_stride: int,
+    chunk: int = 0,
+    state: int = 0,
+) -> tuple[bytes, list[object]]:
+    """Pack a CALL record followed by TEACHER records.
+
+    Args:
+        call: the checked call.
+        weights: `(N, K)` float64 or float32 of any stride, or None for 1/K.
+        student: `(N, C)` with contiguous rows.
+        results: tensors for the loss and the gradients with respect to student and weights.
+        scratch: float32 scratch memory.
+        scratch_stride: number of scratch values per thread.
+        chunk: rows per chunk.
+        state: address of three int64 (`layout`).
+
+    Returns:
+        The bytes, and objects that must stay alive while the bytes are in use.
+    """
+    spec = call.spec
+    first, second, lam = _labels(call.labels)
+    temperature = _temperature(spec.temperature)
+    row_weight, where = column(spec.row_weight), _temperature_fields(temperature)
+    records = [
+        layout.pack_call(
+            call.rows,
+            call.classes,
+            call.teacher_count,
+            chunk,
+            state,
+            address(scratch),
+            scratch_stride,
+            address(student),
+            0 if student is None else student.stride(0),
+            0 if student is None else KINDS[student.dtype],
+            *map(address, results),
+            address(first),
+            address(second),
+            address(lam),
+            spec.ignore_index,
+            address(row_weight),
+            *where,
+            address(weights),
+            *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
+            COMBINATIONS.index(spec.combine),
+            spec.soft_weight,
+            spec.hard_weight,
+            spec.smoothing,
+        )
+    ]
+    held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
+    parts, each = _stack(call.teachers) if isinstance(call.teachers, Tensor) else _list(call.teachers)
+    for k, fields in enumerate(each):
+        if call.teacher_temperatures is not None:
+            own = _temperature(call.teacher_temperatures[k])
+            where = _temperature_fields(own)
+            held.append(own)
+        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[call.adjustments[k]]))
+    held.append(parts)
+    return b"".join(records), held
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return the address of a tensor, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_major(values: Tensor) -> Tensor:
+    """Return the values with contiguous rows and no lazy negation."""
+    values = values.detach().resolve_neg()
+    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+
+
+def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the values in another dtype, without lazy negation."""
+    return None if values is None else values.detach().resolve_neg().to(dtype)
+
+
+def column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """Return the values `(N,)` contiguous and in another dtype."""
+    return None if values is None else values.detach().resolve_neg().to(dtype).contiguous()
+
+
+def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if isinstance(labels, MixedLabels):
+        first, second = (column(ids, torch.int64) for ids in (labels.first, labels.second))
+        return first, second, column(labels.lam)
+    return column(labels, torch.int64), None, None
+
+
+def _temperature(value: float | Tensor) -> float | Tensor:
+    return value.detach().resolve_neg().to(torch.float32) if isinstance(value, Tensor) else value
+
+
+def _temperature_fields(temperature: float | Tensor) -> tuple[int, int, float]:
+    """Return the address, stride and fixed value of a temperature."""
+    if isinstance(temperature, Tensor):
+        return temperature.data_ptr(), temperature.stride(0) if temperature.ndim else 0, 0.0
+    return 0, 0, temperature
+
+
+Fields = tuple[int, ...]
+"""Fields of a TEACHER record, from `kind` to `tail_stride`."""
+
+
+def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
+    """Return the tensor to keep alive and the fields of each teacher of `(K, N, C)`."""
+    values = teachers.detach().resolve_neg()
+    step, row, column = values.stride()
+    if column != 1 and values.shape[2] != 1:
+        values = values.contiguous()
+        step, row, _ = values.stride()
+    kind, start, step = KINDS[values.dtype], values.data_ptr(), step * values.element_size()
+    rest = (row, 0, 0, 0, 0, 0, 0, 0, 0)
+    return values, [(kind, start + k * step, *rest) for k in range(values.shape[0])]
+
+
+def _list(teachers: list[Tensor | Rows]) -> tuple[list[list[Tensor]], list[Fields]]:
+    """Return the tensors to keep alive and the fields of each teacher."""
+    both = [_teacher(each) for each in teachers]
+    return [parts for parts, _ in both], [fields for _, fields in both]
+
+
+def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
+    """Return the tensors of a teacher and its fields."""
+    if isinstance(teacher, Int8Rows):
+        q, affine = row_major(teacher.q), teacher.affine.contiguous()
+        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        return [q, affine], fields
+    if isinstance(teacher, TopKRows):
+        ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
+        tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
+        return [ids, values, tail], (
+            layout.TOPK,
+            values.data_ptr(),
+            kept,
+            0,
+            0,
+            ids.data_ptr(),
+            kept,
+            ids.element_size(),
+            kept,
+            tail.data_ptr(),
+            tail.shape[1],
+        )
+    dense = teacher.values if isinstance(teacher, DenseRows) else teacher
+    assert isinstance(dense, Tensor)
+    dense = row_major(dense)
+    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0)

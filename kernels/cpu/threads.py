@@ -1,0 +1,75 @@
+"""Threads of the compiled kernels: their number, and the call that runs a kernel in them.
+
+Kernels run in torch's own OpenMP threads, through `GOMP_parallel` of the library that torch uses. A second
+pool would compete with the first for the same cores, and torch's threads are already awake.
+`torch.set_num_threads` therefore applies to kernels too. If torch uses another threading library (macOS,
+Windows), kernels are serial.
+
+OpenMP threads do not survive a fork, and a parallel region in a forked child would wait for them forever, so
+kernels are serial in a forked child. They are also serial in every Python thread except the main one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_IMPORTED_IN = os.getpid()
+
+
+def usable_threads(work: int, least: int) -> tuple[int, str]:
+    """Return the number of threads to use for an amount of work, and the reason.
+
+    Args:
+        work: amount of work in any unit.
+        least: smallest amount, in the same unit, for which more than one thread is faster.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        return 1, "torch.get_num_threads() is 1"
+    if work < least:
+        return 1, f"too little work for two threads ({work} < {least})"
+    if os.getpid() != _IMPORTED_IN:
+        return 1, "forked child"
+    if threading.current_thread() is not threading.main_thread():
+        return 1, "not the main thread"
+    if parallel_region() is None:
+        return 1, "torch has no OpenMP that can be borrowed"
+    return count, f"torch's {count} OpenMP threads"
+
+
+@functools.cache
+def parallel_region() -> Callable[..., None] | None:
+    """Return `GOMP_parallel(function, data, threads, flags)` of torch's OpenMP, or None if torch has none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Looked up through the library that uses it, to get the same copy.
+        region = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    region.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    region.restype = None
+    return region
+
+
+def run_kernel(kernel: int, data: bytes, threads: int) -> None:
+    """Run the compiled `void kernel(void *data)` at an address once in every thread and wait for all."""
+    region = parallel_region() if threads > 1 else None
+    if region is None:
+        _function(kernel)(data)
+    else:
+        region(kernel, data, threads, 0)
+
+
+@functools.cache
+def _function(kernel: int) -> Callable[[bytes], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(kernel)

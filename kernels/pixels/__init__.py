@@ -1,0 +1,1 @@
+"""Conversion of pixels to network input."""
