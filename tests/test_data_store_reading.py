@@ -185,7 +185,7 @@ def test_errors_of_a_prefetch_surface_at_the_read(store, reading, damage):
     reader = StoreReader(store, reading)
     DAMAGE[damage](store / "logits/values/c.1.0.0")
     if damage == "not named":
-        del reader.manifest.files["logits/values/c.1.0.0"]
+        del reader.manifest.entries[1].files["logits/values/c.1.0.0"]
     # pytest turns an error that escapes a thread into a failure.
     reader.prefetch("logits", 1).join(30)
     for _ in range(2):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from coursepack.canonical import fingerprint
 from coursepack.config import write_yaml
-from coursepack.data.store import StoreReader, StoreWriter, load_manifest
+from coursepack.data.store import StoreReader, StoreWriter, load_manifest, verify
 from coursepack.data.store.contents import digest_of, list_key
 from coursepack.distill.recipe import load_recipe
 from coursepack.distill.runs.compare import compare, table_rows
@@ -72,6 +72,9 @@ class Workplace:
         write_rows(self.store, ROWS)
         self.old = folder / "old.zarr"
         write_rows(self.old, replace(ROWS, format_version=1))
+        # What is imported at first use is not opened by a case.
+        assert verify(self.store).problems == ()
+        StoreReader(self.store).components("logits", 0, np.arange(1))
         with StoreWriter(self.begun, ROWS.plan()) as writer:
             for block in writer.pending():
                 ROWS.write_block(writer, block)
