@@ -54,6 +54,9 @@ def made_labels(rows: int, classes: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, classes, rows)
 
 
+PIXELS = {"size": 1, "mean": [0.0], "std": [1.0]}
+
+
 def write_store(
     path: Path, values: np.ndarray, *, encoding: str, views: int = 1, block_rows: int | None = None
 ) -> StoreReader:
@@ -61,7 +64,7 @@ def write_store(
     rows, classes = values.shape
     recipe = ViewRecipe()
     identity = {
-        "teacher": {"network": "made up", "weights": path.name},
+        "teacher": {"network": "made up", "weights": path.name, "preprocessing": PIXELS},
         "view": {"recipe": recipe.model_dump(mode="json"), "fingerprint": "made up"},
         "source": {"name": "made up", "fingerprint": "made up"},
     }

@@ -132,9 +132,10 @@ def write_store(
     """A store of random logits; of each view it vouches for the block that is looked at first."""
     drawn = view_recipe(view)
     size = next(iter(source.sizes(np.arange(1))))[0].item()
+    pixels = {"size": size, "mean": [0.5] * source.channels, "std": [0.5] * source.channels}
     plan = StorePlan(
         identity={
-            "teacher": {"network": "noise", "weights": str(seed), "preprocessing": {"size": size}},
+            "teacher": {"network": "noise", "weights": str(seed), "preprocessing": pixels},
             "view": {"recipe": drawn.model_dump(mode="json"), "fingerprint": view_fingerprint(drawn, source)},
             "source": {"name": source.name, "fingerprint": source.fingerprint},
             "precision": "float32",

@@ -157,7 +157,7 @@ def test_training_refuses_drift_before_anything_is_made(written, tmp_path, monke
         f"store '{written}' was written from other views than this version makes:\n"
         f"  view 1, block 1: {OTHER_DRAWS}\nDifferences: 1. It was written with",
         "'torchvision': ",
-        "run `precompute run` again into a new store, or train all the same with --allow-drift",
+        "run `precompute run` again into a new store, or train anyway with --allow-drift",
     ):
         assert text in refused.stderr
     assert not run.exists()

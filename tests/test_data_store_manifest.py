@@ -54,7 +54,7 @@ FOREIGN = {
     "not UTF-8": (
         b'{"a": "\xff"}' + b" " * 100_000,
         StoreDamaged,
-        r"byte 7 is not UTF-8'\)\. Put a copy of it back",
+        r"byte 7 is not UTF-8\)'\)\. Put a copy of it back",
     ),
     "odd version": (
         b'{"format": "coursepack store", "format_version": "\\u001b[31m"}',

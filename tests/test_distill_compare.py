@@ -97,7 +97,7 @@ def test_labels_of_distilled_groups():
         make_run(**kd, stores=["a/cnn.zarr", "mlp.zarr"]),
         make_run(**kd, stores=["a/cnn.zarr"], online=True),
         make_run(**kd, stores=["a/cnn.zarr"], objective={"temperature": 2.0}),
-        make_run(**kd, stores=["a/cnn.zarr"], objective={"teacher_weights": [0.5]}),
+        make_run(**kd, stores=["a/cnn.zarr"], objective={"fusion": {"weights": [0.5]}}),
     )
     known = [
         f"supervised {STUDENT}",
@@ -108,7 +108,7 @@ def test_labels_of_distilled_groups():
     for label, start in zip(found, [*known, known[1], known[1]], strict=True):
         assert label.startswith(start)
     assert "temperature=2.0" in found[4]
-    assert "teacher_weights=[0.5]" in found[5]
+    assert "weights=[0.5]" in found[5]
     assert "view" not in " ".join(found), "a store's view goes without saying"
     assert len(set(found)) == 6
 

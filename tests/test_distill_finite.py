@@ -132,8 +132,8 @@ def test_stored_targets_that_are_not_finite_are_named(tmp_path, sound, monkeypat
 def test_live_teacher_with_weights_that_are_not_finite_is_named(tmp_path, sound, monkeypatch):
     live_teachers = prepare_module.live_teachers
 
-    def sick(*args):
-        runners = live_teachers(*args)
+    def sick(*args, **options):
+        runners = live_teachers(*args, **options)
         runners[0].network.module.head.bias.data[3] = float("nan")
         return runners
 
@@ -146,7 +146,7 @@ def test_live_teacher_with_weights_that_are_not_finite_is_named(tmp_path, sound,
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "moment", "text"),
+    ("student", "teacher", "step", "text"),
     [
         (
             float("nan"),
@@ -158,12 +158,14 @@ def test_live_teacher_with_weights_that_are_not_finite_is_named(tmp_path, sound,
         (1.0, float("nan"), Step(1, 0), "since the targets of teacher 1 are not. Check its weights"),
     ],
 )
-def test_input_that_is_not_finite_is_named(student, teacher, moment, text):
+def test_input_that_is_not_finite_is_named(student, teacher, step, text):
     config = METHODS["dtd-flsw"].objective
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     targets = Targets([logits, logits * teacher])
     with pytest.raises(TrainingDiverged) as caught:
-        Objective(config)(logits * student, torch.zeros(4, dtype=torch.int64), targets, moment=moment)
+        Objective(config)(
+            loss_inputs(logits * student, torch.zeros(4, dtype=torch.int64), targets, step=step)
+        )
     assert text in str(caught.value)
 
 

@@ -86,7 +86,7 @@ def test_a_step_that_overflows_does_not_move_the_average():
     before = copy.deepcopy(state.average.state_dict())
     for step, batch in enumerate(run.batches(1)):
         state.begin_step()
-        state.add_gradient(batch, None, Step(1, step))
+        state.backward(state.learner(batch, None, Step(1, step)).value.loss)
         if step == 1:
             for parameter in state.learner.parameters():
                 parameter.grad.fill_(torch.inf)

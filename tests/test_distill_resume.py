@@ -56,7 +56,7 @@ def tapped(tmp_path_factory, teachers):
 def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
-    joint = {"fusion": {"name": "adaptive", "l2": 0.1, "joint_epochs": 2}, "hints": hints}
+    joint = {"fusion": {"joint_epochs": 2}, "terms": {"hint": hints}}
     drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),

@@ -190,9 +190,9 @@ def evaluated(weights, student="digits-resnet"):
 def test_an_average_is_restored():
     run = prepare(make_recipe(limit=100, optimizer={"ema": 0.9}), CPU)
     state = trained(run)
-    state = copy.deepcopy(state.state())
+    saved = copy.deepcopy(state.state())
     again = make_state(run)
-    again.restore(state)
+    again.restore(saved)
     assert_close(again.average, state.average, rtol=0, atol=0)
     for each in (state, again):
         train_epoch([each], run.batches(3), None, 3)

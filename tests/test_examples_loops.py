@@ -44,18 +44,18 @@ def example(name):
 
 def losses_of_the_command(stores, method, epochs, out, monkeypatch):
     """Every step's loss as `distill train` has it, and what it says of the epochs."""
-    losses, forward = [], Learner.forward
+    losses, forward = [], Objective.forward
 
-    def spy(self, *arguments):
-        output = forward(self, *arguments)
-        losses.append(output.value.loss.item())
-        return output
+    def spy(self, inputs):
+        value = forward(self, inputs)
+        losses.append(value.loss.item())
+        return value
 
     words = ["train", "--student", "digits-small", "--method", method, "--epochs", epochs, "--seed", 3]
     words += ["--lr", 0.05, "--momentum", 0.9, "--weight-decay", 5e-4, "--batch-size", 64, "--out", out]
     words += [word for store in stores for word in ("--store", store)]
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "forward", spy)
+        patch.setattr(Objective, "forward", spy)
         result = CliRunner().invoke(distill, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return losses, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

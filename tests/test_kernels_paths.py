@@ -49,7 +49,8 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("student", "teachers", "options", "text"), REASONS)
-def test_describe_says_the_path_and_why(student, teachers, options, text):
+def test_describe_says_the_path_and_why(threads, student, teachers, options, text):
+    torch.set_num_threads(2)
     assert str(describe(student, teachers, **options)).startswith(text)
 
 
