@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe, write_store, write_teacher
+from builders import CPU, loss_inputs, make_recipe, write_store, write_teacher
 from helpers import RowStore, write_rows
 
 from coursepack.data.store import StoreReader
@@ -163,9 +163,7 @@ def test_input_that_is_not_finite_is_named(student, teacher, step, text):
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     targets = Targets([logits, logits * teacher])
     with pytest.raises(TrainingDiverged) as caught:
-        Objective(config)(
-            loss_inputs(logits * student, torch.zeros(4, dtype=torch.int64), targets, step=step)
-        )
+        Objective(config)(loss_inputs(logits * student, torch.zeros(4).long(), targets, step=step))
     assert text in str(caught.value)
 
 
