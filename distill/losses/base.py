@@ -81,6 +81,8 @@ class LossInputs:
     """Fused targets of all teachers; set by the objective if a term needs them."""
     fusion: nn.Module | None = None
     """The objective's fusion, for terms that penalize or train its parameters."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    """Intermediate results that terms of one objective share, by name."""
 
     @property
     def teachers(self) -> Targets:

@@ -55,9 +55,12 @@ class Relation(nn.Module):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """Return the loss, a scalar over the whole batch, with gradient to the student's logits."""
-        soft = inputs.soft
-        embedded = student_embedding(inputs.student.logits, self.config.student, soft.temperature)
-        return self.loss(embedded, soft.probs)
+        soft, key = inputs.soft, f"student {self.config.student}"
+        if key not in inputs.shared:
+            inputs.shared[key] = student_embedding(
+                inputs.student.logits, self.config.student, soft.temperature
+            )
+        return self.loss(inputs.shared[key], soft.probs)
 
 
 def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | float) -> Tensor:
