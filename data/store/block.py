@@ -46,7 +46,7 @@ class Block:
 
 
 class BlockFiles:
-    """Writer for the files of one block. Each shard is written once full, so memory is bounded by one shard."""
+    """Writer for the files of one block. Shards are written once full, which bounds memory by one shard."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class BlockFiles:
                 self._flush(name, component, full_only=True)
 
     def finish(self, statistics: Mapping[str, float]) -> None:
-        """Write the remaining rows, then the done-object. `statistics` are sums over the rows of the block."""
+        """Write the remaining rows, then the done-object. `statistics` are sums over the block's rows."""
         entry = {
             "arrays": list(self._block.arrays),
             "files": {key: list(value) for key, value in self.flush().items()},

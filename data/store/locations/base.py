@@ -19,7 +19,7 @@ class Mapped(Protocol):
     """Content of the object: a memory map, or an array in memory."""
 
     def size(self) -> int:
-        """Return the current size in bytes; smaller than `content` if the object was truncated after opening."""
+        """Return the current size in bytes; smaller than `content` if the object was truncated meanwhile."""
 
     def is_touched(self) -> bool:
         """Return True if the object may have been modified in place since it was opened."""
@@ -44,7 +44,7 @@ class Location(Protocol):
         """True if `lock` excludes other processes."""
 
     def where(self, key: str) -> str:
-        """Return the address of an object, for error messages. The address of the location is `str(location)`."""
+        """Return the address of an object, for errors. The address of the location is `str(location)`."""
 
     def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
         """Write an object atomically and durably, replacing any existing one."""
@@ -101,7 +101,7 @@ class Location(Protocol):
         """
 
     def hold(self, key: str, data: bytes) -> AbstractContextManager[Callable[[bytes], None]]:
-        """Write an object and hold it within the context, which yields a function that replaces its content."""
+        """Write an object and hold it within the context; yields a function that replaces its content."""
 
     def held(self, folder: str) -> list[tuple[str, bytes]]:
         """Return keys and contents of the objects in a folder that are held by a live process."""
