@@ -97,7 +97,7 @@ def plan_block_rows(rows: int, row_bytes: list[int]) -> int:
 
 
 def plan_array(component: Component, block_rows: int) -> ArrayLayout:
-    """Return a layout of one component whose shards divide `block_rows` and whose chunks divide the shards."""
+    """Return a layout of one component whose shards divide `block_rows` and whose chunks divide shards."""
     width = max(1, component.row_bytes)
     shard_rows = block_rows // _divisor_near(block_rows, -(-block_rows * width // SHARD_BYTES))
     chunk_rows = shard_rows // _divisor_near(shard_rows, -(-shard_rows * width // CHUNK_BYTES))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
 
 MOST_BYTES = 32 << 20
-"""Maximum size of a manifest, checked before parsing, which takes about six times the size in memory. A
+"""Maximum size of a manifest, checked before it is read: parsing needs about six times its size in memory. A
 manifest of 100,000 files has a tenth of this size."""
 ADVICE = (
     "Put a copy of it back; without one, remove it and run the same `precompute run` again, which writes "

@@ -177,7 +177,7 @@ class LocalLocation:
 
     @contextmanager
     def hold(self, key: str, data: bytes) -> Iterator[Callable[[bytes], None]]:
-        """Hold an flock on a file. The lock is released when the process ends, for any reason; the file remains."""
+        """Hold an flock on a file. The lock ends with the process, however that exits; the file remains."""
         path = self._with_folder(key)
         with path.open("wb", buffering=0) as file:
 
