@@ -79,8 +79,8 @@ class OpenView:
             rows: number of rows of the view.
             resident: read the files into memory instead of mapping them.
             check: scope of checksum verification: `files` verifies whole files now; `chunks` verifies each
-                chunk on first access, for files too large to read in advance; `nothing` skips verification, for
-                files that this process has already verified.
+                chunk on first access, for files too large to read in advance; `nothing` skips verification,
+                for files that this process has already verified.
             pinned: gather into page-locked memory, from which a GPU can copy asynchronously.
 
         Raises:

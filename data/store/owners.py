@@ -1,9 +1,9 @@
 """Ownership of parts: every writing process owns one part of a store's blocks until it ends.
 
-A process records its part in an object under `runs/` and holds that object until it ends, for any reason. The
-object remains as a record of the run. It is the only object with times, hosts and pids, and is never compared.
-If the location cannot hold objects, such as local files on Windows, only one process at a time may write to a
-store.
+A process records its part in an object under `runs/` and holds that object until it ends, for any reason.
+The object remains as a record of the run. Only these records contain times, hosts and pids, and they are
+never compared. If the location cannot hold objects, such as local files on Windows, only one process at a
+time may write to a store.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reader of stores: copies rows of committed views directly from memory or memory maps.
 
-There is no asyncio, no codec pipeline and no worker process. A view is opened once: its shard files are mapped
-(or read), their sizes and checksums are compared with the manifest, and the address of every chunk is
+There is no asyncio, no codec pipeline and no worker process. A view is opened once: its shard files are
+mapped (or read), their sizes and checksums are compared with the manifest, and the address of every chunk is
 computed. Each batch is then one serial copy of rows per array. Other Zarr readers silently return NaN for a
 missing file; this one raises an error for every file that is not in the manifest.
 """

@@ -114,7 +114,7 @@ class StoreWriter:
         return block_count(self.manifest.samples, self.manifest.block_rows)
 
     def pending(self, order: Iterator[int] | None = None) -> Iterator[Block]:
-        """Yield the unfinished blocks of this part, view by view; each is checked just before it is yielded."""
+        """Yield the unfinished blocks of this part, view by view; each is checked just before its turn."""
         numbers = order if order is not None else iter(range(self.manifest.views * self.blocks))
         for number in numbers:
             if not self.part.owns(number):
@@ -122,7 +122,7 @@ class StoreWriter:
             view, index = divmod(number, self.blocks)
             if view in self._whole_views or self._is_done(view, index, self._missing(view)):
                 continue
-            # Either unfinished, or committed by another process that removed the done-object: check the manifest.
+            # Unfinished, or committed by another process that removed the done-object: check the manifest.
             self._refresh()
             if missing := self._missing(view):
                 yield self.block(view, index, missing)
@@ -200,7 +200,7 @@ class StoreWriter:
             self.manifest = self._extended(self._load())
 
     def _missing(self, view: int) -> tuple[str, ...]:
-        """Return the quantities of the plan not yet committed for a view; other stored quantities are ignored."""
+        """Return the quantities of the plan not yet committed for a view, ignoring other stored ones."""
         return tuple(name for name in sorted(self._plan.arrays) if not self._is_committed(name, view))
 
     def _is_committed(self, name: str, view: int) -> bool:

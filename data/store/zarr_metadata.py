@@ -1,7 +1,7 @@
 """Zarr v3 metadata of a store's arrays and groups, and reading of rows with the `zarr` library.
 
-Rows are written and read without `zarr` (see `shards`). The library generates the contents of `zarr.json`, and
-`verify` uses it to read one chunk of every array, to test compatibility with other Zarr readers.
+Rows are written and read without `zarr` (see `shards`). The library generates the contents of `zarr.json`,
+and `verify` uses it to read one chunk of every array, to test compatibility with other Zarr readers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _metadata_key(group: str) -> str:
 
 
 def group_attributes(group: str, version: int) -> dict[str, Any]:
-    """Return the attributes of a group. Only the root group, with an empty path, has any: the format version."""
+    """Return the attributes of a group: the format version for the root group (empty path), else none."""
     return {} if group else {"coursepack": {"format_version": version}}
 
 
