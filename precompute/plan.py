@@ -79,7 +79,7 @@ class Probe:
     """Time to read a row from a store."""
 
     def break_even(self, views: int) -> float:
-        """Return the number of student epochs from which a store of V views takes less time than live teachers."""
+        """Return the number of student epochs from which a store of V views is faster than live teachers."""
         saved = self.teacher - self.read
         return views * self.teacher / saved if saved > 0 else float("inf")
 
