@@ -5,9 +5,9 @@
 Three different teachers are trained, and their stores are written once; every student is trained from the
 stores. Methods are paired by seed: the same initial weights, samples and order. Besides the plain study,
 there are settings that favour particular methods: a weak and a noisy teacher with a good one, teachers that
-each know only some classes, and overconfident teachers. Every method uses the temperature and the soft and hard weights
-of `kd` unless its row has `preset`, which isolates the effect of the method. The t-test and the 95 % interval
-(t distribution) are of the differences from `kd` with the same seeds.
+each know only some classes, and overconfident teachers. Every method uses the temperature and the soft and
+hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method alone. The
+t-test and the 95 % interval (t distribution) are of the differences from `kd` with the same seeds.
 """
 
 from __future__ import annotations
