@@ -1,4 +1,4 @@
-"""Made-up teachers' logits, stores of them, and batches to ask for, for benchmarks."""
+"""Synthetic logits of teachers, stores with them, and batches to read, for benchmarks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RANK = 64
 
 
 class Shuffle:
-    """Batches of a random permutation, one after another for ever."""
+    """Batches of a random permutation, repeated without end."""
 
     def __init__(self, rows: int, batches: int) -> None:
         self._order, self._batches, self._place = np.random.default_rng(2).permutation(rows), batches, 0
 
     def each(self, use: Callable[[np.ndarray], Any]) -> Callable[[], None]:
-        """A function that gives the next few batches to `use`."""
+        """Return a function that calls `use` with each of the next few batches."""
 
         def run() -> None:
             for _ in range(self._batches):
@@ -40,7 +40,7 @@ class Shuffle:
 
 
 def logits(rows: int, classes: int, *, seed: int = 0, scale: float = 1.5) -> np.ndarray:
-    """Low-rank logits `(rows, classes)` float32 with a clear winner in most rows, as a trained head gives."""
+    """Return low-rank logits `(rows, classes)` float32; most rows have one dominant class, as in practice."""
     rng = np.random.default_rng(seed)
     head = rng.standard_normal((classes, RANK), dtype=np.float32)
     features = rng.standard_normal((rows, RANK), dtype=np.float32)
@@ -50,7 +50,7 @@ def logits(rows: int, classes: int, *, seed: int = 0, scale: float = 1.5) -> np.
 
 
 def made_labels(rows: int, classes: int) -> np.ndarray:
-    """Class ids `(rows,)` int64."""
+    """Return class ids `(rows,)` int64."""
     return np.random.default_rng(1).integers(0, classes, rows)
 
 
@@ -60,7 +60,7 @@ PIXELS = {"size": 1, "mean": [0.0], "std": [1.0]}
 def write_store(
     path: Path, values: np.ndarray, *, encoding: str, views: int = 1, block_rows: int | None = None
 ) -> StoreReader:
-    """A store of the same logits in every view."""
+    """Write a store with the same logits in every view."""
     rows, classes = values.shape
     recipe = ViewRecipe()
     identity = {

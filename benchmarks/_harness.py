@@ -1,8 +1,8 @@
-"""Alternated measurements, medians with their spread, bars with three answers, one table, one JSON file.
+"""Alternating measurements with medians, intervals and bars, reported as a table and a JSON file.
 
 A row with a bar has the 95 % interval of its value. The bar holds (`yes`) or does not (`no`) only if that
-interval lies wholly on one side of it; otherwise it is `undecided`, and `measure` adds rounds. Rows without a
-bar have quartiles. Ratios are of variants of the same round, so that a slow moment of the machine meets both.
+interval lies entirely on one side of it; otherwise it is `undecided`, and `measure` adds rounds. Rows without
+a bar have quartiles. Ratios compare variants of the same round, so that temporary slowdowns affect both.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PATIENCE = 60.0
 LATEST = 25 * 60.0
 """Seconds after the start of the process from which no rounds are added, so that a run ends in 30 minutes."""
 DOUBLINGS = 5
-"""How often the rounds of an undecided measurement are doubled at most."""
+"""Maximum number of times that the rounds of an undecided measurement are doubled."""
 FEWEST = 6
-"""Rounds from which on the order statistics of the median have a 95 % interval."""
+"""Minimum number of rounds for a 95 % interval of the median from order statistics."""
 RESAMPLES = 2000
 
 
@@ -66,7 +66,7 @@ class Threads:
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> Seconds:
     """Return the seconds of each variant, `rounds` times, in a new random order every round, after a warm-up.
 
-    A variant that returns a float has timed itself: those are its seconds, without what it prepared.
+    A variant that returns a float has timed itself: the float is its seconds, without its preparation.
     """
     seconds: Seconds = {name: [] for name in variants}
     order = random.Random(0)
@@ -84,8 +84,8 @@ def measure(
 ) -> list[Row]:
     """Return the rows of alternated variants, with more rounds while a bar is undecided.
 
-    The number of rounds doubles, a few times at most: an interval that is looked at after every round would
-    sooner or later miss the true value. `patience` limits the seconds of additional rounds.
+    The number of rounds is doubled at most `DOUBLINGS` times: an interval that is tested after every round
+    would eventually miss the true value. `patience` limits the seconds of additional rounds.
     """
     seconds: Seconds = {name: [] for name in variants}
     order = random.Random(0)
@@ -205,7 +205,7 @@ def _row(
 
 
 def report(title: str, rows: list[Row], path: Path | None) -> None:
-    """Print the rows, write them, and exit with status 1 if a bar does not hold."""
+    """Print and write the rows, and exit with status 1 if a bar does not hold."""
     cells = [
         [
             entry["id"], f"{entry['value']:.4g}", f"{entry['low']:.4g} to {entry['high']:.4g}",
@@ -229,7 +229,7 @@ def write_rows(path: Path, where: dict[str, Any], rows: list[Row]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return the hardware, versions and date, for the record."""
+    """Return the hardware, versions and date of a measurement."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

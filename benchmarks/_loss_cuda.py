@@ -1,4 +1,4 @@
-"""The fused loss on a GPU: time by events, launches, and the ratio to what memory allows."""
+"""Fused loss on a GPU: time by CUDA events, kernel launches, and the ratio to the memory bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COPIED_BYTES = 1 << 30
 
 
 class Cold:
-    """Inputs beyond the cache, if 64 copies are: the next copy at every call."""
+    """Inputs in 64 copies that exceed the cache; each call uses the next copy."""
 
     def __init__(self, rows: int, classes: int, count: int) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
@@ -26,21 +26,21 @@ class Cold:
         self.student = torch.randn(rows, classes, **options).mul_(3)
         self.teachers = torch.randn(count, rows, classes, **options).mul_(3).half()
         cache = torch.cuda.get_device_properties().L2_cache_size
-        # Read every input once, write the gradient once.
+        # Every input is read once, and the gradient is written once.
         self.moved = 2 * self.student.nbytes + self.teachers.nbytes
         copies = max(2, min(64, 4 * cache // self.moved))
         self.students = [self.student.clone().requires_grad_(True) for _ in range(copies)]
         self.all_teachers = [self.teachers.clone() for _ in range(copies)]
 
     def steps(self, loss: Loss) -> None:
-        """Forward and backward of every copy."""
+        """Run forward and backward for every copy."""
         for student, teachers in zip(self.students, self.all_teachers, strict=True):
             loss(student, teachers).backward()
             student.grad = None
 
 
 def microseconds(run: Callable[[], None], calls: int, rounds: int) -> list[float]:
-    """Of one of so many calls that `run` makes, by events, after three warm-ups."""
+    """Return the time per call in each round, by CUDA events, after three warm-ups; `run` makes `calls`."""
     for _ in range(3):
         run()
     result = []
@@ -55,7 +55,7 @@ def microseconds(run: Callable[[], None], calls: int, rounds: int) -> list[float
 
 
 def graph_of(run: Callable[[], None]) -> Callable[[], None]:
-    """The same without Python: captured once, replayed."""
+    """Return a function that replays `run` from a CUDA graph, without Python overhead."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -68,7 +68,7 @@ def graph_of(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def launches(run: Callable[[], None], calls: int) -> float:
-    """Kernels on the device in one call, by the profiler."""
+    """Return the number of kernel launches per call, measured by the profiler."""
     run()
     with torch.profiler.profile() as profile:
         run()
@@ -78,14 +78,14 @@ def launches(run: Callable[[], None], calls: int) -> float:
 
 
 def bytes_per_microsecond(rounds: int) -> float:
-    """What memory moves: a large copy, read and written."""
+    """Return the memory bandwidth of a large copy, counting bytes read and written."""
     origin = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(origin)
     return 2 * COPIED_BYTES / min(microseconds(lambda: target.copy_(origin), 1, rounds))
 
 
 def table(variants: dict[str, Loss], rounds: int) -> list[dict[str, Any]]:
-    """Rows of the report for every cell and variant; the loss of each is a mean over a batch."""
+    """Return the report's rows for every cell and variant; each loss is the mean over a batch."""
     rate = bytes_per_microsecond(rounds)
     result = []
     for rows, classes, count in CELLS:

@@ -1,4 +1,4 @@
-"""Draw what a step costs from the rows that `python benchmarks/loss.py --json rows.json` wrote.
+"""Draw the time of a step from the rows that `python benchmarks/loss.py --json rows.json` wrote.
 
 python benchmarks/_loss_plot.py rows.json docs/loss.svg
 """

@@ -1,4 +1,4 @@
-"""The formats of other projects, and what encodings lose: content and fidelity beside bytes."""
+"""Comparison with the formats of other projects: speed, size and fidelity of encodings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def peers(folder: Path, values: np.ndarray, rounds: int, patience: float) -> list[Row]:
-    """The formats of other projects, written here with the same content, read as their loaders do."""
+    """Measure other projects' formats, written with the same content and read as their loaders do."""
     k, views = 10, 4
     rows, classes = values.shape
     probs = torch.softmax(torch.from_numpy(values), dim=1)
@@ -92,7 +92,7 @@ def peers(folder: Path, values: np.ndarray, rounds: int, patience: float) -> lis
 def litdata_reader(
     folder: Path, halves: np.ndarray, ids: np.ndarray
 ) -> tuple[Callable[[np.ndarray], Any], int] | None:
-    """litdata's streaming data set over the same content, where litdata is installed."""
+    """Return a reader of litdata's streaming dataset with the same content, if litdata is installed."""
     try:
         from litdata import StreamingDataset
         from litdata.streaming.writer import BinaryWriter
@@ -107,13 +107,13 @@ def litdata_reader(
     writer.merge(1)
     dataset = StreamingDataset(str(target), shuffle=True)
     total = sum(path.stat().st_size for path in target.iterdir())
-    # As it is meant to be read: in its own shuffled order, one sample after another.
+    # The intended use: its own shuffled order, one sample after another.
     endless = itertools.chain.from_iterable(iter(dataset) for _ in itertools.count())
     return lambda samples: [next(endless) for _ in samples], total
 
 
 def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[Row]:
-    """KL of every encoding to the float32 logits, and of other projects' top-k rows of no fewer bytes."""
+    """Measure the KL to float32 logits of every encoding and of other projects' top-k rows."""
     rows, classes = [], values.shape[1]
     sparse = [k for k in (2, 10, 50, 100) if k >= classes // 100 and 4 * k + 8 < 2 * classes]
     for name in ("float16", "bfloat16", "int8", *(f"topk:{k}" for k in sparse)):
@@ -136,7 +136,7 @@ def fidelity_row(what: str, size: int, temperature: str, entry: dict[str, float]
 
 
 def beside_probs(values: np.ndarray, what: str, k: int, size: int, ours: dict[str, Any]) -> list[Row]:
-    """TinyViT's rows of as many bytes: k + 1 entries with its seed of four bytes, or k + 2 without."""
+    """Measure TinyViT's rows of as many bytes: k + 1 entries with a four-byte seed, or k + 2 without."""
     rows = []
     for entries, named in ((k + 1, "with its seed"), (k + 2, "without seed")):
         decoded, empty = top_probs_rows(values, entries)
@@ -152,11 +152,11 @@ def beside_probs(values: np.ndarray, what: str, k: int, size: int, ours: dict[st
 
 
 def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
-    """Logits of TinyViT's targets: float16 probabilities of the top k, what is missing to 1 spread evenly.
+    """Return the logits of TinyViT's targets: float16 top-k probabilities, with the rest to 1 spread evenly.
 
-    Wu et al. 2022, arXiv 2207.10666, with the tail as their training code fills it in. Returns them with the
-    share of rows where rounding leaves nothing for the tail: those get float16's smallest number, as without
-    any tail KL would be infinite.
+    Source: Wu et al. 2022, arXiv 2207.10666, with the tail as in their training code. Also returns the share
+    of rows where rounding leaves no probability for the tail. These rows use float16's smallest number,
+    because KL without a tail would be infinite.
     """
     probs, ids = torch.softmax(torch.from_numpy(values), dim=1).topk(k, dim=1)
     probs = probs.half().float()
@@ -167,7 +167,7 @@ def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
 
 
 def digit_logits(epochs: int) -> tuple[np.ndarray, str, np.ndarray]:
-    """A real teacher's answers to the test digits, after a short training."""
+    """Return a real teacher's logits of the test digits after a short training."""
     from epoch import DEVICE, recipe
 
     from coursepack.data import open_source

@@ -1,4 +1,4 @@
-"""The cost of one view more in `precompute run`, in stores of few views and in stores of many."""
+"""Cost of adding views with `precompute run`, in stores with few and with many views."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FEW = 1
-"""Views of the store that the others are compared with."""
+"""Number of views of the store that the others are compared with."""
 BLOCK_ROWS = 200
 
 
 @dataclass(frozen=True)
 class GrowthSize:
-    """How many views are added to how many."""
+    """Sizes of the stores and number of added views."""
 
     many: tuple[int, ...] = (200, 1000)
     more: int = 10
@@ -41,10 +41,10 @@ QUICK_GROWTH = GrowthSize(many=(3,), more=1, rounds=2)
 
 
 def view_growth(folder: Path, size: GrowthSize) -> list[dict[str, Any]]:
-    """CPU time of `more` views of the digits, and its ratio to what they cost in a store of one view.
+    """Measure the CPU time of `more` views of the digits, and its ratio to that in a store of one view.
 
-    Every round begins with a fresh copy of the small store and lets the large ones grow. Waiting for the disk
-    is no CPU time.
+    Every round starts with a fresh copy of the small store and lets the large ones grow. Time spent waiting
+    for the disk is not included.
     """
     folder.mkdir()
     job = _job(folder)
@@ -91,7 +91,7 @@ def view_growth(folder: Path, size: GrowthSize) -> list[dict[str, Any]]:
 
 
 def _job(folder: Path) -> Job:
-    """A small network of fresh weights over the digits, with one tap."""
+    """Return a job of a small untrained network on the digits, with one tap."""
     source = open_source("digits")
     built = build_network("digits-mlp", len(source.class_names), seed=0)
     save_file(built.module.state_dict(), folder / "teacher.safetensors")
@@ -101,7 +101,7 @@ def _job(folder: Path) -> Job:
 
 
 def _fill(job: Job) -> None:
-    """Write a store of random rows that the job would extend; nothing of it has to survive a power cut."""
+    """Write a store of random rows that the job can extend, without durability across power loss."""
     rng = np.random.default_rng(0)
     record = {"draws": "00000000", "environment": job.environment()}
     sums = {"correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}

@@ -24,7 +24,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def caption(name: str) -> list[str]:
-    """Return the line that says where, with which versions and when the rows were measured."""
+    """Return the line with the machine, the versions and the date of the measurement."""
     where = load(name)["machine"]
     parts = [where["processor"], f"{where['threads']} torch thread{'s' if where['threads'] > 1 else ''}"]
     parts += [where["device"]] if where["device"] != "cpu" else []
@@ -57,7 +57,7 @@ def spread(row: Row, form: Callable[[float], str] = number) -> str:
 
 
 def listed(name: str, pattern: str) -> list[str]:
-    """Return one line per row whose id matches, with everything that the row says."""
+    """Return one line per row whose id matches, with all values of the row."""
     date, lines = load(name)["machine"]["date"], []
     for row in load(name)["rows"]:
         if not re.fullmatch(pattern, row["id"]):
@@ -168,7 +168,7 @@ def demo_accuracy() -> list[str]:
 
 
 def demo_time() -> list[str]:
-    """Return what teachers cost in the demo, once and in every epoch."""
+    """Return the cost of teachers in the demo, once and per epoch."""
     rows = {row["id"]: row for row in load("demo")["rows"]}
 
     def epoch(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""How an epoch's time grows with samples, teachers, views and classes, and how long a run takes to begin."""
+"""Growth of epoch time with samples, teachers, views and classes, and the start-up time of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STUDENT = "resnet8"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     samples: int = 1024
     factors: tuple[int, ...] = (1, 4, 16)
@@ -43,7 +43,7 @@ class Size:
     classes: tuple[int, ...] = (10, 100, 1000)
     rounds: int = 6
     large: tuple[int, int] = (1_000_000, 64)
-    """Samples and views of the store that a run has to begin with quickly."""
+    """Samples and views of the store for the start-up time."""
 
 
 FULL = Size()
@@ -51,7 +51,7 @@ QUICK = Size(16, (1, 2), (1, 2), (1,), (10,), rounds=1, large=(1000, 4))
 
 
 def growth(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """Times of epochs, one thing growing at a time, in microseconds per sample."""
+    """Measure epochs in microseconds per sample, with one quantity growing at a time."""
     folder.mkdir()
     base = {"N": size.samples, "K": 1, "V": 1, "C": 100}
     cells = [
@@ -73,7 +73,7 @@ def growth(folder: Path, size: Size) -> list[dict[str, Any]]:
 
 
 def _epochs(folder: Path, cell: dict[str, int]) -> Any:
-    """A function that trains one epoch more."""
+    """Return a function that trains one more epoch."""
     spec = f"fake,classes={cell['C']},size=32,channels=3,samples={cell['N']}"
     source, name = open_source(spec), "-".join(map(str, cell.values()))
     stores = [
@@ -91,7 +91,7 @@ def _epochs(folder: Path, cell: dict[str, int]) -> Any:
 
 
 def beginning(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """From a recipe to the end of the first step, on a large store; the source is open already."""
+    """Measure the time from a recipe to the end of the first step, on a large store with an open source."""
     folder.mkdir()
     samples, views = size.large
     source = f"fake,classes=2,size=8,channels=1,samples={samples}"
@@ -115,7 +115,7 @@ def beginning(folder: Path, size: Size) -> list[dict[str, Any]]:
 
 
 def recipe(source: str, view: str, stores: list[Path], student: str) -> TrainRecipe:
-    """`kd` on a drawn source."""
+    """Return a recipe for `kd` on a synthetic source."""
     opened = open_source(source)
     return TrainRecipe.model_validate(
         {
@@ -129,7 +129,7 @@ def recipe(source: str, view: str, stores: list[Path], student: str) -> TrainRec
 def write_store(
     path: Path, source: Source, view: str, views: int, seed: int, encoding: str = "float16"
 ) -> Path:
-    """A store of random logits; of each view it vouches for the block that is looked at first."""
+    """Write a store of random logits; only the block that is checked first has a view digest."""
     drawn = view_recipe(view)
     size = next(iter(source.sizes(np.arange(1))))[0].item()
     pixels = {"size": size, "mean": [0.5] * source.channels, "std": [0.5] * source.channels}

@@ -1,4 +1,4 @@
-"""Draw how an epoch grows from the rows that `python benchmarks/train.py --json rows.json` wrote.
+"""Draw the growth of epoch times from the rows that `python benchmarks/train.py --json rows.json` wrote.
 
 python benchmarks/_train_plot.py rows.json docs/growth.svg
 """

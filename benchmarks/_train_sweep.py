@@ -1,4 +1,4 @@
-"""Ten students: in one sweep, one run after the other, and each with its teachers run live."""
+"""Time of ten students in one sweep, in successive runs, and in runs with live teachers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RATES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     student: str = "resnet20"
     students: int = 10
     limit: int = 640
     epochs: int = 2
     live: int = 2
-    """Students that are trained with live teachers; the time of all is that of these, scaled."""
+    """Number of students trained with live teachers; their time is scaled to all students."""
 
 
 FULL = Size()
@@ -37,7 +37,7 @@ QUICK = Size("resnet8", students=2, limit=32, epochs=1, live=1)
 
 
 def sweeps(place: Any, size: Size) -> list[dict[str, Any]]:
-    """Seconds of all students, evaluations included."""
+    """Measure the seconds of all students, including evaluations."""
     folder: Path = place.folder / "sweep"
     recipes = [
         TrainRecipe.model_validate(

@@ -1,9 +1,9 @@
-"""An epoch of one student: alone, from stores, and with its teachers run live.
+"""Time of an epoch of one student: alone, from stores, and with live teachers.
 
     python benchmarks/epoch.py [--stores A.zarr B.zarr ...] [--limit N] [--json FILE] [--quick]
 
-Without --stores it makes three digit teachers and their stores in a temporary folder first; their accuracy
-does not matter here. Also measures what the teachers cost once: writing all the stores.
+Without --stores, three teachers of digits and their stores are created in a temporary folder; their accuracy
+does not affect the times. The one-time cost of the teachers, writing all stores, is measured too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(stores: list[Path], limit: int | None, rounds: int) -> list[dict[str
 
 
 def teacher_cost(stores: list[Path], config: dict[str, object]) -> dict[str, object]:
-    """Seconds to write all the stores again, the teachers' whole price."""
+    """Measure the seconds to write all stores again, the total cost of the teachers."""
     spent = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for path in stores:

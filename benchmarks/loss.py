@@ -1,12 +1,13 @@
-"""The fused loss beside torch: time, memory and error.
+"""Fused loss compared with torch: time, memory and error.
 
     python benchmarks/loss.py [--json FILE] [--quick]
 
-Forward and backward of the mean over N samples at T = 4, gradient to the student; teachers float16. Every
-call reads other buffers, which together are larger than the cache. `naive` is what one writes in torch,
-`compile` is torch.compile of it, `analytic` the gradient by hand in torch operations, `floor` a compiled loop
-that reads every input once and writes a gradient once. Where there is a GPU, the same there, by events, with
-the CUDA kernel as `ours`; the floor is then what a large copy says about memory.
+Each step is forward and backward of the mean over N samples at T = 4, with gradient to the student and
+float16 teachers. Every call reads other buffers, which together exceed the cache. `naive` is the direct torch
+implementation, `compile` is torch.compile of it, `analytic` computes the gradient explicitly in torch
+operations, and `floor` is a compiled loop that reads every input once and writes a gradient once. With a GPU,
+the same is measured there by CUDA events, with the CUDA kernel as `ours`; the floor is then the bandwidth of
+a large copy.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ COLD_BYTES = 640 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     cells: tuple[tuple[int, int, int], ...] = CELLS
     encoded: tuple[tuple[int, int, int], ...] = ((256, 1000, 4), (64, 21841, 2))
@@ -69,7 +70,7 @@ QUICK = Size(
 
 
 def naive(student_logits: Tensor, teachers: Tensor) -> Tensor:
-    """What one writes in torch."""
+    """Return the loss from a direct implementation in torch."""
     probs = torch.softmax(teachers.float() / TEMPERATURE, dim=2).mean(0)
     log_probs = torch.log_softmax(student_logits / TEMPERATURE, dim=1)
     return F.kl_div(log_probs, probs, reduction="none").sum(1).mul(TEMPERATURE**2).mean()
@@ -86,7 +87,7 @@ def analytic(student_logits: Tensor, teachers: Any) -> Tensor:
 
 
 class Kernel:
-    """The kernel alone: without checks and autograd."""
+    """Kernel alone, without checks and autograd."""
 
     def __init__(self) -> None:
         self._calls: dict[int, Any] = {}
@@ -99,7 +100,7 @@ class Kernel:
 
 
 class Floor:
-    """Reads every input and writes a gradient, in as many threads as torch has, launched as the kernel is."""
+    """Loop that reads every input and writes a gradient, with the kernel's launch and torch's threads."""
 
     def __init__(self) -> None:
         from coursepack.kernels.cpu.jit_base import carray, compiled, njit, types
@@ -144,7 +145,7 @@ class Floor:
 
 
 class Cold:
-    """Inputs that are not in the cache: the next of many copies at every call."""
+    """Inputs in many copies that exceed the cache; each call uses the next copy."""
 
     def __init__(self, rows: int, classes: int, count: int, cold_bytes: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -160,7 +161,7 @@ class Cold:
         return self.students[self.place], self.all_teachers[self.place]
 
     def step(self, loss: Callable[[Tensor, Any], Tensor]) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a function that runs forward and backward."""
 
         def run() -> None:
             student, teachers = self._next()
@@ -170,7 +171,7 @@ class Cold:
         return run
 
     def forward(self, function: Callable[[Tensor, Any], Any]) -> Callable[[], None]:
-        """Only that, on logits that want no gradient."""
+        """Return a function that runs forward only, on logits without gradient."""
 
         def run() -> None:
             student, teachers = self._next()
@@ -180,7 +181,7 @@ class Cold:
 
 
 def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
-    """One row of the table: every variant's time, and ours over each."""
+    """Measure every variant's time for one cell of the table, and ours over each."""
     rows, classes, count = cell
     cold = Cold(rows, classes, count, size.cold_bytes)
     variants = {
@@ -220,7 +221,7 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
 
 
 def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
-    """Teachers as int8 and top-k rows, over the same teachers as float16."""
+    """Measure teachers as int8 and top-k rows over the same teachers as float16."""
     rows, classes, count = cell
     cold = {name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "topk:50")}
     for name in ("int8", "topk:50"):
@@ -251,7 +252,7 @@ def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
 
 
 def companions(size: Size) -> list[Row]:
-    """The mixture and the teachers' facts, compiled and in torch."""
+    """Measure the mixture and the teachers' statistics, compiled and in torch."""
     rows, classes, count = size.encoded[0]
     cold = Cold(rows, classes, count, size.cold_bytes)
     labels = cold.student.argmax(1)
@@ -288,7 +289,7 @@ print(time.perf_counter() - started)
 
 
 def first_call() -> list[Row]:
-    """Seconds of the first call in a process, numba imported, with an empty cache and with a full one."""
+    """Measure the seconds of a process's first call after importing numba, with an empty and a full cache."""
     result = []
     with tempfile.TemporaryDirectory() as parent:
         folder = str(Path(parent) / "cache")
@@ -307,7 +308,7 @@ def first_call() -> list[Row]:
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """How far the resident memory of this process rises above where it was."""
+    """Return the peak increase of this process's resident memory during `step`, in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -322,7 +323,7 @@ def resident(field: str) -> int:
 
 
 def memory(size: Size) -> list[Row]:
-    """Peak extra memory of forward and backward, in units of the student's logits."""
+    """Measure the peak extra memory of forward and backward, in units of the student's logits."""
     classes, result = 1000, []
     for count in (1, 4, 8):
         cold = Cold(size.memory_rows, classes, count, 0)
@@ -341,7 +342,7 @@ def memory(size: Size) -> list[Row]:
 
 
 def errors() -> list[Row]:
-    """Errors against float64, in units of their bounds (docs/loss.md)."""
+    """Measure errors against float64, in units of their bounds (docs/loss.md)."""
     result = []
     for temperature in (1.0, 4.0, 20.0, 100.0):
         loss_error, grad_error = [], []
@@ -364,7 +365,7 @@ def errors() -> list[Row]:
         bar = "<= 1.0" if temperature <= 20 else None
         config = {"T": temperature, "rows": len(loss_error)}
         for what, values in (("loss", loss_error), ("gradient", grad_error)):
-            # The worst row counts, not the median.
+            # The bar applies to the worst row, not the median.
             title = f"largest error of the {what} / bound, T={temperature:g}"
             result.append(exact(title, max(values), "ratio", config, bar))
     return result

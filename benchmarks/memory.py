@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--json FILE] [--quick]
 
-Anonymous memory (RssAnon) at its highest, beyond what the process has after doing everything once with 600
-samples. float32 logits, C = 1000, batch 256, one process per store, under an RLIMIT_DATA of 32 MiB more than
-that; a view read whole is refused there.
+The figures are peak anonymous memory (RssAnon) above that of the process after every step has run once with
+600 samples. Logits are float32, C = 1000, batch 256, with one process per store. RLIMIT_DATA is 32 MiB above
+the initial memory, which is too little to read a whole view.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READINGS = ("windowed", "mapped")
 
 
 def life(samples: int, views: int, steps: tuple[str, ...], readings: tuple[str, ...]) -> list[Row]:
-    """Anonymous memory in MB by step of one store's life."""
+    """Measure the anonymous memory in MB of each step from writing to training with one store."""
     limits = {"limit": LIMIT, "block_rows": 2000}
     wanted = {"samples": samples, "views": views, "steps": steps, "readings": readings, **limits}
     with tempfile.TemporaryDirectory() as folder:

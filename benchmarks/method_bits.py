@@ -1,15 +1,16 @@
-"""Bits of training: a digest of metrics and of weights after ten steps, for every method and many variations.
+"""Digests of metrics and of weights after ten training steps, for every method and many variations.
 
     python benchmarks/method_bits.py [--json FILE] [--compare FILE] [--quick]
 
-Shows that a change of the code changes no number: write the table before it with --json, and compare with
---compare after it, on the same machine. Only names that a user sees are used: the commands, and the files of
-a run. Teachers, stores and students are made in a temporary folder, on the CPU, with one thread.
+The benchmark shows that a change of the code changes no number: write the table with --json before the
+change, and compare with --compare after it, on the same machine. Only public names are used: the commands,
+and the files of a run. Teachers, stores and students are created in a temporary folder, on the CPU, with one
+thread.
 
-A digest of metrics covers all numbers of `metrics.jsonl` but times, without their names, so that a metric may
-be renamed. Rows of one file that are not in the other are named; a row that is missing or differs makes the
-exit status 1. A refusal is a row too: that it is refused is compared, its text is not. Bits depend on
-processor and versions: the file is no reference for another machine.
+A digest of metrics covers all numbers in `metrics.jsonl` except times, without their names, so metrics can be
+renamed. Rows that are in only one of the files are listed; the exit status is 1 if a row is missing or
+differs. Refused combinations are rows too; the text of the refusal is not compared. Bits depend on processor
+and versions, so a file is valid on one machine only.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 STUDENT = ("--student", "digits-cnn", "--lr", "0.01", "--epochs", "2")
 SMALL = ("--limit", "160", "--batch-size", "32")
 WHOLE = ("--batch-size", "320")
-"""Five steps an epoch, as `SMALL`: mixed images have partners from the whole split."""
+"""Flags for five steps per epoch, like `SMALL`, on the whole split, which mixed images need for partners."""
 TEACHERS = {"mlp": "hidden1", "cnn": "conv2", "resnet": "layer2"}
-"""Their taps, for hints."""
+"""Taps for hints, by teacher."""
 MIXED_VIEW = "ops: [{op: pad_crop, padding: 1}]\nreference_size: 8\nmix: {mixup_alpha: 0.8}\n"
 FAKE = "fake,classes=100,size=8,samples=400,channels=1"
-"""Topk rows are for many classes."""
+"""Source with many classes, for top-k rows."""
 
 STORES: dict[str, tuple[str, ...]] = {
     "float16": ("mlp-float16", "cnn-float16", "resnet-float16"),
@@ -51,7 +52,7 @@ STORES: dict[str, tuple[str, ...]] = {
     "none": (),
 }
 FOR_METHODS = ("float16", "int8", "topk", "mixed")
-"""Stores that every method is tried on; a refusal is a row, too."""
+"""Stores that every method is run on. Refused combinations are rows too."""
 
 _ALONE = "--source digits --view digits"
 VARIATIONS: dict[str, tuple[str, str]] = {
@@ -119,7 +120,7 @@ QUICK = ("kd float16", "amtml float16", "dtd-flsw topk", "alone")
 
 
 def run(command: str, words: list[str]) -> str | None:
-    """Run a command of the package in this process; returns the text of its refusal, if it is one."""
+    """Run a command of the package in this process, and return its error message if it is refused."""
     (found,) = (each for each in entry_points(group="console_scripts") if each.name == command)
     result = CliRunner().invoke(found.load(), words)
     if result.exit_code == 0:
@@ -130,14 +131,14 @@ def run(command: str, words: list[str]) -> str | None:
 
 
 def must(command: str, *words: str) -> None:
-    """Run a command that is to succeed."""
+    """Run a command that must succeed."""
     refused = run(command, list(words))
     if refused is not None:
         sys.exit(f"{command} {' '.join(words)}: {refused}")
 
 
 def make_stores(folder: Path) -> None:
-    """Teachers that know something, and stores of what they say."""
+    """Train teachers briefly and write their stores."""
     (folder / "mixed.yaml").write_text(MIXED_VIEW)
     common = ("--views", "2")
     for name, tap in TEACHERS.items():
@@ -173,7 +174,7 @@ def make_stores(folder: Path) -> None:
 
 
 def cases(methods: list[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, stores and flags of every case."""
+    """Yield the name, stores and flags of every case."""
     for method in methods:
         if method != "supervised":
             for stores in FOR_METHODS:
@@ -183,7 +184,7 @@ def cases(methods: list[str]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def measure(name: str, words: list[str], folder: Path) -> dict[str, Any]:
-    """Train one student; digests of what it left."""
+    """Train one student, and return the digests of its metrics and weights."""
     out = folder / "runs" / name.replace(" ", "-")
     refused = run("distill", ["train", *words, "--threads", "1", "--out", str(out)])
     if refused is not None:
@@ -198,7 +199,7 @@ def measure(name: str, words: list[str], folder: Path) -> dict[str, Any]:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of nested metrics but times, by a name each."""
+    """Yield the name and value of every number in nested metrics except times."""
     if isinstance(value, dict):
         items: Any = value.items()
     elif isinstance(value, list):
@@ -213,12 +214,12 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def digest(numbers: Mapping[str, float]) -> str:
-    """sha256 of numbers in their order of size, whatever their names."""
+    """Return the sha256 of the sorted numbers, independent of their names."""
     return hashlib.sha256("\n".join(map(repr, sorted(numbers.values()))).encode()).hexdigest()
 
 
 def differences(rows: list[dict[str, Any]], path: Path, *, quick: bool) -> list[str]:
-    """One line for every row of an earlier file that is missing or differs; says what is new."""
+    """Return a line for each row of an earlier file that is missing or differs, and print new rows."""
     told = json.loads(path.read_text())
     for key in ("processor", "torch", "numpy", "numba"):
         if told["machine"].get(key) != machine().get(key):
@@ -245,7 +246,7 @@ def differences(rows: list[dict[str, Any]], path: Path, *, quick: bool) -> list[
 
 
 def _first(was: Mapping[str, float], now: Mapping[str, float]) -> str:
-    """The first number of the same name that differs."""
+    """Return the first number with the same name that differs."""
     for name, value in was.items():
         if name in now and now[name] != value:
             return f"; {name} was {value!r}, is {now[name]!r}"

@@ -1,13 +1,13 @@
-"""What each method does for a student of 300 labelled digits, and for whom it matters.
+"""Accuracy of students of 300 labelled digits by distillation method and setting.
 
     python benchmarks/methods.py [--json FILE] [--quick]
 
-Three different teachers are trained and written once; every student then learns from the stores. Methods are
-paired by seed: the same initial weights, samples and order. Beside the plain study, settings in which an idea
-should show: a weak and a noisy teacher beside a good one, teachers that each know only some classes, and
-teachers that are far too sure. Temperature, soft and hard weights are those of `kd` for every method unless a
-row says `preset`, so that a row shows its idea alone. The t-test and the interval are of the differences to
-`kd` with the same seeds (95 %, t distribution).
+Three different teachers are trained, and their stores are written once; every student is trained from the
+stores. Methods are paired by seed: the same initial weights, samples and order. Besides the plain study,
+there are settings that favour particular methods: a weak and a noisy teacher with a good one, teachers that
+each know only some classes, and overconfident teachers. Every method uses the temperature and the soft and
+hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method alone. The
+t-test and the 95 % interval (t distribution) are of the differences from `kd` with the same seeds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Entry:
 
 
 def entries(names: tuple[str, ...] | None = None) -> list[Entry]:
-    """All rows, or some."""
+    """Return all rows, or those with the given names."""
     made = [
         Entry("plain", "supervised", {}, ()),
         Entry("kd", "kd", {}),
@@ -97,7 +97,7 @@ def recipe(entry: Entry, stores: list[Path], seed: int, epochs: int, **fields: A
 
 
 class Changed(torch.nn.Module):
-    """A teacher whose logits are spoiled."""
+    """Teacher with modified logits."""
 
     def __init__(self, module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ class Changed(torch.nn.Module):
         self.change = change
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, C)`."""
+        """Return logits `(N, C)`."""
         return self.change(self.inner(images))
 
 
 def knows(classes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits of a teacher that is blind outside some classes: those differ little among themselves."""
+    """Return a function that reduces the differences between the logits of all but some classes."""
     unknown = torch.tensor([label not in classes for label in range(10)])
 
     def change(logits: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def knows(classes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def noisy(logits: torch.Tensor) -> torch.Tensor:
-    """Logits with noise as large as themselves, a function of the logits: the same every time."""
+    """Return logits with noise of the same magnitude, which is a deterministic function of the logits."""
     noise = torch.sin(1e3 * logits) + torch.cos(1e3 * logits.roll(1, 1))
     return logits + logits.std(1, keepdim=True) * 1.2 * noise
 
@@ -149,7 +149,7 @@ QUICK_ROWS = {"plain": ("plain", "kd", "amtml-hints"), "noisy": ("kd",)}
 
 
 def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
-    """Run folders of the good teachers, and of the weak one."""
+    """Train the good teachers and the weak one, and return their run folders."""
     supervised = Entry("teacher", "supervised", {}, ())
     made = {}
     for name, epochs in (*((name, 1 if quick else 25) for name in TEACHERS), ("weak", 1)):
@@ -164,7 +164,7 @@ def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
 
 
 def write_stores(folder: Path, runs: list[Path], setting: str, views: int) -> tuple[list[Path], list[float]]:
-    """The setting's stores, and the seconds that each teacher's rows took."""
+    """Write the stores of a setting, and return them with the seconds that each teacher took."""
     source, stores, seconds = open_source("digits"), [], []
     for run, taps, change in zip(runs, TEACHERS.values(), CHANGES[setting], strict=True):
         network = load_teacher(f"run:{run}", source.class_names)
@@ -187,7 +187,7 @@ def teacher_accuracy(store: Path) -> float:
 def study(
     setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None
 ) -> dict[str, dict[str, list[float]]]:
-    """Accuracy, NLL, calibration error and seconds of training per row and seed."""
+    """Measure accuracy, NLL, calibration error and seconds of training per row and seed."""
     told: dict[str, dict[str, list[float]]] = {}
     for entry in entries(names):
         found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
@@ -211,7 +211,7 @@ def study(
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % confidence interval of a mean."""
+    """Return the 95 % confidence interval of a mean."""
     if len(differences) < 2 or np.ptp(differences) == 0:
         return float(differences.mean()), float(differences.mean())
     low, high = stats.t.interval(
@@ -221,7 +221,7 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
 
 def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Print a setting's table; its rows for the JSON file."""
+    """Print the table of a setting, and return its rows for the JSON file."""
     base, rows, cells = np.array(told["kd"]["accuracy"]), [], []
     for name, found in told.items():
         accuracy = 100 * np.array(found["accuracy"])
@@ -255,7 +255,7 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
 
 
 def saved(stores: list[Path], seconds: list[float], students: int, epochs: int) -> dict[str, Any]:
-    """Seconds that live teachers would have cost these students, less what the stores cost."""
+    """Return the seconds saved over live teachers: their time for these students, less that of the stores."""
     run = prepare(recipe(Entry("kd", "kd", {}), stores, 0, 1, online=True), CPU)
     assert run.targets is not None
     several = list(run.batches(0))

@@ -2,8 +2,8 @@
 
     python benchmarks/render.py [--check]
 
-What stands between `<!-- rows: NAME -->` and `<!-- end -->` is replaced; the prose around it stays. NAME is a
-table of `_tables.py`, or `machine of FILE`: hardware, versions and date of `results/FILE.json`. With --check
+The text between `<!-- rows: NAME -->` and `<!-- end -->` is replaced; all other text is kept. NAME is a table
+of `_tables.py`, or `machine of FILE` for hardware, versions and date of `results/FILE.json`. With --check,
 nothing is written, and the exit status is 1 if a page differs from its rows.
 """
 
@@ -22,7 +22,7 @@ BLOCK = re.compile(r"(<!-- rows: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(name: str) -> str:
-    """Return the Markdown of a table, or of a machine."""
+    """Return the Markdown of a table or of a machine's description."""
     if name.startswith("machine of "):
         lines = caption(name.removeprefix("machine of "))
     elif name in TABLES:
@@ -33,7 +33,7 @@ def block(name: str) -> str:
 
 
 def rendered(text: str) -> str:
-    """Return a page with every block made anew."""
+    """Return a page with every block regenerated."""
     return BLOCK.sub(lambda found: found[1] + block(found[2]) + found[4], text)
 
 

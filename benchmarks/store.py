@@ -1,9 +1,10 @@
-"""Reading and writing stores, beside memory, plain files, zarr-python and the formats of other projects.
+"""Reading and writing of stores, compared with memory, plain files, zarr-python and other projects' formats.
 
     python benchmarks/store.py [--json FILE] [--quick]
 
-C = 1000 float16 unless a row says otherwise. Ratios are of runs alternated within this process; everything is
-in the page cache. `a / b` is time a over time b; a speed relative to b is written `speed vs b`.
+Logits are float16 with C = 1000 unless a row has other values. Ratios are of runs that alternate within this
+process, with all files in the page cache. `a / b` is time a over time b; a speed relative to b is written
+`speed vs b`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """Sizes of the measurement."""
 
     rows: int = 65_536
     peer_rows: int = 8_192
@@ -50,7 +51,7 @@ class Size:
 
     @property
     def few_rounds(self) -> int:
-        """Rounds of what takes long; six are the fewest that can decide a bar."""
+        """Number of rounds of long measurements; a bar needs at least six."""
         return min(6, self.rounds)
 
 
@@ -103,7 +104,7 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
 
 
 def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, Any]) -> list[Row]:
-    """Every row once on a fresh mapping; opening it, with its checksums, is timed apart."""
+    """Measure reading every row once on a fresh mapping, and separately opening it with its checksums."""
     order = np.random.default_rng(3).permutation(len(half))
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     out = torch.empty(BATCH, half.shape[1], dtype=torch.float16)
@@ -130,7 +131,7 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
     def rows_of(seconds: Seconds) -> list[Row]:
         return [
             row("first epoch, speed vs memory", ratios(seconds, "memory", "store"), "x", config, ">= 0.6"),
-            # The first of each is the warm-up's.
+            # The first value of each is from the warm-up.
             row("page faults of the first epoch", faults[1:], "faults", config),
             row("opening a view, checksums included", opening[1:], "ms", config),
         ]
@@ -140,12 +141,12 @@ def first_epoch(folder: Path, half: torch.Tensor, size: Size, config: dict[str, 
 
 
 def page_faults() -> int:
-    """Of this process so far, without those that read from the disk."""
+    """Return the number of page faults of this process so far, without those that read from disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
-    """Four stores against one; beside them what limits that: tensors in memory, and one store as long."""
+    """Measure reading four stores against one, with limits: tensors in memory, and one store as long."""
     readers = [write_store(folder / f"t{k}.zarr", values, encoding="float16") for k in range(4)]
     long = write_store(folder / "long.zarr", np.concatenate([values] * 4), encoding="float16")
     tensors = [torch.from_numpy(values).half() for _ in readers]
@@ -183,7 +184,7 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
 
 
 def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> list[Row]:
-    """A step of about 50 ms on the CPU, targets from four stores or from tensors in memory."""
+    """Measure a step of about 50 ms on the CPU with targets from four stores or from tensors in memory."""
     torch.manual_seed(0)
     student = nn.Sequential(
         nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 1000)
@@ -290,7 +291,7 @@ def writing(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
 
 
 def sizes() -> list[Row]:
-    """Bytes on disk over payload, from the layout: chunks with their checksums, indices, padding."""
+    """Return bytes on disk over payload, from the layout: chunks with checksums, indices and padding."""
     rows = []
     for samples, classes in ((50_000, 100), (50_000, 1000), (1_281_167, 100), (1_281_167, 1000), (1_442, 10)):
         component = parse_encoding("float16").components((classes,))["values"]

@@ -2,9 +2,9 @@
 
     python benchmarks/structure.py [--json FILE] [--quick]
 
-A package's arrows are the imports between its own modules, subpackages included, each counted once; its
-floors are the modules on the longest path along them. Both are given without and with the imports that are
-for type checkers alone. Lines are those of the sources without tests, with docstrings and comments.
+The arrows of a package are the imports between its own modules, including subpackages, each counted once. Its
+floors are the modules on the longest path along them. Both are reported without and with imports for type
+checkers only. Lines are counted in the sources without tests, including docstrings and comments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DRAWN = ("distill", "kernels")
 
 
 def modules(folder: str) -> dict[str, Path]:
-    """Files of a package by their import name."""
+    """Return the files of a package by import name."""
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -40,12 +40,12 @@ def modules(folder: str) -> dict[str, Path]:
 
 
 def is_for_checkers(node: ast.AST) -> bool:
-    """Whether it is an `if TYPE_CHECKING:` block."""
+    """Return True if a node is an `if TYPE_CHECKING:` block."""
     return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 
 
 def imports(tree: ast.AST, name: str, known: Mapping[str, Path], *, typed: bool) -> Iterator[str]:
-    """Modules among `known` that a module imports, wherever in it, if `typed` for type checkers too."""
+    """Yield the modules in `known` that a module imports, with `typed` also those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if is_for_checkers(node) and not typed:
             continue
@@ -61,7 +61,7 @@ def imports(tree: ast.AST, name: str, known: Mapping[str, Path], *, typed: bool)
 
 
 def _base(node: ast.ImportFrom, name: str, known: Mapping[str, Path]) -> str:
-    """The absolute name of what `from ... import` imports from."""
+    """Return the absolute name of the module in `from ... import`."""
     if node.level == 0:
         return node.module or ""
     package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
@@ -70,7 +70,7 @@ def _base(node: ast.ImportFrom, name: str, known: Mapping[str, Path]) -> str:
 
 
 def graph(folder: str, *, typed: bool = False) -> dict[str, set[str]]:
-    """What each module of a package imports of the package's others, if `typed` for type checkers too."""
+    """Return the imports between modules of a package, with `typed` also those for type checkers only."""
     known = modules(folder)
     return {
         name: set(imports(ast.parse(path.read_text()), name, known, typed=typed)) - {name}
@@ -79,7 +79,7 @@ def graph(folder: str, *, typed: bool = False) -> dict[str, set[str]]:
 
 
 def longest_path(found: Mapping[str, set[str]]) -> list[str]:
-    """The modules on the longest path, the importing one first; none where imports go in a circle."""
+    """Return the modules on the longest path, importing ones first, or no modules if imports are circular."""
     best: dict[str, list[str]] = {}
     try:
         for name in TopologicalSorter(found).static_order():
@@ -92,13 +92,13 @@ def longest_path(found: Mapping[str, set[str]]) -> list[str]:
 
 
 def lines(folders: tuple[str, ...]) -> dict[Path, list[str]]:
-    """Lines of every source in some folders."""
+    """Return the lines of every source file in some folders."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return {path: path.read_text().splitlines() for path in paths}
 
 
 def longest_function(paths: Mapping[Path, list[str]]) -> tuple[int, str]:
-    """Lines of the longest function, decorators left out, and where it is."""
+    """Return the number of lines of the longest function, without decorators, and its location."""
     found = [
         (node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}")
         for path in paths
@@ -109,7 +109,7 @@ def longest_function(paths: Mapping[Path, list[str]]) -> tuple[int, str]:
 
 
 def structure() -> list[dict[str, Any]]:
-    """Every figure as a row."""
+    """Return every figure as a row."""
     rows = []
     for folder in DRAWN:
         rows.append(row(f"{folder}: files", [float(len(modules(folder)))], "files", {}))

@@ -1,10 +1,10 @@
-"""The trainer: what teachers cost in an epoch, what the trainer itself costs, and how both grow.
+"""Time of the trainer: cost of teachers per epoch, overhead of the trainer, and the growth of both.
 
     python benchmarks/train.py [--json FILE] [--quick]
 
-On files of CIFAR-100's format with drawn images; networks have fresh weights, since accuracy does not matter
-here. Variants take turns step by step, so that whatever else the machine does meets all of them alike; an
-epoch's time is the sum of its steps, and ratios of epochs have a 95 % interval over their steps.
+The data are files in CIFAR-100's format with synthetic images. Networks are untrained, because accuracy does
+not affect the times. Variants alternate step by step, so that other load on the machine affects all of them
+equally. The time of an epoch is the sum of its steps, and ratios of epochs have a 95 % interval over steps.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
 GENTLE = 1e-3
-"""The learning rate: on noise, and with teachers of fresh weights, a student's usual one may diverge."""
+"""Learning rate. On noise and with untrained teachers, a student may diverge with the usual one."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     samples: int = 3200
     teachers: tuple[str, ...] = TEACHERS
     students: tuple[str, ...] = ("resnet8x4", "wrn-16-2")
     batch_sizes: tuple[int, ...] = (64, 256)
     steps: tuple[int, ...] = (50, 12)
-    """Per batch size."""
+    """Number of steps for each batch size."""
     live_counts: tuple[int, ...] = (1, 2, 4)
     live_steps: int = 8
     precompute_teachers: tuple[str, ...] = ("wrn-40-2", "resnet56")
@@ -82,7 +82,7 @@ QUICK = Size(
 
 
 class Place:
-    """Data, teachers and stores of the benchmark in a folder."""
+    """Folder with the data, teachers and stores of the benchmark."""
 
     def __init__(self, folder: Path, size: Size) -> None:
         self.folder = folder
@@ -98,12 +98,12 @@ class Place:
             runner = self.runner(name, tapped=True)
             run_job(Job(self.store(name, "float16"), self.source, view_recipe("cifar"), runner, 1))
             say(f"stored {name} in {time.perf_counter() - started:.0f} s")
-            # Reading takes as long whoever answered, so these answers are drawn.
+            # The time to read does not depend on the values, so random ones are stored.
             _train_growth.write_store(self.store(name, "int8"), self.source, "cifar", 1, place, "int8")
 
     @torch.no_grad()
     def fresh_teacher(self, name: str, seed: int) -> torch.nn.Module:
-        """Fresh weights, with running statistics of some images: else its outputs would grow with depth."""
+        """Return an untrained network with running statistics of images, which keep outputs bounded."""
         network = build_network(name, CLASSES, seed=seed)
         for module in network.module.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -113,17 +113,17 @@ class Place:
         return network.module
 
     def runner(self, name: str, *, tapped: bool = False) -> TeacherRunner:
-        """A teacher, with a tap of its last block for the hints."""
+        """Return a runner of a teacher, with `tapped` including a tap of its last block for hints."""
         network = load_teacher(name, self.source.class_names, weights=str(self.weights[name]))
         taps = [parse_tap(f"{blocks(network.module)[-1]}:map")] if tapped else []
         return TeacherRunner(network, taps, DEVICE)
 
     def store(self, name: str, encoding: str) -> Path:
-        """Where a teacher's store is."""
+        """Return the path of a teacher's store."""
         return self.folder / f"{name}-{encoding}.zarr"
 
     def recipe(self, student: str, method: str, batch_size: int, **fields: Any) -> TrainRecipe:
-        """A recipe on the benchmark's data; `encoding` and `count` say which stores."""
+        """Return a recipe on the benchmark's data; `encoding` and `count` select the stores."""
         encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
         stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
         return TrainRecipe.model_validate(
@@ -139,7 +139,7 @@ class Place:
 
 
 def write_cifar100(folder: Path, samples: int) -> None:
-    """Files as CIFAR-100 has them, with drawn images, and an eighth as many to test on."""
+    """Write files in CIFAR-100's format with random images, with an eighth as many test images."""
     inside = folder / "cifar-100-python"
     inside.mkdir()
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def write_cifar100(folder: Path, samples: int) -> None:
 
 
 def stepper(run: Setup) -> Callable[[], None]:
-    """A function that takes the next step of a fresh student, epoch after epoch."""
+    """Return a function that runs the next step of a new student, epoch after epoch."""
     state = make_state(run)
 
     def steps() -> Iterator[int]:
@@ -173,7 +173,7 @@ def stepper(run: Setup) -> Callable[[], None]:
 
 
 def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]:
-    """The shortest loop one would write, on normalised float32 images already on the device, as they are."""
+    """Return a step of a minimal training loop on normalised float32 images on the device."""
     network = build_network(student, CLASSES)
     module = network.module.to(DEVICE).train()
     optimizer = torch.optim.SGD(
@@ -203,7 +203,7 @@ def _waited(step: Callable[[], Any]) -> None:
 
 
 def teachers_in_an_epoch(place: Place, size: Size) -> list[Row]:
-    """Epochs with cached teachers, and a hand-written loop, over plain ones."""
+    """Measure epochs with cached teachers and of a hand-written loop, over epochs without teachers."""
     found = []
     for student, (batch_size, steps) in itertools.product(
         size.students, zip(size.batch_sizes, size.steps, strict=True)
@@ -246,7 +246,7 @@ def _epochs(
 
 
 def live_teachers(place: Place, size: Size) -> list[Row]:
-    """Live teachers over cached ones, beside the most that can be saved."""
+    """Measure live teachers over cached ones, with the maximum that can be saved."""
     found, student, batch_size = [], size.students[0], size.batch_sizes[0]
     for count in size.live_counts:
         cached, live = (
@@ -286,14 +286,14 @@ def _live(seconds: Seconds, config: dict[str, Any]) -> list[Row]:
 
 @torch.inference_mode()
 def bare_forward(runner: TeacherRunner, pixels: torch.Tensor) -> torch.Tensor:
-    """A teacher's network on pixels in memory, and nothing else."""
+    """Run only a teacher's network on pixels in memory, and return its output."""
     network = runner.network
     logits: torch.Tensor = network.module(network.preprocessing(pixels))
     return logits
 
 
 def precompute(place: Place, size: Size) -> list[Row]:
-    """`precompute run`, with views rendered, encoded and written, beside the bare forward pass."""
+    """Measure `precompute run`, including rendering, encoding and writing, over the bare forward pass."""
     found = []
     source = open_source("cifar100:train", place.folder)
     rows = min(size.precompute_samples, len(source.labels))

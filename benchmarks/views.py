@@ -1,8 +1,8 @@
-"""Views: drawing parameters, rendering them, and loading image files, beside torchvision's transforms v2.
+"""Speed of drawing and rendering views and of loading image files, compared with torchvision's transforms v2.
 
     python benchmarks/views.py [--json FILE] [--quick]
 
-Threads are torch's own and, for resampling, Python threads around a compiled kernel that lets go of the lock.
+Threads are those of torch and, for resampling, Python threads that run a compiled kernel without the GIL.
 Everything runs on the CPU.
 """
 
@@ -42,7 +42,7 @@ FILE_SIDES = (375, 500)
 
 
 def words(rounds: int, patience: float) -> list[Row]:
-    """Eight random words for each of 256 samples."""
+    """Measure the drawing of eight random words for each of 256 samples."""
     samples, generator = np.arange(BATCH), torch.Generator()
 
     def ours() -> None:
@@ -67,7 +67,7 @@ def words(rounds: int, patience: float) -> list[Row]:
 
 
 def small(rounds: int, patience: float) -> list[Row]:
-    """Pad-crop, flip and normalise of 256 images of 32x32, drawn anew each time."""
+    """Measure pad-crop, flip and normalisation of 256 images of 32x32, with new parameters each time."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
     source = InMemory("made:up", images, np.zeros(len(images), np.int64), ("one",))
@@ -113,7 +113,7 @@ def small(rounds: int, patience: float) -> list[Row]:
 
 
 def large(rounds: int, patience: float, count: int, threads: int, bar: str) -> list[Row]:
-    """The same random crops of photographs, resized to 224."""
+    """Measure identical random crops of photographs, resized to 224."""
     rng = np.random.default_rng(1)
     images = [photograph(rng) for _ in range(count)]
     planes = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images]
@@ -154,14 +154,14 @@ def large(rounds: int, patience: float, count: int, threads: int, bar: str) -> l
 
 
 def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
-    """Images per second from a tree of JPEG files, until they are normalised tensors."""
+    """Measure the images per second from a tree of JPEG files to normalised tensors."""
     rng = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as name:
         for k in range(count):
             folder = Path(name) / "train" / f"class{k % 4}"
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(photograph(rng))
-            # Of two sizes: a source whose images have one size and are few is kept in memory, decoded.
+            # Two sizes, because a small source with images of one size is kept decoded in memory.
             (image.transpose(Image.Transpose.ROTATE_90) if k % 2 else image).save(
                 folder / f"{k}.jpg", quality=90
             )
@@ -217,7 +217,7 @@ def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
 
 
 class Listed:
-    """Images of any size in memory, as a source gives decoded files."""
+    """Source of images of any size in memory, with the interface of decoded files."""
 
     whole = None
     channels = 3
@@ -227,23 +227,23 @@ class Listed:
         self._images = images
 
     def sizes(self, samples: np.ndarray) -> np.ndarray:
-        """Height and width."""
+        """Return height and width of each image."""
         return np.array([self._images[k].shape[:2] for k in samples], dtype=np.int32)
 
     def pixels(self, samples: np.ndarray) -> list[np.ndarray]:
-        """The images."""
+        """Return the images."""
         return [self._images[k] for k in samples]
 
 
 def photograph(rng: np.random.Generator) -> np.ndarray:
-    """Something that compresses as a photograph does: smooth, with some noise."""
+    """Return an image that compresses like a photograph: smooth, with some noise."""
     coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 12, 16)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, FILE_SIDES, mode="bicubic")[0].permute(1, 2, 0).numpy()
     return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
 
 
 def pixel_boxes(params: ViewParams, sizes: np.ndarray) -> list[list[int]]:
-    """Drawn boxes in whole pixels: top, left, height, width."""
+    """Return drawn boxes in whole pixels: top, left, height, width."""
     starts = np.rint(params.boxes[:, :2] * sizes / GRID).astype(int)
     stops = np.rint((params.boxes[:, :2] + params.boxes[:, 2:]) * sizes / GRID).astype(int)
     return np.concatenate([starts, stops - starts], axis=1).tolist()

@@ -1,10 +1,10 @@
-"""The whole path on real data: three teachers, their stores, and students with and without them.
+"""Complete workflow on real data: three teachers, their stores, and students with and without them.
 
     python examples/demo.py [--out demo] [--json FILE] [--quick]
 
-Every step is one of the commands that a user would type; they are printed as they run. The folder that is
-left holds teachers, stores and runs for the README's next commands. The figures are written as rows, like
-those of the benchmarks, to `rows.json` in that folder or to FILE.
+Every step runs one of the package's commands and prints it. The output folder contains the teachers, stores
+and runs that later commands in the README use. The results are written as rows, in the format of the
+benchmarks, to `rows.json` in that folder or to FILE.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEACHERS = ("mlp", "cnn", "resnet")
 STUDENT = "digits-small"
 SAMPLES = 300
 LEARNING_RATES = ("0.1", "0.03")
-"""Both kinds of student are trained at each: soft targets at T = 4 change the size of the steps as well."""
+"""Learning rates for both kinds of student, because soft targets at T = 4 also change the step size."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds, to see that it runs")
     chosen = parser.parse_args()
     out, quick = chosen.out, chosen.quick
-    # What an earlier demo left: its teachers are trained again, so its stores are theirs no longer.
+    # Remove the results of an earlier demo: its stores do not belong to the newly trained teachers.
     for path in (out / "teachers", out / "runs", *(out / f"{teacher}.zarr" for teacher in TEACHERS)):
         shutil.rmtree(path, ignore_errors=True)
     started = time.perf_counter()
@@ -116,7 +116,7 @@ def command(entry: click.Group, *words: object) -> None:
 
 
 def write_accuracy(path: Path, out: Path, seeds: int) -> None:
-    """Put the accuracies of teachers and students before the rows of the time."""
+    """Insert the accuracies of teachers and students before the rows with times."""
 
     def percent(run: Path) -> float:
         return 100 * load_run(run).metrics[-1]["evaluation"]["accuracy"]

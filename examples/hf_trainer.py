@@ -1,10 +1,10 @@
-"""The loop of own_loop.py in a Hugging Face Trainer.
+"""Training loop of own_loop.py in a Hugging Face Trainer.
 
     pip install transformers accelerate
     python examples/hf_trainer.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
 
-The Trainer owns the loop, the optimizer's steps and the device. It is given `compute_loss`, and an
-object that it takes for a dataloader.
+The Trainer controls the loop, the optimizer's steps and the device. The example provides `compute_loss` and
+an object with the interface of a dataloader.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Epochs:
-    """What a Trainer asks of a dataloader: how many batches, and those of the epoch that it sets."""
+    """Dataloader interface for a Trainer: the number of batches, and the batches of the current epoch."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Epochs:
         return math.ceil(len(self.samples) / self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes; freeze or release what the method's phases say."""
+        """Set the current epoch, and freeze or unfreeze modules as the method's phases require."""
         self.epoch = epoch
         self.learner.begin_epoch(epoch)
 
@@ -63,7 +63,7 @@ class Epochs:
 
 
 class StudentTrainer(Trainer):
-    """Trains a learner from stores."""
+    """Trainer of a learner with targets from stores."""
 
     def __init__(self, teachers: TeacherStores, seed: int, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -72,13 +72,13 @@ class StudentTrainer(Trainer):
         self.losses: list[float] = []
 
     def get_train_dataloader(self) -> Epochs:
-        """Our batches: they are neither collated nor moved."""
+        """Return the batches, which are neither collated nor moved to a device."""
         return self.epochs
 
     def compute_loss(
         self, model: Learner, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
-        """The loss, with the teachers' answers read from the stores."""
+        """Return the loss, with the teachers' outputs read from the stores."""
         output = model(inputs["batch"], self.targets.fetch(inputs["batch"]), inputs["step"])
         self.losses.append(output.value.loss.item())
         return (output.value.loss, output) if return_outputs else output.value.loss
@@ -95,8 +95,8 @@ def train(stores: list[str], method: str, epochs: int, seed: int) -> list[float]
         settings = TrainingArguments(
             folder,
             num_train_epochs=epochs,
-            lr_scheduler_type="constant",  # else the Trainer's own, which falls to zero
-            max_grad_norm=0,  # else gradients are clipped to 1
+            lr_scheduler_type="constant",  # the default decays to zero
+            max_grad_norm=0,  # the default clips gradients to norm 1
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

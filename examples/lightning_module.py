@@ -1,10 +1,10 @@
-"""The loop of own_loop.py as a Lightning module.
+"""Training loop of own_loop.py as a Lightning module.
 
     pip install lightning
     python examples/lightning_module.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
 
-Lightning owns the loop, the optimizer's steps and the device. It is given the learner's loss, and an
-object that gives batches.
+Lightning controls the loop, the optimizer's steps and the device. The example provides the learner's loss
+and an iterable of batches.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class EpochBatches:
-    """Batches of the current epoch, from the first whenever it is iterated over.
+    """Iterable over the batches of the current epoch; every iteration starts with the first batch.
 
-    A generator will not do: Lightning may begin an epoch twice, and a batch would be lost.
+    A generator is not sufficient: Lightning may start an epoch twice, and a batch would be lost.
     """
 
     def __init__(self, student: Student) -> None:
@@ -54,7 +54,7 @@ class EpochBatches:
 
 
 class Student(LightningModule):
-    """A student that learns from stores."""
+    """Lightning module of a student with targets from stores."""
 
     def __init__(self, stores: list[str], method: str, seed: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Student(LightningModule):
         self.losses: list[float] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD as `distill train` has it; a list or dict with a schedule works as ever."""
+        """Return the optimizer of `distill train` (SGD); a list or dict with a schedule is also possible."""
         return torch.optim.SGD(
             self.learner.parameter_groups(),
             lr=0.05,
@@ -75,23 +75,23 @@ class Student(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """By now Lightning has chosen the device."""
+        """Create what depends on the device, which Lightning has selected by now."""
         self.targets = make_targets(self.teachers, self.learner.objective, device=self.device)
 
     def train_dataloader(self) -> EpochBatches:
-        """Batches of whichever epoch it is."""
+        """Return the batches of the current epoch."""
         return EpochBatches(self)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Leave the batch as it is: it gives labels and pixels on the device that it was made for."""
+        """Return the batch unchanged; it provides labels and pixels on the device that it was created for."""
         return batch
 
     def on_train_epoch_start(self) -> None:
-        """Freeze or release what the method's phases say."""
+        """Freeze or unfreeze modules as the method's phases require."""
         self.learner.begin_epoch(self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """The loss, with the teachers' answers read from the stores."""
+        """Return the loss, with the teachers' outputs read from the stores."""
         step = Step(self.current_epoch, batch_idx)
         loss = self.learner(batch, self.targets.fetch(batch), step).value.loss
         self.losses.append(loss.item())

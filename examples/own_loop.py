@@ -1,9 +1,9 @@
-"""Students taught from stores in a plain PyTorch loop of one's own.
+"""Distillation from stores in a custom PyTorch training loop.
 
     python examples/own_loop.py cnn.zarr mlp.zarr [--method kd] [--epochs 2] [--seed 0]
 
-The stores are what `precompute run` wrote, as `make demo` does into `demo/`. Every step has the loss that
-`distill train` has on the same stores, with the same seed: what a command does, a loop can do.
+The stores are written by `precompute run`, for example by `make demo` in `demo/`. Every step has the same
+loss as `distill train` on the same stores with the same seed.
 """
 
 from __future__ import annotations

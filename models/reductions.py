@@ -1,7 +1,7 @@
-"""What is kept of a layer's activation: the map itself, or as little of it as a method needs.
+"""Reductions of a layer's activation to the values that a method needs.
 
-All take feature maps `(N, C, H, W)` and give one tensor per sample; all are differentiable, so that a
-student's features can be reduced in the same way.
+All functions take feature maps `(N, C, H, W)` and return a tensor with one entry per sample. They are
+differentiable, so a student's features can be reduced in the same way.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ if TYPE_CHECKING:
 
 
 def resized(features: Tensor, size: int) -> Tensor:
-    """Maps averaged down (or repeated up) to `(N, C, size, size)`."""
+    """Resize maps to `(N, C, size, size)` by adaptive average pooling; smaller maps repeat values."""
     _need_map("an output size", features)
     return F.adaptive_avg_pool2d(features, size)
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Mean over places `(N, C)`."""
+    """Return the mean over spatial positions, `(N, C)`."""
     _need_map("pooled", features)
     return features.mean((2, 3))
 
 
 def attention(features: Tensor) -> Tensor:
-    """Mean of squares over channels `(N, H * W)`, not normalised: Zagoruyko and Komodakis 2017, p = 2."""
+    """Return the mean of squares over channels, `(N, H * W)`, not normalised.
+
+    Source: Zagoruyko and Komodakis 2017, with p = 2.
+    """
     _need_map("attention", features)
     return features.square().mean(1).flatten(1)
 
 
 def gram(features: Tensor) -> Tensor:
-    """Similarity of places `(N, H * W, H * W)`, mean over channels of normalised maps: all that NST needs.
+    """Return the similarity of spatial positions, `(N, H * W, H * W)`, for neuron selectivity transfer (NST).
 
-    Each channel is scaled to unit length over its places first. The squared distance between a teacher's
-    matrix and a student's is the loss of Huang and Wang 2017 (polynomial kernel, d = 2, c = 0).
+    Each channel is scaled to unit length over its positions, and products are averaged over channels. The
+    squared distance between a teacher's matrix and a student's is the loss of Huang and Wang 2017 (polynomial
+    kernel, d = 2, c = 0).
     """
     _need_map("gram", features)
     flat = F.normalize(features.flatten(2), dim=2)
@@ -48,9 +52,9 @@ def gram(features: Tensor) -> Tensor:
 
 
 def pair_gram(first: Tensor, second: Tensor) -> Tensor:
-    """Flow between two layers `(N, C1, C2)`, mean over places: Yim et al. 2017, equation 1 (FSP).
+    """Return the flow between two layers (FSP), `(N, C1, C2)`, as a mean over spatial positions.
 
-    The larger map is averaged down to the smaller.
+    The larger map is average-pooled to the size of the smaller. Source: Yim et al. 2017, equation 1.
     """
     _need_map("gram", first)
     _need_map("gram", second)
@@ -60,15 +64,18 @@ def pair_gram(first: Tensor, second: Tensor) -> Tensor:
 
 
 def above_margin(features: Tensor, margins: Tensor) -> Tensor:
-    """`max(t, m)` with one margin per channel: the target of Heo et al., ICCV 2019 (OFD), section 3.1."""
+    """Return `max(features, margins)` with one margin per channel.
+
+    Source: the target of Heo et al., ICCV 2019 (OFD), section 3.1.
+    """
     return torch.maximum(features, margins.reshape(-1, *[1] * (features.ndim - 2)))
 
 
 def margins(bias: Tensor, weight: Tensor) -> Tensor:
-    """Expected value of a batch normalisation's negative outputs, per channel `(C,)`.
+    """Return the expected value of a batch normalisation's negative outputs per channel, `(C,)`.
 
-    With mean mu = bias and deviation s = |weight|: `mu - s phi(mu / s) / Phi(-mu / s)`, or -3 s where hardly
-    anything is negative (Heo et al., ICCV 2019, appendix).
+    With mean mu = bias and deviation s = |weight|: `mu - s phi(mu / s) / Phi(-mu / s)`, or -3 s if the
+    probability of a negative output is at most 0.001 (Heo et al., ICCV 2019, appendix).
     """
     mu, s = bias.double(), weight.double().abs().clamp_min(1e-12)
     below = 0.5 * torch.erfc(mu / s / math.sqrt(2))
@@ -84,7 +91,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gram": gram,
     "sign": lambda features: features,
 }
-"""Reductions of one layer; `margin` needs margins and a pair's `gram` two layers."""
+"""Reductions of one layer by name. `margin` needs margins and a pair's `gram` two layers."""
 
 
 def _need_map(name: str, features: Tensor) -> None:

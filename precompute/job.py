@@ -1,4 +1,4 @@
-"""One teacher over one source: the work behind `precompute run`."""
+"""Jobs of stage one: one teacher run over one source, as `precompute run` does."""
 
 from __future__ import annotations
 
@@ -35,46 +35,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and where to write it."""
+    """Description of one run of a teacher over a source, and of the store to write."""
 
     store: Path
     source: Source
     recipe: ViewRecipe
     runner: TeacherRunner
     views: int
-    """Views of every sample, V."""
+    """Number of views per sample, V."""
     encoding: str = "float16"
-    """Of logits: `float32`, `float16`, `bfloat16`, `int8`, `topk:K`."""
+    """Encoding of logits: `float32`, `float16`, `bfloat16`, `int8`, `topk:K`."""
     feature_encoding: str = "float16"
-    """Of tapped features: `float32`, `float16`, `bfloat16`, `int8`, `bits`."""
+    """Encoding of tapped features: `float32`, `float16`, `bfloat16`, `int8`, `bits`."""
     batch_size: int = 256
-    """Images per forward pass. Batches are laid out from each block's start."""
+    """Images per forward pass. Batches are counted from the start of each block."""
     block_rows: int | None = None
-    """Rows of a block; None leaves it to the width of the rows."""
+    """Rows per block. Defaults to a number chosen by the width of the rows."""
     part: Part = field(default_factory=Part)
-    """Which of the blocks this process does."""
+    """Share of the blocks that this process computes. Defaults to all blocks."""
     views_per_load: int = 1
-    """Views of a sample that are rendered from one decoding of its image. Changes no byte."""
+    """Number of views rendered each time an image is decoded. Does not change the stored bytes."""
     workers: int | None = None
-    """Processes that decode and render; None means one per core for image files, none for images in
-    memory."""
+    """Number of processes that decode and render. Defaults to one per core for image files and to none for
+    images in memory."""
     root: Path | None = None
-    """Folder of the source's files, if it has any, for the store to remember."""
+    """Folder of the source's files, if it has any. Recorded in the store."""
     spec: PrecomputeSpec | None = None
-    """The values that this job was made of, for executors that make it again in other processes."""
+    """Values that the job was created from, for executors that recreate it in other processes."""
 
     def renderer(self) -> Renderer:
-        """What renders the views at the size that the teacher reads."""
+        """Return a renderer of the views at the teacher's input size."""
         size = self.runner.network.preprocessing.size
         pin = self.runner.device.type == "cuda"
         return Renderer(self.source, self.recipe, [size], workers=self.workers, pin=pin)
 
     def plan(self) -> StorePlan:
-        """What the store is to hold.
+        """Return the plan of the store: its identity, arrays, tables and labels.
 
         Raises:
-            UnknownName: no such encoding.
-            RecipeError: a number out of range.
+            UnknownName: an encoding does not exist.
+            RecipeError: a number is out of range.
         """
         for name in ("views", "batch_size", "views_per_load"):
             if getattr(self, name) < 1:
@@ -120,7 +120,7 @@ class Job:
         )
 
     def environment(self) -> dict[str, Any]:
-        """Versions, device and settings, recorded for every block and no part of the store's identity."""
+        """Return versions, device and settings, which every block records outside the store's identity."""
         return self._environment
 
     @cached_property
@@ -136,23 +136,24 @@ def run_job(
     same_numerics: bool = False,
     executor: Executor | None = None,
 ) -> Manifest:
-    """Write whatever of the store's part is not there yet, and commit every view that is complete.
+    """Write the missing blocks of a part of the store, and commit every view that is complete.
 
     Args:
-        job: what to run.
-        block_order: numbers `view * blocks + block` in the order to do them; by default ascending.
+        job: job to run.
+        block_order: block numbers `view * blocks + block` in the order of computation. Defaults to an order
+            that keeps `job.views_per_load` views of the same samples together.
         quiet: show no progress.
-        same_numerics: refuse a store with rows of another kind of machine or batch size, instead of warning.
-        executor: what computes the blocks; by default this process.
+        same_numerics: raise an error, instead of a warning, if the store has rows with other numerics.
+        executor: executor that computes the blocks. Defaults to `LocalExecutor`.
 
     Returns:
-        The manifest as it is when this process is done.
+        The manifest at the end of the run.
 
     Raises:
-        StoreMismatch: the store was written by another recipe, or under other numerics where these are to be
-            the same; nothing is changed.
-        StoreBusy: a live process writes this part.
-        NonFiniteOutput, EncodingRange: the teacher's answer cannot be stored; done blocks stay done.
+        StoreMismatch: the store was written by another recipe, or `same_numerics` is set and it has rows with
+            other numerics. The store is unchanged.
+        StoreBusy: another process is writing this part.
+        NonFiniteOutput, EncodingRange: the teacher's outputs cannot be stored. Finished blocks are kept.
     """
     writer = StoreWriter(job.store, job.plan(), job.part)
     guard = NumericsGuard(job.store, job.environment(), same_numerics)
@@ -168,13 +169,13 @@ def run_job(
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()
         writer.commit()
-        # Other processes may have written since.
+        # Other processes may have written blocks in the meantime.
         guard.check(writer.manifest, seen=seen)
         return writer.manifest
 
 
 def _groups(writer: StoreWriter, order: Iterator[int] | None, together: int) -> Iterator[list[Block]]:
-    """Blocks that are not done, of the same samples under a few views at a time."""
+    """Yield pending blocks in groups of the same samples under at most `together` views."""
     numbers = _block_order(writer, together) if order is None else order
     for _, group in groupby(writer.pending(numbers), key=lambda block: block.index):
         while blocks := list(islice(group, together)):
@@ -182,7 +183,7 @@ def _groups(writer: StoreWriter, order: Iterator[int] | None, together: int) -> 
 
 
 def _block_order(writer: StoreWriter, together: int) -> Iterator[int]:
-    """Numbers of all blocks, so that those of the same samples under a few views follow each other."""
+    """Yield the numbers of all blocks, with `together` views of the same samples in succession."""
     views, blocks = writer.manifest.views, writer.blocks
     for first in range(0, views, together):
         for index in range(blocks):
@@ -190,7 +191,7 @@ def _block_order(writer: StoreWriter, together: int) -> Iterator[int]:
 
 
 def with_limit(job: Job, store: Path, limit: int) -> Job:
-    """The same job on one view of the first `limit` samples, into another store: to try it out."""
+    """Return a copy of a job for one view of the first `limit` samples and another store, for trials."""
     return replace(
         job, store=store, source=FirstSamples(job.source, limit), views=1, part=Part(), block_rows=None
     )

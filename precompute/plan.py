@@ -1,4 +1,4 @@
-"""What a store will cost, before anything runs: bytes, files, time, and when the cost is paid back."""
+"""Estimates of a store's cost before it is written: bytes, files, time and break-even."""
 
 from __future__ import annotations
 
@@ -29,66 +29,66 @@ PROBE_READS = 20
 
 @dataclass(frozen=True)
 class ArrayCost:
-    """One stored quantity."""
+    """Size of one array of a store."""
 
     name: str
     encoding: str
     row_bytes: int
     total_bytes: int
-    """Of its shard files, with checksums, indices and what the last chunk of each view is filled up with."""
+    """Bytes of its shard files, including checksums, indices and the padding of each view's last chunk."""
     shards: int
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What is still to be written, and what it takes."""
+    """Size of a store, the part of it that is missing, and the free space."""
 
     rows: int
-    """Rows (sample, view) of the whole store."""
+    """Number of rows (sample, view) in the whole store."""
     rows_left: int
-    """Rows that are not done yet."""
+    """Number of rows that are not written yet."""
     blocks: int
     block_rows: int
     arrays: tuple[ArrayCost, ...]
     table_bytes: int
-    """Files of the labels and of what belongs to the teacher."""
+    """Bytes of the files for labels and for values of the teacher."""
     table_files: int
     bytes_left: int
-    """Bytes of all these files that are not there yet."""
+    """Bytes of all files that are not written yet."""
     free_bytes: int
-    """Free space where the store will be."""
+    """Free bytes at the store's location."""
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files that the manifest will vouch for. It takes some kilobytes a view itself."""
+        """Bytes of all files in the manifest. The manifest itself has a few kilobytes per view."""
         return self.table_bytes + sum(array.total_bytes for array in self.arrays)
 
     @property
     def files(self) -> int:
-        """How many they are."""
+        """Number of files in the manifest."""
         return self.table_files + sum(array.shards for array in self.arrays)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few batches took, in seconds per image."""
+    """Measured times of a few batches, in seconds per image."""
 
     teacher: float
-    """Render a view and run the teacher."""
+    """Time to render a view and run the teacher."""
     read: float
-    """Read a row back from a store."""
+    """Time to read a row from a store."""
 
     def break_even(self, views: int) -> float:
-        """Student epochs after which writing V views and reading them is cheaper than running live."""
+        """Return the number of student epochs from which a store of V views is faster than live teachers."""
         saved = self.teacher - self.read
         return views * self.teacher / saved if saved > 0 else float("inf")
 
 
 def costs(job: Job) -> Costs:
-    """Count rows, bytes and files; nothing is written and the teacher runs on one image only.
+    """Count rows, bytes and files without writing anything; the teacher runs on a single image.
 
     Raises:
-        StoreMismatch: the store is there and was written by another recipe.
+        StoreMismatch: the store exists and was written by another recipe.
     """
     writer = StoreWriter(job.store, job.plan(), job.part)
     manifest = writer.planned()
@@ -124,15 +124,15 @@ def costs(job: Job) -> Costs:
 
 
 def _shard_bytes(array: StoredArray, rows: int) -> int:
-    """Bytes of the shard files of so many rows, from the start of a block."""
+    """Return the size in bytes of the shard files for `rows` rows from the start of a block."""
     return sum(rows_size(rows, layout) for layout in array.components.values())
 
 
 def check_space(job: Job) -> None:
-    """Refuse a job whose store will not fit.
+    """Check that a job's store fits into the free space at its location.
 
     Raises:
-        StoreFull: says how much is needed and how much is free.
+        StoreFull: the store does not fit. The message has the needed and the free space.
     """
     cost = costs(job)
     if cost.bytes_left > cost.free_bytes:
@@ -144,7 +144,7 @@ def check_space(job: Job) -> None:
 
 
 def probe(job: Job) -> Probe:
-    """Time the teacher on a few batches, and reading what it wrote from a small temporary store."""
+    """Measure the teacher on a few batches, and reading its outputs from a small temporary store."""
     samples = np.arange(min(len(job.source.labels), PROBE_BATCHES * job.batch_size))
     size = job.runner.network.preprocessing.size
     _forward(job, samples[: job.batch_size], size)

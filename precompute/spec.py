@@ -1,4 +1,4 @@
-"""A job of stage one in plain values: all that crosses from one process to another."""
+"""Specification of a job of stage one in plain values, which can be sent to other processes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from coursepack.precompute.job import Job
 
 @dataclass(frozen=True)
 class PrecomputeSpec:
-    """Numbers, texts, and lists of them; a process makes source, teacher and job of it.
+    """Plain values from which a process opens the source, loads the teacher and creates the job.
 
-    Paths have to lead to the same files in every process.
+    Paths must refer to the same files in every process.
     """
 
     teacher: str
-    """`run:FOLDER`, or a network's name."""
+    """Teacher, as `run:FOLDER` or the name of a network."""
     source: str
-    """`NAME[:SPLIT]`."""
+    """Source, as `NAME[:SPLIT]`."""
     view: dict[str, Any]
-    """The view recipe, whole."""
+    """All fields of the view recipe."""
     store: str
     views: int
     weights: str | None = None
@@ -33,7 +33,7 @@ class PrecomputeSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     columns: tuple[int, ...] | None = None
-    """For each class of the source the teacher's class."""
+    """Index of the teacher's class for each class of the source."""
     root: str | None = None
     """Folder of the source's files."""
     taps: tuple[str, ...] = ()
@@ -44,15 +44,15 @@ class PrecomputeSpec:
     batch_size: int = 256
     block_rows: int | None = None
     part: tuple[int, int] = (0, 1)
-    """Index and count."""
+    """Index and count of the part."""
     views_per_load: int = 1
     workers: int | None = None
 
     def job(self) -> Job:
-        """Open the source, load the teacher, and give the job.
+        """Open the source, load the teacher, and return the job.
 
         Raises:
-            CoursepackError: source or teacher cannot be opened, or do not fit each other.
+            CoursepackError: the source or the teacher cannot be opened, or they do not match.
         """
         root = None if self.root is None else Path(self.root)
         source = open_source(self.source, root)

@@ -237,7 +237,7 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     """
     problems = list(problems)
     keys = {problem.key for problem in problems}
-    # Views whose lists are damaged are written as if they had not been: nothing says what their files were.
+    # Views whose lists are damaged are written from the start, because their files are not known.
     lost = sorted(problem.view for problem in problems if problem.view is not None)
     with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
         writer.location.make_way(keys)

@@ -1,4 +1,4 @@
-"""Writing blocks of a store: render views, run the teacher, encode and put its answers."""
+"""Writing of a store's blocks: render views, run the teacher, encode and write its outputs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def write_blocks(
     meter: Meter | None = None,
     sound: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[tuple[BlockFiles, dict[str, float]]]:
-    """Run the teacher over the same samples under one view or several, each image decoded once.
+    """Run the teacher on blocks of the same samples under one or more views, decoding each image once.
 
-    The teacher's batches are those of each block alone, so that its answers are the same bits.
+    Every forward pass has images of one block only, so its outputs have the same bits as with one view.
 
     Returns:
-        For each block its files, not finished yet, and sums over its rows.
+        The unfinished files of each block, and sums over its rows.
     """
     files = [writer.write(block, _record(job, block), sound) for block in blocks]
     sums = [_Sums() for _ in blocks]
@@ -53,7 +53,7 @@ def write_blocks(
 
 
 def _record(job: Job, block: Block) -> dict[str, Any]:
-    """What a block's done-object says of its views: what drift and damage of the source are told by."""
+    """Return the record of a block's done-object, used to detect drift of views and damage of the source."""
     params = draw(job.recipe, job.source, block.samples, block.view)
     probed = probe_samples(len(job.source.labels), block.view)
     probed = probed[(probed >= block.start) & (probed < block.stop)]
@@ -71,7 +71,7 @@ def _record(job: Job, block: Block) -> dict[str, Any]:
 def _answers(
     job: Job, renderer: Renderer, blocks: Sequence[Block]
 ) -> Iterator[tuple[int, Batch, dict[str, np.ndarray]]]:
-    """The teacher's answers to blocks of the same samples, batch by batch: the block's place, and rows."""
+    """Yield the position of the block, the batch and the rows of the teacher's outputs for each batch."""
     size = job.runner.network.preprocessing.size
     several = batches(
         job.source,
@@ -88,7 +88,7 @@ def _answers(
 
 
 class _Sums:
-    """Sums over the rows of a block, of facts about the teacher."""
+    """Sums of the teacher's statistics over the rows of a block."""
 
     def __init__(self) -> None:
         self.total = {"rows": 0.0, "correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}

@@ -1,22 +1,22 @@
 """The store: one Zarr v3 group per teacher, written block by block and read by memory map.
 
-    locations      where a store's objects are: files, or a service that keeps objects
-    layout         how rows are cut into blocks, shards and chunks, and where each lies
+    locations      storage backends: local files, or an object store
+    layout         division of rows into blocks, shards and chunks, and their keys
     shards         the bytes of one shard
-    zarr_metadata  the metadata that other readers of Zarr need
-    manifest       what a store holds
-    contents       files and records of views, read as they are needed
-    versions       how the versions of the format spell them
-    opening        a manifest from its location
-    planning       what a store is to hold, before it does
-    block, done    one block's files as they are written, and what a finished block says
+    zarr_metadata  the metadata for other Zarr readers
+    manifest       index of a store's contents
+    contents       files and records of views, loaded lazily
+    versions       serialization of these in each version of the format
+    opening        loading and parsing of manifests
+    planning       planned contents of a new or extended store
+    block, done    files of a block being written, and the record of a finished block
     records        statistics, draws and fidelity of a view
-    owners         which live process writes which part
-    writer         blocks in, committed views out
-    reader         rows of a committed view, straight from the memory map
-    check          compares every byte with what the manifest vouches for
+    owners         assignment of parts to live processes
+    writer         writing of blocks and committing of views
+    reader         reading of committed views through memory maps
+    check          verification of every file against the manifest
 
-docs/decisions/store-format.md has the reasons.
+See docs/decisions/store-format.md for the design decisions.
 """
 
 from coursepack.data.store.block import Block as Block

@@ -1,4 +1,4 @@
-"""One block of a store: which rows it is, and its files as they are written."""
+"""A block of a store: its row range, and a writer for its files."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Block:
     start: int
     stop: int
     arrays: tuple[str, ...]
-    """The quantities that are still to be written for it."""
+    """Names of the quantities still to be written for the block."""
 
     @property
     def samples(self) -> NDArray[np.int64]:
-        """Sample indices of its rows."""
+        """Sample indices of the rows of the block."""
         return np.arange(self.start, self.stop)
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Block:
 
 
 class BlockFiles:
-    """The files of one block, written as their shards fill, so that memory is bounded by a shard."""
+    """Writer for the files of one block. Shards are written once full, which bounds memory by one shard."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class BlockFiles:
         """Start a block.
 
         Args:
-            location: the store's.
-            manifest: the store's.
+            location: location of the store.
+            manifest: manifest of the store.
             labels: class ids of all samples `(N,)`.
-            block: which one.
-            record: what the done-object says besides sums and fidelity: `draws` and `environment`.
-            sound: size and crc32c of files that are there, which are left alone if they would not change.
+            block: the block to write.
+            record: members of the done-object other than sums and fidelity: `draws` and `environment`.
+            sound: size and crc32c of existing files; those that would not change are not rewritten.
         """
         self._location, self._manifest, self._labels = location, manifest, labels
         self._block, self._record, self._sound = block, record, sound or {}
@@ -79,10 +79,10 @@ class BlockFiles:
                 self._written[name, component] = 0
 
     def add(self, values: Mapping[str, NDArray[np.float32]]) -> None:
-        """Append the next rows of every array of the block, in the order of samples.
+        """Append the next rows of every array of the block, in sample order.
 
         Raises:
-            EncodingRange: a value that the array's encoding cannot hold; the text names array and flag.
+            EncodingRange: a value is outside the range of the array's encoding; names the array and the flag.
         """
         first = self._block.start + self._rows_seen()
         for name in self._block.arrays:
@@ -103,7 +103,7 @@ class BlockFiles:
                 self._flush(name, component, full_only=True)
 
     def finish(self, statistics: Mapping[str, float]) -> None:
-        """Write what is left, then the done-object. `statistics` are sums over the block's rows."""
+        """Write the remaining rows, then the done-object. `statistics` are sums over the block's rows."""
         entry = {
             "arrays": list(self._block.arrays),
             "files": {key: list(value) for key, value in self.flush().items()},
@@ -113,7 +113,7 @@ class BlockFiles:
         self._location.put(key, canonical_json(entry).encode())
 
     def flush(self) -> dict[str, tuple[int, int]]:
-        """Write what is left; returns size and crc32c of every file of the block."""
+        """Write the remaining rows and return size and crc32c of every file of the block."""
         for name, component in self._held:
             self._flush(name, component, full_only=False)
         return self._files

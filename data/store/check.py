@@ -1,4 +1,4 @@
-"""Is every byte of a store what its manifest vouches for?"""
+"""Verification of a store's files and metadata against its manifest."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from coursepack.data.store.manifest import Manifest
 
 MOST_METADATA_BYTES = 1 << 20
-"""Of a zarr.json, which has less than 2,000."""
+"""Maximum size of a zarr.json file, which normally has less than 2,000 bytes."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a store."""
+    """A defect found in a store."""
 
     key: str
-    """The file it is wrong with."""
+    """Key of the affected file."""
     what: str
     view: int | None = None
-    """The view whose list it is wrong with, of a list."""
+    """View whose list is damaged; None if the file is not a list."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}"
@@ -43,24 +43,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     files: int
-    """Files checked."""
+    """Number of files checked."""
     size: int
-    """Their bytes in all, as the manifest gives them."""
+    """Total size of these files in bytes, according to the manifest."""
     problems: tuple[Problem, ...]
-    """Empty for a sound store."""
+    """Defects found; empty for an intact store."""
 
 
 def verify(where: str | Path | Location, *, on_file: Callable[[int], None] | None = None) -> StoreReport:
     """Check sizes and checksums of all files, and the Zarr metadata.
 
-    Where all that is sound, also read one random chunk of every array through the `zarr` library.
+    If all of these are intact, also read one random chunk of every array with the `zarr` library.
 
     Args:
-        where: the store.
-        on_file: called with a file's number of bytes after each, for progress.
+        where: path, address or location of the store.
+        on_file: called after each file with its size in bytes, to report progress.
 
     Raises:
         StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
@@ -68,7 +68,7 @@ def verify(where: str | Path | Location, *, on_file: Callable[[int], None] | Non
     location = open_location(where)
     manifest = load_manifest(location)
     problems = list(_list_problems(manifest))
-    # What a damaged list names is not known.
+    # The files of a view whose list is damaged are unknown.
     manifest = manifest.only_views({*manifest.entries} - {problem.view for problem in problems})
     problems += [
         *_file_problems(location, manifest, on_file),
@@ -82,7 +82,7 @@ def verify(where: str | Path | Location, *, on_file: Callable[[int], None] | Non
 
 
 def _list_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Lists of views that cannot be read."""
+    """Yield a problem for every view whose list cannot be read."""
     for view in manifest.entries:
         try:
             manifest.entries[view]
@@ -123,7 +123,7 @@ def _unreadable(error: OSError) -> str:
 
 
 def _unvouched(manifest: Manifest) -> Iterator[Problem]:
-    """A committed view all of whose shards the manifest does not name would be refused by the reader."""
+    """Yield every shard of a table or committed view that the manifest omits; the reader refuses these."""
     keys = [table_key(name, table.layout) for name, table in manifest.tables.items()]
     for name, array in manifest.arrays.items():
         for component, layout in array.components.items():
@@ -134,7 +134,7 @@ def _unvouched(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _metadata_problems(location: Location, manifest: Manifest) -> Iterator[Problem]:
-    """A foreign Zarr reader believes zarr.json, so it has to say what the manifest says."""
+    """Yield every zarr.json that disagrees with the manifest; other Zarr readers rely on zarr.json alone."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
             found = parse_json(location.get(key, MOST_METADATA_BYTES))

@@ -1,7 +1,7 @@
 """The part of a manifest that grows with every view: files with their checksums, and a record per view.
 
-In format version 1 all of it stands in the manifest. In version 2 each view has a list of its own, an object
-that the manifest names by its sha256, and a list is read when something of its view is first wanted.
+In format version 1, the manifest contains all of it. In version 2, each view has its own list, an object that
+the manifest references by its sha256. A list is read when its view is first accessed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
 LISTS = "views"
-"""Folder of the views' lists."""
+"""Folder that contains the lists of views."""
 FileEntry = tuple[int, int]
 """Size in bytes and `shard_checksum` of a data file."""
 _SHARD = re.compile(r"c\.([0-9]{1,15})\.")
@@ -26,21 +26,21 @@ _SHARD = re.compile(r"c\.([0-9]{1,15})\.")
 
 @dataclass(frozen=True)
 class ViewEntry:
-    """What a manifest vouches for of one view."""
+    """Files and record of one view, as listed in the manifest."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)
-    """Data files of all committed arrays."""
+    """Size and checksum of the data files of all committed arrays, by key."""
     record: dict[str, Any] | None = None
     """Statistics, digests of the drawn parameters per block, and environments; see `records`."""
 
     def to_bytes(self) -> bytes:
-        """The canonical text of the view's list."""
+        """Return the canonical text of the view's list."""
         files = {key: list(value) for key, value in self.files.items()}
         return canonical_json({"files": files, "record": self.record}).encode()
 
 
 class Entries(Mapping[int, ViewEntry]):
-    """Entries of views, read as they are needed."""
+    """Lazily loaded mapping from views to their entries."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Entries(Mapping[int, ViewEntry]):
         read: Callable[[int, str], ViewEntry],
         known: dict[tuple[int, str], ViewEntry] | None = None,
     ) -> None:
-        """Entries by the digests of their lists.
+        """Create the mapping from the digests of the lists.
 
         Args:
             digests: sha256 of each view's list.
-            read: reads and checks the list of a view.
-            known: entries by view and digest that need not be read; others are added.
+            read: function that reads and checks the list of a view.
+            known: cache of entries by view and digest; entries read later are added to it.
         """
         self.digests, self._read = dict(digests), read
         self._known = {} if known is None else known
@@ -79,19 +79,19 @@ class Entries(Mapping[int, ViewEntry]):
     __hash__ = None  # type: ignore[assignment]  # a mapping
 
     def changed(self, entries: Mapping[int, ViewEntry]) -> Entries:
-        """These entries with some in the place of others."""
+        """Return a copy in which the given entries are added or replaced."""
         digests = {view: digest_of(entry.to_bytes()) for view, entry in entries.items()}
         self._known.update({(view, digests[view]): entry for view, entry in entries.items()})
         return Entries({**self.digests, **digests}, self._read, self._known)
 
     def only(self, views: Container[int]) -> Entries:
-        """Some of these entries."""
+        """Return a copy restricted to the given views."""
         digests = {view: digest for view, digest in self.digests.items() if view in views}
         return Entries(digests, self._read, self._known)
 
 
 class Files(Mapping[str, FileEntry]):
-    """Size and checksum of every data file that is vouched for, by its key."""
+    """Size and checksum of every data file in the manifest, by key."""
 
     def __init__(self, tables: Mapping[str, FileEntry], entries: Mapping[int, ViewEntry]) -> None:
         self._tables, self._entries = tables, entries
@@ -111,7 +111,7 @@ class Files(Mapping[str, FileEntry]):
 
 
 class Records(Mapping[str, dict[str, Any]]):
-    """Records of views, by the view as text."""
+    """Records of views, by the decimal text of the view."""
 
     def __init__(self, entries: Mapping[int, ViewEntry]) -> None:
         self._entries = entries
@@ -123,7 +123,7 @@ class Records(Mapping[str, dict[str, Any]]):
         return record
 
     def __iter__(self) -> Iterator[str]:
-        # Only of version 1, where all is in memory, may an entry have no record.
+        # An entry without a record occurs only in version 1, where all entries are in memory.
         is_read = isinstance(self._entries, dict)
         for view in sorted(self._entries):
             if not is_read or self._entries[view].record is not None:
@@ -134,16 +134,16 @@ class Records(Mapping[str, dict[str, Any]]):
 
 
 def view_of(key: str) -> int:
-    """The view of a data file; -1 for a key that names none."""
+    """Return the view of a data file, or -1 if its key contains none."""
     match = _SHARD.match(key.rpartition("/")[2])
     return -1 if match is None else int(match[1])
 
 
 def digest_of(text: bytes) -> str:
-    """The digest by which a manifest names a list."""
+    """Return the sha256 by which a manifest references a list."""
     return hashlib.sha256(text).hexdigest()
 
 
 def list_key(view: int, digest: str) -> str:
-    """Key of a view's list. A list is never changed: another one has another key."""
+    """Return the key of a view's list. Lists are immutable: the key depends on the digest."""
     return f"{LISTS}/{view}.{digest[:16]}.json"

@@ -1,4 +1,4 @@
-"""Done-objects: what a finished block says of itself, until the manifest vouches for its view."""
+"""Done-objects: records of finished blocks, kept until their view is committed to the manifest."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ class _Record(Config):
 class _Done(Config):
     arrays: list[str]
     files: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
-    """Size and checksum."""
+    """Size and checksum of every file, by key."""
     record: _Record
 
 
 def done_key(view: int, index: int) -> str:
-    """Key of the done-object of a block."""
+    """Return the key of the done-object of a block."""
     return f"{BLOCKS}/{view}.{index}.json"
 
 
 def done_objects(location: Location) -> list[tuple[int, int]]:
-    """View and index of every block that has a done-object."""
+    """Return view and index of every block that has a done-object, sorted."""
     matches = (_NAME.fullmatch(name) for name in location.names(BLOCKS))
     return sorted((int(match[1]), int(match[2])) for match in matches if match is not None)
 
 
 def read_done(location: Location, view: int, index: int) -> dict[str, Any] | None:
-    """A block's done-object as plain values; None where there is none.
+    """Read a block's done-object as plain values; returns None if there is none.
 
     Raises:
-        StoreDamaged: it is not what `BlockFiles.finish` writes.
+        StoreDamaged: the object cannot be read or is not in the form that `BlockFiles.finish` writes.
     """
     key = done_key(view, index)
     try:
@@ -89,10 +89,10 @@ def read_done(location: Location, view: int, index: int) -> dict[str, Any] | Non
 
 
 def check_done(location: Location, manifest: Manifest, view: int, index: int, entry: dict[str, Any]) -> None:
-    """Refuse a done-object whose files are not those of its block.
+    """Check that the files of a done-object are those of its block.
 
     Raises:
-        StoreDamaged: says which file is wrong.
+        StoreDamaged: a file is missing, unexpected or of the wrong size; names the first such file.
     """
     start = index * manifest.block_rows
     stop = min(start + manifest.block_rows, manifest.samples)

@@ -1,4 +1,4 @@
-"""What a manifest says of teacher, view and source, as far as commands read it."""
+"""Schema of the teacher, view and source in a manifest, limited to the members that commands use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Part(BaseModel):
-    """A mapping that may hold more than is read of it."""
+    """Base model that allows extra members."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -46,10 +46,10 @@ PARTS: dict[str, type[_Part]] = {"teacher": _Teacher, "view": _View, "source": _
 
 
 def check_identity(identity: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Refuse parts that cannot be what a writer wrote; a part may be absent.
+    """Validate the parts of an identity that are present.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: a part is not in the form that a writer produces; names the member.
     """
     if not isinstance(origin.get("weights_file"), str | None):
         raise ValueError(f"origin.weights_file is {origin['weights_file']!r:.80}, expected a file's name")
@@ -65,10 +65,10 @@ def check_identity(identity: dict[str, Any], origin: dict[str, Any]) -> None:
 
 
 def check_complete(manifest: Manifest, where: str) -> None:
-    """Refuse a store whose manifest leaves out its teacher or source.
+    """Check that the identity has all of its parts.
 
     Raises:
-        StoreDamaged: names what is missing.
+        StoreDamaged: parts are missing; names them.
     """
     missing = [name for name in PARTS if name not in manifest.identity]
     if missing:

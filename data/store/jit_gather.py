@@ -1,6 +1,6 @@
-"""Copying rows from memory-mapped chunks, compiled. Loaded at first use: importing numba is slow.
+"""Compiled copying of rows from memory-mapped chunks. Imported on first use, since importing numba is slow.
 
-The functions read and write raw addresses: `mapping` has checked every file, and samples are checked here.
+The functions read and write raw addresses: `mapping` checks every file, and sample indices are checked here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 ALIGNMENT = 64
-"""Every component's rows begin at a multiple of this many bytes."""
+"""Alignment in bytes of the first row of every component."""
 
 
 @intrinsic
 def _copy_bytes(typingctx: Any, target: Any, origin: Any, count: Any) -> Any:
-    """memcpy between two addresses."""
+    """Copy `count` bytes between two addresses with memcpy."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = context.get_value_type(types.voidptr)
@@ -37,13 +37,13 @@ def gather_rows(chunks: np.ndarray, table: np.ndarray, rows: int, samples: np.nd
 
     Args:
         chunks: address of the first row of every chunk, int64, component after component.
-        table: `(components, 3)` int64: place of the component's first chunk, chunk rows, bytes of a row.
-        rows: samples are 0 to rows - 1.
-        samples: `(n,)` int64.
-        target: address of the first component's rows; the next begins at the next multiple of `ALIGNMENT`.
+        table: `(components, 3)` int64: index of the component's first chunk, chunk rows, bytes per row.
+        rows: number of rows N; valid samples are 0 to N - 1.
+        samples: sample indices `(n,)` int64.
+        target: output address of the first component; each next one starts at a multiple of `ALIGNMENT`.
 
     Returns:
-        -1, or the place of the first sample that is outside: then nothing was copied.
+        -1, or the index of the first sample out of range, in which case nothing is copied.
     """
     for i in range(len(samples)):
         if samples[i] < 0 or samples[i] >= rows:

@@ -1,8 +1,8 @@
-"""How rows are cut into blocks, shards and chunks.
+"""Division of rows into blocks, shards and chunks.
 
 A block is B consecutive rows of one view: the unit of work and of resuming. A shard is one file; shard rows
-divide B. A chunk is the unit of checksum; chunk rows divide shard rows. All three divide N as evenly as they
-can, so that the padding of the last chunk stays small.
+divide B. A chunk is the unit of checksum; chunk rows divide shard rows. All three divide N as evenly as
+possible, which keeps the padding of the last chunk small.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BLOCK_ROWS = 65_536
-"""A killed worker repeats at most this many forward passes."""
+"""Maximum rows of a block: the number of forward passes that a killed worker repeats at most."""
 BLOCK_BYTES = 1 << 30
-"""Most bytes of the widest array in one block."""
+"""Maximum bytes of the widest array in one block."""
 NARROW_BYTES = 32 << 20
-"""A block is no longer than this many bytes of the narrowest array need."""
+"""Maximum bytes of the narrowest array in one block."""
 SHARD_BYTES = 128 << 20
 CHUNK_BYTES = 2 << 20
 DTYPES = ("float32", "float16", "int64", "uint8", "uint16", "uint32")
-"""Types of stored arrays."""
+"""Supported dtypes of stored arrays."""
 MOST = 1 << 48
-"""No count and no number of bytes is larger."""
+"""Maximum of any count and any size in bytes."""
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """Shape and cutting of one stored array `(V, N, *row_shape)`."""
+    """Row shape, dtype and sharding of one stored array `(V, N, *row_shape)`."""
 
     dtype: str
     row_shape: tuple[int, ...]
@@ -43,23 +43,23 @@ class ArrayLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of one row in bytes."""
         return int(np.dtype(self.dtype).itemsize) * math.prod(self.row_shape)
 
     def shard_count(self, rows: int) -> int:
-        """Shards of one view of `rows` rows."""
+        """Return the number of shards of a view of `rows` rows."""
         return -(-rows // self.shard_rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return the layout as plain values for the manifest."""
         return asdict(self) | {"row_shape": list(self.row_shape)}
 
 
 def whole(value: Any, least: int = 0) -> int:
-    """A whole number from JSON, from `least` to `MOST`.
+    """Return an integer from JSON after checking that it is within `least` and `MOST`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is not an integer or is out of range.
     """
     if type(value) is not int or not least <= value <= MOST:
         raise ValueError(f"{value!r:.40} is no whole number of at least {least}")
@@ -67,10 +67,10 @@ def whole(value: Any, least: int = 0) -> int:
 
 
 def layout_from_dict(values: Mapping[str, Any]) -> ArrayLayout:
-    """The layout that `to_dict` described.
+    """Create a layout from the output of `to_dict`.
 
     Raises:
-        ValueError, LookupError, TypeError: it described none.
+        ValueError, LookupError, TypeError: the values do not describe a layout.
     """
     if values["dtype"] not in DTYPES:
         raise ValueError(f"{values['dtype']!r:.40} is not among the types {DTYPES}")
@@ -83,10 +83,10 @@ def layout_from_dict(values: Mapping[str, Any]) -> ArrayLayout:
 
 
 def plan_block_rows(rows: int, row_bytes: list[int]) -> int:
-    """Rows of a block, fixed for a store's life, from the rows' widths at its creation.
+    """Return the rows per block, computed once at the creation of a store from the widths of its rows.
 
     Args:
-        rows: N.
+        rows: number of samples N.
         row_bytes: bytes per row of every array.
     """
     widest, narrowest = max(row_bytes), min(row_bytes)
@@ -97,7 +97,7 @@ def plan_block_rows(rows: int, row_bytes: list[int]) -> int:
 
 
 def plan_array(component: Component, block_rows: int) -> ArrayLayout:
-    """Cut one component's rows so that its shards divide blocks of `block_rows` and its chunks its shards."""
+    """Return a layout of one component whose shards divide `block_rows` and whose chunks divide shards."""
     width = max(1, component.row_bytes)
     shard_rows = block_rows // _divisor_near(block_rows, -(-block_rows * width // SHARD_BYTES))
     chunk_rows = shard_rows // _divisor_near(shard_rows, -(-shard_rows * width // CHUNK_BYTES))
@@ -105,7 +105,7 @@ def plan_array(component: Component, block_rows: int) -> ArrayLayout:
 
 
 def plan_table(rows: int, dtype: str, row_shape: tuple[int, ...]) -> ArrayLayout:
-    """An array without views, `(rows, *row_shape)`: one shard."""
+    """Return the layout of an array without views, `(rows, *row_shape)`, stored as a single shard."""
     row_bytes = Component(dtype, row_shape).row_bytes
     chunks = _power_of_two(-(-rows * row_bytes // CHUNK_BYTES))
     chunk_rows = -(-rows // chunks)
@@ -113,17 +113,17 @@ def plan_table(rows: int, dtype: str, row_shape: tuple[int, ...]) -> ArrayLayout
 
 
 def block_count(rows: int, block_rows: int) -> int:
-    """Blocks of one view."""
+    """Return the number of blocks of one view."""
     return -(-rows // block_rows)
 
 
 def shard_key(array: str, view: int, shard: int, layout: ArrayLayout) -> str:
-    """Key of one shard file: every shard of an array lies in the array's own folder."""
+    """Return the key of a shard file. All shards of an array are in the folder of that array."""
     return f"{array}/c.{view}.{shard}" + ".0" * len(layout.row_shape)
 
 
 def table_key(name: str, layout: ArrayLayout) -> str:
-    """Key of the one shard of an array without views."""
+    """Return the key of the only shard of an array without views."""
     return f"{name}/c.0" + ".0" * len(layout.row_shape)
 
 
@@ -132,7 +132,7 @@ def _power_of_two(least: int) -> int:
 
 
 def _divisor_near(number: int, wanted: int) -> int:
-    """A divisor of `number` from `wanted` to four times that, else the largest one below `wanted`."""
+    """Return a divisor of `number` from `wanted` to `4 * wanted`, else the largest one below `wanted`."""
     above = (d for d in range(wanted, min(4 * wanted, number) + 1) if number % d == 0)
     below = (d for d in range(min(wanted, number), 0, -1) if number % d == 0)
     return next(above, None) or next(below)

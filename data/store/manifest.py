@@ -1,4 +1,4 @@
-"""The manifest: says what a store holds. Readers believe it and the lists that it names, and nothing else."""
+"""The manifest of a store. It and the lists it references are the only source of truth for readers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 FORMAT = "coursepack store"
 FORMAT_VERSION = 2
-"""Of new stores."""
+"""Format version of new stores."""
 MANIFEST = "manifest.json"
 LABELS = "labels"
 LOGITS = "logits"
 STATIC = "static"
 CHECKSUM = "checksum"
-"""Member of the manifest: sha256 of the canonical JSON of all others."""
+"""Manifest member with the sha256 of the canonical JSON of all other members."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One quantity, `logits` or `features/<tap>`: its encoding and the arrays that it is made of."""
+    """One quantity, `logits` or `features/<tap>`: its encoding and component arrays."""
 
     encoding: Encoding
     row_shape: tuple[int, ...]
     components: dict[str, ArrayLayout]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the array as plain values for the manifest."""
         return {
             "encoding": self.encoding.to_dict(),
             "row_shape": list(self.row_shape),
@@ -48,13 +48,13 @@ class StoredArray:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row over all components."""
+        """Size of one row in bytes, summed over all components."""
         return sum(layout.row_bytes for layout in self.components.values())
 
 
 @dataclass(frozen=True)
 class Table:
-    """An array without views: `labels`, and what belongs to the teacher under `static/`."""
+    """An array without views: `labels`, or a constant of the teacher under `static/`."""
 
     rows: int
     layout: ArrayLayout
@@ -67,70 +67,70 @@ class Table:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a reader or a resuming writer needs to know."""
+    """Complete description of a store for readers and resuming writers."""
 
     identity: dict[str, Any]
-    """What determines the stored values: teacher, view recipe, source, precision."""
+    """Everything that determines the stored values: teacher, view recipe, source and precision."""
     origin: dict[str, Any]
-    """Where the teacher's weights and the source's files were."""
+    """Original paths of the teacher's weights and the source's files."""
     samples: int
     class_names: tuple[str, ...]
     views: int
-    """Views planned so far; `committed` says which are there."""
+    """Number of planned views; `committed` lists the completed ones."""
     block_rows: int
     arrays: dict[str, StoredArray]
     tables: dict[str, Table]
     committed: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Views that are complete, per array."""
+    """Completed views of each array."""
     entries: Mapping[int, ViewEntry] = field(default_factory=dict)
-    """Files and records of views; of version 2, read as they are needed."""
+    """Files and records of views; loaded lazily in format version 2."""
     table_files: dict[str, FileEntry] = field(default_factory=dict)
     environments: tuple[dict[str, Any], ...] = ()
-    """Environments in which committed views were written, each once, by their canonical text."""
+    """Distinct environments in which committed views were written, sorted by canonical text."""
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0.0))
-    """`rows` and `correct` over all committed views; whole numbers."""
+    """Sums of `rows` and `correct` over all committed views; integral values."""
     format_version: int = FORMAT_VERSION
 
     @property
     def files(self) -> Mapping[str, FileEntry]:
-        """Size in bytes and `shard_checksum` of every data file that is vouched for."""
+        """Size in bytes and `shard_checksum` of every committed data file, by key."""
         return Files(self.table_files, self.entries)
 
     @property
     def view_records(self) -> Mapping[str, dict[str, Any]]:
-        """Per view: statistics, digests of the drawn parameters per block, and environments."""
+        """Statistics, digests of the drawn parameters per block, and environments of each view."""
         return Records(self.entries)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what determines the stored values."""
+        """sha256 of `identity`, which determines the stored values."""
         return fingerprint(self.identity)
 
     @property
     def view_fingerprint(self) -> str:
-        """sha256 of view recipe and source."""
+        """sha256 of the view recipe and the source."""
         return str(self.identity["view"]["fingerprint"])
 
     @property
     def source_root(self) -> str | None:
-        """Where the source's files were when the store was begun, for sources of files."""
+        """Root folder of the source's files when the store was created; None for sources without files."""
         root = self.origin.get("root")
         return root if isinstance(root, str) and Path(root).is_absolute() else None
 
     @property
     def list_digests(self) -> dict[int, str]:
-        """sha256 of the lists of views, which stores of version 1 do not have."""
+        """sha256 of the list of each view; empty for format version 1."""
         return self.entries.digests if isinstance(self.entries, Entries) else {}
 
     def committed_views(self, arrays: list[str] | None = None) -> tuple[int, ...]:
-        """Views for which all the given arrays (by default all there are) are committed."""
+        """Return the views for which all given arrays (by default, all of the store's) are committed."""
         names = list(self.arrays) if arrays is None else arrays
         common = set.intersection(*(set(self.committed.get(name, ())) for name in names))
         return tuple(sorted(common))
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the files of tables and committed views, by their layouts."""
+        """Total size in bytes of the files of tables and committed views, computed from their layouts."""
         total = sum(shard_size(table.rows, table.layout) for table in self.tables.values())
         for name, views in self.committed.items():
             layouts = self.arrays[name].components.values()
@@ -138,7 +138,7 @@ class Manifest:
         return total
 
     def zarr_arrays(self) -> dict[str, tuple[ArrayLayout, tuple[int, ...]]]:
-        """Layout and shape of every Zarr array of the store, by its path."""
+        """Return layout and shape of every Zarr array of the store, by path."""
         arrays = {name: (table.layout, table.shape) for name, table in self.tables.items()}
         for name, array in self.arrays.items():
             for component, layout in array.components.items():
@@ -148,7 +148,7 @@ class Manifest:
     def with_view(
         self, view: int, arrays: Iterable[str], files: Mapping[str, FileEntry], record: dict[str, Any]
     ) -> Manifest:
-        """A manifest that vouches for some more arrays of a view; the first record of a view is kept."""
+        """Return a manifest with additional committed arrays of a view; an existing record is kept."""
         before = self.entries.get(view, ViewEntry())
         entry = ViewEntry({**before.files, **files}, record if before.record is None else before.record)
         committed = {name: tuple(sorted({*self.committed.get(name, ()), view})) for name in arrays}
@@ -162,7 +162,7 @@ class Manifest:
         )
 
     def with_files(self, files: Mapping[str, FileEntry]) -> Manifest:
-        """A manifest that vouches for other or more files of its tables and committed views."""
+        """Return a manifest with files of its tables and committed views added or replaced."""
         tables = {table_key(name, table.layout) for name, table in self.tables.items()}
         views: dict[int, dict[str, FileEntry]] = {}
         for key in files.keys() - tables:
@@ -175,7 +175,7 @@ class Manifest:
         return replace(self, table_files=table_files, entries=self._changed(changed))
 
     def only_views(self, views: Iterable[int]) -> Manifest:
-        """A manifest in which no other views than these are committed."""
+        """Return a manifest in which only the given views are committed."""
         kept = set(views)
         if kept == set(self.entries):
             return self
@@ -198,7 +198,7 @@ class Manifest:
         return {**self.entries, **entries}
 
     def to_json(self) -> str:
-        """The canonical text that is stored."""
+        """Return the canonical JSON text that is stored, including its checksum."""
         values = {
             "format": FORMAT,
             "format_version": self.format_version,

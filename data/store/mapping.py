@@ -1,4 +1,4 @@
-"""One view of one stored quantity, open: every shard checked, every chunk's address known."""
+"""Memory-mapped views of stored quantities, with shards checked and chunk addresses precomputed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Check = Literal["files", "chunks", "nothing"]
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard file as the manifest vouches for it."""
+    """A shard file with the size and checksum listed in the manifest."""
 
     location: Location
     key: str
@@ -37,20 +37,20 @@ class ShardFile:
     crc: int
 
     def damaged(self, fault: str, what: str = "") -> StoreDamaged:
-        """The error about a bad one; `what` of it is wrong, its `fault` and what to do."""
+        """Return an error about this file; `what` names the affected part and `fault` the defect."""
         return StoreDamaged(
             f"{what}{self.location.where(self.key)!r} {fault}. Run `precompute verify --store "
             f"{self.location} --repair`, which writes damaged files again."
         )
 
     def open(self, *, resident: bool) -> Mapped:
-        """Map the file, or read it into memory.
+        """Memory-map the file, or read it into memory if `resident`.
 
         Raises:
-            StoreDamaged: it is missing or has another size.
+            StoreDamaged: the file is missing or has another size.
         """
         try:
-            # Before it is read: a file that is not the shard could be any length.
+            # Check the size before reading: a file that is not the shard may have any length.
             found = self.location.size(self.key)
             opened = self.location.map(self.key, resident=resident and found == self.size)
         except FileNotFoundError as error:
@@ -61,7 +61,7 @@ class ShardFile:
 
 
 class OpenView:
-    """Rows of one view, wherever they are: in the files (mapped), or in memory (resident)."""
+    """Open view of one quantity, with rows in mapped files or resident in memory."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class OpenView:
         """Open and check all shards.
 
         Args:
-            components: layout and files, in order, of everything that a row is made of.
-            rows: rows of the view.
+            components: layout and ordered shard files of every component of a row.
+            rows: number of rows of the view.
             resident: read the files into memory instead of mapping them.
-            check: what to compare with its checksum: whole files now; each chunk before its first row is
-                served, which suits files too large to read through first; or nothing, for files that this
-                process has checked before.
-            pinned: gather into page-locked memory, from which a GPU copies in the background.
+            check: scope of checksum verification: `files` verifies whole files now; `chunks` verifies each
+                chunk on first access, for files too large to read in advance; `nothing` skips verification,
+                for files that this process has already verified.
+            pinned: gather into page-locked memory, from which a GPU can copy asynchronously.
 
         Raises:
             StoreDamaged: a file is missing, has another size, or does not match its checksum.
@@ -107,12 +107,12 @@ class OpenView:
         self._trusted = check != "chunks"
 
     def gather(self, samples: Samples) -> dict[str, NDArray[Any]]:
-        """Rows `(n, *row_shape)` of every component.
+        """Return the rows `(n, *row_shape)` of every component.
 
         Raises:
-            IndexError: a sample outside the view.
-            StoreDamaged: a chunk that is served for the first time does not match its checksum, or a file
-                was cut short since it was mapped.
+            IndexError: a sample is out of range.
+            StoreDamaged: a chunk does not match its checksum on first access, or a file was truncated since
+                it was mapped.
         """
         samples = np.ascontiguousarray(samples, dtype=np.int64)
         count = len(samples)
@@ -133,10 +133,10 @@ class OpenView:
         return rows
 
     def check_unchanged(self) -> None:
-        """Refuse mapped files whose content is no longer what was opened.
+        """Check that mapped files have not been changed since they were opened.
 
         Raises:
-            StoreDamaged: names the first such file.
+            StoreDamaged: a file was changed; names the first such file.
         """
         for part in self._parts:
             part.check_unchanged()
@@ -147,7 +147,7 @@ class OpenView:
         return np.empty(size, dtype=np.uint8)
 
     def will_need(self, samples: Samples) -> None:
-        """Ask the system to read the chunks of these samples in the background."""
+        """Advise the system to read the chunks of these samples in the background."""
         for part in self._parts:
             for chunk in np.unique(samples // part.layout.chunk_rows):
                 part.advise(int(chunk))
@@ -162,7 +162,7 @@ class OpenView:
 
 
 class _Component:
-    """One array's shards of one view."""
+    """Shards of one component array of one view."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class _Component:
         whole: bool,
     ) -> None:
         self.name, self.layout, self.first = name, layout, first
-        # Looked up once: a batch is gathered in tens of microseconds.
+        # Computed once: gathering a batch takes only tens of microseconds.
         self.dtype, self.row_bytes, self.row_shape = (
             np.dtype(layout.dtype),
             layout.row_bytes,
@@ -188,7 +188,7 @@ class _Component:
         for place, shard in enumerate(shards):
             opened = shard.open(resident=resident)
             content = opened.content
-            # Which shard it is shows in the checksums it holds, even where its data is checked later.
+            # The stored checksums identify the shard even if its data is verified later.
             found = file_checksum(content, layout) if whole else stored_checksum(content, layout)
             if found != shard.crc:
                 raise shard.damaged("does not match its checksum", "the content of ")
@@ -198,12 +198,16 @@ class _Component:
         self.addresses = np.concatenate(addresses)
 
     def advise(self, chunk: int) -> None:
-        """Have a mapped chunk read in the background."""
+        """Advise the system to read a chunk in the background."""
         place, start = self._place(chunk)
         self._opened[place].advise(start, self.layout.chunk_rows * self.row_bytes)
 
     def check_chunk(self, chunk: int) -> None:
-        """Compare one chunk with its checksum."""
+        """Verify the checksum of one chunk.
+
+        Raises:
+            StoreDamaged: the chunk does not match its checksum.
+        """
         place, start = self._place(chunk)
         end = start + self.layout.chunk_rows * self.row_bytes
         content = self._opened[place].content
@@ -211,7 +215,7 @@ class _Component:
             raise self._shards[place].damaged("does not match its checksum", f"chunk {chunk} of ")
 
     def check_sizes(self) -> None:
-        """Refuse mapped files that were cut short: touching what is gone would end the process by SIGBUS."""
+        """Check that mapped files were not truncated: accessing missing pages raises SIGBUS."""
         if self._resident:
             return
         for opened, shard in zip(self._opened, self._shards, strict=True):
@@ -221,7 +225,7 @@ class _Component:
                 )
 
     def check_unchanged(self) -> None:
-        """Refuse mapped files that were changed in place; their times say which to compare again."""
+        """Check that mapped files were not changed in place, verifying again those with new timestamps."""
         self.check_sizes()
         for opened, shard in zip(self._opened, self._shards, strict=True):
             if opened.is_touched() and file_checksum(opened.content, self.layout) != shard.crc:
@@ -231,6 +235,6 @@ class _Component:
                 )
 
     def _place(self, chunk: int) -> tuple[int, int]:
-        """Shard of a chunk, and where in its file the chunk starts."""
+        """Return the shard index of a chunk and its byte offset in the shard file."""
         place = chunk * self.layout.chunk_rows // self.layout.shard_rows
         return place, int(self.addresses[chunk]) - self._opened[place].content.ctypes.data

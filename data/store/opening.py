@@ -1,4 +1,4 @@
-"""Reading a store's manifest, which somebody else may have written."""
+"""Loading and parsing of manifests, which are treated as untrusted input."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
 
 MOST_BYTES = 32 << 20
-"""A longer manifest is refused unread: one takes about six times its length to read. Manifests of 100,000
-files have a tenth of that."""
+"""Maximum size of a manifest, checked before it is read: parsing needs about six times its size in memory. A
+manifest of 100,000 files has a tenth of this size."""
 ADVICE = (
     "Put a copy of it back; without one, remove it and run the same `precompute run` again, which writes "
     "every row again."
 )
-"""What to do about a damaged manifest."""
+"""Advice in errors about a damaged manifest."""
 
 
 def parse_manifest(text: str | bytes, where: str, location: Location | None = None) -> Manifest:
-    """The manifest in canonical text.
+    """Parse a manifest.
 
     Args:
-        text: as `Manifest.to_json` gives it.
-        where: the store's address, for errors.
-        location: what the lists of its views are read from, if it has such lists.
+        text: output of `Manifest.to_json`.
+        where: address of the store, for error messages.
+        location: location from which lists of views are read, required only if the manifest has such lists.
 
     Raises:
-        StoreDamaged: the text is not a manifest.
-        StoreMismatch: it is one of a format version that this release cannot read.
+        StoreDamaged: the text is not a valid manifest.
+        StoreMismatch: this release does not support the format version.
     """
     try:
         values = parse_json(text)
@@ -80,18 +80,18 @@ def load_manifest(where: str | Path | Location) -> Manifest:
     """Read a store's manifest.
 
     Raises:
-        StoreNotFound: there is no store there.
-        StoreIncomplete: a writer stopped before the manifest existed.
+        StoreNotFound: there is no store at this address.
+        StoreIncomplete: a writer was interrupted before it wrote the manifest.
         StoreDamaged, StoreMismatch: as `parse_manifest`.
     """
     return load_tagged(open_location(where))[0]
 
 
 def load_tagged(location: Location) -> tuple[Manifest, str]:
-    """A store's manifest and the tag of its object.
+    """Read a store's manifest and the tag of its object.
 
     Raises:
-        As `load_manifest`.
+        StoreNotFound, StoreIncomplete, StoreDamaged, StoreMismatch: as `load_manifest`.
     """
     try:
         text, tag = location.get_tagged(MANIFEST, MOST_BYTES)
@@ -113,7 +113,7 @@ def load_tagged(location: Location) -> tuple[Manifest, str]:
 
 
 def has_object(location: Location, key: str) -> bool:
-    """Whether there is an object of this key."""
+    """Return True if the location has an object with this key."""
     try:
         location.size(key)
     except (FileNotFoundError, NotADirectoryError):
@@ -122,10 +122,10 @@ def has_object(location: Location, key: str) -> bool:
 
 
 def check_not_foreign(location: Location) -> None:
-    """Refuse a place that coursepack did not begin.
+    """Check that a location does not contain foreign data.
 
     Raises:
-        StoreMismatch: it is a file, or holds somebody else's Zarr group or array.
+        StoreMismatch: the location is a file, or contains a Zarr group or array not written by coursepack.
     """
     try:
         found = location.get(METADATA, MOST_BYTES)
@@ -144,7 +144,7 @@ def check_not_foreign(location: Location) -> None:
 
 
 def _begun(version: int) -> bytes:
-    """The metadata that a writer leaves first."""
+    """Return the root group metadata as a writer of this format version writes it."""
     return canonical_json(group_metadata(group_attributes("", version)), indent=1).encode()
 
 

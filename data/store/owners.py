@@ -1,9 +1,9 @@
-"""Who writes what: every writing process owns one part of a store's blocks for as long as it lives.
+"""Ownership of parts: every writing process owns one part of a store's blocks until it ends.
 
-A process says which part it owns in an object under `runs/` and holds it for as long as it lives, however
-it ends. The object stays as a record of when and where the run was: the only place for times, hosts and pids,
-and nothing compares it. Where the location cannot hold objects, as files cannot on Windows, stores can be
-read, and written by one process at a time.
+A process records its part in an object under `runs/` and holds that object until it ends, for any reason.
+The object remains as a record of the run. Only these records contain times, hosts and pids, and they are
+never compared. If the location cannot hold objects, such as local files on Windows, only one process at a
+time may write to a store.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS = "runs"
 
 
 class _Run(Config):
-    """What `_record` writes."""
+    """Schema of the output of `_record`."""
 
     host: str
     pid: int
@@ -46,17 +46,17 @@ class _Run(Config):
 
 @dataclass(frozen=True)
 class Part:
-    """A worker's share of the blocks: those whose number leaves `index` when divided by `count`."""
+    """A worker's share of the blocks: those whose number modulo `count` is `index`."""
 
     index: int = 0
     count: int = 1
 
     def owns(self, block: int) -> bool:
-        """Whether this part does that block."""
+        """Return True if this part contains the block."""
         return block % self.count == self.index
 
     def overlaps(self, other: Part) -> bool:
-        """Whether some block belongs to both."""
+        """Return True if the parts have blocks in common."""
         return (self.index - other.index) % math.gcd(self.count, other.count) == 0
 
     def __str__(self) -> str:
@@ -65,10 +65,10 @@ class Part:
 
 @contextmanager
 def owning(where: str | Path | Location, part: Part) -> Iterator[None]:
-    """Own a part of the store's blocks.
+    """Own a part of the store's blocks within the context.
 
     Raises:
-        StoreBusy: a live process owns a part that shares blocks with this one.
+        StoreBusy: a live process owns a part that overlaps with this one.
     """
     location, started = open_location(where), time.time()
     with location.lock(), ExitStack() as opening:
@@ -91,9 +91,9 @@ def owning(where: str | Path | Location, part: Part) -> Iterator[None]:
 
 
 def live_runs(where: str | Path | Location) -> list[dict[str, Any]]:
-    """Records of the processes that write to the store now; none where the location cannot tell."""
+    """Return the records of processes now writing to the store; empty if the location cannot hold objects."""
     location = open_location(where)
-    # A record that is not written yet is empty.
+    # A record is empty until it is first written.
     return [_parsed(text, location.where(key)) for key, text in location.held(RUNS) if text]
 
 
@@ -105,7 +105,7 @@ def _parsed(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _record(part: Part, started: float, ended: float | None) -> bytes:
-    """A record as JSON; that of a run that has ended is not shorter, as it is written over the first."""
+    """Return a record as JSON. A final record is never shorter than the initial one that it overwrites."""
 
     def spelled(moment: float | None) -> str | None:
         return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))

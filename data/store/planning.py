@@ -1,4 +1,4 @@
-"""What a store is to hold, and the manifest that follows: of a new store, or of one that is extended."""
+"""Planned contents of a store, and the resulting manifest of a new or extended store."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What a store is to hold, before any of it exists."""
+    """Planned contents of a store."""
 
     identity: dict[str, Any]
-    """See `Manifest.identity`."""
+    """Everything that determines the stored values; see `Manifest.identity`."""
     origin: dict[str, Any]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
@@ -32,19 +32,19 @@ class StorePlan:
     arrays: dict[str, tuple[Encoding, tuple[int, ...]]]
     """Encoding and row shape of each quantity."""
     static: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """What belongs to the teacher and not to samples, at least one-dimensional."""
+    """Constants of the teacher by name; each has at least one dimension."""
     block_rows: int | None = None
-    """Rows of a block; None leaves it to the rows' widths (or to the store, if it exists)."""
+    """Rows per block; None keeps those of an existing store, or derives them from the row widths."""
     format_version: int = FORMAT_VERSION
-    """Of a new store; one that exists keeps its own."""
+    """Format version of a new store; an existing store keeps its own."""
 
     def tables(self) -> dict[str, NDArray[Any]]:
-        """Arrays without views, by their path in the store."""
+        """Return the arrays without views, by path in the store."""
         return {LABELS: self.labels, **{f"{STATIC}/{name}": value for name, value in self.static.items()}}
 
 
 def fresh_manifest(plan: StorePlan) -> Manifest:
-    """The manifest of a new store; it vouches for nothing yet."""
+    """Return the manifest of a new store, without committed files."""
     rows = len(plan.labels)
     components = {name: encoding.components(shape) for name, (encoding, shape) in plan.arrays.items()}
     widths = [part.row_bytes for parts in components.values() for part in parts.values()]
@@ -66,11 +66,11 @@ def fresh_manifest(plan: StorePlan) -> Manifest:
 
 
 def extended_manifest(plan: StorePlan, stored: Manifest, where: str) -> Manifest:
-    """A store's manifest with the views and arrays that the plan adds; it vouches for what it did.
+    """Return a store's manifest with the views and arrays of the plan added; committed files are unchanged.
 
     Raises:
-        StoreMismatch: the store was written by another recipe, or holds an array in another form.
-        RecipeError: other block rows than the store's.
+        StoreMismatch: the store was written by another recipe, or has an array in another encoding or shape.
+        RecipeError: the plan's block rows differ from the store's.
     """
     if fingerprint(plan.identity) != stored.fingerprint:
         table = difference_table(stored.identity, plan.identity, "store", "recipe")

@@ -1,9 +1,9 @@
-"""Reading a store: rows of a committed view, copied straight from memory or from the memory map.
+"""Reader of stores: copies rows of committed views directly from memory or memory maps.
 
-No asyncio, no codec pipeline, no worker processes. A view is opened once: its shard files are mapped (or
-read), their sizes and checksums compared with the manifest, the address of every chunk noted. From then on
-a batch is one serial copy of rows per array. Other Zarr readers give NaN for a missing file in silence: this
-one refuses everything that the manifest does not vouch for.
+There is no asyncio, no codec pipeline and no worker process. A view is opened once: its shard files are
+mapped (or read), their sizes and checksums are compared with the manifest, and the address of every chunk is
+computed. Each batch is then one serial copy of rows per array. Other Zarr readers silently return NaN for a
+missing file; this one raises an error for every file that is not in the manifest.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
     from coursepack.kernels import Rows
 
 OPEN_VIEWS = 64
-"""Views of an array kept open at a time; the one opened first is closed first."""
+"""Maximum number of open views per array; the view opened first is closed first."""
 RESIDENT_BYTES = 256 << 20
-"""Resident views of an array beyond this many bytes are closed, but for the one in use and the next."""
+"""Maximum size in bytes of the resident views of an array; at least two views are kept open."""
 
 Reading = Literal["resident", "mapped", "windowed"]
-"""`resident`: whole views in memory. `mapped`: memory maps, for views that fit into memory beside the rest.
-`windowed`: memory maps whose chunks are checked as they are first read, for views that do not fit."""
+"""`resident`: whole views in memory. `mapped`: memory maps, for views that fit into the page cache.
+`windowed`: memory maps whose chunks are verified on first access, for views that do not fit."""
 
 
 class StoreReader:
-    """A committed store, open for reading. Safe to pickle and to carry into a forked process."""
+    """Reader of the committed views of a store. Safe to pickle and to use after a fork."""
 
     def __init__(self, where: str | Path | Location, reading: Reading = "mapped") -> None:
-        """Read the manifest.
+        """Open a store and read its manifest.
 
         Args:
             where: path or address of the store.
-            reading: how rows are read.
+            reading: access mode; see `Reading`.
 
         Raises:
             StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
@@ -77,46 +77,46 @@ class StoreReader:
 
     @property
     def address(self) -> str:
-        """Where the store is, as a command is given it."""
+        """Address of the store, as passed to commands."""
         return str(self.location)
 
     @property
     def path(self) -> Path:
-        """The store's folder, of a store of files."""
+        """Folder of the store; valid only for local stores."""
         return Path(self.address)
 
     @property
     def name(self) -> str:
-        """The store's name for tables and errors: the last part of its address without the ending."""
+        """Name of the store for tables and errors: the last component of its address without `.zarr`."""
         return self.location.name.removesuffix(".zarr")
 
     def view_bytes(self, arrays: Iterable[str]) -> int:
-        """Bytes of one view of the given arrays."""
+        """Return the size in bytes of one view of the given arrays."""
         return self.manifest.samples * sum(self.manifest.arrays[name].row_bytes for name in arrays)
 
     def chunk_rows(self, arrays: Iterable[str]) -> int:
-        """Rows of the longest chunk among the given arrays."""
+        """Return the largest number of rows per chunk among the given arrays."""
         components = (self.manifest.arrays[name].components.values() for name in arrays)
         return max(layout.chunk_rows for layouts in components for layout in layouts)
 
     def labels(self) -> NDArray[np.int64]:
-        """Class ids `(N,)`."""
+        """Return the class ids `(N,)` of all samples."""
         return self.table(LABELS)
 
     def static(self, name: str) -> NDArray[np.float32]:
-        """What belongs to the teacher: `head_weight (C, D)`, `head_bias (C,)`, margins by their tap's name.
+        """Return a constant of the teacher: `head_weight (C, D)`, `head_bias (C,)`, or the margins of a tap.
 
         Raises:
-            UnknownName: the store keeps nothing of that name.
+            UnknownName: the store has no constant of that name.
         """
         return self.table(f"{STATIC}/{name}")
 
     def table(self, name: str) -> NDArray[Any]:
-        """An array without views, whole.
+        """Return a whole array without views.
 
         Raises:
-            UnknownName: no such table.
-            StoreDamaged: its file is not what the manifest vouches for.
+            UnknownName: the store has no such table.
+            StoreDamaged: the file does not match the manifest.
         """
         if name not in self.manifest.tables:
             raise UnknownName(f"table of store {self.address!r}", name, self.manifest.tables)
@@ -126,13 +126,13 @@ class StoreReader:
         return opened.gather(np.arange(table.rows))[name]
 
     def components(self, array: str, view: int, samples: Samples) -> dict[str, NDArray[Any]]:
-        """Stored components `(n, *row_shape)` of one array for the given samples of one view.
+        """Return the stored components `(n, *row_shape)` of one array for the given samples of one view.
 
         Raises:
-            UnknownName: no such array.
+            UnknownName: the store has no such array.
             StoreIncomplete: the view is not committed for that array.
-            StoreDamaged: a file is not what the manifest vouches for.
-            IndexError: a sample outside the store.
+            StoreDamaged: a file does not match the manifest.
+            IndexError: a sample is out of range.
         """
         if array not in self.manifest.arrays:
             raise UnknownName(f"array of store {self.address!r}", array, self.manifest.arrays)
@@ -144,7 +144,7 @@ class StoreReader:
         return self._opened(array, view).gather(samples)
 
     def open(self, array: str, view: int) -> None:
-        """Open the files of a view and check them, as the first `rows` of it would.
+        """Open and check the files of a view, as the first call of `rows` does.
 
         Raises:
             UnknownName, StoreIncomplete, StoreDamaged: as `components`.
@@ -152,11 +152,12 @@ class StoreReader:
         self.components(array, view, np.empty(0, np.int64))
 
     def rows(self, array: str, views: int | Samples, samples: Samples) -> Rows:
-        """Encoded rows `(n, *row_shape)` of one view, or each of its own `(n,)`.
+        """Return encoded rows `(n, *row_shape)` of one view, or of one view per sample `(n,)`.
 
         Raises:
-            StoreDamaged: also rows that the encoding cannot have written, whatever their checksums say.
-            Otherwise as `components`.
+            StoreDamaged: a file does not match the manifest, or rows are invalid for the encoding even though
+                their checksums match.
+            UnknownName, StoreIncomplete, IndexError: as `components`.
         """
         if isinstance(views, int):
             parts = self.components(array, views, samples)
@@ -184,10 +185,10 @@ class StoreReader:
         return parts
 
     def prefetch(self, array: str, view: int) -> threading.Thread | None:
-        """Open a view in the background, its checksums included; a later read waits for it if it must.
+        """Open and verify a view in a background thread; a read of the view waits until it is open.
 
         Returns:
-            The thread that does it, or None where the view is open.
+            The background thread, or None if the view is already open.
         """
         if (array, view) in self._open:
             return None
@@ -196,20 +197,20 @@ class StoreReader:
         return thread
 
     def will_need(self, array: str, view: int, samples: Samples) -> None:
-        """Ask the system to read these rows' chunks in the background."""
+        """Advise the system to read the chunks of these samples in the background."""
         self._opened(array, view).will_need(samples)
 
     def check_unchanged(self) -> None:
-        """Refuse mapped files that were changed since they were opened.
+        """Check that mapped files have not been changed since they were opened.
 
         Raises:
-            StoreDamaged: names the first such file.
+            StoreDamaged: a file was changed; names the first such file.
         """
         for opened in list(self._open.values()):
             opened.check_unchanged()
 
     def _open_quietly(self, array: str, view: int) -> None:
-        # The read that needs the view meets the same error, and reports it.
+        # A later read of the view raises the same error.
         with contextlib.suppress(OSError, MemoryError):
             self._opened(array, view)
 

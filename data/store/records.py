@@ -1,7 +1,7 @@
-"""What is recorded about a view: sums over its rows, checksums of its draws, fidelity of its encoding.
+"""Records of views: sums over rows, checksums of draws and fidelity of the encoding.
 
-Every block brings its own record; a view's is reduced from them in block order, so it does not depend on who
-wrote which block when.
+Every block has its own record. The record of a view is reduced from these in block order, so it does not
+depend on which worker wrote which block, or when.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 FIDELITY_TEMPERATURES = (1.0, 4.0)
 TOTALS = ("rows", "correct")
-"""Sums that a manifest keeps over all views: whole numbers, so that the order does not matter."""
+"""Sums over all views in a manifest; integral, so that the order of addition does not matter."""
 _PER_DECADE = 16
 _LOWEST_DECADE = -14
 
 
 def fidelity(exact: Tensor, rows: Rows) -> dict[str, Any]:
-    """How far encoded logits are from the float32 ones: KL(exact || decoded) in nats at T = 1 and 4.
+    """Measure the error of encoded logits as KL(exact || decoded) in nats at T = 1 and 4.
 
     Args:
-        exact: `(N, C)` float32.
+        exact: logits `(N, C)` float32.
         rows: the same logits, encoded.
 
     Returns:
-        Per temperature the sum, the largest, and a histogram over logarithmic bins: things that add up.
+        Row count, sum, maximum and logarithmic histogram per temperature, all of which can be merged.
     """
     record = {}
     for temperature in FIDELITY_TEMPERATURES:
@@ -57,7 +57,7 @@ def fidelity(exact: Tensor, rows: Rows) -> dict[str, Any]:
 
 
 def merge_fidelity(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Fidelity over two sets of rows."""
+    """Merge the fidelity of two sets of rows."""
     if not total:
         return more
     merged = {}
@@ -74,7 +74,7 @@ def merge_fidelity(total: dict[str, Any], more: dict[str, Any]) -> dict[str, Any
 
 
 def fidelity_summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean, 99th percentile (the upper edge of its bin, at most 16 % too high) and largest KL, in nats."""
+    """Return mean, 99th percentile (upper edge of its bin, at most 16 % too high) and largest KL, in nats."""
     summary = {}
     for name, entry in record.items():
         left = 0.01 * entry["rows"]
@@ -93,10 +93,10 @@ def fidelity_summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def view_mean(record: dict[str, Any], name: str, where: str) -> float:
-    """The mean over a view's rows of one of its `sums`: `correct`, `cross_entropy` or `entropy`.
+    """Return the mean over a view's rows of one of its `sums`: `correct`, `cross_entropy` or `entropy`.
 
     Raises:
-        StoreDamaged: the record lacks that sum; `where` names its view and store.
+        StoreDamaged: the record lacks that sum; the message contains `where`, the name of view and store.
     """
     sums = record["sums"]
     if "rows" not in sums or name not in sums:
@@ -110,7 +110,7 @@ def view_mean(record: dict[str, Any], name: str, where: str) -> float:
 def merge_environments(
     environments: Iterable[dict[str, Any]], records: Iterable[dict[str, Any]]
 ) -> tuple[dict[str, Any], ...]:
-    """Environments and those of some records, each once, in the order of their canonical texts."""
+    """Return the distinct environments of both arguments, sorted by canonical text."""
     found = {canonical_json(environment): environment for environment in environments}
     for record in records:
         found |= {canonical_json(environment): environment for environment in record["environments"]}
@@ -118,7 +118,7 @@ def merge_environments(
 
 
 def add_totals(totals: Mapping[str, float], records: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """`rows` and `correct` over the rows of `totals` and of some records."""
+    """Return `totals` with `rows` and `correct` of the given records added."""
     found = {name: float(totals.get(name, 0.0)) for name in TOTALS}
     for record in records:
         for name in TOTALS:
@@ -127,7 +127,7 @@ def add_totals(totals: Mapping[str, float], records: Iterable[dict[str, Any]]) -
 
 
 def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One view's record from those of its blocks, in block order."""
+    """Reduce the records of a view's blocks, given in block order, to the record of the view."""
     sums: dict[str, float] = {}
     measured: dict[str, Any] = {}
     environments: list[Any] = []

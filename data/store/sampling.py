@@ -1,4 +1,4 @@
-"""Compares one random chunk of every array, as the `zarr` library reads it, with the bytes in its shard."""
+"""Comparison of one random chunk per array, as read by the `zarr` library, with the bytes in its shard."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def unlike_zarr(location: Location, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Arrays that `zarr` reads otherwise than this package, by the key of their metadata, and how.
+    """Yield the metadata key and a description of every array that `zarr` reads differently.
 
     Args:
-        location: of a store whose files are what its manifest vouches for.
-        manifest: the store's.
+        location: location of a store whose files match its manifest.
+        manifest: manifest of the store.
     """
     rng = np.random.default_rng()
     for array, (layout, shape) in manifest.zarr_arrays().items():
@@ -41,7 +41,7 @@ def unlike_zarr(location: Location, manifest: Manifest) -> Iterator[tuple[str, s
         expected = _stored_rows(location, array, view, start, rows, layout)[: stop - start]
         try:
             found = read_rows(location, array, view, start, stop)
-        except Exception as error:  # whatever it raises, another reader of the store would meet it too
+        except Exception as error:  # other readers of the store would fail likewise
             yield f"{array}/{METADATA}", f"zarr cannot read the array: {type(error).__name__}: {error}"
             continue
         if found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
@@ -52,7 +52,7 @@ def unlike_zarr(location: Location, manifest: Manifest) -> Iterator[tuple[str, s
 def _stored_rows(
     location: Location, array: str, view: int | None, start: int, rows: int, layout: ArrayLayout
 ) -> NDArray[Any]:
-    """All rows of the chunk that begins with row `start`, from the shard that holds it."""
+    """Return all rows of the chunk that starts at row `start`, read from its shard."""
     shard = start // layout.shard_rows
     key = table_key(array, layout) if view is None else shard_key(array, view, shard, layout)
     file = location.map(key).content

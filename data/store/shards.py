@@ -1,8 +1,8 @@
-"""The bytes of one shard file: chunks of raw rows, each with its crc32c, then an index of them.
+"""Byte layout of a shard file: chunks of raw rows, each followed by its crc32c, then an index.
 
     chunk 0 | crc32c | chunk 1 | crc32c | ... | (offset, bytes) per chunk, uint64 | crc32c of the index
 
-This is Zarr v3's `sharding_indexed` over `[bytes, crc32c]`, so a chunk is a table of rows at a known place.
+This is Zarr v3's `sharding_indexed` over `[bytes, crc32c]`, so a chunk is a table of rows at a known offset.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from coursepack.data.store.layout import ArrayLayout
 
 Piece = bytes | NDArray[np.uint8]
-"""Part of a file, to be written as it lies in memory."""
+"""Consecutive bytes of a file."""
 
 CHECKSUM_BYTES = 4
 ABSENT = (1 << 64) - 1
-"""Offset and size of a chunk that lies wholly beyond the array's end."""
+"""Offset and size in the index for a chunk entirely beyond the end of the array."""
 
 
 def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[Piece]:
-    """The file of one shard, in pieces to be written one after another.
+    """Return the contents of one shard file, as pieces to be written in order.
 
     Args:
-        rows: `(n, *row_shape)`, n at most `layout.shard_rows`; fewer only in the last shard of a view. The
-            last chunk is filled up with the array's fill value.
-        layout: the array's.
+        rows: rows `(n, *row_shape)` with n equal to `layout.shard_rows`, or less in the last shard of a view.
+            The last chunk is padded with the array's fill value.
+        layout: layout of the array.
     """
     chunk_rows = layout.chunk_rows
     stored = np.ascontiguousarray(rows, dtype=np.dtype(layout.dtype).newbyteorder("<"))
@@ -56,28 +56,28 @@ def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[Piece]:
 
 
 def shard_size(rows: int, layout: ArrayLayout) -> int:
-    """Bytes of the file of a shard that holds so many rows."""
+    """Return the size in bytes of a shard file with this many rows."""
     chunks = -(-rows // layout.chunk_rows)
     return chunks * (layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES) + _footer_bytes(layout)
 
 
 def rows_size(rows: int, layout: ArrayLayout) -> int:
-    """Bytes of the files of all shards of so many rows, from the start of a shard."""
+    """Return the total size in bytes of the shard files of this many rows, starting at a shard boundary."""
     full, rest = divmod(rows, layout.shard_rows)
     return full * shard_size(layout.shard_rows, layout) + (shard_size(rest, layout) if rest else 0)
 
 
 def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where: str) -> NDArray[np.int64]:
-    """Where the rows of each chunk start in a shard file.
+    """Return the byte offset of each chunk in a shard file.
 
     Args:
-        file: the file's bytes, usually a memory map.
-        rows: rows of the view that lie in this shard.
-        layout: the array's.
-        where: the file's key, for errors.
+        file: bytes of the file, usually a memory map.
+        rows: number of rows of the view in this shard.
+        layout: layout of the array.
+        where: key of the file, for error messages.
 
     Raises:
-        StoreDamaged: the index does not describe rows of this layout inside this file.
+        StoreDamaged: the index is damaged or does not match the layout and the file size.
     """
     count = layout.shard_rows // layout.chunk_rows
     footer_bytes = _footer_bytes(layout)
@@ -96,21 +96,21 @@ def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where
 
 
 def checksum(data: bytes | NDArray[np.uint8]) -> int:
-    """crc32c of some bytes."""
+    """Return the crc32c of the data."""
     return int(google_crc32c.value(data))
 
 
 def shard_checksum(pieces: list[Piece]) -> int:
-    """crc32c over the checksums in a shard, which tells it from every other one.
+    """Return the crc32c of the checksums in a shard, which identifies its content.
 
-    Not over the whole file: data followed by its own crc32c has the same crc32c whatever the data, so all
-    shards of an array would agree.
+    A crc32c of the whole file would be the same for all shards of an array, since the crc32c of data followed
+    by its own crc32c does not depend on the data.
     """
     return checksum(b"".join(map(bytes, pieces[1::2])))
 
 
 def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
-    """`shard_checksum` of a file's bytes, or None where data does not match the checksum beside it."""
+    """Verify a shard file and return its `shard_checksum`, or None if data does not match its checksum."""
     for start, stop in _checked_spans(len(file), layout):
         if checksum_bytes(file[start:stop]) != file[stop : stop + CHECKSUM_BYTES].tobytes():
             return None
@@ -118,18 +118,18 @@ def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
 
 
 def stored_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int:
-    """`shard_checksum` from the checksums that stand in a file, believing them: reads hardly any of it."""
+    """Return `shard_checksum` from the checksums stored in a file, without verifying or reading the data."""
     spans = _checked_spans(len(file), layout)
     return checksum(b"".join(file[stop : stop + CHECKSUM_BYTES].tobytes() for _, stop in spans))
 
 
 def checksum_bytes(data: bytes | NDArray[np.uint8]) -> bytes:
-    """crc32c of some bytes as it is stored, four bytes little-endian."""
+    """Return the crc32c of the data as stored: four bytes, little-endian."""
     return checksum(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def _checked_spans(size: int, layout: ArrayLayout) -> list[tuple[int, int]]:
-    """Start and stop of everything in a shard file that a checksum follows: the chunks, then the index."""
+    """Return start and stop of every span followed by a checksum: the chunks, then the index."""
     footer = size - _footer_bytes(layout)
     starts = [*range(0, footer, layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES), footer]
     return [(start, stop - CHECKSUM_BYTES) for start, stop in zip(starts, [*starts[1:], size], strict=True)]

@@ -1,7 +1,7 @@
-"""Does a manifest describe a store that can be? Its checksum tells damage, not who wrote it.
+"""Validation of manifests as untrusted input: a checksum detects damage, but not forgery.
 
-What passes here names no file outside the store, and no size that the files' own sizes do not bear out, so
-that reading costs no more memory than the files are long.
+A valid manifest references no file outside the store, and no size that is inconsistent with the file sizes.
+Reading a store therefore needs no more memory than the size of its files.
 """
 
 from __future__ import annotations
@@ -25,29 +25,37 @@ if TYPE_CHECKING:
 
 TABLE_DTYPES = ("int64", "float32")
 MOST_SHARDS = 1 << 16
-"""Shards that a view may have of an array although no files are named for them."""
+"""Maximum number of shards of an array in a view that lists fewer files than shards."""
 _SHARD = re.compile(r"c\.(0|[1-9][0-9]{0,14})\.(0|[1-9][0-9]{0,14})(\.0)*")
 
 
 def listed(values: Any, kind: type) -> list[Any]:
-    """A list from JSON, of one kind of items."""
+    """Return a list from JSON after checking the type of its items.
+
+    Raises:
+        ValueError: the value is not a list of `kind`.
+    """
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise ValueError(f"{values!r:.40} is no list of {kind.__name__}")
     return values
 
 
 def mapping(values: Any) -> dict[str, Any]:
-    """An object from JSON."""
+    """Return an object from JSON after checking its type.
+
+    Raises:
+        ValueError: the value is not an object.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{values!r:.40} is no object")
     return values
 
 
 def check_structure(manifest: Manifest) -> None:
-    """Refuse what cannot be a store, whatever of it is written.
+    """Validate the parts of a manifest that do not depend on committed views.
 
     Raises:
-        ValueError, LookupError: says what is wrong.
+        ValueError, LookupError: the manifest is invalid; describes the defect.
     """
     if not isinstance(manifest.identity["view"]["fingerprint"], str):
         raise ValueError("the fingerprint of the view is no text")
@@ -67,19 +75,19 @@ def check_structure(manifest: Manifest) -> None:
 
 
 def file_entries(values: Any) -> dict[str, FileEntry]:
-    """Sizes and checksums of files from JSON."""
+    """Return sizes and checksums of files from JSON, by key."""
     return {key: (whole(size), whole(crc)) for key, (size, crc) in mapping(values).items()}
 
 
 def view_number(view: str, manifest: Manifest) -> int:
-    """A planned view from its text."""
+    """Parse the text of a view, which must be one of the planned views."""
     if not view.isdecimal() or not str(int(view)) == view or int(view) >= manifest.views:
         raise ValueError(f"{view!r:.40} is no view")
     return int(view)
 
 
 def check_committed(manifest: Manifest) -> None:
-    """Refuse committed views that are not planned, or of arrays that are not there."""
+    """Check that committed views are sorted and planned, and that their arrays exist."""
     for name, views in manifest.committed.items():
         if list(views) != sorted(set(views)) or (views and views[-1] >= manifest.views):
             raise ValueError(f"committed views of {name!r} are {views!r:.80}")
@@ -88,10 +96,10 @@ def check_committed(manifest: Manifest) -> None:
 
 
 def check_entry(manifest: Manifest, view: int, entry: ViewEntry) -> None:
-    """Refuse files and a record that cannot be those of a view.
+    """Validate the files and the record of a view.
 
     Raises:
-        ValueError, LookupError: says what is wrong.
+        ValueError, LookupError: the entry is invalid; describes the defect.
     """
     check_files(manifest, entry.files, view)
     for name, views in manifest.committed.items():
@@ -137,7 +145,7 @@ def _check_tables(manifest: Manifest) -> None:
 
 
 def check_files(manifest: Manifest, files: Mapping[str, FileEntry], view: int | None) -> None:
-    """Refuse what is no shard of a view's arrays, or of a table where `view` is None, of the right size."""
+    """Check that files are shards of a view, or of tables if `view` is None, and have the expected sizes."""
     tables = {table_key(name, table.layout): table for name, table in manifest.tables.items()}
     layouts: Mapping[str, ArrayLayout] = {
         f"{name}/{part}": layout
@@ -171,7 +179,7 @@ def _check_record(manifest: Manifest, view: str, record: Mapping[str, Any]) -> N
         whole(environment.get("batch_size", 1), 1)
     if len(listed(record["draws"], str)) != blocks:
         raise ValueError(f"view {view} has {len(record['draws'])} checksums of draws, expected {blocks}")
-    # Stores written before these were kept have none.
+    # Older stores have no checksums of content.
     if len(listed(record.get("content", []), str)) not in (0, blocks):
         raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
     for sample, digest in mapping(record.get("probes", {})).items():

@@ -1,7 +1,7 @@
-"""The members of a manifest that differ between versions of the format: committed views, files, records.
+"""Manifest members that differ between versions of the format: committed views, files and records.
 
-version 1   everything stands in the manifest, which therefore grows with every view
-version 2   the manifest names one list per view by its sha256; see `contents`
+version 1   the manifest contains everything and therefore grows with every view
+version 2   the manifest references one list per view by its sha256; see `contents`
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from coursepack.data.store.manifest import Manifest
 
 MOST_LIST_BYTES = 32 << 20
-"""A longer list of a view is refused unread."""
+"""Maximum size of a list of a view, checked before it is read."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Version(NamedTuple):
-    """How a version of the format spells what grows with views."""
+    """Serialization of the version-dependent members of a manifest."""
 
     describe: Callable[[Manifest], dict[str, Any]]
-    """Members of the manifest as plain values."""
+    """Function that returns these members as plain values."""
     parse: Callable[[Manifest, dict[str, Any], Location | None], Manifest]
-    """The manifest with those members, from plain values.
+    """Function that parses plain values and returns the manifest with these members.
 
     Raises:
-        ValueError, LookupError, TypeError: says what is wrong.
+        ValueError, LookupError, TypeError: the values are invalid; describes the defect.
     """
 
 
@@ -124,17 +124,17 @@ VERSIONS = {1: Version(_describe_1, _parse_1), 2: Version(_describe_2, _parse_2)
 
 @dataclass(frozen=True)
 class ListReader:
-    """Reads the lists of a store's views and checks them."""
+    """Reader and validator of the lists of a store's views."""
 
     manifest: Manifest
-    """The store's, with or without entries."""
+    """Manifest of the store, with or without entries."""
     location: Location | None
 
     def __call__(self, view: int, digest: str) -> ViewEntry:
-        """The list of a view.
+        """Read the list of a view.
 
         Raises:
-            StoreDamaged: it is missing, or not what the manifest names.
+            StoreDamaged: the list is missing, unreadable, invalid or does not match its digest.
         """
         key, location = list_key(view, digest), self.location
         if location is None:
@@ -158,7 +158,7 @@ class ListReader:
         return entry
 
     def _replaced(self, location: Location, view: int, digest: str) -> ViewEntry | None:
-        """The view's entry as it is now, where a writer has added to the view since the manifest was read."""
+        """Return the view's current entry if a writer has replaced its list meanwhile, else None."""
         from coursepack.data.store.opening import load_manifest
 
         try:
@@ -177,7 +177,7 @@ def _damaged(location: Location, key: str, fault: str) -> StoreDamaged:
 
 
 def _ranges(views: Sequence[int]) -> list[list[int]]:
-    """Start and stop of each run of consecutive views."""
+    """Return start and stop of each run of consecutive views."""
     ranges: list[list[int]] = []
     for view in views:
         if ranges and ranges[-1][1] == view:
@@ -188,7 +188,7 @@ def _ranges(views: Sequence[int]) -> list[list[int]]:
 
 
 def _views(ranges: Iterable[Any], most: int) -> tuple[int, ...]:
-    """The views of `_ranges`, at most so many: a few digits could ask for any amount of memory."""
+    """Expand ranges into views, at most `most`, which bounds the memory that a forged range can claim."""
     pairs = [(whole(start), whole(stop)) for start, stop in ranges]
     if sum(stop - start for start, stop in pairs) > most or any(stop <= start for start, stop in pairs):
         raise ValueError(f"{pairs!r:.80} are no ranges of at most {most} committed views")

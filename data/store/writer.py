@@ -1,9 +1,10 @@
-"""Writing a store: blocks in, committed views out, nothing torn and nothing done twice after a kill.
+"""Writer of stores: writes blocks and commits views, atomically and resumably.
 
-One process at a time creates or extends the metadata. A worker computes a block, puts its shard files, then
+One process at a time creates or extends the metadata. A worker computes a block, writes its shard files, then
 one small done-object `blocks/<view>.<block>.json`. When every block of a view is done, the manifest is
-replaced by one that vouches for that view, and its done-objects go. A block without its done-object is
-computed again. What a block's files hold does not depend on who wrote them when, so neither does the store.
+replaced by one that includes that view, and its done-objects are removed. A block without a done-object is
+computed again. The contents of a block's files, and thus of the store, do not depend on which worker wrote
+them, or when.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class StoreWriter:
-    """One process's hold on one part of a store. Use as a context manager."""
+    """Writer of one part of a store, owned by one process. Use as a context manager."""
 
     def __init__(self, where: str | Path | Location, plan: StorePlan, part: Part | None = None) -> None:
         self.location = open_location(where)
@@ -51,11 +52,11 @@ class StoreWriter:
         self._tag = ""
         self._committed: dict[str, frozenset[int]] = {}
         self._whole_views: frozenset[int] = frozenset()
-        """Views of which nothing of the plan is missing."""
+        """Views for which all arrays of the plan are committed."""
 
     @property
     def manifest(self) -> Manifest:
-        """The store's manifest as this writer last read or wrote it."""
+        """Manifest of the store, as last read or written by this writer."""
         return self._manifest
 
     @manifest.setter
@@ -66,13 +67,13 @@ class StoreWriter:
         self._whole_views = frozenset.intersection(*committed)
 
     def __enter__(self) -> Self:
-        """Create or extend the store and take the part.
+        """Create or extend the store and acquire the part.
 
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
             StoreBusy: a live process owns blocks of this part.
         """
-        # Refuse before anything is touched; the check is repeated under the lock.
+        # Fail before anything is modified; the check is repeated under the lock.
         self.planned()
         with ExitStack() as opening:
             opening.enter_context(owning(self.location, self.part))
@@ -92,7 +93,7 @@ class StoreWriter:
                     self._sweep_leftovers()
 
     def planned(self) -> Manifest:
-        """The manifest as `__enter__` would make it; nothing is written.
+        """Return the manifest that `__enter__` would create, without writing anything.
 
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
@@ -103,17 +104,17 @@ class StoreWriter:
         return fresh_manifest(self._plan)
 
     def blocks_left(self) -> list[Block]:
-        """Blocks of this part that are not done, found without writing anything."""
+        """Return the unfinished blocks of this part without writing anything."""
         self.manifest = self.planned()
         return list(self.pending())
 
     @cached_property
     def blocks(self) -> int:
-        """Blocks of one view, fixed for the store's life."""
+        """Number of blocks of one view; never changes."""
         return block_count(self.manifest.samples, self.manifest.block_rows)
 
     def pending(self, order: Iterator[int] | None = None) -> Iterator[Block]:
-        """Blocks of this part that are not done, view by view, each looked up just before it is given."""
+        """Yield the unfinished blocks of this part, view by view; each is checked just before its turn."""
         numbers = order if order is not None else iter(range(self.manifest.views * self.blocks))
         for number in numbers:
             if not self.part.owns(number):
@@ -121,17 +122,17 @@ class StoreWriter:
             view, index = divmod(number, self.blocks)
             if view in self._whole_views or self._is_done(view, index, self._missing(view)):
                 continue
-            # Not done, or committed by another process that swept the done-object: the manifest knows.
+            # Unfinished, or committed by another process that removed the done-object: check the manifest.
             self._refresh()
             if missing := self._missing(view):
                 yield self.block(view, index, missing)
 
     def done_rows(self) -> int:
-        """Rows of this part that need no more work."""
+        """Return the number of finished rows of this part."""
         return self.owned_rows() - sum(len(block) for block in self.pending())
 
     def owned_rows(self) -> int:
-        """Rows of this part in all."""
+        """Return the total number of rows of this part."""
         rows, samples = self.manifest.block_rows, self.manifest.samples
         numbers = np.arange(self.part.index, self.manifest.views * self.blocks, self.part.count)
         return int(np.minimum(rows, samples - numbers % self.blocks * rows).sum())
@@ -143,7 +144,7 @@ class StoreWriter:
         return BlockFiles(self.location, self.manifest, self._plan.labels, block, record, sound)
 
     def commit(self) -> None:
-        """Vouch for every view whose blocks are all done, whoever did them, and tidy up behind it."""
+        """Commit every view whose blocks are all done, by any worker, and remove their done-objects."""
         with self.location.lock():
             self._refresh()
             views = sorted({view for view, _ in done_objects(self.location)})
@@ -151,30 +152,30 @@ class StoreWriter:
             self._sweep_done_objects()
 
     def is_complete(self, view: int) -> bool:
-        """Whether a view waits for nothing but `commit`."""
+        """Return True if all blocks of a view are done and it is not committed yet."""
         missing = self._missing(view)
         return bool(missing) and all(self._is_done(view, index, missing) for index in range(self.blocks))
 
     def block(self, view: int, index: int, arrays: tuple[str, ...]) -> Block:
-        """One block by its place."""
+        """Return a block by view and index."""
         start = index * self.manifest.block_rows
         return Block(view, index, start, min(start + self.manifest.block_rows, self.manifest.samples), arrays)
 
     def replace_files(self, files: Mapping[str, FileEntry]) -> None:
-        """Vouch for files that were written again."""
+        """Update size and checksum of rewritten files in the manifest."""
         with self.location.lock():
             self._refresh()
             self._update(lambda manifest: manifest.with_files(files))
 
     def forget(self, views: Iterable[int]) -> None:
-        """Vouch for some views no longer, so that their blocks are pending again."""
+        """Remove views from the manifest, so that their blocks are pending again."""
         with self.location.lock():
             self._refresh()
             gone = set(views)
             self._update(lambda manifest: manifest.only_views(set(manifest.entries) - gone))
 
     def repair_tables(self, keys: set[str]) -> dict[str, FileEntry]:
-        """Write tables and metadata among `keys` again; returns size and crc32c of the tables' files."""
+        """Rewrite the tables and metadata in `keys`; returns size and crc32c of the tables' files."""
         self._put_metadata(self.manifest, lambda key: key in keys)
         return self._put_tables(self.manifest, lambda key: key in keys)
 
@@ -189,17 +190,17 @@ class StoreWriter:
         return extended_manifest(self._plan, stored, str(self.location))
 
     def _refresh(self) -> None:
-        """Read the manifest again if it was replaced since this writer read or wrote it."""
+        """Reload the manifest if it was replaced since this writer last read or wrote it."""
         if self.location.tag(MANIFEST) not in (None, self._tag):
             self.manifest = self._extended(self._load())
 
     def _update(self, change: Callable[[Manifest], Manifest]) -> None:
-        """Replace the manifest by a changed one, made again as often as another process was faster."""
+        """Replace the manifest by a changed one, retrying after concurrent updates by other processes."""
         while (manifest := change(self.manifest)) is not self.manifest and not self._put_manifest(manifest):
             self.manifest = self._extended(self._load())
 
     def _missing(self, view: int) -> tuple[str, ...]:
-        """Quantities of the plan that are not committed for a view; others in the store are not our work."""
+        """Return the quantities of the plan not yet committed for a view, ignoring other stored ones."""
         return tuple(name for name in sorted(self._plan.arrays) if not self._is_committed(name, view))
 
     def _is_committed(self, name: str, view: int) -> bool:
@@ -212,7 +213,7 @@ class StoreWriter:
         return entry is not None and set(arrays) <= set(entry["arrays"])
 
     def _with_views(self, manifest: Manifest, views: Iterable[int]) -> Manifest:
-        """A manifest that vouches for those of some views whose blocks are all done."""
+        """Return a manifest that includes those of the given views whose blocks are all done."""
         for view in views:
             arrays = self._missing(view)
             entries = [read_done(self.location, view, index) for index in range(self.blocks)]
@@ -227,22 +228,22 @@ class StoreWriter:
                 for key, (size, crc) in entry["files"].items()
                 if key.startswith(tuple(f"{name}/" for name in arrays))
             }
-            # Statistics come from the logits: arrays that are added later leave them as they are.
+            # Statistics are computed from logits, so arrays added later do not change them.
             record = reduce_records([entry["record"] for entry in done])
             manifest = manifest.with_view(view, arrays, files, record)
         return manifest
 
     def _sweep_done_objects(self) -> None:
-        """Remove the done-objects that the manifest has taken in."""
+        """Remove the done-objects of committed blocks."""
         for view, index in done_objects(self.location):
             entry = read_done(self.location, view, index)
             if entry and all(self._is_committed(name, view) for name in entry["arrays"]):
                 self.location.delete(done_key(view, index))
 
     def _sweep_leftovers(self) -> None:
-        """Remove what killed writers left: everywhere but in blocks that somebody may be writing now.
+        """Remove leftovers of killed writers, except in blocks that another process may be writing.
 
-        Lists every folder, so it is done when a run begins and ends and not at every commit.
+        Lists every folder, so it runs only at the start and end of a run and not at every commit.
         """
         folders = {key.rpartition("/")[0] for key in zarr_keys(self.manifest)}
         mine = {
@@ -257,7 +258,7 @@ class StoreWriter:
                 self.location.sweep(folder, self._is_left_over)
             else:
                 self.location.sweep(folder, lambda name: name.startswith(f"{METADATA}."))
-        # Without a lock, another process may have put a list that no manifest names yet.
+        # Without a lock, another process may have written a list that no manifest references yet.
         if self.location.has_locks and self.manifest.format_version > 1:
             named = {list_key(view, digest) for view, digest in self.manifest.list_digests.items()}
             for name in self.location.names(LISTS):
@@ -265,7 +266,7 @@ class StoreWriter:
                     self.location.delete(f"{LISTS}/{name}")
 
     def _is_left_over(self, name: str) -> bool:
-        """Whether a partial file is of metadata, or of a view of which nothing is left to write."""
+        """Return True if a partial file belongs to metadata or to a fully committed view."""
         view = name.removeprefix("c.").partition(".")[0]
         return name.startswith(f"{METADATA}.") or (view.isdecimal() and int(view) in self._whole_views)
 
@@ -290,7 +291,7 @@ class StoreWriter:
                 return
 
     def _put_tables(self, manifest: Manifest, wanted: Callable[[str], bool]) -> dict[str, FileEntry]:
-        """Write the tables whose keys are wanted; returns size and crc32c of their files."""
+        """Write the tables whose keys `wanted` selects; returns size and crc32c of their files."""
         files = {}
         for name, values in self._plan.tables().items():
             layout = manifest.tables[name].layout
@@ -305,20 +306,20 @@ class StoreWriter:
         return manifest.with_files(self._put_tables(manifest, lambda key: key not in manifest.table_files))
 
     def _put_metadata(self, manifest: Manifest, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        """Zarr metadata; the group's own object comes last."""
+        """Write the Zarr metadata, the root group's object last."""
         for key, values in zarr_metadata(manifest).items():
             if wanted(key):
                 self.location.put(key, canonical_json(values, indent=1).encode())
 
     def _create_manifest(self, manifest: Manifest) -> bool:
-        """Write the first manifest; returns whether there was none."""
+        """Create the manifest; returns False if one already exists."""
         tag = self.location.create(MANIFEST, manifest.to_json().encode())
         if tag is not None:
             self.manifest, self._tag = manifest, tag
         return tag is not None
 
     def _put_manifest(self, manifest: Manifest) -> bool:
-        """Replace the manifest if it is the one that was read, its lists first; returns whether it was."""
+        """Write new lists and replace the manifest; returns False if it was changed by another process."""
         before, after = self.manifest.list_digests.items(), manifest.list_digests.items()
         for view, digest in after - before:
             self.location.put(list_key(view, digest), manifest.entries[view].to_bytes())

@@ -1,7 +1,7 @@
-"""The Zarr v3 metadata of a store's arrays and groups, made by the `zarr` library, and reading through it.
+"""Zarr v3 metadata of a store's arrays and groups, and reading of rows with the `zarr` library.
 
-Rows are written and read without `zarr` (see `shards`); it says what is written in `zarr.json`, and `verify`
-reads a little of every array through it, as any other reader of Zarr would.
+Rows are written and read without `zarr` (see `shards`). The library generates the contents of `zarr.json`,
+and `verify` uses it to read one chunk of every array, to test compatibility with other Zarr readers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 METADATA = "zarr.json"
 OPTIONAL = ("storage_transformers", "consolidated_metadata")
-"""Members that some versions of the library write where they say nothing, and others leave out."""
+"""Members that some versions of the library write even if empty, and other versions omit."""
 
 
 def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Zarr v3 metadata of an array: sharded, chunks `[bytes, crc32c]`, never compressed.
+    """Return the Zarr v3 metadata of an array: sharded, with chunks `[bytes, crc32c]` and no compression.
 
     Args:
-        layout: how rows are cut.
+        layout: layout of the array.
         shape: `(V, N, *row_shape)`, or `(N,)` for an array without views.
     """
     import zarr
@@ -54,14 +54,14 @@ def array_metadata(layout: ArrayLayout, shape: tuple[int, ...]) -> dict[str, Any
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Zarr v3 metadata of a group."""
+    """Return the Zarr v3 metadata of a group."""
     import zarr
 
     return _made(lambda store: zarr.create_group(store, attributes=dict(attributes), zarr_format=3))
 
 
 def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Every zarr.json of a store by its key, arrays first and the group's own last."""
+    """Return every zarr.json of a store by key, arrays first and the root group last."""
     metadata = {
         f"{path}/{METADATA}": array_metadata(layout, shape)
         for path, (layout, shape) in manifest.zarr_arrays().items()
@@ -73,13 +73,13 @@ def zarr_metadata(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def zarr_keys(manifest: Manifest) -> list[str]:
-    """Keys of `zarr_metadata`."""
+    """Return the keys of `zarr_metadata` without generating the metadata."""
     arrays = [f"{path}/{METADATA}" for path in manifest.zarr_arrays()]
     return arrays + [_metadata_key(group) for group in _zarr_groups(manifest)]
 
 
 def _zarr_groups(manifest: Manifest) -> list[str]:
-    """Paths of the groups, inner ones first; the store's own is empty."""
+    """Return the paths of the groups, inner ones first; the path of the root group is empty."""
     groups = {""}
     for path in manifest.zarr_arrays():
         parents = path.split("/")[:-1]
@@ -92,15 +92,15 @@ def _metadata_key(group: str) -> str:
 
 
 def group_attributes(group: str, version: int) -> dict[str, Any]:
-    """Attributes of a group by its path; the store's own, of an empty path, says the format version."""
+    """Return the attributes of a group: the format version for the root group (empty path), else none."""
     return {} if group else {"coursepack": {"format_version": version}}
 
 
 def read_rows(location: Location, array: str, view: int | None, start: int, stop: int) -> NDArray[Any]:
-    """Rows `start` to `stop` of an array, or of one view of it, as `zarr` reads them.
+    """Read rows `start` to `stop` of an array, or of one view of it, with `zarr`.
 
     Raises:
-        Exception: whatever `zarr` raises where it cannot read them.
+        Exception: any error raised by `zarr`.
     """
     import zarr
 
@@ -110,7 +110,7 @@ def read_rows(location: Location, array: str, view: int | None, start: int, stop
 
 
 def _made(make: Any) -> dict[str, Any]:
-    """What `zarr` writes when it makes a node in memory."""
+    """Return the metadata that `zarr` writes when it creates a node in memory."""
     from zarr.storage import MemoryStore
 
     written: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Who computes the blocks of a store: this process, or others.
+"""Executors, which compute the blocks of a store in this process or in others.
 
-base    the interface: takes groups of blocks, gives back those that are done
-local   this process
+base    the interface: takes groups of blocks and yields each finished group
+local   executor that runs in this process
 """
 
 from __future__ import annotations
@@ -16,4 +16,4 @@ if TYPE_CHECKING:
     from coursepack.precompute.executors.base import Executor
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor}
-"""Executors by their names."""
+"""Executors by name."""

@@ -1,4 +1,4 @@
-"""The interface between a job and what computes its blocks."""
+"""Interface between a job and the executor that computes its blocks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 class Executor(Protocol):
     """Computes groups of blocks.
 
-    The caller keeps the store: it owns the part, looks up what is pending and commits views. An executor
-    computes blocks and puts their files and done-objects, in this process or in others that make the job
-    again from `job.spec`. A block that is computed twice gives the same bytes, so one whose worker is lost
-    goes back into the queue.
+    The caller manages the store: it owns the part, determines the pending blocks and commits views. An
+    executor computes blocks and writes their files and done-objects, in this process or in others that
+    recreate the job from `job.spec`. Computing a block twice produces the same bytes, so a block whose worker
+    is lost can be queued again.
     """
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
     ) -> Generator[list[Block]]:
-        """Compute groups of blocks and yield each group when the done-objects of its blocks stand.
+        """Compute groups of blocks, and yield each group once the done-objects of its blocks are written.
 
         Args:
-            job: what to compute.
-            writer: the store's, entered.
-            groups: blocks of the same samples; each is looked up when it is taken, and taken once.
-            meter: counts images as they are done.
+            job: job that the blocks belong to.
+            writer: writer of the store, already entered as a context manager.
+            groups: groups of pending blocks of the same samples, determined lazily as the iterator advances.
+            meter: progress meter, advanced by the number of finished images.
         """

@@ -1,4 +1,4 @@
-"""Computes blocks in this process, one group after another."""
+"""Executor that computes blocks in this process, one group after another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class LocalExecutor:
-    """Renders, runs the teacher and writes in this process."""
+    """Executor that renders views, runs the teacher and writes blocks in this process."""
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
     ) -> Generator[list[Block]]:
-        """Compute groups in the order in which they come."""
+        """Compute groups in the given order."""
         with job.renderer() as renderer:
             for blocks in groups:
                 for files, sums in write_blocks(job, writer, renderer, blocks, meter):

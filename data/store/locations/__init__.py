@@ -1,6 +1,6 @@
-"""Where stores are: folders of files, and services that keep objects by key.
+"""Storage locations of stores: local folders and object stores.
 
-base    the interface: objects that are put whole, created once, replaced if unchanged
+base    the interface: atomic writes, creation, and replacement conditional on a tag
 local   files in a folder
 """
 
@@ -21,10 +21,10 @@ SEPARATOR = "://"
 
 
 def open_location(where: str | Path | Location) -> Location:
-    """The location at an address: `SCHEME://...`, or the path of a folder, which need not exist.
+    """Return the location at an address: `SCHEME://...`, or the path of a folder, which need not exist.
 
     Raises:
-        UnknownName: no such scheme.
+        UnknownName: the scheme is not registered in `LOCATIONS`.
     """
     if isinstance(where, Path):
         return LocalLocation(where)
@@ -40,4 +40,4 @@ def open_location(where: str | Path | Location) -> Location:
 
 
 LOCATIONS: dict[str, Callable[[str], Location]] = {"file": lambda rest: LocalLocation(Path(rest))}
-"""Kinds of locations by the scheme of their address."""
+"""Constructors of locations, by URL scheme."""

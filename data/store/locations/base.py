@@ -1,4 +1,4 @@
-"""The interface between a store and the place where its objects are."""
+"""The interface between a store and its storage backend."""
 
 from __future__ import annotations
 
@@ -16,98 +16,98 @@ class Mapped(Protocol):
     """One object, open for reading."""
 
     content: NDArray[np.uint8]
-    """Its bytes: a memory map, or an array in memory."""
+    """Content of the object: a memory map, or an array in memory."""
 
     def size(self) -> int:
-        """Bytes that the object has now; fewer than `content` if it was cut short since."""
+        """Return the current size in bytes; smaller than `content` if the object was truncated meanwhile."""
 
     def is_touched(self) -> bool:
-        """Whether the object may have been changed in place since it was opened."""
+        """Return True if the object may have been modified in place since it was opened."""
 
     def advise(self, start: int, length: int) -> None:
-        """Have some bytes read in the background."""
+        """Request that a range of bytes be read in the background."""
 
 
 class Location(Protocol):
-    """Objects by their keys, as an object store keeps them: a key is a path with `/`, relative to the store.
+    """Key-value storage of objects. A key is a path relative to the store, with `/` as separator.
 
-    Objects are written whole and never in part. Operations on an object raise `FileNotFoundError` where there
-    is none and other `OSError`s where it cannot be read or written. A location can be pickled.
+    Objects are always written as a whole. Operations on an object raise `FileNotFoundError` if it does not
+    exist and other `OSError`s if it cannot be read or written. Locations can be pickled.
     """
 
     @property
     def name(self) -> str:
-        """Last part of the address, for tables and errors."""
+        """Last component of the address, for tables and error messages."""
 
     @property
     def has_locks(self) -> bool:
-        """Whether `lock` keeps other processes out."""
+        """True if `lock` excludes other processes."""
 
     def where(self, key: str) -> str:
-        """Address of an object, for errors. The location's own address is `str(location)`."""
+        """Return the address of an object, for errors. The address of the location is `str(location)`."""
 
     def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
-        """Write an object, atomically and durably, whether or not there is one."""
+        """Write an object atomically and durably, replacing any existing one."""
 
     def create(self, key: str, data: bytes) -> str | None:
-        """Write an object if there is none; returns its tag, or None if there was one."""
+        """Write an object unless it exists; returns its tag, or None if it exists."""
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        """Write an object if the one that is there has the tag; returns the new tag, or None otherwise."""
+        """Replace an object if its current tag is `tag`; returns the new tag, or None otherwise."""
 
     def tag(self, key: str) -> str | None:
-        """Tag of an object: objects with other content have other tags. None if there is no object."""
+        """Return the tag of an object, which identifies its content, or None if there is no object."""
 
     def get(self, key: str, most_bytes: int) -> bytes:
         """Read an object.
 
         Raises:
-            ValueError: it is larger than `most_bytes`; worded to follow its name.
+            ValueError: the object is larger than `most_bytes`; the message is worded to follow its name.
         """
 
     def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
         """Read an object and its tag."""
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Read some bytes of an object."""
+        """Read bytes `start` to `stop` of an object."""
 
     def size(self, key: str) -> int:
-        """Bytes of an object."""
+        """Return the size of an object in bytes."""
 
     def map(self, key: str, *, resident: bool = False) -> Mapped:
-        """Open an object for reading by address; `resident` reads it into memory."""
+        """Memory-map an object for reading; if `resident`, read it into memory instead."""
 
     def names(self, folder: str) -> list[str]:
-        """Names of the objects directly in a folder, sorted."""
+        """Return the sorted names of the objects directly in a folder."""
 
     def delete(self, key: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it exists."""
 
     def make_way(self, keys: Iterable[str]) -> None:
-        """Remove what would keep `put` from writing these keys, if it is empty.
+        """Remove empty obstacles, such as folders, that prevent `put` from writing these keys.
 
         Raises:
-            StoreDamaged: something is in the way that may be worth keeping; nothing was removed.
+            StoreDamaged: an obstacle is not empty; nothing is removed.
         """
 
     def sweep(self, folder: str, wanted: Callable[[str], bool]) -> None:
-        """Remove what interrupted calls of `put` left in a folder, of objects whose names are wanted."""
+        """Remove leftovers of interrupted `put` calls from a folder, for the names that `wanted` selects."""
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keep out other processes that take this lock; may be taken again by who holds it.
+        """Hold an exclusive lock on the location. The lock is reentrant.
 
-        Saves work and keeps metadata in step where the location has locks. The manifest does not depend on
-        it: `create` and `replace` refuse what another process has overtaken.
+        It avoids duplicate work and keeps metadata consistent if the location has locks. The manifest does
+        not depend on it: `create` and `replace` detect concurrent changes by other processes.
         """
 
     def hold(self, key: str, data: bytes) -> AbstractContextManager[Callable[[bytes], None]]:
-        """Write an object that is held for the time of the context; gives a function that replaces it."""
+        """Write an object and hold it within the context; yields a function that replaces its content."""
 
     def held(self, folder: str) -> list[tuple[str, bytes]]:
-        """Keys and contents of the objects of a folder that a live process holds."""
+        """Return keys and contents of the objects in a folder that are held by a live process."""
 
     def free_bytes(self) -> int:
-        """Free space."""
+        """Return the free space in bytes."""
 
     def zarr_store(self) -> Any:
-        """What `zarr.open_array(store=...)` reads from."""
+        """Return the store to pass to `zarr.open_array(store=...)`."""

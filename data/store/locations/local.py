@@ -1,4 +1,4 @@
-"""A store in a folder: a file per object, whole-file writes, memory maps, locks that end with a process."""
+"""Local folders as locations: one file per object, atomic writes, memory maps and `flock` locks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOCK = "lock"
-"""Name of the file whose lock is `LocalLocation.lock`."""
+"""Name of the file that `LocalLocation.lock` locks."""
 MOST_HELD_BYTES = 1 << 16
 
 
 class LocalLocation:
-    """Files in a folder."""
+    """A location in a local folder, with one file per object. See `Location` for the methods."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -45,31 +45,31 @@ class LocalLocation:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Name of the folder."""
         return self.root.name
 
     @property
     def has_locks(self) -> bool:
-        """Whether the system has flock."""
+        """True if the platform supports `flock`."""
         return fcntl is not None
 
     def where(self, key: str) -> str:
-        """Path of a file."""
+        """Return the path of a file."""
         return str(self.root / key)
 
     def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
-        """Write a file; folders are made as they are needed."""
+        """Write a file, creating parent folders as needed."""
         path = self._with_folder(key)
         write_whole(path, *pieces)
 
     def create(self, key: str, data: bytes) -> str | None:
-        """Write a file under a partial name and link it to its own, which fails if that exists."""
+        """Write a file under a temporary name, then link it to its own name, which fails if that exists."""
         path = self._with_folder(key)
         with self.lock():
             return _tag(data) if create_whole(path, data) else None
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        """Compare and write while the lock is held."""
+        """Compare the tag and write the file while holding the lock."""
         with self.lock():
             if self.tag(key) != tag:
                 return None
@@ -77,7 +77,7 @@ class LocalLocation:
             return _tag(data)
 
     def tag(self, key: str) -> str | None:
-        """sha256 of a file's content."""
+        """Return the sha256 of a file's content."""
         try:
             return _tag((self.root / key).read_bytes())
         except FileNotFoundError:
@@ -93,18 +93,18 @@ class LocalLocation:
             return file.read(size)
 
     def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
-        """Read a file and take its tag."""
+        """Read a file and compute its tag."""
         data = self.get(key, most_bytes)
         return data, _tag(data)
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Read some bytes of a file."""
+        """Read bytes `start` to `stop` of a file."""
         with os.fdopen(open_regular(self.root / key), "rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
     def size(self, key: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         descriptor = open_regular(self.root / key)
         try:
             return os.fstat(descriptor).st_size
@@ -112,15 +112,15 @@ class LocalLocation:
             os.close(descriptor)
 
     def map(self, key: str, *, resident: bool = False) -> MappedFile | Resident:
-        """Map a file, or read it."""
+        """Memory-map a file, or read it into memory if `resident`."""
         path = self.root / key
         with naming(path), os.fdopen(open_regular(path), "rb") as file:
-            if resident or os.fstat(file.fileno()).st_size == 0:  # what is empty cannot be mapped
+            if resident or os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
                 return Resident(np.fromfile(file, dtype=np.uint8))
             return MappedFile(path, file)
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, but for those that are being written."""
+        """Return the sorted names of the files in a folder, except files being written."""
         path = self.root / folder
         if not path.is_dir():
             return []
@@ -129,11 +129,11 @@ class LocalLocation:
             return sorted(entry.name for entry in entries if entry.is_file() and entry.name not in unfinished)
 
     def delete(self, key: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         (self.root / key).unlink(missing_ok=True)
 
     def make_way(self, keys: Iterable[str]) -> None:
-        """Remove empty folders where files belong, and nothing else."""
+        """Remove empty folders at the paths of files."""
         keys = list(keys)
         root = self.root
         folders = [root / key for key in keys if (root / key).is_dir() and not (root / key).is_symlink()]
@@ -150,14 +150,14 @@ class LocalLocation:
             folder.rmdir()
 
     def sweep(self, folder: str, wanted: Callable[[str], bool]) -> None:
-        """Remove partial files."""
+        """Remove partial files of interrupted writes."""
         for path in partials(self.root / folder):
             if wanted(path.name):
                 path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold an flock on the file `lock`, where the system has that."""
+        """Hold an flock on the file `lock`, if the platform supports it."""
         if self._locks:
             self._locks += 1
             try:
@@ -177,12 +177,12 @@ class LocalLocation:
 
     @contextmanager
     def hold(self, key: str, data: bytes) -> Iterator[Callable[[bytes], None]]:
-        """Hold an flock on a file, which vanishes with the process, however that ends; the file stays."""
+        """Hold an flock on a file. The lock ends with the process, however that exits; the file remains."""
         path = self._with_folder(key)
         with path.open("wb", buffering=0) as file:
 
             def write(data: bytes) -> None:
-                # One write over the old text: whoever looks meanwhile finds one or the other.
+                # A single write over the old text: concurrent readers get either the old or the new text.
                 with naming(path):
                     file.seek(0)
                     file.write(data)
@@ -193,28 +193,28 @@ class LocalLocation:
             yield write
 
     def held(self, folder: str) -> list[tuple[str, bytes]]:
-        """Files that a live process holds; none where the system cannot tell."""
+        """Return the files held by a live process; empty if the platform has no `flock`."""
         found: list[tuple[str, bytes]] = []
         if fcntl is None:
             return found
         for name in self.names(folder):
             with (self.root / folder / name).open("rb") as file:
                 try:
-                    # Shared, so that two who look do not take each other for holders.
+                    # A shared lock, so that concurrent calls do not report each other as holders.
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     found.append((f"{folder}/{name}", file.read(MOST_HELD_BYTES)))
         return found
 
     def free_bytes(self) -> int:
-        """Free space of the file system on which the folder is or will be."""
+        """Return the free bytes of the file system of the folder, which need not exist yet."""
         place = self.root.absolute()
         while not place.exists():
             place = place.parent
         return shutil.disk_usage(place).free
 
     def zarr_store(self) -> Path:
-        """The folder."""
+        """Return the path of the folder."""
         return self.root
 
     def _with_folder(self, key: str) -> Path:
@@ -224,25 +224,25 @@ class LocalLocation:
 
 
 class Resident:
-    """A file's content in memory, which nothing outside can change."""
+    """A file's content in memory, unaffected by later changes of the file."""
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
         self.content = content
 
     def size(self) -> int:
-        """Bytes of the content."""
+        """Return the size of the content in bytes."""
         return len(self.content)
 
     def is_touched(self) -> bool:
-        """False."""
+        """Return False, since the content is a copy."""
         return False
 
     def advise(self, start: int, length: int) -> None:
-        """Do nothing."""
+        """Do nothing, since the content is already in memory."""
 
 
 class MappedFile:
-    """A file's memory map."""
+    """A memory-mapped file."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path = path
@@ -251,27 +251,27 @@ class MappedFile:
         self.content: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
 
     def size(self) -> int:
-        """Bytes of the mapped file, whatever has its name now."""
+        """Return the size of the mapped file in bytes, even if another file has replaced it at its path."""
         return self._map.size()
 
     def is_touched(self) -> bool:
-        """Whether the file of this name is the mapped one, and was written to since."""
+        """Return True if the mapped file is still at its path and was modified since it was mapped."""
         try:
             found = _Stamp.of(self._path.stat())
         except FileNotFoundError:
             return False
-        # A file that was replaced as a whole is another one: the map still shows the old.
+        # An atomic replacement creates another inode; the map still refers to the old file.
         return found != self._stamp and found.inode == self._stamp.inode
 
     def advise(self, start: int, length: int) -> None:
-        """Have the system read some bytes in the background."""
+        """Advise the system to read a range of bytes in the background."""
         if hasattr(mmap, "MADV_WILLNEED"):
             aligned = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, aligned, length + start - aligned)
 
 
 class _Stamp(NamedTuple):
-    """What changes when a file is written to."""
+    """File attributes that change when the file is modified."""
 
     inode: int
     size: int
@@ -280,7 +280,7 @@ class _Stamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> _Stamp:
-        """The stamp in a file's status."""
+        """Create a stamp from a file's status."""
         return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
