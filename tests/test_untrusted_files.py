@@ -14,7 +14,7 @@ from coursepack.data.store.owners import live_runs
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
 from coursepack.errors import RunError, StoreDamaged
-from coursepack.models.build import _load_run
+from coursepack.models.load import _load_run
 from coursepack.precompute.cli import main as precompute
 
 BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + "".join(

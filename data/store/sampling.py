@@ -9,6 +9,7 @@ import numpy as np
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.shards import chunk_offsets
 from coursepack.data.store.zarr_metadata import METADATA, read_rows
+from coursepack.errors import StoreDamaged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +39,11 @@ def unlike_zarr(location: Location, manifest: Manifest) -> Iterator[tuple[str, s
         rows = shape[0] if view is None else shape[1]
         start = int(rng.integers(rows)) // layout.chunk_rows * layout.chunk_rows
         stop = min(start + layout.chunk_rows, rows)
-        expected = _stored_rows(location, array, view, start, rows, layout)[: stop - start]
+        try:
+            expected = _stored_rows(location, array, view, start, rows, layout)[: stop - start]
+        except StoreDamaged as error:
+            yield f"{array}/{METADATA}", str(error)
+            continue
         try:
             found = read_rows(location, array, view, start, stop)
         except Exception as error:  # other readers of the store would fail likewise
