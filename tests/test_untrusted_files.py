@@ -113,7 +113,7 @@ def test_metrics(workplace, tmp_path, monkeypatch, change, text):
         (
             "classes: 10",
             "classes: 1000000000",
-            "says 1000000000 classes, but no tensor of student.safetensors",
+            "describes 1000000000 classes, but no tensor of student.safetensors",
         ),
         ("size: 8", "size: 2147483648", "preprocessing.size: Input should be less than or equal to 4096"),
         ("classes: 10", "classes: 10\nclasses: 7", "gives the key 'classes' twice"),
@@ -131,7 +131,7 @@ def test_networks(workplace, tmp_path, monkeypatch, old, new, text):
 
 def test_a_network_that_is_not_that_of_its_weights_takes_no_memory(workplace, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("coursepack.models.build.load_weights", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("coursepack.models.load.load_weights", lambda *arguments: made.append(arguments))
     shutil.copytree(workplace / "mlp", tmp_path / "mlp")
     path = tmp_path / "mlp" / "network.yaml"
     text = path.read_text().replace("digits-mlp", "torchvision:resnet152").replace("size: 8", "size: 32")
@@ -224,7 +224,7 @@ def test_records_of_live_runs(tmp_path):
          "shape (1,)"),
         (lambda state: state["state"]["optimizer"]["state"][0].update(momentum_buffer=None), "shape None"),
         (lambda state: state["metrics"][0].update(counts=(1,)), "values to unpack"),
-        (lambda state: state.update(identity=5), "it does not say which run it is of"),
+        (lambda state: state.update(identity=5), "its identity cannot be read"),
     ],
 )  # fmt: skip
 def test_checkpoints(tmp_path, monkeypatch, change, fault):
