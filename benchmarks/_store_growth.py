@@ -33,7 +33,7 @@ class GrowthSize:
 
     many: tuple[int, ...] = (200, 1000)
     more: int = 10
-    rounds: int = 9
+    rounds: int = 25
 
 
 FULL_GROWTH = GrowthSize()

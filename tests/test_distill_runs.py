@@ -335,3 +335,4 @@ def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path, monkeypatc
         with pytest.raises(OSError, match="No space left on device") as error:
             write()
         assert error.value.filename == str(tmp_path / "o" / name)
+    folder.close(keep=True)
