@@ -139,9 +139,9 @@ def test_what_is_held_is_told_and_stays_afterwards(location):
 
 def test_a_lock_may_be_taken_again_by_its_holder(location):
     with location.lock(), location.lock():
-        location.create("x", b"")
+        location.create("x", b"1")
     with location.lock():
-        pass
+        assert location.get("x", MOST) == b"1"
 
 
 def test_a_location_survives_pickling(location):
