@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from _harness import ratios, row
 from safetensors.torch import save_file
 
 from coursepack.data import PRESETS, open_source
-from coursepack.data.store import StoreWriter, load_manifest
+from coursepack.data.store import StoreWriter
 from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
@@ -43,8 +42,8 @@ QUICK_GROWTH = GrowthSize(many=(3,), more=1, rounds=2)
 def view_growth(folder: Path, size: GrowthSize) -> list[dict[str, Any]]:
     """Measure the CPU time of `more` views of the digits, and its ratio to that in a store of one view.
 
-    Every round starts with a fresh copy of the small store and lets the large ones grow. Time spent waiting
-    for the disk is not included.
+    Every round adds the views to each store in random order and then removes them from its manifest, so that
+    the next one writes them again. Time spent waiting for the disk is not included.
     """
     folder.mkdir()
     job = _job(folder)
@@ -54,15 +53,14 @@ def view_growth(folder: Path, size: GrowthSize) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {str(views): [] for views in paths}
     order = random.Random(0)
     for round_number in range(size.rounds + 1):
-        shutil.copytree(paths[FEW], folder / f"{FEW}-{round_number}.zarr")
-        stores = {**paths, FEW: folder / f"{FEW}-{round_number}.zarr"}
-        for views in order.sample(list(stores), len(stores)):
-            held = load_manifest(stores[views]).views
-            more = replace(job, store=stores[views], views=held + size.more)
+        for views in order.sample(list(paths), len(paths)):
+            more = replace(job, store=paths[views], views=views + size.more)
             started = time.process_time()
             run_job(more, quiet=True)
             if round_number:
                 seconds[str(views)].append(time.process_time() - started)
+            with StoreWriter(more.store, more.plan()) as writer:
+                writer.forget(range(views, more.views))
     config = {
         "samples": len(job.source.labels),
         "views added": size.more,
@@ -112,4 +110,5 @@ def _fill(job: Job) -> None:
             files = writer.write(block, record)
             files.add({name: rows[: len(block)].astype(np.float32) for name, rows in values.items()})
             files.finish({"rows": float(len(block)), **sums})
-        writer.commit()
+            if writer.is_complete(block.view):
+                writer.commit()

@@ -32,6 +32,29 @@ def canonical_json(value: Any, *, indent: int | None = None) -> str:
     )
 
 
+def checked_lines(values: dict[str, Any], checksum: str) -> str:
+    """Return the canonical JSON text of an object, one member per line, including a checksum.
+
+    Python's `json` is several times as fast without `indent`, which matters for objects of many members.
+
+    Args:
+        values: object to write; no member is None.
+        checksum: name of the added member, whose value is `fingerprint(values)`.
+
+    >>> print(checked_lines({"b": [1, 2], "a": {"d": 0}}, "c"))
+    {
+     "a":{"d":0},
+     "b":[1,2],
+     "c":"537245c2f96a1b566883ebca4dd695625abef3eef90aa464076e9d9f7ebdadec"
+    }
+    """
+    members = {name: f'"{name}":{canonical_json(values[name])}' for name in sorted(values)}
+    digest = hashlib.sha256(f"{{{','.join(members.values())}}}".encode()).hexdigest()
+    members[checksum] = f'"{checksum}":"{digest}"'
+    lines = ",\n".join(f" {members[name]}" for name in sorted(members))
+    return f"{{\n{lines}\n}}"
+
+
 def fingerprint(value: Any) -> str:
     """Return the sha256 of the canonical JSON of a value, as 64 hexadecimal digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
@@ -82,7 +105,9 @@ def _shown(value: Any) -> str:
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _without_none(v) for k, v in value.items() if v is not None}
+        return {
+            str(k): v if isinstance(v, str) else _without_none(v) for k, v in value.items() if v is not None
+        }
     if isinstance(value, (list, tuple)):
         return [_without_none(v) for v in value]
     return value

@@ -183,11 +183,11 @@ def _groups(writer: StoreWriter, order: Iterator[int] | None, together: int) -> 
 
 
 def _block_order(writer: StoreWriter, together: int) -> Iterator[int]:
-    """Yield the numbers of all blocks, with `together` views of the same samples in succession."""
-    views, blocks = writer.manifest.views, writer.blocks
-    for first in range(0, views, together):
-        for index in range(blocks):
-            yield from (view * blocks + index for view in range(first, min(first + together, views)))
+    """Yield the numbers of all blocks that may be pending, `together` views of the same samples in a row."""
+    views = writer.open_views()
+    for first in range(0, len(views), together):
+        for index in range(writer.blocks):
+            yield from (view * writer.blocks + index for view in views[first : first + together])
 
 
 def with_limit(job: Job, store: Path, limit: int) -> Job:

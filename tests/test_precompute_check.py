@@ -414,7 +414,7 @@ def test_repair_of_a_manifest_that_names_too_few_files(store, command, lost, gon
 def test_a_manifest_that_does_not_match_its_checksum_says_what_to_do(store, command, teacher):
     before = store_files(store)
     text = (store / "manifest.json").read_text()
-    (store / "manifest.json").write_text(text.replace('"samples": 1442', '"samples": 1441'))
+    (store / "manifest.json").write_text(text.replace('"samples":1442', '"samples":1441'))
     told = command("verify", "--store", store, "--repair")
     assert (told.exit_code, "remove it and run the same `precompute run` again" in told.stderr) == (1, True)
     (store / "manifest.json").unlink()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coursepack.canonical import canonical_json, fingerprint
+from coursepack.canonical import fingerprint
 from coursepack.data.store.contents import Entries, Files, Records, ViewEntry, view_of
 from coursepack.data.store.layout import ArrayLayout, table_key
 from coursepack.data.store.records import TOTALS, add_totals, merge_environments
@@ -216,4 +216,4 @@ class Manifest:
             },
             **VERSIONS[self.format_version].describe(self),
         }
-        return canonical_json({**values, CHECKSUM: fingerprint(values)}, indent=1)
+        return VERSIONS[self.format_version].spell(values, CHECKSUM)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from coursepack.canonical import canonical_json, checked_lines, fingerprint
 from coursepack.data.store.contents import Entries, ViewEntry, digest_of, list_key, view_of
 from coursepack.data.store.layout import table_key, whole
 from coursepack.data.store.records import TOTALS, add_totals, merge_environments
@@ -49,6 +50,8 @@ class Version(NamedTuple):
     Raises:
         ValueError, LookupError, TypeError: the values are invalid; describes the defect.
     """
+    spell: Callable[[dict[str, Any], str], str]
+    """Function that returns the text of a manifest, with a member of the given name for its checksum."""
 
 
 def _describe_1(manifest: Manifest) -> dict[str, Any]:
@@ -119,7 +122,11 @@ def _parse_2(manifest: Manifest, values: dict[str, Any], location: Location | No
     return replace(found, entries=Entries(digests, ListReader(found, location)))
 
 
-VERSIONS = {1: Version(_describe_1, _parse_1), 2: Version(_describe_2, _parse_2)}
+def _spell_1(values: dict[str, Any], checksum: str) -> str:
+    return canonical_json({**values, checksum: fingerprint(values)}, indent=1)
+
+
+VERSIONS = {1: Version(_describe_1, _parse_1, _spell_1), 2: Version(_describe_2, _parse_2, checked_lines)}
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            if kind is None:
+            # A writer of all blocks has removed the leftovers of others at the start, and leaves none itself.
+            if kind is None and self.part.count > 1:
                 with self.location.lock():
                     self._refresh()
                     self._sweep_leftovers()
@@ -113,10 +114,15 @@ class StoreWriter:
         """Number of blocks of one view; never changes."""
         return block_count(self.manifest.samples, self.manifest.block_rows)
 
-    def pending(self, order: Iterator[int] | None = None) -> Iterator[Block]:
+    def open_views(self) -> list[int]:
+        """Return the views that lack a committed array, in ascending order."""
+        return [view for view in range(self.manifest.views) if view not in self._whole_views]
+
+    def pending(self, order: Iterable[int] | None = None) -> Iterator[Block]:
         """Yield the unfinished blocks of this part, view by view; each is checked just before its turn."""
-        numbers = order if order is not None else iter(range(self.manifest.views * self.blocks))
-        for number in numbers:
+        if order is None:
+            order = (view * self.blocks + index for view in self.open_views() for index in range(self.blocks))
+        for number in order:
             if not self.part.owns(number):
                 continue
             view, index = divmod(number, self.blocks)
@@ -243,7 +249,7 @@ class StoreWriter:
     def _sweep_leftovers(self) -> None:
         """Remove leftovers of killed writers, except in blocks that another process may be writing.
 
-        Lists every folder, so it runs only at the start and end of a run and not at every commit.
+        Lists every folder, so it runs only at the start or end of a run and not at every commit.
         """
         folders = {key.rpartition("/")[0] for key in zarr_keys(self.manifest)}
         mine = {
@@ -266,9 +272,13 @@ class StoreWriter:
                     self.location.delete(f"{LISTS}/{name}")
 
     def _is_left_over(self, name: str) -> bool:
-        """Return True if a partial file belongs to metadata or to a fully committed view."""
+        """Return True if no other process can be writing a partial file.
+
+        It belongs to metadata or to a fully committed view, or this writer owns all blocks.
+        """
         view = name.removeprefix("c.").partition(".")[0]
-        return name.startswith(f"{METADATA}.") or (view.isdecimal() and int(view) in self._whole_views)
+        is_whole = view.isdecimal() and int(view) in self._whole_views
+        return is_whole or self.part.count == 1 or name.startswith(f"{METADATA}.")
 
     def _create_or_extend(self) -> None:
         while True:
@@ -320,13 +330,18 @@ class StoreWriter:
 
     def _put_manifest(self, manifest: Manifest) -> bool:
         """Write new lists and replace the manifest; returns False if it was changed by another process."""
-        before, after = self.manifest.list_digests.items(), manifest.list_digests.items()
-        for view, digest in after - before:
+        before, after = self.manifest.list_digests, manifest.list_digests
+        for view, digest in _missing_in(before, after):
             self.location.put(list_key(view, digest), manifest.entries[view].to_bytes())
         tag = self.location.replace(MANIFEST, manifest.to_json().encode(), self._tag)
         if tag is None:
             return False
         self.manifest, self._tag = manifest, tag
-        for view, digest in before - after:
+        for view, digest in _missing_in(after, before):
             self.location.delete(list_key(view, digest))
         return True
+
+
+def _missing_in(others: Mapping[int, str], digests: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Return view and digest of the lists in `digests` that `others` lacks."""
+    return [(view, digest) for view, digest in digests.items() if others.get(view) != digest]
