@@ -72,7 +72,7 @@ class Objective(nn.Module):
                 f"an objective with {reason} has to be fitted to its teachers and its student: build it with "
                 "make_objective(stores, student, method)"
             )
-        self.context = context or BuildContext()
+        self.context = replace(context or BuildContext(), temperature=config.temperature)
         self.fusion = self.fusion_kind.build(config.fusion, self.context)
         self.term_configs: dict[str, TermConfig] = config.all_terms()
         self.terms = nn.ModuleDict(

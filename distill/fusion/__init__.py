@@ -1,6 +1,6 @@
 """Fusion of several teachers: their weights, and the temperature of the fused targets."""
 
-from coursepack.distill.fusion import adaptive, weights
+from coursepack.distill.fusion import adaptive, min_norm, weights
 from coursepack.distill.fusion.base import Fusion
 
 FUSIONS: dict[str, Fusion] = {
@@ -11,5 +11,6 @@ FUSIONS: dict[str, Fusion] = {
     "confidence": weights.CONFIDENCE,
     "entropy": weights.ENTROPY,
     "adaptive": adaptive.ADAPTIVE,
+    "min_norm": min_norm.MIN_NORM,
 }
 """Fusions by name. To add one, write a module in this package and add a row here."""

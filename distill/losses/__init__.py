@@ -1,6 +1,15 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import hint, label, latents, relation, soft_target
+from coursepack.distill.losses import (
+    confidence_hint,
+    discriminator,
+    hint,
+    label,
+    latents,
+    relation,
+    soft_target,
+    triplet_order,
+)
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -10,5 +19,8 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "confidence_hint": confidence_hint.LOSS,
+    "triplet_order": triplet_order.LOSS,
+    "discriminator": discriminator.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""

@@ -176,6 +176,8 @@ class Needs:
     """Names of everything that makes a sample's loss depend on the rest of its batch."""
     every_teacher: str = ""
     """Need for all teachers in every batch; fusions that read one teacher at a time are refused."""
+    teacher_head: str = ""
+    """Need for the teachers' heads; stores without a head are refused."""
     peers: str = ""
     """Need for other students that train together with this one."""
 
@@ -221,6 +223,16 @@ class TermConfig(Config):
 
 
 @dataclass(frozen=True)
+class TeacherHead:
+    """Last linear layer of a teacher, which gives its logits."""
+
+    weight: Tensor
+    """`(C, D)` float32."""
+    bias: Tensor | None = None
+    """`(C,)` float32; None if the layer has no bias."""
+
+
+@dataclass(frozen=True)
 class BuildContext:
     """Properties of teachers, student and source that terms and fusions are built from."""
 
@@ -232,6 +244,10 @@ class BuildContext:
     """Accuracy of each teacher, as recorded in its store."""
     embedding_width: int = 0
     """Width D of the student's embedding."""
+    temperature: float = 1.0
+    """Temperature of the objective, T_0 of a dynamic one."""
+    heads: tuple[TeacherHead, ...] = ()
+    """Head of each teacher; empty if no term needs heads."""
     labels: NDArray[np.int64] | None = None
     """Labels of all samples of the training split, in index order."""
     pairs_by_term: Mapping[str, tuple[FeaturePair, ...]] = field(default_factory=dict)
@@ -253,7 +269,8 @@ class Loss:
     The module that `build` returns maps `LossInputs` to values `(N,)`, to a scalar that couples the samples
     of a batch, or to None if it adds nothing in this step. Optional methods are `begin_epoch(epoch)`, called
     before every epoch; `after_step(inputs)`, called after the optimizer step, for example to update a memory
-    bank; and `parameter_groups()`, for parameters with their own optimizer settings.
+    bank; and `parameter_groups()`, for parameters with their own optimizer settings. In a group, `lr_factor`
+    multiplies the learning rate of the schedule.
     """
 
     config: type[TermConfig]

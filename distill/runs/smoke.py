@@ -107,7 +107,7 @@ def write_smoke_store(
 ) -> None:
     """Write the store of an untrained teacher for all samples of a source."""
     size = next(iter(source.sizes(np.arange(1))))[0].item()
-    run_teacher = _teacher(source, taps, seed)
+    run_teacher, head = _teacher(source, taps, seed)
     pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
     identity = {
         "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
@@ -127,6 +127,7 @@ def write_smoke_store(
         class_names=source.class_names,
         views=VIEWS,
         arrays={name: (float32, tuple(shape)) for name, shape in shapes.items()},
+        static={"head_weight": head.weight.numpy(), "head_bias": head.bias.numpy()},
     )
     with StoreWriter(path, plan) as writer:
         for block in writer.pending():
@@ -147,18 +148,20 @@ def write_smoke_store(
         writer.commit()
 
 
-def _teacher(source: Source, taps: Sequence[str], seed: int) -> Any:
-    """Return a function from pixels `(N, size, size, channels)` to arrays by their name in a store."""
+def _teacher(source: Source, taps: Sequence[str], seed: int) -> tuple[Any, nn.Linear]:
+    """Return a function from pixels `(N, size, size, channels)` to arrays by their name, and the head."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
-        head = nn.Linear(8, len(source.class_names))
+        head = nn.Linear(8, len(source.class_names)).requires_grad_(False)
+        head.weight *= 4
+        head.bias *= 4
 
     @torch.inference_mode()
     def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
         maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
         pooled = maps.mean((2, 3))
         features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
-        return {LOGITS: 4 * head(pooled), **features}
+        return {LOGITS: head(pooled), **features}
 
-    return run_teacher
+    return run_teacher, head

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 from coursepack.distill.losses.base import BuildContext
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
+from coursepack.distill.setup.requirements import (
+    check_needs,
+    needed_arrays,
+    shaped_pairs,
+    teacher_head,
+    term_pairs,
+)
 from coursepack.distill.setup.student import probe_student
 from coursepack.models import build_network
 
@@ -97,6 +103,7 @@ def build_objective(
         classes=len(source.class_names),
         accuracies=tuple(map(_accuracy, readers)),
         embedding_width=width,
+        heads=tuple(map(teacher_head, readers)) if needs.teacher_head else (),
         labels=source.labels,
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
         seed=seed,

@@ -7,10 +7,12 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from coursepack.data import PRESETS, ViewRecipe
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import FeaturePair
+from coursepack.distill.losses.base import FeaturePair, TeacherHead
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 Pairs = dict[str, list[tuple[int, str, str]]]
 """Teacher index, tap name and student layer of every pair, by the key of the term that compares them."""
+HEAD_WEIGHT, HEAD_BIAS = f"{STATIC}/head_weight", f"{STATIC}/head_bias"
+"""Tables of a store with the teacher's head; a head may have no bias."""
 
 
 def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
@@ -229,7 +233,17 @@ def check_needs(
             "labels, so no prediction is wrong. Use stores of a view without mix, or "
             "--set objective.adjustment=none"
         )
+    if needs.teacher_head:
+        for reader in readers:
+            if HEAD_WEIGHT not in reader.manifest.tables:
+                raise RecipeError(
+                    f"{needs.teacher_head} applies the teachers' heads, but store {str(reader.path)!r} has "
+                    "none: its teacher does not end in a linear layer that gives the logits. Leave the "
+                    "store out, or choose a method without heads"
+                )
     if needs.dense_logits:
+        use_cwsm = "\nor use CWSM, which reads only the student: --method dtd-cwsm"
+        other = use_cwsm if needs.dense_logits == "FLSW" else ""
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
@@ -237,8 +251,21 @@ def check_needs(
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
                     f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
-                    f"  {line}\nor use CWSM, which reads only the student: --method dtd-cwsm"
+                    f"  {line}{other}"
                 )
+
+
+def teacher_head(reader: StoreReader) -> TeacherHead:
+    """Return the head of a store's teacher.
+
+    Raises:
+        UnknownName: the store has no head; `check_needs` refuses such stores first.
+    """
+    has_bias = HEAD_BIAS in reader.manifest.tables
+    return TeacherHead(
+        torch.from_numpy(reader.table(HEAD_WEIGHT)),
+        torch.from_numpy(reader.table(HEAD_BIAS)) if has_bias else None,
+    )
 
 
 def precompute_command(

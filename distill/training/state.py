@@ -53,7 +53,7 @@ class TrainState:
             self.config.schedule, self.steps, self.steps_per_epoch, self.epochs
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, share: float = 1.0) -> None:

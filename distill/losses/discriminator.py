@@ -1,0 +1,104 @@
+"""Adversarial loss of MEAL: a discriminator tells the student's logits from a teacher's.
+
+    loss = 1/2 [BCE(D(reversed(z)), (1, 0)) + BCE(D(z_k), (0, 1))]
+
+Shen, He and Xue, AAAI 2019, arXiv 1812.02425. The discriminator learns to tell the logits apart; the gradient
+to the student is reversed, so that the student learns to be taken for a teacher. Two things are otherwise in
+the release, and are options here: its student's gradient is not reversed unless `--grl` is given, so that the
+student helps the discriminator, and its last layer has a ReLU too, which stops learning where it is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+from coursepack.distill.schedule import NotNegative
+from coursepack.kernels import decode
+
+STUDENT, TEACHER = (1.0, 0.0), (0.0, 1.0)
+"""Targets of the discriminator's two outputs."""
+
+
+class DiscriminatorConfig(TermConfig):
+    """Config of the adversarial loss."""
+
+    term: Literal["discriminator"] = "discriminator"
+    reverse: bool = True
+    """Reverse the gradient to the student; false as in the release without `--grl`."""
+    last_relu: bool = False
+    """Apply ReLU to the discriminator's outputs too, as in the release."""
+    lr_factor: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate of the discriminator as a multiple of the student's; 0.01 as in the release's script."""
+    weight_decay: NotNegative = 1e-4
+    """Weight decay of the discriminator."""
+
+
+class Discriminator(nn.Module):
+    """Discriminator of logits: three linear layers C - C/2 - C/4 - 2 with ReLU between them."""
+
+    def __init__(self, config: DiscriminatorConfig, classes: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        half, quarter = max(1, classes // 2), max(1, classes // 4)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.layer1 = nn.Linear(classes, half)
+            self.layer2 = nn.Linear(half, quarter)
+            self.layer3 = nn.Linear(quarter, 2)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Return the loss `(N,)`, the mean over the teachers that are read.
+
+        Gradients go to the discriminator and, reversed, to the student's logits.
+        """
+        student = inputs.student.logits
+        if student.dtype != torch.float64:
+            student = student.float()
+        # The value of 2 z - z is exactly z, and its gradient with the first z detached is reversed.
+        found = self.judge(2 * student.detach() - student if self.config.reverse else student, STUDENT)
+        teachers = [
+            self.judge(decode(logits).detach().to(student.dtype), TEACHER)
+            for logits in inputs.teachers.logits
+        ]
+        return (found + torch.stack(teachers).mean(0)) / 2
+
+    def judge(self, logits: Tensor, target: tuple[float, float]) -> Tensor:
+        """Return the binary cross-entropy `(N,)` of both outputs, their mean in nats, for logits `(N, C)`."""
+        hidden = self.layer2(self.layer1(logits).relu()).relu()
+        outputs = self.layer3(hidden)
+        outputs = outputs.relu() if self.config.last_relu else outputs
+        targets = outputs.new_tensor(target).expand_as(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the discriminator's parameters with their own learning rate and weight decay."""
+        return [
+            {
+                "params": list(self.parameters()),
+                "weight_decay": self.config.weight_decay,
+                "lr_factor": self.config.lr_factor,
+            }
+        ]
+
+
+def _needs(_config: DiscriminatorConfig) -> Needs:
+    return Needs(teacher_logits=True, dense_logits="the discriminator")
+
+
+def _build(config: DiscriminatorConfig, context: BuildContext) -> Discriminator:
+    return Discriminator(config, context.classes, seed=context.seed)
+
+
+LOSS = Loss(
+    config=DiscriminatorConfig,
+    formula="1/2 (BCE(D(z), (1, 0)) + BCE(D(z_k), (0, 1))), gradient reversed for the student",
+    source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3",
+    needs=_needs,
+    build=_build,
+)
