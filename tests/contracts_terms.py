@@ -10,7 +10,15 @@ import torch
 
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import BuildContext, FeaturePair, LossInputs, Needs, Step, StudentOutput
+from coursepack.distill.losses.base import (
+    BuildContext,
+    FeaturePair,
+    LossInputs,
+    Needs,
+    Step,
+    StudentOutput,
+    TeacherHead,
+)
 from coursepack.distill.objective import Objective
 from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.distill.targets.base import Targets
@@ -41,6 +49,9 @@ def context_of(needs: Needs, term: str = "") -> BuildContext:
         classes=C,
         accuracies=(0.5, 0.7, 0.6),
         embedding_width=D,
+        heads=tuple(TeacherHead(normal(C, 4, seed=30 + k), normal(C, seed=40 + k)) for k in range(K))
+        if needs.teacher_head
+        else (),
         labels=np.arange(N) % C,
         pairs_by_term={} if needs.pairs is None else {term: pairs},
     )

@@ -39,10 +39,11 @@ WHOLE, UNEVEN, SHORT = 128, 133, 131
 
 @pytest.fixture(scope="module")
 def tapped(tmp_path_factory, teachers):
-    """Stores of two teachers with a feature each, one view."""
+    """Stores of two teachers with two features each, one view."""
     folder, digits, made = tmp_path_factory.mktemp("tapped"), open_source("digits"), []
-    for teacher, layer in zip(teachers, ("hidden1", "conv1"), strict=False):
-        runner = TeacherRunner(load_teacher(f"run:{teacher}", digits.class_names), [Tap((layer,))])
+    for teacher, layers in zip(teachers, (("hidden1", "hidden2"), ("conv1", "hidden")), strict=False):
+        taps = [Tap((layer,)) for layer in layers]
+        runner = TeacherRunner(load_teacher(f"run:{teacher}", digits.class_names), taps)
         made.append(folder / f"{teacher.name}.zarr")
         fields = {"encoding": "float32", "feature_encoding": "float32"}
         run_job(Job(made[-1], digits, view_recipe("digits"), runner, 1, **fields), quiet=True)
@@ -62,10 +63,14 @@ def cases_of(stores, tapped):
         objective = {"terms": {"hint": {"pairs": pairs, **hints}}}
         return case(method, chosen=tapped, student="digits-cnn", objective=objective)
 
-    plain = {name: case(name) for name in METHODS if name not in ("supervised", "amtml-hints")}
+    light = {"terms": {"confidence_hint": {"weight": 1.0}}}
+    needs = {name: method.objective.needs() for name, method in METHODS.items()}
+    plain = {name: case(name) for name in METHODS if needs[name].teachers and needs[name].pairs is None}
     return plain | {
         "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
+        "you17": case("you17", chosen=tapped),
+        "ca-mkd-features": case("ca-mkd-features", chosen=tapped, objective=light),
         "hints alone": hinted("kd", weight=1.0),
         "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
         "own term": {**case("kd"), "with_pairs": True},

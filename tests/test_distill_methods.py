@@ -35,7 +35,7 @@ from coursepack.precompute.cli import main as precompute
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
 TAPS = {
     "digits-mlp": ("hidden1", "hidden2"),
-    "digits-cnn": ("conv2",),
+    "digits-cnn": ("conv2", "hidden"),
     "digits-resnet": ("layer1", "layer2:pooled"),
 }
 

@@ -12,6 +12,8 @@ from builders import loss_inputs
 
 from coursepack.distill.fusion.temperature import sample_temperatures
 from coursepack.distill.losses.base import BuildContext
+from coursepack.distill.losses.confidence_hint import confident_error
+from coursepack.distill.losses.discriminator import Discriminator, DiscriminatorConfig
 from coursepack.distill.losses.relation import angle_loss, distance_loss
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
@@ -161,6 +163,7 @@ def test_equal_samples_count_as_a_distance_of_zero():
         ("avg", "aver", 1.0),
         ("ebkd", "ebkd", 2 / 3),  # its weights sum to K - 1, and it divides by K
         ("ca-mkd", "camkd", 1 / 3),  # it divides by K
+        ("ae-kd", "aekd", 1.0),
     ],
 )
 def test_several_teachers(method, source, size):
@@ -179,6 +182,61 @@ def test_ca_mkd_with_its_cross_entropy():
     changes = {"soft_weight": 1 / 3}
     loss, gradient = held["total_loss"], held["grad_total"]
     compare("multi_logits", changes, held["teachers"], loss, gradient, method="ca-mkd")
+
+
+def test_ae_kds_weights():
+    held = figures("multi_logits")
+    value, _, _, _ = objective_value(held, {}, held["teachers"], "ae-kd")
+    agree(value.weights, held["aekd_scale"])
+
+
+def test_ca_mkds_feature_term():
+    """The release divides by K, although its weights sum to one."""
+    held = figures("camkd_features", "criterion")
+    groups = [[held[f"{name}_{k}"] for k in range(3)] for name in ("student", "teacher", "head_logits")]
+    for tensor in (*groups[0], *groups[2]):
+        tensor.requires_grad_()
+    loss = confident_error(*groups, held["labels"]).mean() / 3
+    loss.backward()
+    agree(loss, held["camkd_loss"])
+    for k in range(3):
+        agree(groups[0][k].grad, held[f"grad_student_{k}"])
+        agree(groups[2][k].grad, held[f"grad_head_logits_{k}"])
+
+
+def test_meals_similarity_is_kl_and_the_teachers_entropy():
+    held, total = figures("meal"), 0.0
+    changes = {"soft_weight": 1.0, "hard_weight": 0.0, "temperature": 1.0}
+    for index, gamma in enumerate((0.5, 1.0)):
+        case = {"student": held[f"student_{index}"]}
+        teacher = held[f"teacher_{index}"]
+        value, student, _, _ = objective_value(case, changes, [teacher])
+        loss = gamma * (value.loss + entropy(teacher).mean())
+        loss.backward()
+        total = total + loss
+        agree(student.grad, held[f"grad_ce_{index}"])
+    agree(total, held["meal_ce"])
+
+
+def test_meals_discriminators_as_released():
+    """Its outputs have a ReLU, and the student's gradient is not reversed."""
+    held, total = figures("meal"), 0.0
+    for index, eta in enumerate((1.0, 2.0)):
+        student, teacher = held[f"student_{index}"].requires_grad_(), held[f"teacher_{index}"]
+        config = DiscriminatorConfig(reverse=False, last_relu=True, least_width=1)
+        module = Discriminator(config, student.shape[1]).double()
+        with torch.no_grad():
+            for number, layer in enumerate((module.layer1, module.layer2, module.layer3), start=1):
+                layer.weight.copy_(held[f"w{index}.conv{number}.weight"][:, :, 0, 0])
+                layer.bias.copy_(held[f"w{index}.conv{number}.bias"])
+        labels = torch.zeros(len(student), dtype=torch.int64)
+        loss = eta * module(loss_inputs(student, labels, Targets([teacher]))).mean()
+        loss.backward()
+        total = total + loss
+        agree(student.grad, held[f"grad_discriminator_{index}"])
+        if index == 0:
+            agree(module.layer1.weight.grad, held["grad_conv1"][:, :, 0, 0])
+    agree(total, held["meal_discriminator"])
 
 
 def test_weights_per_sample():

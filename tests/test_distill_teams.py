@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from builders import CPU, loss_inputs, make_recipe, write_store
+from builders import CPU, loss_inputs, make_recipe, write_store, write_teacher
 from helpers import make_job
 from reference import teams as ref
 from reference.loss import soft_target_loss as reference_loss
 from reference.methods import numeric_gradient
 
+from coursepack.data import open_source
+from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import StoreReader
+from coursepack.data.store.opening import load_manifest
 from coursepack.distill.fusion.min_norm import logit_gradients, min_norm_weights
 from coursepack.distill.losses.base import BuildContext, FeaturePair, TeacherHead
-from coursepack.distill.losses.confidence_hint import ConfidenceHints, confident_error
+from coursepack.distill.losses.confidence_hint import ConfidenceHints
 from coursepack.distill.losses.discriminator import Discriminator, DiscriminatorConfig
 from coursepack.distill.losses.triplet_order import distances, order_loss
 from coursepack.distill.objective import Objective
@@ -31,6 +35,7 @@ from coursepack.errors import RecipeError
 from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
+TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
 N, C, K = 6, 5, 3
 TAPS = {"digits-mlp": "hidden2", "digits-cnn": "hidden", "digits-resnet": "layer2"}
 """Taps of what the heads read; ReLU follows in the first two."""
@@ -181,7 +186,8 @@ def test_confidence_hints_and_their_gradient():
 
     def reference(values):
         adapted = [
-            embedded(values, adapter, shape[1]) for adapter, shape in zip(module.adapters, shapes, strict=True)
+            embedded(values, adapter, shape[1])
+            for adapter, shape in zip(module.adapters, shapes, strict=True)
         ]
         logits = [
             maps.mean((2, 3)) @ head.weight.double().numpy().T + 1
@@ -195,7 +201,9 @@ def test_confidence_hints_and_their_gradient():
     value.sum().backward()
     gradient = numeric_gradient(lambda values: reference(values).sum(), point)
     np.testing.assert_allclose(student.grad, gradient, rtol=1e-3, atol=1e-3)
-    assert all(parameter.grad.abs().max() > 0 for parameter in module.adapters.parameters() if parameter.ndim > 1)
+    assert all(
+        parameter.grad.abs().max() > 0 for parameter in module.adapters.parameters() if parameter.ndim > 1
+    )
 
 
 def test_every_teacher_gets_the_students_own_map():
@@ -207,11 +215,30 @@ def test_every_teacher_gets_the_students_own_map():
     torch.testing.assert_close(turned(inputs), module(inputs))
 
 
-@pytest.mark.parametrize("shapes", [[(4,), (3, 2, 2)], [(4, 8, 8), (3, 3, 3)]])
-def test_vectors_and_larger_maps_are_compared_too(shapes):
-    module, inputs, student = module_and_inputs(shapes, (2, 4, 4))
-    module(inputs).mean().backward()
+@pytest.mark.parametrize(
+    ("shapes", "student_shape", "adapted"),
+    [
+        ([(4,), (3, 2, 2)], (2, 4, 4), [(4,), (3, 2, 2)]),
+        ([(4, 8, 8), (3, 3, 3)], (2, 4, 4), [(4, 8, 8), (3, 3, 3)]),
+        ([(4, 2, 2), (3,)], (2,), [(4,), (3,)]),
+    ],
+)
+def test_vectors_and_larger_maps_are_compared_too(shapes, student_shape, adapted):
+    module, inputs, student = module_and_inputs(shapes, student_shape)
+    assert [tuple(adapter(student).shape[1:]) for adapter in module.adapters] == adapted
+    value = module(inputs)
+    assert value.shape == (N,)
+    value.mean().backward()
     assert student.grad.any()
+
+
+def test_a_batch_of_one_sample_is_normalized_by_running_statistics():
+    module, inputs, student = module_and_inputs([(4,), (3, 1, 1)], (2, 4, 4))
+    module(inputs)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    adapted = [adapter(student[:1]) for adapter in module.adapters]
+    assert all(each.isfinite().all() for each in adapted)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 def test_one_teacher_counts_whole():
@@ -241,18 +268,20 @@ def test_a_head_that_reads_something_else_is_refused(tmp_path, teachers):
     store = tmp_path / "cnn.zarr"
     run_job(make_job(store, teachers[1], taps=(parse_tap("conv2"),), encoding="float32"))
     recipe = make_recipe([store], method="ca-mkd-features", student="digits-cnn", limit=64)
-    text = r"applies the head of teacher 0, which reads 64 values, to features like tap 'conv2' \(shape \(32, 4"
+    text = (
+        r"applies the head of teacher 0, which reads 64 values, to features like tap 'conv2' \(shape \(32, 4"
+    )
     with pytest.raises(RecipeError, match=text):
         make_state(prepare(recipe, CPU))
 
 
 def test_a_store_without_a_head_is_refused(last_taps, monkeypatch):
-    from coursepack.data.store import reader
-
     setup = prepare(make_recipe(last_taps[:1]), CPU)
     tables = {"labels": setup.readers[0].manifest.tables["labels"]}
-    load = reader.load_manifest
-    monkeypatch.setattr(reader, "load_manifest", lambda *args: replace(load(*args), tables=tables))
+    monkeypatch.setattr(
+        "coursepack.data.store.reader.load_manifest",
+        lambda *args: replace(load_manifest(*args), tables=tables),
+    )
     with pytest.raises(RecipeError, match=r"applies the teachers' heads, but store '.*' has none"):
         prepare(make_recipe(last_taps[:1], method="ca-mkd-features", student="digits-cnn"), CPU)
 
@@ -369,20 +398,31 @@ def test_the_discriminator_has_its_own_learning_rate(stores):
     assert sum(weight > 0 for weight in metrics["teachers"]["weight"]) == 1, "one batch, one teacher"
 
 
-def test_a_discriminator_takes_no_topk_rows(tmp_path, teachers):
-    store = write_store(tmp_path / "mlp.zarr", teachers[0], encoding="topk:3")
-    with pytest.raises(RecipeError, match=r"'meal' \(the discriminator\) needs all logits, but store"):
-        prepare(make_recipe([store], method="meal"), CPU)
+def test_a_discriminator_takes_no_topk_rows(tmp_path):
+    spec = "fake,classes=100,size=8,samples=100,channels=1"
+    source, teacher = open_source(spec), write_teacher(tmp_path / "t", classes=100)
+    store = write_store(tmp_path / "mlp.zarr", teacher, source=source, encoding="topk:3")
+    with pytest.raises(
+        RecipeError, match=r"'meal' \(the discriminator\) needs all logits, but store"
+    ) as caught:
+        prepare(
+            make_recipe([store], method="meal", source=source.name, evaluation=evaluation_spec(spec)), CPU
+        )
+    assert "CWSM" not in str(caught.value)
 
 
 # All of them
 
 
+class Stopped(BaseException):
+    """An interruption."""
+
+
 @pytest.mark.parametrize("method", ["ae-kd", "ca-mkd-features", "you17", "meal"])
 def test_a_student_learns(last_taps, method):
-    recipe = make_recipe(
-        last_taps, method=method, student="digits-cnn", limit=300, optimizer={"lr": 0.05}, epochs=4
-    )
+    light = {"terms": {"confidence_hint": {"weight": 1.0}}} if method == "ca-mkd-features" else {}
+    fields = {"student": "digits-cnn", "limit": 300, "optimizer": {"lr": 0.05}, "epochs": 4}
+    recipe = make_recipe(last_taps, method=method, objective=light, **fields)
     setup = prepare(recipe, CPU)
     state = make_state(setup)
     told = [train_epoch([state], setup.batches(epoch), setup.targets, epoch)[0] for epoch in range(4)]
@@ -396,13 +436,7 @@ def test_what_a_method_learns_is_resumed(tmp_path, last_taps, method, monkeypatc
     recipe = make_recipe(last_taps, optimizer={"lr": 0.02}, **fields)
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
-    import sys
-
-    module = sys.modules["coursepack.distill.runs.train"]
-    save, left = module.save_checkpoint, [5]
-
-    class Stopped(BaseException):
-        pass
+    save, left = TRAIN.save_checkpoint, [5]
 
     def counted(*arguments):
         save(*arguments)
@@ -411,7 +445,7 @@ def test_what_a_method_learns_is_resumed(tmp_path, last_taps, method, monkeypatc
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", counted)
+        patch.setattr(TRAIN, "save_checkpoint", counted)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0)
     train(recipe, out, device=CPU, resume=True)

@@ -61,8 +61,9 @@ def logit_gradients(inputs: LossInputs, temperature: float) -> Tensor:
 def min_norm_weights(gram: NDArray[np.float64], largest: float) -> NDArray[np.float64]:
     """Return the weights `a` `(K,)` that minimize a' G a, with sum(a) = 1 and 0 <= a <= `largest`.
 
-    An active-set method: weights at a bound are held, the others are solved for. A pair of weights is released
-    while moving weight from one to the other lowers the norm. Without a finite matrix, weights are NaN.
+    An active-set method: weights at a bound are held, the others are solved for. A pair of weights is
+    released while moving weight from one to the other lowers the norm. Without a finite matrix, weights are
+    NaN.
 
     Args:
         gram: Gram matrix G of the gradients `(K, K)`.
@@ -121,11 +122,10 @@ def _advance(weights: NDArray[np.float64], goal: NDArray[np.float64], largest: f
 
 
 def _build(config: MinNormConfig, context: BuildContext) -> Weigh:
-    largest = max(config.tolerance, 1 / context.teachers)
-
     def weigh(inputs: LossInputs) -> Tensor:
         """Return weights `(K,)` without gradient."""
         gradients = logit_gradients(inputs, context.temperature).double().cpu().numpy()
+        largest = max(config.tolerance, 1 / len(gradients))
         weights = min_norm_weights(gradients @ gradients.T, largest)
         return torch.from_numpy(weights).to(inputs.student.logits.device, torch.float32)
 

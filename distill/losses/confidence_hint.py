@@ -52,16 +52,16 @@ class Embed(nn.Module):
     """Learnable map from student features to a teacher's: 1x1 convolution, batch normalization and ReLU.
 
     The student's map is brought to the teacher's height and width first, by average pooling if it is larger
-    and by bilinear interpolation if it is smaller. If the teacher's features are vectors, the student's map
-    is averaged over positions and the layer is linear.
+    and by bilinear interpolation if it is smaller. If either side is a vector, the other is averaged
+    over positions and the layer is linear.
     """
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         super().__init__()
         self.size = tuple(teacher_shape[1:])
         if self.size and len(student_shape) == 3:
-            self.layer: nn.Module = nn.Conv2d(student_shape[0], teacher_shape[0], 1)
-            self.norm: nn.Module = nn.BatchNorm2d(teacher_shape[0])
+            self.layer: nn.Conv2d | nn.Linear = nn.Conv2d(student_shape[0], teacher_shape[0], 1)
+            self.norm: nn.BatchNorm1d | nn.BatchNorm2d = nn.BatchNorm2d(teacher_shape[0])
         else:
             self.layer = nn.Linear(student_shape[0], teacher_shape[0])
             self.norm = nn.BatchNorm1d(teacher_shape[0])
@@ -72,14 +72,25 @@ class Embed(nn.Module):
             features = _resized(features, self.size)
         elif features.ndim == 4:
             features = features.mean((2, 3))
-        adapted: Tensor = self.norm(self.layer(features)).relu()
-        return adapted
+        adapted: Tensor = self.layer(features)
+        if adapted.numel() > adapted.shape[1]:
+            normalized: Tensor = self.norm(adapted)
+        else:  # one value per channel has no deviation
+            normalized = F.batch_norm(
+                adapted, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+            )
+        return normalized.relu()
 
 
 def _resized(features: Tensor, size: tuple[int, ...]) -> Tensor:
     if features.shape[2] >= size[0]:
         return F.adaptive_avg_pool2d(features, size)
     return F.interpolate(features, size=size, mode="bilinear")
+
+
+def _like(adapted: Tensor, teacher_features: Tensor) -> Tensor:
+    """Return the teacher's features, averaged over positions if the adapted ones are vectors."""
+    return teacher_features if adapted.ndim == teacher_features.ndim else teacher_features.mean((2, 3))
 
 
 class FrozenHead(nn.Module):
@@ -94,7 +105,7 @@ class FrozenHead(nn.Module):
         self.register_buffer("bias", head.bias, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits `(N, C)` for features `(N, D)` or `(N, D, H, W)`, which are averaged over positions."""
+        """Return logits `(N, C)` for vectors `(N, D)`, or for maps `(N, D, H, W)` averaged over positions."""
         return F.linear(features if features.ndim == 2 else features.mean((2, 3)), self.weight, self.bias)
 
 
@@ -124,9 +135,7 @@ def confident_error(
 class ConfidenceHints(nn.Module):
     """Hint loss of all pairs, weighted by the teachers' heads."""
 
-    def __init__(
-        self, pairs: Sequence[FeaturePair], heads: Sequence[TeacherHead], *, seed: int = 0
-    ) -> None:
+    def __init__(self, pairs: Sequence[FeaturePair], heads: Sequence[TeacherHead], *, seed: int = 0) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.heads = nn.ModuleList(FrozenHead(heads[pair.teacher]) for pair in pairs)
@@ -141,8 +150,8 @@ class ConfidenceHints(nn.Module):
             for pair, adapter in zip(self.pairs, self.adapters, strict=True)
         ]
         targets = [
-            decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float().detach()
-            for pair in self.pairs
+            _like(features, decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float().detach())
+            for pair, features in zip(self.pairs, adapted, strict=True)
         ]
         logits = [head(features) for head, features in zip(self.heads, adapted, strict=True)]
         return confident_error(adapted, targets, logits, inputs.labels)
@@ -163,8 +172,8 @@ def _build(_config: ConfidenceHintConfig, context: BuildContext) -> ConfidenceHi
         if pair.teacher_shape[0] != width:
             raise RecipeError(
                 f"term 'confidence_hint' applies the head of teacher {pair.teacher}, which reads {width} "
-                f"values, to features like tap {pair.tap!r} (shape {pair.teacher_shape}): name the tap of the "
-                "layer that the head reads with objective.terms.confidence_hint.pairs"
+                f"values, to features like tap {pair.tap!r} (shape {pair.teacher_shape}): name the tap of "
+                "the layer that the head reads with objective.terms.confidence_hint.pairs"
             )
     return ConfidenceHints(context.pairs, context.heads, seed=context.seed)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
 from coursepack.distill.schedule import NotNegative
+from coursepack.errors import RecipeError
 from coursepack.kernels import decode
 
 STUDENT, TEACHER = (1.0, 0.0), (0.0, 1.0)
@@ -33,6 +34,9 @@ class DiscriminatorConfig(TermConfig):
     """Reverse the gradient to the student; false as in the release without `--grl`."""
     last_relu: bool = False
     """Apply ReLU to the discriminator's outputs too, as in the release."""
+    least_width: Annotated[int, Field(ge=1)] = 16
+    """Smallest width of a hidden layer. With 1, as in the release, widths of C/2 and C/4 are so small for few
+    classes that all units may stop learning."""
     lr_factor: Annotated[float, Field(gt=0)] = 0.01
     """Learning rate of the discriminator as a multiple of the student's; 0.01 as in the release's script."""
     weight_decay: NotNegative = 1e-4
@@ -40,12 +44,12 @@ class DiscriminatorConfig(TermConfig):
 
 
 class Discriminator(nn.Module):
-    """Discriminator of logits: three linear layers C - C/2 - C/4 - 2 with ReLU between them."""
+    """Discriminator of logits: three linear layers, hidden ones of C/2 and C/4 units with ReLU."""
 
     def __init__(self, config: DiscriminatorConfig, classes: int, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        half, quarter = max(1, classes // 2), max(1, classes // 4)
+        half, quarter = (max(config.least_width, classes // part) for part in (2, 4))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.layer1 = nn.Linear(classes, half)
@@ -92,6 +96,11 @@ def _needs(_config: DiscriminatorConfig) -> Needs:
 
 
 def _build(config: DiscriminatorConfig, context: BuildContext) -> Discriminator:
+    if not context.classes:
+        raise RecipeError(
+            "term 'discriminator' has to be fitted to the number of classes: build the objective with "
+            "make_objective(stores, student, method)"
+        )
     return Discriminator(config, context.classes, seed=context.seed)
 
 

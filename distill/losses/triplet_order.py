@@ -3,7 +3,8 @@
 For samples i, j and k of a batch, each teacher votes on whether i is farther from j or from k, by distances
 between its own features. The student's features are to have the order of the majority, with a margin:
 
-    o_ijk = sign(sum_t sign(d_t(i, j) - d_t(i, k))),   loss_i = mean_jk max(0, margin - o_ijk (d(i, j) - d(i, k)))
+    o_ijk = sign(sum_t sign(d_t(i, j) - d_t(i, k)))
+    loss_i = mean_jk max(0, margin - o_ijk (d(i, j) - d(i, k)))
 
 You, Xu, Xu and Tao, KDD 2017 ("Learning from multiple teacher networks"). The paper's text was not at hand:
 the vote and the triplet loss are as recalled. Triplets without a majority add nothing. The mean is over all
@@ -46,8 +47,8 @@ class TripletOrderConfig(TermConfig):
     margin: NotNegative = 0.2
     """Margin between the two distances, in units of the student's features."""
     pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers; the teachers paired with one student layer vote on its order. Defaults
-    to the last block of each teacher and of the student."""
+    """Pairs of taps and student layers; the teachers paired with one student layer vote on its order.
+    Defaults to the last block of each teacher and of the student."""
     layers: tuple[str, ...] = ()
     """Student layers to choose from, shallow to deep; defaults to all blocks."""
 
@@ -141,7 +142,7 @@ def _build(config: TripletOrderConfig, context: BuildContext) -> TripletOrder:
 
 LOSS = Loss(
     config=TripletOrderConfig,
-    formula="mean over triplets of max(0, margin - o_ijk (d(i, j) - d(i, k))), o the order most teachers have",
+    formula="mean over triplets of max(0, margin - o_ijk (d(i, j) - d(i, k))), o the majority's order",
     source="You, Xu, Xu and Tao 2017, KDD, as recalled",
     needs=_needs,
     build=_build,

@@ -12,7 +12,8 @@ from coursepack.distill.methods.base import KD, Method, objective
 #             1 - alpha; in our units 2 alpha / C, computed when the recipe is resolved (`per_class`).
 _AMTML_SOFT = 2 * 0.7
 # CA-MKD      its release divides the weighted sum by K once more, although its weights sum to one. Here as in
-#             the paper; for the release's size set soft_weight to 1 / K.
+#             the paper; for the release's size set soft_weight to 1 / K, and the weight of its feature term,
+#             which is divided by K as well, to 50 / K.
 _CA_MKD_SOFT = 1.0
 # EBKD        in the release of CA-MKD weights sum to K - 1 and the sum is divided by K. Here weights sum to
 #             one; for the release's size set soft_weight to (K - 1) / K.
@@ -77,13 +78,67 @@ TEAMS: dict[str, Method] = {
         ),
         note="the release divides by K once more: set soft_weight=1/K for that",
     ),
+    "ca-mkd-features": Method(
+        formula="ca-mkd + 50 sum_k w'_k mean (h_k - f_k)², h_k = ReLU(BN(conv(student's last map))), "
+        "w'_k = (1 - softmax_k CE(head_k(h_k), y)) / (K - 1)",
+        source="Zhang, Chen and Wang 2022, arXiv 2201.00007, section 2, and its release",
+        evidence="release",
+        objective=objective(
+            soft_weight=_CA_MKD_SOFT,
+            hard_weight=1.0,
+            temperature=4.0,
+            fusion={"name": "confidence"},
+            terms={"confidence_hint": {"weight": 50.0}},
+        ),
+        note="as ca-mkd; the release divides the feature term by K once more too: set "
+        "terms.confidence_hint.weight=50/K for that. It leaves that term out in the first epoch, and a "
+        "teacher with a smaller map leaves the student's pooled map to the teachers after it; here every "
+        "teacher is compared with the student's own map, in every epoch",
+    ),
     "ebkd": Method(
         formula="T² sum_k w_k KL(P_k || q) + CE, w_k = (1 - H_k / sum_j H_j) / (K - 1), T = 4",
         source="Kwon et al. 2020, as in the release of Zhang et al. 2022 (CA-MKD)",
-        evidence="release",
+        evidence="re-implementation",
         objective=objective(
             soft_weight=_EBKD_SOFT, hard_weight=1.0, temperature=4.0, fusion={"name": "entropy"}
         ),
         note="in that release weights sum to K - 1 and are divided by K: set soft_weight=(K-1)/K for that",
+    ),
+    "ae-kd": Method(
+        formula="0.9 T² sum_k w_k KL(P_k || q) + CE, T = 4, w = argmin |sum_k w_k mean_x (q - P_k)|², "
+        "sum_k w_k = 1, 0 <= w_k <= 0.6",
+        source="Du et al. 2020 (AE-KD), NeurIPS 2020, section 3; numbers of its release",
+        evidence="release",
+        objective=objective(soft_weight=0.9, hard_weight=1.0, temperature=4.0, fusion={"name": "min_norm"}),
+        note="the quadratic program is solved exactly; the release's solver has an absolute tolerance of "
+        "1e-6 and returns (0.6, 0.4, 0, ...) for small gradients. Gradients are those of KL at the student's "
+        "logits, at T and without adjustments",
+    ),
+    "you17": Method(
+        formula="0.9 T² KL((1/K) sum_k P_k || q) + 0.1 CE + mean over triplets of max(0, 0.2 - o_ijk "
+        "(d(i, j) - d(i, k))), o_ijk the order of d_k(i, j) and d_k(i, k) that most teachers have",
+        source="You, Xu, Xu and Tao 2017 (Learning from multiple teacher networks), KDD 2017",
+        evidence="recalled",
+        objective=objective(**KD, terms={"triplet_order": {}}),
+        note="the paper's text was not at hand: weights and T are those of kd, the margin is that of "
+        "AMTML-KD's notebooks, and all triplets of a batch are used. The last layers are compared by "
+        "default; set terms.triplet_order.pairs for intermediate ones",
+    ),
+    "meal": Method(
+        formula="KL(P_r || q) + 1/2 (BCE(D(z), (1, 0)) + BCE(D(z_r), (0, 1))), T = 1, r drawn anew for every "
+        "batch, D a discriminator whose gradient is reversed for the student",
+        source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3; numbers of its release",
+        evidence="release",
+        objective=objective(
+            soft_weight=1.0,
+            hard_weight=0.0,
+            temperature=1.0,
+            fusion={"name": "random"},
+            terms={"discriminator": {}},
+        ),
+        note="logits only, as in the release's ensembles; labels are not used. The release reverses the "
+        "gradient only with --grl, and its discriminator ends in a ReLU: set "
+        "terms.discriminator.reverse=false, last_relu=true and least_width=1 for that. "
+        "Its cross-entropy is KL and the teacher's entropy, which is constant",
     ),
 }

@@ -1,12 +1,11 @@
-"""Methods of several teachers in float64 NumPy, written from the formulas: loops, enumeration, nothing shared."""
+"""Methods of several teachers in float64 NumPy, written from the formulas: loops and enumeration."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-
-from .methods import softmax
+from reference.methods import softmax
 
 
 def min_norm(gram, largest):
