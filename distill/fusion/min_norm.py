@@ -135,7 +135,7 @@ def _build(config: MinNormConfig, context: BuildContext) -> Weigh:
 MIN_NORM = Fusion(
     config=MinNormConfig,
     formula="w = argmin |sum_k w_k mean_x (q - P_k)|², sum_k w_k = 1, 0 <= w_k <= max(C, 1/K)",
-    source="Du et al. 2020 (AE-KD), NeurIPS 2020, section 3",
+    source="Du et al. 2020 (AE-KD), NeurIPS 2020",
     combine="sum",
     build=_build,
     needs=lambda _config: Needs(whole_batch=("fusion 'min_norm'",)),

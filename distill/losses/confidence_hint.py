@@ -56,10 +56,12 @@ class Embed(nn.Module):
     over positions and the layer is linear.
     """
 
+    size: tuple[int, int]
+
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         super().__init__()
-        self.size = tuple(teacher_shape[1:])
-        if self.size and len(student_shape) == 3:
+        if len(student_shape) == len(teacher_shape) == 3:
+            self.size = (teacher_shape[1], teacher_shape[2])
             self.layer: nn.Conv2d | nn.Linear = nn.Conv2d(student_shape[0], teacher_shape[0], 1)
             self.norm: nn.BatchNorm1d | nn.BatchNorm2d = nn.BatchNorm2d(teacher_shape[0])
         else:
@@ -82,7 +84,7 @@ class Embed(nn.Module):
         return normalized.relu()
 
 
-def _resized(features: Tensor, size: tuple[int, ...]) -> Tensor:
+def _resized(features: Tensor, size: tuple[int, int]) -> Tensor:
     if features.shape[2] >= size[0]:
         return F.adaptive_avg_pool2d(features, size)
     return F.interpolate(features, size=size, mode="bilinear")

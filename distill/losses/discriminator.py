@@ -22,9 +22,6 @@ from coursepack.distill.schedule import NotNegative
 from coursepack.errors import RecipeError
 from coursepack.kernels import decode
 
-STUDENT, TEACHER = (1.0, 0.0), (0.0, 1.0)
-"""Targets of the discriminator's two outputs."""
-
 
 class DiscriminatorConfig(TermConfig):
     """Config of the adversarial loss."""
@@ -65,20 +62,22 @@ class Discriminator(nn.Module):
         if student.dtype != torch.float64:
             student = student.float()
         # The value of 2 z - z is exactly z, and its gradient with the first z detached is reversed.
-        found = self.judge(2 * student.detach() - student if self.config.reverse else student, STUDENT)
+        found = self.judge(2 * student.detach() - student if self.config.reverse else student)[0]
         teachers = [
-            self.judge(decode(logits).detach().to(student.dtype), TEACHER)
-            for logits in inputs.teachers.logits
+            self.judge(decode(logits).detach().to(student.dtype))[1] for logits in inputs.teachers.logits
         ]
         return (found + torch.stack(teachers).mean(0)) / 2
 
-    def judge(self, logits: Tensor, target: tuple[float, float]) -> Tensor:
-        """Return the binary cross-entropy `(N,)` of both outputs, their mean in nats, for logits `(N, C)`."""
-        hidden = self.layer2(self.layer1(logits).relu()).relu()
-        outputs = self.layer3(hidden)
-        outputs = outputs.relu() if self.config.last_relu else outputs
-        targets = outputs.new_tensor(target).expand_as(outputs)
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+    def judge(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses `(N,)` of logits `(N, C)` if they are the student's, and if they are a teacher's.
+
+        Each is the mean of the binary cross-entropies of both outputs, in nats, to (1, 0) and (0, 1).
+        """
+        outputs = self.layer3(self.layer2(self.layer1(logits).relu()).relu())
+        first, second = (outputs.relu() if self.config.last_relu else outputs).unbind(1)
+        as_student = -F.logsigmoid(first) - F.logsigmoid(-second)
+        as_teacher = -F.logsigmoid(-first) - F.logsigmoid(second)
+        return as_student / 2, as_teacher / 2
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the discriminator's parameters with their own learning rate and weight decay."""

@@ -81,7 +81,7 @@ TEAMS: dict[str, Method] = {
     "ca-mkd-features": Method(
         formula="ca-mkd + 50 sum_k w'_k mean (h_k - f_k)², h_k = ReLU(BN(conv(student's last map))), "
         "w'_k = (1 - softmax_k CE(head_k(h_k), y)) / (K - 1)",
-        source="Zhang, Chen and Wang 2022, arXiv 2201.00007, section 2, and its release",
+        source="Zhang, Chen and Wang 2022, arXiv 2201.00007, and its release",
         evidence="release",
         objective=objective(
             soft_weight=_CA_MKD_SOFT,
@@ -107,7 +107,7 @@ TEAMS: dict[str, Method] = {
     "ae-kd": Method(
         formula="0.9 T² sum_k w_k KL(P_k || q) + CE, T = 4, w = argmin |sum_k w_k mean_x (q - P_k)|², "
         "sum_k w_k = 1, 0 <= w_k <= 0.6",
-        source="Du et al. 2020 (AE-KD), NeurIPS 2020, section 3; numbers of its release",
+        source="Du et al. 2020 (AE-KD), NeurIPS 2020; numbers of its release",
         evidence="release",
         objective=objective(soft_weight=0.9, hard_weight=1.0, temperature=4.0, fusion={"name": "min_norm"}),
         note="the quadratic program is solved exactly; the release's solver has an absolute tolerance of "

@@ -154,8 +154,8 @@ def _teacher(source: Source, taps: Sequence[str], seed: int) -> tuple[Any, nn.Li
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
         head = nn.Linear(8, len(source.class_names)).requires_grad_(False)
-        head.weight *= 4
-        head.bias *= 4
+        for values in head.parameters():
+            values.mul_(4)
 
     @torch.inference_mode()
     def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
