@@ -41,9 +41,9 @@ class ObjectiveConfig(Config):
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
     """Temperature per sample."""
     standardize: bool = False
-    """Standardize the logits of teachers and student, each row to mean 0 and deviation 1, before they are divided
-    by the temperature and compared (Sun et al. 2024, arXiv 2403.01427); the cross-entropy takes them as they
-    are."""
+    """Standardize the logits of teachers and student, each row to mean 0 and deviation 1, before they are
+    divided by the temperature and compared (Sun et al. 2024, arXiv 2403.01427); the cross-entropy takes them
+    as they are."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"
     """Adjustment of wrong predictions of teachers: one for all teachers, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1

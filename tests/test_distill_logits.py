@@ -1,4 +1,4 @@
-"""Losses on logits: DKD, DIST, standardized logits, Tf-KD, refined labels; references, identities, refusals."""
+"""Losses on logits: DKD, DIST, standardized logits, Tf-KD and refined labels."""
 
 import math
 
@@ -111,6 +111,7 @@ def test_weights_of_teachers_get_a_gradient_from_dkd_and_dist(batch):
 
 def test_weights_that_do_not_sum_to_one_scale_dkd(batch):
     """As they scale the gradient of the divergence."""
+
     def loss(*weights):
         return value_of(*batch, "dkd", fusion={"weights": weights}, **ALONE)[0].loss.item()
 
@@ -186,7 +187,7 @@ def test_a_batch_of_one_and_constant_rows_leave_dist_finite():
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js", "mse"])
 @pytest.mark.parametrize("fusion", ["fixed", "confidence"])
 def test_standardized_logits_with_any_divergence_and_fusion(batch, divergence, fusion):
-    student, teachers, labels = batch
+    _, teachers, labels = batch
     changed = np.array([ref.standardized(teacher) for teacher in teachers])
     weights = confidence_weights(teachers, labels) if fusion == "confidence" else np.full((N, K), 1 / K)
     combine = "sum" if fusion == "confidence" else "mixture"
@@ -261,7 +262,9 @@ def test_mixed_labels_weigh_virtual_teachers(batch):
     lam = torch.linspace(0, 1, N)
     objective = Objective(resolve_objective("tf-kd", {"hard_weight": 0.0}, "test", classes=C))
     values = [
-        objective(loss_inputs(logits[n : n + 1], ids[n : n + 1])).loss for ids in (first, second) for n in range(N)
+        objective(loss_inputs(logits[n : n + 1], ids[n : n + 1])).loss
+        for ids in (first, second)
+        for n in range(N)
     ]
     want = (lam * torch.stack(values[:N]) + (1 - lam) * torch.stack(values[N:])).mean()
     mixed = objective(loss_inputs(logits, MixedLabels(first, second, lam))).loss

@@ -120,7 +120,7 @@ def test_standardized_logits(source, changes):
     held = figures("logit_std")
     loss, gradient = held[f"{source}_loss"], held[f"grad_{source}"]
     compare("logit_std", changes, [held["teacher"]], loss, gradient, method="logit-std")
-    agree(standardized(held["student"]), held["sun_standardised"])
+    agree(standardized(held["teacher"]), held["sun_standardised"])
 
 
 def test_self_training_of_tf_kd():

@@ -66,7 +66,8 @@ def _build(config: DistConfig, _context: BuildContext) -> Dist:
 
 LOSS = Loss(
     config=DistConfig,
-    formula="T² (beta mean_n (1 - corr_c(q_n, P_n)) + gamma mean_c (1 - corr_n(q_c, P_c))), P = sum_k w_k P_k",
+    formula="T² (beta mean_n (1 - corr_c(q_n, P_n)) + gamma mean_c (1 - corr_n(q_c, P_c))), "
+    "P = sum_k w_k P_k",
     source="Huang et al. 2022 (DIST), arXiv 2205.10536",
     needs=_needs,
     build=_build,

@@ -1,8 +1,8 @@
 """Divergence from a virtual teacher that is always right (Tf-KD): it reads labels and no teacher.
 
-Yuan et al., CVPR 2020, arXiv 1909.11723, equations 8 and 9: the teacher gives the label probability a and every
-other class an equal share, and both sides are softened by the same temperature; there is no factor T². At
-T = 1 the gradient is that of label smoothing with epsilon = (1 - a) C / (C - 1).
+Yuan et al., CVPR 2020, arXiv 1909.11723, equations 8 and 9: the teacher gives the label probability a and
+every other class an equal share, and both sides are softened by the same temperature; there is no factor T².
+At T = 1 the gradient is that of label smoothing with epsilon = (1 - a) C / (C - 1).
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def _build(config: VirtualTeacherConfig, _context: BuildContext) -> VirtualTeach
 
 LOSS = Loss(
     config=VirtualTeacherConfig,
-    formula="KL(v_T || q_T), v = a for y and (1 - a) / (C - 1) for each other class, v_T = v^(1/T) normalized",
+    formula="KL(v_T || q_T), v = a for y and (1 - a) / (C - 1) for each other class, "
+    "v_T = v^(1/T) normalized",
     source="Yuan et al. 2020 (Tf-KD), arXiv 1909.11723, equations 8 and 9",
     needs=_needs,
     build=_build,

@@ -1,7 +1,6 @@
-"""Bytes that a view of a teacher's outputs takes: the arrays that a method reads, and everything it might read.
+"""Bytes that a view of a teacher's outputs takes: the arrays that a method reads, and the same unreduced.
 
-Computed from shapes alone; a view's files also hold checksums and the padding of their last chunk, less than
-one percent.
+Computed from shapes alone. The files of a view hold checksums and the padding of their last chunk as well.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import torch
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import Manifest
 from coursepack.data.store.manifest import LOGITS
-from coursepack.distill.setup.requirements import term_pairs
+from coursepack.distill.setup.requirements import term_pairs, untrained
 from coursepack.distill.targets.base import FEATURES
-from coursepack.errors import CoursepackError, RecipeError
-from coursepack.models import build_network
+from coursepack.errors import RecipeError
 from coursepack.models.taps import tap_from_name, tap_margins, tapped
 
 if TYPE_CHECKING:
@@ -28,7 +26,10 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 FLOAT16 = 2
-"""Bytes per value of whole logits and maps, and of arrays that are not stored yet."""
+"""Bytes per value of unreduced outputs, and of arrays that are not stored yet."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shape of one sample's features by the name of a tap or a layer."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,16 @@ class ViewCost:
 
     samples: int
     """Number of samples N."""
-    reads: dict[str, int]
+    arrays: dict[str, int]
     """Bytes per sample of the arrays that the method reads, by their name in the store."""
     whole: int | None
-    """Bytes per sample of the same outputs unreduced in float16: logits of all classes, and whole maps of the
-    tapped layers; None if the teacher cannot be built for its shapes."""
+    """Bytes per sample of the same outputs in float16 and unreduced: logits of all classes, and whole maps of
+    the tapped layers; None if the teacher cannot be built for its shapes."""
 
     @property
     def read(self) -> int:
         """Bytes per sample that the method reads."""
-        return sum(self.reads.values())
+        return sum(self.arrays.values())
 
 
 def view_costs(
@@ -58,100 +59,82 @@ def view_costs(
 
     Args:
         objective: the method's objective.
-        teachers: manifest of each teacher's store, or `planned_store`.
-        student: the student, which pairs of layers depend on; defaults to the first teacher's network.
+        teachers: manifest of each teacher's store, or a `planned_store`.
+        student: the student, on which pairs of layers may depend; defaults to the first teacher's network.
 
     Raises:
-        RecipeError: pairs depend on the student, and the first teacher's network cannot be built.
+        RecipeError: an array is not stored, and the teacher cannot be built here for its shapes.
     """
-    needs = objective.needs()
-    pairs = {}
+    needs, taps = objective.needs(), [list[str]() for _ in teachers]
     if needs.pairs is not None:
-        pairs = term_pairs(objective, teachers, student or _required(teachers[0]))
-    chosen = [pair for of_term in pairs.values() for pair in of_term]
-    return [
-        _cost(teacher, list(dict.fromkeys(tap for number, tap, _ in chosen if number == index)), needs.logits)
-        for index, teacher in enumerate(teachers)
-    ]
+        student = student or _network(teachers[0])
+        if student is None:
+            raise _unknown(teachers[0], "its layers are")
+        for index, tap, _ in (
+            pair for of_term in term_pairs(objective, teachers, student).values() for pair in of_term
+        ):
+            taps[index] += [] if tap in taps[index] else [tap]
+    return [_cost(teacher, own, needs.logits) for teacher, own in zip(teachers, taps, strict=True)]
 
 
 def planned_store(spec: str, classes: int, samples: int) -> Manifest:
-    """Return the manifest of a store that is not written, for a teacher's network by name."""
-    identity = {"teacher": {"network": spec}}
+    """Return the manifest of a store that is not written yet, of a teacher's network by name."""
     names = tuple(map(str, range(classes)))
-    return Manifest(identity, {}, samples, names, views=1, block_rows=1, arrays={}, tables={})
+    return Manifest({"teacher": {"network": spec}}, {}, samples, names, 1, 1, arrays={}, tables={})
 
 
-def _cost(teacher: Manifest, taps: list[str], logits: bool) -> ViewCost:
+def _cost(teacher: Manifest, taps: Sequence[str], logits: bool) -> ViewCost:
+    shapes = _shapes(teacher, taps)
     classes = len(teacher.class_names)
-    reads = {LOGITS: _stored(teacher, LOGITS) or FLOAT16 * classes} if logits else {}
-    whole: int | None = FLOAT16 * classes if logits else 0
-    shapes = _tap_shapes(teacher, taps)
+    arrays = {LOGITS: _row_bytes(teacher, LOGITS, "float16", (classes,))} if logits else {}
     for tap in taps:
-        array = f"{FEATURES}{tap}"
-        size = _stored(teacher, array)
-        if size is None and shapes is not None:
-            encoding = parse_encoding("bits" if tap_from_name(tap).reduction == "sign" else "float16")
-            size = sum(part.row_bytes for part in encoding.components(shapes[tap]).values())
-        if size is None:
-            raise RecipeError(
-                f"the size of {array!r} is not known: it is not stored, and teacher "
-                f"{teacher.identity['teacher']['network']!r} cannot be built here"
-            )
-        reads[array] = size
-    if taps and shapes is None:
-        whole = None
-    elif whole is not None and shapes is not None:
-        layers = dict.fromkeys(layer for tap in taps for layer in tap_from_name(tap).layers)
-        whole += FLOAT16 * sum(math.prod(shapes[layer]) for layer in layers)
-    return ViewCost(teacher.samples, reads, whole)
+        encoding = "bits" if tap_from_name(tap).reduction == "sign" else "float16"
+        shape = None if shapes is None else shapes[tap]
+        arrays[f"{FEATURES}{tap}"] = _row_bytes(teacher, f"{FEATURES}{tap}", encoding, shape)
+    if shapes is None:
+        return ViewCost(teacher.samples, arrays, None)
+    layers = {layer for tap in taps for layer in tap_from_name(tap).layers}
+    values = classes * logits + sum(math.prod(shapes[layer]) for layer in layers)
+    return ViewCost(teacher.samples, arrays, FLOAT16 * values)
 
 
-def _stored(teacher: Manifest, array: str) -> int | None:
-    """Return the bytes per sample of an array, or None if it is not stored."""
-    return teacher.arrays[array].row_bytes if array in teacher.arrays else None
+def _row_bytes(teacher: Manifest, array: str, encoding: str, shape: tuple[int, ...] | None) -> int:
+    """Return the bytes per sample of an array, stored or to be stored."""
+    if array in teacher.arrays:
+        return teacher.arrays[array].row_bytes
+    if shape is None:
+        raise _unknown(teacher, f"the shape of {array!r} is")
+    return sum(component.row_bytes for component in parse_encoding(encoding).components(shape).values())
 
 
 def _network(teacher: Manifest) -> Network | None:
-    """Return a teacher's network, untrained; None for user code, which stores must not run."""
-    identity = teacher.identity["teacher"]
-    if identity["network"].startswith("python:"):
-        return None
-    size = identity.get("preprocessing", {}).get("size")
-    try:
-        return build_network(identity["network"], len(teacher.class_names), size=size)
-    except CoursepackError:
-        return None
+    return untrained(teacher, teacher.identity["teacher"].get("preprocessing", {}).get("size"))
 
 
-def _required(teacher: Manifest) -> Network:
-    network = _network(teacher)
-    if network is None:
-        raise RecipeError(
-            "this method compares layers of teacher and student, and teacher "
-            f"{teacher.identity['teacher']['network']!r} cannot be built here to stand for the student: give --student"
-        )
-    return network
+def _unknown(teacher: Manifest, what: str) -> RecipeError:
+    spec = teacher.identity["teacher"]["network"]
+    return RecipeError(
+        f"{what} not known, since the network of teacher {spec!r} cannot be built here: store the features "
+        "first, and give --student"
+    )
 
 
 @torch.inference_mode()
-def _tap_shapes(teacher: Manifest, taps: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
-    """Return the shape of one sample's features by tap and by layer; None if the teacher cannot be built.
+def _shapes(teacher: Manifest, taps: Sequence[str]) -> Shapes | None:
+    """Return the shapes of taps and of their layers' whole outputs; None if the teacher cannot be built.
 
     Raises:
         UnknownName: a tap's layer does not exist.
     """
     network = _network(teacher) if taps else None
     if network is None:
-        return None
+        return {} if not taps else None
     module, pixels = network.module.eval(), network.preprocessing
-    images = torch.zeros(1, pixels.size, pixels.size, len(pixels.mean), dtype=torch.uint8)
-    parsed = {tap: tap_from_name(tap) for tap in taps}
-    layers = list(dict.fromkeys(layer for tap in parsed.values() for layer in tap.layers))
+    layers = list(dict.fromkeys(layer for tap in taps for layer in tap_from_name(tap).layers))
     with tapped(module, layers) as outputs:
-        module(pixels(images))
+        module(pixels(torch.zeros(1, pixels.size, pixels.size, len(pixels.mean), dtype=torch.uint8)))
         shapes = {layer: tuple(outputs[layer].shape[1:]) for layer in layers}
-        for name, tap in parsed.items():
+        for tap in map(tap_from_name, taps):
             reduced = tap.reduce([outputs[layer] for layer in tap.layers], tap_margins(module, tap))
-            shapes[name] = tuple(reduced.shape[1:])
+            shapes[tap.name] = tuple(reduced.shape[1:])
     return shapes

@@ -1,12 +1,11 @@
 """Losses on logits beyond the divergences of `loss`, in float64 NumPy, row by row from the formulas.
 
-Each returns the loss per sample `(N,)` from the student's logits `(N, C)` and the teacher's probabilities `(N, C)`.
+Losses are per sample `(N,)`, of the student's logits `(N, C)` and the teacher's probabilities `(N, C)`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
 from reference.methods import kl, softmax
 
 
