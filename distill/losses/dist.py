@@ -53,7 +53,8 @@ def correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     """Return Pearson's correlation of two matrices along a dimension; 0 where one of them is constant."""
     student, teacher = (values - values.mean(dim, keepdim=True) for values in (student, teacher))
     norms = student.norm(dim=dim) * teacher.norm(dim=dim)
-    return (student * teacher).sum(dim) / (norms + EPSILON)
+    correlations: Tensor = (student * teacher).sum(dim) / (norms + EPSILON)
+    return correlations
 
 
 def _needs(config: DistConfig) -> Needs:
