@@ -65,9 +65,12 @@ def cases_of(stores, tapped):
 
     light = {"terms": {"confidence_hint": {"weight": 1.0}}}
     needs = {name: method.objective.needs() for name, method in METHODS.items()}
-    plain = {name: case(name) for name in METHODS if needs[name].teachers and needs[name].pairs is None}
+    plain = {
+        name: case(name, chosen=stores if needs[name].teachers else ())
+        for name in METHODS
+        if needs[name].pairs is None
+    }
     return plain | {
-        "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
         "you17": case("you17", chosen=tapped),
         "ca-mkd-features": case("ca-mkd-features", chosen=tapped, objective=light),

@@ -3,12 +3,15 @@
 from coursepack.distill.losses import (
     confidence_hint,
     discriminator,
+    dist,
+    dkd,
     hint,
     label,
     latents,
     relation,
     soft_target,
     triplet_order,
+    virtual_teacher,
 )
 from coursepack.distill.losses.base import Loss
 
@@ -19,6 +22,9 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "dkd": dkd.LOSS,
+    "dist": dist.LOSS,
+    "virtual_teacher": virtual_teacher.LOSS,
     "confidence_hint": confidence_hint.LOSS,
     "triplet_order": triplet_order.LOSS,
     "discriminator": discriminator.LOSS,
