@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.distill.losses.base import BuildContext
+import torch
+
+from coursepack.distill.losses.base import BuildContext, TeacherHead
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.setup.requirements import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
     check_needs,
     needed_arrays,
     shaped_pairs,
-    teacher_head,
     term_pairs,
 )
 from coursepack.distill.setup.student import probe_student
@@ -103,7 +106,7 @@ def build_objective(
         classes=len(source.class_names),
         accuracies=tuple(map(_accuracy, readers)),
         embedding_width=width,
-        heads=tuple(map(teacher_head, readers)) if needs.teacher_head else (),
+        heads=tuple(map(_teacher_head, readers)) if needs.teacher_head else (),
         labels=source.labels,
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
         seed=seed,
@@ -129,3 +132,12 @@ def _accuracy(reader: StoreReader) -> float:
     """Return a teacher's accuracy over all views recorded in its store."""
     totals = reader.manifest.totals
     return totals["correct"] / max(totals["rows"], 1.0)
+
+
+def _teacher_head(reader: StoreReader) -> TeacherHead:
+    """Return the head of a store's teacher."""
+    has_bias = HEAD_BIAS in reader.manifest.tables
+    return TeacherHead(
+        torch.from_numpy(reader.table(HEAD_WEIGHT)),
+        torch.from_numpy(reader.table(HEAD_BIAS)) if has_bias else None,
+    )

@@ -7,12 +7,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import FeaturePair, TeacherHead
+from coursepack.distill.losses.base import FeaturePair
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
@@ -264,19 +262,6 @@ def check_needs(
                     f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
                     f"  {line}{other}"
                 )
-
-
-def teacher_head(reader: StoreReader) -> TeacherHead:
-    """Return the head of a store's teacher.
-
-    Raises:
-        UnknownName: the store has no head; `check_needs` refuses such stores first.
-    """
-    has_bias = HEAD_BIAS in reader.manifest.tables
-    return TeacherHead(
-        torch.from_numpy(reader.table(HEAD_WEIGHT)),
-        torch.from_numpy(reader.table(HEAD_BIAS)) if has_bias else None,
-    )
 
 
 def precompute_command(
