@@ -248,7 +248,8 @@ def test_a_killed_rank_starts_all_again_from_the_checkpoint(tmp_path, stores):
     last, _ = on_ranks(2, resumed, load_run(killed).recipe.model_dump(mode="json"), [whole] * 2)
     assert last["epoch"] == 5
     assert complaints.count("resuming ") == 1
-    assert complaints.count("Traceback") == 0
+    # What torchrun logs of the killed process has a time in front.
+    assert "\nTraceback" not in complaints
     assert said.count("accuracy") == 1
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in killed.iterdir()} == names
