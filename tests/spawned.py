@@ -42,7 +42,7 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     [
         *("coursepack.distill.cli", "coursepack.precompute.cli", "coursepack.data.jit_philox"),
-        *("coursepack.data.jit_pixels", "sklearn.datasets", "torch.distributed.run", "zarr"),
+        *("coursepack.data.jit_pixels", "sklearn.datasets", "torch._dynamo", "torch.distributed.run", "zarr"),
     ]
 )
 
@@ -84,8 +84,7 @@ def code(words):
 
 
 def script(words):
-    """What `python -W error` does."""
-    warnings.simplefilter("error")
+    """What `python FILE` does."""
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -114,6 +113,8 @@ def as_command(words, folder, before):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     NETWORKS["dropping"] = DROPPING
+    if words[0] in ("distill", "script"):
+        warnings.simplefilter("error")
     if before is not None:
         before()
     COMMANDS[words[0]](words[1:])
