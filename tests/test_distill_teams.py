@@ -37,18 +37,8 @@ from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
 N, C, K = 6, 5, 3
-TAPS = {"digits-mlp": "hidden2", "digits-cnn": "hidden", "digits-resnet": "layer2"}
-"""Taps of what the heads read; ReLU follows in the first two."""
-
-
-@pytest.fixture(scope="module")
-def last_taps(tmp_path_factory, teachers):
-    """float32 stores of three teachers with the features that their heads read."""
-    folder, made = tmp_path_factory.mktemp("last"), []
-    for teacher in teachers:
-        made.append(folder / f"{teacher.name}.zarr")
-        run_job(make_job(made[-1], teacher, taps=(parse_tap(TAPS[teacher.name]),), encoding="float32"))
-    return made
+HEADS = ("hidden2", "hidden", "layer2@pooled")
+"""Deepest taps of the stores `tapped`, which the heads read; ReLU follows in the first two."""
 
 
 def drawn(*shape, seed=0):
@@ -248,15 +238,15 @@ def test_one_teacher_counts_whole():
     torch.testing.assert_close(module(inputs), plain)
 
 
-def test_heads_are_read_from_the_stores_and_not_from_checkpoints(last_taps):
-    recipe = make_recipe(last_taps, method="ca-mkd-features", student="digits-cnn", limit=64)
+def test_heads_are_read_from_the_stores_and_not_from_checkpoints(tapped):
+    recipe = make_recipe(tapped, method="ca-mkd-features", student="digits-cnn", limit=64)
     setup = prepare(recipe, CPU)
     state = make_state(setup)
     term = state.learner.objective.terms["confidence_hint"]
-    for head, store in zip(term.heads, last_taps, strict=True):
+    for head, store in zip(term.heads, tapped, strict=True):
         assert torch.equal(head.weight, torch.from_numpy(StoreReader(store).static("head_weight")))
     assert not [name for name in state.learner.state_dict() if "heads" in name]
-    assert [(pair.tap, pair.layer) for pair in term.pairs] == [(tap, "hidden") for tap in TAPS.values()]
+    assert [(pair.tap, pair.layer) for pair in term.pairs] == [(tap, "hidden") for tap in HEADS]
     before = {name: value.detach().clone() for name, value in term.named_parameters()}
     metrics = train_epoch([state], setup.batches(0), setup.targets)[0]
     assert metrics["confidence_hint"] > 0
@@ -275,15 +265,15 @@ def test_a_head_that_reads_something_else_is_refused(tmp_path, teachers):
         make_state(prepare(recipe, CPU))
 
 
-def test_a_store_without_a_head_is_refused(last_taps, monkeypatch):
-    setup = prepare(make_recipe(last_taps[:1]), CPU)
+def test_a_store_without_a_head_is_refused(tapped, monkeypatch):
+    setup = prepare(make_recipe(tapped[:1]), CPU)
     tables = {"labels": setup.readers[0].manifest.tables["labels"]}
     monkeypatch.setattr(
         "coursepack.data.store.reader.load_manifest",
         lambda *args: replace(load_manifest(*args), tables=tables),
     )
     with pytest.raises(RecipeError, match=r"applies the teachers' heads, but store '.*' has none"):
-        prepare(make_recipe(last_taps[:1], method="ca-mkd-features", student="digits-cnn"), CPU)
+        prepare(make_recipe(tapped[:1], method="ca-mkd-features", student="digits-cnn"), CPU)
 
 
 # You et al. 2017
@@ -316,14 +306,14 @@ def test_a_student_with_the_teachers_order_and_margins_has_no_loss():
     assert order_loss(table.max() - table, table[None], 0.2).all()
 
 
-def test_teachers_of_one_layer_vote_together(last_taps):
+def test_teachers_of_one_layer_vote_together(tapped):
     pairs = [
         {"teacher": 0, "tap": "hidden2", "layer": "hidden"},
         {"teacher": 1, "tap": "hidden", "layer": "conv1"},
-        {"teacher": 2, "tap": "layer2", "layer": "hidden"},
+        {"teacher": 2, "tap": "layer2:pooled", "layer": "hidden"},
     ]
     recipe = make_recipe(
-        last_taps, method="you17", student="digits-cnn", limit=64,
+        tapped, method="you17", student="digits-cnn", limit=64,
         objective={"terms": {"triplet_order": {"pairs": pairs}}},
     )  # fmt: skip
     setup = prepare(recipe, CPU)
@@ -419,10 +409,10 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("method", ["ae-kd", "ca-mkd-features", "you17", "meal"])
-def test_a_student_learns(last_taps, method):
+def test_a_student_learns(tapped, method):
     light = {"terms": {"confidence_hint": {"weight": 1.0}}} if method == "ca-mkd-features" else {}
     fields = {"student": "digits-cnn", "limit": 300, "optimizer": {"lr": 0.05}, "epochs": 4}
-    recipe = make_recipe(last_taps, method=method, objective=light, **fields)
+    recipe = make_recipe(tapped, method=method, objective=light, **fields)
     setup = prepare(recipe, CPU)
     state = make_state(setup)
     told = [train_epoch([state], setup.batches(epoch), setup.targets, epoch)[0] for epoch in range(4)]
@@ -431,9 +421,9 @@ def test_a_student_learns(last_taps, method):
 
 
 @pytest.mark.parametrize("method", ["ca-mkd-features", "meal"])
-def test_what_a_method_learns_is_resumed(tmp_path, last_taps, method, monkeypatch):
+def test_what_a_method_learns_is_resumed(tmp_path, tapped, method, monkeypatch):
     fields = {"method": method, "student": "digits-cnn", "limit": 100, "batch_size": 32, "epochs": 2}
-    recipe = make_recipe(last_taps, optimizer={"lr": 0.02}, **fields)
+    recipe = make_recipe(tapped, optimizer={"lr": 0.02}, **fields)
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
     save, left = TRAIN.save_checkpoint, [5]
