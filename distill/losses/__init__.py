@@ -1,6 +1,17 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import hint, label, latents, relation, soft_target
+from coursepack.distill.losses import (
+    activation_boundaries,
+    contrast,
+    factor_transfer,
+    hint,
+    label,
+    latents,
+    overhaul,
+    relation,
+    soft_target,
+    vid,
+)
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -9,6 +20,11 @@ LOSSES: dict[str, Loss] = {
     "angle": relation.ANGLE,
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
+    "vid": vid.LOSS,
+    "ab": activation_boundaries.LOSS,
+    "crd": contrast.LOSS,
+    "ofd": overhaul.LOSS,
+    "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""
