@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def context_of(needs: Needs, term: str = "") -> BuildContext:
     """Everything that a term or a fusion is built for."""
-    maps = needs.pairs is not None and "map" in needs.pairs.reductions
+    maps = needs.pairs is not None and bool({"map", "margin"} & set(needs.pairs.reductions))
     pairs = tuple(
         FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), (3, 4, 4)) for teacher in range(K)
     )

@@ -39,10 +39,11 @@ WHOLE, UNEVEN, SHORT = 128, 133, 131
 
 @pytest.fixture(scope="module")
 def tapped(tmp_path_factory, teachers):
-    """Stores of two teachers with a feature each, one view."""
+    """Stores of three teachers with a feature each, one view."""
     folder, digits, made = tmp_path_factory.mktemp("tapped"), open_source("digits"), []
-    for teacher, layer in zip(teachers, ("hidden1", "conv1"), strict=False):
-        runner = TeacherRunner(load_teacher(f"run:{teacher}", digits.class_names), [Tap((layer,))])
+    taps = (Tap(("hidden1",)), Tap(("conv1",)), Tap(("layer1.0.bn1",), "margin"))
+    for teacher, tap in zip(teachers, taps, strict=True):
+        runner = TeacherRunner(load_teacher(f"run:{teacher}", digits.class_names), [tap])
         made.append(folder / f"{teacher.name}.zarr")
         fields = {"encoding": "float32", "feature_encoding": "float32"}
         run_job(Job(made[-1], digits, view_recipe("digits"), runner, 1, **fields), quiet=True)
@@ -59,11 +60,22 @@ def cases_of(stores, tapped):
         return make_recipe(chosen, method=method, **fields).model_dump(mode="json")
 
     def hinted(method, **hints):
-        objective = {"terms": {"hint": {"pairs": pairs, **hints}}}
-        return case(method, chosen=tapped, student="digits-cnn", objective=objective)
+        return featured(method, "hint", **hints)
 
-    plain = {name: case(name) for name in METHODS if name not in ("supervised", "amtml-hints")}
+    def featured(method, term, **changes):
+        changes = {"pairs": pairs, **changes}
+        return case(method, chosen=tapped, student="digits-cnn", objective={"terms": {term: changes}})
+
+    margins = [{"teacher": 2, "tap": "layer1.0.bn1:margin", "layer": "conv1"}]
+    single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
+    with_features = {"supervised", "amtml-hints", "fitnets", "vid", "ab", "ofd", "ft"}
+    plain = {name: case(name) for name in METHODS if name not in with_features | single}
     return plain | {
+        "fitnets": featured("fitnets", "hint"),
+        "vid": featured("vid", "vid"),
+        "ab": featured("ab", "ab"),
+        "ofd": featured("ofd", "ofd", pairs=margins),
+        "ft": featured("ft", "ft"),
         "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
         "hints alone": hinted("kd", weight=1.0),
@@ -109,7 +121,9 @@ def assert_close(got, want, where, atol=1e-5):
 
 
 def test_every_method_gives_the_losses_and_gradients_of_one_process(epochs):
-    assert set(METHODS) < set(epochs)
+    assert {name for name, method in METHODS.items() if not method.objective.needs().one_process} < set(
+        epochs
+    )
     for name, (alone, *together) in epochs.items():
         if name in ("batch statistics", "float16"):
             continue

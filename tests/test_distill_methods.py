@@ -36,8 +36,13 @@ TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().t
 TAPS = {
     "digits-mlp": ("hidden1", "hidden2"),
     "digits-cnn": ("conv2",),
-    "digits-resnet": ("layer1", "layer2:pooled"),
+    "digits-resnet": ("layer1", "layer2:pooled", "layer2.0.bn1:margin"),
 }
+PAIRS = {
+    "ab": {"teacher": 2, "tap": "layer1", "layer": "conv1"},
+    "ofd": {"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},
+}
+"""The pair of methods that cannot take any tap of any teacher, by the name of their term."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,11 @@ def tapped_stores(tmp_path_factory, teachers):
         run_job(job, quiet=True)
         made.append(plain)
     return made
+
+
+def pairs_of(name):
+    """Changes of a method's objective that it needs for these stores."""
+    return {"terms": {name: {"pairs": [PAIRS[name]]}}} if name in PAIRS else {}
 
 
 def step_losses(recipe, steps):
@@ -76,6 +86,7 @@ def step_losses(recipe, steps):
 @pytest.mark.parametrize("name", TAUGHT)
 def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
     fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
+    fields["objective"] = pairs_of(name)
     cached = step_losses(make_recipe(tapped_stores, **fields), 8)
     live = step_losses(make_recipe(tapped_stores, **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
@@ -88,6 +99,8 @@ def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name
     words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
+    if name in PAIRS:
+        words += ["--set", f"objective.terms.{name}.pairs={json.dumps([PAIRS[name]])}"]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics
@@ -95,7 +108,7 @@ def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name
     assert 0 <= told["evaluation"]["calibration_error"] <= 1
     terms = set(told["train"]) - {"loss", "accuracy", "accuracy_top5", "nll", "calibration_error"}
     assert sum(told["train"][term] for term in terms) == pytest.approx(told["train"]["loss"], rel=1e-5)
-    if not stores:
+    if not METHODS[name].objective.needs().fused:
         assert "teachers" not in told
         return
     teachers = told["teachers"]

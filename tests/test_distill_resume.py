@@ -57,6 +57,14 @@ def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"joint_epochs": 2}, "terms": {"hint": hints}}
+    pair = {"pairs": hints["pairs"]}
+    adapted = {
+        "crd": {**pair, "negatives": 64, "dim": 8},
+        "ft": {**pair, "paraphraser_epochs": 2, "weight": 1.0},
+        "vid": pair,
+        "ab": {**pair, "weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 3}},
+        "regressor": {"term": "hint", "adapter": "conv-bn-relu", **pair},
+    }
     drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
@@ -64,13 +72,17 @@ def recipes(stores, tapped):
             [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
             optimizer=ONE_CYCLE, **STUDENT,
         ),
+        "adapters": make_recipe(
+            [tapped], method="crd", objective={"terms": adapted}, student="digits-cnn", **STUDENT,
+            optimizer={"lr": 0.01},
+        ),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
         "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "windowed", "random", "dtd")
+NAMES = ("dropout", "hints", "adapters", "windowed", "random", "dtd")
 
 
 def told(run):

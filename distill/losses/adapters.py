@@ -108,15 +108,13 @@ class Regressor(nn.Module):
         self.relu = relu
         self.shape, target = map_shapes(student_shape, teacher_shape)
         self.vector_output = len(teacher_shape) == 1 or len(student_shape) == 1
-        self.resized: tuple[int, int] | None = None
+        convolution = None if pointwise else _convolution(self.shape, target)
+        self.resized = target[1:] if convolution is None else None
+        if convolution is None:
+            convolution = nn.Conv2d(self.shape[0], target[0], 1, bias=not pointwise)
         if pointwise:
-            self.resized = target[1:]
-            self.conv: nn.Module = nn.Conv2d(self.shape[0], target[0], 1, bias=False)
-            nn.init.normal_(self.conv.weight, std=math.sqrt(2 / target[0]))
-        else:
-            convolution = _convolution(self.shape, target)
-            self.resized = target[1:] if convolution is None else None
-            self.conv = convolution or nn.Conv2d(self.shape[0], target[0], 1)
+            nn.init.normal_(convolution.weight, std=math.sqrt(2 / target[0]))
+        self.conv = convolution
         self.norm = nn.BatchNorm2d(target[0])
 
     def forward(self, features: Tensor) -> Tensor:
@@ -147,7 +145,7 @@ class Regressor(nn.Module):
         )
 
 
-def _convolution(student: Shape, teacher: Shape) -> nn.Module | None:
+def _convolution(student: Shape, teacher: Shape) -> nn.Conv2d | nn.ConvTranspose2d | None:
     """Return the convolution between maps of two shapes, or None if the release defines none."""
     (channels, height, width), (target, target_height, target_width) = student, teacher
     if (height, width) == (2 * target_height, 2 * target_width):

@@ -1,4 +1,4 @@
-"""Factor transfer (FT): factors of the teacher's features, which a translator learns to make of the student's.
+"""Factor transfer (FT): factors of the teacher's features, that a translator makes of the student's too.
 
 Kim, Park and Kwak, NeurIPS 2018, arXiv 1802.04977, in the form of the authors' release. A paraphraser, an
 autoencoder of convolutions, learns the factors from the teacher's features without labels. In the paper it is
@@ -143,7 +143,8 @@ class FactorTransfer(nn.Module):
         In the first phase, the paraphrasers receive the gradient of the reconstruction error; afterwards, the
         student's features and the translators that of the distance times the term's weight.
         """
-        first, epoch = inputs.step.epoch < self.config.paraphraser_epochs, inputs.step.epoch
+        epoch = inputs.step.epoch
+        first = epoch < self.config.paraphraser_epochs
         distance = factor_distance if self.config.compare == "factors" else _attention_distance
         losses = []
         for pair, translator in zip(self.pairs, self.translators, strict=True):

@@ -1,8 +1,8 @@
 """Comprehensive overhaul of feature distillation (OFD): a partial distance before the activation.
 
-Heo et al., ICCV 2019, arXiv 1904.01866, in the form of its release. The target is the teacher's value before its ReLU,
-but no lower than the channel's margin, the expected negative value. Where the target is not positive and the
-student is below it, nothing is asked of the student. Stores hold targets (`--tap BN:margin`). A margin is
+Heo et al., ICCV 2019, arXiv 1904.01866, in the form of its release. The target is the teacher's value before
+its ReLU, but no lower than the channel's margin, the expected negative value. Where the target is not
+positive and the student is below it, the loss is zero. Stores hold targets (`--tap BN:margin`). A margin is
 negative, so the target is positive exactly where the teacher is.
 """
 

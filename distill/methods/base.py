@@ -58,6 +58,7 @@ class Method:
         lines += ["a tapped feature of every teacher"] if needs.pairs is not None else []
         lines += ["one label per sample (no mixed images)"] if needs.one_label else []
         lines += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
+        lines += [f"one process: {needs.one_process}"] if needs.one_process else []
         return (*lines, "labels")
 
 
