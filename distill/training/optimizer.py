@@ -34,7 +34,7 @@ def _complete_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """
     for group in optimizer.param_groups:
         trained = [value for value in group["params"] if value.grad is not None]
-        new = [value for value in trained if "momentum_buffer" not in optimizer.state[value]]
+        new = [value for value in trained if "momentum_buffer" not in optimizer.state.get(value, {})]
         for value in new if len(new) < len(trained) else ():
             optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
 
