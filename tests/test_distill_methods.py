@@ -341,6 +341,9 @@ def test_every_method_says_what_it_is():
         '"angle": {"weight": 1.0}',
     ):
         assert text in shown
+    shown = CliRunner().invoke(distill, ["methods", "ab"]).stdout
+    assert '"weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 30}' in shown
+    assert "fusion" not in shown, "it reads no logits"
     assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)
     wrong = CliRunner().invoke(distill, ["methods", "amtm"])
     assert wrong.exit_code == 1

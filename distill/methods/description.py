@@ -15,11 +15,11 @@ def describe(name: str) -> dict[str, Any]:
     """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
-    teachers = method.objective.needs().teachers
+    fused = method.objective.needs().fused
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
-        defaults["terms"][key]["weight"] = term.weight
+        defaults["terms"][key]["weight"] = term.model_dump(mode="json")["weight"]
         if term.term == key:
             del defaults["terms"][key]["term"]
     return {
@@ -29,8 +29,8 @@ def describe(name: str) -> dict[str, Any]:
         "evidence": method.evidence,
         "needs": list(method.needs),
         "note": method.note,
-        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if teachers else None,
-        "combine": _combine(method) if teachers else None,
+        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fused else None,
+        "combine": _combine(method) if fused else None,
         "defaults": defaults,
     }
 
