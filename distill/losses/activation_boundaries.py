@@ -106,7 +106,7 @@ def _adapter(pair: FeaturePair) -> nn.Module:
 def _needs(config: ABConfig) -> Needs:
     return Needs(
         pairs=PairNeeds(config.pairs, config.layers, ("sign", "margin", "map"), choose="every"),
-        every_teacher="ab",
+        every_teacher="the pairs of ab",
         whole_batch=("the batch normalization of ab",),
     )
 

@@ -245,7 +245,7 @@ def _samples(inputs: LossInputs) -> Samples:
 def _needs(config: CRDConfig) -> Needs:
     return Needs(
         pairs=PairNeeds(config.pairs, config.layers, ("pooled", "map"), choose="last"),
-        every_teacher="crd",
+        every_teacher="the pairs of crd",
         one_label="crd draws negatives of other classes",
         whole_batch=("crd",),
         one_process="crd keeps a memory of the samples",

@@ -163,7 +163,7 @@ def _attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _needs(config: FTConfig) -> Needs:
-    return Needs(pairs=PairNeeds(config.pairs, config.layers, choose="last"), every_teacher="ft")
+    return Needs(pairs=PairNeeds(config.pairs, config.layers, choose="last"), every_teacher="the pairs of ft")
 
 
 def _build(config: FTConfig, context: BuildContext) -> FactorTransfer:

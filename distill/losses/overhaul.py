@@ -86,7 +86,7 @@ def partial_distance(student: Tensor, target: Tensor) -> Tensor:
 def _needs(config: OFDConfig) -> Needs:
     return Needs(
         pairs=PairNeeds(config.pairs, config.layers, ("margin",), choose="every"),
-        every_teacher="ofd",
+        every_teacher="the pairs of ofd",
         whole_batch=("the batch normalization of ofd",),
     )
 

@@ -131,7 +131,9 @@ class VID(nn.Module):
 
 
 def _needs(config: VIDConfig) -> Needs:
-    return Needs(pairs=PairNeeds(config.pairs, config.layers, choose="every"), every_teacher="vid")
+    return Needs(
+        pairs=PairNeeds(config.pairs, config.layers, choose="every"), every_teacher="the pairs of vid"
+    )
 
 
 def _build(config: VIDConfig, context: BuildContext) -> VID:
