@@ -3,6 +3,8 @@
 from coursepack.distill.losses import (
     activation_boundaries,
     contrast,
+    dist,
+    dkd,
     factor_transfer,
     hint,
     label,
@@ -11,6 +13,7 @@ from coursepack.distill.losses import (
     relation,
     soft_target,
     vid,
+    virtual_teacher,
 )
 from coursepack.distill.losses.base import Loss
 
@@ -26,5 +29,8 @@ LOSSES: dict[str, Loss] = {
     "ofd": overhaul.LOSS,
     "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
+    "dkd": dkd.LOSS,
+    "dist": dist.LOSS,
+    "virtual_teacher": virtual_teacher.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""

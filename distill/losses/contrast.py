@@ -246,6 +246,7 @@ def _needs(config: CRDConfig) -> Needs:
     return Needs(
         pairs=PairNeeds(config.pairs, config.layers, ("pooled", "map"), choose="last"),
         every_teacher="the pairs of crd",
+        labels=True,
         one_label="crd draws negatives of other classes",
         whole_batch=("crd",),
         one_process="crd keeps a memory of the samples",
