@@ -25,13 +25,14 @@ from coursepack.distill.losses.hint import HintConfig
 from coursepack.distill.losses.overhaul import OFDConfig, Overhaul, partial_distance
 from coursepack.distill.losses.vid import VID, VIDConfig, gaussian_loss
 from coursepack.distill.methods import METHODS
+from coursepack.distill.setup.costs import planned_store
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.setup.requirements import check_needs
+from coursepack.distill.setup.requirements import check_needs, term_pairs
 from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
-from coursepack.models import parse_tap
+from coursepack.models import build_network, parse_tap
 from coursepack.models.reductions import above_margin
 from coursepack.precompute import run_job
 
@@ -375,3 +376,13 @@ def test_configs_are_refused_out_of_range():
     for config, fields in itertools.product((HintConfig, OFDConfig), ({"adapter": "other"}, {"weight": -1})):
         with pytest.raises(ValueError, match=r"adapter|weight"):
             config(**fields)
+
+
+def test_margins_are_of_batch_normalizations_where_nothing_is_stored():
+    teacher, student = planned_store("digits-resnet", 10, 5), build_network("digits-cnn", 10)
+    pairs = term_pairs(METHODS["ofd"].objective, [teacher], student)["ofd"]
+    assert pairs == [
+        (0, "layer1.1.bn2@margin", "conv1"),
+        (0, "layer1.1.bn2@margin", "conv2"),
+        (0, "layer2.1.bn2@margin", "hidden"),
+    ]

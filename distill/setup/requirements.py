@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.losses import LOSSES
@@ -98,8 +100,19 @@ def _taps_of(manifest: Manifest, reductions: Sequence[str]) -> list[str]:
     usable = [name for name in taps if tap_from_name(name).reduction in reductions]
     order = {} if module is None else depth_of(module)
     usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
-    layers = ([] if module is None else blocks(module)) or ["LAYER"]
+    layers = ([] if module is None else _layers_to_tap(module, reductions[0])) or ["LAYER"]
     return usable or [Tap((layer,), reductions[0]).name for layer in layers]
+
+
+def _layers_to_tap(module: nn.Module, reduction: str) -> list[str]:
+    """Return a network's blocks, or for margins the last batch normalization in each that has one."""
+    layers = blocks(module)
+    if reduction != "margin":
+        return layers
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    inside = [[norm for norm in norms if f"{norm}.".startswith(f"{layer}.")] for layer in layers]
+    return [found[-1] for found in inside if found] or layers
 
 
 def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
