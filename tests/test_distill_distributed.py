@@ -50,15 +50,19 @@ def cases_of(stores, tapped):
 
     margins = [{"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"}]
     single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
-    with_features = {"supervised", "amtml-hints", "fitnets", "vid", "ab", "ofd", "ft"}
-    plain = {name: case(name) for name in METHODS if name not in with_features | single}
+    with_features = {"amtml-hints", "fitnets", "vid", "ab", "ofd", "ft"}
+    taught = {name for name, method in METHODS.items() if method.objective.needs().teachers}
+    plain = {
+        name: case(name, chosen=stores if name in taught else ())
+        for name in METHODS
+        if name not in with_features | single
+    }
     return plain | {
         "fitnets": featured("fitnets", "hint"),
         "vid": featured("vid", "vid"),
         "ab": featured("ab", "ab"),
         "ofd": featured("ofd", "ofd", chosen=tapped, pairs=margins),
         "ft": featured("ft", "ft"),
-        "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
         "hints alone": hinted("kd", weight=1.0),
         "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
