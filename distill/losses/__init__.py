@@ -1,6 +1,6 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import hint, label, latents, relation, soft_target
+from coursepack.distill.losses import hint, label, latents, relation, reviewkd, simkd, soft_target
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -10,5 +10,7 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "reviewkd": reviewkd.LOSS,
+    "simkd": simkd.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""
