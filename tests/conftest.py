@@ -16,6 +16,7 @@ from image_files import write_tree
 
 from coursepack import kernels
 from coursepack.data import PRESETS, Batch, open_source
+from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
@@ -125,6 +126,17 @@ def cnn_store(shared, teachers):
         run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
 
     return shared("cnn", write) / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def mapped_store(shared, teachers):
+    """The float32 store of the `digits-resnet` among the teachers, with its last map, two views."""
+
+    def write(folder):
+        fields = {"encoding": "float32", "feature_encoding": "float32"}
+        run_job(make_job(folder / "resnet.zarr", teachers[2], taps=(parse_tap("layer2"),), **fields))
+
+    return shared("mapped", write) / "resnet.zarr"
 
 
 @pytest.fixture

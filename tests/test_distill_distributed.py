@@ -49,7 +49,7 @@ def tapped(tmp_path_factory, teachers):
     return made
 
 
-def cases_of(stores, tapped):
+def cases_of(stores, tapped, mapped):
     """Recipes by name: every method, and everything in a step that several ranks could get wrong."""
     pairs = [{"teacher": 1, "tap": "conv1", "layer": "conv1"}]
     mixed = view_recipe("digits").model_copy(update={"mix": Mix(mixup_alpha=1.0)})
@@ -62,10 +62,14 @@ def cases_of(stores, tapped):
         objective = {"terms": {"hint": {"pairs": pairs, **hints}}}
         return case(method, chosen=tapped, student="digits-cnn", objective=objective)
 
-    plain = {name: case(name) for name in METHODS if name not in ("supervised", "amtml-hints")}
+    apart = ("supervised", "amtml-hints", "reviewkd", "simkd")
+    plain = {name: case(name) for name in METHODS if name not in apart}
+    reviewed = {"terms": {"reviewkd": {"weight": 1.0}}}
     return plain | {
         "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
+        "reviewkd": case("reviewkd", chosen=[mapped], student="digits-cnn", objective=reviewed),
+        "simkd": case("simkd", chosen=[mapped], student="digits-cnn"),
         "hints alone": hinted("kd", weight=1.0),
         "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
         "own term": {**case("kd"), "with_pairs": True},
@@ -83,9 +87,9 @@ def cases_of(stores, tapped):
 
 
 @pytest.fixture(scope="module")
-def epochs(stores, tapped):
+def epochs(stores, tapped, mapped_store):
     """By case: what one process tells of an epoch, and what each of two ranks does."""
-    cases = cases_of(stores, tapped)
+    cases = cases_of(stores, tapped, mapped_store)
     together = on_ranks(2, one_epoch, list(cases.values()))
     for told in together:
         if isinstance(told, BaseException):
@@ -111,7 +115,7 @@ def assert_close(got, want, where, atol=1e-5):
 def test_every_method_gives_the_losses_and_gradients_of_one_process(epochs):
     assert set(METHODS) < set(epochs)
     for name, (alone, *together) in epochs.items():
-        if name in ("batch statistics", "float16"):
+        if name in ("batch statistics", "simkd", "float16"):  # each rank normalizes its own rows
             continue
         everything = [dict(told) for told in (alone, *together)]
         if name == "parts":  # what is taken from one part in eight is of other rows

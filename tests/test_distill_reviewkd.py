@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CPU, make_recipe
+from helpers import make_job
 from reference.maps import averaged, convolved, nearest, normalized
 from test_distill_published import agree, figures
 
@@ -17,6 +18,8 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
+from coursepack.models import parse_tap
+from coursepack.precompute import run_job
 
 N = 6
 PAIRS = (
@@ -49,11 +52,14 @@ def reference(weights, students, teachers, pairs=PAIRS):
     """The loss `(N,)`; `weights` are the module's, `students` and `teachers` maps by name."""
     deeper, total = None, 0.0
     for level in reversed(range(len(pairs))):
-        pair, w = pairs[level], {
-            name.removeprefix(f"levels.0.fusions.{level}."): value
-            for name, value in weights.items()
-            if name.startswith(f"levels.0.fusions.{level}.")
-        }
+        pair, w = (
+            pairs[level],
+            {
+                name.removeprefix(f"levels.0.fusions.{level}."): value
+                for name, value in weights.items()
+                if name.startswith(f"levels.0.fusions.{level}.")
+            },
+        )
         student, teacher = students[pair.layer], teachers[pair.tap]
         if teacher.ndim == 2:
             student, teacher = student.mean((2, 3), keepdims=True), teacher[:, :, None, None]
@@ -114,7 +120,13 @@ def test_value_and_gradients():
         assert got == pytest.approx(slope(students, layer, index), rel=1e-3, abs=1e-5)
     own = dict(module.named_parameters())
     for level in range(len(PAIRS)):
-        for name in ("enter.0.weight", "enter.1.bias", "leave.0.weight", "leave.1.weight", "attention.weight"):
+        for name in (
+            "enter.0.weight",
+            "enter.1.bias",
+            "leave.0.weight",
+            "leave.1.weight",
+            "attention.weight",
+        ):
             name = f"levels.0.fusions.{level}.{name}"
             if name in own:
                 index = tuple(side - 1 for side in own[name].shape)
@@ -125,7 +137,9 @@ def test_value_and_gradients():
 
 def test_several_teachers_have_modules_of_their_own_and_equal_weight():
     module, students, teachers = case()
-    both = ReviewKD([*PAIRS, *(FeaturePair(1, p.tap, p.layer, p.teacher_shape, p.student_shape) for p in PAIRS)])
+    both = ReviewKD(
+        [*PAIRS, *(FeaturePair(1, p.tap, p.layer, p.teacher_shape, p.student_shape) for p in PAIRS)]
+    )
     state = module.state_dict()
     both.load_state_dict(state | {name.replace("levels.0.", "levels.1.", 1): v for name, v in state.items()})
     inputs = inputs_of(students, teachers)
@@ -146,6 +160,22 @@ def test_modules_depend_on_the_seed_alone():
 def test_the_weight_rises_for_twenty_epochs():
     weight = METHODS["reviewkd"].objective.terms["reviewkd"].weight
     assert [value_at(weight, epoch) for epoch in (0, 1, 10, 20, 200)] == [0, 0.25, 2.5, 5, 5]
+
+
+@pytest.fixture(scope="module")
+def tapped_cnn(tmp_path_factory, teachers):
+    """A store of the `digits-cnn` among the teachers with both of its maps."""
+    path = tmp_path_factory.mktemp("review") / "cnn.zarr"
+    run_job(make_job(path, teachers[1], taps=(parse_tap("conv1"), parse_tap("conv2"))), quiet=True)
+    return path
+
+
+def test_a_batch_of_one_adds_nothing():
+    module, students, teachers = case()
+    one = [{name: value[:1] for name, value in each.items()} for each in (students, teachers)]
+    inputs = inputs_of(*one)
+    output = StudentOutput(torch.zeros(1, 10), features=inputs.student.features)
+    assert module(LossInputs(output, torch.zeros(1).long(), inputs.targets)) is None
 
 
 def test_a_student_is_trained_with_every_block(tapped_cnn):

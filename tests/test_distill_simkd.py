@@ -1,4 +1,4 @@
-"""Reused teacher classifier: loss and logits as published, the wrapped student in runs, stores and refusals."""
+"""Reused teacher classifier: loss and logits as published, wrapped students in runs, stores and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coursepack.data import open_source
 from coursepack.data.store import StoreReader
 from coursepack.distill import Learner, make_objective, make_targets, open_teacher_stores, wrap_student
 from coursepack.distill.cli import main as distill
-from coursepack.distill.losses.base import FeaturePair, LossInputs, StudentOutput
+from coursepack.distill.losses.base import FeaturePair, LossInputs
 from coursepack.distill.losses.simkd import SimKD
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train
@@ -39,11 +39,8 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, teachers):
-    """The store of the `digits-resnet` among the teachers, with its last map."""
-    path = tmp_path_factory.mktemp("simkd") / "resnet.zarr"
-    run_job(make_job(path, teachers[2], taps=(parse_tap("layer2"),)), quiet=True)
-    return path
+def store(mapped_store):
+    return mapped_store
 
 
 def recipe_of(store, **fields):
@@ -204,7 +201,7 @@ def test_a_missing_map_is_refused_with_the_line_that_adds_it(tmp_path, teachers)
 def test_a_missing_head_is_refused_with_the_line_that_adds_it(tmp_path, teachers, monkeypatch):
     path = tmp_path / "s.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(TeacherRunner, "static", lambda self: {})
+        patch.setattr(TeacherRunner, "static", lambda _: {})
         run_job(make_job(path, teachers[2], taps=(parse_tap("layer2"),)), quiet=True)
     with pytest.raises(RecipeError, match="has no 'static/head_weight'") as caught:
         prepare(recipe_of(path), CPU)

@@ -305,5 +305,5 @@ class Loss:
     applies_weight: bool = False
     """True if the module multiplies by its own weight, for example inside a fused kernel."""
     wrap: Callable[[Any, Network, WrapContext], Network] | None = None
-    """Returns the network that is trained, evaluated and saved in the place of the student, if the term changes
-    its architecture. Its spec describes it, so that `run:FOLDER` builds it again."""
+    """Returns the network that is trained, evaluated and saved instead of the student, if the term changes
+    its architecture. The result's spec describes it, so that `run:FOLDER` builds it again."""

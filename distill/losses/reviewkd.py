@@ -124,7 +124,7 @@ class Levels(nn.Module):
 
 
 def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the hierarchical context loss (HCL) of maps `(N, D, H, W)`, `(N,)`, with gradient to the student.
+    """Return the hierarchical context loss (HCL) of maps `(N, D, H, W)`, `(N,)`; gradient to the student.
 
     It is the mean squared error of the maps, and of their averages over each grid of `GRIDS` that is smaller
     than the map, with the weights 1, 1/2, 1/4, ... divided by their sum.
@@ -152,8 +152,13 @@ class ReviewKD(nn.Module):
                 Levels([pair for pair in pairs if pair.teacher == teacher]) for teacher in teachers
             )
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)`, with gradient to the student's features and the fusion modules."""
+    def forward(self, inputs: LossInputs) -> Tensor | None:
+        """Return the loss `(N,)`, with gradient to the student's features and the fusion modules.
+
+        A batch of one sample has no statistics to normalize with; it adds nothing.
+        """
+        if len(inputs.student.logits) == 1:
+            return None
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for levels in self.levels:
             assert isinstance(levels, Levels)

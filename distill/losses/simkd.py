@@ -41,7 +41,7 @@ class SimKDConfig(TermConfig):
     tap: str = ""
     """Teacher's map whose mean its head reads, as LAYER[:map:SIZE]; defaults to the last stored map."""
     layer: str = ""
-    """Layer of the student, before it is wrapped, that is projected; defaults to its last block with a map."""
+    """Layer to project, as the student names it before it is wrapped; defaults to its last block with a map."""
     factor: Annotated[int, Field(ge=1)] = 2
     """Divisor of the teacher's channels between the projector's convolutions."""
 
@@ -73,8 +73,8 @@ def wrap(config: SimKDConfig, student: Network, context: WrapContext) -> Network
     if layer is None:
         shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise RecipeError(
-            f"simkd projects a map (C, H, W) of the student, but {student.spec!r} gives {shown}: name a layer "
-            "with a map, --set objective.terms.simkd.layer=LAYER, or use a convolutional student"
+            f"simkd projects a map (C, H, W) of the student, but {student.spec!r} gives {shown}: name a "
+            "layer with a map, --set objective.terms.simkd.layer=LAYER, or use a convolutional student"
         )
     features, teacher_shape = context.head_weight.shape[1], context.teacher_shape
     if len(teacher_shape) != 3 or teacher_shape[0] != features:

@@ -19,7 +19,7 @@ def describe(name: str) -> dict[str, Any]:
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
-        defaults["terms"][key]["weight"] = term.weight
+        defaults["terms"][key]["weight"] = term.model_dump(mode="json")["weight"]
         if term.term == key:
             del defaults["terms"][key]["term"]
     return {

@@ -127,7 +127,7 @@ class Setup:
         return sorted(sizes)
 
     def student(self, recipe: TrainRecipe) -> Network:
-        """Build the network that a recipe trains, with newly initialized weights: its student, perhaps wrapped.
+        """Build the network that a recipe trains: its initialized student, wrapped if a term wraps it.
 
         Raises:
             UnknownName, RecipeError: the student cannot be built or wrapped, or does not accept the source's

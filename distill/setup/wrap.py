@@ -90,17 +90,21 @@ def wrapped_student(
 
     Raises:
         UnknownName: a layer does not exist in the student.
-        RecipeError: the features are not stored, the student cannot be wrapped, or the teacher's head does not
-            read the mean of the stored map.
+        RecipeError: the features are not stored, the student cannot be wrapped, or the teacher's head does
+            not read the mean of the stored map.
     """
     wrapping = {key: term for key, term in config.all_terms().items() if LOSSES[term.term].wrap is not None}
     if not wrapping:
         return student
     if student.spec.startswith(f"{PROJECTED}:"):
-        raise RecipeError(f"student {student.spec!r} is already wrapped, but method {method!r} wraps it: name "
-            "the network in it")
+        raise RecipeError(
+            f"student {student.spec!r} is already wrapped, but method {method!r} wraps it: name "
+            "the network in it"
+        )
     if len(wrapping) > 1:
-        raise RecipeError(f"terms {' and '.join(map(repr, wrapping))} both wrap the student: keep one of them")
+        raise RecipeError(
+            f"terms {' and '.join(map(repr, wrapping))} both wrap the student: keep one of them"
+        )
     ((key, term),) = wrapping.items()
     (reader,) = readers
     pairs = {key: term_pairs(config, readers, student)[key]}
@@ -150,15 +154,13 @@ def _check_head(reader: StoreReader, tap: str, weight: Tensor, bias: Tensor) -> 
     rows = StoreReader(reader.location, "windowed")
     view = manifest.committed_views([LOGITS, f"{FEATURES}{tap}"])[0]
     samples = np.arange(min(CHECKED_SAMPLES, manifest.samples))
-    logits, maps = (
-        decode(rows.rows(name, view, samples)).float() for name in (LOGITS, f"{FEATURES}{tap}")
-    )
+    logits, maps = (decode(rows.rows(name, view, samples)).float() for name in (LOGITS, f"{FEATURES}{tap}"))
     error = maps.mean((2, 3)) @ weight.T + bias - logits
     share = float(error.square().mean().sqrt() / (logits - logits.mean()).square().mean().sqrt())
     if not share <= LARGEST_ERROR:
         raise RecipeError(
-            f"the head of the teacher in store {str(reader.path)!r} does not read the mean of tap {tap!r}: the "
-            f"logits that it gives for it differ from the stored ones by {share:.0%} of their deviation, "
+            f"the head of the teacher in store {str(reader.path)!r} does not read the mean of tap {tap!r}: "
+            f"the logits that it gives for it differ from the stored ones by {share:.0%} of their deviation, "
             f"expected at most {LARGEST_ERROR:.0%}. Name the map that the teacher averages, after its last "
             "activation, or use a teacher that averages its last map"
         )

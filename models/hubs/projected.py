@@ -20,7 +20,6 @@ from torch import nn
 
 from coursepack.errors import RecipeError
 from coursepack.imports import PROJECTED
-from coursepack.models.hubs.base import HubNetwork
 from coursepack.models.networks.layers import conv_bn
 from coursepack.models.taps import tapped
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.models.build import Network
+    from coursepack.models.hubs.base import HubNetwork
 
 FORM = f"{PROJECTED}:NETWORK:layer=LAYER,map=CxHxW,width=W,features=D"
 PROJECTOR = "projector"
@@ -51,10 +51,14 @@ class Projection:
 
     def spec(self, network: str) -> str:
         """Return the spec of a network wrapped in this projection."""
-        sides = "x".join(map(str, self.map))
-        return (
-            f"{PROJECTED}:{network}:layer={self.layer},map={sides},width={self.width},features={self.features}"
-        )
+        values = {
+            "layer": self.layer,
+            "map": "x".join(map(str, self.map)),
+            "width": self.width,
+            "features": self.features,
+        }
+        text = ",".join(f"{name}={value}" for name, value in values.items())
+        return f"{PROJECTED}:{network}:{text}"
 
 
 class Projected(nn.Module):
