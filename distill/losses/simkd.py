@@ -41,7 +41,7 @@ class SimKDConfig(TermConfig):
     tap: str = ""
     """Teacher's map whose mean its head reads, as LAYER[:map:SIZE]; defaults to the last stored map."""
     layer: str = ""
-    """Layer to project, as the student names it before it is wrapped; defaults to its last block with a map."""
+    """Layer to project, as the student names it before it is wrapped; defaults to its last map."""
     factor: Annotated[int, Field(ge=1)] = 2
     """Divisor of the teacher's channels between the projector's convolutions."""
 
