@@ -261,6 +261,7 @@ def test_compile_is_refused(store):
     [
         "digits-cnn",
         "digits-cnn:layer=conv2",
+        "projected:python:os:abort:layer=a,map=1x1x1,width=1,features=1",
         "digits-cnn:layer=conv2,map=32x4,width=32,features=64",
         "digits-cnn:layer=conv2,map=32x4x0,width=32,features=64",
         "digits-cnn:layer=conv2,map=32x4x4,width=99999999,features=64",
