@@ -57,7 +57,8 @@ class SimKD(nn.Module):
         """Return the loss `(N,)`, with gradient to the student and its projector."""
         projected = inputs.student.features[self.pair.layer].float()
         target = decode(inputs.teachers.features_of(self.pair.teacher, self.pair.tap)).float().detach()
-        error = projected - F.adaptive_avg_pool2d(target, projected.shape[2:])
+        height, width = projected.shape[2:]
+        error = projected - F.adaptive_avg_pool2d(target, (height, width))
         return error.square().flatten(1).mean(1)
 
 

@@ -67,8 +67,8 @@ class Projected(nn.Module):
     def __init__(self, network: nn.Module, projection: Projection, classes: int) -> None:
         """Wrap a network, whose own head is removed in place."""
         super().__init__()
-        channels, *size = projection.map
-        self.layer, self.size = projection.layer, size
+        channels, height, width = projection.map
+        self.layer, self.size = projection.layer, (height, width)
         self.student = _without_head(network, classes)
         self.projector = nn.Sequential(
             conv_bn(channels, projection.width, 1),
