@@ -354,6 +354,8 @@ def test_published_coefficients_are_converted():
         resolve_objective("amtml", {}, "test")
     assert describe("amtml")["combine"] == "mixture"
     assert describe("ca-mkd")["combine"] == "sum"
+    assert describe("simkd")["fusion"] is None, "it fuses no targets"
+    assert describe("reviewkd")["defaults"]["terms"]["reviewkd"]["weight"]["epochs"] == 20
 
 
 def test_a_recipe_spells_the_number_of_its_classes(tmp_path):

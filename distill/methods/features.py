@@ -25,6 +25,6 @@ FEATURES: dict[str, Method] = {
         objective=objective(hard_weight=0.0, terms={"simkd": {}}),
         evidence="release",
         note="labels and logits are not learned from, as in the release. The projector is a part of the "
-        "trained network, and has half the teacher's channels between its convolutions (term.factor)",
+        "trained network, and has half the teacher's channels between its convolutions (terms.simkd.factor)",
     ),
 }
