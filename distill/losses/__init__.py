@@ -1,6 +1,17 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import hint, label, latents, relation, reviewkd, simkd, soft_target
+from coursepack.distill.losses import (
+    dist,
+    dkd,
+    hint,
+    label,
+    latents,
+    relation,
+    reviewkd,
+    simkd,
+    soft_target,
+    virtual_teacher,
+)
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -10,6 +21,9 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "dkd": dkd.LOSS,
+    "dist": dist.LOSS,
+    "virtual_teacher": virtual_teacher.LOSS,
     "reviewkd": reviewkd.LOSS,
     "simkd": simkd.LOSS,
 }
