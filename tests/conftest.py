@@ -20,6 +20,8 @@ from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
+TAPS = (("hidden1", "hidden2"), ("conv2",), ("layer1", "layer2:pooled"))
+"""Layers of these whose features the stores `tapped` have."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,6 +139,20 @@ def mapped_store(shared, teachers):
         run_job(make_job(folder / "resnet.zarr", teachers[2], taps=(parse_tap("layer2"),), **fields))
 
     return shared("mapped", write) / "resnet.zarr"
+
+
+@pytest.fixture(scope="session")
+def tapped(shared, teachers):
+    """float32 stores of the three teachers with features of a few layers, two views."""
+
+    def write(folder):
+        for teacher, texts in zip(teachers, TAPS, strict=True):
+            taps = [parse_tap(text) for text in texts]
+            encodings = {"encoding": "float32", "feature_encoding": "float32"}
+            run_job(make_job(folder / f"{teacher.name}.zarr", teacher, taps=taps, **encodings))
+
+    folder = shared("tapped", write)
+    return [folder / f"{teacher.name}.zarr" for teacher in teachers]
 
 
 @pytest.fixture
