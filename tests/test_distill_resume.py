@@ -1,5 +1,6 @@
 """Runs that are interrupted and resumed: to the last bit, from any moment, or refused with nothing lost."""
 
+import os
 import re
 import shutil
 import signal
