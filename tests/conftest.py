@@ -131,6 +131,17 @@ def cnn_store(shared, teachers):
 
 
 @pytest.fixture(scope="session")
+def mapped_store(shared, teachers):
+    """The float32 store of the `digits-resnet` among the teachers, with its last map, two views."""
+
+    def write(folder):
+        fields = {"encoding": "float32", "feature_encoding": "float32"}
+        run_job(make_job(folder / "resnet.zarr", teachers[2], taps=(parse_tap("layer2"),), **fields))
+
+    return shared("mapped", write) / "resnet.zarr"
+
+
+@pytest.fixture(scope="session")
 def tapped(shared, teachers):
     """float32 stores of the three teachers with features of a few layers, two views."""
 

@@ -32,7 +32,7 @@ WHOLE, UNEVEN, SHORT = 128, 133, 131
 """Samples of an epoch whose last batch, of 64, is full, has 5 rows (2 and 3), or has 3 (is not divided)."""
 
 
-def cases_of(stores, tapped):
+def cases_of(stores, tapped, mapped):
     """Recipes by name: every method, and everything in a step that several ranks could get wrong."""
     pairs = [{"teacher": 1, "tap": "conv2", "layer": "conv1"}]
     mixed = view_recipe("digits").model_copy(update={"mix": Mix(mixup_alpha=1.0)})
@@ -50,13 +50,10 @@ def cases_of(stores, tapped):
 
     margins = [{"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"}]
     single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
-    with_features = {"amtml-hints", "fitnets", "vid", "ab", "ofd", "ft"}
-    taught = {name for name, method in METHODS.items() if method.objective.needs().teachers}
-    plain = {
-        name: case(name, chosen=stores if name in taught else ())
-        for name in METHODS
-        if name not in with_features | single
-    }
+    apart = {"amtml-hints", "reviewkd", "simkd", "fitnets", "vid", "ab", "ofd", "ft"} | single
+    taught = {name: method.objective.needs().teachers for name, method in METHODS.items()}
+    plain = {name: case(name, chosen=stores if taught[name] else ()) for name in METHODS if name not in apart}
+    reviewed = {"terms": {"reviewkd": {"weight": 1.0}}}
     return plain | {
         "fitnets": featured("fitnets", "hint"),
         "vid": featured("vid", "vid"),
@@ -64,6 +61,8 @@ def cases_of(stores, tapped):
         "ofd": featured("ofd", "ofd", chosen=tapped, pairs=margins),
         "ft": featured("ft", "ft"),
         "amtml-hints": hinted("amtml-hints"),
+        "reviewkd": case("reviewkd", chosen=[mapped], student="digits-cnn", objective=reviewed),
+        "simkd": case("simkd", chosen=[mapped], student="digits-cnn"),
         "hints alone": hinted("kd", weight=1.0),
         "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
         "own term": {**case("kd"), "with_pairs": True},
@@ -81,9 +80,9 @@ def cases_of(stores, tapped):
 
 
 @pytest.fixture(scope="module")
-def epochs(stores, tapped):
+def epochs(stores, tapped, mapped_store):
     """By case: what one process tells of an epoch, and what each of two ranks does."""
-    cases = cases_of(stores, tapped)
+    cases = cases_of(stores, tapped, mapped_store)
     together = on_ranks(2, one_epoch, list(cases.values()))
     for told in together:
         if isinstance(told, BaseException):
@@ -107,11 +106,10 @@ def assert_close(got, want, where, atol=1e-5):
 
 
 def test_every_method_gives_the_losses_and_gradients_of_one_process(epochs):
-    assert {name for name, method in METHODS.items() if not method.objective.needs().one_process} < set(
-        epochs
-    )
+    single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
+    assert set(METHODS) - single < set(epochs)
     for name, (alone, *together) in epochs.items():
-        if name in ("batch statistics", "float16"):
+        if name in ("batch statistics", "simkd", "float16"):  # each rank normalizes its own rows
             continue
         everything = [dict(told) for told in (alone, *together)]
         if name == "parts":  # what is taken from one part in eight is of other rows

@@ -11,6 +11,8 @@ from coursepack.distill.losses import (
     latents,
     overhaul,
     relation,
+    reviewkd,
+    simkd,
     soft_target,
     vid,
     virtual_teacher,
@@ -32,5 +34,7 @@ LOSSES: dict[str, Loss] = {
     "dkd": dkd.LOSS,
     "dist": dist.LOSS,
     "virtual_teacher": virtual_teacher.LOSS,
+    "reviewkd": reviewkd.LOSS,
+    "simkd": simkd.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""
