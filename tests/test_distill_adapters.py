@@ -386,3 +386,22 @@ def test_margins_are_of_batch_normalizations_where_nothing_is_stored():
         (0, "layer1.1.bn2@margin", "conv2"),
         (0, "layer2.1.bn2@margin", "hidden"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "taps"),
+    [
+        ("crd", "--tap layer2:pooled"),
+        ("ab", "--tap stem:sign --tap layer2:sign"),
+        ("ofd", "--tap layer1.1.bn2:margin --tap layer2.1.bn2:margin"),
+        ("ft", "--tap layer2"),
+    ],
+)
+def test_missing_taps_are_refused_with_the_smallest_reduction(stores, method, taps):
+    fields = {"student": "digits-cnn", "limit": 64}
+    if method == "ab":
+        layers = {"layers": ["conv1", "conv2"]}
+        fields["objective"] = {"terms": {"ab": layers}}
+    with pytest.raises(RecipeError) as caught:
+        prepare(make_recipe(stores[2:], method=method, **fields), CPU)
+    assert str(caught.value).endswith(taps)
