@@ -40,9 +40,11 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def context_of(needs: Needs, term: str = "") -> BuildContext:
     """Everything that a term or a fusion is built for."""
-    maps = needs.pairs is not None and "map" in needs.pairs.reductions
+    maps = needs.pairs is not None and bool({"map", "margin"} & set(needs.pairs.reductions))
+    # The layer of a student that is wrapped with the teacher's head has the teacher's channels.
+    student_shape = (4, 4, 4) if needs.teacher_head else (3, 4, 4)
     pairs = tuple(
-        FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), (3, 4, 4)) for teacher in range(K)
+        FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), student_shape) for teacher in range(K)
     )
     return BuildContext(
         teachers=K,
@@ -50,7 +52,7 @@ def context_of(needs: Needs, term: str = "") -> BuildContext:
         accuracies=(0.5, 0.7, 0.6),
         embedding_width=D,
         heads=tuple(TeacherHead(normal(C, 4, seed=30 + k), normal(C, seed=40 + k)) for k in range(K))
-        if needs.teacher_head
+        if needs.teacher_heads
         else (),
         labels=np.arange(N) % C,
         pairs_by_term={} if needs.pairs is None else {term: pairs},

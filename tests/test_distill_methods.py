@@ -32,6 +32,22 @@ from coursepack.models import Network, Preprocessing
 from coursepack.precompute.cli import main as precompute
 
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
+PAIRS = {
+    "ab": {"teacher": 2, "tap": "layer1", "layer": "conv1"},
+    "ofd": {"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},
+}
+"""The pair of methods that cannot take any tap of any teacher, by the name of their term."""
+
+
+def pairs_of(name):
+    """Changes of a method's objective that it needs for these stores."""
+    return {"terms": {name: {"pairs": [PAIRS[name]]}}} if name in PAIRS else {}
+
+
+@pytest.fixture
+def stores_of(tapped, mapped_store):
+    """The stores that a method is given: three, or one to methods that take the head of one teacher."""
+    return lambda name: [mapped_store] if METHODS[name].objective.needs().teacher_head else tapped
 
 
 def step_losses(recipe, steps):
@@ -52,20 +68,23 @@ def step_losses(recipe, steps):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_stores_and_live_teachers_give_the_same_losses(tapped, name):
+def test_stores_and_live_teachers_give_the_same_losses(stores_of, name):
     fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
-    cached = step_losses(make_recipe(tapped, **fields), 8)
-    live = step_losses(make_recipe(tapped, **fields, online=True), 8)
+    fields["objective"] = pairs_of(name)
+    cached = step_losses(make_recipe(stores_of(name), **fields), 8)
+    live = step_losses(make_recipe(stores_of(name), **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
     assert np.isfinite(cached).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_from_the_command_line(tmp_path, tapped, name):
-    stores = tapped if name in TAUGHT else []
+def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
+    stores = stores_of(name) if name in TAUGHT else []
     words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
+    if name in PAIRS:
+        words += ["--set", f"objective.terms.{name}.pairs={json.dumps([PAIRS[name]])}"]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics
@@ -73,7 +92,7 @@ def test_every_method_trains_from_the_command_line(tmp_path, tapped, name):
     assert 0 <= told["evaluation"]["calibration_error"] <= 1
     terms = set(told["train"]) - {"loss", "accuracy", "accuracy_top5", "nll", "calibration_error"}
     assert sum(told["train"][term] for term in terms) == pytest.approx(told["train"]["loss"], rel=1e-5)
-    if not stores:
+    if not METHODS[name].objective.needs().fused:
         assert "teachers" not in told
         return
     teachers = told["teachers"]
@@ -302,6 +321,9 @@ def test_every_method_says_what_it_is():
         '"angle": {"weight": 1.0}',
     ):
         assert text in shown
+    shown = CliRunner().invoke(distill, ["methods", "ab"]).stdout
+    assert '"weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 30}' in shown
+    assert "fusion" not in shown, "it reads no logits"
     assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)
     wrong = CliRunner().invoke(distill, ["methods", "amtm"])
     assert wrong.exit_code == 1
@@ -322,6 +344,8 @@ def test_published_coefficients_are_converted():
         resolve_objective("amtml", {}, "test")
     assert describe("amtml")["combine"] == "mixture"
     assert describe("ca-mkd")["combine"] == "sum"
+    assert describe("simkd")["fusion"] is None, "it fuses no targets"
+    assert describe("reviewkd")["defaults"]["terms"]["reviewkd"]["weight"]["epochs"] == 20
 
 
 def test_a_recipe_spells_the_number_of_its_classes(tmp_path):

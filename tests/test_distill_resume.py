@@ -39,10 +39,18 @@ def dropping(monkeypatch):
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
 
 
-def recipes(stores, tapped):
+def recipes(stores, tapped, mapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"joint_epochs": 2}, "terms": {"hint": hints}}
+    pair = {"pairs": hints["pairs"]}
+    adapted = {
+        "crd": {**pair, "negatives": 64, "dim": 8},
+        "ft": {**pair, "paraphraser_epochs": 2, "weight": 1.0},
+        "vid": pair,
+        "ab": {**pair, "weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 3}},
+        "regressor": {"term": "hint", "adapter": "conv-bn-relu", **pair},
+    }
     drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
@@ -50,13 +58,19 @@ def recipes(stores, tapped):
             tapped[1:2], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
             optimizer=ONE_CYCLE, **STUDENT,
         ),
+        "adapters": make_recipe(
+            tapped[1:2], method="crd", objective={"terms": adapted}, student="digits-cnn", **STUDENT,
+            optimizer={"lr": 0.01},
+        ),
+        "reviewkd": make_recipe([mapped], method="reviewkd", student="digits-cnn", **STUDENT),
+        "simkd": make_recipe([mapped], method="simkd", student="digits-cnn", optimizer=ADAMW, **STUDENT),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
         "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "windowed", "random", "dtd")
+NAMES = ("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "dtd")
 
 
 def told(run):
@@ -98,12 +112,12 @@ def interrupted(monkeypatch, recipe, out, *, saves, **how):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, name):
+def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, mapped_store, name):
     """Stopped early, in the middle, between two epochs, and after the last step."""
     if name == "windowed":
         monkeypatch.setattr(TARGETS, "WINDOW_ROWS", 32)
         monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
-    recipe = recipes(stores, tapped)[name]
+    recipe = recipes(stores, tapped, mapped_store)[name]
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
     epochs, steps = len(load_run(once).metrics), -(-150 // (32 // recipe.views_per_load))
@@ -228,7 +242,7 @@ def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path, monkeypatch, name
     interrupted(monkeypatch, recipe, out, saves=7)
     (out / name).unlink()
     os.mkfifo(out / name)
-    with pytest.raises((RunError, OSError), match=r"regular file"):
+    with pytest.raises((RunError, OSError), match=r"regular file|not a run"):
         train(recipe, out, device=CPU, resume=True)
 
 
@@ -388,13 +402,13 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     assert_same(out, once)
 
 
-def test_killed_processes_train_the_same_student(tmp_path, stores, tapped):
-    kill_and_resume(tmp_path, recipes(stores, tapped)["dropout"], kills=2, seed=0)
+def test_killed_processes_train_the_same_student(tmp_path, stores, tapped, mapped_store):
+    kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)["dropout"], kills=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_many_kills(tmp_path, stores, tapped, name):
+def test_many_kills(tmp_path, stores, tapped, mapped_store, name):
     longer = {"epochs": 12, "patience": None}
-    recipe = recipes(stores, tapped)[name].model_copy(update=longer)
+    recipe = recipes(stores, tapped, mapped_store)[name].model_copy(update=longer)
     kill_and_resume(tmp_path, recipe, kills=12, seed=1)

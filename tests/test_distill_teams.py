@@ -272,7 +272,9 @@ def test_a_store_without_a_head_is_refused(tapped, monkeypatch):
         "coursepack.data.store.reader.load_manifest",
         lambda *args: replace(load_manifest(*args), tables=tables),
     )
-    with pytest.raises(RecipeError, match=r"applies the teachers' heads, but store '.*' has none"):
+    with pytest.raises(
+        RecipeError, match=r"needs the teachers' heads, but store '.*' has no 'static/head_weight'"
+    ):
         prepare(make_recipe(tapped[:1], method="ca-mkd-features", student="digits-cnn"), CPU)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from coursepack.distill.fusion.fused import FusedTargets
     from coursepack.distill.targets.base import Targets
     from coursepack.kernels import MixedLabels
+    from coursepack.models import Network
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,14 @@ class Needs:
     """Names of everything that makes a sample's loss depend on the rest of its batch."""
     every_teacher: str = ""
     """Need for all teachers in every batch; fusions that read one teacher at a time are refused."""
-    teacher_head: str = ""
-    """Need for the teachers' heads; stores without a head are refused."""
+    teacher_heads: str = ""
+    """Need for the linear heads of all teachers; stores without one are refused."""
+    one_process: str = ""
+    """Reason why the student cannot be trained on several ranks; they are refused."""
     peers: str = ""
     """Need for other students that train together with this one."""
+    teacher_head: str = ""
+    """Need for the linear head of the teacher, of which there is one; several stores are refused."""
 
     @property
     def logits(self) -> bool:
@@ -246,8 +251,8 @@ class TeacherHead:
 
     weight: Tensor
     """`(C, D)` float32."""
-    bias: Tensor | None = None
-    """`(C,)` float32; None if the layer has no bias."""
+    bias: Tensor
+    """`(C,)` float32; zero if the layer has none."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +273,8 @@ class BuildContext:
     """Head of each teacher; empty if no term needs heads."""
     labels: NDArray[np.int64] | None = None
     """Labels of all samples of the training split, in index order."""
+    samples: NDArray[np.int64] | None = None
+    """Indices of the samples that are trained on; None means the whole training split."""
     pairs_by_term: Mapping[str, tuple[FeaturePair, ...]] = field(default_factory=dict)
     """Pairs of each term that compares features, by the key of the term."""
     pairs: tuple[FeaturePair, ...] = ()
@@ -278,6 +285,26 @@ class BuildContext:
     def for_term(self, key: str) -> Self:
         """Return the context with the pairs of one term."""
         return replace(self, pairs=self.pairs_by_term.get(key, ()))
+
+
+@dataclass(frozen=True)
+class WrapContext:
+    """Properties of a student and its only teacher, from which a term wraps the student."""
+
+    blocks: tuple[str, ...]
+    """Names of the student's blocks, shallow to deep."""
+    shape_of: Callable[[str], tuple[int, ...]]
+    """Returns the shape of a student layer's output for one sample."""
+    tap: str
+    """Name of the teacher's tap that the term compares."""
+    teacher_shape: tuple[int, ...]
+    """Shape of the tap's features for one sample."""
+    head_weight: Tensor
+    """Weight of the teacher's head, `(C, D)`."""
+    head_bias: Tensor
+    """Bias of the teacher's head, `(C,)`."""
+    seed: int = 0
+    """Seed for the initial weights of what is added."""
 
 
 @dataclass(frozen=True)
@@ -300,3 +327,6 @@ class Loss:
     build: Callable[[Any, BuildContext], nn.Module]
     applies_weight: bool = False
     """True if the module multiplies by its own weight, for example inside a fused kernel."""
+    wrap: Callable[[Any, Network, WrapContext], Network] | None = None
+    """Returns the network that is trained, evaluated and saved instead of the student, if the term changes
+    its architecture. The result's spec describes it, so that `run:FOLDER` builds it again."""

@@ -99,7 +99,7 @@ class FrozenHead(nn.Module):
     """Head of a teacher, applied to features of its last block; its weights are not in checkpoints."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
 
     def __init__(self, head: TeacherHead) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class ConfidenceHints(nn.Module):
 def _needs(config: ConfidenceHintConfig) -> Needs:
     return Needs(
         pairs=PairNeeds(config.pairs, config.layers, choose="last"),
-        teacher_head="term 'confidence_hint'",
+        teacher_heads="the teachers' heads",
         every_teacher="confidence hints",
         whole_batch=("confidence_hint",),
     )

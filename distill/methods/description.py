@@ -17,10 +17,12 @@ NEEDS: dict[str, Callable[[Needs], object]] = {
     "logits": lambda needs: needs.logits,
     "all-classes": lambda needs: needs.dense_logits,
     "features": lambda needs: needs.pairs,
+    "teacher-head": lambda needs: needs.teacher_head or needs.teacher_heads,
     "embedding": lambda needs: needs.embedding,
     "one-label": lambda needs: needs.one_label,
     "labels": lambda needs: needs.labels,
     "whole-batch": lambda needs: needs.whole_batch,
+    "one-process": lambda needs: needs.one_process,
     "peers": lambda needs: needs.peers,
 }
 """Needs by the name under which methods are listed and filtered."""
@@ -36,7 +38,7 @@ def describe(name: str) -> dict[str, Any]:
     """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
-    teachers = method.objective.needs().teachers
+    fuses = method.objective.needs().fused
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
@@ -51,8 +53,8 @@ def describe(name: str) -> dict[str, Any]:
         "need_names": needs_of(name),
         "needs": list(method.needs),
         "note": method.note,
-        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if teachers else None,
-        "combine": _combine(method) if teachers else None,
+        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fuses else None,
+        "combine": _combine(method) if fuses else None,
         "defaults": defaults,
     }
 

@@ -31,6 +31,7 @@ from coursepack.models import parse_tap
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from coursepack.data import Source, ViewRecipe
@@ -41,6 +42,8 @@ MAX_BATCH_SIZE = 8
 MAX_LEARNING_RATE = 1e-3
 """Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
+SHARPNESS = 4
+"""Factor of the teachers' logits."""
 DEFAULT_TAP = "smoke"
 """Tap in the stores of recipes that choose taps by depth."""
 
@@ -91,8 +94,9 @@ def _shortened(value: Any) -> Any:
         return value.model_copy(update={"epochs": 1})
     if hasattr(value, "model_fields_set"):
         fields = {name: _shortened(getattr(value, name)) for name in type(value).model_fields}
-        if fields.get("joint_epochs") is not None:
-            fields["joint_epochs"] = 1
+        for phase in ("joint_epochs", "paraphraser_epochs"):
+            if fields.get(phase) is not None:
+                fields[phase] = 1
         if isinstance(value, LearningRateConfig):
             fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
             fields["milestones"] = value.milestones and (1,)
@@ -127,7 +131,7 @@ def write_smoke_store(
         class_names=source.class_names,
         views=VIEWS,
         arrays={name: (float32, tuple(shape)) for name, shape in shapes.items()},
-        static={"head_weight": head.weight.numpy(), "head_bias": head.bias.numpy()},
+        static=head,
     )
     with StoreWriter(path, plan) as writer:
         for block in writer.pending():
@@ -148,20 +152,19 @@ def write_smoke_store(
         writer.commit()
 
 
-def _teacher(source: Source, taps: Sequence[str], seed: int) -> tuple[Any, nn.Linear]:
-    """Return a function from pixels `(N, size, size, channels)` to arrays by their name, and the head."""
+def _teacher(source: Source, taps: Sequence[str], seed: int) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+    """Return a function from pixels `(N, size, size, channels)` to arrays by name, and the teacher's head."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
         head = nn.Linear(8, len(source.class_names)).requires_grad_(False)
-        for values in head.parameters():
-            values.mul_(4)
 
     @torch.inference_mode()
     def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
         maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
         pooled = maps.mean((2, 3))
         features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
-        return {LOGITS: head(pooled), **features}
+        return {LOGITS: SHARPNESS * head(pooled), **features}
 
-    return run_teacher, head
+    constants = {"head_weight": head.weight, "head_bias": head.bias}
+    return run_teacher, {name: (SHARPNESS * value).numpy() for name, value in constants.items()}

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from coursepack.distill.losses.base import BuildContext, TeacherHead
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.setup.requirements import (
-    HEAD_BIAS,
-    HEAD_WEIGHT,
-    check_needs,
-    needed_arrays,
-    shaped_pairs,
-    term_pairs,
-)
+from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
 from coursepack.distill.setup.student import probe_student
+from coursepack.distill.setup.wrap import check_wrapped, teacher_head
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from coursepack.data import Source
+    from coursepack.data.randomness import Samples
     from coursepack.data.store import StoreReader
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
@@ -87,6 +80,7 @@ def build_objective(
     method: str,
     root: str | None,
     seed: int,
+    samples: Samples | None = None,
 ) -> Objective:
     """Build an objective for a student from a config that has passed `check_needs`.
 
@@ -94,6 +88,7 @@ def build_objective(
         UnknownName: a layer does not exist in the student.
         RecipeError: features are not stored or cannot be compared, or the student has no usable embedding.
     """
+    check_wrapped(config, student, method)
     needs = config.needs()
     pairs = term_pairs(config, [reader.manifest for reader in readers], student)
     needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
@@ -106,8 +101,9 @@ def build_objective(
         classes=len(source.class_names),
         accuracies=tuple(map(_accuracy, readers)),
         embedding_width=width,
-        heads=tuple(map(_teacher_head, readers)) if needs.teacher_head else (),
+        heads=tuple(TeacherHead(*teacher_head(reader)) for reader in readers) if needs.teacher_heads else (),
         labels=source.labels,
+        samples=samples,
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
         seed=seed,
     )
@@ -132,12 +128,3 @@ def _accuracy(reader: StoreReader) -> float:
     """Return a teacher's accuracy over all views recorded in its store."""
     totals = reader.manifest.totals
     return totals["correct"] / max(totals["rows"], 1.0)
-
-
-def _teacher_head(reader: StoreReader) -> TeacherHead:
-    """Return the head of a store's teacher."""
-    has_bias = HEAD_BIAS in reader.manifest.tables
-    return TeacherHead(
-        torch.from_numpy(reader.table(HEAD_WEIGHT)),
-        torch.from_numpy(reader.table(HEAD_BIAS)) if has_bias else None,
-    )

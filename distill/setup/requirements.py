@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
@@ -14,6 +16,7 @@ from coursepack.distill.losses.base import FeaturePair
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
+from coursepack.imports import names_code
 from coursepack.models import build_network, parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.load import own_preprocessing
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 
 Pairs = dict[str, list[tuple[int, str, str]]]
 """Teacher index, tap name and student layer of every pair, by the key of the term that compares them."""
-HEAD_WEIGHT, HEAD_BIAS = f"{STATIC}/head_weight", f"{STATIC}/head_bias"
-"""Tables of a store with the teacher's head; a head may have no bias."""
 
 
 def term_pairs(config: ObjectiveConfig, teachers: Sequence[Manifest], student: Network) -> Pairs:
@@ -100,14 +101,25 @@ def _taps_of(manifest: Manifest, reductions: Sequence[str]) -> list[str]:
     usable = [name for name in taps if tap_from_name(name).reduction in reductions]
     order = {} if module is None else depth_of(module)
     usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
-    layers = ([] if module is None else blocks(module)) or ["LAYER"]
+    layers = ([] if module is None else _layers_to_tap(module, reductions[0])) or ["LAYER"]
     return usable or [Tap((layer,), reductions[0]).name for layer in layers]
+
+
+def _layers_to_tap(module: nn.Module, reduction: str) -> list[str]:
+    """Return a network's blocks, or for margins the last batch normalization in each that has one."""
+    layers = blocks(module)
+    if reduction != "margin":
+        return layers
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    inside = [[norm for norm in norms if f"{norm}.".startswith(f"{layer}.")] for layer in layers]
+    return [found[-1] for found in inside if found] or layers
 
 
 def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
     """Return a teacher's network without its weights; None for user code, which stores must not run."""
     spec = manifest.identity["teacher"]["network"]
-    if spec.startswith("python:"):
+    if names_code(spec):
         return None
     try:
         return build_network(spec, len(manifest.class_names), size=size)
@@ -242,14 +254,13 @@ def check_needs(
             f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
             f"view without mix{other}"
         )
-    if needs.teacher_head:
-        for reader in readers:
-            if HEAD_WEIGHT not in reader.manifest.tables:
-                raise RecipeError(
-                    f"{needs.teacher_head} applies the teachers' heads, but store {str(reader.path)!r} has "
-                    "none: its teacher does not end in a linear layer that gives the logits. Leave the "
-                    "store out, or choose a method without heads"
-                )
+    if needs.teacher_head and len(readers) != 1:
+        raise RecipeError(
+            f"method {method!r} needs {needs.teacher_head} of one teacher, but there are {len(readers)} "
+            "stores: give one"
+        )
+    if need := needs.teacher_head or needs.teacher_heads:
+        _check_heads(method, need, readers, root)
     if needs.dense_logits:
         flsw = objective.dynamic_temperature.kind == "flsw"
         other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
@@ -262,6 +273,17 @@ def check_needs(
                     f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
                     f"  {line}{other}"
                 )
+
+
+def _check_heads(method: str, need: str, readers: Sequence[StoreReader], root: str | None) -> None:
+    """Check that every store holds its teacher's head."""
+    for reader in readers:
+        if f"{STATIC}/head_weight" not in reader.manifest.tables:
+            raise RecipeError(
+                f"method {method!r} needs {need}, but store {str(reader.path)!r} has no "
+                f"'{STATIC}/head_weight'. Add it with\n  {precompute_command(reader, root)}\n"
+                "or use a teacher that ends in a linear layer of its classes: others have no such head"
+            )
 
 
 def precompute_command(
