@@ -122,8 +122,10 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor. A FIFO at the path does not block.
+
+    Can be given to `open` as its `opener`.
 
     Raises:
         OSError: the file cannot be opened, or is not a regular file.
@@ -132,7 +134,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO that is opened for writing
-            raise _not_regular(path, path.stat().st_mode) from error
+            raise _not_regular(path, os.stat(path).st_mode) from error  # noqa: PTH116 - may be a text
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -141,7 +143,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-def _not_regular(path: Path, mode: int) -> OSError:
+def _not_regular(path: str | Path, mode: int) -> OSError:
     kind = KINDS.get(stat.S_IFMT(mode), "something else")
     return OSError(errno.EINVAL, f"It is {kind}, expected a regular file", str(path))
 

@@ -85,7 +85,9 @@ class Objective(nn.Module):
     @property
     def student_layers(self) -> tuple[str, ...]:
         """Names of the student layers whose outputs are read."""
-        layers = {pair.layer for pairs in self.context.pairs_by_term.values() for pair in pairs}
+        layers = {
+            layer for pairs in self.context.pairs_by_term.values() for pair in pairs for layer in pair.layers
+        }
         layer = self.needs.embedding_layer if self.needs.embedding else None
         return tuple(sorted({*layers, *self.needs.student_layers, *([] if layer is None else [layer])}))
 

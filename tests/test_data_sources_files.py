@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -70,10 +71,16 @@ def huge_png(path: Path) -> None:
     path.write_bytes(data)
 
 
+def as_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "cut.jpg": (lambda path: cut(path, 0.6), "cannot be decoded: image file is truncated"),
     "cut.png": (lambda path: cut(path, 0.6), "cannot be decoded: "),
     "empty.jpg": (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
+    "fifo.png": (as_fifo, "cannot be decoded: .*It is a FIFO, expected a regular file"),
     "head.png": (lambda path: cut(path, 0.001), "has no header of an image format that Pillow reads"),
     "huge.png": (huge_png, "cannot be decoded: Image size .* exceeds limit"),
     "text.jpg": (lambda path: path.write_text("<html>404</html>"), "has no header of an image format"),
@@ -91,13 +98,13 @@ def test_damaged_files_are_named_before_anything_is_decoded(tmp_path):
         with pytest.raises(SourceError) as caught:
             source.check()
         text = str(caught.value)
-        assert text.startswith("source 'folder:train' has 7 damaged files among 17:\n")
+        assert text.startswith("source 'folder:train' has 8 damaged files among 18:\n")
         for name, (_, problem) in DAMAGE.items():
             assert re.search(f"\n  {re.escape(str(folder / name))} {problem}", text), name
         assert f"{folder / 'gone.png'} does not exist" in text
         assert "padded" not in text
         assert source.whole is None
-    with pytest.raises(SourceError, match="has 7 damaged files"):
+    with pytest.raises(SourceError, match="has 8 damaged files"):
         open_source("folder:train-0.5", tmp_path).check()
 
 

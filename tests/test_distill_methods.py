@@ -17,7 +17,8 @@ from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
-from coursepack.distill.methods import METHODS, describe, from_mean_reduction
+from coursepack.distill.methods import METHODS, from_mean_reduction
+from coursepack.distill.methods.description import describe
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train

@@ -236,6 +236,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch, damage):
     refused(recipe, out, r"checkpoint '.*checkpoint.pt' cannot be read \(.*\): train again with --overwrite")
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "provenance.json", "metrics.jsonl"])
+def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path, monkeypatch, name):
+    recipe, out = make_recipe(**STUDENT), tmp_path / "o"
+    interrupted(monkeypatch, recipe, out, saves=7)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with pytest.raises((RunError, OSError), match=r"regular file"):
+        train(recipe, out, device=CPU, resume=True)
+
+
 def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     recipe, out = make_recipe(**STUDENT), tmp_path / "o"
     interrupted(monkeypatch, recipe, out, saves=7)

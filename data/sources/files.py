@@ -20,6 +20,7 @@ from coursepack.data.sources.cache import key_of, load_pixels, save_pixels
 from coursepack.data.sources.roots import MOST_NAMES
 from coursepack.data.sources.scan import Listing, Scan, in_threads
 from coursepack.errors import SourceError
+from coursepack.files import open_regular
 
 if TYPE_CHECKING:
     from typing import Any
@@ -129,7 +130,7 @@ class ImageFiles:
 
         path = self.path(sample)
         try:
-            with open(path, "rb") as file, Image.open(file) as image:  # noqa: PTH123 - Path costs more than the call, a million times
+            with open(path, "rb", opener=open_regular) as file, Image.open(file) as image:
                 pixels = np.array(image.convert("RGB"))
         except Exception as error:
             raise self._unreadable(sample, str(error) or type(error).__name__) from error
@@ -143,7 +144,7 @@ class ImageFiles:
 
     def _checksum(self, sample: int) -> int:
         try:
-            with open(self.path(sample), "rb") as file:  # noqa: PTH123 - Path costs more than the call, a million times
+            with open(self.path(sample), "rb", opener=open_regular) as file:
                 return int(google_crc32c.value(file.read()))
         except OSError as error:
             raise self._unreadable(sample, error.strerror or str(error)) from error

@@ -19,6 +19,7 @@ from coursepack.canonical import fingerprint
 from coursepack.console import progress
 from coursepack.data.sources.base import sampled, sha256_of
 from coursepack.data.sources.cache import key_of, load_arrays, save_arrays
+from coursepack.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -114,7 +115,7 @@ def inspect_image(path: str) -> tuple[int, int, str]:
 
     height = width = 0
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - Path costs more than the call, a million times
+        with open(path, "rb", opener=open_regular) as file:
             length = file.seek(0, os.SEEK_END)
             if length == 0:
                 return 0, 0, "is empty (0 bytes)"
@@ -162,7 +163,7 @@ def _stat(path: str) -> tuple[int, int]:
 
 def _checksum(path: str) -> int:
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - Path costs more than the call, a million times
+        with open(path, "rb", opener=open_regular) as file:
             return int(google_crc32c.value(file.read()))
     except OSError:
         return 0

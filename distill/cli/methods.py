@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from coursepack.console import print_table
-from coursepack.distill.methods import METHODS, describe
+from coursepack.distill.methods import METHODS
+from coursepack.distill.methods.description import describe
 from coursepack.errors import UnknownName
 
 
@@ -33,6 +34,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
 
 def _described(method: dict[str, Any]) -> list[str]:
     lines = [f"{method['name']}", f"  loss      {method['formula']}", f"  source    {method['source']}"]
+    lines += [f"  evidence  {method['evidence']}"] if method["evidence"] else []
     if method["fusion"] is not None:
         fusion = method["fusion"]
         lines.append(f"  fusion    {fusion['name']}: {fusion['formula']}; combined as a {method['combine']}")

@@ -9,7 +9,7 @@ and the mean over the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -119,8 +119,8 @@ class PairChoice(Config):
     """Index of the teacher's store."""
     tap: str
     """Tap in the teacher's store, as LAYER[:REDUCTION[:SIZE]]."""
-    layer: str
-    """Layer of the student."""
+    layer: Annotated[str, Field(pattern=r"^[^+]+(\+[^+]+)?$")]
+    """Layer of the student, or two joined by `+` for the flow between them."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,18 @@ class PairNeeds:
     """Pairs of taps and student layers that a term compares."""
 
     pairs: tuple[PairChoice, ...] = ()
-    """Given pairs; empty means one pair per teacher, chosen by depth."""
+    """Given pairs; empty means that `choose` chooses them."""
     layers: tuple[str, ...] = ()
-    """Student layers to choose from by depth, shallow to deep; empty means all blocks."""
+    """Student layers to choose from, shallow to deep; empty means all blocks."""
     reductions: tuple[str, ...] = ("map", "pooled")
-    """Tap reductions that the term supports."""
+    """Tap reductions that the term supports, starting with the one to store if none of them is."""
+    choose: Literal["depth", "last", "every"] = "depth"
+    """Pairs that are compared by default.
+
+    depth   one per teacher, spread over the student's layers, each with its tap of equal depth
+    last    one per teacher: its deepest tap and the student's last layer
+    every   one per teacher and student layer, at equal depth
+    """
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,17 @@ class FeaturePair:
     tap: str
     """Name of the tap in its store."""
     layer: str
+    """Student layer, or two joined by `+`."""
     teacher_shape: tuple[int, ...]
     student_shape: tuple[int, ...]
+    """Shape of the first layer of `layers`."""
+    second_shape: tuple[int, ...] | None = None
+    """Shape of the second layer of `layers`, if there are two."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Student layers: one, or two for the flow between them."""
+        return tuple(self.layer.split("+"))
 
 
 @dataclass(frozen=True)

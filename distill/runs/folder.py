@@ -27,7 +27,7 @@ from coursepack.distill.renamed import upgrade_recipe
 from coursepack.distill.runs.records import read_metrics, read_provenance
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
-from coursepack.files import naming, partials, write_whole
+from coursepack.files import naming, open_regular, partials, write_whole
 from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
@@ -129,7 +129,8 @@ class RunFolder:
         """Continue an unfinished run from an epoch, dropping metrics of that epoch and later ones."""
         path = self.path
         _clear_partials(path)
-        lines = (path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+        with os.fdopen(open_regular(path / METRICS_FILE), "rb") as file:
+            lines = file.readlines()
         write_whole(path / METRICS_FILE, *lines[:epoch])
 
     def close(self, *, keep: bool = True) -> None:

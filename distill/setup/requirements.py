@@ -17,7 +17,7 @@ from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import build_network, parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.load import own_preprocessing
-from coursepack.models.taps import tap_from_name
+from coursepack.models.taps import Tap, tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,11 +35,10 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 
 
 def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
-    """Return the pairs of taps and student layers of every term, as configured or chosen by depth.
+    """Return the pairs of taps and student layers of every term, as configured or as its needs choose them.
 
-    By depth, teachers are spread over the student's blocks from shallow to deep, and each contributes the
-    stored tap at the same relative depth. If a store has no usable tap, the pair names the teacher's block at
-    that depth.
+    Layers and taps are paired by relative depth. If a store has no usable tap, the pair names the teacher's
+    block at that depth, with the first of the term's reductions.
 
     Raises:
         RecipeError: a configured pair names a teacher that does not exist.
@@ -63,13 +62,21 @@ def _pairs(
                     "indices begin at 0"
                 )
         return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
-    groups = list(needs.layers) or blocks(student.module)
+    layers = list(needs.layers) or blocks(student.module)
     pairs = []
     for index, reader in enumerate(readers):
-        group = depth_group(index, len(readers), len(groups))
-        depth = group / max(1, len(groups) - 1)
-        pairs.append((index, _tap_at(reader.manifest, depth, needs.reductions), groups[group]))
+        taps = _taps_of(reader.manifest, needs.reductions)
+        for number in _chosen(needs.choose, index, len(readers), len(layers)):
+            depth = number / (len(layers) - 1) if len(layers) > 1 else float(needs.choose != "depth")
+            pairs.append((index, taps[round(depth * (len(taps) - 1))], layers[number]))
     return pairs
+
+
+def _chosen(choose: str, teacher: int, teachers: int, layers: int) -> Sequence[int]:
+    """Return the indices of the student layers that a teacher is compared with."""
+    if choose == "depth":
+        return [depth_group(teacher, teachers, layers)]
+    return range(layers) if choose == "every" else [layers - 1]
 
 
 def depth_group(teacher: int, teachers: int, groups: int) -> int:
@@ -85,15 +92,15 @@ def depth_group(teacher: int, teachers: int, groups: int) -> int:
     return (2 * teacher * (groups - 1) + teachers - 1) // (2 * (teachers - 1))
 
 
-def _tap_at(manifest: Manifest, depth: float, reductions: Sequence[str]) -> str:
-    """Return the stored tap at a relative depth (0 to 1), or else the teacher's block at that depth."""
+def _taps_of(manifest: Manifest, reductions: Sequence[str]) -> list[str]:
+    """Return a store's usable taps, shallow to deep, or else the taps of the teacher's blocks to add."""
     module = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
     taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
     usable = [name for name in taps if tap_from_name(name).reduction in reductions]
     order = {} if module is None else depth_of(module)
     usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
-    choices = usable or ([] if module is None else blocks(module)) or ["LAYER"]
-    return choices[round(depth * (len(choices) - 1))]
+    layers = ([] if module is None else blocks(module)) or ["LAYER"]
+    return usable or [Tap((layer,), reductions[0]).name for layer in layers]
 
 
 def _untrained(spec: str, classes: int) -> nn.Module | None:
@@ -162,7 +169,7 @@ def shaped_pairs(
         RecipeError: features are neither maps nor vectors, or the term does not support their reduction.
         UnknownName: a layer does not exist in the student.
     """
-    layers = sorted({layer for _, _, layer in itertools.chain(*pairs.values())})
+    layers = sorted({name for _, _, layer in itertools.chain(*pairs.values()) for name in layer.split("+")})
     if not layers:
         return {}
     shapes = probe_student(student, channels, layers).features
@@ -186,17 +193,20 @@ def _with_shapes(
 ) -> FeaturePair:
     reader = readers[index]
     teacher_shape = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
-    usable = tap_from_name(tap).reduction in needs.reductions
-    for side, shape in (
-        (f"{tap!r} of store {str(reader.path)!r}", teacher_shape),
-        (f"layer {layer!r} of the student", shapes[layer]),
-    ):
-        if len(shape) not in (1, 3) or not usable:
-            raise RecipeError(
-                f"term {key!r} cannot compare {side} (shape {shape}): it takes vectors (D,) and maps "
-                f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
-            )
-    return FeaturePair(index, tap, layer, teacher_shape, shapes[layer])
+    reduction = tap_from_name(tap).reduction
+    stored = f"{tap!r} of store {str(reader.path)!r}"
+    sides = [(f"layer {name!r} of the student", shapes[name]) for name in layer.split("+")]
+    # Other reductions have shapes of their own, which their terms know.
+    sides += [(stored, teacher_shape)] if reduction in {"map", "pooled"} else []
+    unfit = [(stored, teacher_shape)] if reduction not in needs.reductions else []
+    unfit += [(side, shape) for side, shape in sides if len(shape) not in (1, 3)]
+    for side, shape in unfit[:1]:
+        raise RecipeError(
+            f"term {key!r} cannot compare {side} (shape {shape}): it takes vectors (D,) and maps "
+            f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
+        )
+    student_shapes = [shapes[name] for name in layer.split("+")]
+    return FeaturePair(index, tap, layer, teacher_shape, *student_shapes)
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
