@@ -66,14 +66,14 @@ def pair_gram(first: Tensor, second: Tensor) -> Tensor:
 
 
 def sketch(features: Tensor, width: int, seed: int = 0) -> Tensor:
-    """Return a random projection of each sample's values, `(N, width)`, which keeps inner products on average.
+    """Return a random projection of each sample, `(N, width)`, that keeps inner products on average.
 
-    Values get random signs and are dealt at random to `width` sums of equally many. With signs drawn anew, the
-    product of two sketches has the mean `x . y` and a variance of at most
+    Values get random signs and are dealt at random to `width` sums of equally many. With signs drawn anew,
+    the product of two sketches has the mean `x . y` and a variance of at most
     `(|x|² |y|² + (x . y)² - 2 sum_i x_i² y_i²) / width`. The projection depends on the number of values, the
     width and the seed alone, so that teacher and student share it.
 
-    Source: Weinberger et al. 2009, arXiv 0902.2206, section 3 (signed feature hashing), with sums of equal size.
+    Source: Weinberger et al. 2009, arXiv 0902.2206 (signed feature hashing), with sums of equally many.
 
     Raises:
         ValueError: a sample has no more than `width` values.
@@ -81,7 +81,9 @@ def sketch(features: Tensor, width: int, seed: int = 0) -> Tensor:
     flat = features.flatten(1)
     values = flat.shape[1]
     if values <= width:
-        raise ValueError(f"a sketch of {width} values needs more values than that, got {values}: leave it out")
+        raise ValueError(
+            f"a sketch of {width} values needs more values than that, got {values}: leave it out"
+        )
     order, signs = _projection(values, width, seed, flat.device)
     padded = F.pad(flat[:, order] * signs.to(flat.dtype), (0, -values % width))
     return padded.unflatten(1, (-1, width)).sum(1)

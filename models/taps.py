@@ -53,7 +53,7 @@ class Tap:
 
     @property
     def text(self) -> str:
-        """The tap as an option: `LAYER[+LAYER][:REDUCTION[:SIZE]][:sketch:VALUES]`, which `parse_tap` reads."""
+        """The tap as `parse_tap` reads it: `LAYER[+LAYER][:REDUCTION[:SIZE]][:sketch:VALUES]`."""
         return self._spelled(":", ":")
 
     def _spelled(self, mark: str, before_number: str) -> str:
@@ -73,8 +73,8 @@ class Tap:
             margins: margins `(C,)` of a `margin` tap, None for the others.
 
         Raises:
-            ValueError: the reduction needs maps, and an output is not `(N, C, H, W)`; or the sketch is no smaller
-                than what it is made of.
+            ValueError: the reduction needs maps, and an output is not `(N, C, H, W)`; or the sketch is no
+                smaller than what it is made of.
         """
         reduced = self._reduced(outputs, margins)
         return reduced if self.sketch is None else reductions.sketch(reduced, self.sketch)

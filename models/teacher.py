@@ -109,8 +109,8 @@ class TeacherRunner:
         """Return the tensors that do not depend on samples, as float32 on the CPU.
 
         They are the weights of the last linear layer, if its outputs are the logits, as `head_weight`
-        `(C, D)` and `head_bias` `(C,)`; and by the tap's name the margins `(C,)` of each `margin` tap, and the
-        shape before the projection of each sketched tap.
+        `(C, D)` and `head_bias` `(C,)`; and by the tap's name the margins `(C,)` of each `margin` tap, and
+        the shape before the projection of each sketched tap.
         """
         kept = {}
         heads = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]

@@ -36,8 +36,13 @@ TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().t
 TAPS = {
     "digits-mlp": ("hidden1", "hidden2"),
     "digits-cnn": ("conv2",),
-    "digits-resnet": ("layer1", "layer2:pooled"),
+    "digits-resnet": ("layer1", "layer2:pooled", "stem+layer1:gram"),
 }
+MAPS = [{"teacher": 1, "tap": "conv2", "layer": "conv2"}, {"teacher": 2, "tap": "layer1", "layer": "conv1"}]
+FLOWS = [{"teacher": 2, "tap": "stem+layer1:gram", "layer": "stem+layer1"}]
+PAIRS = {"at": MAPS, "nst": MAPS, "fsp": FLOWS}
+"""Pairs of methods that cannot compare the layers of a perceptron."""
+STUDENTS = {"fsp": "digits-resnet"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,9 @@ def step_losses(recipe, steps):
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
-    fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
+    fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300}
+    fields["student"] = STUDENTS.get(name, "digits-cnn")
+    fields["objective"] = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
     cached = step_losses(make_recipe(tapped_stores, **fields), 8)
     live = step_losses(make_recipe(tapped_stores, **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
@@ -85,9 +92,11 @@ def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name):
     stores = tapped_stores if name in TAUGHT else []
-    words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
+    student = STUDENTS.get(name, "digits-cnn")
+    words = ["train", "--student", student, "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
+    words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"] if name in PAIRS else []
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics
@@ -95,7 +104,7 @@ def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name
     assert 0 <= told["evaluation"]["calibration_error"] <= 1
     terms = set(told["train"]) - {"loss", "accuracy", "accuracy_top5", "nll", "calibration_error"}
     assert sum(told["train"][term] for term in terms) == pytest.approx(told["train"]["loss"], rel=1e-5)
-    if not stores:
+    if not METHODS[name].objective.needs().fused:
         assert "teachers" not in told
         return
     teachers = told["teachers"]

@@ -115,7 +115,11 @@ def test_names_of_taps(text, tap, name):
         ("a:sketch:8:gram", RecipeError, "is not LAYER"),
         ("a+b:sketch:8", RecipeError, "names 2 layers: only `gram` takes two"),
         ("a:skech:8", UnknownName, "unknown reduction 'skech'. Did you mean 'sketch'"),
-        ("a:sign:sketch:8", RecipeError, "projects a sign, whose values are compared one by one: leave :sketch"),
+        (
+            "a:sign:sketch:8",
+            RecipeError,
+            "projects a sign, whose values are compared one by one: leave :sketch",
+        ),
         ("a:margin:2:sketch:8", RecipeError, "projects a margin"),
     ],
 )
@@ -151,7 +155,9 @@ ALL_TAPS = {
     "layer1.0.bn1:margin": lambda out: torch.maximum(out["layer1.0.bn1"], out["margins"][:, None, None]),
     "layer1:map:2": lambda out: F.avg_pool2d(out["layer1"], 4),
     "layer2:sketch:100": lambda out: reductions.sketch(out["layer2"], 100),
-    "layer2:gram:2:sketch:5": lambda out: reductions.sketch(reductions.gram(F.avg_pool2d(out["layer2"], 2)), 5),
+    "layer2:gram:2:sketch:5": lambda out: reductions.sketch(
+        reductions.gram(F.avg_pool2d(out["layer2"], 2)), 5
+    ),
     "stem+layer1:gram:sketch:9": lambda out: reductions.sketch(
         torch.einsum("nihw,njhw->nij", out["stem"], out["layer1"]) / 64, 9
     ),
@@ -225,7 +231,9 @@ def test_what_is_no_map_cannot_be_reduced(text):
 
 def test_a_sketch_that_saves_nothing_is_refused():
     runner = TeacherRunner(build_network(NETWORK, 10), [parse_tap("layer2:pooled:sketch:64")])
-    text = r"tap 'layer2@pooled@sketch64': a sketch of 64 values needs more values than that, got 64: leave it"
+    text = (
+        r"tap 'layer2@pooled@sketch64': a sketch of 64 values needs more values than that, got 64: leave it"
+    )
     with pytest.raises(TeacherMismatch, match=text):
         runner.run(pixels_of(2))
 

@@ -1,6 +1,6 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import hint, label, latents, relation, soft_target
+from coursepack.distill.losses import at, cc, fsp, hint, label, latents, nst, pkt, relation, soft_target, sp
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -10,5 +10,11 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "at": at.LOSS,
+    "sp": sp.LOSS,
+    "pkt": pkt.LOSS,
+    "cc": cc.LOSS,
+    "nst": nst.LOSS,
+    "fsp": fsp.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""

@@ -1,8 +1,8 @@
 """Attention transfer (AT): where in the image the student's and the teacher's layers are active.
 
-Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, section 3.1. An attention map is the mean of squares over
-channels, `(N, H W)`, scaled to unit length. Maps of another size are average-pooled before they are squared, as
-in RepDistiller.
+Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, section 3.1. An attention map is the mean of squares
+over channels, `(N, H W)`, scaled to unit length. Maps of another size are average-pooled before they are
+squared, as in RepDistiller.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class AttentionConfig(PairsConfig):
 
     term: Literal["at"] = "at"
     distance: Literal["squared", "norm"] = "squared"
-    """Distance of two maps: the mean of squared differences of the authors' code, or the norm of equation 2."""
+    """Distance of two maps: the mean of squared differences as in the authors' code, or the norm of
+    equation 2."""
 
 
 def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared") -> Tensor:

@@ -1,8 +1,8 @@
 """Flow of the solution procedure (FSP): products of the channels of two layers, averaged over positions.
 
-Yim et al., CVPR 2017, equations 1 and 2. A flow `(C1, C2)` has no positions, so only layers with the teacher's
-numbers of channels can be compared. Of two layers of different size, the larger is average-pooled, as in
-RepDistiller.
+Yim et al., CVPR 2017, equations 1 and 2. A flow `(C1, C2)` has no positions, so only layers with the
+teacher's numbers of channels can be compared. Of two layers of different size, the larger is average-pooled,
+as in RepDistiller.
 """
 
 from __future__ import annotations

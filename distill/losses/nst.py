@@ -43,7 +43,9 @@ def _compare(outputs: Sequence[Tensor], teacher: Tensor, pair: FeaturePair) -> T
     if tap.reduction == "map":
         teacher = reductions.gram(resized_to(teacher, size))
     student = reductions.gram(resized_to(outputs[0], size))
-    return selectivity_loss(student if tap.sketch is None else reductions.sketch(student, tap.sketch), teacher)
+    return selectivity_loss(
+        student if tap.sketch is None else reductions.sketch(student, tap.sketch), teacher
+    )
 
 
 def _needs(config: SelectivityConfig) -> Needs:

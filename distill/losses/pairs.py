@@ -1,7 +1,7 @@
 """Losses between pairs of features: a teacher's tap and one or two layers of the student.
 
-With several pairs, a loss is summed over the pairs and averaged over the teachers, with equal weights, so that
-two copies of a teacher count as one.
+With several pairs, a loss is summed over the pairs and averaged over the teachers, with equal weights, so
+that two copies of a teacher count as one.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def unfit_maps(pair: FeaturePair) -> Unfit | None:
     """Return why maps cannot be compared position by position, and the tap that can be."""
     tap = tap_from_name(pair.tap)
     if len(pair.student_shape) != 3 or len(pair.layers) != 1:
-        return Unfit("it takes one layer of the student that gives maps (C, H, W): name another with `layers`")
+        return Unfit(
+            "it takes one layer of the student that gives maps (C, H, W): name another with `layers`"
+        )
     if tap.reduction == "map":
         maps = len(pair.teacher_shape) == 3
         return None if maps else Unfit("it takes maps (C, H, W) of the teacher: tap another layer")

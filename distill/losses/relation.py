@@ -1,10 +1,11 @@
 """Relational knowledge distillation (RKD): angles and distances between the samples of a batch.
 
-Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8, compare embeddings of teacher and student (`compare:
-features`). AMTML-KD (Liu et al. 2020, arXiv 2103.04062) compares outputs, with the fused soft targets as the
-teacher (`compare: outputs`). Both losses are scalars that couple the samples of a batch, computed in float32 or
-float64, with gradient to the student only. The N³ angles are computed in chunks of anchors of bounded memory,
-with at least one anchor of N (N + C) numbers per chunk, and are recomputed in the backward pass.
+Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8, compare embeddings of teacher and student
+(`compare: features`). AMTML-KD (Liu et al. 2020, arXiv 2103.04062) compares outputs, with the fused soft
+targets as the teacher (`compare: outputs`). Both losses are scalars that couple the samples of a batch,
+computed in float32 or float64, with gradient to the student only. The N³ angles are computed in chunks of
+anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are recomputed in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class RelationConfig(PairsConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.compare == "outputs" and (self.pairs or self.layers):
-            raise ValueError("pairs and layers are of features, but compare is outputs: give compare=features")
+            raise ValueError(
+                "pairs and layers are of features, but compare is outputs: give compare=features"
+            )
         if self.compare == "features" and self.student != "probs":
             raise ValueError(f"student is {self.student!r}, a form of outputs, but compare is features")
         return self

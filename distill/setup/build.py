@@ -98,7 +98,7 @@ def build_objective(
         accuracies=tuple(map(_accuracy, readers)),
         embedding_width=width,
         labels=source.labels,
-        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
+        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         seed=seed,
     )
     return Objective(config, context)

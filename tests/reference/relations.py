@@ -90,9 +90,10 @@ def pkt(student, teacher, eps=1e-7):
 
     q, p = probabilities(student), probabilities(teacher)
     rows = len(student)
-    return sum(
-        p[i, j] * math.log((p[i, j] + eps) / (q[i, j] + eps)) for i in range(rows) for j in range(rows)
-    ) / rows**2
+    return (
+        sum(p[i, j] * math.log((p[i, j] + eps) / (q[i, j] + eps)) for i in range(rows) for j in range(rows))
+        / rows**2
+    )
 
 
 def cc(student, teacher, gamma=0.4, order=2):
