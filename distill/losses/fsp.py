@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from coursepack.distill.losses.base import BuildContext, Loss, Needs, PairNeeds, Unfit
-from coursepack.distill.losses.pairs import PairLoss, PairsConfig, reduced_as
+from coursepack.distill.losses.pairs import PairLoss, PairsConfig, reduced_as, sketched_as
+from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,11 +41,12 @@ def flow_loss(student: Tensor, teacher: Tensor, values: int | None = None) -> Te
 
 
 def _compare(outputs: Sequence[Tensor], teacher: Tensor, pair: FeaturePair) -> Tensor:
-    return flow_loss(reduced_as(pair, outputs), teacher, math.prod(pair.teacher_shape))
+    student = sketched_as(pair, reduced_as(pair, outputs))
+    return flow_loss(student, teacher, math.prod(pair.teacher_shape))
 
 
 def _unfit(pair: FeaturePair) -> Unfit | None:
-    if len(pair.layers) != 2 or len(pair.teacher_shape) != 2:
+    if len(pair.layers) != 2 or len(tap_from_name(pair.tap).layers) != 2:
         return Unfit("it takes a tap of two layers, as a+b:gram, and two layers of the student, as a+b")
     if pair.second_shape is None or not len(pair.student_shape) == len(pair.second_shape) == 3:
         return Unfit("it takes layers of the student that give maps (C, H, W)")

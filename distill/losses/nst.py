@@ -10,9 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from coursepack.distill.losses.base import BuildContext, Loss, Needs, PairNeeds
-from coursepack.distill.losses.pairs import PairLoss, PairsConfig, map_size, resized_to, unfit_maps
+from coursepack.distill.losses.pairs import (
+    PairLoss,
+    PairsConfig,
+    map_size,
+    resized_to,
+    sketched_as,
+    unfit_maps,
+)
 from coursepack.models import reductions
-from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,13 +45,11 @@ def selectivity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _compare(outputs: Sequence[Tensor], teacher: Tensor, pair: FeaturePair) -> Tensor:
-    size, tap = map_size(pair), tap_from_name(pair.tap)
-    if tap.reduction == "map":
+    size = map_size(pair)
+    if teacher.ndim == 4:
         teacher = reductions.gram(resized_to(teacher, size))
-    student = reductions.gram(resized_to(outputs[0], size))
-    return selectivity_loss(
-        student if tap.sketch is None else reductions.sketch(student, tap.sketch), teacher
-    )
+    student = sketched_as(pair, reductions.gram(resized_to(outputs[0], size)))
+    return selectivity_loss(student, teacher)
 
 
 def _needs(config: SelectivityConfig) -> Needs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coursepack.distill.losses.base import PairChoice, TermConfig, Unfit
 from coursepack.kernels import decode
+from coursepack.models import reductions
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
@@ -78,14 +79,20 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def reduced_as(pair: FeaturePair, outputs: Sequence[Tensor]) -> Tensor:
-    """Return the student's outputs reduced as the pair's tap reduces the teacher's, `(N, ...)`.
+    """Return the student's outputs reduced as the pair's tap reduces the teacher's, `(N, ...)`, not sketched.
 
     Vectors of the student stand for a tap's `pooled` features.
     """
-    tap = tap_from_name(pair.tap)
+    tap = replace(tap_from_name(pair.tap), sketch=None)
     if tap.reduction == "pooled":
         outputs = [output if output.ndim == 4 else output[..., None, None] for output in outputs]
     return tap.reduce(outputs, None)
+
+
+def sketched_as(pair: FeaturePair, features: Tensor) -> Tensor:
+    """Return features projected as the pair's tap projects the teacher's, or as they are if it does not."""
+    width = tap_from_name(pair.tap).sketch
+    return features if width is None else reductions.sketch(features, width)
 
 
 def map_size(pair: FeaturePair) -> tuple[int, int]:

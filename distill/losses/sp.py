@@ -1,6 +1,8 @@
 """Similarity-preserving distillation (SP): which samples of a batch activate a layer in the same way.
 
-Tung and Mori, ICCV 2019, arXiv 1907.09682, equation 4. Maps are compared with all their positions.
+Tung and Mori, ICCV 2019, arXiv 1907.09682, equation 4. Maps are compared with all their positions. A
+teacher's sketch is compared with the student's whole features: both give similarities of samples, and a
+projection of the student would only add noise.
 """
 
 from __future__ import annotations
