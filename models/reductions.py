@@ -86,7 +86,7 @@ def sketch(features: Tensor, width: int, seed: int = 0) -> Tensor:
         )
     order, signs = _projection(values, width, seed, flat.device)
     padded = F.pad(flat[:, order] * signs.to(flat.dtype), (0, -values % width))
-    return padded.unflatten(1, (-1, width)).sum(1)
+    return padded.reshape(len(padded), -1, width).sum(1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -42,7 +42,8 @@ def probabilistic_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> T
         eps: constant that is added to norms and to probabilities.
     """
     student_probs, teacher_probs = _conditional_probs(student, eps), _conditional_probs(teacher.detach(), eps)
-    return (teacher_probs * ((teacher_probs + eps) / (student_probs + eps)).log()).mean()
+    ratio: Tensor = (teacher_probs + eps) / (student_probs + eps)
+    return (teacher_probs * ratio.log()).mean()
 
 
 def _conditional_probs(embedding: Tensor, eps: float) -> Tensor:
