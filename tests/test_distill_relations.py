@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe, write_store
+from builders import CPU, loss_inputs, make_recipe, write_store
 from click.testing import CliRunner
 from reference import methods as ref_methods
 from reference import relations as ref
@@ -20,6 +20,8 @@ from coursepack.distill.losses.fsp import flow_loss
 from coursepack.distill.losses.nst import selectivity_loss
 from coursepack.distill.losses.pkt import probabilistic_loss
 from coursepack.distill.losses.sp import similarity_loss
+from coursepack.distill.objective import Objective
+from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
@@ -253,6 +255,22 @@ def test_published_figures_without_gradients():
     agree(found, held["repdistiller_map"])
 
 
+def test_rkd_with_its_published_weights():
+    held = figures("rkd")
+    pair = FeaturePair(0, "t@pooled", "layer", (4,), (4,))
+    context = BuildContext(pairs_by_term={"distance": (pair,), "angle": (pair,)})
+    objective = Objective(resolve_objective("rkd", {}, "test", classes=3), context)
+    student = held["student"].float().requires_grad_()
+    targets = Targets([], {(0, pair.tap): held["teacher"].float()})
+    value = objective(
+        loss_inputs(torch.zeros(6, 3), torch.zeros(6).long(), targets, features={"layer": student})
+    )
+    relations = value.loss - value.terms["cross_entropy"]
+    relations.backward()
+    agree(relations, held["repdistiller_loss"])
+    agree(student.grad, held["grad_repdistiller"])
+
+
 def test_published_flows():
     held = figures("fsp")
     student = [held[f"student_{side}"].requires_grad_() for side in ("first", "second")]
@@ -286,11 +304,10 @@ def tapped(tmp_path_factory, teachers):
     return path
 
 
-def trained(store, method, student="digits-resnet", **terms):
+def trained(store, method, student="digits-resnet", online=False, **terms):
     """Metrics of one epoch, and the pairs of taps and layers of each term."""
-    recipe = make_recipe(
-        [store], method=method, student=student, limit=128, optimizer={"lr": 0.01}, objective={"terms": terms}
-    )
+    fields = {"student": student, "limit": 128, "optimizer": {"lr": 0.01}, "online": online}
+    recipe = make_recipe([store], method=method, objective={"terms": terms}, **fields)
     run = prepare(recipe, CPU)
     state = make_state(run)
     told = train_epoch([state], run.batches(0), run.targets)[0]
@@ -403,6 +420,8 @@ def test_sketches_train_as_what_they_are_made_of(tapped, method, tap, layer):
         losses.append(told[method])
     assert losses[1] == pytest.approx(losses[0], rel=0.3)
     assert losses[1] != losses[0]
+    sketched = {method: {"pairs": [{"teacher": 0, "tap": text, "layer": layer}]}}
+    assert trained(tapped, method, online=True, **sketched)[0][method] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_depends_on_the_batch_is_declared():

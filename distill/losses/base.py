@@ -226,7 +226,7 @@ class Needs:
     @property
     def inside_student(self) -> tuple[str, ...]:
         """Names of the needs that read inside the student, which a compiled student cannot meet."""
-        layers = ["hints"] if self.pairs is not None or self.student_layers else []
+        layers = [self.every_teacher or "hints"] if self.pairs is not None or self.student_layers else []
         return (*layers, *([self.embedding] if self.embedding else []))
 
     def __or__(self, other: Needs) -> Needs:
