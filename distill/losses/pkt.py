@@ -48,7 +48,7 @@ def probabilistic_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> T
 
 def _conditional_probs(embedding: Tensor, eps: float) -> Tensor:
     unit = embedding / (torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + eps)
-    kernel = (unit @ unit.T + 1) / 2
+    kernel: Tensor = (unit @ unit.T + 1) / 2
     return kernel / kernel.sum(1, keepdim=True)
 
 
