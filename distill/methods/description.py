@@ -15,7 +15,7 @@ def describe(name: str) -> dict[str, Any]:
     """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
-    teachers = method.objective.needs().teachers
+    fused = method.objective.needs().fused
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
@@ -29,8 +29,8 @@ def describe(name: str) -> dict[str, Any]:
         "evidence": method.evidence,
         "needs": list(method.needs),
         "note": method.note,
-        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if teachers else None,
-        "combine": _combine(method) if teachers else None,
+        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fused else None,
+        "combine": _combine(method) if fused else None,
         "defaults": defaults,
     }
 
