@@ -11,7 +11,7 @@ TEST_EXTRAS :=
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store views loss train methods memory
 
-.PHONY: help demo test check test-all test-slow lint bench clean
+.PHONY: help demo test pytest check test-all test-slow lint bench clean
 
 help:
 	@echo "make demo       train teachers, precompute them, distil students, print two tables (about 2 minutes)"
@@ -35,11 +35,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint
+pytest: .venv/installed
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
+check: lint pytest
+
+# Side by side, since linters and types use one core.
 test: .venv/installed
-	@$(BIN)/python tests/timed.py $(MAKE) --no-print-directory check
+	@$(BIN)/python tests/timed.py $(MAKE) --no-print-directory -j2 check
 
 .venv/installed-all: .venv/installed
 	$(if $(TEST_EXTRAS),$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(TEST_EXTRAS)]" -C editable_mode=strict)

@@ -111,7 +111,7 @@ def main() -> None:
     rounds = 1 if chosen.quick else 40
     with tempfile.TemporaryDirectory() as folder:
         stores = chosen.stores or make_stores(Path(folder), *((1, 64) if chosen.quick else (8, None)))
-        rows = measure(stores, chosen.limit or (200 if chosen.quick else None), rounds)
+        rows = measure(stores, chosen.limit or (64 if chosen.quick else None), rounds)
     report("One epoch of a digit student", rows, chosen.json)
 
 

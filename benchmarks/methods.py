@@ -185,14 +185,15 @@ def teacher_accuracy(store: Path) -> float:
 
 
 def study(
-    setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None
+    setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None, limit: int
 ) -> dict[str, dict[str, list[float]]]:
     """Measure accuracy, NLL, calibration error and seconds of training per row and seed."""
     told: dict[str, dict[str, list[float]]] = {}
     for entry in entries(names):
         found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
         for seed in range(seeds):
-            run = prepare(recipe(entry, stores, seed, epochs, views=len(StoreReader(stores[0]).views)), CPU)
+            views = len(StoreReader(stores[0]).views)
+            run = prepare(recipe(entry, stores, seed, epochs, views=views, limit=limit), CPU)
             state = make_state(run)
             started = time.perf_counter()
             try:
@@ -287,7 +288,7 @@ def main() -> None:
             plain = plain or stores
             spent += sum(seconds)
             say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
-            told = study(setting, stores, seeds, epochs, names)
+            told = study(setting, stores, seeds, epochs, names, 64 if chosen.quick else 300)
             students += seeds * (len(told) - 1)
             rows += rows_of(setting, told)
         rows.append(saved(plain, [spent], students, epochs))

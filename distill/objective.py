@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from coursepack.distill.finite import cause_of, is_finite
 from coursepack.distill.fusion import FUSIONS
-from coursepack.distill.fusion.fused import FusedTargets, dynamic_temperatures
+from coursepack.distill.fusion.fused import FusedTargets, dynamic_temperatures, standardized
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, LossInputs, Step
 from coursepack.distill.schedule import value_at
 from coursepack.errors import RecipeError, TrainingDiverged
-from coursepack.kernels import MixedLabels
+from coursepack.kernels import MixedLabels, decode
 
 if TYPE_CHECKING:
     from coursepack.distill.fusion.temperature import SampleTemperatures
@@ -169,8 +169,11 @@ class Objective(nn.Module):
         )
         if own is not None:
             self._check_finite("a sample's temperature", own.values, inputs)
+        logits = teachers.logits
+        if config.standardize:
+            logits = [standardized(decode(each).detach()) for each in logits]
         return FusedTargets(
-            teachers.logits,
+            logits,
             None if isinstance(inputs.labels, MixedLabels) else inputs.labels,
             weights,
             adjustments,
@@ -178,6 +181,7 @@ class Objective(nn.Module):
             config.temperature if own is None else own.values,
             own,
             self.fusion_kind.combine,
+            config.standardize,
         )
 
     def _check_finite(self, name: str, values: Tensor | None, inputs: LossInputs) -> None:

@@ -40,6 +40,10 @@ class ObjectiveConfig(Config):
     """Temperature of teachers and student; T_0 of a dynamic temperature."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
     """Temperature per sample."""
+    standardize: bool = False
+    """Standardize the logits of teachers and student, each row to mean 0 and deviation 1, before they are
+    divided by the temperature and compared (Sun et al. 2024, arXiv 2403.01427); the cross-entropy takes them
+    as they are."""
     adjustment: Adjustment | tuple[Adjustment, ...] = "none"
     """Adjustment of wrong predictions of teachers: one for all teachers, or one per teacher."""
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -87,7 +91,12 @@ class ObjectiveConfig(Config):
             needs
             | FUSIONS[self.fusion.name].needs(self.fusion)
             | self.dynamic_temperature.needs()
-            | Needs(teacher_logits=True, one_label=f"adjustment is {self.adjustment!r}" if adjusted else "")
+            | Needs(
+                teacher_logits=True,
+                dense_logits="logit standardization" if self.standardize else "",
+                labels=adjusted,
+                one_label=f"adjustment is {self.adjustment!r}" if adjusted else "",
+            )
         )
 
     def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:

@@ -16,9 +16,12 @@ from image_files import write_tree
 
 from coursepack import kernels
 from coursepack.data import PRESETS, Batch, open_source
+from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
+TAPS = (("hidden1", "hidden2"), ("conv2",), ("layer1", "layer2:pooled", "stem+layer1:gram"))
+"""Layers of these whose features the stores `tapped` have."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,6 +128,20 @@ def cnn_store(shared, teachers):
         run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
 
     return shared("cnn", write) / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def tapped(shared, teachers):
+    """float32 stores of the three teachers with features of a few layers, two views."""
+
+    def write(folder):
+        for teacher, texts in zip(teachers, TAPS, strict=True):
+            taps = [parse_tap(text) for text in texts]
+            encodings = {"encoding": "float32", "feature_encoding": "float32"}
+            run_job(make_job(folder / f"{teacher.name}.zarr", teacher, taps=taps, **encodings))
+
+    folder = shared("tapped", write)
+    return [folder / f"{teacher.name}.zarr" for teacher in teachers]
 
 
 @pytest.fixture

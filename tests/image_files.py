@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -177,6 +176,8 @@ def cut(path: Path, share: float) -> None:
 
 
 def assert_as_image_folder(source, folder):
+    from torchvision.datasets import ImageFolder
+
     expected = ImageFolder(folder)
     assert source.class_names == tuple(expected.classes)
     assert source.labels.tolist() == expected.targets

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
+import runpy
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from moments import at_rename, die
 from torch import nn
 
-import coursepack.data.jit_philox
-import coursepack.data.jit_pixels  # noqa: F401 - once, not in every process
 from coursepack.distill import Learner, Objective, TrainRecipe, distributed
 from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
@@ -32,6 +35,16 @@ from coursepack.distill.training.state import make_state, state_of
 from coursepack.errors import RunError
 from coursepack.models import Network, Preprocessing
 from coursepack.models.networks import NETWORKS, NetworkKind
+from coursepack.precompute.cli import main as precompute
+
+FORKED = multiprocessing.get_context("forkserver")
+"""Processes forked from one that has imported what takes long, and has no thread or device of the tests'."""
+FORKED.set_forkserver_preload(
+    [
+        *("coursepack.distill.cli", "coursepack.precompute.cli", "coursepack.data.jit_philox"),
+        *("coursepack.data.jit_pixels", "sklearn.datasets", "torch._dynamo", "torch.distributed.run", "zarr"),
+    ]
+)
 
 
 def told(source):
@@ -61,28 +74,82 @@ class Dropping(nn.Module):
 DROPPING = NetworkKind(Dropping, NETWORKS["digits-small"].preprocessing)
 
 
-def serve_distill():
-    """Run `distill` commands that come line by line, in forked processes that may die; import once.
+# Commands, in processes that import nothing again.
 
-    A line is a JSON list: the command's words, and before which rename it dies, as (number, name), or null.
-    """
+
+def code(words):
+    """What `python -c` does."""
+    sys.argv = ["-c", *words[1:]]
+    exec(words[0], {"__name__": "__main__"})
+
+
+def script(words):
+    """What `python FILE` does."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def torchrun(words):
+    """`torchrun`, whose ranks run a file, and are forked too."""
+    from torch.distributed.run import main
+
+    main(["--start-method", "fork", "--run-path", *words])
+
+
+COMMANDS = {
+    "distill": distill,
+    "precompute": precompute,
+    "code": code,
+    "script": script,
+    "torchrun": torchrun,
+}
+
+
+def as_command(words, folder, before):
+    """Be one of these commands; what it prints goes to files of a folder."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), descriptor)
+    # Where tests run in the background, SIGINT is ignored, and so it would be here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
     NETWORKS["dropping"] = DROPPING
-    for line in sys.stdin:
-        words, moment = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os.dup2(2, 1)
-            if moment is not None:
-                at_rename(moment[0], die, moment[1])
-            distill(words)
-        print(os.waitpid(child, 0)[1], flush=True)
+    if words[0] in ("distill", "script"):
+        warnings.simplefilter("error")
+    if before is not None:
+        before()
+    COMMANDS[words[0]](words[1:])
+
+
+@contextmanager
+def running(*words, before=None):
+    """A command in a process of its own, which calls `before` first: the process, and a wait for its end."""
+    words = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name, stream) for stream in ("out", "err")]
+        for file in files:
+            file.touch()
+        process = FORKED.Process(target=as_command, args=(words, Path(name), before))
+        process.start()
+
+        def finished(seconds=300):
+            process.join(seconds)
+            assert process.exitcode is not None, f"{words} takes longer than {seconds} s"
+            return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
+
+        try:
+            yield process, finished
+        finally:
+            process.kill()
+            process.join()
+
+
+def run(*words, before=None):
+    """Run a command in a process of its own to its end."""
+    with running(*words, before=before) as (_, finished):
+        return finished()
 
 
 # Ranks: what each of several processes does, given who it is.
-
-RANKS = multiprocessing.get_context("forkserver")
-"""Processes that begin with what takes longest to import, and with no thread or device of the tests'."""
-RANKS.set_forkserver_preload(["coursepack.distill", "coursepack.precompute", "sklearn.datasets"])
 
 
 def as_rank(index, count, port, work, arguments, queue):
@@ -104,9 +171,9 @@ def on_ranks(count, work, *arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    queue = RANKS.SimpleQueue()
+    queue = FORKED.SimpleQueue()
     processes = [
-        RANKS.Process(target=as_rank, args=(index, count, port, work, arguments, queue))
+        FORKED.Process(target=as_rank, args=(index, count, port, work, arguments, queue))
         for index in range(count)
     ]
     for process in processes:

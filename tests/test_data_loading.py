@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import cut, random_image, save_image
-from spawned import RANKS
+from spawned import FORKED
 
 from coursepack.data import PRESETS, Batch, batches, open_source
 from coursepack.data.loading import Renderer
@@ -167,7 +167,7 @@ def test_a_new_process_gives_the_same(sources, tmp_path):
     """Everything there is made anew: the source is opened, numbers are drawn and pixels rendered."""
     folder = write_jpegs(tmp_path)
     asked = {"digits": ("digits", None), "fake": FAKE, "folder": ("folder", folder)}
-    with ProcessPoolExecutor(1, mp_context=RANKS) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         assert pool.submit(os.getpid).result() != os.getpid()
         for name, place in asked.items():
             source = pool.submit(open_source, *place).result()

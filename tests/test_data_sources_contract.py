@@ -252,8 +252,8 @@ def test_sources_of_files_need_a_root_that_is_there(name, tmp_path):
 
 def test_sources_go_to_worker_processes(roots):
     sources = [open_source(f"{SPECS.get(name, name)}:train-0.5", roots[name]) for name in NAMES]
-    queue = spawned.RANKS.SimpleQueue()
-    process = spawned.RANKS.Process(target=spawned.tell_all, args=(sources, queue))
+    queue = spawned.FORKED.SimpleQueue()
+    process = spawned.FORKED.Process(target=spawned.tell_all, args=(sources, queue))
     process.start()
     for source in sources:
         assert queue.get() == spawned.told(source)

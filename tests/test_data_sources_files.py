@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from image_files import (
     write_tree,
 )
 from PIL import Image
+from spawned import run
 
 from coursepack.data import open_source
 from coursepack.data.sources import scan
@@ -148,8 +147,7 @@ def test_fingerprint_is_of_no_root_time_or_process(tree, tmp_path):
     for path in (tmp_path / "moved").rglob("*.png"):
         touch_later(path)
     assert open_source("folder", tmp_path / "moved").fingerprint == expected
-    command = [sys.executable, "-c", PROBE, str(tmp_path / "moved")]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == expected
+    assert run("code", PROBE, tmp_path / "moved").stdout.strip() == expected
 
 
 def _replace_content(tree):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from spawned import run
 
 LIMIT = 32 << 20
 """Bytes that a process may take beyond what it has after doing everything once with a small store."""
@@ -21,8 +19,7 @@ def live(folder, samples, *, views=2, steps=("write", "verify", "train"), readin
     facts = {"samples": samples, "views": views, "steps": steps, "readings": readings}
     facts |= {"limit": limit, "block_rows": 2000}
     folder.mkdir()
-    command = [sys.executable, str(Path(__file__).with_name("limited_process.py")), str(folder)]
-    done = subprocess.run([*command, json.dumps(facts)], capture_output=True, text=True, timeout=300)
+    done = run("code", "import limited_process; limited_process.main()", folder, json.dumps(facts))
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert samples * ROW_BYTES > 2 * limit

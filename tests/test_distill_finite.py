@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from builders import CPU, loss_inputs, make_recipe, write_store, write_teacher
 from helpers import RowStore, write_rows
+from spawned import run
 
 from coursepack.data.store import StoreReader
 from coursepack.distill.losses.base import Step
@@ -179,8 +178,6 @@ with open({str(tmp_path / "file")!r}, "r+b") as file:
     os.truncate(file.fileno(), 0)
     mapped[5000]
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+    result = run("code", code)
     assert result.returncode == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in result.stderr

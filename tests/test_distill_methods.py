@@ -28,37 +28,15 @@ from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.kernels import decode
-from coursepack.models import Network, Preprocessing, TeacherRunner, load_teacher, parse_tap
-from coursepack.precompute import Job, run_job
+from coursepack.models import Network, Preprocessing
 from coursepack.precompute.cli import main as precompute
 
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
-TAPS = {
-    "digits-mlp": ("hidden1", "hidden2"),
-    "digits-cnn": ("conv2",),
-    "digits-resnet": ("layer1", "layer2:pooled", "stem+layer1:gram"),
-}
 MAPS = [{"teacher": 1, "tap": "conv2", "layer": "conv2"}, {"teacher": 2, "tap": "layer1", "layer": "conv1"}]
 FLOWS = [{"teacher": 2, "tap": "stem+layer1:gram", "layer": "stem+layer1"}]
 PAIRS = {"at": MAPS, "nst": MAPS, "fsp": FLOWS}
 """Pairs of methods that cannot compare the layers of a perceptron."""
 STUDENTS = {"fsp": "digits-resnet"}
-
-
-@pytest.fixture(scope="module")
-def tapped_stores(tmp_path_factory, teachers):
-    """float32 stores of the three teachers with features of a few layers, two views."""
-    folder, made = tmp_path_factory.mktemp("tapped"), []
-    for teacher in teachers:
-        plain = write_store(folder / f"{teacher.name}.zarr", teacher)
-        source = prepare(make_recipe([plain]), CPU).source
-        taps = [parse_tap(tap) for tap in TAPS[teacher.name]]
-        runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), taps)
-        view = prepare(make_recipe([plain]), CPU).recipe.view
-        job = Job(plain, source, view, runner, 2, encoding="float32", feature_encoding="float32")
-        run_job(job, quiet=True)
-        made.append(plain)
-    return made
 
 
 def step_losses(recipe, steps):
@@ -79,19 +57,19 @@ def step_losses(recipe, steps):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_stores_and_live_teachers_give_the_same_losses(tapped_stores, name):
+def test_stores_and_live_teachers_give_the_same_losses(tapped, name):
     fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300}
     fields["student"] = STUDENTS.get(name, "digits-cnn")
     fields["objective"] = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
-    cached = step_losses(make_recipe(tapped_stores, **fields), 8)
-    live = step_losses(make_recipe(tapped_stores, **fields, online=True), 8)
+    cached = step_losses(make_recipe(tapped, **fields), 8)
+    live = step_losses(make_recipe(tapped, **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
     assert np.isfinite(cached).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name):
-    stores = tapped_stores if name in TAUGHT else []
+def test_every_method_trains_from_the_command_line(tmp_path, tapped, name):
+    stores = tapped if name in TAUGHT else []
     student = STUDENTS.get(name, "digits-cnn")
     words = ["train", "--student", student, "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
@@ -122,9 +100,9 @@ def test_every_method_trains_from_the_command_line(tmp_path, tapped_stores, name
         assert 0 <= seen["clamped"] <= 1
 
 
-def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
+def test_only_what_is_declared_is_fetched(tapped, monkeypatch):
     read = []
-    kind = type(prepare(make_recipe(tapped_stores), CPU).readers[0])
+    kind = type(prepare(make_recipe(tapped), CPU).readers[0])
     rows = kind.rows
     monkeypatch.setattr(
         kind, "rows", lambda self, array, *rest: read.append((self.name, array)) or rows(self, array, *rest)
@@ -132,13 +110,11 @@ def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
 
     def fetched(method, **fields):
         read.clear()
-        run = prepare(
-            make_recipe(tapped_stores, method=method, limit=64, student="digits-cnn", **fields), CPU
-        )
+        run = prepare(make_recipe(tapped, method=method, limit=64, student="digits-cnn", **fields), CPU)
         train_epoch([make_state(run)], run.batches(0), run.targets)
         return set(read)
 
-    names = [store.name.removesuffix(".zarr") for store in tapped_stores]
+    names = [store.name.removesuffix(".zarr") for store in tapped]
     assert fetched("kd") == {(name, "logits") for name in names}
     hints = {
         ("digits-mlp", "features/hidden1"),
@@ -152,19 +128,17 @@ def test_only_what_is_declared_is_fetched(tapped_stores, monkeypatch):
     assert fetched("kd", objective=only_hints) == hints
 
 
-def test_best_is_the_teacher_that_was_right_most_often(tapped_stores):
-    run = prepare(make_recipe(tapped_stores, method="best"), CPU)
-    correct = [
-        sum(r["sums"]["correct"] for r in load_manifest(s).view_records.values()) for s in tapped_stores
-    ]
+def test_best_is_the_teacher_that_was_right_most_often(tapped):
+    run = prepare(make_recipe(tapped, method="best"), CPU)
+    correct = [sum(r["sums"]["correct"] for r in load_manifest(s).view_records.values()) for s in tapped]
     assert make_state(run).learner.objective.chosen_teacher(Step()) == int(np.argmax(correct))
-    asked = prepare(make_recipe(tapped_stores, method="best", objective={"fusion": {"teacher": 1}}), CPU)
+    asked = prepare(make_recipe(tapped, method="best", objective={"fusion": {"teacher": 1}}), CPU)
     assert make_state(asked).learner.objective.chosen_teacher(Step()) == 1
 
 
-def test_two_learners_share_what_they_fetch(tapped_stores):
-    run = prepare(make_recipe(tapped_stores, method="random", limit=200), CPU)
-    other = prepare(make_recipe(tapped_stores, method="kd", limit=200), CPU)
+def test_two_learners_share_what_they_fetch(tapped):
+    run = prepare(make_recipe(tapped, method="random", limit=200), CPU)
+    other = prepare(make_recipe(tapped, method="kd", limit=200), CPU)
     together = [make_state(run), make_state(run, other.recipe)]
     first = train_epoch(together, run.batches(0), run.targets)
     alone = [train_epoch([make_state(maker)], run.batches(0), run.targets)[0] for maker in (run, other)]
@@ -172,12 +146,12 @@ def test_two_learners_share_what_they_fetch(tapped_stores):
     assert first[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)
 
 
-def test_a_learner_of_hints_alone_may_share_what_another_fetches(tapped_stores):
+def test_a_learner_of_hints_alone_may_share_what_another_fetches(tapped):
     """It is handed logits that it does not look at, and tells what it would tell alone."""
     only_hints = {"soft_weight": 0.0, "terms": {"hint": {"weight": 0.01}}}
     fields = {"student": "digits-cnn", "limit": 200}
-    hints = make_recipe(tapped_stores, **fields, objective=only_hints)
-    run = prepare(make_recipe(tapped_stores, **fields), CPU, others=[hints])
+    hints = make_recipe(tapped, **fields, objective=only_hints)
+    run = prepare(make_recipe(tapped, **fields), CPU, others=[hints])
     together = train_epoch([make_state(run), make_state(run, hints)], run.batches(0), run.targets)
     own = prepare(hints, CPU)
     assert together[1] == train_epoch([make_state(own)], own.batches(0), own.targets)[0]
@@ -194,19 +168,19 @@ class GapConfig(TermConfig):
     term: Literal["gap"] = "gap"
 
 
-def test_a_term_may_be_all_that_reads_teachers(tapped_stores, monkeypatch):
+def test_a_term_may_be_all_that_reads_teachers(tapped, monkeypatch):
     gap = Loss(GapConfig, "", "", lambda _: Needs(teacher_logits=True), lambda *_: Gap())
     monkeypatch.setitem(LOSSES, "gap", gap)
     objective = METHODS["supervised"].objective.model_copy(update={"terms": {"gap": GapConfig()}})
-    recipe = make_recipe(tapped_stores, limit=64).model_copy(update={"objective": objective})
+    recipe = make_recipe(tapped, limit=64).model_copy(update={"objective": objective})
     run = prepare(recipe, CPU)
     told = train_epoch([make_state(run)], run.batches(0), run.targets)[0]
     assert told["gap"] > 0
     assert told["loss"] == pytest.approx(told["gap"] + told["cross_entropy"], rel=1e-5)
 
 
-def test_everything_that_learns_is_in_the_optimizer(tapped_stores):
-    run = prepare(make_recipe(tapped_stores, method="amtml-hints", limit=64, student="digits-cnn"), CPU)
+def test_everything_that_learns_is_in_the_optimizer(tapped):
+    run = prepare(make_recipe(tapped, method="amtml-hints", limit=64, student="digits-cnn"), CPU)
     state = make_state(run)
     held = {id(value) for group in state.optimizer.param_groups for value in group["params"]}
     before = {name: value.detach().clone() for name, value in state.learner.named_parameters()}
@@ -219,13 +193,13 @@ def test_everything_that_learns_is_in_the_optimizer(tapped_stores):
     assert len(latents[0]["params"]) == 2
 
 
-def test_hints_can_be_assigned(tapped_stores):
+def test_hints_can_be_assigned(tapped):
     pairs = [
         {"teacher": 2, "tap": "layer1", "layer": "conv1"},
         {"teacher": 2, "tap": "layer2:pooled", "layer": "hidden"},
     ]
     recipe = make_recipe(
-        tapped_stores,
+        tapped,
         method="amtml-hints",
         objective={"terms": {"hint": {"pairs": pairs}}},
         student="digits-cnn",

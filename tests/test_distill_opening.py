@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from builders import make_recipe, write_store, write_teacher
+from builders import make_recipe, write_store
 from helpers import random_source, rewrite_manifest
 
 from coursepack.data import batches, epoch_order, open_source, subset, view_recipe
@@ -16,24 +16,12 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.stores import WINDOW_CHUNKS, WINDOW_ROWS
 from coursepack.distill.training.optimizer import make_optimizer
 from coursepack.errors import RecipeError, StoreDamaged, StoreMismatch, TeacherMismatch, UnknownName
-from coursepack.models import Network, Preprocessing, TeacherRunner, build_network, load_teacher, parse_tap
-from coursepack.precompute import Job, run_job
+from coursepack.models import Network, Preprocessing, build_network
 
 
 @pytest.fixture
 def course(stores):
     return open_teacher_stores(stores)
-
-
-@pytest.fixture(scope="module")
-def tapped(tmp_path_factory):
-    """A store of two views, logits and one layer of each."""
-    folder = tmp_path_factory.mktemp("tapped")
-    teacher = write_teacher(folder / "cnn", "digits-cnn")
-    source = open_source("digits")
-    runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), [parse_tap("conv2")])
-    run_job(Job(folder / "cnn.zarr", source, view_recipe("digits"), runner, 2), quiet=True)
-    return folder / "cnn.zarr"
 
 
 def student():
@@ -117,7 +105,7 @@ def test_changes_replace_fields_of_the_method(course):
 
 
 def test_targets_are_what_the_objectives_read(tapped):
-    course = open_teacher_stores([tapped])
+    course = open_teacher_stores(tapped[1:2])
     methods = {name: make_objective(course, student(), name) for name in ("supervised", "kd", "amtml-hints")}
     hints = make_objective(course, student(), "supervised", {"soft_weight": 0.0, "terms": {"hint": {}}})
     read = {name: make_targets(course, objective).arrays for name, objective in methods.items()}

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from builders import loss_inputs
 
+from coursepack.distill.fusion.fused import standardized
 from coursepack.distill.fusion.temperature import sample_temperatures
 from coursepack.distill.losses.base import BuildContext
+from coursepack.distill.losses.dkd import decoupled_divergences
 from coursepack.distill.losses.relation import angle_loss, distance_loss
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
@@ -84,6 +86,59 @@ def test_kd(source, changes):
     compare("kd", changes, [held["teacher"]], loss, gradient)
 
 
+@pytest.mark.parametrize(
+    ("source", "standardize"), [("mdistiller", False), ("mmrazor", False), ("std", True)]
+)
+def test_dkd(source, standardize):
+    held = figures("dkd")
+    changes = {"hard_weight": 0.0, "standardize": standardize, "terms": {"dkd": {"weight": 1.0}}}
+    loss, gradient = held[f"{source}_loss"], held[f"grad_{source}"]
+    compare("dkd", changes, [held["teacher"]], loss, gradient, method="dkd")
+
+
+def test_the_parts_of_dkd():
+    held = figures("dkd")
+    log_q, probs = (held["student"] / 4).log_softmax(1), (held["teacher"] / 4).softmax(1)
+    target, others = decoupled_divergences(log_q, probs, held["labels"])
+    agree(4**2 * target.mean(), held["mdistiller_tckd"])
+    agree(4**2 * others.mean(), held["mdistiller_nckd"])
+
+
+@pytest.mark.parametrize("source", ["hunto", "segmentation", "torchdistill", "mmrazor"])
+def test_dist(source):
+    held = figures("dist")
+    changes = {"hard_weight": 0.0, "temperature": 1.0, "terms": {"dist": {"weight": 1.0}}}
+    loss, gradient = held[f"{source}_loss"], held[f"grad_{source}"]
+    compare("dist", changes, [held["teacher"]], loss, gradient, method="dist")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [("sun", {"soft_weight": 1.0, "hard_weight": 0.0}), ("torchdistill", {})],
+)
+def test_standardized_logits(source, changes):
+    held = figures("logit_std")
+    loss, gradient = held[f"{source}_loss"], held[f"grad_{source}"]
+    compare("logit_std", changes, [held["teacher"]], loss, gradient, method="logit-std")
+    agree(standardized(held["teacher"]), held["sun_standardised"])
+
+
+def test_self_training_of_tf_kd():
+    """Its KL is divided by the five classes, and has T², which the paper's equation has not."""
+    held = figures("tfkd")
+    changes = {"soft_weight": 0.95 / 5}
+    loss, gradient = held["self_loss"], held["grad_self"]
+    compare("tfkd", changes, [held["teacher"]], loss, gradient, method="tf-kd-self")
+
+
+def test_the_virtual_teacher_of_tf_kds_release():
+    """The softmax of a probability, an untempered student, and KL divided by the five classes."""
+    held = figures("tfkd")
+    term = {"weight": 0.95 / 5, "softening": "double_softmax"}
+    changes = {"hard_weight": 0.05, "terms": {"virtual_teacher": term}}
+    compare("tfkd", changes, [], held["reg_loss"], held["grad_reg"], method="tf-kd")
+
+
 def entropy(logits, temperature=1.0):
     """Of softmax(logits / temperature), `(N,)` nats."""
     log_probs = (logits / temperature).log_softmax(1)
@@ -93,8 +148,7 @@ def entropy(logits, temperature=1.0):
 @pytest.mark.parametrize("source", ["refinery", "fkd"])
 def test_soft_cross_entropy_is_kl_and_the_teachers_entropy(source):
     held = figures("refinery")
-    changes = {"soft_weight": 1.0, "hard_weight": 0.0, "temperature": 1.0}
-    value, student, _, _ = objective_value(held, changes, [held["teacher"]])
+    value, student, _, _ = objective_value(held, {}, [held["teacher"]], "label-refinery")
     value.loss.backward()
     agree(value.loss + entropy(held["teacher"]).mean(), held[f"{source}_loss"])
     agree(student.grad, held[f"grad_{source}"])

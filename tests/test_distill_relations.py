@@ -293,9 +293,9 @@ METHODS = ("at", "sp", "rkd", "pkt", "cc", "nst", "fsp")
 
 
 @pytest.fixture(scope="module")
-def tapped(tmp_path_factory, teachers):
+def featured(tmp_path_factory, teachers):
     """A float32 store of `digits-resnet` with every tap that the methods read, two views."""
-    path, source = tmp_path_factory.mktemp("tapped") / "resnet.zarr", open_source("digits")
+    path, source = tmp_path_factory.mktemp("featured") / "resnet.zarr", open_source("digits")
     runner = TeacherRunner(
         load_teacher(f"run:{teachers[2]}", source.class_names), [parse_tap(tap) for tap in TAPS]
     )
@@ -328,8 +328,8 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_train_on_the_smallest_taps_that_are_stored(tapped, method):
-    told, pairs = trained(tapped, method)
+def test_methods_train_on_the_smallest_taps_that_are_stored(featured, method):
+    told, pairs = trained(featured, method)
     assert pairs == {key: CHOSEN[key] for key in (("distance", "angle") if method == "rkd" else (method,))}
     assert all(0 < told[key] < 1e4 for key in pairs)
     assert told["cross_entropy"] > 0
@@ -351,11 +351,11 @@ def test_a_perceptron_has_no_flows(stores):
         prepare(make_recipe([stores[2]], method="fsp", student="digits-small"), CPU)
 
 
-def refusal_of(tapped, method, tap, layer, student="digits-cnn", key=None):
+def refusal_of(featured, method, tap, layer, student="digits-cnn", key=None):
     pairs = [{"teacher": 0, "tap": tap, "layer": layer}]
     objective = {"terms": {key or method: {"pairs": pairs}}}
     with pytest.raises(RecipeError) as refusal:
-        make_state(prepare(make_recipe([tapped], method=method, student=student, objective=objective), CPU))
+        make_state(prepare(make_recipe([featured], method=method, student=student, objective=objective), CPU))
     return str(refusal.value)
 
 
@@ -375,13 +375,13 @@ def refusal_of(tapped, method, tap, layer, student="digits-cnn", key=None):
     ],
 )  # fmt: skip
 def test_pairs_that_do_not_fit_are_refused_with_the_tap_that_does(
-    tapped, method, tap, layer, problem, stored
+    featured, method, tap, layer, problem, stored
 ):
-    text = refusal_of(tapped, method, tap, layer)
-    assert text.startswith(f"term {method!r} cannot compare {parse_tap(tap).name!r} of store '{tapped}'")
+    text = refusal_of(featured, method, tap, layer)
+    assert text.startswith(f"term {method!r} cannot compare {parse_tap(tap).name!r} of store '{featured}'")
     assert f"with layer {layer!r} of the student (shape (" in text
     assert problem in text
-    assert text.endswith(f" --store {tapped} --tap {stored}") == bool(stored)
+    assert text.endswith(f" --store {featured} --tap {stored}") == bool(stored)
     assert ("precompute run" in text) == bool(stored)
 
 
@@ -409,19 +409,19 @@ def test_the_line_of_a_refusal_stores_a_tap_that_fits(tmp_path, teachers):
         ("fsp", "stem+layer1:gram", "stem+layer1"),
     ],
 )
-def test_sketches_train_as_what_they_are_made_of(tapped, method, tap, layer):
+def test_sketches_train_as_what_they_are_made_of(featured, method, tap, layer):
     width = {"sp": 200, "nst": 64, "fsp": 100}[method]
     losses = []
     for text in (tap, f"{tap}:sketch:{width}"):
         told, pairs = trained(
-            tapped, method, **{method: {"pairs": [{"teacher": 0, "tap": text, "layer": layer}]}}
+            featured, method, **{method: {"pairs": [{"teacher": 0, "tap": text, "layer": layer}]}}
         )
         assert pairs == {method: [(parse_tap(text).name, layer)]}
         losses.append(told[method])
     assert losses[1] == pytest.approx(losses[0], rel=0.3)
     assert losses[1] != losses[0]
     sketched = {method: {"pairs": [{"teacher": 0, "tap": text, "layer": layer}]}}
-    assert trained(tapped, method, online=True, **sketched)[0][method] == pytest.approx(losses[1], rel=1e-4)
+    assert trained(featured, method, online=True, **sketched)[0][method] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_depends_on_the_batch_is_declared():

@@ -1,20 +1,17 @@
 """Runs that are interrupted and resumed: to the last bit, from any moment, or refused with nothing lost."""
 
-import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from builders import CPU, make_recipe, write_store, write_teacher
-from helpers import make_job
-from spawned import DROPPING
+from moments import at_rename, die
+from spawned import DROPPING, run
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
@@ -22,16 +19,13 @@ from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from coursepack.errors import RunError
-from coursepack.models import parse_tap
 from coursepack.models.networks import NETWORKS
-from coursepack.precompute import run_job
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
 TEACHER_STORES, TARGETS = (
     sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
 WEIGHTS = ("student.safetensors", "best.safetensors")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
 STEPS = 5
 ADAMW = {"name": "adamw", "lr": 0.01, "schedule": {"shape": "cosine", "warmup_epochs": 1}, "ema": 0.9}
@@ -44,15 +38,6 @@ def dropping(monkeypatch):
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
 
 
-@pytest.fixture(scope="module")
-def tapped(tmp_path_factory, teachers):
-    """A store with features for hints."""
-    path = tmp_path_factory.mktemp("tapped") / "cnn.zarr"
-    taps = (parse_tap("conv2"),)
-    run_job(make_job(path, teachers[1], taps=taps, encoding="float32"))
-    return path
-
-
 def recipes(stores, tapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
@@ -61,7 +46,7 @@ def recipes(stores, tapped):
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
         "hints": make_recipe(
-            [tapped], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
+            tapped[1:2], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
             optimizer=ONE_CYCLE, **STUDENT,
         ),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
@@ -373,48 +358,29 @@ def test_tensorboard_forgets_what_is_trained_again(tmp_path, monkeypatch):
 # Real processes
 
 
-@contextmanager
-def server(log):
-    """A process that forks one for every command it is given; what they say goes to a file."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-W", "error", "-c", "import spawned; spawned.serve_distill()"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with (
-        log.open("w") as said,
-        subprocess.Popen(command, env=environment, text=True, stderr=said, **pipes) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def run(process, words, moment=None):
-    """Exit status of a command, which may die before a rename, given as (number, name)."""
-    process.stdin.write(json.dumps([[str(word) for word in words], moment]) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
-
-
 def kill_and_resume(folder, recipe, *, kills, seed):
     """Train once without interruption, and once with kills; assert that both are the same."""
     (folder / "recipe.yaml").write_text(write_yaml(recipe.model_dump(mode="json")))
-    log, out, once = folder / "log", folder / "o", folder / "once"
-    words = ["train", folder / "recipe.yaml", "--device", "cpu", "--threads", 1]
+    out, once = folder / "o", folder / "once"
+    words = ["distill", "train", folder / "recipe.yaml", "--device", "cpu", "--threads", 1]
     again = [*words, "--out", out, "--resume"]
     rng = np.random.default_rng(seed)
-    with server(log) as process:
-        assert run(process, [*words, "--out", once]) == 0, log.read_text()
-        # The first dies before there is a checkpoint.
-        assert run(process, again, (1, "best.safetensors")) == signal.SIGKILL
-        assert not (out / CHECKPOINT_FILE).exists()
-        for _ in range(kills):
-            moment = (int(rng.integers(2, 6)), CHECKPOINT_FILE)
-            assert run(process, [*again, "--checkpoint-seconds", 0], moment) == signal.SIGKILL, (
-                log.read_text()
-            )
-        assert run(process, again) == 0, log.read_text()
-    found = re.findall(r"resuming .* in epoch (\d+) after (\d+) batches", log.read_text())
+    whole = run(*words, "--out", once)
+    assert whole.returncode == 0, whole.stderr
+    # The first dies before there is a checkpoint.
+    early = run(*again, before=partial(at_rename, 1, die, "best.safetensors"))
+    assert early.returncode == -signal.SIGKILL, early.stderr
+    assert not (out / CHECKPOINT_FILE).exists()
+    said = ""
+    for _ in range(kills):
+        dies = partial(at_rename, int(rng.integers(2, 6)), die, CHECKPOINT_FILE)
+        killed = run(*again, "--checkpoint-seconds", 0, before=dies)
+        said += killed.stderr
+        assert killed.returncode == -signal.SIGKILL, said
+    last = run(*again)
+    said += last.stderr
+    assert last.returncode == 0, said
+    found = re.findall(r"resuming .* in epoch (\d+) after (\d+) batches", said)
     positions = [(int(epoch), int(batches)) for epoch, batches in found]
     assert len(positions) == kills
     assert positions == sorted(set(positions)), "every process went further than the one before"

@@ -1,15 +1,16 @@
 """Sweeps: every student as if trained alone, whatever happens to the others."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import yaml
 from builders import CPU
 from click.testing import CliRunner
+from moments import at_rename, die
+from spawned import run
 
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.folder import load_run
@@ -183,18 +184,15 @@ def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
     students = read_grid(methods_grid)
     sweep(students, tmp_path / "whole", device=CPU, together=2)
     words = [
-        "sweep", str(methods_grid), "--out", str(tmp_path / "killed"), "--together", "2", "--resume",
-        "--json", "--checkpoint-seconds", "0",
+        "distill", "sweep", methods_grid, "--out", tmp_path / "killed", "--together", 2, "--resume",
+        "--json", "--checkpoint-seconds", 0,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # Of 64 checkpoints in all: with the first two students, with later ones, with those after them.
-    for checkpoint in (5, 20, 20, None):
-        code = "from coursepack.distill.cli import main; "
-        if checkpoint is not None:
-            code += f"from moments import at_rename, die; at_rename({checkpoint}, die, 'checkpoint.pt'); "
-        command = [sys.executable, "-c", f"{code}main()", *words]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-        assert done.returncode == (0 if checkpoint is None else -signal.SIGKILL), done.stderr
+    for checkpoint in (5, 20, 20):
+        killed = run(*words, before=partial(at_rename, checkpoint, die, "checkpoint.pt"))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
     assert [group["runs"] for group in json.loads(done.stdout)] == [2, 2, 2, 2], "two seeds of each"
     for student in students:
         assert_same_runs(tmp_path / "killed" / student.name, tmp_path / "whole" / student.name)

@@ -1,14 +1,19 @@
-"""Whatever help and examples show, runs: the commands in the help texts, the demo."""
+"""Whatever help, pages and examples show, runs: the commands in help texts, README and docs, and the demo."""
 
 import re
+import runpy
 import shlex
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
+import click
+import pytest
 from benchmark_rows import check_rows
 from builders import write_store, write_teacher
 from click.testing import CliRunner
+from spawned import run
+from torch.distributed.run import get_args_parser
 
 from coursepack.distill.cli import main as distill
 from coursepack.precompute.cli import main as precompute
@@ -77,9 +82,17 @@ def test_help_shows_examples_one_per_line():
         assert all(f"  {line}\n" in shown for line in lines), command
 
 
-def test_the_demo_runs(tmp_path):
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "demo.py"), "--quick"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder in which the quick demo ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, run("script", ROOT / "examples" / "demo.py", "--quick")
+
+
+def test_the_demo_runs(demo):
+    folder, result = demo
     assert result.returncode == 0, result.stderr
     for text in (
         "Accuracy on the test digits",
@@ -88,8 +101,8 @@ def test_the_demo_runs(tmp_path):
         "Plot: demo/demo.png.",
     ):
         assert text in result.stdout
-    out = tmp_path / "demo"
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    out = folder / "demo"
+    assert [path.name for path in folder.iterdir()] == ["demo"]
     stores = {"mlp.zarr", "cnn.zarr", "resnet.zarr"}
     assert {path.name for path in out.iterdir()} == stores | {"teachers", "runs", "demo.png", "rows.json"}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -105,3 +118,88 @@ def test_the_demo_runs(tmp_path):
     assert len(shown) == 3 + 3 + 8
     for line in shown:
         assert shlex.split(line)[1] in GROUPS
+
+
+# The commands in README and docs.
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN_TEST = "extending.md"
+"""Its commands need its examples: `test_extending.py` runs them."""
+BLOCK = r"^ {4}((?:distill|precompute|torchrun|python|make) .*)$"
+SPAN = r"`((?:distill|precompute|python) [^`]*)`"
+PLACEHOLDER = re.compile(r"\b[A-Z]+\b|\.\.\.|^k$")
+NEEDS = re.compile(r"#.*\bneeds\b")
+"""A comment behind a command that needs more than this package, such as a data set."""
+SMALL = {"train": ["--epochs", "1", "--limit", "64"], "run": ["--views", "3"]}
+
+
+def commands_of_pages():
+    """Command lines as `(page, line, whether it is a block)`: one in a sentence may be only a part."""
+    found = []
+    for page in PAGES:
+        for block, span in re.findall(f"{BLOCK}|{SPAN}", unbroken(page.read_text()), re.M):
+            found.append((page.name, block or " ".join(span.split()), bool(block)))
+    return [each for each in found if each[0] != OWN_TEST]
+
+
+def program_of(line):
+    """The program of a command line and its words; of torchrun, those that each rank runs."""
+    program, *words = shlex.split(line, comments=True)
+    if program == "torchrun":
+        chosen = get_args_parser().parse_args(words)
+        return chosen.training_script, chosen.training_script_args
+    return program, words
+
+
+def check_options(group, words):
+    """Parse a command line with the command's own options, but for values that stand for others."""
+    assert words[0] in GROUPS[group].commands, f"{group} has no command {words[0]}"
+    command = GROUPS[group].commands[words[0]]
+    context = click.Context(command)
+    values, rest, given = command.make_parser(context).parse_args(words[1:])
+    assert not [word for word in rest if not PLACEHOLDER.search(word)]
+    for option in given:
+        if not PLACEHOLDER.search(str(values[option.name])):
+            option.handle_parse_result(context, values, [])
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for _, line, _ in commands_of_pages()))
+def test_commands_of_pages_have_these_options(line):
+    program, words = program_of(line)
+    if program in GROUPS:
+        check_options(program, words)
+    elif program == "make":
+        assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text()
+    elif words[0] == "-c":
+        exec(words[1])
+    else:
+        script = (ROOT / words[0]).read_text() + (ROOT / "benchmarks" / "_harness.py").read_text()
+        assert not [word for word in words if word.startswith("--") and f'"{word}"' not in script]
+
+
+def test_commands_of_pages_run_in_order(tmp_path, monkeypatch, demo):
+    """In one folder, beside what the demo left, at a tiny size; `test_benchmarks.py` runs the benchmarks."""
+    shutil.copytree(demo[0] / "demo", tmp_path / "demo")
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    grid = re.search(r"```yaml\n(base: .*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)[1]
+    Path("grid.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 1, limit: 64", grid))
+    ran = 0
+    for page, line, is_block in commands_of_pages():
+        program, words = program_of(line)
+        if not is_block or NEEDS.search(line) or any(PLACEHOLDER.search(word) for word in words):
+            continue
+        if program in GROUPS:
+            words = [path for word in words for path in expanded(word)] + SMALL.get(words[0], [])
+            words += ["--overwrite"] if words[0] == "train" and "--resume" not in words else []
+            result = CliRunner().invoke(GROUPS[program], words)
+            assert result.exit_code == 0, f"{page}: {line}\n{result.output}"
+        elif program == "python" and re.match(r"benchmarks/[^_]", words[0]) is None:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", words)
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        else:
+            continue
+        ran += 1
+    assert ran > 20

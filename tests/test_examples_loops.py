@@ -3,35 +3,17 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from builders import write_teacher
 from click.testing import CliRunner
+from spawned import run
 
-from coursepack.data import Renderer, epoch_order, open_source, subset, view_recipe
+from coursepack.data import Renderer, epoch_order, subset
 from coursepack.distill import Learner, Objective, ObjectiveConfig, open_teacher_stores
 from coursepack.distill.cli import main as distill
-from coursepack.models import TeacherRunner, load_teacher, parse_tap
-from coursepack.precompute import Job, run_job
 
 ROOT = Path(__file__).parents[1]
-TAPS = {"digits-mlp": "hidden1", "digits-cnn": "conv2"}
-
-
-@pytest.fixture(scope="module")
-def tapped(tmp_path_factory):
-    """Stores of two teachers with a layer of each, two views."""
-    folder, source = tmp_path_factory.mktemp("tapped"), open_source("digits")
-    made = []
-    for seed, (name, tap) in enumerate(TAPS.items(), start=1):
-        teacher = write_teacher(folder / name, name, seed=seed)
-        runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names), [parse_tap(tap)])
-        made.append(str(folder / f"{name}.zarr"))
-        run_job(Job(Path(made[-1]), source, view_recipe("digits"), runner, 2), quiet=True)
-    return made
 
 
 def example(name):
@@ -89,9 +71,9 @@ def test_the_hugging_face_trainer_has_the_losses_of_the_command(tapped, method, 
     assert example("hf_trainer").train(tapped, method, epochs=3, seed=3) == wanted
 
 
-def test_the_loop_runs_as_a_script(tapped, tmp_path):
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "own_loop.py"), *tapped]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_the_loop_runs_as_a_script(tapped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("script", ROOT / "examples" / "own_loop.py", *tapped)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"kd: 46 steps, loss \d\.\d{4} to \d\.\d{4}\n", result.stdout)
     assert not list(tmp_path.iterdir()), "it writes nothing"

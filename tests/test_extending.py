@@ -149,33 +149,57 @@ def linked(tree):
     return tree
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A copy of the sources."""
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("plain") / "tree", ignore=LEFT_OUT)
+def contents(tree):
+    """Every file of a folder."""
+    return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def extended(plain, tmp_path_factory):
-    """A copy of the sources with all examples, sorted imports, and what their commands wrote."""
-    tree = shutil.copytree(plain, tmp_path_factory.mktemp("extended") / "tree")
+def copy(tmp_path_factory):
+    """A copy of the sources to which all examples are applied, and the files that each of them changed."""
+    tree = shutil.copytree(ROOT, tmp_path_factory.mktemp("extended") / "tree", ignore=LEFT_OUT)
+    changed, before = {}, contents(tree)
     for example in EXAMPLES:
         apply(example, tree)
-    changed = " ".join(
-        sorted({each.path for example in EXAMPLES for each in example.additions if each.path.endswith(".py")})
-    )
-    run(f"python -m ruff check --quiet --fix {changed}", tree)
-    run(f"python -m ruff format --quiet {changed}", tree)
-    linked(tree)
-    for command in [each.command for example in EXAMPLES for each in example.additions if each.command]:
-        status, output = run(command, tree)
-        assert status == 0, output
-    return tree
+        after = contents(tree)
+        changed[example.title] = {path for path, text in after.items() if before.get(path) != text}
+        before = after
+    return tree, changed
+
+
+@pytest.fixture(scope="module")
+def extended(copy):
+    """The copy with sorted imports, importable."""
+    tree, changed = copy
+    paths = " ".join(sorted(path for path in set().union(*changed.values()) if path.endswith(".py")))
+    run(f"python -m ruff check --quiet --fix {paths}", tree)
+    run(f"python -m ruff format --quiet {paths}", tree)
+    return linked(tree)
+
+
+ONCE = """
+import runpy, sys
+import pytest
+from coursepack.distill.cli import main as distill
+from coursepack.precompute.cli import main as precompute
+
+written, commands, tests = {!r}, {!r}, {!r}
+for path, *words in written:
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+for name, *words in commands:
+    {{"distill": distill, "precompute": precompute}}[name].main(words, standalone_mode=False)
+sys.exit(pytest.main(tests))
+"""
+"""All that runs in the copy, in one process: importing it is what takes longest."""
 
 
 @pytest.fixture(scope="module")
 def outcomes(extended):
-    """Outcome of every test of the examples and of their contracts, by file and name."""
+    """Outcome of every test of the examples and of their contracts, by file and name.
+
+    Before them, the commands of the page are run, and those that write files.
+    """
     own = [each.path for example in EXAMPLES for each in example.additions if "/test_" in each.path]
     files = sorted({*own, *(example.contract for example in EXAMPLES), "tests/test_house.py"})
     names = {name for example in EXAMPLES for name in example.names}
@@ -185,30 +209,28 @@ def outcomes(extended):
         "imports_go_down",
         "rooms_of",
     }
-    status, output = run(f"python -m pytest -q -k '{' or '.join(sorted(names))}' --junitxml=out.xml "
-                         f"-p no:cacheprovider {' '.join(files)}", extended)  # fmt: skip
+    # zarr brings a plugin for pytest, and is imported before pytest starts.
+    chosen = ["-q", "-k", " or ".join(sorted(names)), "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    chosen += ["--junitxml=out.xml", "-p", "no:cacheprovider", *files]
+    written = [
+        shlex.split(each.command)[1:] for example in EXAMPLES for each in example.additions if each.command
+    ]
+    lines = [shlex.split(line) for example in EXAMPLES for line in example.commands]
+    assert len(lines) > 4
+    (extended / "once.py").write_text(ONCE.format(written, lines, chosen))
+    status, output = run("python once.py", extended)
     assert status == 0, output
     cases = ET.parse(extended / "out.xml").getroot().iter("testcase")
     return {f"{case.get('classname')} {case.get('name')}": list(case) == [] for case in cases}
 
 
 @EACH
-def test_files_are_as_many_as_the_table_says(example, plain, tmp_path):
-    tree = shutil.copytree(plain, tmp_path / "tree")
-    apply(example, tree)
-    touched = {
-        str(path.relative_to(tree))
-        for path in tree.rglob("*")
-        if path.is_file() and not same(path, plain / path.relative_to(tree))
-    } | {each.path for each in example.additions if each.command}
+def test_files_are_as_many_as_the_table_says(example, copy):
+    touched = copy[1][example.title] | {each.path for each in example.additions if each.command}
     assert touched == {each.path for each in example.additions}
     code = {path for path in touched if path.split("/")[0] in CODE}
     assert (len(code), len(touched - code)) == (example.files_of_code, example.files_beside)
     assert len([each for each in example.additions if each.kind == "new" and each.path in code]) == 1
-
-
-def same(path, other):
-    return other.is_file() and path.read_bytes() == other.read_bytes()
 
 
 @EACH
@@ -229,18 +251,6 @@ def test_examples_are_as_the_linters_want_them(extended):
     assert status == 0, output
     new = [each for example in EXAMPLES for each in example.additions if each.kind == "new"]
     assert {each.path for each in new if (extended / each.path).read_text() != each.text} == set()
-
-
-def test_commands_of_the_page(extended):
-    lines = [line for example in EXAMPLES for line in example.commands]
-    assert len(lines) > 4
-    script = [f"from coursepack.{name}.cli import main as {name}" for name in ("distill", "precompute")]
-    for line in lines:
-        command, *words = shlex.split(line)
-        script.append(f"{command}.main({words!r}, standalone_mode=False)")
-    (extended / "commands.py").write_text("\n".join(script))
-    status, output = run("python commands.py", extended)
-    assert status == 0, output
 
 
 def test_sections_are_complete():

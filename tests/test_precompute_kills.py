@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import file_identities, make_job, store_files
+from moments import at_rename, die, hold
+from spawned import run, running
 
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.errors import StoreBusy, StoreIncomplete
 from coursepack.models.taps import Tap
 from coursepack.precompute import run_job
 
-COMMAND = Path(sys.executable).parent / "precompute"
+COMMAND = Path(sys.executable).with_name("precompute")
 VIEWS, BLOCK_ROWS = 2, 24
 BLOCKS = -(-1442 // BLOCK_ROWS)
 OPTIONS = {"views": VIEWS, "taps": (Tap(("hidden2",)),), "batch_size": 10, "block_rows": BLOCK_ROWS}
 # One thread each, here and there: sums in another order would change the last bits of logits.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(sys.path)
 
-# Imports once, then runs the command again and again in forked processes that are to be killed.
-FORK_SERVER = """
-import os, sys, json
-from coursepack.precompute.cli import main
-import coursepack.data.jit_pixels, coursepack.data.jit_philox
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        main(json.loads(line))
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-# The same where a process is to die before a rename of its own, given before its words.
-DYING_SERVER = """
-import os, sys, json
-from moments import at_rename, die
-from coursepack.precompute.cli import main
-import coursepack.data.jit_pixels, coursepack.data.jit_philox
-for line in sys.stdin:
-    moment, words = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        at_rename(moment[0], die, moment[1])
-        main(words)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 BEGINNING = ((1, "c.0"), (2, "c.0"), (1, "c.0.0"), (1, "manifest.json"))
 """Before a rename, counted from 1, onto a file of that name: of tables and the first manifest."""
-HELD = (
-    "import sys; from moments import at_rename, hold; from coursepack.precompute.cli import main; "
-    "marker = sys.argv.pop(); at_rename(50, lambda: hold(marker)); main()"
-)
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +54,6 @@ def once(tmp_path_factory, arguments):
     subprocess.run([COMMAND, *arguments, f"--store={path}"], env=ENVIRONMENT, check=True, capture_output=True)
     assert load_manifest(path).committed_views() == (0, 1)
     return store_files(path)
-
-
-@contextmanager
-def running(command):
-    """A process with pipes, which does not outlive the test."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    # A run in the background ignores SIGINT, and so would what it starts.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes) as process:
-        try:
-            signal.signal(signal.SIGINT, previous)
-            yield process
-        finally:
-            process.kill()
 
 
 def assert_same(path, expected):
@@ -149,40 +104,34 @@ def test_any_order_of_blocks_gives_the_same_bytes(tmp_path, teacher, once):
 
 def test_two_processes_at_once_give_the_same_bytes(tmp_path, arguments, once):
     path = tmp_path / "s.zarr"
-    commands = [[COMMAND, *arguments, f"--store={path}", f"--part={index}/2"] for index in range(2)]
-    with running(commands[0]) as one, running(commands[1]) as two:
-        for part in (one, two):
-            _, errors = part.communicate(timeout=300)
-            assert part.returncode == 0, errors
+    words = ["precompute", *arguments, f"--store={path}"]
+    with running(*words, "--part=0/2") as (_, one), running(*words, "--part=1/2") as (_, two):
+        for finished in (one, two):
+            part = finished()
+            assert part.returncode == 0, part.stderr
     assert_same(path, once)
 
 
 def test_a_dozen_kills_at_many_moments_give_the_same_bytes(tmp_path, arguments, once):
     rng = np.random.default_rng(0)
     path = tmp_path / "s.zarr"
-    words = [*arguments, f"--store={path}"]
-    with running([sys.executable, "-c", DYING_SERVER]) as server:
-
-        def run(*moment):
-            server.stdin.write(json.dumps([moment, words]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline())
-
-        kept = {}
-        for kill in range(14):
-            before = done_blocks(path)
-            # The first kills fall while the store is begun, the others in the next eight blocks of 3 renames.
-            moment = BEGINNING[kill] if kill < len(BEGINNING) else (int(rng.integers(1, 25)), None)
-            assert run(*moment) == signal.SIGKILL
-            done, shards = done_blocks(path), shard_identities(path)
-            assert done >= before
-            # Nothing that was done is written again, and at most one block is begun and not done.
-            assert {block: shards[block] for block in kept} == kept
-            assert len(shards.keys() - done) <= 1
-            assert all(len(shards[block]) == 2 for block in done)
-            kept = {block: shards[block] for block in done}
-        assert 0 < len(kept) < VIEWS * BLOCKS
-        assert run(-1, None) == 0, server.stderr.read()
+    words, kept = ["precompute", *arguments, f"--store={path}"], {}
+    for kill in range(14):
+        before = done_blocks(path)
+        # The first kills fall while the store is begun, the others in the next eight blocks of 3 renames.
+        number, name = BEGINNING[kill] if kill < len(BEGINNING) else (int(rng.integers(1, 25)), None)
+        killed = run(*words, before=partial(at_rename, number, die, name))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        done, shards = done_blocks(path), shard_identities(path)
+        assert done >= before
+        # Nothing that was done is written again, and at most one block is begun and not done.
+        assert {block: shards[block] for block in kept} == kept
+        assert len(shards.keys() - done) <= 1
+        assert all(len(shards[block]) == 2 for block in done)
+        kept = {block: shards[block] for block in done}
+    assert 0 < len(kept) < VIEWS * BLOCKS
+    last = run(*words)
+    assert last.returncode == 0, last.stderr
     assert {block: shard_identities(path)[block] for block in kept} == kept
     assert_same(path, once)
 
@@ -191,25 +140,26 @@ def test_a_dozen_kills_at_many_moments_give_the_same_bytes(tmp_path, arguments, 
 def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, once, number):
     path = tmp_path / "s.zarr"
     marker = tmp_path / "held"
-    with running([sys.executable, "-c", HELD, *arguments, f"--store={path}", str(marker)]) as process:
+    words = ["precompute", *arguments, f"--store={path}"]
+    with running(*words, before=partial(at_rename, 50, partial(hold, marker))) as (process, finished):
         wait_until(marker.exists)
         text = (
             rf"process {process.pid} on \S+ is writing part 0/1 of store .* since .*`--part I/COUNT` in both"
         )
         with pytest.raises(StoreBusy, match=text):
             run_job(make_job(path, teacher, **OPTIONS))
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert "stopped. Finished blocks are kept; run the same command again to finish" in errors
-    assert "Traceback" not in errors
+        os.kill(process.pid, number)
+        stopped = finished()
+    assert stopped.returncode == 130
+    assert "stopped. Finished blocks are kept; run the same command again to finish" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     done = done_blocks(path)
     assert 0 < len(done) < VIEWS * BLOCKS
     if load_manifest(path).committed_views() == ():
         with pytest.raises(StoreIncomplete, match="Run the same `precompute run` again"):
             StoreReader(path)
     kept = file_identities(path)
-    subprocess.run([COMMAND, *arguments, f"--store={path}"], env=ENVIRONMENT, check=True, capture_output=True)
+    assert run(*words).returncode == 0
     after = file_identities(path)
     shards = shard_identities(path)
     assert all(kept[place] == after[place] for block in done for place in shards[block])
@@ -220,44 +170,33 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_hundred_kills_of_runs_of_one_or_two_processes(tmp_path, arguments, once, processes):
     rng = np.random.default_rng(processes)
-    commands = [f"--part={index}/{processes}" for index in range(processes)]
-    command = [sys.executable, "-c", FORK_SERVER]
+    parts = [f"--part={index}/{processes}" for index in range(processes)]
     landed, rounds = 0, 0
-    with ExitStack() as stack:
-        servers = [stack.enter_context(running(command)) for _ in range(processes)]
-
-        def start(server, path, part):
-            server.stdin.write(json.dumps([*arguments, f"--store={path}", part]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline())
-
-        while landed < 100:
-            path, kept = tmp_path / f"{rounds}.zarr", {}
-            rounds += 1
-            for kill in range(12):
-                before = done_blocks(path)
-                if len(before) > VIEWS * BLOCKS - 20:
-                    break
-                started = time.monotonic()
-                children = [start(*pair) for pair in zip(servers, [path] * processes, commands, strict=True)]
+    while landed < 100:
+        path, kept = tmp_path / f"{rounds}.zarr", {}
+        words = ["precompute", *arguments, f"--store={path}"]
+        rounds += 1
+        for kill in range(12):
+            before = done_blocks(path)
+            if len(before) > VIEWS * BLOCKS - 20:
+                break
+            with ExitStack() as stack:
+                children = [stack.enter_context(running(*words, part)) for part in parts]
                 if kill >= 3:
                     goal = len(before) + int(rng.integers(1, 12))
                     wait_until(lambda goal=goal, path=path: shards_written(path) >= goal)
                 time.sleep(rng.uniform(0, 0.3 if kill < 3 else 0.02))
-                for child in rng.permutation(children):
-                    with suppress(ProcessLookupError):
-                        os.kill(int(child), signal.SIGKILL)
+                for index in rng.permutation(processes):
+                    children[index][0].kill()
                     time.sleep(rng.uniform(0, 0.005))
-                statuses = [int(server.stdout.readline()) for server in servers]
-                assert set(statuses) <= {0, signal.SIGKILL}, time.monotonic() - started
-                landed += statuses.count(signal.SIGKILL)
-                done, shards = done_blocks(path), shard_identities(path)
-                assert done >= before
-                assert {block: shards[block] for block in kept} == kept
-                assert len(shards.keys() - done) <= processes
-                kept = {block: shards[block] for block in done}
-            for server, part in zip(servers, commands, strict=True):
-                start(server, path, part)
-                assert server.stdout.readline().strip() == "0"
-            assert {block: shard_identities(path)[block] for block in kept} == kept
-            assert_same(path, once)
+                statuses = [finished().returncode for _, finished in children]
+            assert set(statuses) <= {0, -signal.SIGKILL}
+            landed += statuses.count(-signal.SIGKILL)
+            done, shards = done_blocks(path), shard_identities(path)
+            assert done >= before
+            assert {block: shards[block] for block in kept} == kept
+            assert len(shards.keys() - done) <= processes
+            kept = {block: shards[block] for block in done}
+        assert [run(*words, part).returncode for part in parts] == [0] * processes
+        assert {block: shard_identities(path)[block] for block in kept} == kept
+        assert_same(path, once)

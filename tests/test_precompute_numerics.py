@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import make_job, rewrite_manifest, store_files
+from spawned import run
 
 from coursepack.data.store import load_manifest, verify
 from coursepack.data.store.owners import Part
@@ -63,6 +64,21 @@ print(json.dumps(found))
 """
 
 
+TWICE = """
+import json, sys
+from click.testing import CliRunner
+from coursepack.data.store import load_manifest
+from coursepack.precompute.cli import main
+store, *words = sys.argv[1:]
+found = []
+for more in (["--same-numerics"], []):
+    result = CliRunner().invoke(main, words + more)
+    found.append({name: getattr(result, name) for name in ("exit_code", "stdout", "stderr")})
+    found[-1]["views"] = load_manifest(store).views
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture
 def store(tmp_path, teacher):
     """One view, in batches of 256."""
@@ -79,9 +95,8 @@ def lines(text):
 
 
 def test_teachers_compute_in_ieee_float32_and_leave_the_settings_alone():
-    result = subprocess.run(
-        [sys.executable, "-c", SETTINGS], capture_output=True, text=True, check=True, timeout=300
-    )
+    result = run("code", SETTINGS)
+    assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["default"][0]["conv"] == "tf32", "torch's own default is what this is about"
     assert found["older"][0]["cpu matmul"] == "bf16"
@@ -216,21 +231,24 @@ def test_status_and_inspect_show_the_numerics(store, teacher):
 
 def test_another_kind_of_cpu_is_told_by_the_command(store, teacher):
     """ATen's plainest instructions stand in for an older CPU."""
-    code = "import sys; from coursepack.precompute.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "run", "--teacher", f"run:{teacher}", "--source", "digits"]
-    command += ["--view", "digits", "--views", "2", "--store", str(store)]
-    older = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    kinds = {"capture_output": True, "text": True, "check": False, "timeout": 300}
-    refused = subprocess.run([*command, "--same-numerics"], env=older, **kinds)
+    words = ["run", "--teacher", f"run:{teacher}", "--source", "digits"]
+    words += ["--view", "digits", "--views", "2", "--store", str(store)]
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(store), *words],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    refused, warned = json.loads(done.stdout)
     capability = torch.backends.cpu.get_cpu_capability()
     line = f"cpu_capability store: {capability} here: DEFAULT"
-    assert refused.returncode == 1
-    assert refused.stderr.startswith(
+    assert (refused["exit_code"], refused["views"]) == (1, 1)
+    assert refused["stderr"].startswith(
         f"Error: store {str(store)!r} has rows of other numerics than this run's."
     )
-    assert line in lines(refused.stderr)
-    assert load_manifest(store).views == 1
-    warned = subprocess.run(command, env=older, **kinds)
-    assert warned.returncode == 0
-    assert line in lines(warned.stderr)
-    assert f"{environments(store, 1)[0]['numerics'][:12]}: cpu " in warned.stdout
+    assert line in lines(refused["stderr"])
+    assert (warned["exit_code"], warned["views"]) == (0, 2)
+    assert line in lines(warned["stderr"])
+    assert f"{environments(store, 1)[0]['numerics'][:12]}: cpu " in warned["stdout"]

@@ -7,29 +7,74 @@ from typing import Any
 
 import click
 
-from coursepack.console import print_table
+from coursepack.console import byte_size, print_table
+from coursepack.data.store import load_manifest
 from coursepack.distill.methods import METHODS
-from coursepack.distill.methods.description import describe
-from coursepack.errors import UnknownName
+from coursepack.distill.methods.description import NEEDS, describe, markdown_table, methods_table, needs_of
+from coursepack.distill.setup.costs import ViewCost, planned_store, view_costs
+from coursepack.errors import RecipeError, UnknownName
+from coursepack.models import build_network
+
+EXAMPLES = """\b
+Examples:
+  distill methods --needs features
+  distill methods amtml
+  distill methods amtml-hints --store cnn.zarr --store mlp.zarr --student digits-cnn
+  distill methods --json
+"""
+PAGE_TEACHER, PAGE_STUDENT, PAGE_CLASSES, PAGE_SAMPLES = "resnet32x4", "resnet8x4", 100, 50_000
+"""Networks and size of CIFAR-100 in the page's table of bytes."""
 
 
-@click.command("methods", epilog="\b\nExamples:\n  distill methods amtml\n  distill methods --json")
+@click.command("methods", epilog=EXAMPLES)
 @click.argument("name", required=False)
+@click.option("--needs", "needed", multiple=True, type=click.Choice(tuple(NEEDS)),
+              help="List only methods with this need. Repeatable.")  # fmt: skip
+@click.option("--store", "stores", multiple=True,
+              help="A store: also print the bytes that NAME reads of a view. Repeatable.")  # fmt: skip
+@click.option(
+    "--student", help="Student for --store, which layers are paired with.  [default: the teacher's network]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def methods_command(name: str | None, as_json: bool) -> None:
-    """List the methods, or print formula, source, needs and defaults of one.
+@click.option("--markdown", is_flag=True, help="Print the tables of docs/methods.md.")
+def methods_command(
+    name: str | None,
+    needed: tuple[str, ...],
+    stores: tuple[str, ...],
+    student: str | None,
+    as_json: bool,
+    markdown: bool,
+) -> None:
+    """List the methods, or print formula, source, evidence, needs and defaults of one.
 
     Replace any default with `distill train --set objective.FIELD=VALUE`.
     """
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)
-    methods = [describe(each) for each in METHODS if name in (None, each)]
+    if (stores or student) and name is None:
+        raise RecipeError(
+            "--store and --student are for one method: name it, as in distill methods kd --store S"
+        )
+    if markdown:
+        click.echo(page_tables())
+        return
+    names = [each for each in METHODS if name in (None, each) and set(needed) <= set(needs_of(each))]
+    methods = [describe(each) for each in names]
+    costs = {} if name is None else dict(zip(stores, _costs(name, stores, student), strict=True))
     if as_json:
+        for method in methods if stores else []:
+            method["bytes"] = {store: _as_values(cost) for store, cost in costs.items()}
         click.echo(json.dumps(methods, indent=1))
     elif name is None:
-        print_table("", ["method", "loss"], [[each["name"], each["formula"]] for each in methods])
+        for method in methods:
+            needs = ", ".join(method["need_names"])
+            click.echo(
+                f"{method['name']:<16}{method['evidence'] or '-':<20}needs {needs}\n    {method['formula']}"
+            )
     else:
-        click.echo("\n".join(_described(methods[0])))
+        click.echo("\n".join(line for method in methods for line in _described(method)))
+        if costs:
+            _print_costs(costs)
 
 
 def _described(method: dict[str, Any]) -> list[str]:
@@ -42,3 +87,45 @@ def _described(method: dict[str, Any]) -> list[str]:
     lines += [f"  note      {method['note']}"] if method["note"] else []
     lines.append("  defaults  " + json.dumps(method["defaults"]))
     return lines
+
+
+def _costs(name: str, stores: tuple[str, ...], student: str | None) -> list[ViewCost]:
+    if not stores:
+        return []
+    teachers = [load_manifest(store) for store in stores]
+    network = None if student is None else build_network(student, len(teachers[0].class_names))
+    return view_costs(METHODS[name].objective, teachers, network)
+
+
+def _as_values(cost: ViewCost) -> dict[str, Any]:
+    whole = None if cost.whole is None else cost.samples * cost.whole
+    return {
+        "samples": cost.samples,
+        "arrays_per_sample": cost.arrays,
+        "per_view": cost.samples * cost.read,
+        "unreduced_per_view": whole,
+    }
+
+
+def _print_costs(costs: dict[str, ViewCost]) -> None:
+    header = ["store", "arrays that it reads", "bytes per sample", "per view", "unreduced, per view"]
+    print_table("", header, [[store, *_cells(cost)] for store, cost in costs.items()])
+
+
+def _cells(cost: ViewCost) -> list[str]:
+    whole = "not known" if cost.whole is None else byte_size(cost.samples * cost.whole)
+    return [", ".join(cost.arrays) or "none", f"{cost.read:,}", byte_size(cost.samples * cost.read), whole]
+
+
+def page_tables() -> str:
+    """Return the tables of docs/methods.md: all methods, and bytes of a view for a pair on CIFAR-100."""
+    teacher = planned_store(PAGE_TEACHER, PAGE_CLASSES, PAGE_SAMPLES)
+    student = build_network(PAGE_STUDENT, PAGE_CLASSES)
+    methods_by_cells: dict[tuple[str, ...], list[str]] = {}
+    for name, method in METHODS.items():
+        if method.objective.needs().teachers:
+            (cost,) = view_costs(method.objective, [teacher], student)
+            methods_by_cells.setdefault(tuple(_cells(cost)), []).append(f"`{name}`")
+    header = ("methods", "arrays", "bytes per sample", "per view", "unreduced, per view")
+    rows = [(", ".join(names), *cells) for cells, names in methods_by_cells.items()]
+    return f"{methods_table()}\n\n{markdown_table(header, rows)}"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from coursepack.distill.losses.base import LossInputs
     from coursepack.kernels import Rows
 
+STD_EPSILON = 1e-7
+"""Constant added to the standard deviation, as in the release of logit standardization."""
+
 
 @dataclass(frozen=True)
 class FusedTargets:
@@ -41,18 +44,43 @@ class FusedTargets:
     """Temperatures per sample; None if all samples share one."""
     combine: Literal["mixture", "sum"]
     """Form of the loss for terms with `combine="auto"`: divergence from the mixture, or weighted sum."""
+    standardize: bool = False
+    """True if `logits` are standardized, and the student's are to be (see `comparable`)."""
 
     @functools.cached_property
     def probs(self) -> Tensor:
         """Soft targets `(N, C)` of the teachers' mixture at the temperature, detached."""
+        return self._mixture(None if self.weights is None else self.weights.detach())
+
+    @functools.cached_property
+    def mixture(self) -> Tensor:
+        """The same soft targets, with gradient to the teachers' weights if these have one."""
+        if self.weights is None or not self.weights.requires_grad:
+            return self.probs
+        return self._mixture(self.weights)
+
+    def _mixture(self, weights: Tensor | None) -> Tensor:
         return soft_targets(
             self.logits,
             self.labels,
-            weights=None if self.weights is None else self.weights.detach(),
+            weights=weights,
             temperature=self.temperature,
             adjustment=self.adjustments,
             smoothing=self.smoothing,
         )
+
+    def comparable(self, student_logits: Tensor) -> Tensor:
+        """Return the student's logits in the form of the teachers': standardized if those are."""
+        return standardized(student_logits) if self.standardize else student_logits
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Return `(z - mean) / (std + 1e-7)` of each row, float32 or float64, with the unbiased deviation.
+
+    Sun et al., CVPR 2024, arXiv 2403.01427 (logit standardization). A constant row becomes zero.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide - wide.mean(1, keepdim=True)) / (wide.std(1, keepdim=True) + STD_EPSILON)
 
 
 def dynamic_temperatures(

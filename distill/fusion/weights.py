@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coursepack.data.randomness import Purpose, below, random_words
 from coursepack.distill.fusion.base import Fusion, FusionConfig
+from coursepack.distill.losses.base import Needs
 from coursepack.distill.schedule import NotNegative
 from coursepack.kernels import MixedLabels, teacher_stats
 
@@ -195,6 +196,7 @@ CONFIDENCE = Fusion(
     source="Zhang, Chen and Wang 2022 (CA-MKD), arXiv 2201.00007, equation 2",
     combine="sum",
     build=_rule(lambda inputs: confidence_weights(label_cross_entropy(inputs))),
+    needs=lambda _config: Needs(labels=True),
 )
 ENTROPY = Fusion(
     config=EntropyConfig,

@@ -1,6 +1,21 @@
 """Loss terms of an objective, one module each."""
 
-from coursepack.distill.losses import at, cc, fsp, hint, label, latents, nst, pkt, relation, soft_target, sp
+from coursepack.distill.losses import (
+    at,
+    cc,
+    dist,
+    dkd,
+    fsp,
+    hint,
+    label,
+    latents,
+    nst,
+    pkt,
+    relation,
+    soft_target,
+    sp,
+    virtual_teacher,
+)
 from coursepack.distill.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -10,6 +25,9 @@ LOSSES: dict[str, Loss] = {
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
     "latents": latents.LOSS,
+    "dkd": dkd.LOSS,
+    "dist": dist.LOSS,
+    "virtual_teacher": virtual_teacher.LOSS,
     "at": at.LOSS,
     "sp": sp.LOSS,
     "pkt": pkt.LOSS,

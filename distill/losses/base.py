@@ -204,6 +204,8 @@ class Needs:
     """Student layer that yields the embedding; None means the input of the student's head."""
     student_layers: tuple[str, ...] = ()
     """Further student layers whose outputs are read."""
+    labels: bool = False
+    """True if the labels are read."""
     one_label: str = ""
     """Need for exactly one label per sample; views that mix images are refused."""
     whole_batch: tuple[str, ...] = ()

@@ -52,8 +52,8 @@ def uniform_cross_entropy(student_logits: Tensor, labels: Tensor | MixedLabels) 
     return values if isinstance(labels, MixedLabels) else values.masked_fill(labels == IGNORED, 0)
 
 
-def _needs(_config: LabelConfig) -> Needs:
-    return Needs()
+def _needs(config: LabelConfig) -> Needs:
+    return Needs(labels=config.target == "label")
 
 
 def _build(config: LabelConfig, _context: BuildContext) -> Label:

@@ -76,7 +76,7 @@ class Relation(nn.Module):
         soft, key = inputs.soft, f"student {self.config.student}"
         if key not in inputs.shared:
             inputs.shared[key] = student_embedding(
-                inputs.student.logits, self.config.student, soft.temperature
+                soft.comparable(inputs.student.logits), self.config.student, soft.temperature
             )
         return self.loss(inputs.shared[key], soft.probs)
 

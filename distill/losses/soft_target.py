@@ -11,7 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
-from coursepack.distill.schedule import Weight, value_at
+from coursepack.distill.losses.label import cross_entropy
+from coursepack.distill.schedule import Weight, is_used, value_at
 from coursepack.kernels import soft_target_loss
 
 Divergence = Literal["kl", "reverse_kl", "js", "mse"]
@@ -40,8 +41,9 @@ class SoftTarget(nn.Module):
     def forward(self, inputs: LossInputs) -> Tensor:
         """Return the loss `(N,)` in nats, with gradient to the student's logits and the teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
-        return soft_target_loss(
-            inputs.student.logits,
+        hard_weight = value_at(config.hard_weight, epoch)
+        loss = soft_target_loss(
+            soft.comparable(inputs.student.logits),
             soft.logits,
             inputs.labels,
             weights=soft.weights,
@@ -50,13 +52,16 @@ class SoftTarget(nn.Module):
             smoothing=soft.smoothing,
             combine=soft.combine if config.combine == "auto" else config.combine,
             soft_weight=value_at(config.weight, epoch),
-            hard_weight=value_at(config.hard_weight, epoch),
+            hard_weight=0.0 if soft.standardize else hard_weight,
             divergence=config.divergence,
         )
+        if soft.standardize and hard_weight:
+            loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels)
+        return loss
 
 
-def _needs(_config: SoftTargetConfig) -> Needs:
-    return Needs(fused=True)
+def _needs(config: SoftTargetConfig) -> Needs:
+    return Needs(fused=True, labels=is_used(config.hard_weight))
 
 
 def _build(config: SoftTargetConfig, _context: BuildContext) -> SoftTarget:

@@ -58,7 +58,8 @@ class Method:
         lines += ["a tapped feature of every teacher"] if needs.pairs is not None else []
         lines += ["one label per sample (no mixed images)"] if needs.one_label else []
         lines += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
-        return (*lines, "labels")
+        lines += ["labels"] if needs.labels else []
+        return tuple(lines)
 
 
 def from_mean_reduction(coefficient: float, classes: int) -> float:

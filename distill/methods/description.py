@@ -1,4 +1,4 @@
-"""Descriptions of methods as plain values, as `distill methods` prints them."""
+"""Descriptions of methods as plain values and as a table, as `distill methods` prints them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,28 @@ from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.methods import METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coursepack.distill.losses.base import Needs
     from coursepack.distill.methods.base import Method
+
+NEEDS: dict[str, Callable[[Needs], object]] = {
+    "logits": lambda needs: needs.logits,
+    "all-classes": lambda needs: needs.dense_logits,
+    "features": lambda needs: needs.pairs,
+    "embedding": lambda needs: needs.embedding,
+    "one-label": lambda needs: needs.one_label,
+    "labels": lambda needs: needs.labels,
+    "whole-batch": lambda needs: needs.whole_batch,
+    "peers": lambda needs: needs.peers,
+}
+"""Needs by the name under which methods are listed and filtered."""
+
+
+def needs_of(name: str) -> list[str]:
+    """Return the names of a method's needs."""
+    needs = METHODS[name].objective.needs()
+    return [need for need, holds in NEEDS.items() if holds(needs)]
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -19,7 +40,7 @@ def describe(name: str) -> dict[str, Any]:
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
-        defaults["terms"][key]["weight"] = term.weight
+        defaults["terms"][key]["weight"] = term.model_dump(mode="json")["weight"]
         if term.term == key:
             del defaults["terms"][key]["term"]
     return {
@@ -27,12 +48,29 @@ def describe(name: str) -> dict[str, Any]:
         "formula": method.formula,
         "source": method.source,
         "evidence": method.evidence,
+        "need_names": needs_of(name),
         "needs": list(method.needs),
         "note": method.note,
         "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fused else None,
         "combine": _combine(method) if fused else None,
         "defaults": defaults,
     }
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; vertical bars inside of cells are escaped."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def methods_table() -> str:
+    """Return all methods as a table in Markdown."""
+    header = ("method", "loss", "needs", "evidence", "source", "note")
+    rows = []
+    for name, method in METHODS.items():
+        needs, evidence = ", ".join(needs_of(name)), method.evidence or "-"
+        rows.append((f"`{name}`", method.formula, needs, evidence, method.source, method.note))
+    return markdown_table(header, rows)
 
 
 def _combine(method: Method) -> str:

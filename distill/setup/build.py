@@ -86,7 +86,7 @@ def build_objective(
         RecipeError: features are not stored or cannot be compared, or the student has no usable embedding.
     """
     needs = config.needs()
-    pairs = term_pairs(config, readers, student)
+    pairs = term_pairs(config, [reader.manifest for reader in readers], student)
     needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
     width = 0
     if needs.embedding:
@@ -111,9 +111,10 @@ def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRead
         RecipeError: an array is not stored; the message has the command that adds it.
     """
     needs = recipe.objective.needs()
-    pairs = (
-        {} if needs.pairs is None else term_pairs(recipe.objective, readers, build_student(recipe, source))
-    )
+    pairs = {}
+    if needs.pairs is not None:
+        teachers = [reader.manifest for reader in readers]
+        pairs = term_pairs(recipe.objective, teachers, build_student(recipe, source))
     return needed_arrays(recipe.method, readers, pairs, logits=needs.logits, root=recipe.root)
 
 

@@ -33,7 +33,7 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 """Teacher index, tap name and student layer of every pair, by the key of the term that compares them."""
 
 
-def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student: Network) -> Pairs:
+def term_pairs(config: ObjectiveConfig, teachers: Sequence[Manifest], student: Network) -> Pairs:
     """Return the pairs of taps and student layers of every term, as configured or as its needs choose them.
 
     Layers and taps are paired by relative depth. If a store has no usable tap, the pair names the teacher's
@@ -46,18 +46,18 @@ def term_pairs(config: ObjectiveConfig, readers: Sequence[StoreReader], student:
     for key, term in config.all_terms().items():
         needs = LOSSES[term.term].needs(term).pairs
         if needs is not None:
-            pairs[key] = _pairs(f"terms.{key}", needs, readers, student)
+            pairs[key] = _pairs(f"terms.{key}", needs, teachers, student)
     return pairs
 
 
 def _pairs(
-    where: str, needs: PairNeeds, readers: Sequence[StoreReader], student: Network
+    where: str, needs: PairNeeds, teachers: Sequence[Manifest], student: Network
 ) -> list[tuple[int, str, str]]:
     if needs.pairs:
         for pair in needs.pairs:
-            if pair.teacher >= len(readers):
+            if pair.teacher >= len(teachers):
                 raise RecipeError(
-                    f"{where}.pairs names teacher {pair.teacher}, but there are {len(readers)} stores: "
+                    f"{where}.pairs names teacher {pair.teacher}, but there are {len(teachers)} stores: "
                     "indices begin at 0"
                 )
         return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
@@ -71,9 +71,9 @@ def _pairs(
             f"{where}.pairs"
         )
     pairs = []
-    for index, reader in enumerate(readers):
-        taps = _taps_of(reader.manifest, needs)
-        for number in _chosen(needs.choose, index, len(readers), len(layers)):
+    for index, manifest in enumerate(teachers):
+        taps = _taps_of(manifest, needs)
+        for number in _chosen(needs.choose, index, len(teachers), len(layers)):
             depth = number / (len(layers) - 1) if len(layers) > 1 else float(needs.choose != "depth")
             pairs.append((index, taps[round(depth * (len(taps) - 1))], layers[number]))
     return pairs
@@ -105,7 +105,7 @@ def depth_group(teacher: int, teachers: int, groups: int) -> int:
 
 def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     """Return a store's usable taps, shallow to deep, or else the taps of the teacher's blocks to add."""
-    network = _untrained(manifest.identity["teacher"]["network"], len(manifest.class_names))
+    network = untrained(manifest)
     arrays = {
         n.removeprefix(FEATURES): array for n, array in manifest.arrays.items() if n.startswith(FEATURES)
     }
@@ -148,12 +148,13 @@ def _blocks(network: Network, needs: PairNeeds) -> list[str]:
     return [name for name in names if len(shapes[name]) == 3] or names
 
 
-def _untrained(spec: str, classes: int) -> Network | None:
-    """Return a teacher's network for its layers; None for user code, which stores must not run."""
+def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
+    """Return a teacher's network without its weights; None for user code, which stores must not run."""
+    spec = manifest.identity["teacher"]["network"]
     if spec.startswith("python:"):
         return None
     try:
-        return build_network(spec, classes)
+        return build_network(spec, len(manifest.class_names), size=size)
     except CoursepackError:
         return None
 
@@ -290,12 +291,15 @@ def check_needs(
         raise RecipeError(refusal)
     needs = objective.needs()
     if needs.one_label and view.mix is not None:
+        adjusted = needs.one_label.startswith("adjustment")
+        other = ", or --set objective.adjustment=none" if adjusted else ""
         raise RecipeError(
-            f"{needs.one_label}, but the view mixes images: a mixed image has two "
-            "labels, so no prediction is wrong. Use stores of a view without mix, or "
-            "--set objective.adjustment=none"
+            f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
+            f"view without mix{other}"
         )
     if needs.dense_logits:
+        flsw = objective.dynamic_temperature.kind == "flsw"
+        other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
                 dense = reader.path.with_name(f"{reader.name}-dense.zarr")
@@ -303,7 +307,7 @@ def check_needs(
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
                     f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
-                    f"  {line}\nor use CWSM, which reads only the student: --method dtd-cwsm"
+                    f"  {line}{other}"
                 )
 
 

@@ -1,0 +1,140 @@
+"""Bytes that a view of a teacher's outputs takes: the arrays that a method reads, and the same unreduced.
+
+Computed from shapes alone. The files of a view hold checksums and the padding of their last chunk as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from coursepack.data.encodings import parse_encoding
+from coursepack.data.store import Manifest
+from coursepack.data.store.manifest import LOGITS
+from coursepack.distill.setup.requirements import term_pairs, untrained
+from coursepack.distill.targets.base import FEATURES
+from coursepack.errors import RecipeError
+from coursepack.models.taps import tap_from_name, tap_margins, tapped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.distill.objective_config import ObjectiveConfig
+    from coursepack.models import Network
+
+FLOAT16 = 2
+"""Bytes per value of unreduced outputs, and of arrays that are not stored yet."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shape of one sample's features by the name of a tap or a layer."""
+
+
+@dataclass(frozen=True)
+class ViewCost:
+    """Bytes of one view of one teacher."""
+
+    samples: int
+    """Number of samples N."""
+    arrays: dict[str, int]
+    """Bytes per sample of the arrays that the method reads, by their name in the store."""
+    whole: int | None
+    """Bytes per sample of the same outputs in float16 and unreduced: logits of all classes, and whole maps of
+    the tapped layers; None if the teacher cannot be built for its shapes."""
+
+    @property
+    def read(self) -> int:
+        """Bytes per sample that the method reads."""
+        return sum(self.arrays.values())
+
+
+def view_costs(
+    objective: ObjectiveConfig, teachers: Sequence[Manifest], student: Network | None = None
+) -> list[ViewCost]:
+    """Return what a view of each teacher costs with an objective.
+
+    Arrays that a store holds count as they are encoded there, others as float16, or as bits for signs.
+
+    Args:
+        objective: the method's objective.
+        teachers: manifest of each teacher's store, or a `planned_store`.
+        student: the student, on which pairs of layers may depend; defaults to the first teacher's network.
+
+    Raises:
+        RecipeError: an array is not stored, and the teacher cannot be built here for its shapes.
+    """
+    needs, taps = objective.needs(), [list[str]() for _ in teachers]
+    if needs.pairs is not None:
+        student = student or _network(teachers[0])
+        if student is None:
+            raise _unknown(teachers[0], "its layers are")
+        for index, tap, _ in (
+            pair for of_term in term_pairs(objective, teachers, student).values() for pair in of_term
+        ):
+            taps[index] += [] if tap in taps[index] else [tap]
+    return [_cost(teacher, own, needs.logits) for teacher, own in zip(teachers, taps, strict=True)]
+
+
+def planned_store(spec: str, classes: int, samples: int) -> Manifest:
+    """Return the manifest of a store that is not written yet, of a teacher's network by name."""
+    names = tuple(map(str, range(classes)))
+    return Manifest({"teacher": {"network": spec}}, {}, samples, names, 1, 1, arrays={}, tables={})
+
+
+def _cost(teacher: Manifest, taps: Sequence[str], logits: bool) -> ViewCost:
+    shapes = _shapes(teacher, taps)
+    classes = len(teacher.class_names)
+    arrays = {LOGITS: _row_bytes(teacher, LOGITS, "float16", (classes,))} if logits else {}
+    for tap in taps:
+        encoding = "bits" if tap_from_name(tap).reduction == "sign" else "float16"
+        shape = None if shapes is None else shapes[tap]
+        arrays[f"{FEATURES}{tap}"] = _row_bytes(teacher, f"{FEATURES}{tap}", encoding, shape)
+    if shapes is None:
+        return ViewCost(teacher.samples, arrays, None)
+    layers = {layer for tap in taps for layer in tap_from_name(tap).layers}
+    values = classes * logits + sum(math.prod(shapes[layer]) for layer in layers)
+    return ViewCost(teacher.samples, arrays, FLOAT16 * values)
+
+
+def _row_bytes(teacher: Manifest, array: str, encoding: str, shape: tuple[int, ...] | None) -> int:
+    """Return the bytes per sample of an array, stored or to be stored."""
+    if array in teacher.arrays:
+        return teacher.arrays[array].row_bytes
+    if shape is None:
+        raise _unknown(teacher, f"the shape of {array!r} is")
+    return sum(component.row_bytes for component in parse_encoding(encoding).components(shape).values())
+
+
+def _network(teacher: Manifest) -> Network | None:
+    return untrained(teacher, teacher.identity["teacher"].get("preprocessing", {}).get("size"))
+
+
+def _unknown(teacher: Manifest, what: str) -> RecipeError:
+    spec = teacher.identity["teacher"]["network"]
+    return RecipeError(
+        f"{what} not known, since the network of teacher {spec!r} cannot be built here: store the features "
+        "first, and give --student"
+    )
+
+
+@torch.inference_mode()
+def _shapes(teacher: Manifest, taps: Sequence[str]) -> Shapes | None:
+    """Return the shapes of taps and of their layers' whole outputs; None if the teacher cannot be built.
+
+    Raises:
+        UnknownName: a tap's layer does not exist.
+    """
+    network = _network(teacher) if taps else None
+    if network is None:
+        return {} if not taps else None
+    module, pixels = network.module.eval(), network.preprocessing
+    layers = list(dict.fromkeys(layer for tap in taps for layer in tap_from_name(tap).layers))
+    with tapped(module, layers) as outputs:
+        module(pixels(torch.zeros(1, pixels.size, pixels.size, len(pixels.mean), dtype=torch.uint8)))
+        shapes = {layer: tuple(outputs[layer].shape[1:]) for layer in layers}
+        for tap in map(tap_from_name, taps):
+            reduced = tap.reduce([outputs[layer] for layer in tap.layers], tap_margins(module, tap))
+            shapes[tap.name] = tuple(reduced.shape[1:])
+    return shapes
