@@ -12,6 +12,7 @@ from reference import relations as ref
 from test_distill_published import agree, figures
 
 from coursepack.data import open_source, view_recipe
+from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.at import attention_loss
 from coursepack.distill.losses.base import BuildContext, FeaturePair, LossInputs, StudentOutput
@@ -333,6 +334,17 @@ def test_methods_train_on_the_smallest_taps_that_are_stored(featured, method):
     assert pairs == {key: CHOSEN[key] for key in (("distance", "angle") if method == "rkd" else (method,))}
     assert all(0 < told[key] < 1e4 for key in pairs)
     assert told["cross_entropy"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_smoke_run_needs_no_pairs(tmp_path, method):
+    (tmp_path / "r.yaml").write_text(
+        f"student: digits-resnet\nmethod: {method}\n"
+        "source: digits\nview: digits\nstores: [no.zarr, none.zarr]\n"
+    )
+    words = ["train", str(tmp_path / "r.yaml"), "--smoke", "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(distill, words)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -24,9 +24,12 @@ from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
 from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import PairChoice
 from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.build import build_student
+from coursepack.distill.setup.costs import planned_store
+from coursepack.distill.setup.requirements import term_pairs
 from coursepack.distill.setup.student import probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.models import parse_tap
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.data import Source, ViewRecipe
+    from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
 
 SAMPLES = 16
@@ -54,6 +58,7 @@ MAP_SHAPE = (8, 4, 4)
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
     source = open_source(stand_in(recipe.source, SAMPLES))
+    recipe = recipe.model_copy(update={"objective": _with_flows(recipe, source)})
     taps: dict[int, list[str]] = {}
     layers: dict[str, str] = {}
     free = False
@@ -110,6 +115,25 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _shortened(inner) for name, inner in value.items()}
     return value
+
+
+def _with_flows(recipe: TrainRecipe, source: Source) -> ObjectiveConfig:
+    """Return the objective with the pairs that its flows choose for teachers of the student's network."""
+    named = {}
+    for key, term in recipe.objective.all_terms().items():
+        needs = LOSSES[term.term].needs(term).pairs
+        if needs is not None and needs.choose == "flows" and not needs.pairs:
+            student = build_student(recipe, source)
+            teachers = [planned_store(student.spec, student.classes, SAMPLES)] * len(recipe.stores)
+            named[key] = term.model_copy(
+                update={
+                    "pairs": tuple(
+                        PairChoice(teacher=index, tap=tap_from_name(tap).text, layer=layer)
+                        for index, tap, layer in term_pairs(recipe.objective, teachers, student)[key]
+                    )
+                }
+            )
+    return recipe.objective.model_copy(update={"terms": recipe.objective.terms | named})
 
 
 def _map_shapes(layers: Mapping[str, str], recipe: TrainRecipe, source: Source) -> dict[str, tuple[int, ...]]:
