@@ -13,6 +13,17 @@ from coursepack.errors import RecipeError, UntrustedCode
 
 KIND = "python"
 """Prefix of the specs of the user's own networks, sources and views: `python:module:name`."""
+PROJECTED = "projected"
+"""Prefix of the specs of networks that wrap another network, `projected:NETWORK:...`."""
+
+
+def names_code(spec: str) -> bool:
+    """Return true if a spec names Python code, itself or in the network that it wraps.
+
+    >>> names_code("projected:python:mine:make:layer=body,map=8x4x4,width=8,features=16")
+    True
+    """
+    return spec.removeprefix(f"{PROJECTED}:").partition(":")[0] == KIND
 
 
 def check_trusted(spec: str, holder: str, *, trust_code: bool) -> str:
@@ -26,8 +37,8 @@ def check_trusted(spec: str, holder: str, *, trust_code: bool) -> str:
     Raises:
         UntrustedCode: the spec names code, and `trust_code` is false.
     """
-    kind, _, path = spec.partition(":")
-    if kind == KIND and not trust_code:
+    if names_code(spec) and not trust_code:
+        _, _, path = spec.removeprefix(f"{PROJECTED}:").partition(":")
         raise UntrustedCode(
             f"{holder} names Python code that would be imported and run: {spec!r}, from module "
             f"{path.partition(':')[0]!r}. Nothing was imported. Code that a store or a run's folder names is "

@@ -15,6 +15,7 @@ from coursepack.distill.objective_config import ObjectiveConfig as ObjectiveConf
 from coursepack.distill.recipe import TrainRecipe as TrainRecipe
 from coursepack.distill.runs.train import train as train
 from coursepack.distill.setup.build import make_objective as make_objective
+from coursepack.distill.setup.wrap import wrap_student as wrap_student
 from coursepack.distill.targets.live import OnlineTargets as OnlineTargets
 from coursepack.distill.targets.stores import CachedTargets as CachedTargets
 from coursepack.distill.targets.teacher_stores import TeacherStores as TeacherStores
@@ -40,4 +41,5 @@ __all__ = [
     "make_targets",
     "open_teacher_stores",
     "train",
+    "wrap_student",
 ]

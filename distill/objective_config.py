@@ -83,7 +83,8 @@ class ObjectiveConfig(Config):
         """Return the union of the needs of all terms and the fusion."""
         needs = Needs()
         for term in self.all_terms().values():
-            needs |= LOSSES[term.term].needs(term)
+            if is_used(term.weight):  # a cross-entropy of weight 0 stands for having no other term
+                needs |= LOSSES[term.term].needs(term)
         if not needs.fused:
             return needs
         adjusted = self.adjustment != "none" and set(self.adjustment) != {"none"}

@@ -80,7 +80,7 @@ def build_network(
             `mean` and `std` have another number of channels than the network.
     """
     with seeded(seed):
-        return finish_network(spec, _build(spec, classes, size), size, mean, std)
+        return finish_network(spec, build_fresh(spec, classes, size), size, mean, std)
 
 
 @contextmanager
@@ -91,7 +91,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build(spec: str, classes: int, size: int | None) -> HubNetwork:
+def build_fresh(spec: str, classes: int, size: int | None) -> HubNetwork:
+    """Build a network with fresh weights from torch's default generator, as its hub returns it.
+
+    Raises:
+        UnknownName, RecipeError: as `build_network`.
+    """
     if spec in NETWORKS:
         return HubNetwork(NETWORKS[spec].build(classes), NETWORKS[spec].preprocessing, classes)
     if spec.partition(":")[0] == RUN:

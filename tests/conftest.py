@@ -20,7 +20,7 @@ from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
-TAPS = (("hidden1", "hidden2"), ("conv2",), ("layer1", "layer2:pooled", "stem+layer1:gram"))
+TAPS = (("hidden1", "hidden2"), ("conv2", "conv1+conv2:gram"), ("layer1", "layer2:pooled"))
 """Layers of these whose features the stores `tapped` have."""
 
 
@@ -128,6 +128,17 @@ def cnn_store(shared, teachers):
         run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
 
     return shared("cnn", write) / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def mapped_store(shared, teachers):
+    """The float32 store of the `digits-resnet` among the teachers, with its last map, two views."""
+
+    def write(folder):
+        fields = {"encoding": "float32", "feature_encoding": "float32"}
+        run_job(make_job(folder / "resnet.zarr", teachers[2], taps=(parse_tap("layer2"),), **fields))
+
+    return shared("mapped", write) / "resnet.zarr"
 
 
 @pytest.fixture(scope="session")

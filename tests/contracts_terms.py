@@ -15,7 +15,6 @@ from coursepack.distill.losses.base import (
     FeaturePair,
     LossInputs,
     Needs,
-    PairNeeds,
     Step,
     StudentOutput,
 )
@@ -38,16 +37,20 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, shape)).float()
 
 
-def pair_of(needs: PairNeeds, teacher: int) -> FeaturePair:
+def pair_of(needs: Needs, teacher: int) -> FeaturePair:
     """A pair that a term can compare."""
-    if needs.choose == "flows":
+    assert needs.pairs is not None
+    if needs.pairs.choose == "flows":
         return FeaturePair(teacher, f"{TAP}+{TAP}@gram", f"{LAYER}+second", (3, 2), (3, 4, 4), (2, 2, 2))
-    return FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if "map" in needs.reductions else (4,), (3, 4, 4))
+    # The layer of a student that is wrapped with the teacher's head has the teacher's channels.
+    student_shape = (4, 4, 4) if needs.teacher_head else (3, 4, 4)
+    maps = "map" in needs.pairs.reductions
+    return FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), student_shape)
 
 
 def context_of(needs: Needs, term: str = "") -> BuildContext:
     """Everything that a term or a fusion is built for."""
-    pairs = () if needs.pairs is None else tuple(pair_of(needs.pairs, teacher) for teacher in range(K))
+    pairs = () if needs.pairs is None else tuple(pair_of(needs, teacher) for teacher in range(K))
     return BuildContext(
         teachers=K,
         classes=C,

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe
+from builders import CPU, PAIRS, make_recipe
 from spawned import drawn, fails_on_all, fails_on_one, on_ranks, one_epoch, resumed, run, talks, vanishes
 
 from coursepack.data import view_recipe
@@ -32,7 +32,7 @@ WHOLE, UNEVEN, SHORT = 128, 133, 131
 """Samples of an epoch whose last batch, of 64, is full, has 5 rows (2 and 3), or has 3 (is not divided)."""
 
 
-def cases_of(stores, tapped):
+def cases_of(stores, tapped, mapped):
     """Recipes by name: every method, and everything in a step that several ranks could get wrong."""
     pairs = [{"teacher": 1, "tap": "conv2", "layer": "conv1"}]
     mixed = view_recipe("digits").model_copy(update={"mix": Mix(mixup_alpha=1.0)})
@@ -45,10 +45,20 @@ def cases_of(stores, tapped):
         objective = {"terms": {"hint": {"pairs": pairs, **hints}}}
         return case(method, chosen=tapped[:2], student="digits-cnn", objective=objective)
 
-    plain = {name: case(name) for name in METHODS if name not in ("supervised", "amtml-hints")}
+    def related(method):
+        objective = {"terms": {method: {"pairs": PAIRS[method]}}} if method in PAIRS else {}
+        return case(method, chosen=tapped, student="digits-cnn", objective=objective)
+
+    related_methods = ("at", "sp", "rkd", "pkt", "cc", "nst", "fsp")
+    apart = ("amtml-hints", "reviewkd", "simkd", *related_methods)
+    taught = {name: method.objective.needs().teachers for name, method in METHODS.items()}
+    plain = {name: case(name, chosen=stores if taught[name] else ()) for name in METHODS if name not in apart}
+    reviewed = {"terms": {"reviewkd": {"weight": 1.0}}}
     return plain | {
-        "supervised": case("supervised", chosen=()),
         "amtml-hints": hinted("amtml-hints"),
+        **{method: related(method) for method in related_methods},
+        "reviewkd": case("reviewkd", chosen=[mapped], student="digits-cnn", objective=reviewed),
+        "simkd": case("simkd", chosen=[mapped], student="digits-cnn"),
         "hints alone": hinted("kd", weight=1.0),
         "distance": case(objective={"terms": {"distance": {"weight": 2.0}, "angle": {}}}),
         "own term": {**case("kd"), "with_pairs": True},
@@ -66,9 +76,9 @@ def cases_of(stores, tapped):
 
 
 @pytest.fixture(scope="module")
-def epochs(stores, tapped):
+def epochs(stores, tapped, mapped_store):
     """By case: what one process tells of an epoch, and what each of two ranks does."""
-    cases = cases_of(stores, tapped)
+    cases = cases_of(stores, tapped, mapped_store)
     together = on_ranks(2, one_epoch, list(cases.values()))
     for told in together:
         if isinstance(told, BaseException):
@@ -94,7 +104,7 @@ def assert_close(got, want, where, atol=1e-5):
 def test_every_method_gives_the_losses_and_gradients_of_one_process(epochs):
     assert set(METHODS) < set(epochs)
     for name, (alone, *together) in epochs.items():
-        if name in ("batch statistics", "float16"):
+        if name in ("batch statistics", "simkd", "float16"):  # each rank normalizes its own rows
             continue
         everything = [dict(told) for told in (alone, *together)]
         if name == "parts":  # what is taken from one part in eight is of other rows

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe, write_store, write_teacher
+from builders import CPU, PAIRS, make_recipe, write_store, write_teacher
 from click.testing import CliRunner
 
 from coursepack.data import open_source
@@ -32,11 +32,12 @@ from coursepack.models import Network, Preprocessing
 from coursepack.precompute.cli import main as precompute
 
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
-MAPS = [{"teacher": 1, "tap": "conv2", "layer": "conv2"}, {"teacher": 2, "tap": "layer1", "layer": "conv1"}]
-FLOWS = [{"teacher": 2, "tap": "stem+layer1:gram", "layer": "stem+layer1"}]
-PAIRS = {"at": MAPS, "nst": MAPS, "fsp": FLOWS}
-"""Pairs of methods that cannot compare the layers of a perceptron."""
-STUDENTS = {"fsp": "digits-resnet"}
+
+
+@pytest.fixture
+def stores_of(tapped, mapped_store):
+    """The stores that a method is given: three, or one to methods that take the head of one teacher."""
+    return lambda name: [mapped_store] if METHODS[name].objective.needs().teacher_head else tapped
 
 
 def step_losses(recipe, steps):
@@ -57,21 +58,19 @@ def step_losses(recipe, steps):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_stores_and_live_teachers_give_the_same_losses(tapped, name):
-    fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300}
-    fields["student"] = STUDENTS.get(name, "digits-cnn")
+def test_stores_and_live_teachers_give_the_same_losses(stores_of, name):
+    fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
     fields["objective"] = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
-    cached = step_losses(make_recipe(tapped, **fields), 8)
-    live = step_losses(make_recipe(tapped, **fields, online=True), 8)
+    cached = step_losses(make_recipe(stores_of(name), **fields), 8)
+    live = step_losses(make_recipe(stores_of(name), **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
     assert np.isfinite(cached).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_from_the_command_line(tmp_path, tapped, name):
-    stores = tapped if name in TAUGHT else []
-    student = STUDENTS.get(name, "digits-cnn")
-    words = ["train", "--student", student, "--method", name, "--limit", "130", "--epochs", "2"]
+def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
+    stores = stores_of(name) if name in TAUGHT else []
+    words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
     words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"] if name in PAIRS else []
@@ -331,6 +330,8 @@ def test_published_coefficients_are_converted():
         resolve_objective("amtml", {}, "test")
     assert describe("amtml")["combine"] == "mixture"
     assert describe("ca-mkd")["combine"] == "sum"
+    assert describe("simkd")["fusion"] is None, "it fuses no targets"
+    assert describe("reviewkd")["defaults"]["terms"]["reviewkd"]["weight"]["epochs"] == 20
 
 
 def test_a_recipe_spells_the_number_of_its_classes(tmp_path):

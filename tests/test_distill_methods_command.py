@@ -42,7 +42,8 @@ def test_methods_are_filtered_by_need():
     assert "amtml-hints" in names("--needs", "features")
     assert "logit-std" in names("--needs", "all-classes", "--needs", "logits")
     assert {"tf-kd", "supervised"} <= set(names()) - set(names("--needs", "logits"))
-    assert "label-refinery" not in names("--needs", "labels")
+    assert {"label-refinery", "simkd"}.isdisjoint(names("--needs", "labels"))
+    assert names("--needs", "teacher-head") == ["simkd"]
     listed = printed("--needs", "all-classes")
     assert "logit-std       release             needs logits, all-classes, labels\n" in listed
     assert "dtd-cwsm" not in listed

@@ -1,5 +1,6 @@
 """Runs that are interrupted and resumed: to the last bit, from any moment, or refused with nothing lost."""
 
+import os
 import re
 import shutil
 import signal
@@ -38,7 +39,7 @@ def dropping(monkeypatch):
     monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
 
 
-def recipes(stores, tapped):
+def recipes(stores, tapped, mapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"joint_epochs": 2}, "terms": {"hint": hints}}
@@ -49,13 +50,15 @@ def recipes(stores, tapped):
             tapped[1:2], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
             optimizer=ONE_CYCLE, **STUDENT,
         ),
+        "reviewkd": make_recipe([mapped], method="reviewkd", student="digits-cnn", **STUDENT),
+        "simkd": make_recipe([mapped], method="simkd", student="digits-cnn", optimizer=ADAMW, **STUDENT),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
         "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "windowed", "random", "dtd")
+NAMES = ("dropout", "hints", "reviewkd", "simkd", "windowed", "random", "dtd")
 
 
 def told(run):
@@ -97,12 +100,12 @@ def interrupted(monkeypatch, recipe, out, *, saves, **how):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, name):
+def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, mapped_store, name):
     """Stopped early, in the middle, between two epochs, and after the last step."""
     if name == "windowed":
         monkeypatch.setattr(TARGETS, "WINDOW_ROWS", 32)
         monkeypatch.setattr(TARGETS, "WINDOW_CHUNKS", 1)
-    recipe = recipes(stores, tapped)[name]
+    recipe = recipes(stores, tapped, mapped_store)[name]
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
     epochs, steps = len(load_run(once).metrics), -(-150 // (32 // recipe.views_per_load))
@@ -387,13 +390,13 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     assert_same(out, once)
 
 
-def test_killed_processes_train_the_same_student(tmp_path, stores, tapped):
-    kill_and_resume(tmp_path, recipes(stores, tapped)["dropout"], kills=2, seed=0)
+def test_killed_processes_train_the_same_student(tmp_path, stores, tapped, mapped_store):
+    kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)["dropout"], kills=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_many_kills(tmp_path, stores, tapped, name):
+def test_many_kills(tmp_path, stores, tapped, mapped_store, name):
     longer = {"epochs": 12, "patience": None}
-    recipe = recipes(stores, tapped)[name].model_copy(update=longer)
+    recipe = recipes(stores, tapped, mapped_store)[name].model_copy(update=longer)
     kill_and_resume(tmp_path, recipe, kills=12, seed=1)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from coursepack.distill.fusion.fused import FusedTargets
     from coursepack.distill.targets.base import Targets
     from coursepack.kernels import MixedLabels
+    from coursepack.models import Network
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class Needs:
     """Need for all teachers in every batch; fusions that read one teacher at a time are refused."""
     peers: str = ""
     """Need for other students that train together with this one."""
+    teacher_head: str = ""
+    """Need for the linear head of the teacher, of which there is one; several stores are refused."""
 
     @property
     def logits(self) -> bool:
@@ -283,6 +286,26 @@ class BuildContext:
 
 
 @dataclass(frozen=True)
+class WrapContext:
+    """Properties of a student and its only teacher, from which a term wraps the student."""
+
+    blocks: tuple[str, ...]
+    """Names of the student's blocks, shallow to deep."""
+    shape_of: Callable[[str], tuple[int, ...]]
+    """Returns the shape of a student layer's output for one sample."""
+    tap: str
+    """Name of the teacher's tap that the term compares."""
+    teacher_shape: tuple[int, ...]
+    """Shape of the tap's features for one sample."""
+    head_weight: Tensor
+    """Weight of the teacher's head, `(C, D)`."""
+    head_bias: Tensor
+    """Bias of the teacher's head, `(C,)`."""
+    seed: int = 0
+    """Seed for the initial weights of what is added."""
+
+
+@dataclass(frozen=True)
 class Loss:
     """One kind of loss term.
 
@@ -301,3 +324,6 @@ class Loss:
     build: Callable[[Any, BuildContext], nn.Module]
     applies_weight: bool = False
     """True if the module multiplies by its own weight, for example inside a fused kernel."""
+    wrap: Callable[[Any, Network, WrapContext], Network] | None = None
+    """Returns the network that is trained, evaluated and saved instead of the student, if the term changes
+    its architecture. The result's spec describes it, so that `run:FOLDER` builds it again."""

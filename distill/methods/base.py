@@ -56,6 +56,9 @@ class Method:
             lines.append("logits of one teacher per batch" if one else "logits of every teacher")
         lines += ["all classes in the stores (no topk encoding)"] if needs.dense_logits else []
         lines += ["a tapped feature of every teacher"] if needs.pairs is not None else []
+        lines += (
+            [f"{needs.teacher_head}: one teacher that ends in a linear layer"] if needs.teacher_head else []
+        )
         lines += ["one label per sample (no mixed images)"] if needs.one_label else []
         lines += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
         lines += ["labels"] if needs.labels else []

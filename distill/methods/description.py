@@ -17,6 +17,7 @@ NEEDS: dict[str, Callable[[Needs], object]] = {
     "logits": lambda needs: needs.logits,
     "all-classes": lambda needs: needs.dense_logits,
     "features": lambda needs: needs.pairs,
+    "teacher-head": lambda needs: needs.teacher_head,
     "embedding": lambda needs: needs.embedding,
     "one-label": lambda needs: needs.one_label,
     "labels": lambda needs: needs.labels,
@@ -36,7 +37,7 @@ def describe(name: str) -> dict[str, Any]:
     """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
     method = METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
-    fused = method.objective.needs().fused
+    fuses = method.objective.needs().fused
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
     defaults |= {field: f"{defaults[field]:g} / C" for field in method.per_class}
     for key, term in method.objective.terms.items():
@@ -51,8 +52,8 @@ def describe(name: str) -> dict[str, Any]:
         "need_names": needs_of(name),
         "needs": list(method.needs),
         "note": method.note,
-        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fused else None,
-        "combine": _combine(method) if fused else None,
+        "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fuses else None,
+        "combine": _combine(method) if fuses else None,
         "defaults": defaults,
     }
 

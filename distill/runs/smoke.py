@@ -38,6 +38,7 @@ from coursepack.models.taps import tap_from_name
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from coursepack.data import Source, ViewRecipe
@@ -49,6 +50,8 @@ MAX_BATCH_SIZE = 8
 MAX_LEARNING_RATE = 1e-3
 """Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
+SHARPNESS = 4
+"""Factor of the teachers' logits."""
 DEFAULT_TAP = "smoke"
 """Tap in the stores of recipes that choose taps by depth."""
 MAP_SHAPE = (8, 4, 4)
@@ -63,12 +66,14 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     layers: dict[str, str] = {}
     free = False
     for term in recipe.objective.all_terms().values():
-        needs = LOSSES[term.term].needs(term).pairs
-        free |= needs is not None and not needs.pairs
-        for pair in () if needs is None else needs.pairs:
+        needs = LOSSES[term.term].needs(term)
+        free |= needs.pairs is not None and not needs.pairs.pairs
+        for pair in () if needs.pairs is None else needs.pairs.pairs:
             tap = parse_tap(pair.tap)
             taps.setdefault(pair.teacher, []).append(tap.name)
-            layers |= dict(zip(tap.layers, pair.layer.split("+"), strict=False))
+            # A head that the student takes over fixes the width of the maps that it reads.
+            if not needs.teacher_head:
+                layers |= dict(zip(tap.layers, pair.layer.split("+"), strict=False))
     shapes = _map_shapes(layers, recipe, source)
     batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
     stores = []
@@ -165,7 +170,7 @@ def write_smoke_store(
         shapes: shapes `(C, H, W)` of the maps of the teacher's layers, by layer; others have `MAP_SHAPE`.
     """
     size = next(iter(source.sizes(np.arange(1))))[0].item()
-    run_teacher = _teacher(source, taps, shapes or {}, seed)
+    run_teacher, static = _teacher(source, taps, shapes or {}, seed)
     pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
     identity = {
         "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
@@ -178,7 +183,9 @@ def write_smoke_store(
     rows = {name: value.shape[1:] for name, value in run_teacher(black).items()}
     sketched = [name for name in taps if tap_from_name(name).sketch is not None]
     whole = {name: replace(tap_from_name(name), sketch=None).name for name in sketched}
-    before = _teacher(source, list(whole.values()), shapes or {}, seed)(black)
+    before = _teacher(source, list(whole.values()), shapes or {}, seed)[0](black)
+    for name, tap in whole.items():
+        static[name] = np.array(before[f"{FEATURES}{tap}"].shape[1:], np.float32)
     plan = StorePlan(
         identity=identity,
         origin={},
@@ -186,9 +193,7 @@ def write_smoke_store(
         class_names=source.class_names,
         views=VIEWS,
         arrays={name: (float32, tuple(shape)) for name, shape in rows.items()},
-        static={
-            name: np.array(before[f"{FEATURES}{tap}"].shape[1:], np.float32) for name, tap in whole.items()
-        },
+        static=static,
     )
     with StoreWriter(path, plan) as writer:
         for block in writer.pending():
@@ -209,12 +214,14 @@ def write_smoke_store(
         writer.commit()
 
 
-def _teacher(source: Source, taps: Sequence[str], shapes: Mapping[str, tuple[int, ...]], seed: int) -> Any:
-    """Return a function from pixels `(N, size, size, channels)` to arrays by their name in a store."""
+def _teacher(
+    source: Source, taps: Sequence[str], shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+    """Return a function from pixels `(N, size, size, channels)` to arrays by name, and the teacher's head."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layer = nn.Conv2d(source.channels, MAP_SHAPE[0], 3, stride=2, padding=1)
-        head = nn.Linear(MAP_SHAPE[0], len(source.class_names))
+        head = nn.Linear(MAP_SHAPE[0], len(source.class_names)).requires_grad_(False)
 
     @torch.inference_mode()
     def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
@@ -222,9 +229,10 @@ def _teacher(source: Source, taps: Sequence[str], shapes: Mapping[str, tuple[int
             layer(pixels.permute(0, 3, 1, 2).float() / 255), MAP_SHAPE[1:]
         )
         features = {f"{FEATURES}{name}": _tapped(maps, name, shapes) for name in taps}
-        return {LOGITS: 4 * head(maps.mean((2, 3))), **features}
+        return {LOGITS: SHARPNESS * head(maps.mean((2, 3))), **features}
 
-    return run_teacher
+    constants = {"head_weight": head.weight, "head_bias": head.bias}
+    return run_teacher, {name: (SHARPNESS * value).numpy() for name, value in constants.items()}
 
 
 def _tapped(maps: Tensor, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:

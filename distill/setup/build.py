@@ -9,6 +9,7 @@ from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
 from coursepack.distill.setup.student import probe_student
+from coursepack.distill.setup.wrap import check_wrapped
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def build_objective(
         UnknownName: a layer does not exist in the student.
         RecipeError: features are not stored or cannot be compared, or the student has no usable embedding.
     """
+    check_wrapped(config, student, method)
     needs = config.needs()
     pairs = term_pairs(config, [reader.manifest for reader in readers], student)
     needed_arrays(method, readers, pairs, logits=needs.logits, root=root)

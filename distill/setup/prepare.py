@@ -26,6 +26,7 @@ from coursepack.distill.setup.checks import (
     fewest_rows,
 )
 from coursepack.distill.setup.requirements import check_needs
+from coursepack.distill.setup.wrap import wrapped_student
 from coursepack.distill.targets.live import OnlineTargets, live_teachers
 from coursepack.distill.targets.reading import free_memory
 from coursepack.distill.targets.teacher_stores import open_targets, open_teacher_stores
@@ -126,12 +127,21 @@ class Setup:
         return sorted(sizes)
 
     def student(self, recipe: TrainRecipe) -> Network:
-        """Build the student of a recipe for this setup's source, with newly initialized weights.
+        """Build the network that a recipe trains: its initialized student, wrapped if a term wraps it.
 
         Raises:
-            UnknownName, RecipeError: the student cannot be built, or does not accept the source's images.
+            UnknownName, RecipeError: the student cannot be built or wrapped, or does not accept the source's
+                images.
         """
-        student = build_student(recipe, self.source)
+        student = wrapped_student(
+            recipe.objective,
+            build_student(recipe, self.source),
+            self.source,
+            self.readers,
+            method=recipe.method,
+            root=recipe.root,
+            seed=recipe.seed,
+        )
         check_student(student, self.source)
         if recipe.channels_last:
             student.module.to(memory_format=torch.channels_last)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.data import PRESETS, ViewRecipe
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import FeaturePair, Unfit
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
+from coursepack.imports import names_code
 from coursepack.models import build_network, parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.load import own_preprocessing
@@ -113,7 +114,7 @@ def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     usable = [tap for tap, shape in stored if _is_usable(tap, shape, needs)]
     order = {} if network is None else depth_of(network.module)
     usable.sort(key=lambda tap: order.get(tap.layers[0], 0))
-    if needs.choose != "depth":
+    if needs.maps or needs.choose == "last":
         usable = _one_per_layer(usable, needs.reductions)
     layers = ([] if network is None else _blocks(network, needs)) or ["LAYER"]
     added = list(itertools.pairwise(layers)) if _flows(needs) else [(layer,) for layer in layers]
@@ -151,7 +152,7 @@ def _blocks(network: Network, needs: PairNeeds) -> list[str]:
 def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
     """Return a teacher's network without its weights; None for user code, which stores must not run."""
     spec = manifest.identity["teacher"]["network"]
-    if spec.startswith("python:"):
+    if names_code(spec):
         return None
     try:
         return build_network(spec, len(manifest.class_names), size=size)
@@ -297,6 +298,8 @@ def check_needs(
             f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
             f"view without mix{other}"
         )
+    if needs.teacher_head:
+        _check_head(method, needs.teacher_head, readers, root)
     if needs.dense_logits:
         flsw = objective.dynamic_temperature.kind == "flsw"
         other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
@@ -309,6 +312,20 @@ def check_needs(
                     f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
                     f"  {line}{other}"
                 )
+
+
+def _check_head(method: str, need: str, readers: Sequence[StoreReader], root: str | None) -> None:
+    """Check that there is one store, and that it holds its teacher's head."""
+    if len(readers) != 1:
+        raise RecipeError(
+            f"method {method!r} needs {need} of one teacher, but there are {len(readers)} stores: give one"
+        )
+    if f"{STATIC}/head_weight" not in readers[0].manifest.tables:
+        raise RecipeError(
+            f"method {method!r} needs {need}, but store {str(readers[0].path)!r} has no "
+            f"'{STATIC}/head_weight'. Add it with\n  {precompute_command(readers[0], root)}\n"
+            "or use a teacher that ends in a linear layer of its classes: others have no such head"
+        )
 
 
 def precompute_command(

@@ -5,7 +5,7 @@ A new hub is a module with the functions of `Hub` and a row in `HUBS`.
 
 from __future__ import annotations
 
-from coursepack.models.hubs import python, timm, torchvision
+from coursepack.models.hubs import projected, python, timm, torchvision
 from coursepack.models.hubs.base import Hub as Hub
 from coursepack.models.hubs.base import HubNetwork as HubNetwork
 
@@ -25,6 +25,7 @@ HUBS = {
         weights_help=f", or --weights {python.OWN_WEIGHTS} if the factory returns a trained network",
         check_output=True,
     ),
+    "projected": Hub(form=projected.FORM, build=projected.build),
 }
 """Hubs by the prefix of their specs."""
 
