@@ -46,8 +46,11 @@ def cases_of(stores, tapped, mapped):
         return case(method, chosen=tapped[:2], student="digits-cnn", objective=objective)
 
     def related(method):
-        objective = {"terms": {method: {"pairs": PAIRS[method]}}} if method in PAIRS else {}
-        return case(method, chosen=tapped, student="digits-cnn", objective=objective)
+        # Weights of up to 30,000 would multiply the rounding of sums in another order.
+        terms = {key: {"weight": 1.0} for key in METHODS[method].objective.terms}
+        if method in PAIRS:
+            terms[method]["pairs"] = PAIRS[method]
+        return case(method, chosen=tapped, student="digits-cnn", objective={"terms": terms})
 
     related_methods = ("at", "sp", "rkd", "pkt", "cc", "nst", "fsp")
     apart = ("amtml-hints", "reviewkd", "simkd", *related_methods)
