@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     TEACHER = 10
     STEP = 11
     VIEW_ORDER = 12
+    NEGATIVES = 13
     VIEW = 16
     """Purpose of a view recipe's first op; op number i uses `VIEW + i`."""
 

@@ -1,4 +1,4 @@
-"""Schedules of loss weights over epochs: warm-up, ramp or cosine."""
+"""Schedules of loss weights over epochs: warm-up, ramp, cosine or step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NotNegative = Annotated[float, Field(ge=0)]
 class Schedule(Config):
     """Schedule of a number that goes from `start` to `end` in `epochs` epochs and then stays at `end`."""
 
-    shape: Literal["warmup", "ramp", "cosine"]
+    shape: Literal["warmup", "ramp", "cosine", "step"]
     """Curve from start to end: `warmup` is linear, `ramp` is exp(-5 (1 - t)²), which rises slowly at first,
-    and `cosine` is half a cosine."""
+    `cosine` is half a cosine, and `step` stays at the start."""
     start: NotNegative = 0.0
     """Value in epoch 0; `ramp` starts 0.7 % closer to `end`."""
     end: NotNegative = 1.0
@@ -58,5 +58,6 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "warmup": lambda t: t,
     "ramp": lambda t: math.exp(-5 * (1 - t) ** 2),
     "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
+    "step": lambda _: 0.0,
 }
 """Interpolation factor from start to end, as a function of the fraction t of the epochs, by curve name."""

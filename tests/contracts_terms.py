@@ -44,7 +44,7 @@ def pair_of(needs: Needs, teacher: int) -> FeaturePair:
         return FeaturePair(teacher, f"{TAP}+{TAP}@gram", f"{LAYER}+second", (3, 2), (3, 4, 4), (2, 2, 2))
     # The layer of a student that is wrapped with the teacher's head has the teacher's channels.
     student_shape = (4, 4, 4) if needs.teacher_head else (3, 4, 4)
-    maps = "map" in needs.pairs.reductions
+    maps = bool({"map", "margin"} & set(needs.pairs.reductions))
     return FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), student_shape)
 
 

@@ -34,6 +34,11 @@ from coursepack.precompute.cli import main as precompute
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
 
 
+def pairs_of(name):
+    """Changes of a method's objective that it needs for these stores."""
+    return {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
+
+
 @pytest.fixture
 def stores_of(tapped, mapped_store):
     """The stores that a method is given: three, or one to methods that take the head of one teacher."""
@@ -60,7 +65,7 @@ def step_losses(recipe, steps):
 @pytest.mark.parametrize("name", TAUGHT)
 def test_stores_and_live_teachers_give_the_same_losses(stores_of, name):
     fields = {"method": name, "optimizer": {"lr": 0.01}, "limit": 300, "student": "digits-cnn"}
-    fields["objective"] = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
+    fields["objective"] = pairs_of(name)
     cached = step_losses(make_recipe(stores_of(name), **fields), 8)
     live = step_losses(make_recipe(stores_of(name), **fields, online=True), 8)
     np.testing.assert_allclose(cached, live, rtol=1e-5, atol=1e-5)
@@ -73,7 +78,8 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
-    words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"] if name in PAIRS else []
+    if name in PAIRS:
+        words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics
@@ -310,6 +316,9 @@ def test_every_method_says_what_it_is():
         '"angle": {"weight": 1.0}',
     ):
         assert text in shown
+    shown = CliRunner().invoke(distill, ["methods", "ab"]).stdout
+    assert '"weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 30}' in shown
+    assert "fusion" not in shown, "it reads no logits"
     assert all(name in CliRunner().invoke(distill, ["methods"]).stdout for name in METHODS)
     wrong = CliRunner().invoke(distill, ["methods", "amtm"])
     assert wrong.exit_code == 1

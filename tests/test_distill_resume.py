@@ -43,12 +43,24 @@ def recipes(stores, tapped, mapped):
     """Runs with all that has a state."""
     hints = {"pairs": [{"teacher": 0, "tap": "conv2", "layer": "conv2"}], "weight": 0.1}
     joint = {"fusion": {"joint_epochs": 2}, "terms": {"hint": hints}}
+    pair = {"pairs": hints["pairs"]}
+    adapted = {
+        "crd": {**pair, "negatives": 64, "dim": 8},
+        "ft": {**pair, "paraphraser_epochs": 2, "weight": 1.0},
+        "vid": pair,
+        "ab": {**pair, "weight": {"shape": "step", "start": 0.003, "end": 0.0, "epochs": 3}},
+        "regressor": {"term": "hint", "adapter": "conv-bn-relu", **pair},
+    }
     drawing = {"student": "dropping", "optimizer": ADAMW, "accumulate": 2, "view_order": "shuffled"}
     return {
         "dropout": make_recipe(stores[:2], **STUDENT, **drawing),
         "hints": make_recipe(
             tapped[1:2], method="amtml-hints", objective=joint, student="digits-cnn", precision="float16",
             optimizer=ONE_CYCLE, **STUDENT,
+        ),
+        "adapters": make_recipe(
+            tapped[1:2], method="crd", objective={"terms": adapted}, student="digits-cnn", **STUDENT,
+            optimizer={"lr": 0.01},
         ),
         "reviewkd": make_recipe([mapped], method="reviewkd", student="digits-cnn", **STUDENT),
         "simkd": make_recipe([mapped], method="simkd", student="digits-cnn", optimizer=ADAMW, **STUDENT),
@@ -58,7 +70,7 @@ def recipes(stores, tapped, mapped):
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "reviewkd", "simkd", "windowed", "random", "dtd")
+NAMES = ("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "dtd")
 
 
 def told(run):
@@ -230,7 +242,7 @@ def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path, monkeypatch, name
     interrupted(monkeypatch, recipe, out, saves=7)
     (out / name).unlink()
     os.mkfifo(out / name)
-    with pytest.raises((RunError, OSError), match=r"regular file"):
+    with pytest.raises((RunError, OSError), match=r"regular file|not a run"):
         train(recipe, out, device=CPU, resume=True)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from builders import CPU, make_recipe
 from safetensors.torch import load_file
 
 from coursepack.data import open_source
+from coursepack.distill.recipe import OptimizerConfig
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.evaluate import evaluate
 from coursepack.distill.training.loop import train_epoch
+from coursepack.distill.training.optimizer import make_optimizer
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.models import build_network
@@ -240,3 +243,22 @@ def test_a_smoke_run_takes_whatever_an_update_may_be(tmp_path):
     recipe = make_recipe(**fields, optimizer=optimizer)
     metrics = train(smoke_recipe(recipe, tmp_path), tmp_path / "o", device=CPU)
     assert (metrics["epoch"], "evaluation" in metrics) == (1, True)
+
+
+def test_a_parameter_that_is_trained_later_joins_with_a_momentum_of_zero():
+    """Torch's fused step takes momentum for all parameters or for none."""
+    ours, plain = ([torch.ones(3, requires_grad=True) for _ in range(2)] for _ in range(2))
+    config = OptimizerConfig(lr=0.1, nesterov=True)
+    steps = [
+        make_optimizer(SimpleNamespace(parameter_groups=lambda: [{"params": ours}]), config),
+        torch.optim.SGD(
+            plain, lr=0.1, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
+        ),
+    ]
+    for number in range(4):
+        for values, optimizer in zip((ours, plain), steps, strict=True):
+            optimizer.zero_grad()
+            sum((value**2).sum() for value in values[: 1 + number // 2]).backward()
+            optimizer.step()
+    for value, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(value, wanted)

@@ -1,21 +1,26 @@
 """Loss terms of an objective, one module each."""
 
 from coursepack.distill.losses import (
+    activation_boundaries,
     at,
     cc,
+    contrast,
     dist,
     dkd,
+    factor_transfer,
     fsp,
     hint,
     label,
     latents,
     nst,
+    overhaul,
     pkt,
     relation,
     reviewkd,
     simkd,
     soft_target,
     sp,
+    vid,
     virtual_teacher,
 )
 from coursepack.distill.losses.base import Loss
@@ -26,6 +31,11 @@ LOSSES: dict[str, Loss] = {
     "angle": relation.ANGLE,
     "distance": relation.DISTANCE,
     "hint": hint.LOSS,
+    "vid": vid.LOSS,
+    "ab": activation_boundaries.LOSS,
+    "crd": contrast.LOSS,
+    "ofd": overhaul.LOSS,
+    "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
     "dkd": dkd.LOSS,
     "dist": dist.LOSS,

@@ -213,6 +213,8 @@ class Needs:
     """Names of everything that makes a sample's loss depend on the rest of its batch."""
     every_teacher: str = ""
     """Need for all teachers in every batch; fusions that read one teacher at a time are refused."""
+    one_process: str = ""
+    """Reason why the student cannot be trained on several ranks; they are refused."""
     peers: str = ""
     """Need for other students that train together with this one."""
     teacher_head: str = ""
@@ -273,6 +275,8 @@ class BuildContext:
     """Width D of the student's embedding."""
     labels: NDArray[np.int64] | None = None
     """Labels of all samples of the training split, in index order."""
+    samples: NDArray[np.int64] | None = None
+    """Indices of the samples that are trained on; None means the whole training split."""
     pairs_by_term: Mapping[str, tuple[FeaturePair, ...]] = field(default_factory=dict)
     """Pairs of each term that compares features, by the key of the term."""
     pairs: tuple[FeaturePair, ...] = ()

@@ -3,7 +3,8 @@
 Romero et al., ICLR 2015, arXiv 1412.6550, equation 3 (FitNets). With several teachers, each guides one group
 of the student's layers: Liu et al. 2020, arXiv 2103.04062, section 3.4 (AMTML-KD). That paper does not state
 which teacher guides which group; here teachers are assigned from shallow to deep in the order of the stores.
-The teacher's features are not transformed, so the adapter has no final activation.
+The teacher's features are not transformed, so the linear adapter has no final activation. `adapter:
+conv-bn-relu` is the regressor of RepDistiller (Tian et al. 2020), for features after a ReLU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coursepack.distill.losses.adapters import Regressor, seeded
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
@@ -38,6 +40,9 @@ class HintConfig(TermConfig):
     """Pairs of taps and student layers to compare; defaults to one pair per teacher, chosen by depth."""
     layers: tuple[str, ...] = ()
     """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
+    adapter: Literal["linear", "conv-bn-relu"] = "linear"
+    """Learnable map from the student's features to the teacher's: a linear map at every position, or a
+    convolution with batch normalization and ReLU, which couples the samples of a batch."""
 
 
 class Adapter(nn.Module):
@@ -78,30 +83,36 @@ def _pooled(features: Tensor) -> Tensor:
 class Hints(nn.Module):
     """Hint loss: the sum over pairs of the mean squared error, per sample."""
 
-    def __init__(self, pairs: Sequence[FeaturePair], *, seed: int = 0) -> None:
+    def __init__(self, pairs: Sequence[FeaturePair], *, adapter: str = "linear", seed: int = 0) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.adapters = nn.ModuleList(Adapter(p.student_shape, p.teacher_shape) for p in pairs)
+        with seeded(seed):
+            self.adapters = nn.ModuleList(_adapter(adapter, pair) for pair in pairs)
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """Return the loss `(N,)`, with gradient to the student's features and the adapters."""
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
-            assert isinstance(adapter, Adapter)
+            assert isinstance(adapter, (Adapter, Regressor))
             target = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
             error = adapter(inputs.student.features[pair.layer]) - target.detach()
             total = total + error.square().flatten(1).mean(1)
         return total
 
 
+def _adapter(kind: str, pair: FeaturePair) -> Adapter | Regressor:
+    if kind == "linear":
+        return Adapter(pair.student_shape, pair.teacher_shape)
+    return Regressor(pair.student_shape, pair.teacher_shape, relu=True)
+
+
 def _needs(config: HintConfig) -> Needs:
-    return Needs(pairs=PairNeeds(config.pairs, config.layers), every_teacher="hints")
+    coupled = () if config.adapter == "linear" else ("the batch normalization of hint",)
+    return Needs(pairs=PairNeeds(config.pairs, config.layers), every_teacher="hints", whole_batch=coupled)
 
 
-def _build(_config: HintConfig, context: BuildContext) -> Hints:
-    return Hints(context.pairs, seed=context.seed)
+def _build(config: HintConfig, context: BuildContext) -> Hints:
+    return Hints(context.pairs, adapter=config.adapter, seed=context.seed)
 
 
 LOSS = Loss(

@@ -61,6 +61,7 @@ class Method:
         )
         lines += ["one label per sample (no mixed images)"] if needs.one_label else []
         lines += ["whole batches: " + ", ".join(needs.whole_batch)] if needs.whole_batch else []
+        lines += [f"one process: {needs.one_process}"] if needs.one_process else []
         lines += ["labels"] if needs.labels else []
         return tuple(lines)
 

@@ -22,6 +22,7 @@ NEEDS: dict[str, Callable[[Needs], object]] = {
     "one-label": lambda needs: needs.one_label,
     "labels": lambda needs: needs.labels,
     "whole-batch": lambda needs: needs.whole_batch,
+    "one-process": lambda needs: needs.one_process,
     "peers": lambda needs: needs.peers,
 }
 """Needs by the name under which methods are listed and filtered."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from coursepack.data import Source
+    from coursepack.data.randomness import Samples
     from coursepack.data.store import StoreReader
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
@@ -79,6 +80,7 @@ def build_objective(
     method: str,
     root: str | None,
     seed: int,
+    samples: Samples | None = None,
 ) -> Objective:
     """Build an objective for a student from a config that has passed `check_needs`.
 
@@ -100,6 +102,7 @@ def build_objective(
         accuracies=tuple(map(_accuracy, readers)),
         embedding_width=width,
         labels=source.labels,
+        samples=samples,
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         seed=seed,
     )

@@ -165,6 +165,11 @@ def check_ranks(recipe: TrainRecipe, ranks: Ranks) -> None:
             f"batch_size is {recipe.batch_size}, but {ranks.count} ranks share a batch: give at least "
             f"{fewest_rows(ranks)}, two rows per rank"
         )
+    if alone := recipe.objective.needs().one_process:
+        raise RecipeError(
+            f"method {recipe.method!r} cannot be trained on {ranks.count} ranks, since {alone}: train in one "
+            "process, without torchrun"
+        )
     coupled = recipe.objective.needs().whole_batch
     if coupled and recipe.online:
         raise RecipeError(

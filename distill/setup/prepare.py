@@ -157,6 +157,7 @@ class Setup:
             method=recipe.method,
             root=recipe.root,
             seed=recipe.seed,
+            samples=self.samples,
         )
 
 

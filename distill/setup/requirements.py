@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
@@ -116,7 +118,7 @@ def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     usable.sort(key=lambda tap: order.get(tap.layers[0], 0))
     if needs.maps or needs.choose == "last":
         usable = _one_per_layer(usable, needs.reductions)
-    layers = ([] if network is None else _blocks(network, needs)) or ["LAYER"]
+    layers = ([] if network is None else _layers_to_tap(network, needs)) or ["LAYER"]
     added = list(itertools.pairwise(layers)) if _flows(needs) else [(layer,) for layer in layers]
     usable = usable or [Tap(of_tap, needs.reductions[0]) for of_tap in added or [("LAYER", "LAYER")]]
     return [tap.name for tap in usable]
@@ -147,6 +149,17 @@ def _blocks(network: Network, needs: PairNeeds) -> list[str]:
     except CoursepackError:
         return names
     return [name for name in names if len(shapes[name]) == 3] or names
+
+
+def _layers_to_tap(network: Network, needs: PairNeeds) -> list[str]:
+    """Return a network's blocks, or for margins the last batch normalization in each that has one."""
+    layers = _blocks(network, needs)
+    if needs.reductions[0] != "margin":
+        return layers
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [name for name, layer in network.module.named_modules() if isinstance(layer, kinds)]
+    inside = [[norm for norm in norms if f"{norm}.".startswith(f"{layer}.")] for layer in layers]
+    return [found[-1] for found in inside if found] or layers
 
 
 def untrained(manifest: Manifest, size: int | None = None) -> Network | None:

@@ -21,7 +21,22 @@ def make_optimizer(learner: Learner, config: OptimizerConfig) -> torch.optim.Opt
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas, **common)
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **common)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **common)
+    if config.momentum > 0:
+        optimizer.register_step_pre_hook(_complete_momentum)
+    return optimizer
+
+
+def _complete_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Give parameters whose first gradient comes later than others' a momentum of zero.
+
+    A fused step accepts momentum for all parameters of a group or for none.
+    """
+    for group in optimizer.param_groups:
+        trained = [value for value in group["params"] if value.grad is not None]
+        new = [value for value in trained if "momentum_buffer" not in optimizer.state.get(value, {})]
+        for value in new if len(new) < len(trained) else ():
+            optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
 
 
 _KEPT = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
