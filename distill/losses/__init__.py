@@ -2,18 +2,24 @@
 
 from coursepack.distill.losses import (
     activation_boundaries,
+    at,
+    cc,
     contrast,
     dist,
     dkd,
     factor_transfer,
+    fsp,
     hint,
     label,
     latents,
+    nst,
     overhaul,
+    pkt,
     relation,
     reviewkd,
     simkd,
     soft_target,
+    sp,
     vid,
     virtual_teacher,
 )
@@ -36,5 +42,11 @@ LOSSES: dict[str, Loss] = {
     "virtual_teacher": virtual_teacher.LOSS,
     "reviewkd": reviewkd.LOSS,
     "simkd": simkd.LOSS,
+    "at": at.LOSS,
+    "sp": sp.LOSS,
+    "pkt": pkt.LOSS,
+    "cc": cc.LOSS,
+    "nst": nst.LOSS,
+    "fsp": fsp.LOSS,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""

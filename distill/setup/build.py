@@ -103,7 +103,7 @@ def build_objective(
         embedding_width=width,
         labels=source.labels,
         samples=samples,
-        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
+        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         seed=seed,
     )
     return Objective(config, context)
