@@ -67,7 +67,8 @@ class Objective(nn.Module):
         self.fusion_kind = FUSIONS[config.fusion.name]
         fitted = self.needs.pairs is not None or self.needs.embedding or self.fusion_kind.choose is not None
         if context is None and fitted:
-            reason = "hints" if self.needs.pairs is not None else f"fusion {config.fusion.name!r}"
+            pairs = self.needs.every_teacher if self.needs.pairs is not None else ""
+            reason = pairs or f"fusion {config.fusion.name!r}"
             raise RecipeError(
                 f"an objective with {reason} has to be fitted to its teachers and its student: build it with "
                 "make_objective(stores, student, method)"

@@ -6,9 +6,11 @@ differentiable, so a student's features can be reduced in the same way.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -61,6 +63,41 @@ def pair_gram(first: Tensor, second: Tensor) -> Tensor:
     size = min(first.shape[2], second.shape[2])
     first, second = (F.adaptive_avg_pool2d(features, size).flatten(2) for features in (first, second))
     return first @ second.transpose(1, 2) / first.shape[2]
+
+
+def sketch(features: Tensor, width: int, seed: int = 0) -> Tensor:
+    """Return a random projection of each sample, `(N, width)`, that keeps inner products on average.
+
+    Values get random signs and are dealt at random to `width` sums of equally many. With signs drawn anew,
+    the product of two sketches has the mean `x . y` and a variance of at most
+    `(|x|² |y|² + (x . y)² - 2 sum_i x_i² y_i²) / width`. The projection depends on the number of values, the
+    width and the seed alone, so that teacher and student share it.
+
+    Source: Weinberger et al. 2009, arXiv 0902.2206 (signed feature hashing), with sums of equally many.
+
+    Raises:
+        ValueError: a sample has no more than `width` values.
+    """
+    flat = features.flatten(1)
+    values = flat.shape[1]
+    if values <= width:
+        raise ValueError(
+            f"a sketch of {width} values needs more values than that, got {values}: leave it out"
+        )
+    order, signs = _projection(values, width, seed, flat.device)
+    padded = F.pad(flat[:, order] * signs.to(flat.dtype), (0, -values % width))
+    return padded.reshape(len(padded), -1, width).sum(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _projection(values: int, width: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return an order of the values and their signs, from words of a counter-based generator."""
+    words = np.random.Philox(key=[seed, values << 32 | width]).random_raw(2 * values)
+    order = np.argsort(words[:values], kind="stable")
+    signs = np.where(words[values:] >> np.uint64(63), np.float32(1), np.float32(-1))
+    # Teachers run in inference mode, whose tensors a student's backward pass could not save.
+    with torch.inference_mode(False):
+        return torch.from_numpy(order).to(device), torch.from_numpy(signs).to(device)
 
 
 def above_margin(features: Tensor, margins: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ a+b:gram            flow matrix between two layers (FSP)
 bn2:sign            signs
 bn2:margin          max(t, margin of the batch normalization) (OFD)
 layer3:map:4        average-pooled to 4x4 first; every reduction accepts a size
+layer3:sketch:1024  random projection to 1,024 values, after any reduction but sign and margin
+a+b:gram:sketch:256 the same of a flow matrix
 """
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 KNOWN_REDUCTIONS = (*reductions.REDUCTIONS, "margin")
+SKETCH = "sketch"
+VALUE_BY_VALUE = ("sign", "margin")
+"""Reductions whose features are compared value by value, which a projection mixes."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,27 @@ class Tap:
     """One of `KNOWN_REDUCTIONS`."""
     size: int | None = None
     """Side in positions to which maps are average-pooled before the reduction; None keeps their size."""
+    sketch: int | None = None
+    """Number of values to which the reduced output is projected (`reductions.sketch`); None keeps all."""
 
     @property
     def name(self) -> str:
         """Name of the tap in a store; it contains no colon, because some file systems do not allow it."""
-        layers = "+".join(self.layers)
-        if self.reduction == "map" and self.size is None:
-            return layers
-        return f"{layers}@{self.reduction}{self.size or ''}"
+        return self._spelled("@", "")
+
+    @property
+    def text(self) -> str:
+        """The tap as `parse_tap` reads it: `LAYER[+LAYER][:REDUCTION[:SIZE]][:sketch:VALUES]`."""
+        return self._spelled(":", ":")
+
+    def _spelled(self, mark: str, before_number: str) -> str:
+        words = ["+".join(self.layers)]
+        if self.reduction != "map" or self.size is not None:
+            size = "" if self.size is None else f"{before_number}{self.size}"
+            words.append(f"{self.reduction}{size}")
+        if self.sketch is not None:
+            words.append(f"{SKETCH}{before_number}{self.sketch}")
+        return mark.join(words)
 
     def reduce(self, outputs: Sequence[Tensor], margins: Tensor | None) -> Tensor:
         """Reduce the outputs of the tap's layers to the stored features `(N, ...)`.
@@ -54,8 +73,13 @@ class Tap:
             margins: margins `(C,)` of a `margin` tap, None for the others.
 
         Raises:
-            ValueError: the reduction needs maps, and an output is not `(N, C, H, W)`.
+            ValueError: the reduction needs maps, and an output is not `(N, C, H, W)`; or the sketch is no
+                smaller than what it is made of.
         """
+        reduced = self._reduced(outputs, margins)
+        return reduced if self.sketch is None else reductions.sketch(reduced, self.sketch)
+
+    def _reduced(self, outputs: Sequence[Tensor], margins: Tensor | None) -> Tensor:
         if self.size is not None:
             outputs = [reductions.resized(output, self.size) for output in outputs]
         if len(outputs) == 2:
@@ -66,31 +90,47 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap:
-    """Parse `LAYER[+LAYER][:REDUCTION[:SIZE]]`, the form of a tap in options and recipes.
+    """Parse `LAYER[+LAYER][:REDUCTION[:SIZE]][:sketch:VALUES]`, the form of a tap in options and recipes.
 
     Raises:
         UnknownName: the reduction is not one of `KNOWN_REDUCTIONS`.
-        RecipeError: the size is not a positive number, or two layers are given for a reduction other than
-            `gram`.
+        RecipeError: a size is not a positive number, two layers are given for a reduction other than `gram`,
+            or a reduction whose values are compared one by one is sketched.
     """
-    names, *rest = text.split(":")
+    whole, mark, values = text.partition(f":{SKETCH}")
+    if mark and not (values.startswith(":") and _is_size(values[1:])):
+        raise RecipeError(
+            f"tap {text!r} is not LAYER[:REDUCTION[:SIZE]]:sketch:VALUES, as in layer3:sketch:1024"
+        )
+    names, *rest = whole.split(":")
     reduction = rest[0] if rest else "map"
     if reduction not in KNOWN_REDUCTIONS:
-        raise UnknownName("reduction", reduction, KNOWN_REDUCTIONS)
-    if len(rest) > 2 or (len(rest) == 2 and not (rest[1].isdecimal() and int(rest[1]) > 0)):
+        raise UnknownName("reduction", reduction, (*KNOWN_REDUCTIONS, SKETCH))
+    if len(rest) > 2 or (len(rest) == 2 and not _is_size(rest[1])):
         raise RecipeError(f"tap {text!r} is not LAYER[:REDUCTION[:SIZE]], as in layer3:attention:8")
     layers = tuple(names.split("+"))
     if len(layers) > 1 and (reduction != "gram" or len(layers) > 2):
         raise RecipeError(f"tap {text!r} names {len(layers)} layers: only `gram` takes two, as in a+b:gram")
-    return Tap(layers, reduction, int(rest[1]) if len(rest) == 2 else None)
+    if mark and reduction in VALUE_BY_VALUE:
+        raise RecipeError(
+            f"tap {text!r} projects a {reduction}, whose values are compared one by one: leave :sketch out"
+        )
+    size = int(rest[1]) if len(rest) == 2 else None
+    return Tap(layers, reduction, size, int(values[1:]) if mark else None)
+
+
+def _is_size(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def tap_from_name(name: str) -> Tap:
     """Return the tap whose `name` in a store is given."""
-    layers, _, reduction = name.partition("@")
-    kept = reduction.rstrip("0123456789")
-    size = reduction.removeprefix(kept)
-    return Tap(tuple(layers.split("+")), kept or "map", int(size) if size else None)
+    layers, *words = name.split("@")
+    numbered = [re.fullmatch(r"(.*?)([0-9]*)", word) for word in words]
+    found = {match[1]: int(match[2]) if match[2] else None for match in numbered if match is not None}
+    sketch = found.pop(SKETCH, None)
+    reduction, size = next(iter(found.items()), ("map", None))
+    return Tap(tuple(layers.split("+")), reduction, size, sketch)
 
 
 def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,7 +109,8 @@ class TeacherRunner:
         """Return the tensors that do not depend on samples, as float32 on the CPU.
 
         They are the weights of the last linear layer, if its outputs are the logits, as `head_weight`
-        `(C, D)` and `head_bias` `(C,)`, and the margins `(C,)` of each `margin` tap by the tap's name.
+        `(C, D)` and `head_bias` `(C,)`; and by the tap's name the margins `(C,)` of each `margin` tap, and
+        the shape before the projection of each sketched tap.
         """
         kept = {}
         heads = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]
@@ -121,7 +122,18 @@ class TeacherRunner:
         for tap, margins in self._margins.items():
             if margins is not None:
                 kept[tap.name] = margins
+        for name, shape in self._shapes_before_sketches().items():
+            kept[name] = torch.tensor(shape)
         return {name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
+
+    def _shapes_before_sketches(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of one row of each sketched tap before its projection, by the tap's name."""
+        whole = {tap.name: replace(tap, sketch=None) for tap in self.taps if tap.sketch is not None}
+        if not whole:
+            return {}
+        runner = TeacherRunner(self.network, list(whole.values()), self.device)
+        shapes = runner.row_shapes(self.network.preprocessing.channels)
+        return {name: shapes[f"features/{tap.name}"] for name, tap in whole.items()}
 
     def check_weights(self) -> None:
         """Check that all weights are finite.

@@ -23,6 +23,16 @@ CPU = torch.device("cpu")
 STUDENT = "digits-small"
 SHARPNESS = 40.0
 """Factor of the head's fresh weights, so that teachers have opinions."""
+_MAPS = ({"teacher": 1, "tap": "conv2", "layer": "conv2"}, {"teacher": 2, "tap": "layer1", "layer": "conv1"})
+_FLOWS = ({"teacher": 1, "tap": "conv1+conv2:gram", "layer": "conv1+conv2"},)
+PAIRS = {
+    "at": _MAPS,
+    "nst": _MAPS,
+    "fsp": _FLOWS,
+    "ab": ({"teacher": 2, "tap": "layer1", "layer": "conv1"},),
+    "ofd": ({"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},),
+}
+"""Pairs of the stores `tapped` with a `digits-cnn`, for the terms that cannot take any tap of any teacher."""
 
 
 def write_teacher(folder: Path, network: str = "digits-mlp", *, classes: int = 10, seed: int = 0) -> Path:

@@ -20,7 +20,11 @@ from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
-TAPS = (("hidden1", "hidden2"), ("conv2", "hidden"), ("layer1", "layer2:pooled", "layer2.0.bn1:margin"))
+TAPS = (
+    ("hidden1", "hidden2"),
+    ("conv2", "conv1+conv2:gram", "hidden"),
+    ("layer1", "layer2:pooled", "layer2.0.bn1:margin"),
+)
 """Layers of these whose features the stores `tapped` have."""
 
 

@@ -38,14 +38,20 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, shape)).float()
 
 
-def context_of(needs: Needs, term: str = "") -> BuildContext:
-    """Everything that a term or a fusion is built for."""
-    maps = needs.pairs is not None and bool({"map", "margin"} & set(needs.pairs.reductions))
+def pair_of(needs: Needs, teacher: int) -> FeaturePair:
+    """A pair that a term can compare."""
+    assert needs.pairs is not None
+    if needs.pairs.choose == "flows":
+        return FeaturePair(teacher, f"{TAP}+{TAP}@gram", f"{LAYER}+second", (3, 2), (3, 4, 4), (2, 2, 2))
     # The layer of a student that is wrapped with the teacher's head has the teacher's channels.
     student_shape = (4, 4, 4) if needs.teacher_head else (3, 4, 4)
-    pairs = tuple(
-        FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), student_shape) for teacher in range(K)
-    )
+    maps = bool({"map", "margin"} & set(needs.pairs.reductions))
+    return FeaturePair(teacher, TAP, LAYER, (4, 2, 2) if maps else (4,), student_shape)
+
+
+def context_of(needs: Needs, term: str = "") -> BuildContext:
+    """Everything that a term or a fusion is built for."""
+    pairs = () if needs.pairs is None else tuple(pair_of(needs, teacher) for teacher in range(K))
     return BuildContext(
         teachers=K,
         classes=C,
@@ -66,7 +72,11 @@ def inputs_of(needs: Needs, context: BuildContext, *, other: int = N) -> LossInp
         return torch.cat([normal(N, *shape, seed=seed)[:other], normal(N, *shape, seed=seed + 50)[other:]])
 
     pairs = next(iter(context.pairs_by_term.values()), ())
-    layers = {pair.layer: pair.student_shape for pair in pairs}
+    layers = {
+        layer: shape
+        for pair in pairs
+        for layer, shape in zip(pair.layers, (pair.student_shape, pair.second_shape or ()), strict=False)
+    }
     layers |= dict.fromkeys(needs.student_layers, (3, 4, 4))
     targets = None
     if needs.teachers:

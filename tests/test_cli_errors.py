@@ -266,7 +266,8 @@ DOMAIN = [
     (f"{WRITE} --tap hiden1",
      "unknown layer 'hiden1'. Did you mean 'hidden1'? Known: hidden1, hidden2, head"),
     (f"{WRITE} --tap hidden1:mean",
-     "unknown reduction 'mean'. Did you mean 'margin'? Known: map, pooled, attention, gram, sign, margin."),
+     "unknown reduction 'mean'. Did you mean 'margin'? Known: map, pooled, attention, gram, sign, "
+     "margin, sketch."),
     (f"{WRITE} --tap hidden1:map:0",
      "tap 'hidden1:map:0' is not LAYER[:REDUCTION[:SIZE]], as in layer3:attention:8"),
     (f"{WRITE} --tap hidden1+hidden2", "tap 'hidden1+hidden2' names 2 layers: only `gram` takes two"),

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe
+from builders import CPU, PAIRS, make_recipe
 from spawned import drawn, fails_on_all, fails_on_one, on_ranks, one_epoch, resumed, run, talks, vanishes
 
 from coursepack.data import view_recipe
@@ -44,24 +44,25 @@ def cases_of(stores, tapped, mapped):
     def hinted(method, **hints):
         return featured(method, "hint", **hints)
 
+    def related(method):
+        # Weights of up to 30,000 would multiply the rounding of sums in another order.
+        terms = {key: {"weight": 1.0} for key in METHODS[method].objective.terms}
+        if method in PAIRS:
+            terms[method]["pairs"] = PAIRS[method]
+        return case(method, chosen=tapped, student="digits-cnn", objective={"terms": terms})
+
     def featured(method, term, chosen=tapped[:2], **changes):
         changes = {"pairs": pairs, **changes}
         return case(method, chosen=chosen, student="digits-cnn", objective={"terms": {term: changes}})
 
     margins = [{"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"}]
     single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
-    apart = {
-        "amtml-hints",
-        "reviewkd",
-        "simkd",
-        "fitnets",
-        "vid",
-        "ab",
-        "ofd",
-        "ft",
-        "you17",
-        "ca-mkd-features",
-    } | single
+    relations = ("at", "sp", "rkd", "pkt", "cc", "nst", "fsp")
+    apart = (
+        {"amtml-hints", "reviewkd", "simkd", "fitnets", "vid", "ab", "ofd", "ft", *relations}
+        | single
+        | {"you17", "ca-mkd-features"}
+    )
     taught = {name: method.objective.needs().teachers for name, method in METHODS.items()}
     plain = {name: case(name, chosen=stores if taught[name] else ()) for name in METHODS if name not in apart}
     reviewed = {"terms": {"reviewkd": {"weight": 1.0}}}
@@ -75,6 +76,7 @@ def cases_of(stores, tapped, mapped):
         "ofd": featured("ofd", "ofd", chosen=tapped, pairs=margins),
         "ft": featured("ft", "ft"),
         "amtml-hints": hinted("amtml-hints"),
+        **{method: related(method) for method in relations},
         "reviewkd": case("reviewkd", chosen=[mapped], student="digits-cnn", objective=reviewed),
         "simkd": case("simkd", chosen=[mapped], student="digits-cnn"),
         "hints alone": hinted("kd", weight=1.0),

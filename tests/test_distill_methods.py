@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from builders import CPU, make_recipe, write_store, write_teacher
+from builders import CPU, PAIRS, make_recipe, write_store, write_teacher
 from click.testing import CliRunner
 
 from coursepack.data import open_source
@@ -32,16 +32,11 @@ from coursepack.models import Network, Preprocessing
 from coursepack.precompute.cli import main as precompute
 
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
-PAIRS = {
-    "ab": {"teacher": 2, "tap": "layer1", "layer": "conv1"},
-    "ofd": {"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},
-}
-"""The pair of methods that cannot take any tap of any teacher, by the name of their term."""
 
 
 def pairs_of(name):
     """Changes of a method's objective that it needs for these stores."""
-    return {"terms": {name: {"pairs": [PAIRS[name]]}}} if name in PAIRS else {}
+    return {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
 
 
 @pytest.fixture
@@ -84,7 +79,7 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
     if name in PAIRS:
-        words += ["--set", f"objective.terms.{name}.pairs={json.dumps([PAIRS[name]])}"]
+        words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics

@@ -183,8 +183,9 @@ def test_reductions_by_name():
         lambda x: reductions.pair_gram(x[..., :2, :2], x),
         lambda x: reductions.above_margin(x, torch.tensor([0.1, 0.2, -0.4])),
         lambda x: reductions.resized(x, 2),
+        lambda x: reductions.sketch(x, 7),
     ],
-    ids=["attention", "gram", "pooled", "pair_gram", "above_margin", "resized"],
+    ids=["attention", "gram", "pooled", "pair_gram", "above_margin", "resized", "sketch"],
 )
 def test_a_student_gets_its_gradient(reduce):
     features = maps((2, 3, 4, 4)).double().requires_grad_()
@@ -207,3 +208,80 @@ def test_what_is_no_map_is_refused(reduce, name, shape):
     with pytest.raises(ValueError) as refusal:
         reduce(torch.zeros(shape))
     assert str(refusal.value) == f"{name} needs feature maps (N, C, H, W), got {shape}"
+
+
+def sketch_by_hand(features, width, seed=0):
+    """docs/store-format.md, section Sketches, in loops."""
+    flat = wide(features).reshape(len(features), -1)
+    values = flat.shape[1]
+    words = np.random.Philox(key=[seed, (values << 32) + width]).random_raw(2 * values)
+    order = sorted(range(values), key=lambda value: int(words[value]))
+    found = np.zeros((len(flat), width))
+    for position, value in enumerate(order):
+        sign = 1 if int(words[values + position]) >> 63 else -1
+        found[:, position % width] += sign * flat[:, value]
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 79])
+def test_a_sketch_is_the_one_that_the_format_describes(width):
+    features = maps((3, 5, 4, 4))
+    check_close(reductions.sketch(features, width), sketch_by_hand(features, width))
+    assert torch.equal(reductions.sketch(features, width), reductions.sketch(features, width))
+
+
+@pytest.mark.parametrize("width", [12, 13])
+def test_a_sketch_is_smaller_than_what_it_is_made_of(width):
+    with pytest.raises(ValueError) as refusal:
+        reductions.sketch(maps((2, 3, 2, 2)), width)
+    assert str(refusal.value) == (
+        f"a sketch of {width} values needs more values than that, got 12: leave it out"
+    )
+
+
+SEEDS = 3000
+
+
+def sketches(features, width):
+    """One sketch per seed, `(SEEDS, N, width)` float64."""
+    return torch.stack([reductions.sketch(features.double(), width, seed) for seed in range(SEEDS)])
+
+
+def test_sketches_keep_inner_products_on_average():
+    """Unbiased, with a variance of at most (|x|² |y|² + (x . y)² - 2 sum x² y²) / width."""
+    features = maps((6, 4, 4, 4), seed=3).relu()
+    flat, width = features.double().flatten(1), 16
+    products = flat @ flat.T
+    seen = torch.einsum("snd,smd->snm", *[sketches(features, width)] * 2)
+    norms = products.diagonal()
+    bound = (norms[:, None] * norms + products**2 - 2 * flat.square() @ flat.square().T) / width
+    assert ((seen.mean(0) - products).abs() <= 4.5 * (bound / SEEDS).sqrt()).all()
+    assert (seen.var(0) <= 1.15 * bound).all()
+    assert (seen.var(0) >= 0.5 * bound).all(), "the bound is not a loose one"
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_what_normalization_makes_of_sketches(width):
+    """Rows of inner products of unit length, as SP compares them: the bias falls as 1 / width."""
+    features = maps((6, 8, 4, 4), seed=3).relu()
+
+    def unit_rows(flat):
+        return torch.nn.functional.normalize(flat @ flat.mT, dim=-1)
+
+    exact = unit_rows(features.double().flatten(1))
+    seen = unit_rows(sketches(features, width))
+    bias, spread = (seen.mean(0) - exact).abs().max(), seen.std(0).max()
+    assert bias <= 1.5 / width
+    assert spread <= 1.0 / math.sqrt(width)
+    assert bias >= 3 * (spread / math.sqrt(SEEDS)), "normalization does add a bias"
+
+
+def test_a_sketch_made_in_inference_mode_serves_a_backward_pass():
+    features = maps((2, 3, 4, 4), seed=9)
+    with torch.inference_mode():
+        expected = reductions.sketch(features, 11, seed=77)
+    features.requires_grad_()
+    found = reductions.sketch(features, 11, seed=77)
+    found.square().sum().backward()
+    assert torch.equal(found.detach(), expected.clone())
+    assert features.grad.abs().min() > 0

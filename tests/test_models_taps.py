@@ -37,14 +37,12 @@ def pixels_of(count, *, size=8, seed=0):
 
 
 layers = st.from_regex(r"[a-z][a-z0-9_]{0,5}(\.[a-z0-9_]{1,6}){0,3}", fullmatch=True)
+sizes, sketches = st.none() | st.integers(1, 512), st.none() | st.integers(1, 4096)
+one_layer = layers.map(lambda layer: (layer,))
 taps = st.one_of(
-    st.builds(
-        Tap,
-        layers.map(lambda layer: (layer,)),
-        st.sampled_from(KNOWN_REDUCTIONS),
-        st.none() | st.integers(1, 512),
-    ),
-    st.builds(Tap, st.tuples(layers, layers), st.just("gram"), st.none() | st.integers(1, 512)),
+    st.builds(Tap, one_layer, st.sampled_from(KNOWN_REDUCTIONS), sizes),
+    st.builds(Tap, one_layer, st.sampled_from(("map", "pooled", "attention", "gram")), sizes, sketches),
+    st.builds(Tap, st.tuples(layers, layers), st.just("gram"), sizes, sketches),
 )
 
 
@@ -52,7 +50,9 @@ taps = st.one_of(
 @given(taps)
 def test_a_tap_is_known_by_its_flag_and_by_its_name(tap):
     size = [] if tap.size is None else [str(tap.size)]
-    assert parse_tap(":".join(["+".join(tap.layers), tap.reduction, *size])) == tap
+    sketch = [] if tap.sketch is None else ["sketch", str(tap.sketch)]
+    assert parse_tap(":".join(["+".join(tap.layers), tap.reduction, *size, *sketch])) == tap
+    assert parse_tap(tap.text) == tap
     assert tap_from_name(tap.name) == tap
     assert not set(tap.name) & set(':/\\*?"<>| ')
 
@@ -72,6 +72,9 @@ def test_two_taps_have_two_names(two):
         ("a:attention", Tap(("a",), "attention"), "a@attention"),
         ("a+b:gram", Tap(("a", "b"), "gram"), "a+b@gram"),
         ("a+b:gram:8", Tap(("a", "b"), "gram", 8), "a+b@gram8"),
+        ("a:sketch:64", Tap(("a",), sketch=64), "a@sketch64"),
+        ("a:map:4:sketch:64", Tap(("a",), "map", 4, 64), "a@map4@sketch64"),
+        ("a+b:gram:sketch:8", Tap(("a", "b"), "gram", sketch=8), "a+b@gram@sketch8"),
     ],
 )
 def test_names_of_taps(text, tap, name):
@@ -102,6 +105,22 @@ def test_names_of_taps(text, tap, name):
         ("a+b", RecipeError, "tap 'a[+]b' names 2 layers: only `gram` takes two, as in a[+]b:gram"),
         ("a+b:attention", RecipeError, "names 2 layers"),
         ("a+b+c:gram", RecipeError, "names 3 layers"),
+        (
+            "a:sketch",
+            RecipeError,
+            r"tap 'a:sketch' is not LAYER\[:REDUCTION\[:SIZE\]\]:sketch:VALUES, as in layer3:sketch:1024",
+        ),
+        ("a:sketch:0", RecipeError, "tap 'a:sketch:0' is not LAYER"),
+        ("a:gram:sketch:8:8", RecipeError, "is not LAYER"),
+        ("a:sketch:8:gram", RecipeError, "is not LAYER"),
+        ("a+b:sketch:8", RecipeError, "names 2 layers: only `gram` takes two"),
+        ("a:skech:8", UnknownName, "unknown reduction 'skech'. Did you mean 'sketch'"),
+        (
+            "a:sign:sketch:8",
+            RecipeError,
+            "projects a sign, whose values are compared one by one: leave :sketch",
+        ),
+        ("a:margin:2:sketch:8", RecipeError, "projects a margin"),
     ],
 )
 def test_wrong_flags_are_refused(text, error, message):
@@ -135,6 +154,13 @@ ALL_TAPS = {
     "layer1.0.bn2:sign": lambda out: out["layer1.0.bn2"],
     "layer1.0.bn1:margin": lambda out: torch.maximum(out["layer1.0.bn1"], out["margins"][:, None, None]),
     "layer1:map:2": lambda out: F.avg_pool2d(out["layer1"], 4),
+    "layer2:sketch:100": lambda out: reductions.sketch(out["layer2"], 100),
+    "layer2:gram:2:sketch:5": lambda out: reductions.sketch(
+        reductions.gram(F.avg_pool2d(out["layer2"], 2)), 5
+    ),
+    "stem+layer1:gram:sketch:9": lambda out: reductions.sketch(
+        torch.einsum("nihw,njhw->nij", out["stem"], out["layer1"]) / 64, 9
+    ),
 }
 
 
@@ -201,6 +227,27 @@ def test_what_is_no_map_cannot_be_reduced(text):
         runner.run(pixels_of(2))
     assert str(refusal.value).startswith(f"tap {name!r}: ")
     assert "needs feature maps (N, C, H, W), got (2, 10)" in str(refusal.value)
+
+
+def test_a_sketch_that_saves_nothing_is_refused():
+    runner = TeacherRunner(build_network(NETWORK, 10), [parse_tap("layer2:pooled:sketch:64")])
+    text = (
+        r"tap 'layer2@pooled@sketch64': a sketch of 64 values needs more values than that, got 64: leave it"
+    )
+    with pytest.raises(TeacherMismatch, match=text):
+        runner.run(pixels_of(2))
+
+
+def test_shapes_before_sketches_are_kept():
+    network = build_network(NETWORK, 10, seed=2)
+    texts = ["layer2:sketch:7", "stem+layer1:gram:sketch:9", "layer2:gram:2:sketch:5", "layer2"]
+    kept = TeacherRunner(network, [parse_tap(text) for text in texts]).static()
+    shapes = {name: value.tolist() for name, value in kept.items() if not name.startswith("head")}
+    assert shapes == {
+        "layer2@sketch7": [64, 4, 4],
+        "stem+layer1@gram@sketch9": [32, 32],
+        "layer2@gram2@sketch5": [4, 4],
+    }
 
 
 @pytest.mark.parametrize("spec", ["digits-small", "digits-mlp", "digits-cnn", NETWORK, RESNET18])
@@ -360,6 +407,7 @@ def test_a_store_keeps_what_its_taps_gave(tmp_path):
         "layer1.0.bn1:margin",
         "stem+layer1:gram",
         "layer2:map:2",
+        "layer2:sketch:30",
     ]
     teacher = write_teacher(tmp_path / "run", NETWORK, seed=3)
     job = make_job(
@@ -376,6 +424,7 @@ def test_a_store_keeps_what_its_taps_gave(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert reader.manifest.arrays["features/layer1.0.bn2@sign"].encoding.name == "bits"
     assert reader.static("layer1.0.bn1@margin").shape == (32,)
+    assert reader.static("layer2@sketch30").tolist() == [64, 4, 4]
 
 
 def test_a_reloaded_teacher_is_the_one_that_wrote(tmp_path):

@@ -104,7 +104,8 @@ class StoreReader:
         return self.table(LABELS)
 
     def static(self, name: str) -> NDArray[np.float32]:
-        """Return a constant of the teacher: `head_weight (C, D)`, `head_bias (C,)`, or the margins of a tap.
+        """Return a constant of the teacher: `head_weight (C, D)`, `head_bias (C,)`, the margins of a tap, or
+        the shape that a sketched tap has before its projection.
 
         Raises:
             UnknownName: the store has no constant of that name.

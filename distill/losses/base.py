@@ -119,7 +119,7 @@ class PairChoice(Config):
     teacher: Annotated[int, Field(ge=0)]
     """Index of the teacher's store."""
     tap: str
-    """Tap in the teacher's store, as LAYER[:REDUCTION[:SIZE]]."""
+    """Tap in the teacher's store, as LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]."""
     layer: Annotated[str, Field(pattern=r"^[^+]+(\+[^+]+)?$")]
     """Layer of the student, or two joined by `+` for the flow between them."""
 
@@ -134,13 +134,30 @@ class PairNeeds:
     """Student layers to choose from, shallow to deep; empty means all blocks."""
     reductions: tuple[str, ...] = ("map", "pooled")
     """Tap reductions that the term supports, starting with the one to store if none of them is."""
-    choose: Literal["depth", "last", "every"] = "depth"
+    choose: Literal["depth", "last", "every", "flows"] = "depth"
     """Pairs that are compared by default.
 
     depth   one per teacher, spread over the student's layers, each with its tap of equal depth
     last    one per teacher: its deepest tap and the student's last layer
     every   one per teacher and student layer, at equal depth
+    flows   one per teacher and two consecutive student layers, with its tap of two layers at equal depth
     """
+    maps: bool = False
+    """True if only maps are compared, so that layers that give vectors are not chosen."""
+    sketches: tuple[str, ...] = ()
+    """Reductions whose sketches the term supports."""
+    unfit: Callable[[FeaturePair], Unfit | None] | None = None
+    """Function that returns why a pair cannot be compared; None if its shapes are compared as they are."""
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Reason why a term cannot compare a pair."""
+
+    problem: str
+    """What does not fit, as the end of a sentence."""
+    tap: str = ""
+    """Tap to store instead, as the value of `--tap`; empty if none helps."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,7 @@ class FeaturePair:
     layer: str
     """Student layer, or two joined by `+`."""
     teacher_shape: tuple[int, ...]
+    """Shape of the teacher's features; of a sketch, the shape before the projection."""
     student_shape: tuple[int, ...]
     """Shape of the first layer of `layers`."""
     second_shape: tuple[int, ...] | None = None
@@ -217,7 +235,7 @@ class Needs:
     @property
     def inside_student(self) -> tuple[str, ...]:
         """Names of the needs that read inside the student, which a compiled student cannot meet."""
-        layers = ["hints"] if self.pairs is not None or self.student_layers else []
+        layers = [self.every_teacher or "hints"] if self.pairs is not None or self.student_layers else []
         return (*layers, *([self.embedding] if self.embedding else []))
 
     def __or__(self, other: Needs) -> Needs:

@@ -1,10 +1,11 @@
 """Relational knowledge distillation (RKD): angles and distances between the samples of a batch.
 
-Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8. Applied to outputs, with the fused soft targets as
-the teacher, in AMTML-KD (Liu et al. 2020, arXiv 2103.04062). Both losses are scalars that couple the samples
-of a batch, computed in float32 or float64, with gradient to the student only. The N³ angles are computed in
-chunks of anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are
-recomputed in the backward pass.
+Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8, compare embeddings of teacher and student
+(`compare: features`). AMTML-KD (Liu et al. 2020, arXiv 2103.04062) compares outputs, with the fused soft
+targets as the teacher (`compare: outputs`). Both losses are scalars that couple the samples of a batch,
+computed in float32 or float64, with gradient to the student only. The N³ angles are computed in chunks of
+anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are recomputed in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -13,24 +14,41 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
+from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, PairNeeds
+from coursepack.distill.losses.pairs import PairLoss, PairsConfig, pooled_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from typing import Self
+
+    from coursepack.distill.losses.base import FeaturePair
 
 CHUNK_BYTES = 32 << 20
 """Memory for one chunk of angles and its backward pass; a chunk has at least one anchor."""
 
 
-class RelationConfig(TermConfig):
+class RelationConfig(PairsConfig):
     """Base class of the configs of relation losses."""
 
+    compare: Literal["outputs", "features"] = "outputs"
+    """What is compared: the student's output with the fused targets, or the pooled features of `pairs`."""
     student: Literal["probs", "log_probs", "logits"] = "probs"
     """Form of the student's output, at the objective's temperature, that is compared with the fused targets.
     With `probs`, a student with the teachers' outputs has loss zero; AMTML-KD's notebooks use the others."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.compare == "outputs" and (self.pairs or self.layers):
+            raise ValueError(
+                "pairs and layers are of features, but compare is outputs: give compare=features"
+            )
+        if self.compare == "features" and self.student != "probs":
+            raise ValueError(f"student is {self.student!r}, a form of outputs, but compare is features")
+        return self
 
 
 class AngleConfig(RelationConfig):
@@ -82,11 +100,11 @@ def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES)
 
     Args:
         student: points `(N, C)`, which receive the gradient.
-        teacher: points `(N, C)`; detached.
+        teacher: points `(N, C')`; detached.
         chunk_bytes: memory limit for one chunk of angles; affects results only by rounding.
     """
-    rows = len(student)
-    anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + student.shape[1])))
+    rows, width = len(student), max(student.shape[1], teacher.shape[1])
+    anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + width)))
     total = student.new_zeros(())
     for start in range(0, rows, anchors):
         chunk_sum = checkpoint(
@@ -123,7 +141,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: points `(N, C)`, which receive the gradient.
-        teacher: points `(N, C)`; detached.
+        teacher: points `(N, C')`; detached.
     """
     with torch.autocast(student.device.type, enabled=False):
         return F.smooth_l1_loss(_distances(student), _distances(teacher.detach()))
@@ -138,15 +156,30 @@ def _distances(embedding: Tensor) -> Tensor:
 
 
 def _needs(config: RelationConfig) -> Needs:
-    return Needs(fused=True, whole_batch=(config.term,))
+    if config.compare == "outputs":
+        return Needs(fused=True, whole_batch=(config.term,))
+    pairs = PairNeeds(config.pairs, config.layers, ("pooled", "map"), choose="last")
+    return Needs(pairs=pairs, whole_batch=(config.term,), every_teacher="relations of embeddings")
 
 
-def _build_angle(config: AngleConfig, _context: BuildContext) -> Relation:
-    return Relation(config, angle_loss)
+def _build_angle(config: AngleConfig, context: BuildContext) -> nn.Module:
+    return _build(config, context, angle_loss)
 
 
-def _build_distance(config: DistanceConfig, _context: BuildContext) -> Relation:
-    return Relation(config, distance_loss)
+def _build_distance(config: DistanceConfig, context: BuildContext) -> nn.Module:
+    return _build(config, context, distance_loss)
+
+
+def _build(
+    config: RelationConfig, context: BuildContext, loss: Callable[[Tensor, Tensor], Tensor]
+) -> nn.Module:
+    if config.compare == "outputs":
+        return Relation(config, loss)
+
+    def compared(outputs: Sequence[Tensor], teacher: Tensor, _pair: FeaturePair) -> Tensor:
+        return loss(pooled_features(outputs[0]), pooled_features(teacher))
+
+    return PairLoss(context.pairs, compared)
 
 
 _PARK = "Park et al. 2019 (RKD), arXiv 1904.05068"

@@ -1,12 +1,13 @@
 """Smoke tests: any recipe in seconds, on synthetic images and stores of tiny untrained teachers.
 
 A smoke test does not measure accuracy. It shows that a recipe is complete, that its student accepts the
-views, and that its objective can be computed. Teachers are a single convolution with random weights, and
-return a map for every tap that the recipe names.
+views, and that its objective can be computed. Teachers are a single convolution with random weights. Each
+layer that the recipe taps returns maps of the shape of the student layer that it is compared with.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,16 @@ from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import draw
 from coursepack.distill.losses import LOSSES
+from coursepack.distill.losses.base import PairChoice
 from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
+from coursepack.distill.setup.build import build_student
+from coursepack.distill.setup.costs import planned_store
+from coursepack.distill.setup.requirements import term_pairs
+from coursepack.distill.setup.student import probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.models import parse_tap
+from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coursepack.data import Source, ViewRecipe
+    from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
 
 SAMPLES = 16
@@ -46,24 +54,33 @@ SHARPNESS = 4
 """Factor of the teachers' logits."""
 DEFAULT_TAP = "smoke"
 """Tap in the stores of recipes that choose taps by depth."""
+MAP_SHAPE = (8, 4, 4)
+"""Shape of a smoke teacher's map."""
 
 
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
     source = open_source(stand_in(recipe.source, SAMPLES))
+    recipe = recipe.model_copy(update={"objective": _with_flows(recipe, source)})
     taps: dict[int, list[str]] = {}
+    layers: dict[str, str] = {}
     free = False
     for term in recipe.objective.all_terms().values():
-        needs = LOSSES[term.term].needs(term).pairs
-        free |= needs is not None and not needs.pairs
-        for pair in () if needs is None else needs.pairs:
-            taps.setdefault(pair.teacher, []).append(parse_tap(pair.tap).name)
+        needs = LOSSES[term.term].needs(term)
+        free |= needs.pairs is not None and not needs.pairs.pairs
+        for pair in () if needs.pairs is None else needs.pairs.pairs:
+            tap = parse_tap(pair.tap)
+            taps.setdefault(pair.teacher, []).append(tap.name)
+            # A head that the student takes over fixes the width of the maps that it reads.
+            if not needs.teacher_head:
+                layers |= dict(zip(tap.layers, pair.layer.split("+"), strict=False))
+    shapes = _map_shapes(layers, recipe, source)
     batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
     stores = []
     for index, store in enumerate(recipe.stores):
         path = folder / f"{index}-{Path(store).name}"
         own = [*taps.get(index, []), *([DEFAULT_TAP] if free else [])]
-        write_smoke_store(path, source, recipe.view, own, seed=index)
+        write_smoke_store(path, source, recipe.view, own, seed=index, shapes=shapes)
         stores.append(str(path))
     return recipe.model_copy(
         update={
@@ -106,12 +123,55 @@ def _shortened(value: Any) -> Any:
     return value
 
 
+def _with_flows(recipe: TrainRecipe, source: Source) -> ObjectiveConfig:
+    """Return the objective with the pairs that its flows choose for teachers of the student's network."""
+    named = {}
+    for key, term in recipe.objective.all_terms().items():
+        needs = LOSSES[term.term].needs(term).pairs
+        if needs is not None and needs.choose == "flows" and not needs.pairs:
+            student = build_student(recipe, source)
+            teachers = [planned_store(student.spec, student.classes, SAMPLES)] * len(recipe.stores)
+            named[key] = term.model_copy(
+                update={
+                    "pairs": tuple(
+                        PairChoice(teacher=index, tap=tap_from_name(tap).text, layer=layer)
+                        for index, tap, layer in term_pairs(recipe.objective, teachers, student)[key]
+                    )
+                }
+            )
+    return recipe.objective.model_copy(update={"terms": recipe.objective.terms | named})
+
+
+def _map_shapes(layers: Mapping[str, str], recipe: TrainRecipe, source: Source) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the student layers that give maps, by the teacher's layer to compare with each."""
+    if not layers:
+        return {}
+    student = build_student(recipe, source)
+    shapes = probe_student(student, source.channels, sorted(set(layers.values()))).features
+    return {name: shapes[layer] for name, layer in layers.items() if len(shapes[layer]) == 3}
+
+
 def write_smoke_store(
-    path: Path, source: Source, recipe: ViewRecipe, taps: Sequence[str], *, seed: int
+    path: Path,
+    source: Source,
+    recipe: ViewRecipe,
+    taps: Sequence[str],
+    *,
+    seed: int,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Write the store of an untrained teacher for all samples of a source."""
+    """Write the store of an untrained teacher for all samples of a source.
+
+    Args:
+        path: folder of the store.
+        source: the samples.
+        recipe: the view recipe.
+        taps: names of the taps to store.
+        seed: seed of the teacher's weights.
+        shapes: shapes `(C, H, W)` of the maps of the teacher's layers, by layer; others have `MAP_SHAPE`.
+    """
     size = next(iter(source.sizes(np.arange(1))))[0].item()
-    run_teacher, head = _teacher(source, taps, seed)
+    run_teacher, static = _teacher(source, taps, shapes or {}, seed)
     pixels = {"size": size, "mean": [0.0] * source.channels, "std": [1.0] * source.channels}
     identity = {
         "teacher": {"network": "smoke", "weights": str(seed), "preprocessing": pixels},
@@ -120,18 +180,21 @@ def write_smoke_store(
         "precision": "float32",
     }
     float32 = parse_encoding("float32")
-    shapes = {
-        name: value.shape[1:]
-        for name, value in run_teacher(torch.zeros(1, size, size, source.channels)).items()
-    }
+    black = torch.zeros(1, size, size, source.channels)
+    rows = {name: value.shape[1:] for name, value in run_teacher(black).items()}
+    sketched = [name for name in taps if tap_from_name(name).sketch is not None]
+    whole = {name: replace(tap_from_name(name), sketch=None).name for name in sketched}
+    before = _teacher(source, list(whole.values()), shapes or {}, seed)[0](black)
+    for name, tap in whole.items():
+        static[name] = np.array(before[f"{FEATURES}{tap}"].shape[1:], np.float32)
     plan = StorePlan(
         identity=identity,
         origin={},
         labels=source.labels,
         class_names=source.class_names,
         views=VIEWS,
-        arrays={name: (float32, tuple(shape)) for name, shape in shapes.items()},
-        static=head,
+        arrays={name: (float32, tuple(shape)) for name, shape in rows.items()},
+        static=static,
     )
     with StoreWriter(path, plan) as writer:
         for block in writer.pending():
@@ -152,19 +215,32 @@ def write_smoke_store(
         writer.commit()
 
 
-def _teacher(source: Source, taps: Sequence[str], seed: int) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+def _teacher(
+    source: Source, taps: Sequence[str], shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> tuple[Any, dict[str, NDArray[np.float32]]]:
     """Return a function from pixels `(N, size, size, channels)` to arrays by name, and the teacher's head."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        layer = nn.Conv2d(source.channels, 8, 3, stride=2, padding=1)
-        head = nn.Linear(8, len(source.class_names)).requires_grad_(False)
+        layer = nn.Conv2d(source.channels, MAP_SHAPE[0], 3, stride=2, padding=1)
+        head = nn.Linear(MAP_SHAPE[0], len(source.class_names)).requires_grad_(False)
 
     @torch.inference_mode()
     def run_teacher(pixels: Tensor) -> Mapping[str, Tensor]:
-        maps = nn.functional.adaptive_avg_pool2d(layer(pixels.permute(0, 3, 1, 2).float() / 255), 4)
-        pooled = maps.mean((2, 3))
-        features = {f"{FEATURES}{tap}": pooled if "@pooled" in tap else maps for tap in taps}
-        return {LOGITS: SHARPNESS * head(pooled), **features}
+        maps = nn.functional.adaptive_avg_pool2d(
+            layer(pixels.permute(0, 3, 1, 2).float() / 255), MAP_SHAPE[1:]
+        )
+        features = {f"{FEATURES}{name}": _tapped(maps, name, shapes) for name in taps}
+        return {LOGITS: SHARPNESS * head(maps.mean((2, 3))), **features}
 
     constants = {"head_weight": head.weight, "head_bias": head.bias}
     return run_teacher, {name: (SHARPNESS * value).numpy() for name, value in constants.items()}
+
+
+def _tapped(maps: Tensor, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Return the features of a tap, from maps in which channels and positions are repeated or averaged."""
+    tap, outputs = tap_from_name(name), []
+    for layer in tap.layers:
+        channels, height, width = shapes.get(layer, MAP_SHAPE)
+        chosen = maps[:, torch.arange(channels) % maps.shape[1]]
+        outputs.append(nn.functional.adaptive_avg_pool2d(chosen, (height, width)))
+    return tap.reduce(outputs, torch.zeros(outputs[0].shape[1]) if tap.reduction == "margin" else None)

@@ -104,7 +104,7 @@ def build_objective(
         heads=tuple(TeacherHead(*teacher_head(reader)) for reader in readers) if needs.teacher_heads else (),
         labels=source.labels,
         samples=samples,
-        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels),
+        pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         seed=seed,
     )
     return Objective(config, context)

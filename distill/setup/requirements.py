@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import FeaturePair
+from coursepack.distill.losses.base import FeaturePair, Unfit
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
@@ -63,10 +64,18 @@ def _pairs(
                     "indices begin at 0"
                 )
         return [(pair.teacher, parse_tap(pair.tap).name, pair.layer) for pair in needs.pairs]
-    layers = list(needs.layers) or blocks(student.module)
+    layers = list(needs.layers) or _blocks(student, needs)
+    layers = (
+        [f"{first}+{second}" for first, second in itertools.pairwise(layers)] if _flows(needs) else layers
+    )
+    if not layers:
+        raise RecipeError(
+            f"student {student.spec!r} has no two consecutive blocks that give maps: name layers with "
+            f"{where}.pairs"
+        )
     pairs = []
     for index, manifest in enumerate(teachers):
-        taps = _taps_of(manifest, needs.reductions)
+        taps = _taps_of(manifest, needs)
         for number in _chosen(needs.choose, index, len(teachers), len(layers)):
             depth = number / (len(layers) - 1) if len(layers) > 1 else float(needs.choose != "depth")
             pairs.append((index, taps[round(depth * (len(taps) - 1))], layers[number]))
@@ -77,7 +86,11 @@ def _chosen(choose: str, teacher: int, teachers: int, layers: int) -> Sequence[i
     """Return the indices of the student layers that a teacher is compared with."""
     if choose == "depth":
         return [depth_group(teacher, teachers, layers)]
-    return range(layers) if choose == "every" else [layers - 1]
+    return [layers - 1] if choose == "last" else range(layers)
+
+
+def _flows(needs: PairNeeds) -> bool:
+    return needs.choose == "flows"
 
 
 def depth_group(teacher: int, teachers: int, groups: int) -> int:
@@ -93,25 +106,58 @@ def depth_group(teacher: int, teachers: int, groups: int) -> int:
     return (2 * teacher * (groups - 1) + teachers - 1) // (2 * (teachers - 1))
 
 
-def _taps_of(manifest: Manifest, reductions: Sequence[str]) -> list[str]:
+def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     """Return a store's usable taps, shallow to deep, or else the taps of the teacher's blocks to add."""
     network = untrained(manifest)
-    module = None if network is None else network.module
-    taps = [name.removeprefix(FEATURES) for name in manifest.arrays if name.startswith(FEATURES)]
-    usable = [name for name in taps if tap_from_name(name).reduction in reductions]
-    order = {} if module is None else depth_of(module)
-    usable.sort(key=lambda name: order.get(tap_from_name(name).layers[0], 0))
-    layers = ([] if module is None else _layers_to_tap(module, reductions[0])) or ["LAYER"]
-    return usable or [Tap((layer,), reductions[0]).name for layer in layers]
+    arrays = {
+        n.removeprefix(FEATURES): array for n, array in manifest.arrays.items() if n.startswith(FEATURES)
+    }
+    stored = [(tap_from_name(name), array.row_shape) for name, array in arrays.items()]
+    usable = [tap for tap, shape in stored if _is_usable(tap, shape, needs)]
+    order = {} if network is None else depth_of(network.module)
+    usable.sort(key=lambda tap: order.get(tap.layers[0], 0))
+    if needs.maps or needs.choose == "last":
+        usable = _one_per_layer(usable, needs.reductions)
+    layers = ([] if network is None else _layers_to_tap(network, needs)) or ["LAYER"]
+    added = list(itertools.pairwise(layers)) if _flows(needs) else [(layer,) for layer in layers]
+    usable = usable or [Tap(of_tap, needs.reductions[0]) for of_tap in added or [("LAYER", "LAYER")]]
+    return [tap.name for tap in usable]
 
 
-def _layers_to_tap(module: nn.Module, reduction: str) -> list[str]:
+def _one_per_layer(taps: Sequence[Tap], reductions: Sequence[str]) -> list[Tap]:
+    """Return one tap of each layer: whole rather than sketched, of the first reduction that there is."""
+    ranked = sorted(taps, key=lambda tap: (tap.sketch is not None, reductions.index(tap.reduction)))
+    best = {tap.layers: tap for tap in reversed(ranked)}
+    return [best[layers] for layers in dict.fromkeys(tap.layers for tap in taps)]
+
+
+def _is_usable(tap: Tap, shape: Sequence[int], needs: PairNeeds) -> bool:
+    if tap.reduction not in needs.reductions or len(tap.layers) != (2 if _flows(needs) else 1):
+        return False
+    if tap.sketch is not None:
+        return tap.reduction in needs.sketches
+    return not needs.maps or tap.reduction != "map" or len(shape) == 3
+
+
+def _blocks(network: Network, needs: PairNeeds) -> list[str]:
+    """Return the names of a network's blocks that a term can compare."""
+    names = blocks(network.module)
+    if not needs.maps:
+        return names
+    try:
+        shapes = probe_student(network, network.preprocessing.channels, names).features
+    except CoursepackError:
+        return names
+    return [name for name in names if len(shapes[name]) == 3] or names
+
+
+def _layers_to_tap(network: Network, needs: PairNeeds) -> list[str]:
     """Return a network's blocks, or for margins the last batch normalization in each that has one."""
-    layers = blocks(module)
-    if reduction != "margin":
+    layers = _blocks(network, needs)
+    if needs.reductions[0] != "margin":
         return layers
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    norms = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
+    norms = [name for name, layer in network.module.named_modules() if isinstance(layer, kinds)]
     inside = [[norm for norm in norms if f"{norm}.".startswith(f"{layer}.")] for layer in layers]
     return [found[-1] for found in inside if found] or layers
 
@@ -149,7 +195,7 @@ def needed_arrays(
     for reader, names in zip(readers, arrays, strict=True):
         absent = [name for name in names if name not in reader.manifest.arrays]
         if absent:
-            taps = [_tap_text(name.removeprefix(FEATURES)) for name in absent]
+            taps = [tap_from_name(name.removeprefix(FEATURES)).text for name in absent]
             missing.append(
                 f"store {str(reader.path)!r} has no {', '.join(map(repr, absent))}\n"
                 f"  {precompute_command(reader, root, taps=taps)}"
@@ -161,26 +207,19 @@ def needed_arrays(
     return arrays
 
 
-def _tap_text(name: str) -> str:
-    """Return a tap as a value of `--tap`."""
-    tap = tap_from_name(name)
-    text = "+".join(tap.layers)
-    if tap.reduction == "map" and tap.size is None:
-        return text
-    return f"{text}:{tap.reduction}" + ("" if tap.size is None else f":{tap.size}")
-
-
 def shaped_pairs(
     config: ObjectiveConfig,
     pairs: Pairs,
     readers: Sequence[StoreReader],
     student: Network,
     channels: int,
+    root: str | None,
 ) -> dict[str, tuple[FeaturePair, ...]]:
     """Return the pairs of every term with the shapes of their features.
 
     Raises:
-        RecipeError: features are neither maps nor vectors, or the term does not support their reduction.
+        RecipeError: features are neither maps nor vectors, or the term cannot compare them; the message has
+            the command that stores others if that helps.
         UnknownName: a layer does not exist in the student.
     """
     layers = sorted({name for _, _, layer in itertools.chain(*pairs.values()) for name in layer.split("+")})
@@ -192,7 +231,7 @@ def shaped_pairs(
     for key, of_term in pairs.items():
         needs = LOSSES[terms[key].term].needs(terms[key]).pairs
         assert needs is not None
-        shaped[key] = tuple(_with_shapes(key, needs, readers, shapes, *pair) for pair in of_term)
+        shaped[key] = tuple(_with_shapes(key, needs, readers, shapes, root, *pair) for pair in of_term)
     return shaped
 
 
@@ -201,13 +240,16 @@ def _with_shapes(
     needs: PairNeeds,
     readers: Sequence[StoreReader],
     shapes: Mapping[str, tuple[int, ...]],
+    root: str | None,
     index: int,
     tap: str,
     layer: str,
 ) -> FeaturePair:
     reader = readers[index]
-    teacher_shape = tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
-    reduction = tap_from_name(tap).reduction
+    parsed, teacher_shape = tap_from_name(tap), tuple(reader.manifest.arrays[f"{FEATURES}{tap}"].row_shape)
+    if parsed.sketch is not None:
+        teacher_shape = tuple(int(value) for value in reader.static(tap))
+    reduction = parsed.reduction
     stored = f"{tap!r} of store {str(reader.path)!r}"
     sides = [(f"layer {name!r} of the student", shapes[name]) for name in layer.split("+")]
     # Other reductions have shapes of their own, which their terms know.
@@ -220,7 +262,22 @@ def _with_shapes(
             f"(C, H, W), with the reductions {' and '.join(needs.reductions)}"
         )
     student_shapes = [shapes[name] for name in layer.split("+")]
-    return FeaturePair(index, tap, layer, teacher_shape, *student_shapes)
+    pair = FeaturePair(index, tap, layer, teacher_shape, *student_shapes)
+    if (problem := _problem(pair, needs)) is not None:
+        add = precompute_command(reader, root, taps=[problem.tap]) if problem.tap else ""
+        raise RecipeError(
+            f"term {key!r} cannot compare {stored} (shape {teacher_shape}) with layer {layer!r} of the "
+            f"student (shape {' and '.join(map(str, student_shapes))}): {problem.problem}"
+            + (f". Store another tap, and name it in terms.{key}.pairs, with\n  {add}" if add else "")
+        )
+    return pair
+
+
+def _problem(pair: FeaturePair, needs: PairNeeds) -> Unfit | None:
+    tap = tap_from_name(pair.tap)
+    if tap.sketch is not None and tap.reduction not in needs.sketches:
+        return Unfit(f"it takes no sketch of {tap.reduction!r}", replace(tap, sketch=None).text)
+    return None if needs.unfit is None else needs.unfit(pair)
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:

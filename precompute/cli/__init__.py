@@ -56,7 +56,7 @@ JOB_OPTIONS = (
                  help="Seed of the view recipe.  [default: the recipe's own]"),
     click.option("--views", type=click.IntRange(1), required=True, help="Number of views of each sample."),
     click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store."),
-    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]]",
+    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
                  help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
