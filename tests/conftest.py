@@ -16,6 +16,7 @@ from image_files import write_tree
 
 from coursepack import kernels
 from coursepack.data import PRESETS, Batch, open_source
+from coursepack.distill.methods import METHODS
 from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
@@ -157,6 +158,12 @@ def tapped(shared, teachers):
 
     folder = shared("tapped", write)
     return [folder / f"{teacher.name}.zarr" for teacher in teachers]
+
+
+@pytest.fixture
+def stores_of(tapped, mapped_store):
+    """The stores that a method is given: three, or one to methods that take the head of one teacher."""
+    return lambda name: [mapped_store] if METHODS[name].objective.needs().teacher_head else tapped
 
 
 @pytest.fixture

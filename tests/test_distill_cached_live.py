@@ -1,0 +1,144 @@
+"""Every method: stores give the losses and gradients of live teachers, and runs read what is claimed."""
+
+import copy
+import json
+
+import pytest
+from builders import CPU, PAIRS, make_recipe
+from click.testing import CliRunner
+
+from coursepack.data import open_source
+from coursepack.data.store import StoreReader
+from coursepack.distill.cli import main as distill
+from coursepack.distill.losses.base import Step
+from coursepack.distill.methods import METHODS
+from coursepack.distill.methods.description import needs_of
+from coursepack.distill.runs.train import train
+from coursepack.distill.setup.build import read_arrays
+from coursepack.distill.setup.costs import view_costs
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training.loop import teachers_read
+from coursepack.distill.training.state import make_state
+from coursepack.errors import RecipeError
+from coursepack.models import build_network
+
+NOT_LIVE = {
+    "supervised": "it has no teacher",
+    "tf-kd": "its teacher is made up from the labels",
+}
+"""Methods that permit no live teachers, and why."""
+READS_LESS = {"best": "one teacher is read in all batches, and costs are printed for every store"}
+"""Methods whose runs read less than `distill methods NAME --store` prints, and why."""
+CHECKED = {"simkd": {("resnet", "logits"): 40}}
+"""Further arrays that a method reads a few rows of before the first step, to check the teacher's head."""
+LIVE = [name for name in METHODS if name not in NOT_LIVE]
+EPOCHS = (0, 41)
+"""Epochs that steps are taken from: before and after all warm-ups and changes of phase, one of each view."""
+STUDENT, BATCH = "digits-cnn", 32
+TOLERANCE = 1e-5
+
+
+def recipe_of(name, stores, **fields):
+    """A recipe of a method, with the pairs that it needs for these stores."""
+    objective = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
+    fields = {"student": STUDENT, "batch_size": BATCH, "optimizer": {"lr": 0.01}, **fields}
+    return make_recipe(stores, method=name, objective=objective, **fields)
+
+
+def gradients(learner, batch, targets, step):
+    """The loss, and its gradients by the names of the parameters."""
+    loss = learner(batch, targets, step).value.loss
+    loss.backward()
+    found = {name: value.grad for name, value in learner.named_parameters() if value.grad is not None}
+    assert any(name.startswith("student.") for name in found)
+    return loss.item(), found
+
+
+def differences(found, expected):
+    """Differences of the losses and of the gradients: absolute below 1, and relative to the largest value."""
+    (loss, grads), (true_loss, true_grads) = found, expected
+    assert grads.keys() == true_grads.keys()
+    largest = max(value.abs().max() for value in true_grads.values())
+    apart = max((grads[name] - value).abs().max() for name, value in true_grads.items())
+    return abs(loss - true_loss) / max(1.0, abs(true_loss)), (apart / largest).item()
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Bytes per sample of the arrays that are read, by the names of store and array."""
+    found, components = {}, StoreReader.components
+
+    def spied(self, array, view, samples):
+        parts = components(self, array, view, samples)
+        sizes = [part.nbytes for part in parts.values()]
+        found[self.name, array] = max(found.get((self.name, array), 0), sum(sizes) // max(1, len(samples)))
+        return parts
+
+    monkeypatch.setattr(StoreReader, "components", spied)
+    return found
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LIVE)
+def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, read, name, steps):
+    """The student learns from the stores; what live teachers would have taught it is computed on copies."""
+    fields = {"limit": steps // len(EPOCHS) * BATCH, "epochs": EPOCHS[-1] + 1}
+    recipes = [recipe_of(name, stores_of(name), online=online, **fields) for online in (False, True)]
+    cached, live = (prepare(recipe, CPU) for recipe in recipes)
+    state = make_state(cached)
+    done, other, noticed = 0, None, 0.0
+    for epoch in EPOCHS:
+        state.learner.train()
+        state.learner.begin_epoch(epoch)
+        for number, batch in enumerate(cached.batches(epoch)):
+            step = Step(epoch, number)
+            teachers = teachers_read([state], step)
+            read.clear()
+            told = live.targets.fetch(batch, teachers)
+            assert not read, "live teachers read no rows"
+            state.begin_step()
+            true, wrong = (
+                None if targets is None else gradients(copy.deepcopy(state.learner), batch, targets, step)
+                for targets in (told, other)
+            )
+            found = gradients(state.learner, batch, cached.targets.fetch(batch, teachers), step)
+            assert max(differences(found, true)) <= TOLERANCE, (epoch, number)
+            noticed = noticed if wrong is None else max(noticed, differences(wrong, true)[1])
+            other = live.targets.fetch(batch)
+            state.end_step()
+            done += 1
+    assert done == steps
+    assert noticed > 100 * TOLERANCE, "targets of other samples change nothing, so equality says little"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_runs_read_what_is_claimed(tmp_path, stores_of, read, name):
+    stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
+    recipe = recipe_of(name, stores, limit=8 * BATCH, epochs=2)
+    train(recipe, tmp_path / "run", device=CPU)
+    readers = [StoreReader(store) for store in stores]
+    needed = read_arrays(recipe, open_source(recipe.source), readers)
+    costs = view_costs(recipe.objective, [reader.manifest for reader in readers], build_network(STUDENT, 10))
+    assert [list(cost.arrays) for cost in costs] == needed
+    claimed = {
+        (reader.name, array): size
+        for reader, cost in zip(readers, costs, strict=True)
+        for array, size in cost.arrays.items()
+    }
+    if name in READS_LESS:
+        assert read.items() < claimed.items()
+    else:
+        assert read == claimed | CHECKED.get(name, {})
+    if stores and name not in PAIRS:
+        words = [word for store in stores for word in ("--store", str(store))]
+        result = CliRunner().invoke(distill, ["methods", name, *words, "--student", STUDENT, "--json"])
+        printed = json.loads(result.stdout)[0]["bytes"]
+        assert [told["arrays_per_sample"] for told in printed.values()] == [cost.arrays for cost in costs]
+
+
+@pytest.mark.parametrize("name", NOT_LIVE)
+def test_methods_without_teachers_have_no_live_ones(stores, name):
+    assert {"logits", "features", "teacher-head"}.isdisjoint(needs_of(name))
+    for given, text in ((stores, "does not use teachers"), ([], "--online runs the teachers of stores live")):
+        with pytest.raises(RecipeError, match=text):
+            prepare(recipe_of(name, given, online=True), CPU)
