@@ -14,6 +14,7 @@ from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
 from coursepack.models.classes import load_columns
+from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
@@ -74,6 +75,10 @@ JOB_OPTIONS = (
                  help="Worker processes that render views.  [default: one per core for image files]"),
     TRUST_CODE,
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto."),
+    click.option("--precision", type=click.Choice(list(PRECISIONS)), default="float32", show_default=True,
+                 help="Precision of the teacher's forward pass."),
+    click.option("--channels-last", is_flag=True, help="Run the teacher in channels-last memory format."),
+    click.option("--compile", is_flag=True, help="Run the teacher through torch.compile."),
 )
 # fmt: on
 
