@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -160,9 +160,8 @@ class _ForwardThread(threading.Thread):
         self.join()
 
     def _forward(self) -> None:
-        with ExitStack() as stack:
-            transfers = [stack.enter_context(transfer_for(job.runner, job.batch_size)) for job in self._jobs]
-            rendered = stack.enter_context(closing(self._renderer.ahead(self._batches())))
+        transfers = [transfer_for(job.runner, job.batch_size) for job in self._jobs]
+        with closing(self._renderer.ahead(self._batches())) as rendered:
             for loaded in rendered:
                 group = self._rendering.popleft()
                 views = group.views

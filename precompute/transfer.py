@@ -14,9 +14,6 @@ import torch
 from coursepack.models.teacher import finite_rows
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from torch import Tensor
 
     from coursepack.models import TeacherRunner
@@ -42,16 +39,10 @@ class Pending(Protocol):
 
 
 class Transfer(Protocol):
-    """Runs a teacher on batches of pixels. Entered, started and left in one thread."""
+    """Runs a teacher on batches of pixels."""
 
     def start(self, pixels: Tensor) -> Pending:
         """Start the forward pass of pixels `(N, size, size, channels)` uint8 on the CPU."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def transfer_for(runner: TeacherRunner, batch_size: int) -> Transfer:
@@ -70,12 +61,6 @@ class HostTransfer:
     def __init__(self, runner: TeacherRunner, batch_size: int) -> None:
         self._runner = runner
         self._least = batch_size if runner.compiled else 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def start(self, pixels: Tensor) -> Pending:
         """Run the forward pass."""
@@ -105,27 +90,18 @@ class CudaTransfer:
 
     def __init__(self, runner: TeacherRunner, batch_size: int) -> None:
         self._runner, self._batch_size = runner, batch_size
-        self._context = torch.cuda.device(runner.device)
         self._uploads = torch.cuda.Stream(runner.device)
         self._downloads = torch.cuda.Stream(runner.device)
         self._idle: deque[_Slot] = deque()
-
-    def __enter__(self) -> Self:
-        self._context.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._context.__exit__(kind, error, trace)
 
     def start(self, pixels: Tensor) -> Pending:
         """Queue the copy of the pixels, the forward pass and the copy of its outputs."""
         rows = len(pixels)
         slot = self._idle.popleft() if self._idle else _Slot(self._idle, self._batch_size)
-        output = self._runner.run(slot.upload(pixels, self._uploads, self._runner.device))
-        arrays = {name: value[:rows].contiguous() for name, value in output.arrays().items()}
-        slot.download(arrays, finite_rows(arrays), self._downloads)
+        with torch.cuda.device(self._runner.device):
+            output = self._runner.run(slot.upload(pixels, self._uploads, self._runner.device))
+            arrays = {name: value[:rows].contiguous() for name, value in output.arrays().items()}
+            slot.download(arrays, finite_rows(arrays), self._downloads)
         return slot
 
 

@@ -268,18 +268,19 @@ def test_a_gpu_writes_what_it_computes_batch_by_batch(tmp_path, teachers):
     samples = np.arange(90, 100)
     params = draw(job.recipe, job.source, samples, 1)
     pixels = torch.from_numpy(render(job.recipe, job.source, samples, params, size))
-    with CudaTransfer(job.runner, 30) as transfer:
-        pending = transfer.start(pixels)
-        found, finite = pending.fetch()
-        expected = job.runner.run(padded(pixels, 30)).arrays()
-        for name, value in found.items():
-            assert torch.equal(value, expected[name][:10].cpu())
-            assert bool(finite[name].all())
-        # No step waits for the device.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            more = transfer.start(pixels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        more.fetch()
+    transfer = CudaTransfer(job.runner, 30)
+    pending = transfer.start(pixels)
+    found, finite = pending.fetch()
+    expected = job.runner.run(padded(pixels, 30)).arrays()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name][:10].cpu())
+        assert bool(finite[name].all())
+    pending.release()
+    # No step waits for the device.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        more = transfer.start(pixels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    more.fetch()
     assert load_manifest(tmp_path / "s.zarr").committed_views() == (0, 1)
