@@ -89,7 +89,7 @@ class TeacherRunner:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._module = network.module.to(self.device).eval().requires_grad_(False)
         if channels_last:
-            self._module = self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this overload
+            self._module = self._module.to(memory_format=torch.channels_last)
         self._columns = None if columns is None else torch.tensor(list(columns), device=self.device)
         self._layers = sorted({layer for tap in self.taps for layer in tap.layers})
         with tapped(self._module, self._layers):

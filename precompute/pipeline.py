@@ -72,7 +72,8 @@ class Group:
         return sorted({task.block.view for task in self.tasks})
 
 
-class Outputs(NamedTuple):
+@dataclass(frozen=True)
+class Outputs:
     """Outputs of a teacher for one batch of one task."""
 
     group: Group
@@ -118,7 +119,8 @@ def teacher_outputs(
         forward.stop()
 
 
-class _Result(NamedTuple):
+@dataclass(frozen=True)
+class _Result:
     group: Group
     index: int
     batch: Batch

@@ -82,7 +82,7 @@ def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
     file = parse_config(TeachersFile, read_yaml(path), str(path))
     root = None if file.root is None else Path(file.root)
     recipe = view_recipe(file.view, file.view_seed).model_dump(mode="json")
-    shared = {
+    shared: dict[str, Any] = {
         "source": file.source,
         "root": file.root,
         "view": recipe,

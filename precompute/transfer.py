@@ -7,7 +7,7 @@ way. Events order the copies, so that starting a batch never waits for the devic
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from coursepack.models import TeacherRunner
     from coursepack.models.teacher import TeacherOutput
+
+cuda: Any = torch.cuda  # its classes have no types
 
 Arrays = dict[str, torch.Tensor]
 Fetched = tuple[Arrays, Arrays]
@@ -90,8 +92,8 @@ class CudaTransfer:
 
     def __init__(self, runner: TeacherRunner, batch_size: int) -> None:
         self._runner, self._batch_size = runner, batch_size
-        self._uploads = torch.cuda.Stream(runner.device)
-        self._downloads = torch.cuda.Stream(runner.device)
+        self._uploads = cuda.Stream(runner.device)
+        self._downloads = cuda.Stream(runner.device)
         self._idle: deque[_Slot] = deque()
 
     def start(self, pixels: Tensor) -> Pending:
@@ -117,8 +119,8 @@ class _Slot:
         self._received: Fetched = {}, {}
         """Pinned outputs and flags of a full batch."""
         self._rows = 0
-        self._uploaded, self._computed = torch.cuda.Event(), torch.cuda.Event()
-        self._downloaded = torch.cuda.Event(blocking=True)
+        self._uploaded, self._computed = cuda.Event(), cuda.Event()
+        self._downloaded = cuda.Event(blocking=True)
 
     def upload(self, pixels: Tensor, stream: torch.cuda.Stream, device: torch.device) -> Tensor:
         """Queue the copy of pixels, padded to the batch size, and return them on the device."""

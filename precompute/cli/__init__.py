@@ -133,15 +133,14 @@ Examples:
     is_flag=True,
     help="Fail instead of warning if rows come from another kind of machine or batch size.",
 )
-@click.pass_context
-def run(ctx: click.Context, file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
+def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
     """Run one teacher over all views and write its store, or all teachers of a file.
 
     An interrupted run continues when the same command is run again. More --views, or another --tap, for a
     finished store adds only the missing views and arrays. Under torchrun, every rank writes a part of the
     stores, with --device cuda on a GPU of its own.
     """
-    jobs = [_job(**flags)] if file is None else _jobs_of_file(ctx, file, flags)
+    jobs = [_job(**flags)] if file is None else _jobs_of_file(file, flags)
     if not ignore_space:
         for job in jobs:
             check_space(job)
@@ -221,8 +220,9 @@ def _job(
     return job
 
 
-def _jobs_of_file(ctx: click.Context, file: Path, flags: dict[str, Any]) -> list[Job]:
+def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
     """Return the jobs of a file of teachers, with the options that may be given beside it."""
+    ctx = click.get_current_context()
     given = [
         param.opts[0]
         for param in ctx.command.params
