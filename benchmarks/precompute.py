@@ -64,7 +64,7 @@ class Size:
     patience: float = PATIENCE
 
 
-FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (16_384, 15), 32_768)
+FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 32_768)
 QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 512, patience=0)
 
 

@@ -40,7 +40,7 @@ MOST_ON_DEVICE = 4 << 30
 class Renderer:
     """Renders the batches of a source and view recipe in advance.
 
-    A context manager: leaving it ends the worker processes and the thread.
+    A context manager: leaving it ends the worker processes and the threads.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class Renderer:
             and recipe.pipeline is None
             and (background or bool(recipe.pixel_ops or recipe.mix))
         )
-        self._pool: ThreadPoolExecutor | None = None
+        self._is_in_memory = _is_in_memory(source)
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
         if self.workers:
@@ -105,11 +106,13 @@ class Renderer:
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Call a function that reads the source, and return its future result.
 
-        It runs in the thread that renders, or beside the worker processes, or at once where batches are
-        rendered at their first use. The source and the view are thus never used by two threads at a time.
+        It runs in a thread of its own beside worker processes and for images in memory. A source that loads
+        samples in this process is used by one thread at a time: the function runs in the thread that
+        renders, or at once where batches are rendered at their first use.
         """
         if self.workers or self._uses_thread:
-            return self._thread().submit(work)
+            alone = not self.workers and not self._is_in_memory
+            return self._thread("render" if alone else "read").submit(work)
         done: Future[T] = Future()
         try:
             done.set_result(work())
@@ -134,7 +137,7 @@ class Renderer:
         pending: deque[Future[Batch]] = deque()
         try:
             for batch in batches:
-                pending.append(self._thread().submit(self._fill, batch))
+                pending.append(self._thread("render").submit(self._fill, batch))
                 if len(pending) > AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -143,10 +146,10 @@ class Renderer:
             for future in pending:
                 future.cancel()
 
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1)
-        return self._pool
+    def _thread(self, name: str) -> ThreadPoolExecutor:
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(1, thread_name_prefix=f"coursepack-{name}")
+        return self._pools[name]
 
     def _fill(self, batch: Batch) -> Batch:
         if batch.images is None:  # otherwise the device renders, asynchronously
@@ -154,11 +157,10 @@ class Renderer:
         return batch
 
     def close(self) -> None:
-        """End the worker processes and the thread."""
+        """End the worker processes and the threads."""
         self._loader = None
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        while self._pools:
+            self._pools.popitem()[1].shutdown(cancel_futures=True)
 
     def __enter__(self) -> Renderer:
         return self
