@@ -402,7 +402,7 @@ def test_one_thread_at_a_time_uses_a_source_that_loads_samples(sources, name, pr
 
     with Renderer(sources[name], PRESETS[preset], [SIZE], **settings) as renderer:
         assert renderer.submit(work).result().startswith(thread)
-        with pytest.raises(SourceError, match="^gone$"):
+        with pytest.raises(SourceError, match="gone"):
             renderer.submit(lambda: (_ for _ in ()).throw(SourceError("gone"))).result()
 
 
