@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from _harness import PATIENCE, arguments, exact, measure, ratios, report, row
 from _pipeline import SLEEP, Parts, simulated_job
+from PIL import Image
 from torch import nn
 
 from coursepack.data import Batch, open_source, view_recipe
@@ -34,6 +35,7 @@ from coursepack.data.store.locations.local import LocalLocation
 from coursepack.models import TeacherRunner, build_network, parse_tap
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.executors import LocalExecutor
+from coursepack.precompute.several import run_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 PROCESS = Path(__file__).parent / "_pipeline.py"
 CLASSES, BATCH = 100, 256
 PUT_SECONDS = 0.05
+JPEG_SIDE, SMALL, TEACHERS = 256, "resnet8", 4
 TAPS = {"resnet56": ("layer2", "layer3"), "wrn-40-2": ("layer2", "layer3")}
 
 
@@ -59,13 +62,15 @@ class Size:
     rounds: int
     simulated: tuple[int, int]
     """Samples and rounds of the simulated device."""
+    files: int
+    """Number of JPEG files."""
     memory: int
     """Samples of the smallest store whose memory is measured."""
     patience: float = PATIENCE
 
 
-FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 32_768)
-QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 512, patience=0)
+FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 1_024, 32_768)
+QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, patience=0)
 
 
 class Rendered(Renderer):
@@ -218,6 +223,42 @@ def simulation(size: Size) -> list[Row]:
     return found
 
 
+def one_pass(size: Size) -> list[Row]:
+    """Measure four teachers in one pass over JPEG files, compared with four passes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pixels = np.random.default_rng(0).integers(0, 256, (2, JPEG_SIDE, JPEG_SIDE, 3), dtype=np.uint8)
+        for index in range(size.files):
+            path = folder / "train" / f"class{index % 2}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Sides differ, so that the images are not kept in memory.
+            Image.fromarray(pixels[index % 2, : JPEG_SIDE - index % 3]).save(path, quality=90)
+        source, recipe = open_source("folder", folder), view_recipe("imagenet")
+        network = build_network(SMALL, 2, seed=0)
+        plain = Job(Path(), source, recipe, TeacherRunner(network), views=1, batch_size=BATCH)
+
+        def jobs(place: str) -> list[Job]:
+            return [replace(plain, store=Path(place) / f"{index}.zarr") for index in range(TEACHERS)]
+
+        def together() -> None:
+            with tempfile.TemporaryDirectory() as place:
+                run_jobs(jobs(place), quiet=True)
+
+        def one_by_one() -> None:
+            with tempfile.TemporaryDirectory() as place:
+                for job in jobs(place):
+                    run_job(job, quiet=True)
+
+        config = {"files": size.files, "side": JPEG_SIDE, "teachers": TEACHERS, "network": SMALL}
+
+        def rows_of(seconds: Seconds) -> list[Row]:
+            values = ratios(seconds, "one pass", "four passes")
+            return [row("four teachers: one pass / four passes", values, "ratio", config, "<= 0.8")]
+
+        variants: dict[str, Callable[[], Any]] = {"one pass": together, "four passes": one_by_one}
+        return measure(variants, size.rounds, rows_of, patience=size.patience)
+
+
 def memory(size: Size) -> list[Row]:
     """Measure the memory of writing stores with more samples, views and arrays."""
     least = size.memory
@@ -248,6 +289,7 @@ def main() -> None:
     size = QUICK if chosen.quick else FULL
     rows = [entry for name, count in size.rows.items() for entry in throughput(name, count, size)]
     rows += simulation(size)
+    rows += one_pass(size)
     rows += memory(size)
     report("Stage one", rows, chosen.json)
 
