@@ -106,7 +106,7 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "store", "train", "views"]
+    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "precompute", "store", "train", "views"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
