@@ -2,10 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from builders import CPU, PAIRS, make_recipe
 from click.testing import CliRunner
+from helpers import make_job, rewrite_manifest
 
 from coursepack.data import open_source
 from coursepack.data.store import StoreReader
@@ -20,7 +23,9 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.loop import teachers_read
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
-from coursepack.models import build_network
+from coursepack.kernels import decode
+from coursepack.models import TeacherRunner, build_network, load_teacher
+from coursepack.precompute import run_job
 
 NOT_LIVE = {
     "supervised": "it has no teacher",
@@ -142,3 +147,21 @@ def test_methods_without_teachers_have_no_live_ones(stores, name):
     for given, text in ((stores, "does not use teachers"), ([], "--online runs the teachers of stores live")):
         with pytest.raises(RecipeError, match=text):
             prepare(recipe_of(name, given, online=True), CPU)
+
+
+def test_live_teachers_run_in_the_precision_of_their_store(tmp_path, teachers):
+    """Outputs in bfloat16 differ from those in float32 by far more than the tolerance."""
+    network = load_teacher(f"run:{teachers[1]}", open_source("digits").class_names)
+    runner = TeacherRunner(network, precision="bfloat16")
+    job = make_job(tmp_path / "cnn.zarr", teachers[1], encoding="float32", batch_size=BATCH)
+    run_job(replace(job, runner=runner), quiet=True)
+    recipes = [recipe_of("kd", [job.store], online=online, limit=BATCH) for online in (False, True)]
+    cached, live = (prepare(recipe, CPU) for recipe in recipes)
+    (batch,) = cached.batches(0)
+    stored, told = (each.targets.fetch(batch).logits[0] for each in (cached, live))
+    torch.testing.assert_close(decode(stored), told, rtol=TOLERANCE, atol=TOLERANCE)
+    rewrite_manifest(job.store, lambda values: values["identity"].update(precision="tf32"))
+    with pytest.raises(
+        RecipeError, match=r"written in tf32, which device 'cpu' does not have.* --online out"
+    ):
+        prepare(recipes[1], CPU)

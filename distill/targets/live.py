@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from coursepack.distill.targets.base import FEATURES, targets_of
-from coursepack.errors import NonFiniteOutput
+from coursepack.errors import NonFiniteOutput, RecipeError
 from coursepack.models import TeacherRunner
 from coursepack.models.load import reload_teacher
+from coursepack.models.precision import has_precision
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def live_teachers(
     Raises:
         UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
         TeacherMismatch: a weights file has changed since its store was written.
+        RecipeError: the device does not have the precision that a store was written in.
     """
     runners = []
     for reader, names in zip(readers, arrays, strict=True):
@@ -97,5 +99,16 @@ def live_teachers(
         )
         features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
         taps = [tap_from_name(name) for name in features]
-        runners.append(TeacherRunner(network, taps, device, teacher.get("columns")))
+        precision = _precision(reader, device)
+        runners.append(TeacherRunner(network, taps, device, teacher.get("columns"), precision=precision))
     return runners
+
+
+def _precision(reader: StoreReader, device: torch.device) -> str:
+    precision: str = reader.manifest.identity.get("precision", "float32")
+    if not has_precision(precision, device):
+        raise RecipeError(
+            f"store {str(reader.path)!r} was written in {precision}, which device {str(device)!r} does not "
+            "have, so its teacher cannot run live there: leave --online out, or use another --device"
+        )
+    return precision
