@@ -51,21 +51,31 @@ def recipe_of(name, stores, **fields):
 
 
 def gradients(learner, batch, targets, step):
-    """The loss, and its gradients by the names of the parameters."""
-    loss = learner(batch, targets, step).value.loss
+    """The loss, its gradients by the names of the parameters, and the buffers, with memories updated."""
+    inputs = learner.inputs(batch, learner.predict(batch), targets, step)
+    loss = learner.objective(inputs).loss
     loss.backward()
+    learner.objective.after_step(inputs)
     found = {name: value.grad for name, value in learner.named_parameters() if value.grad is not None}
     assert any(name.startswith("student.") for name in found)
-    return loss.item(), found
+    kept = {name: value for name, value in learner.named_buffers() if value.is_floating_point()}
+    return loss.item(), found | {f"kept.{name}": value for name, value in kept.items()}
 
 
 def differences(found, expected):
-    """Differences of the losses and of the gradients: absolute below 1, and relative to the largest value."""
+    """Differences of the loss, of the gradients of the student and of what else learns, and of buffers.
+
+    They are absolute for losses below 1, and otherwise relative: of tensors to the largest value.
+    """
     (loss, grads), (true_loss, true_grads) = found, expected
     assert grads.keys() == true_grads.keys()
-    largest = max(value.abs().max() for value in true_grads.values())
-    apart = max((grads[name] - value).abs().max() for name, value in true_grads.items())
-    return abs(loss - true_loss) / max(1.0, abs(true_loss)), (apart / largest).item()
+    apart = [abs(loss - true_loss) / max(1.0, abs(true_loss))]
+    for part in ("student.", "objective.", "kept."):
+        names = [name for name in grads if name.startswith(part)]
+        largest = max((true_grads[name].abs().max().item() for name in names), default=0.0)
+        most = max(((grads[name] - true_grads[name]).abs().max().item() for name in names), default=0.0)
+        apart.append(most / largest if largest else most)
+    return apart
 
 
 @pytest.fixture
@@ -108,7 +118,7 @@ def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, 
             )
             found = gradients(state.learner, batch, cached.targets.fetch(batch, teachers), step)
             assert max(differences(found, true)) <= TOLERANCE, (epoch, number)
-            noticed = noticed if wrong is None else max(noticed, differences(wrong, true)[1])
+            noticed = noticed if wrong is None else max(noticed, *differences(wrong, true)[1:])
             other = live.targets.fetch(batch)
             state.end_step()
             done += 1
