@@ -1,7 +1,6 @@
 """Published accuracies of distilled students on CIFAR-100, beside ours from the original files.
 
-    python benchmarks/reproduce.py --root DIR [--pairs PAIR ...] [--methods NAME ...] [--seeds 3]
-        [--device auto] [--weights TEACHER=FILE ...] [--out DIR] [--json FILE] [--quick]
+    python benchmarks/reproduce.py --root DIR [--pairs ...] [--methods ...] [--seeds 3] [--out DIR] [--quick]
 
 DIR holds `cifar-100-python`. Every teacher is trained once, or taken from `--weights`; its stores are written
 with the taps that the chosen methods read; every student is trained with each seed. All settings are those of
@@ -12,6 +11,7 @@ nothing. Ours is the accuracy on the test images after the last epoch, with the 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import re
@@ -33,12 +33,11 @@ from coursepack.distill.recipe import load_recipe, set_values
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.evaluate import evaluate
-from coursepack.errors import CoursepackError, RecipeError, TrainingDiverged
+from coursepack.errors import CoursepackError, TrainingDiverged
 from coursepack.models import Network, TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
     import torch
@@ -51,9 +50,8 @@ PAIRS = (
     "resnet110/resnet32", "resnet32x4/resnet8x4", "vgg13/vgg8",
 )  # fmt: skip
 """Teachers and students of RepDistiller (Tian et al. 2020) with networks of one family."""
-PUBLISHED_TEACHERS = {
-    "wrn-40-2": 75.61, "resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "vgg13": 74.64,
-}  # fmt: skip
+TEACHERS = {"wrn-40-2": 75.61, "resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "vgg13": 74.64}
+"""Published accuracies of the teachers in %."""
 PUBLISHED: dict[str, tuple[float | None, ...]] = {
     "supervised": (73.26, 71.98, 69.06, 69.06, 71.14, 72.50, 70.36),
     "kd": (74.92, 73.54, 70.66, 70.67, 73.08, 73.33, 72.98),
@@ -74,24 +72,20 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
 """Accuracy on the test images in %, in the order of `PAIRS`; None if it or its setting is not known."""
 REPDISTILLER = "RepDistiller's README"
 SOURCES = {"dkd": "mdistiller's README", "logit-std": "README of its release", "dist": "its README"}
-"""Where figures that are not RepDistiller's stand."""
-FILES = {"kd": "kd-resnet8x4"}
-"""Recipes whose name is not their method's."""
+"""Where the figures of methods stand that are not RepDistiller's."""
 CHANGES = {
-    ("dkd", "wrn-40-2/wrn-16-2"): "objective.terms.dkd.beta=6",
-    ("dkd", "wrn-40-2/wrn-40-1"): "objective.terms.dkd.beta=6",
-    ("dkd", "resnet56/resnet20"): "objective.terms.dkd.beta=2",
-    ("dkd", "resnet110/resnet32"): "objective.terms.dkd.beta=2",
-    ("dkd", "vgg13/vgg8"): "objective.terms.dkd.beta=6",
-    ("logit-std", "vgg13/vgg8"): "objective.temperature=3",
-}
-"""What the releases set for a pair, as the recipes' comments have it."""
+    ("dkd", "wrn-16-2"): "objective.terms.dkd.beta=6", ("dkd", "wrn-40-1"): "objective.terms.dkd.beta=6",
+    ("dkd", "resnet20"): "objective.terms.dkd.beta=2", ("dkd", "resnet32"): "objective.terms.dkd.beta=2",
+    ("dkd", "vgg8"): "objective.terms.dkd.beta=6", ("logit-std", "vgg8"): "objective.temperature=3",
+}  # fmt: skip
+"""What the releases set for a student, as the recipes' comments have it."""
+WIDE = "embeddings of wide residual networks are taken before the last normalization and ReLU"
 DIFFERENCES = {
     "fsp": "flows are learned throughout, in the release for 30 epochs before the labels",
     "nst": "compares the last block only, in the release every block",
+    **dict.fromkeys(("rkd", "pkt", "crd"), WIDE),
 }
-WIDE = "embeddings are taken before the last normalization and ReLU, in the release after them"
-EMBEDDINGS = ("rkd", "pkt", "crd")
+"""What differs from the releases besides the number of views."""
 RESIDUAL = ("stem", "layer1", "layer2", "layer3")
 """Layers that the recipes name, those of residual networks."""
 VGG = ("layer1", "layer2", "layer3", "layer4", "layer5")
@@ -119,13 +113,7 @@ class Experiment:
     file: Path
     values: dict[str, Any]
     views: int = 0
-    """Views of the store; 0 if the method reads none."""
     encoding: str = "float16"
-    """Encoding of the store's features."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.pair}/{self.method}"
 
     @property
     def teacher(self) -> str:
@@ -133,12 +121,11 @@ class Experiment:
 
     @property
     def store(self) -> str | None:
-        """Name of the store; methods with the same views and encoding share it."""
+        """Name of the store; methods with the same teacher, views and encoding share it."""
         return f"{self.teacher}-{self.views}-{self.encoding}.zarr" if self.views else None
 
     @property
     def taps(self) -> list[str]:
-        """Taps that the terms compare."""
         terms = self.values.get("objective", {}).get("terms", {}).values()
         return [pair["tap"] for term in terms for pair in term.get("pairs", ())]
 
@@ -146,14 +133,13 @@ class Experiment:
 def experiment(pair: str, method: str, quick: bool) -> Experiment:
     """Return a method's recipe with another pair's networks, layers and settings."""
     teacher, student = pair.split("/")
-    file = RECIPES / f"{FILES.get(method, method)}.yaml"
+    file = RECIPES / ("kd-resnet8x4.yaml" if method == "kd" else f"{method}.yaml")
     values = load_recipe(file) | {"student": student}
-    blocks = VGG if teacher.startswith("vgg") else RESIDUAL
     for term in values.get("objective", {}).get("terms", {}).values():
         if "pairs" in term:
-            term["pairs"] = translated(term["pairs"], blocks)
-    change = CHANGES.get((method, pair))
-    set_values(values, [*([change] if change else []), *(QUICK if quick else ())])
+            term["pairs"] = translated(term["pairs"], VGG if teacher.startswith("vgg") else RESIDUAL)
+    changes = [CHANGES[method, student]] if (method, student) in CHANGES else []
+    set_values(values, [*changes, *(QUICK if quick else ())])
     if "stores" not in values:
         return Experiment(pair, method, file, values)
     # The number of views and the encoding are options of the command in the recipe's comment.
@@ -167,11 +153,10 @@ def translated(pairs: Sequence[dict[str, Any]], blocks: Sequence[str]) -> list[d
     named = [pair["layer"] for pair in pairs]
     if not {part for name in named for part in name.split("+")} <= set(RESIDUAL):
         return list(pairs)  # layers inside blocks are those of the recipe's own family
+    layers = list(blocks[1:])
     if "+" in named[0]:
         layers = ["+".join(two) for two in itertools.pairwise(blocks)]
-    elif len(named) > 1:
-        layers = list(blocks[1:])
-    else:
+    elif len(named) == 1:
         layers = [blocks[-1] if named[0] == RESIDUAL[-1] else blocks[RESIDUAL.index(named[0])]]
     _, colon, reduction = pairs[0]["tap"].partition(":")
     return [{"teacher": 0, "tap": f"{layer}{colon}{reduction}", "layer": layer} for layer in layers]
@@ -202,140 +187,102 @@ def write_stores(experiments: Sequence[Experiment], teachers: dict[str, Network]
     for name in dict.fromkeys(each.store for each in experiments if each.store):
         readers = [each for each in experiments if each.store == name]
         first, taps = readers[0], dict.fromkeys(tap for each in readers for tap in each.taps)
-        source = open_source(first.values["source"], place.root)
-        runner = TeacherRunner(teachers[first.teacher], [parse_tap(tap) for tap in taps], place.device)
-        view, path = view_recipe(first.values["view"]), place.out / "stores" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run_job(
-            Job(path, source, view, runner, first.views, feature_encoding=first.encoding, root=place.root)
-        )
+        source, view = open_source(first.values["source"], place.root), view_recipe(first.values["view"])
+        runner = TeacherRunner(teachers[first.teacher], list(map(parse_tap, taps)), place.device)
+        path, encoding = place.out / "stores" / name, first.encoding
+        run_job(Job(path, source, view, runner, first.views, feature_encoding=encoding, root=place.root))
 
 
-def train_students(each: Experiment, seeds: int, place: Place) -> tuple[list[float], list[int]]:
-    """Return the accuracies in % of a method's students, and the seeds whose training diverged."""
-    accuracies, diverged = [], []
-    stores = {"stores": [str(place.out / "stores" / each.store)]} if each.store else {}
-    for seed in range(seeds):
-        folder = place.out / "students" / each.pair.replace("/", "-to-") / each.method / str(seed)
-        try:
-            accuracies.append(
-                train_network({**each.values, **stores, "seed": seed}, each.file, folder, place)
-            )
-        except TrainingDiverged as error:
-            say(f"{each.name}, seed {seed}: {error}")
-            diverged.append(seed)
-    return accuracies, diverged
-
-
-def row(name: str, accuracies: list[float], published: float, config: dict[str, Any]) -> Row:
-    low, high = interval(np.array(accuracies))
-    count = len(accuracies)
-    config = {"published": published, "interval": "95 %" if count > 1 else "one run", **config}
+def row(name: str, accuracies: list[float], published: float | None, config: dict[str, Any]) -> Row:
+    (low, high), count = interval(np.array(accuracies)), len(accuracies)
+    config |= {"published": published, "interval": "95 %" if count > 1 else "one run", "runs": accuracies}
     return {
         "id": name, "value": statistics.fmean(accuracies), "low": low, "high": high, "unit": "%", "n": count,
-        "config": config | {"accuracies": accuracies}, "bar": None, "holds": None,
+        "config": config, "bar": None, "holds": None,
     }  # fmt: skip
 
 
 def student_row(each: Experiment, seeds: int, place: Place) -> Row | None:
-    """Train a method's students, and return their row; None if all diverged."""
-    accuracies, diverged = train_students(each, seeds, place)
-    published = PUBLISHED[each.method][PAIRS.index(each.pair)]
-    assert published is not None
-    differs = WIDE if each.pair.startswith("wrn") and each.method in EMBEDDINGS else None
+    """Train a method's students, and return their row; None if the training of all diverged."""
+    name, published = f"{each.pair}/{each.method}", PUBLISHED[each.method][PAIRS.index(each.pair)]
+    stores = {"stores": [str(place.out / "stores" / each.store)]} if each.store else {}
+    accuracies, diverged = [], []
+    for seed in range(seeds):
+        folder, values = place.out / "students" / name / str(seed), {**each.values, **stores, "seed": seed}
+        try:
+            accuracies.append(train_network(values, each.file, folder, place))
+        except TrainingDiverged as error:
+            say(f"{name}, seed {seed}: {error}")
+            diverged.append(seed)
     config = {
         "source": SOURCES.get(each.method, REPDISTILLER), "recipe": each.file.relative_to(ROOT).as_posix(),
-        "change": CHANGES.get((each.method, each.pair)), "differs": DIFFERENCES.get(each.method, differs),
-        "views": each.views, "epochs": each.values["epochs"],
-        "diverged": diverged, "quick": place.quick,
+        "change": CHANGES.get((each.method, each.pair.split("/")[1])), "views": each.views,
+        "epochs": each.values["epochs"], "differs": DIFFERENCES.get(each.method), "diverged": diverged,
+        "quick": place.quick,
     }  # fmt: skip
-    if not accuracies:
-        say(f"{each.name}: no row, since every seed diverged")
-        return None
-    return row(each.name, accuracies, published, config)
+    return row(name, accuracies, published, config) if accuracies else None
 
 
 def reproduce(
     pairs: Sequence[str], methods: Sequence[str], seeds: int, weights: dict[str, str], place: Place
 ) -> list[Row]:
     """Train what is not finished, and return a row for every teacher, and for every method and pair."""
-    chosen = [
-        experiment(pair, method, place.quick)
-        for pair in pairs
-        for method in methods
-        if PUBLISHED[method][PAIRS.index(pair)] is not None
-    ]
+    known = [(pair, name) for pair in pairs for name in methods if PUBLISHED[name][PAIRS.index(pair)]]
+    chosen = [experiment(*each, place.quick) for each in known]
     rows, teachers = [], {}
     for name in dict.fromkeys(pair.split("/")[0] for pair in pairs):
         teachers[name], accuracy = make_teacher(name, weights.get(name), place)
         config = {"source": REPDISTILLER, "weights": weights.get(name), "quick": place.quick}
-        rows.append(row(name, [accuracy], PUBLISHED_TEACHERS[name], config))
+        rows.append(row(name, [accuracy], TEACHERS[name], config))
     write_stores(chosen, teachers, place)
     return rows + [made for each in chosen if (made := student_row(each, seeds, place)) is not None]
 
 
 def print_rows(rows: Sequence[Row], quick: bool) -> None:
-    cells = [
-        [
-            each["id"], f"{each['config']['published']:.2f}", f"{each['value']:.2f}",
-            f"{each['low']:.2f} to {each['high']:.2f}" if each["n"] > 1 else "-", str(each["n"]),
-            each["config"]["source"],
-        ]
-        for each in rows
-    ]  # fmt: skip
+    cells = []
+    for each in rows:
+        config, spread = each["config"], f"{each['low']:.2f} to {each['high']:.2f}" if each["n"] > 1 else "-"
+        figures = [f"{config['published']:.2f}", f"{each['value']:.2f}", spread, str(each["n"])]
+        cells.append([each["id"], *figures, config["source"]])
     header = ["teacher/student/method", "published", "ours", "95 % interval", "n", "source of published"]
-    images = (
-        "a few made-up images, whose accuracies mean nothing" if quick else "the test images of CIFAR-100"
-    )
+    images = "a few made-up images, which says nothing" if quick else "the test images of CIFAR-100"
     print_table(f"Accuracy in % on {images}", header, cells)
 
 
-def made_up(folder: Path) -> Path:
-    """Write a few images in the format of CIFAR-100, as the tests do, and return their root."""
-    if not folder.exists():
-        sys.path.append(str(ROOT / "tests"))
-        importlib.import_module("image_files").write_cifar(folder, 100)
-    return folder
-
-
-def parse_weights(words: Sequence[str]) -> dict[str, str]:
-    """Return files by teacher.
-
-    Raises:
-        RecipeError: a word is not TEACHER=FILE.
-    """
-    for word in words:
-        if not re.fullmatch(f"({'|'.join(PUBLISHED_TEACHERS)})=.+", word):
-            teachers = ", ".join(PUBLISHED_TEACHERS)
-            raise RecipeError(f"--weights {word!r} is not TEACHER=FILE with a teacher of {teachers}")
-    return dict(word.split("=", 1) for word in words)
+def teacher_file(word: str) -> tuple[str, str]:
+    """Parse TEACHER=FILE."""
+    name, _, file = word.partition("=")
+    if name not in TEACHERS or not file:
+        raise argparse.ArgumentTypeError(f"{word!r} is not TEACHER=FILE, TEACHER of {', '.join(TEACHERS)}")
+    return name, file
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments("Published accuracies of distilled students on CIFAR-100, beside ours.")
-    parser.add_argument("--root", type=Path, help="folder that holds cifar-100-python")
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, help="teachers and students; default: all")
-    parser.add_argument("--methods", nargs="+", choices=PUBLISHED, help="default: all")
-    parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", help="default: 3")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:NUMBER or auto; default: auto")
-    parser.add_argument(
-        "--weights", nargs="+", default=[], metavar="TEACHER=FILE", help="weights of trained teachers"
-    )
-    parser.add_argument("--out", type=Path, help="folder of runs and stores; default: runs/reproduce")
+    option = parser.add_argument
+    option("--root", type=Path, help="folder that holds cifar-100-python")
+    option("--pairs", nargs="+", choices=PAIRS, help="teachers and students; default: all")
+    option("--methods", nargs="+", choices=PUBLISHED, help="default: all")
+    option("--seeds", type=int, choices=range(1, 101), metavar="N", help="default: 3")
+    option("--device", default="auto", help="cpu, cuda, cuda:NUMBER or auto; default: auto")
+    option("--weights", nargs="+", type=teacher_file, metavar="TEACHER=FILE", help="trained teachers")
+    option("--out", type=Path, help="folder of runs and stores; default: runs/reproduce")
     return parser.parse_args()
 
 
 def run(told: argparse.Namespace, scratch: Path) -> list[Row]:
-    quick = told.quick
-    out = (told.out or (scratch if quick else Path("runs/reproduce"))).absolute()
-    root = made_up(out / "data") if quick else told.root
+    out = (told.out or (scratch if told.quick else Path("runs/reproduce"))).absolute()
+    root = out / "data" if told.quick else told.root
+    if told.quick and not root.exists():
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("image_files").write_cifar(root, 100)
     for split in ("train", "test"):
         open_source(f"cifar100:{split}", root)  # refuses missing files before anything is written
-    place = Place(root.absolute(), out, pick_device(told.device), quick)
-    pairs = told.pairs or (QUICK_PAIRS if quick else PAIRS)
-    methods = told.methods or (QUICK_METHODS if quick else tuple(PUBLISHED))
-    seeds = told.seeds or (QUICK_SEEDS if quick else 3)
-    return reproduce(pairs, methods, seeds, parse_weights(told.weights), place)
+    place = Place(root.absolute(), out, pick_device(told.device), told.quick)
+    pairs = told.pairs or (QUICK_PAIRS if told.quick else PAIRS)
+    methods = told.methods or (QUICK_METHODS if told.quick else tuple(PUBLISHED))
+    seeds = told.seeds or (QUICK_SEEDS if told.quick else 3)
+    return reproduce(pairs, methods, seeds, dict(told.weights or ()), place)
 
 
 def main() -> None:
@@ -343,7 +290,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             rows = run(told, Path(scratch))
-    except CoursepackError as error:
+    except (CoursepackError, OSError) as error:
         sys.exit(printable(f"error: {error}"))
     print_rows(rows, told.quick)
     if told.json is not None:

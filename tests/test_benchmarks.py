@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from benchmark_rows import check_rows
 
+from coursepack.distill.recipe import load_recipe, resolve_objective
+from coursepack.models import build_network, parse_tap
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 OTHERS = ("render", "method_bits", "structure")
@@ -106,7 +109,7 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "store", "train", "views"]
+    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "reproduce", "store", "train", "views"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -120,6 +123,64 @@ def test_benchmarks_run(name, harness, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert all(identifier.split()[0] in shown for identifier in check_rows(rows))
     assert list(tmp_path.iterdir()) == [rows]
+
+
+def reproduced(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
+    importlib.import_module("reproduce").main()
+
+
+def test_finished_students_are_kept_when_a_method_is_added(harness, tmp_path, monkeypatch):
+    def rows(*methods):
+        out, file = tmp_path / "out", tmp_path / "rows.json"
+        reproduced(monkeypatch, "--quick", "--seeds", 1, "--out", out, "--json", file, "--methods", *methods)
+        trained = {path: path.stat().st_mtime_ns for path in out.rglob("student.safetensors")}
+        return trained, {row["id"]: row for row in json.loads(file.read_text())["rows"]}
+
+    trained, first = rows("kd")
+    more, second = rows("kd", "at")
+    assert trained.items() < more.items()
+    assert first.items() < second.items()
+    assert second.keys() - first.keys() == {"resnet56/resnet20/at"}
+
+
+@pytest.mark.parametrize("words", [(), ("--root", "nowhere")], ids=["no root", "no folder"])
+def test_without_data_one_line_says_where_files_are_expected(harness, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        reproduced(monkeypatch, *words)
+    assert "cifar-100-python with train, test and meta" in refused.value.code
+    assert "\n" not in refused.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_reproduced_methods_name_layers_of_their_networks(harness):
+    reproduce = importlib.import_module("reproduce")
+    names = {spec for pair in reproduce.PAIRS for spec in pair.split("/")}
+    layers = {spec: dict(build_network(spec, 100).module.named_modules()) for spec in names}
+    for method, figures in reproduce.PUBLISHED.items():
+        for pair, figure in zip(reproduce.PAIRS, figures, strict=True):
+            if figure is None:
+                continue
+            teacher, student = pair.split("/")
+            each = reproduce.experiment(pair, method, False)
+            recipe = resolve_objective(method, each.values.get("objective", {}), pair, classes=100)
+            chosen = [one for term in recipe.terms.values() for one in getattr(term, "pairs", ())]
+            assert bool(each.store) == (method != "supervised")
+            assert {tap.tap for tap in chosen} == set(each.taps)
+            for one in chosen:
+                assert set(parse_tap(one.tap).layers) <= layers[teacher].keys()
+                assert set(one.layer.split("+")) <= layers[student].keys()
+
+
+def test_published_figures_are_those_of_the_recipes(harness):
+    reproduce = importlib.import_module("reproduce")
+    for method, figures in reproduce.PUBLISHED.items():
+        each = reproduce.experiment("resnet32x4/resnet8x4", method, False)
+        pair = f"{each.teacher}/{load_recipe(each.file)['student']}"
+        pair = "wrn-40-2/wrn-16-2" if method == "ab" else pair
+        if method != "supervised":
+            assert f"{figures[reproduce.PAIRS.index(pair)]:.2f}" in each.file.read_text(), method
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
