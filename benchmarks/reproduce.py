@@ -15,7 +15,6 @@ import argparse
 import importlib
 import itertools
 import re
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from coursepack.distill.recipe import load_recipe, set_values
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.evaluate import evaluate
-from coursepack.errors import CoursepackError, TrainingDiverged
+from coursepack.errors import CoursepackError, RecipeError, TrainingDiverged
 from coursepack.models import Network, TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
@@ -90,7 +89,7 @@ RESIDUAL = ("stem", "layer1", "layer2", "layer3")
 """Layers that the recipes name, those of residual networks."""
 VGG = ("layer1", "layer2", "layer3", "layer4", "layer5")
 
-QUICK_PAIRS, QUICK_METHODS, QUICK_SEEDS, QUICK_VIEWS = PAIRS[2:3], ("kd", "at"), 2, 2
+QUICK_PAIRS, QUICK_METHODS, QUICK_VIEWS = PAIRS[2:3], ("kd", "at"), 2
 QUICK = ("epochs=2", "batch_size=10", "optimizer.schedule.milestones=[1]", "optimizer.lr=0.001")
 
 
@@ -112,8 +111,8 @@ class Experiment:
     method: str
     file: Path
     values: dict[str, Any]
-    views: int = 0
-    encoding: str = "float16"
+    views: int
+    encoding: str
 
     @property
     def teacher(self) -> str:
@@ -140,11 +139,10 @@ def experiment(pair: str, method: str, quick: bool) -> Experiment:
             term["pairs"] = translated(term["pairs"], VGG if teacher.startswith("vgg") else RESIDUAL)
     changes = [CHANGES[method, student]] if (method, student) in CHANGES else []
     set_values(values, [*changes, *(QUICK if quick else ())])
-    if "stores" not in values:
-        return Experiment(pair, method, file, values)
-    # The number of views and the encoding are options of the command in the recipe's comment.
+    # The number of views and the encoding are options of the command that the recipe's comment has.
     options = dict(re.findall(r"--(views|feature-encoding) (\w+)", file.read_text()))
-    views = QUICK_VIEWS if quick else int(options["views"])
+    views = int(options.get("views", 0))
+    views = min(views, QUICK_VIEWS) if quick else views
     return Experiment(pair, method, file, values, views, options.get("feature-encoding", "float16"))
 
 
@@ -197,29 +195,32 @@ def row(name: str, accuracies: list[float], published: float | None, config: dic
     (low, high), count = interval(np.array(accuracies)), len(accuracies)
     config |= {"published": published, "interval": "95 %" if count > 1 else "one run", "runs": accuracies}
     return {
-        "id": name, "value": statistics.fmean(accuracies), "low": low, "high": high, "unit": "%", "n": count,
+        "id": name, "value": float(np.mean(accuracies)), "low": low, "high": high, "unit": "%", "n": count,
         "config": config, "bar": None, "holds": None,
     }  # fmt: skip
 
 
 def student_row(each: Experiment, seeds: int, place: Place) -> Row | None:
     """Train a method's students, and return their row; None if the training of all diverged."""
-    name, published = f"{each.pair}/{each.method}", PUBLISHED[each.method][PAIRS.index(each.pair)]
+    name, student = f"{each.pair}/{each.method}", each.pair.split("/")[1]
     stores = {"stores": [str(place.out / "stores" / each.store)]} if each.store else {}
+    # A student alone is the same for all teachers.
+    folder = place.out / "students" / (name if each.store else student)
     accuracies, diverged = [], []
     for seed in range(seeds):
-        folder, values = place.out / "students" / name / str(seed), {**each.values, **stores, "seed": seed}
+        values = {**each.values, **stores, "seed": seed}
         try:
-            accuracies.append(train_network(values, each.file, folder, place))
+            accuracies.append(train_network(values, each.file, folder / str(seed), place))
         except TrainingDiverged as error:
             say(f"{name}, seed {seed}: {error}")
             diverged.append(seed)
     config = {
         "source": SOURCES.get(each.method, REPDISTILLER), "recipe": each.file.relative_to(ROOT).as_posix(),
-        "change": CHANGES.get((each.method, each.pair.split("/")[1])), "views": each.views,
+        "change": CHANGES.get((each.method, student)), "views": each.views,
         "epochs": each.values["epochs"], "differs": DIFFERENCES.get(each.method), "diverged": diverged,
         "quick": place.quick,
     }  # fmt: skip
+    published = PUBLISHED[each.method][PAIRS.index(each.pair)]
     return row(name, accuracies, published, config) if accuracies else None
 
 
@@ -228,6 +229,10 @@ def reproduce(
 ) -> list[Row]:
     """Train what is not finished, and return a row for every teacher, and for every method and pair."""
     known = [(pair, name) for pair in pairs for name in methods if PUBLISHED[name][PAIRS.index(pair)]]
+    if not known:
+        raise RecipeError(
+            f"no published figure of {', '.join(methods)} for {', '.join(pairs)}: choose others"
+        )
     chosen = [experiment(*each, place.quick) for each in known]
     rows, teachers = [], {}
     for name in dict.fromkeys(pair.split("/")[0] for pair in pairs):
@@ -263,7 +268,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--root", type=Path, help="folder that holds cifar-100-python")
     option("--pairs", nargs="+", choices=PAIRS, help="teachers and students; default: all")
     option("--methods", nargs="+", choices=PUBLISHED, help="default: all")
-    option("--seeds", type=int, choices=range(1, 101), metavar="N", help="default: 3")
+    option("--seeds", type=int, choices=range(1, 101), metavar="N", default=3, help="default: 3")
     option("--device", default="auto", help="cpu, cuda, cuda:NUMBER or auto; default: auto")
     option("--weights", nargs="+", type=teacher_file, metavar="TEACHER=FILE", help="trained teachers")
     option("--out", type=Path, help="folder of runs and stores; default: runs/reproduce")
@@ -276,13 +281,11 @@ def run(told: argparse.Namespace, scratch: Path) -> list[Row]:
     if told.quick and not root.exists():
         sys.path.append(str(ROOT / "tests"))
         importlib.import_module("image_files").write_cifar(root, 100)
-    for split in ("train", "test"):
-        open_source(f"cifar100:{split}", root)  # refuses missing files before anything is written
+    open_source("cifar100:train", root)  # refuses missing files before anything is written
     place = Place(root.absolute(), out, pick_device(told.device), told.quick)
     pairs = told.pairs or (QUICK_PAIRS if told.quick else PAIRS)
     methods = told.methods or (QUICK_METHODS if told.quick else tuple(PUBLISHED))
-    seeds = told.seeds or (QUICK_SEEDS if told.quick else 3)
-    return reproduce(pairs, methods, seeds, dict(told.weights or ()), place)
+    return reproduce(pairs, methods, told.seeds, dict(told.weights or ()), place)
 
 
 def main() -> None:

@@ -154,6 +154,12 @@ def test_without_data_one_line_says_where_files_are_expected(harness, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_methods_without_a_published_figure_are_refused(harness, tmp_path, monkeypatch):
+    words = ("--quick", "--pairs", "vgg13/vgg8", "--methods", "ab", "dist", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="no published figure of ab, dist for vgg13/vgg8"):
+        reproduced(monkeypatch, *words)
+
+
 def test_reproduced_methods_name_layers_of_their_networks(harness):
     reproduce = importlib.import_module("reproduce")
     names = {spec for pair in reproduce.PAIRS for spec in pair.split("/")}
