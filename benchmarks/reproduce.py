@@ -85,9 +85,8 @@ DIFFERENCES = {
     **dict.fromkeys(("rkd", "pkt", "crd"), WIDE),
 }
 """What differs from the releases besides the number of views."""
-RESIDUAL = ("stem", "layer1", "layer2", "layer3")
-"""Layers that the recipes name, those of residual networks."""
-VGG = ("layer1", "layer2", "layer3", "layer4", "layer5")
+RESIDUAL, VGG = ("stem", "layer1", "layer2", "layer3"), ("layer1", "layer2", "layer3", "layer4", "layer5")
+"""Blocks of the networks; the recipes name those of residual ones."""
 
 QUICK_PAIRS, QUICK_METHODS, QUICK_VIEWS = PAIRS[2:3], ("kd", "at"), 2
 QUICK = ("epochs=2", "batch_size=10", "optimizer.schedule.milestones=[1]", "optimizer.lr=0.001")
@@ -141,8 +140,7 @@ def experiment(pair: str, method: str, quick: bool) -> Experiment:
     set_values(values, [*changes, *(QUICK if quick else ())])
     # The number of views and the encoding are options of the command that the recipe's comment has.
     options = dict(re.findall(r"--(views|feature-encoding) (\w+)", file.read_text()))
-    views = int(options.get("views", 0))
-    views = min(views, QUICK_VIEWS) if quick else views
+    views = min(int(options.get("views", 0)), QUICK_VIEWS if quick else sys.maxsize)
     return Experiment(pair, method, file, values, views, options.get("feature-encoding", "float16"))
 
 
@@ -262,19 +260,6 @@ def teacher_file(word: str) -> tuple[str, str]:
     return name, file
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = arguments("Published accuracies of distilled students on CIFAR-100, beside ours.")
-    option = parser.add_argument
-    option("--root", type=Path, help="folder that holds cifar-100-python")
-    option("--pairs", nargs="+", choices=PAIRS, help="teachers and students; default: all")
-    option("--methods", nargs="+", choices=PUBLISHED, help="default: all")
-    option("--seeds", type=int, choices=range(1, 101), metavar="N", default=3, help="default: 3")
-    option("--device", default="auto", help="cpu, cuda, cuda:NUMBER or auto; default: auto")
-    option("--weights", nargs="+", type=teacher_file, metavar="TEACHER=FILE", help="trained teachers")
-    option("--out", type=Path, help="folder of runs and stores; default: runs/reproduce")
-    return parser.parse_args()
-
-
 def run(told: argparse.Namespace, scratch: Path) -> list[Row]:
     out = (told.out or (scratch if told.quick else Path("runs/reproduce"))).absolute()
     root = out / "data" if told.quick else told.root
@@ -289,7 +274,16 @@ def run(told: argparse.Namespace, scratch: Path) -> list[Row]:
 
 
 def main() -> None:
-    told = parse_arguments()
+    parser = arguments("Published accuracies of distilled students on CIFAR-100, beside ours.")
+    option = parser.add_argument
+    option("--root", type=Path, help="folder that holds cifar-100-python")
+    option("--pairs", nargs="+", choices=PAIRS, metavar="PAIR", help=f"default: {' '.join(PAIRS)}")
+    option("--methods", nargs="+", choices=PUBLISHED, metavar="NAME", help=f"default: {' '.join(PUBLISHED)}")
+    option("--seeds", type=int, choices=range(1, 101), metavar="N", default=3, help="default: 3")
+    option("--device", default="auto", help="cpu, cuda, cuda:NUMBER or auto; default: auto")
+    option("--weights", nargs="+", type=teacher_file, metavar="TEACHER=FILE", help="trained teachers")
+    option("--out", type=Path, help="folder of runs and stores; default: runs/reproduce")
+    told = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as scratch:
             rows = run(told, Path(scratch))
