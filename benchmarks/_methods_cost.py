@@ -3,6 +3,8 @@
 A step from the store and a step with the same targets held in memory, already decoded, differ by what reading
 and decoding cost. Weights are untrained and images random, on which time does not depend. Every epoch is
 trained as epoch `EPOCH`, in which all scheduled terms have a weight, so that all of them are computed.
+
+A method that refuses the pair of teacher and student with its default layers has a row that says so.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.live import OnlineTargets
 from coursepack.distill.targets.stores import CachedTargets
+from coursepack.errors import RecipeError
 from coursepack.kernels.rows import decode
 from coursepack.models import build_network
 from coursepack.models.taps import tap_from_name
@@ -99,9 +102,12 @@ def costs(folder: Path, size: Size) -> list[Row]:
         if cost.arrays and taps not in stores:
             stores[taps] = folder / f"{size.teacher}-{len(stores)}.zarr"
             place.write_store(size.teacher, stores[taps], taps)
-        rows = _method(place, size, student, method, cost, [stores[taps]] if cost.arrays else [])
-        say(f"{student}, {method}: {rows[0]['value']:.3f} times a plain step")
-        found += rows
+        try:
+            found += _method(place, size, student, method, cost, [stores[taps]] if cost.arrays else [])
+        except RecipeError as error:
+            why = str(error).replace(f"{folder}/", "")
+            say(f"{student}, {method}: refused: {why}")
+            found.append(exact(f"cost: {student}, {method}, refused", 1, "refusal", {"why": why}))
     return found
 
 
@@ -123,6 +129,7 @@ def _method(
     rows = measure(
         variants, size.rounds, lambda seconds: _step_rows(title, seconds, config, bar), patience=size.patience
     )
+    say(f"{title}: {rows[0]['value']:.3f} times a plain step")
     if stores:
         live = variants | {"live": _steps(prepared(stores=stores, online=True))}
         del live["memory"]

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,14 @@ def test_the_cost_of_a_method_is_of_the_same_targets_from_the_store_and_in_memor
         (rows,), (kept,) = (each.fetch(batch).features.values() for each in (setup.targets, held))
         assert torch.equal(kept, rows.decode())
     assert cost._kind(setup.targets) == "maps"
+
+
+def test_a_method_that_refuses_a_pair_has_a_row_that_says_so(harness, tmp_path):
+    cost = importlib.import_module("_methods_cost")
+    size = replace(cost.QUICK, methods=("fsp", "tf-kd"), students=("wrn-16-2",))
+    rows = {row["id"]: row for row in cost.costs(tmp_path, size)}
+    assert "flow" in rows["cost: wrn-16-2, fsp, refused"]["config"]["why"]
+    assert "cost: wrn-16-2, tf-kd, step / plain" in rows
 
 
 def test_what_the_store_adds_to_a_step_is_a_share_of_a_plain_step(harness):
