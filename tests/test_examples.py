@@ -62,7 +62,8 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     )
     Path("teachers.yaml").write_text(
         "source: digits\nview: digits\nviews: 1\nteachers:\n"
-        "  - {teacher: 'run:teachers/mlp', store: a.zarr}\n  - {teacher: 'run:teachers/resnet', store: b.zarr}\n"
+        "  - {teacher: 'run:teachers/mlp', store: a.zarr}\n"
+        "  - {teacher: 'run:teachers/resnet', store: b.zarr}\n"
     )
     for seed in (0, 1):
         words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits"]
