@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from coursepack.errors import RecipeError
@@ -23,3 +25,23 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"device is {name!r}, but torch sees no CUDA device: use --device cpu")
     return torch.device(name)
+
+
+def rank_device(name: str) -> torch.device:
+    """Return the device of this rank of torchrun: for `cuda`, one GPU per rank of this machine.
+
+    Raises:
+        RecipeError: as `pick_device`, a single GPU is named for several ranks, or there are fewer GPUs than
+            ranks.
+    """
+    device = pick_device(name)
+    if device.type == "cpu":
+        return device
+    index, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.index is not None or index >= gpus:
+        problem = f"device is {name!r}" if device.index is not None else f"this machine has {gpus} GPUs"
+        raise RecipeError(
+            f"{problem}, but {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks run on it and each needs a GPU "
+            "of its own: give --device cuda and --nproc-per-node equal to the number of GPUs, or --device cpu"
+        )
+    return torch.device("cuda", index)

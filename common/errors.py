@@ -49,6 +49,10 @@ class NonFiniteOutput(CoursepackError, FloatingPointError):
     """A teacher's outputs or weights contain NaN or infinity."""
 
 
+class OutOfMemory(CoursepackError, MemoryError):
+    """A device has too little memory for a batch."""
+
+
 class EncodingRange(CoursepackError, OverflowError):
     """A value cannot be represented in the chosen encoding."""
 

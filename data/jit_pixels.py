@@ -52,7 +52,9 @@ def axis_weights(
     scale = (high - low) / out
     wide = max(scale, 1.0)
     region_low = int(np.floor(low))
-    # A very small box still covers one pixel.
+    # A very small box still covers one pixel, also where both of its edges are rounded to the image's last.
+    if start < GRID and low == high:
+        region_low = min(region_low, side - 1)
     region_high = max(int(np.ceil(high)), region_low + 1)
     if beyond_crop:
         region_low, region_high = 0, side

@@ -1,16 +1,16 @@
-"""Rendering of batches ahead of the training step, in a thread or in worker processes.
+"""Rendering of batches ahead of their use, in a thread or in worker processes.
 
 Image files are decoded and rendered by worker processes, images in memory by a thread if the view changes
-pixels. Pixels are a function of samples and views alone, so they do not depend on which of the two renders
-them.
+pixels or the caller wants it. Pixels are a function of samples and views alone, so they do not depend on
+which of the two renders them.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,7 +19,7 @@ from coursepack.data.batches import Batch
 from coursepack.errors import CoursepackError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from torch import Tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
     from coursepack.data.sources import Source
     from coursepack.data.views import ViewRecipe
+
+T = TypeVar("T")
 
 MOST_WORKERS = 16
 AHEAD = 2
@@ -38,7 +40,7 @@ MOST_ON_DEVICE = 4 << 30
 class Renderer:
     """Renders the batches of a source and view recipe in advance.
 
-    A context manager: leaving it ends the worker processes.
+    A context manager: leaving it ends the worker processes and the threads.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Renderer:
         workers: int | None = None,
         start_method: str | None = None,
         pin: bool = False,
+        background: bool = False,
     ) -> None:
         """Create the renderer. Workers start with the first batch and stay alive for all epochs.
 
@@ -63,6 +66,8 @@ class Renderer:
             start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to the platform's
                 method.
             pin: return pixels in pinned memory, for asynchronous copies to a GPU.
+            background: render images in memory in a thread even if the view does not change pixels, instead
+                of at their first use.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -71,8 +76,12 @@ class Renderer:
         )
         self.sizes = tuple(sizes)
         self._uses_thread = (
-            self.workers == 0 and recipe.pipeline is None and bool(recipe.pixel_ops or recipe.mix)
+            self.workers == 0
+            and recipe.pipeline is None
+            and (background or bool(recipe.pixel_ops or recipe.mix))
         )
+        self._is_in_memory = _is_in_memory(source)
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
         if self.workers:
@@ -88,13 +97,30 @@ class Renderer:
                 generator=torch.Generator(),  # the default would draw from torch's global generator
             )
 
-    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def ahead(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """Yield the batches with their pixels rendered in advance."""
         if self._loader is not None:
             return self._by_workers(batches)
-        return self._by_thread(batches) if self._uses_thread else iter(batches)
+        return self._by_thread(batches) if self._uses_thread else (batch for batch in batches)
 
-    def _by_workers(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Call a function that reads the source, and return its future result.
+
+        It runs in a thread of its own beside worker processes and for images in memory. A source that loads
+        samples in this process is used by one thread at a time: the function runs in the thread that
+        renders, or at once where batches are rendered at their first use.
+        """
+        if self.workers or self._uses_thread:
+            alone = not self.workers and not self._is_in_memory
+            return self._thread("render" if alone else "read").submit(work)
+        done: Future[T] = Future()
+        try:
+            done.set_result(work())
+        except CoursepackError as error:
+            done.set_exception(error)
+        return done
+
+    def _by_workers(self, batches: Iterable[Batch]) -> Generator[Batch]:
         assert self._loader is not None
         pending: deque[Batch] = deque()
         self._requests.start(batches, pending)
@@ -107,19 +133,23 @@ class Renderer:
             if not self._requests.is_current(pending):
                 raise RuntimeError("another epoch of the same renderer has begun: finish one before the next")
 
-    def _by_thread(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1) as pool:
-            pending: deque[Any] = deque()
-            try:
-                for batch in batches:
-                    pending.append(pool.submit(self._fill, batch))
-                    if len(pending) > AHEAD:
-                        yield pending.popleft().result()
-                while pending:
+    def _by_thread(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for batch in batches:
+                pending.append(self._thread("render").submit(self._fill, batch))
+                if len(pending) > AHEAD:
                     yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _thread(self, name: str) -> ThreadPoolExecutor:
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(1, thread_name_prefix=f"coursepack-{name}")
+        return self._pools[name]
 
     def _fill(self, batch: Batch) -> Batch:
         if batch.images is None:  # otherwise the device renders, asynchronously
@@ -127,8 +157,10 @@ class Renderer:
         return batch
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the threads."""
         self._loader = None
+        while self._pools:
+            self._pools.popitem()[1].shutdown(cancel_futures=True)
 
     def __enter__(self) -> Renderer:
         return self

@@ -28,8 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from coursepack.console import say
 from coursepack.data.store.owners import Part
-from coursepack.device import pick_device
-from coursepack.errors import RankLost, RecipeError
+from coursepack.device import pick_device, rank_device
+from coursepack.errors import RankLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -242,18 +242,9 @@ def _prefixed(name: str, store: Any) -> Any:
 
 
 def _own_device(name: str) -> torch.device:
-    device = pick_device(name)
-    if device.type == "cpu":
-        return device
-    index, gpus = _environment("LOCAL_RANK", 0), torch.cuda.device_count()
-    if device.index is not None or index >= gpus:
-        problem = f"device is {name!r}" if device.index is not None else f"this machine has {gpus} GPUs"
-        raise RecipeError(
-            f"{problem}, but {_environment('LOCAL_WORLD_SIZE', 1)} ranks run on it and each needs a GPU of "
-            "its own: give --device cuda and --nproc-per-node equal to the number of GPUs, or --device cpu"
-        )
-    own = torch.device("cuda", index)
-    torch.cuda.set_device(own)
+    own = rank_device(name)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     return own
 
 

@@ -77,7 +77,8 @@ class Preprocessing(Config):
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
             gray = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             return ((gray - self.mean[0]) / self.std[0]).contiguous()
-        return normalize(pixels, *levels)
+        channel, _ = levels
+        return normalize(pixels, channel, _device_table(self.mean, self.std, pixels.device))
 
     def levels(self, given: int) -> tuple[list[int], Tensor] | None:
         """Return the normalization as a table lookup, or None if color pixels have to be converted to gray.
@@ -100,3 +101,9 @@ def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return the normalized value of each pixel level `(channels, 256)`."""
     levels = torch.arange(256, dtype=torch.uint8).float().div_(255)
     return ((levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).contiguous()
+
+
+@functools.lru_cache
+def _device_table(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return `_table` on a device, so that it is copied there once and not for every batch."""
+    return _table(mean, std).to(device)

@@ -10,6 +10,7 @@ import torch
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity_summary, view_mean
 from coursepack.precompute.numerics import views_by_numerics
+from coursepack.precompute.precision import store_precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +56,7 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
         },
         "static": [name for name in manifest.tables if name.startswith("static/")],
         "views": views,
+        "precision": store_precision(manifest),
         "numerics": views_by_numerics(manifest),
     }
 

@@ -66,8 +66,7 @@ class Job:
     def renderer(self) -> Renderer:
         """Return a renderer of the views at the teacher's input size."""
         size = self.runner.network.preprocessing.size
-        pin = self.runner.device.type == "cuda"
-        return Renderer(self.source, self.recipe, [size], workers=self.workers, pin=pin)
+        return Renderer(self.source, self.recipe, [size], workers=self.workers, background=True)
 
     def plan(self) -> StorePlan:
         """Return the plan of the store: its identity, arrays, tables and labels.
@@ -96,7 +95,7 @@ class Job:
                     "fingerprint": view_fingerprint(self.recipe, self.source),
                 },
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
-                "precision": "float32",
+                "precision": self.runner.precision,
             },
             origin={
                 "weights_file": network.weights_file,

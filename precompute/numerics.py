@@ -58,6 +58,7 @@ def _device_properties(device: torch.device) -> dict[str, Any]:
             "device_name": torch.cuda.get_device_name(device),
             "compute_capability": f"{major}.{minor}",
             "cudnn": cudnn.version(),
+            "padded_batches": True,
         }
     from llvmlite.binding import get_host_cpu_name
 

@@ -39,6 +39,10 @@ class PrecomputeSpec:
     taps: tuple[str, ...] = ()
     trust_code: bool = False
     device: str = "auto"
+    precision: str = "float32"
+    """Precision of the forward pass: `float32`, `tf32`, `float16` or `bfloat16`."""
+    channels_last: bool = False
+    compile: bool = False
     encoding: str = "float16"
     feature_encoding: str = "float16"
     batch_size: int = 256
@@ -73,7 +77,15 @@ class PrecomputeSpec:
             store=Path(self.store),
             source=source,
             recipe=ViewRecipe.model_validate(self.view),
-            runner=TeacherRunner(network, taps, pick_device(self.device), columns),
+            runner=TeacherRunner(
+                network,
+                taps,
+                pick_device(self.device),
+                columns,
+                precision=self.precision,
+                channels_last=self.channels_last,
+                compiled=self.compile,
+            ),
             views=self.views,
             encoding=self.encoding,
             feature_encoding=self.feature_encoding,

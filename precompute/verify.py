@@ -20,6 +20,7 @@ from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
 from coursepack.models.load import reload_teacher
+from coursepack.models.precision import has_precision
 from coursepack.models.taps import tap_from_name
 from coursepack.precompute.job import Job
 from coursepack.precompute.numerics import NumericsGuard
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from coursepack.data.store import Manifest, StorePlan
     from coursepack.data.store.check import Problem
 
-SLACK = 1e-4
-"""Tolerance for differences by batch size and threads, relative to a teacher's largest output."""
+SLACK = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 1e-1}
+"""Tolerance for differences by batch size, threads and device, relative to a teacher's largest output, by
+precision of the store."""
 BATCH_SIZE = 256
 """Images per forward pass for a store that records no batch size."""
 
@@ -57,6 +59,7 @@ def job_of_store(
     root: Path | None,
     device: torch.device,
     trust_code: bool = False,
+    float32_instead: bool = False,
 ) -> Job:
     """Recreate the job that wrote a store from the store's manifest.
 
@@ -67,11 +70,13 @@ def job_of_store(
         root: folder of the source's files. Defaults to the recorded one.
         device: device that the teacher runs on.
         trust_code: import and run Python code that the manifest names.
+        float32_instead: run the teacher in float32 if the device does not have the store's precision.
 
     Raises:
         UntrustedCode: the manifest names Python code, and `trust_code` is false.
         StoreMismatch: the source differs from the one that the store was written from.
-        TeacherMismatch, RecipeError: the teacher's weights are missing or differ from the store's.
+        TeacherMismatch, RecipeError: the teacher's weights are missing or differ from the store's, or the
+            device does not have its precision.
     """
     identity = manifest.identity
     holder = f"store {str(path)!r}"
@@ -80,15 +85,27 @@ def job_of_store(
     weights = weights or manifest.origin.get("weights_file")
     network = reload_teacher(teacher, manifest.class_names, weights, holder=holder, trust_code=trust_code)
     taps = [tap_from_name(name.removeprefix("features/")) for name in manifest.arrays if name != LOGITS]
-    runner = TeacherRunner(network, taps, device, teacher.get("columns"))
     environments = manifest.environments
+    settings = environments[0] if environments else {}
+    precision = identity.get("precision", "float32")
+    if float32_instead and not has_precision(precision, device):
+        precision = "float32"
+    runner = TeacherRunner(
+        network,
+        taps,
+        device,
+        teacher.get("columns"),
+        precision=precision,
+        channels_last=settings.get("memory_layout") == "channels_last",
+        compiled=settings.get("compile") is True,
+    )
     return Job(
         store=path,
         source=source,
         recipe=stored_view(identity["view"]["recipe"], holder, trust_code=trust_code),
         runner=runner,
         views=manifest.views,
-        batch_size=environments[0]["batch_size"] if environments else BATCH_SIZE,
+        batch_size=settings.get("batch_size", BATCH_SIZE),
     )
 
 
@@ -192,6 +209,7 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
         on_rows: called after each batch with its number of rows, to show progress.
     """
     reader = StoreReader(job.store)
+    slack = SLACK[reader.manifest.identity.get("precision", "float32")]
     numbers = np.arange(rows)
     words = random_words(0, numbers, 0, 0)
     samples = below(words[:, 0], reader.manifest.samples)
@@ -210,7 +228,7 @@ def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = 
                 if view not in reader.manifest.committed.get(name, ()):
                     continue
                 stored = reader.components(name, int(view), part)
-                agrees = array.encoding.agrees(outputs[name].cpu().numpy(), stored, SLACK)
+                agrees = array.encoding.agrees(outputs[name].cpu().numpy(), stored, slack)
                 wrong += [f"{name}: sample {sample}, view {view}" for sample in part[~agrees]]
             if on_rows is not None:
                 on_rows(len(part))

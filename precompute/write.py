@@ -1,30 +1,31 @@
-"""Writing of a store's blocks: render views, run the teacher, encode and write its outputs."""
+"""Writing of blocks: encode the teachers' outputs and write them, while the next are computed."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coursepack.data import batches
-from coursepack.data.drift import content_digest, probe_digests, probe_samples
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.views import draw
 from coursepack.kernels import teacher_stats
-from coursepack.models.teacher import check_finite
+from coursepack.precompute.pipeline import Task, teacher_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     import numpy as np
     from torch import Tensor
 
     from coursepack.console import Meter
-    from coursepack.data import Batch
     from coursepack.data.loading import Renderer
     from coursepack.data.store import Block, StoreWriter
     from coursepack.data.store.block import BlockFiles
     from coursepack.precompute.job import Job
+    from coursepack.precompute.pipeline import Group, Outputs
+
+Written = list[tuple["BlockFiles", dict[str, float]]]
+"""Unfinished files of each block of a group, and sums over the block's rows."""
 
 
 def write_blocks(
@@ -34,66 +35,93 @@ def write_blocks(
     blocks: Sequence[Block],
     meter: Meter | None = None,
     sound: Mapping[str, tuple[int, int]] | None = None,
-) -> list[tuple[BlockFiles, dict[str, float]]]:
+) -> Written:
     """Run the teacher on blocks of the same samples under one or more views, decoding each image once.
-
-    Every forward pass has images of one block only, so its outputs have the same bits as with one view.
 
     Returns:
         The unfinished files of each block, and sums over its rows.
     """
-    files = [writer.write(block, _record(job, block), sound) for block in blocks]
-    sums = [_Sums() for _ in blocks]
-    for place, batch, arrays in _answers(job, renderer, blocks):
-        files[place].add(arrays)
-        sums[place].add(arrays[LOGITS], batch.main_labels)
-        if meter is not None:
-            meter.advance(len(batch), f"view {blocks[place].view + 1} of {writer.manifest.views}")
-    return [(file, sum_.total) for file, sum_ in zip(files, sums, strict=True)]
+    groups = iter([[Task(0, block) for block in blocks]])
+    [(_, written)] = write_groups([job], [writer], renderer, groups, meter, sound)
+    return written
 
 
-def _record(job: Job, block: Block) -> dict[str, Any]:
-    """Return the record of a block's done-object, used to detect drift of views and damage of the source."""
-    params = draw(job.recipe, job.source, block.samples, block.view)
-    probed = probe_samples(len(job.source.labels), block.view)
-    probed = probed[(probed >= block.start) & (probed < block.stop)]
-    size = job.runner.network.preprocessing.size
-    record = {
-        "draws": params.digest(),
-        "probes": probe_digests(job.recipe, job.source, probed, params[probed - block.start], size),
-        "environment": job.environment(),
-    }
-    if block.view == 0:
-        record["content"] = content_digest(job.source, block.samples)
-    return record
+def write_groups(
+    jobs: Sequence[Job],
+    writers: Sequence[StoreWriter],
+    renderer: Renderer,
+    groups: Iterator[list[Task]],
+    meter: Meter | None = None,
+    sound: Mapping[str, tuple[int, int]] | None = None,
+) -> Generator[tuple[list[Task], Written]]:
+    """Run teachers on groups of blocks, and yield each group with its files, as `write_blocks` does.
+
+    The next blocks are computed while the files of a group are written and finished.
+
+    Args:
+        jobs: jobs of one source, view recipe and batch size.
+        writers: writer of each job's store.
+        renderer: renderer of the views at the sizes of all teachers.
+        groups: tasks of the same samples; advanced in another thread.
+        meter: progress meter.
+        sound: size and crc32c of existing files; those that would not change are not rewritten.
+    """
+    with closing(teacher_outputs(jobs, renderer, groups)) as computed:
+        current: _GroupFiles | None = None
+        for outputs in computed:
+            if current is None:
+                current = _GroupFiles(writers, outputs.group, sound)
+            current.add(outputs)
+            if meter is not None:
+                task = outputs.group.tasks[outputs.index]
+                views = writers[task.job].manifest.views
+                meter.advance(len(outputs.batch), f"view {task.block.view + 1} of {views}")
+            if current.is_complete:
+                yield outputs.group.tasks, current.written()
+                current = None
 
 
-def _answers(
-    job: Job, renderer: Renderer, blocks: Sequence[Block]
-) -> Iterator[tuple[int, Batch, dict[str, np.ndarray]]]:
-    """Yield the position of the block, the batch and the rows of the teacher's outputs for each batch."""
-    size = job.runner.network.preprocessing.size
-    several = batches(
-        job.source,
-        job.recipe,
-        blocks[0].samples,
-        views=[block.view for block in blocks],
-        batch_size=job.batch_size * len(blocks),
-    )
-    for loaded in renderer.ahead(several):
-        for place, batch in enumerate(loaded.split(len(blocks))):
-            output = job.runner.run(batch.pixels(size))
-            check_finite(output, batch.samples.tolist(), job.runner.network.spec)
-            yield place, batch, {name: value.cpu().numpy() for name, value in output.arrays().items()}
+class _GroupFiles:
+    """Files of the blocks of one group."""
+
+    def __init__(
+        self, writers: Sequence[StoreWriter], group: Group, sound: Mapping[str, tuple[int, int]] | None
+    ) -> None:
+        self._group, self._rows_left = group, group.rows
+        # The records are computed meanwhile and filled in before a block is finished.
+        self._records: list[dict[str, Any]] = [{} for _ in group.tasks]
+        self._files = [
+            writers[task.job].write(task.block, record, sound)
+            for task, record in zip(group.tasks, self._records, strict=True)
+        ]
+        self._sums = [Sums() for _ in group.tasks]
+
+    def add(self, outputs: Outputs) -> None:
+        """Add the next rows of one block."""
+        self._files[outputs.index].add(outputs.arrays)
+        self._sums[outputs.index].add(outputs.arrays[LOGITS], outputs.batch.main_labels)
+        self._rows_left -= len(outputs.batch)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all rows of all blocks were added."""
+        return self._rows_left == 0
+
+    def written(self) -> Written:
+        """Return the files and sums of each block, after completing its record."""
+        for record, found in zip(self._records, self._group.records.result(), strict=True):
+            record.update(found)
+        return [(files, sums.total) for files, sums in zip(self._files, self._sums, strict=True)]
 
 
-class _Sums:
+class Sums:
     """Sums of the teacher's statistics over the rows of a block."""
 
     def __init__(self) -> None:
         self.total = {"rows": 0.0, "correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}
 
     def add(self, logits: np.ndarray, labels: Tensor) -> None:
+        """Add the statistics of some rows of logits `(N, C)` with labels `(N,)`."""
         stats = teacher_stats([torch.from_numpy(logits)], labels)
         self.total["rows"] += len(labels)
         for name in ("correct", "cross_entropy", "entropy"):

@@ -353,7 +353,7 @@ def test_cuda_without_cuda(workplace, monkeypatch):
     [
         (f"{KD} --store no.zarr", 1, "Error: there is no store at 'no.zarr'. "
          "Make one with `precompute run ... --store no.zarr`.\n"),
-        ("precompute run --teacher run:mlp", 2, "Usage: precompute run [OPTIONS]\n"
+        ("precompute run --teacher run:mlp", 2, "Usage: precompute run [OPTIONS] [TEACHERS.yaml]\n"
          "Try 'precompute run --help' for help.\n\nError: Missing option '--source'.\n"),
     ],
 )  # fmt: skip

@@ -385,3 +385,29 @@ def test_files_get_workers_and_images_in_memory_none(sources):
     recipe = PRESETS["cifar"]
     found = {name: Renderer(source, recipe, [SIZE]).workers for name, source in sources.items()}
     assert found == {"digits": 0, "fake": 0, "folder": cores}
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "settings", "thread"),
+    [
+        ("digits", "digits", {"background": True}, "coursepack-read"),
+        ("folder", "cifar-strong", {"workers": 0}, "coursepack-render"),
+        ("folder", "cifar", {"workers": 0}, "MainThread"),
+        ("folder", "cifar", {"workers": 1, "start_method": "fork"}, "coursepack-read"),
+    ],
+)
+def test_one_thread_at_a_time_uses_a_source_that_loads_samples(sources, name, preset, settings, thread):
+    def work():
+        return threading.current_thread().name
+
+    with Renderer(sources[name], PRESETS[preset], [SIZE], **settings) as renderer:
+        assert renderer.submit(work).result().startswith(thread)
+        with pytest.raises(SourceError, match="gone"):
+            renderer.submit(lambda: (_ for _ in ()).throw(SourceError("gone"))).result()
+
+
+def test_images_in_memory_are_rendered_ahead_where_that_is_asked_for(sources, alone):
+    with Renderer(sources["digits"], PRESETS["digits"], [SIZE], background=True) as renderer:
+        found = renderer.ahead(batches(sources["digits"], PRESETS["digits"], ORDER, views=[3], batch_size=4))
+        expected = [(sample, 3) for sample in ORDER.tolist()]
+        assert_rows(found, expected, lambda *key: alone("digits", "digits", *key), ahead=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 from helpers import random_source
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference.views import blended, pixel_edge, resized, rounding_bound
 from view_cases import RECIPES, Ragged, noisy, one_image, recipe_of, smooth
@@ -106,6 +106,8 @@ def test_a_constant_image_stays_constant(box, size, shape, level, channels):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(-GRID, GRID), st.integers(1, 2 * GRID), st.integers(1, 900), st.integers(1, 40))
+@example(GRID - 1, 1, 1, 1)
+@example(GRID - 1, 1, 900, 3)
 def test_weights_sum_to_one_and_flip_exactly(start, length, side, size):
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
     plain = axis_weights(start, length, side, size, False, False, first, count)

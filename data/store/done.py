@@ -32,12 +32,18 @@ class _Fidelity(Config):
     histogram: dict[Annotated[str, Field(pattern=r"^-?[0-9]{1,9}$")], Count]
 
 
+class _Precision(Config):
+    rows: Annotated[float, Field(ge=1)]
+    kl: float
+
+
 class _Record(Config):
     draws: str
     environment: dict[str, Any]
     sums: dict[str, float]
     fidelity: dict[Literal["T=1", "T=4"], _Fidelity]
     content: str | None = None
+    precision: _Precision | None = None
     probes: dict[Sample, str] = Field(default={})
 
     @model_validator(mode="after")

@@ -53,6 +53,8 @@ def check_identity(identity: dict[str, Any], origin: dict[str, Any]) -> None:
     """
     if not isinstance(origin.get("weights_file"), str | None):
         raise ValueError(f"origin.weights_file is {origin['weights_file']!r:.80}, expected a file's name")
+    if not isinstance(identity.get("precision", ""), str):
+        raise ValueError(f"precision is {identity['precision']!r:.80}, expected its name")
     for name, part in PARTS.items():
         if name not in identity:
             continue

@@ -138,6 +138,7 @@ def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:
         if record["environment"] not in environments:
             environments.append(record["environment"])
     content = [record["content"] for record in records if "content" in record]
+    precision = [record["precision"] for record in records if "precision" in record]
     return {
         "sums": sums,
         "fidelity": measured,
@@ -147,6 +148,7 @@ def reduce_records(records: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "environments": environments,
         **({"content": content} if content else {}),
+        **({"precision": precision[0]} if precision else {}),
     }
 
 

@@ -182,6 +182,8 @@ def _check_record(manifest: Manifest, view: str, record: Mapping[str, Any]) -> N
     # Older stores have no checksums of content.
     if len(listed(record.get("content", []), str)) not in (0, blocks):
         raise ValueError(f"view {view} has {len(record['content'])} checksums of content, not {blocks}")
+    precision = mapping(record.get("precision", {"rows": 1, "kl": 0.0}))
+    _check_numbers(view, {name: precision[name] for name in ("rows", "kl")})
     for sample, digest in mapping(record.get("probes", {})).items():
         if not (sample.isdecimal() and int(sample) < manifest.samples and isinstance(digest, str)):
             raise ValueError(f"{sample!r:.40} is no sample with a checksum")

@@ -19,7 +19,8 @@ def normalize(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
     Args:
         pixels: `(N, H, W, C)` uint8.
         channel: for each channel of the images, the channel of the pixels it is read from.
-        table: `(channels, 256)` float32 on the CPU, the normalized value of each pixel level.
+        table: `(channels, 256)` float32 on the CPU or on the pixels' device, the normalized value of each
+            pixel level.
 
     Returns:
         Images `(N, channels, H, W)` float32, the same on every device.
@@ -31,6 +32,7 @@ def normalize(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
         out = torch.empty(count, len(channel), height, width)
         look_up(pixels.contiguous().numpy(), np.asarray(channel), table.numpy(), out.numpy())
         return out
-    levels = pixels[..., list(channel)].permute(0, 3, 1, 2).int()
     values = table.to(pixels.device)
-    return torch.stack([values[c][levels[:, c]] for c in range(len(channel))], dim=1)
+    # Slices of pixels, because an index tensor would be copied to the device and waited for.
+    planes = [values[c][pixels[..., k].int()] for c, k in enumerate(channel)]
+    return torch.stack(planes, dim=1)

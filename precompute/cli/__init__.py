@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,19 @@ from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, p
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
+from coursepack.device import rank_device
+from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
+from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
+from coursepack.precompute.several import run_jobs
 from coursepack.precompute.spec import PrecomputeSpec
+from coursepack.precompute.teachers import teacher_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 from coursepack.precompute.plan import Costs, Probe
 
@@ -30,16 +36,29 @@ def main() -> None:
     """Run frozen teachers once over augmented views and write their outputs to Zarr stores."""
 
 
-def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str) -> Part:
+def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Part | None:
+    if value is None:
+        return None
     index, _, count = value.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise click.BadParameter(f"{value!r} is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2")
     return Part(int(index), int(count))
 
 
+class _UnlessFile(click.Option):
+    """Required option that is not needed if a file of teachers is given."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, required=True, **settings)
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        self.required = not isinstance(ctx.params.get("file"), Path)
+        return super().process_value(ctx, value)
+
+
 # fmt: off
 JOB_OPTIONS = (
-    click.option("--teacher", required=True, help="run:FOLDER, or a network's name with --weights."),
+    click.option("--teacher", cls=_UnlessFile, help="run:FOLDER, or a network's name with --weights."),
     click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's."),
     click.option("--size", type=click.IntRange(1),
                  help="Side in pixels of the rendered views.  [default: the teacher's own]"),
@@ -49,13 +68,13 @@ JOB_OPTIONS = (
                  help="Standard deviation per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
                  help="YAML class map: the teacher's class index for each class of the source."),
-    click.option("--source", "source_spec", required=True, help="Source of samples: NAME or NAME:SPLIT."),
+    click.option("--source", "source_spec", cls=_UnlessFile, help="Source of samples: NAME or NAME:SPLIT."),
     click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
-    click.option("--view", required=True, help="View recipe: name of a preset, or a YAML file."),
+    click.option("--view", cls=_UnlessFile, help="View recipe: name of a preset, or a YAML file."),
     click.option("--view-seed", type=click.IntRange(0),
                  help="Seed of the view recipe.  [default: the recipe's own]"),
-    click.option("--views", type=click.IntRange(1), required=True, help="Number of views of each sample."),
-    click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store."),
+    click.option("--views", type=click.IntRange(1), cls=_UnlessFile, help="Number of views of each sample."),
+    click.option("--store", type=click.Path(path_type=Path), cls=_UnlessFile, help="Folder of the store."),
     click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
@@ -66,16 +85,24 @@ JOB_OPTIONS = (
                  help="Images per forward pass."),
     click.option("--block-rows", type=click.IntRange(1),
                  help="Rows per block, the unit of resuming.  [default: auto]"),
-    click.option("--part", callback=_parse_part, metavar="I/COUNT", default="0/1", show_default=True,
-                 help="Share of the blocks that this process writes."),
+    click.option("--part", callback=_parse_part, metavar="I/COUNT",
+                 help="Share of the blocks that this process writes.  [default: all; torchrun's rank]"),
     click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
                  help="Views rendered per decoded image; does not change the store's bytes."),
     click.option("--workers", type=click.IntRange(0),
                  help="Worker processes that render views.  [default: one per core for image files]"),
     TRUST_CODE,
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto."),
+    click.option("--precision", type=click.Choice(list(PRECISIONS)), default="float32", show_default=True,
+                 help="Precision of the teacher's forward pass."),
+    click.option("--channels-last", is_flag=True, help="Run the teacher in channels-last memory format."),
+    click.option("--compile", is_flag=True, help="Run the teacher through torch.compile."),
 )
 # fmt: on
+
+
+BESIDE_FILE = {"part", "device", "workers", "trust_code"}
+"""Options of a job that may be given beside a file of teachers."""
 
 
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,10 +118,14 @@ Examples:
   precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
   precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr \\
       --tap conv2:attention
+  precompute run teachers.yaml
 """
 
 
 @main.command(epilog=EXAMPLES_RUN)
+@click.argument(
+    "file", required=False, is_eager=True, type=click.Path(path_type=Path), metavar="[TEACHERS.yaml]"
+)
 @job_options
 @click.option("--ignore-space", is_flag=True, help="Start even if the store will not fit on the disk.")
 @click.option(
@@ -102,18 +133,27 @@ Examples:
     is_flag=True,
     help="Fail instead of warning if rows come from another kind of machine or batch size.",
 )
-def run(ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
-    """Run one teacher over all views and write its store.
+def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
+    """Run one teacher over all views and write its store, or all teachers of a file.
 
     An interrupted run continues when the same command is run again. More --views, or another --tap, for a
-    finished store adds only the missing views and arrays.
+    finished store adds only the missing views and arrays. Under torchrun, every rank writes a part of the
+    stores, with --device cuda on a GPU of its own.
     """
-    job = _job(**flags)
+    jobs = [_job(**flags)] if file is None else _jobs_of_file(file, flags)
     if not ignore_space:
-        check_space(job)
-    with _stoppable(job.store):
-        manifest = run_job(job, same_numerics=same_numerics)
-    print_status(job.store, manifest)
+        for job in jobs:
+            check_space(job)
+    quiet = _rank() > 0
+    with _stoppable([job.store for job in jobs]):
+        if file is None:
+            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet)]
+        else:
+            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet)
+    for job, manifest in zip(jobs, manifests, strict=True):
+        # Of several ranks, the last to finish prints.
+        if _ranks() == 1 or len(manifest.committed_views()) == manifest.views:
+            print_status(job.store, manifest)
 
 
 EXAMPLES_PLAN = """\b
@@ -152,9 +192,10 @@ def _job(
     trust_code: bool,
     device: str,
     store: Path,
-    part: Part,
+    part: Part | None,
     **numbers: Any,
 ) -> Job:
+    part, device = _own_share(part, device)
     columns = None
     if class_map is not None:
         columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
@@ -175,23 +216,73 @@ def _job(
         part=(part.index, part.count),
         **numbers,
     ).job()
+    _say_other_encoding(job)
+    return job
+
+
+def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
+    """Return the jobs of a file of teachers, with the options that may be given beside it."""
+    ctx = click.get_current_context()
+    given = [
+        param.opts[0]
+        for param in ctx.command.params
+        if param.name in flags.keys() - BESIDE_FILE
+        and param.name is not None
+        and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{given[0]} belongs in {str(file)!r}: leave it out here.", ctx)
+    part, device = _own_share(flags["part"], flags["device"])
+    common = {name: flags[name] for name in ("workers", "trust_code")}
+    specs = teacher_specs(file, part=(part.index, part.count), device=device, **common)
+    jobs = [spec.job() for spec in specs]
+    for job in jobs:
+        _say_other_encoding(job)
+    return jobs
+
+
+def _own_share(part: Part | None, device: str) -> tuple[Part, str]:
+    """Return the part and the device of this process; under torchrun, those of its rank.
+
+    Raises:
+        RecipeError: a part is given as well, or the ranks cannot have devices of their own.
+    """
+    if _ranks() == 1:
+        return part or Part(), device
+    if part is not None:
+        raise RecipeError(
+            f"--part {part.index}/{part.count} is given, but torchrun started {_ranks()} ranks, each of "
+            "which writes a part of its own: leave --part out"
+        )
+    return Part(_rank(), _ranks()), str(rank_device(device))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say_other_encoding(job: Job) -> None:
     stored = job.plan().arrays[LOGITS][0].name
-    if stored != job.encoding:
+    if stored != job.encoding and _rank() == 0:
         say(
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )
-    return job
 
 
 @contextmanager
-def _stoppable(store: Path) -> Iterator[None]:
+def _stoppable(stores: Sequence[Path]) -> Iterator[None]:
     """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        say(f"stopped. Finished blocks are kept; run the same command again to finish {str(store)!r}.")
+        names = ", ".join(repr(str(store)) for store in stores)
+        say(f"stopped. Finished blocks are kept; run the same command again to finish {names}.")
         raise click.exceptions.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -19,6 +19,7 @@ from coursepack.device import pick_device
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
+from coursepack.precompute.precision import describe_precision, store_precision
 from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
 
 if TYPE_CHECKING:
@@ -85,7 +86,15 @@ def verify_command(
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
         chosen = pick_device(device)
-        job = job_of_store(store, manifest, weights=weights, root=root, device=chosen, trust_code=trust_code)
+        job = job_of_store(
+            store,
+            manifest,
+            weights=weights,
+            root=root,
+            device=chosen,
+            trust_code=trust_code,
+            float32_instead=not report.problems,
+        )
     if report.problems and mend:
         others = repair(job, report.problems)
         for problem in report.problems:
@@ -177,6 +186,7 @@ def print_status(store: Path, manifest: Manifest) -> None:
     if content["accuracy_per_view"]:
         correct = content["accuracy_per_view"].values()
         rows.append(["teacher's accuracy", f"{min(correct):.2%} to {max(correct):.2%} over views"])
+    rows.append(["precision", describe_precision(content["precision"])])
     rows += _numerics_rows(content["numerics"])
     if len(content["committed_views"]) < content["views"]:
         rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
@@ -211,6 +221,7 @@ def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
             view: view_mean(record, "correct", f"view {view} of store {str(store)!r}")
             for view, record in records
         },
+        "precision": store_precision(manifest),
         "numerics": views_by_numerics(manifest),
         "writers": live_runs(store),
     }
@@ -234,6 +245,7 @@ def _print_store(description: dict[str, Any]) -> None:
         fidelity = (values["fidelity"][name] for name in temperatures)
         rows.append([*row, *[f"{entry['mean']:.2g}, {entry['p99']:.2g}" for entry in fidelity]])
     print_table("", header, rows)
+    click.echo(printable(f"precision: {describe_precision(description['precision'])}"))
     for name, text in _numerics_rows(description["numerics"]):
         click.echo(f"{name}: {text}")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
 
-from coursepack.precompute.write import write_blocks
+from coursepack.precompute.pipeline import Task
+from coursepack.precompute.write import write_groups
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -13,16 +16,38 @@ if TYPE_CHECKING:
     from coursepack.data.store import Block, StoreWriter
     from coursepack.precompute.job import Job
 
+T = TypeVar("T")
+
 
 class LocalExecutor:
-    """Executor that renders views, runs the teacher and writes blocks in this process."""
+    """Executor that renders views, runs the teacher and writes blocks in this process, at the same time."""
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
     ) -> Generator[list[Block]]:
-        """Compute groups in the given order."""
+        """Compute groups in the given order.
+
+        The next groups are determined in another thread while a group is written, but not while the caller
+        has control to commit.
+        """
+        turn = threading.Lock()
+        tasks = ([Task(0, block) for block in blocks] for blocks in groups)
         with job.renderer() as renderer:
-            for blocks in groups:
-                for files, sums in write_blocks(job, writer, renderer, blocks, meter):
-                    files.finish(sums)
-                yield blocks
+            pending = in_turn(tasks, turn)
+            with closing(write_groups([job], [writer], renderer, pending, meter)) as finished:
+                for group, written in finished:
+                    for files, sums in written:
+                        files.finish(sums)
+                    with turn:
+                        yield [task.block for task in group]
+
+
+def in_turn(items: Iterator[T], turn: threading.Lock) -> Iterator[T]:
+    """Yield the items of an iterator; each is determined while the lock is held."""
+    while True:
+        with turn:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

@@ -1,0 +1,298 @@
+"""Stage one compared with the teacher alone, with a slow location, with a simulated device, and its memory.
+
+    python benchmarks/precompute.py [--json FILE] [--quick]
+
+A throughput is that of writing a store from rendered pixels, from the first batch to the last commit, over
+that of forward passes alone, which alternate with it in this process. The simulated device is a teacher that
+sleeps 10 ms for a batch without holding the interpreter; its parts are timed alone and together. Memory is
+peak anonymous memory (RssAnon) above that of a process that has written a small store.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+from _harness import PATIENCE, arguments, exact, measure, ratios, report, row
+from _pipeline import SLEEP, Parts, simulated_job
+from PIL import Image
+from torch import nn
+
+from coursepack.data import Batch, open_source, view_recipe
+from coursepack.data.loading import Renderer
+from coursepack.data.store.locations.local import LocalLocation
+from coursepack.models import TeacherRunner, build_network, parse_tap
+from coursepack.precompute import Job, run_job
+from coursepack.precompute.executors import LocalExecutor
+from coursepack.precompute.several import run_jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from _harness import Row, Seconds
+    from torch import Tensor
+
+    from coursepack.console import Meter
+    from coursepack.data.store import Block, StoreWriter
+
+PROCESS = Path(__file__).parent / "_pipeline.py"
+CLASSES, BATCH = 100, 256
+PUT_SECONDS = 0.05
+JPEG_SIDE, SMALL, TEACHERS = 256, "resnet8", 4
+TAPS = {"resnet56": ("layer2", "layer3"), "wrn-40-2": ("layer2", "layer3")}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the measurement."""
+
+    rows: dict[str, int]
+    """Number of images per round by network."""
+    rounds: int
+    simulated: tuple[int, int]
+    """Samples and rounds of the simulated device."""
+    files: int
+    """Number of JPEG files."""
+    memory: int
+    """Samples of the smallest store whose memory is measured."""
+    patience: float = PATIENCE
+
+
+FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 1_024, 32_768)
+QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, patience=0)
+
+
+class Rendered(Renderer):
+    """Renderer whose pixels exist already."""
+
+    def __init__(self, job: Job, pixels: Tensor) -> None:
+        size = job.runner.network.preprocessing.size
+        super().__init__(job.source, job.recipe, [size], workers=0, background=True)
+        self._pixels = pixels
+
+    def ahead(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """Yield the batches with their rows of the pixels."""
+        for batch in batches:
+            batch.rendered[self.sizes[0]] = self._pixels[torch.from_numpy(batch.samples)]
+            yield batch
+
+
+@dataclass(frozen=True)
+class RenderedJob(Job):
+    """Job of one view whose pixels exist already."""
+
+    pixels: Tensor | None = None
+
+    def renderer(self) -> Renderer:
+        assert self.pixels is not None
+        return Rendered(self, self.pixels)
+
+
+class Timed(LocalExecutor):
+    """Executor that records when it is started."""
+
+    started = 0.0
+
+    def run(
+        self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
+    ) -> Generator[list[Block]]:
+        self.started = time.perf_counter()
+        yield from super().run(job, writer, groups, meter)
+
+
+def written(job: Job, put_seconds: float = 0.0) -> float:
+    """Write a store and return the seconds from the first batch to the last commit."""
+    put = LocalLocation.put
+
+    def slow(self: LocalLocation, key: str, *pieces: Any) -> None:
+        time.sleep(put_seconds)
+        put(self, key, *pieces)
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        executor = Timed()
+        if put_seconds:
+            stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
+        run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
+        return time.perf_counter() - executor.started
+
+
+@torch.no_grad()
+def network_jobs(name: str, rows: int) -> dict[str, Job]:
+    """Return jobs of a network with fresh weights by what they write."""
+    source = open_source(f"fake,classes={CLASSES},samples={rows}")
+    recipe = view_recipe("cifar")
+    network = build_network(name, CLASSES, seed=0)
+    samples = np.arange(rows)
+    pixels = Batch(source, recipe, samples, np.zeros_like(samples)).pixels(network.preprocessing.size)
+    for module in network.module.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    network.module.train()(network.preprocessing(pixels[:64]))  # statistics that keep outputs bounded
+    fields = {"batch_size": BATCH, "block_rows": min(rows, 512), "pixels": pixels}
+    plain = RenderedJob(Path(), source, recipe, TeacherRunner(network), 1, **fields)
+    tapped = TeacherRunner(network, [parse_tap(tap) for tap in TAPS[name]])
+    return {
+        "float16": plain,
+        "int8": replace(plain, encoding="int8"),
+        "topk:10": replace(plain, encoding="topk:10"),
+        "float16, two taps": replace(plain, runner=tapped),
+    }
+
+
+def throughput(name: str, rows: int, size: Size) -> list[Row]:
+    """Measure writing over forward passes alone, by encoding and with a slow location."""
+    jobs = network_jobs(name, rows)
+    plain = jobs["float16"]
+    assert isinstance(plain, RenderedJob)
+    assert plain.pixels is not None
+    pixels = plain.pixels
+
+    def bare(runner: TeacherRunner) -> None:
+        for start in range(0, rows, BATCH):
+            runner.run(pixels[start : start + BATCH])
+
+    variants: dict[str, Callable[[], Any]] = {what: partial(written, job) for what, job in jobs.items()}
+    slow = f"float16, {1000 * PUT_SECONDS:.0f} ms a put"
+    variants |= {slow: partial(written, plain, PUT_SECONDS)}
+    variants |= {"bare": partial(bare, plain.runner)}
+    variants |= {"bare, two taps": partial(bare, jobs["float16, two taps"].runner)}
+    config = {"rows": rows, "classes": CLASSES, "batch": BATCH, "block rows": plain.block_rows}
+    config |= {"torch threads": torch.get_num_threads(), "taps": TAPS[name]}
+
+    def rows_of(seconds: Seconds) -> list[Row]:
+        speed = [rows / taken for taken in seconds["bare"]]
+        found = [row(f"{name}: forward alone", speed, "images/s", config)]
+        for what in (*jobs, slow):
+            alone = "bare, two taps" if "taps" in what else "bare"
+            bar = ">= 0.95" if what == slow else ">= 0.97"
+            identifier = f"{name}: {what}, speed vs forward alone"
+            found.append(row(identifier, ratios(seconds, alone, what), "x", config, bar))
+        return found
+
+    return measure(variants, size.rounds, rows_of, patience=size.patience)
+
+
+def simulation(size: Size) -> list[Row]:
+    """Measure the parts of stage one on the simulated device, alone and together."""
+    samples, rounds = size.simulated
+    found = []
+    for what, taps in (("logits", 0), ("logits and four taps", 4)):
+        job = simulated_job(Path(), samples, taps=taps)
+        parts = Parts(job)
+        variants = {
+            "render": parts.render,
+            "forward": parts.forward,
+            "write": parts.write,
+            "together": partial(written, job),
+        }
+        config = {"samples": samples, "batch": job.batch_size, "ms a batch": 1000 * SLEEP, "taps": taps}
+
+        def rows_of(seconds: Seconds, what: str = what, config: dict[str, Any] = config) -> list[Row]:
+            longest = [
+                max(parts)
+                for parts in zip(*(seconds[part] for part in ("render", "forward", "write")), strict=True)
+            ]
+            pairs = zip(seconds["together"], longest, strict=True)
+            return [
+                *(
+                    row(f"simulated device, {what}: {part}", [1000 * s for s in values], "ms", config)
+                    for part, values in seconds.items()
+                ),
+                row(
+                    f"simulated device, {what}: time / longest part",
+                    [together / part for together, part in pairs],
+                    "ratio",
+                    config,
+                    "<= 1.1",
+                ),
+            ]
+
+        found += measure(variants, rounds, rows_of, patience=size.patience)
+    return found
+
+
+def one_pass(size: Size) -> list[Row]:
+    """Measure four teachers in one pass over JPEG files, compared with four passes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pixels = np.random.default_rng(0).integers(0, 256, (2, JPEG_SIDE, JPEG_SIDE, 3), dtype=np.uint8)
+        for index in range(size.files):
+            path = folder / "train" / f"class{index % 2}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Sides differ, so that the images are not kept in memory.
+            Image.fromarray(pixels[index % 2, : JPEG_SIDE - index % 3]).save(path, quality=90)
+        source, recipe = open_source("folder", folder), view_recipe("imagenet")
+        network = build_network(SMALL, 2, seed=0)
+        plain = Job(Path(), source, recipe, TeacherRunner(network), views=1, batch_size=BATCH)
+
+        def jobs(place: str) -> list[Job]:
+            return [replace(plain, store=Path(place) / f"{index}.zarr") for index in range(TEACHERS)]
+
+        def together() -> None:
+            with tempfile.TemporaryDirectory() as place:
+                run_jobs(jobs(place), quiet=True)
+
+        def one_by_one() -> None:
+            with tempfile.TemporaryDirectory() as place:
+                for job in jobs(place):
+                    run_job(job, quiet=True)
+
+        config = {"files": size.files, "side": JPEG_SIDE, "teachers": TEACHERS, "network": SMALL}
+
+        def rows_of(seconds: Seconds) -> list[Row]:
+            values = ratios(seconds, "one pass", "four passes")
+            return [row("four teachers: one pass / four passes", values, "ratio", config, "<= 0.8")]
+
+        variants: dict[str, Callable[[], Any]] = {"one pass": together, "four passes": one_by_one}
+        return measure(variants, size.rounds, rows_of, patience=size.patience)
+
+
+def memory(size: Size) -> list[Row]:
+    """Measure the memory of writing stores with more samples, views and arrays."""
+    least = size.memory
+    cases = {
+        "smallest": {"samples": least, "views": 1, "taps": 1},
+        "8 times the samples": {"samples": 8 * least, "views": 1, "taps": 1},
+        "8 times the views": {"samples": least, "views": 8, "taps": 1},
+        "8 taps of an eighth of the size": {"samples": least, "views": 1, "taps": 8},
+    }
+    found = {}
+    for name, case in cases.items():
+        command = [sys.executable, str(PROCESS), json.dumps(case)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = float(json.loads(done.stdout)) / 1e6
+    return [
+        *(exact(f"memory: {name}", value, "MB", cases[name]) for name, value in found.items()),
+        *(
+            exact(
+                f"memory: {name} / smallest", found[name] / found["smallest"], "ratio", cases[name], "<= 1.25"
+            )
+            for name in list(cases)[1:]
+        ),
+    ]
+
+
+def main() -> None:
+    chosen = arguments("Stage one compared with the teacher alone.").parse_args()
+    size = QUICK if chosen.quick else FULL
+    rows = [entry for name, count in size.rows.items() for entry in throughput(name, count, size)]
+    rows += simulation(size)
+    rows += one_pass(size)
+    rows += memory(size)
+    report("Stage one", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

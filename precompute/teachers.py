@@ -1,0 +1,101 @@
+"""Files of teachers: several teachers of one source and view recipe, for `precompute run FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from coursepack.config import Config, parse_config, read_yaml
+from coursepack.data import open_source, view_recipe
+from coursepack.models.classes import load_columns
+from coursepack.precompute.spec import PrecomputeSpec
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Teacher(Config):
+    """One teacher of a file, with the options of `precompute run` that describe it and its store."""
+
+    teacher: str
+    """`run:FOLDER`, or a network's name with `weights`."""
+    store: str
+    """Folder of the store."""
+    weights: str | None = None
+    """A .safetensors or .pt file, or a name of torchvision's."""
+    size: Positive | None = None
+    """Side in pixels of the rendered views. Defaults to the teacher's own."""
+    mean: tuple[float, ...] | None = None
+    """Mean per channel, of values in [0, 1]. Defaults to the teacher's own."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation per channel. Defaults to the teacher's own."""
+    classes: str | None = None
+    """YAML class map: the teacher's class index for each class of the source."""
+    taps: tuple[str, ...] = ()
+    """Layers whose features are stored too, as `LAYER[:REDUCTION[:SIZE]]`."""
+    encoding: str = "float16"
+    """Encoding of logits."""
+    feature_encoding: str = "float16"
+    """Encoding of features."""
+    precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
+    """Precision of the forward pass."""
+    channels_last: bool = False
+    """Run the teacher in channels-last memory format."""
+    compile: bool = False
+    """Run the teacher through torch.compile."""
+
+
+class TeachersFile(Config):
+    """Several teachers, and what they have in common."""
+
+    source: str
+    """Source of samples: NAME or NAME:SPLIT."""
+    view: str
+    """View recipe: name of a preset, or a YAML file."""
+    views: Positive
+    """Number of views of each sample."""
+    teachers: Annotated[tuple[Teacher, ...], Field(min_length=1)]
+    """The teachers."""
+    root: str | None = None
+    """Folder of the source's files."""
+    view_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the view recipe. Defaults to the recipe's own."""
+    batch_size: Positive = 256
+    """Images per forward pass."""
+    block_rows: Positive | None = None
+    """Rows per block. Defaults to a number chosen by the width of each store's rows."""
+    views_per_load: Positive = 1
+    """Views rendered per decoded image."""
+
+
+def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
+    """Read a file of teachers.
+
+    Args:
+        path: YAML file with the fields of `TeachersFile`.
+        common: further fields of every specification, such as `device` and `part`.
+
+    Raises:
+        RecipeError: the file is not valid; all its errors are shown.
+    """
+    file = parse_config(TeachersFile, read_yaml(path), str(path))
+    root = None if file.root is None else Path(file.root)
+    recipe = view_recipe(file.view, file.view_seed).model_dump(mode="json")
+    shared: dict[str, Any] = {
+        "source": file.source,
+        "root": file.root,
+        "view": recipe,
+        "views": file.views,
+        "batch_size": file.batch_size,
+        "block_rows": file.block_rows,
+        "views_per_load": file.views_per_load,
+    }
+    specs = []
+    for teacher in file.teachers:
+        own = teacher.model_dump()
+        classes = own.pop("classes")
+        if classes is not None:
+            own["columns"] = tuple(load_columns(Path(classes), open_source(file.source, root).class_names))
+        specs.append(PrecomputeSpec(**own, **shared, **common))
+    return specs
