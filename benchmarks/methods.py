@@ -1,13 +1,16 @@
 """Accuracy of students of 300 labelled digits by distillation method and setting.
 
-    python benchmarks/methods.py [--json FILE] [--quick]
+    python benchmarks/methods.py [--section study|cost] [--json FILE] [--quick]
 
-Three different teachers are trained, and their stores are written once; every student is trained from the
-stores. Methods are paired by seed: the same initial weights, samples and order. Besides the plain study,
-there are settings that favour particular methods: a weak and a noisy teacher with a good one, teachers that
-each know only some classes, and overconfident teachers. Every method uses the temperature and the soft and
-hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method alone. The
-t-test and the 95 % interval (t distribution) are of the differences from `kd` with the same seeds.
+Section `study`, the default, measures accuracies, and section `cost` the training steps and views of every
+method (see `_methods_cost`).
+
+In the study, three different teachers are trained, and their stores are written once; every student is
+trained from the stores. Methods are paired by seed: the same initial weights, samples and order. Besides the
+plain study, there are settings that favour particular methods: a weak and a noisy teacher with a good one,
+teachers that each know only some classes, and overconfident teachers. Every method uses the temperature and
+the soft and hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method
+alone. The t-test and the 95 % interval (t distribution) are of the differences from `kd` with the same seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from _harness import arguments, report, row
+from _methods_cost import FULL, QUICK, costs
 from scipy import stats
 
 from coursepack.console import print_table, say
@@ -274,25 +278,35 @@ def saved(stores: list[Path], seconds: list[float], students: int, epochs: int) 
     return row("teacher-hours-saved", [value], "h", config)
 
 
-def main() -> None:
-    parser = arguments("What each method does for a student of 300 digits.")
-    chosen = parser.parse_args()
-    seeds, epochs, views = (2, 1, 1) if chosen.quick else (10, 40, 8)
+def settings(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Measure the rows of every setting, and the hours of live teachers that the stores save."""
+    seeds, epochs, views = (2, 1, 1) if quick else (10, 40, 8)
     rows: list[dict[str, Any]] = []
+    runs = train_teachers(folder / "teachers", quick)
+    students, spent, plain = 0, 0.0, []
+    for setting, names in (QUICK_ROWS if quick else ROWS).items():
+        stores, seconds = write_stores(folder, runs[setting], setting, views)
+        plain = plain or stores
+        spent += sum(seconds)
+        say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
+        told = study(setting, stores, seeds, epochs, names, 64 if quick else 300)
+        students += seeds * (len(told) - 1)
+        rows += rows_of(setting, told)
+    return [*rows, saved(plain, [spent], students, epochs)]
+
+
+def main() -> None:
+    parser = arguments("What each method does for a student of 300 digits, and what it costs.")
+    parser.add_argument("--section", choices=("study", "cost"), default="study", help="what to measure")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        runs = train_teachers(folder / "teachers", chosen.quick)
-        students, spent, plain = 0, 0.0, []
-        for setting, names in (QUICK_ROWS if chosen.quick else ROWS).items():
-            stores, seconds = write_stores(folder, runs[setting], setting, views)
-            plain = plain or stores
-            spent += sum(seconds)
-            say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
-            told = study(setting, stores, seeds, epochs, names, 64 if chosen.quick else 300)
-            students += seeds * (len(told) - 1)
-            rows += rows_of(setting, told)
-        rows.append(saved(plain, [spent], students, epochs))
-    report("Students of 300 digits, accuracy on the test digits (mean, 95 % interval)", rows, chosen.json)
+        if chosen.section == "study":
+            title = "Students of 300 digits, accuracy on the test digits (mean, 95 % interval)"
+            rows = settings(Path(name), chosen.quick)
+        else:
+            title = "Steps and views of every method"
+            rows = costs(Path(name), QUICK if chosen.quick else FULL)
+    report(title, rows, chosen.json)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,28 @@
 
 The arrows of a package are the imports between its own modules, including subpackages, each counted once. Its
 floors are the modules on the longest path along them. Both are reported without and with imports for type
-checkers only. Lines are counted in the sources without tests, including docstrings and comments.
+checkers only. Lines are counted in the sources without tests, including docstrings and comments. The lines of
+a method are those of its row and of the files of its terms and its fusion, which other methods may share. The
+files of soft targets, labels and the default fusion are not counted.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from _harness import arguments, machine, row
 
 from coursepack.console import print_table
+from coursepack.distill.fusion import FUSIONS
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.methods import METHODS
+from coursepack.distill.objective_config import ObjectiveConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -108,6 +116,33 @@ def longest_function(paths: Mapping[Path, list[str]]) -> tuple[int, str]:
     return max(found)
 
 
+def method_lines() -> dict[str, int]:
+    """Return the lines of every method: its row, and the files of its own terms and fusion."""
+    rows, found = _row_lines(), {}
+    for name, method in METHODS.items():
+        terms = [LOSSES[term.term] for term in method.objective.terms.values()]
+        fusion = method.objective.fusion.name
+        parts = [*terms, *([] if fusion == ObjectiveConfig().fusion.name else [FUSIONS[fusion]])]
+        files = {inspect.getfile(part.config) for part in parts}
+        found[name] = rows[name] + sum(len(Path(file).read_text().splitlines()) for file in files)
+    return found
+
+
+def _row_lines() -> dict[str, int]:
+    """Return the lines of every method's row in the table of its family."""
+    return {
+        key.value: value.end_lineno - key.lineno + 1
+        for path in (ROOT / "distill" / "methods").glob("*.py")
+        for table in ast.walk(ast.parse(path.read_text()))
+        if isinstance(table, ast.Dict)
+        for key, value in zip(table.keys, table.values, strict=True)
+        if isinstance(key, ast.Constant)
+        and isinstance(value, ast.Call)
+        and ast.unparse(value.func) == "Method"
+        and value.end_lineno is not None
+    }
+
+
 def structure() -> list[dict[str, Any]]:
     """Return every figure as a row."""
     rows = []
@@ -133,8 +168,12 @@ def structure() -> list[dict[str, Any]]:
     held = lines(PACKAGES)
     longest = max(held, key=lambda path: len(held[path]))
     size, where = longest_function(held)
+    by_method = method_lines()
+    largest, config = max(by_method, key=lambda name: by_method[name]), {"methods": len(by_method)}
     return [
         *rows,
+        row("methods: median of lines", [float(median(by_method.values()))], "lines", config),
+        row("methods: most lines", [float(by_method[largest])], "lines", config | {"where": largest}),
         row("longest file", [float(len(held[longest]))], "lines", {"where": str(longest.relative_to(ROOT))}),
         row("longest function", [float(size)], "lines", {"where": where}),
     ]

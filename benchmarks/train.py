@@ -10,9 +10,7 @@ equally. The time of an epoch is the sum of its steps, and ratios of epochs have
 from __future__ import annotations
 
 import itertools
-import pickle
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _harness import PATIENCE, arguments, measure, ratio_of_sums, ratios, report, row
-from safetensors.torch import save_file
+from _train_place import CLASSES, DEVICE, GENTLE, Place, stepper, waited
 
-from coursepack.console import say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import FirstSamples
-from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.setup.student import blocks
-from coursepack.distill.training.loop import train_steps
-from coursepack.distill.training.metrics import EpochMetrics
-from coursepack.distill.training.state import make_state
-from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
+from coursepack.models import build_network
 from coursepack.precompute import Job, run_job
 
 if TYPE_CHECKING:
@@ -43,13 +35,9 @@ if TYPE_CHECKING:
     from _harness import Row, Seconds
 
     from coursepack.data import Source
-    from coursepack.distill.setup.prepare import Setup
+    from coursepack.models import TeacherRunner
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CLASSES = 100
 TEACHERS = ("resnet32x4", "wrn-40-2", "vgg13", "resnet56")
-GENTLE = 1e-3
-"""Learning rate. On noise and with untrained teachers, a student may diverge with the usual one."""
 
 
 @dataclass(frozen=True)
@@ -81,95 +69,14 @@ QUICK = Size(
 )  # fmt: skip
 
 
-class Place:
-    """Folder with the data, teachers and stores of the benchmark."""
-
-    def __init__(self, folder: Path, size: Size) -> None:
-        self.folder = folder
-        self.names = size.teachers
-        write_cifar100(folder, size.samples)
-        self.source = open_source("cifar100:train", folder)
-        self.weights = {}
-        for place, name in enumerate(size.teachers):
-            self.weights[name] = folder / f"{name}.safetensors"
-            save_file(self.fresh_teacher(name, place).state_dict(), self.weights[name])
-        for place, name in enumerate(size.teachers):
-            started = time.perf_counter()
-            runner = self.runner(name, tapped=True)
-            run_job(Job(self.store(name, "float16"), self.source, view_recipe("cifar"), runner, 1))
-            say(f"stored {name} in {time.perf_counter() - started:.0f} s")
-            # The time to read does not depend on the values, so random ones are stored.
-            _train_growth.write_store(self.store(name, "int8"), self.source, "cifar", 1, place, "int8")
-
-    @torch.no_grad()
-    def fresh_teacher(self, name: str, seed: int) -> torch.nn.Module:
-        """Return an untrained network with running statistics of images, which keep outputs bounded."""
-        network = build_network(name, CLASSES, seed=seed)
-        for module in network.module.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None
-        pixels = torch.from_numpy(self.source.pixels(np.arange(min(64, len(self.source.labels)))))
-        network.module.train()(network.preprocessing(pixels))
-        return network.module
-
-    def runner(self, name: str, *, tapped: bool = False) -> TeacherRunner:
-        """Return a runner of a teacher, with `tapped` including a tap of its last block for hints."""
-        network = load_teacher(name, self.source.class_names, weights=str(self.weights[name]))
-        taps = [parse_tap(f"{blocks(network.module)[-1]}:map")] if tapped else []
-        return TeacherRunner(network, taps, DEVICE)
-
-    def store(self, name: str, encoding: str) -> Path:
-        """Return the path of a teacher's store."""
-        return self.folder / f"{name}-{encoding}.zarr"
-
-    def recipe(self, student: str, method: str, batch_size: int, **fields: Any) -> TrainRecipe:
-        """Return a recipe on the benchmark's data; `encoding` and `count` select the stores."""
-        encoding, count = fields.pop("encoding", "float16"), fields.pop("count", len(self.names))
-        stores = [] if method == "supervised" else [self.store(name, encoding) for name in self.names[:count]]
-        return TrainRecipe.model_validate(
-            {
-                "student": student, "method": method, "stores": [str(store) for store in stores],
-                "objective": resolve_objective(method, {}, "benchmark", classes=CLASSES),
-                "source": "cifar100:train",
-                "evaluation": "cifar100:test", "root": str(self.folder), "view": view_recipe("cifar"),
-                "views": None if stores else 1, "batch_size": batch_size,
-                "optimizer": {"lr": GENTLE}, **fields,
-            }
-        )  # fmt: skip
-
-
-def write_cifar100(folder: Path, samples: int) -> None:
-    """Write files in CIFAR-100's format with random images, with an eighth as many test images."""
-    inside = folder / "cifar-100-python"
-    inside.mkdir()
-    rng = np.random.default_rng(0)
-    for name, rows in (("train", samples), ("test", max(1, samples // 8))):
-        values = {
-            "data": rng.integers(0, 256, (rows, 3072), dtype=np.uint8),
-            "fine_labels": rng.integers(0, CLASSES, rows).tolist(),
-            "coarse_labels": [0] * rows,
-            "filenames": [f"{row}.png" for row in range(rows)],
-            "batch_label": name,
-        }
-        (inside / name).write_bytes(pickle.dumps(values, protocol=2))
-    names = {
-        "fine_label_names": [f"class {i}" for i in range(CLASSES)],
-        "coarse_label_names": ["things"] * 20,
-    }
-    (inside / "meta").write_bytes(pickle.dumps(names, protocol=2))
-
-
-def stepper(run: Setup) -> Callable[[], None]:
-    """Return a function that runs the next step of a new student, epoch after epoch."""
-    state = make_state(run)
-
-    def steps() -> Iterator[int]:
-        for epoch in itertools.count():
-            log = EpochMetrics(max(1, len(run.readers)))
-            yield from train_steps([state], run.batches(epoch), run.targets, [log], epoch)
-
-    stream = steps()
-    return lambda: _waited(lambda: next(stream))
+def open_place(folder: Path, size: Size) -> Place:
+    """Write the data, teachers and stores of the benchmark, each with a tap of its last block for hints."""
+    place = Place(folder, size.samples, size.teachers)
+    for index, name in enumerate(size.teachers):
+        place.write_store(name, place.store(name, "float16"), [f"{place.last_block(name)}:map"])
+        # The time to read does not depend on the values, so random ones are stored.
+        _train_growth.write_store(place.store(name, "int8"), place.source, "cifar", 1, index, "int8")
+    return place
 
 
 def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]:
@@ -193,13 +100,7 @@ def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]
                 yield
 
     stream = steps()
-    return lambda: _waited(lambda: next(stream))
-
-
-def _waited(step: Callable[[], Any]) -> None:
-    step()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    return lambda: waited(lambda: next(stream))
 
 
 def teachers_in_an_epoch(place: Place, size: Size) -> list[Row]:
@@ -263,7 +164,7 @@ def live_teachers(place: Place, size: Size) -> list[Row]:
         plain = stepper(prepare(place.recipe(student, "supervised", batch_size), DEVICE))
         config = {"student": student, "batch": batch_size, "teachers": list(place.names[:count])}
         variants = {
-            "cached": cached, "live": live, "plain": plain, "forward": lambda run=forward: _waited(run)
+            "cached": cached, "live": live, "plain": plain, "forward": lambda run=forward: waited(run)
         }  # fmt: skip
         found += measure(
             variants, size.live_steps, lambda seconds, config=config: _live(seconds, config),
@@ -314,7 +215,7 @@ def precompute(place: Place, size: Size) -> list[Row]:
 
         config = {"teacher": name, "samples": rows, "views": 1}
         found += measure(
-            {"run": run, "bare": lambda bare=bare: _waited(bare)}, size.precompute_rounds,
+            {"run": run, "bare": lambda bare=bare: waited(bare)}, size.precompute_rounds,
             lambda seconds, config=config: _speeds(seconds, config), patience=size.patience,
         )  # fmt: skip
     return found
@@ -339,7 +240,7 @@ def main() -> None:
     size = QUICK if chosen.quick else FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        place = Place(folder, size)
+        place = open_place(folder, size)
         rows = [
             *teachers_in_an_epoch(place, size),
             *live_teachers(place, size),

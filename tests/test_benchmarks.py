@@ -6,10 +6,15 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_rows import check_rows
+
+from coursepack.distill.recipe import load_recipe, resolve_objective
+from coursepack.models import build_network, parse_tap
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
@@ -106,13 +111,14 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    assert BENCHMARKS == ["epoch", "loss", "memory", "methods", "precompute", "store", "train", "views"]
+    names = "epoch loss memory methods precompute reproduce store train views"
+    assert names.split() == BENCHMARKS
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmarks_run(name, harness, tmp_path, monkeypatch, capsys):
-    rows = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--json", str(rows)])
+@pytest.mark.parametrize("command", [*BENCHMARKS, "methods --section cost"])
+def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
+    rows, (name, *flags) = tmp_path / "rows.json", command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])
     monkeypatch.chdir(tmp_path)
     # A bar that does not hold at the tiny size is no news.
     with contextlib.suppress(SystemExit):
@@ -120,6 +126,102 @@ def test_benchmarks_run(name, harness, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert all(identifier.split()[0] in shown for identifier in check_rows(rows))
     assert list(tmp_path.iterdir()) == [rows]
+
+
+def reproduced(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
+    importlib.import_module("reproduce").main()
+
+
+def test_finished_students_are_kept_when_a_method_is_added(harness, tmp_path, monkeypatch):
+    def rows(*methods):
+        out, file = tmp_path / "out", tmp_path / "rows.json"
+        reproduced(monkeypatch, "--quick", "--seeds", 1, "--out", out, "--json", file, "--methods", *methods)
+        trained = {path: path.stat().st_mtime_ns for path in out.rglob("student.safetensors")}
+        return trained, {row["id"]: row for row in json.loads(file.read_text())["rows"]}
+
+    trained, first = rows("kd")
+    more, second = rows("kd", "at")
+    assert trained.items() < more.items()
+    assert first.items() < second.items()
+    assert second.keys() - first.keys() == {"resnet56/resnet20/at"}
+
+
+@pytest.mark.parametrize("words", [(), ("--root", "nowhere")], ids=["no root", "no folder"])
+def test_without_data_one_line_says_where_files_are_expected(harness, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        reproduced(monkeypatch, *words)
+    assert "cifar-100-python with train, test and meta" in refused.value.code
+    assert "\n" not in refused.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_without_a_published_figure_are_refused(harness, tmp_path, monkeypatch):
+    words = ("--quick", "--pairs", "vgg13/vgg8", "--methods", "ab", "dist", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="no published figure of ab, dist for vgg13/vgg8"):
+        reproduced(monkeypatch, *words)
+
+
+def test_reproduced_methods_name_layers_of_their_networks(harness):
+    reproduce = importlib.import_module("reproduce")
+    names = {spec for pair in reproduce.PAIRS for spec in pair.split("/")}
+    layers = {spec: dict(build_network(spec, 100).module.named_modules()) for spec in names}
+    for method, figures in reproduce.PUBLISHED.items():
+        for pair, figure in zip(reproduce.PAIRS, figures, strict=True):
+            if figure is None:
+                continue
+            teacher, student = pair.split("/")
+            each = reproduce.experiment(pair, method, False)
+            recipe = resolve_objective(method, each.values.get("objective", {}), pair, classes=100)
+            chosen = [one for term in recipe.terms.values() for one in getattr(term, "pairs", ())]
+            assert bool(each.store) == (method != "supervised")
+            assert {tap.tap for tap in chosen} == set(each.taps)
+            for one in chosen:
+                assert set(parse_tap(one.tap).layers) <= layers[teacher].keys()
+                assert set(one.layer.split("+")) <= layers[student].keys()
+
+
+def test_published_figures_are_those_of_the_recipes(harness):
+    reproduce = importlib.import_module("reproduce")
+    for method, figures in reproduce.PUBLISHED.items():
+        each = reproduce.experiment("resnet32x4/resnet8x4", method, False)
+        pair = f"{each.teacher}/{load_recipe(each.file)['student']}"
+        pair = "wrn-40-2/wrn-16-2" if method == "ab" else pair
+        if method != "supervised":
+            assert f"{figures[reproduce.PAIRS.index(pair)]:.2f}" in each.file.read_text(), method
+
+
+def test_the_cost_of_a_method_is_of_the_same_targets_from_the_store_and_in_memory(harness, tmp_path):
+    cost, place_of = (importlib.import_module(name) for name in ("_methods_cost", "_train_place"))
+    place = place_of.Place(tmp_path, 32, ("resnet8",))
+    place.write_store("resnet8", tmp_path / "store.zarr", ["layer3:map"])
+    recipe = place.recipe("resnet8", "fitnets", 16, stores=[tmp_path / "store.zarr"])
+    setup = cost.prepare(recipe, cost.DEVICE)
+    held = cost.HeldTargets(setup)
+    for batch in setup.batches(cost.EPOCH):
+        (rows,), (kept,) = (each.fetch(batch).features.values() for each in (setup.targets, held))
+        assert torch.equal(kept, rows.decode())
+    assert cost._kind(setup.targets) == "maps"
+
+
+def test_a_method_that_refuses_a_pair_has_a_row_that_says_so(harness, tmp_path):
+    cost = importlib.import_module("_methods_cost")
+    size = replace(cost.QUICK, methods=("fsp", "tf-kd"), students=("wrn-16-2",))
+    rows = {row["id"]: row for row in cost.costs(tmp_path, size)}
+    assert "flow" in rows["cost: wrn-16-2, fsp, refused"]["config"]["why"]
+    assert "cost: wrn-16-2, tf-kd, step / plain" in rows
+
+
+def test_what_the_store_adds_to_a_step_is_a_share_of_a_plain_step(harness):
+    cost = importlib.import_module("_methods_cost")
+    seconds = {"plain": [2.0] * 6, "store": [3.0] * 6, "memory": [2.9] * 6}
+    rows = {row["id"].rpartition(", ")[2]: row for row in cost._step_rows("kd", seconds, {}, "<= 0.03")}
+    assert rows["step / plain"]["value"] == 1.5
+    assert rows["step - plain"]["value"] == 1000
+    assert rows["step from memory - plain"]["value"] == pytest.approx(900)
+    assert rows["(store - memory) / plain"]["value"] == pytest.approx(0.05)
+    assert rows["(store - memory) / plain"]["holds"] == "no"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

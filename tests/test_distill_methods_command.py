@@ -43,7 +43,7 @@ def test_methods_are_filtered_by_need():
     assert "logit-std" in names("--needs", "all-classes", "--needs", "logits")
     assert {"tf-kd", "supervised"} <= set(names()) - set(names("--needs", "logits"))
     assert {"label-refinery", "simkd"}.isdisjoint(names("--needs", "labels"))
-    assert names("--needs", "teacher-head") == ["simkd"]
+    assert names("--needs", "teacher-head") == ["ca-mkd-features", "simkd"]
     listed = printed("--needs", "all-classes")
     assert "logit-std       release             needs logits, all-classes, labels\n" in listed
     assert "dtd-cwsm" not in listed

@@ -60,6 +60,11 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     Path("grid.yaml").write_text(
         "base: {stores: [cnn.zarr, mlp.zarr], student: digits-small, epochs: 1}\ngrid: {seed: [0, 1]}"
     )
+    Path("teachers.yaml").write_text(
+        "source: digits\nview: digits\nviews: 1\nteachers:\n"
+        "  - {teacher: 'run:teachers/mlp', store: a.zarr}\n"
+        "  - {teacher: 'run:teachers/resnet', store: b.zarr}\n"
+    )
     for seed in (0, 1):
         words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits"]
         words += ["--epochs", "1", "--seed", str(seed), "--out", f"runs/alone-{seed}"]
@@ -127,7 +132,7 @@ OWN_TEST = "extending.md"
 """Its commands need its examples: `test_extending.py` runs them."""
 BLOCK = r"^ {4}((?:distill|precompute|torchrun|python|make) .*)$"
 SPAN = r"`((?:distill|precompute|python) [^`]*)`"
-PLACEHOLDER = re.compile(r"\b[A-Z]+\b|\.\.\.|^k$")
+PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]*\b|\.\.\.|^k$")
 NEEDS = re.compile(r"#.*\bneeds\b")
 """A comment behind a command that needs more than this package, such as a data set."""
 SMALL = {"train": ["--epochs", "1", "--limit", "64"], "run": ["--views", "3"]}

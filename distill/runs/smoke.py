@@ -71,8 +71,8 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
         for pair in () if needs.pairs is None else needs.pairs.pairs:
             tap = parse_tap(pair.tap)
             taps.setdefault(pair.teacher, []).append(tap.name)
-            # A head that the student takes over fixes the width of the maps that it reads.
-            if not needs.teacher_head:
+            # A teacher's head fixes the width of the maps that it reads.
+            if not (needs.teacher_head or needs.teacher_heads):
                 layers |= dict(zip(tap.layers, pair.layer.split("+"), strict=False))
     shapes = _map_shapes(layers, recipe, source)
     batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
