@@ -18,6 +18,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -66,11 +67,13 @@ class Size:
     """Number of JPEG files."""
     memory: int
     """Samples of the smallest store whose memory is measured."""
+    growths: int = 3
+    """Number of ways in which stores grow whose memory is measured."""
     patience: float = PATIENCE
 
 
 FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 1_024, 32_768)
-QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, patience=0)
+QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, growths=1, patience=0)
 
 
 class Rendered(Renderer):
@@ -269,7 +272,7 @@ def memory(size: Size) -> list[Row]:
         "8 taps of an eighth of the size": {"samples": least, "views": 1, "taps": 8},
     }
     found = {}
-    for name, case in cases.items():
+    for name, case in islice(cases.items(), 1 + size.growths):
         command = [sys.executable, str(PROCESS), json.dumps(case)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = float(json.loads(done.stdout)) / 1e6
@@ -279,7 +282,7 @@ def memory(size: Size) -> list[Row]:
             exact(
                 f"memory: {name} / smallest", found[name] / found["smallest"], "ratio", cases[name], "<= 1.25"
             )
-            for name in list(cases)[1:]
+            for name in list(found)[1:]
         ),
     ]
 

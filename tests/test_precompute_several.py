@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import make_job, store_files
+from spawned import run
 
 from coursepack.config import write_yaml
 from coursepack.data import Batch, view_recipe
@@ -25,7 +23,7 @@ from coursepack.precompute.cli import main
 from coursepack.precompute.several import run_jobs
 
 FIELDS = {"block_rows": 500, "batch_size": 100, "views": 2}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO = ["--standalone", "--nproc-per-node", "2"]
 
 
 def jobs_of(folder, teachers, **fields):
@@ -158,23 +156,17 @@ def test_options_that_belong_into_the_file_are_refused_beside_it(file):
     assert "Missing option '--teacher'" in missing.stderr
 
 
-# Through torchrun, as users start it.
-
-
-def launched(*words, restarts=0, command=("-m", "coursepack.precompute.cli")):
-    """A torchrun of two ranks that has ended."""
-    command = [*TORCHRUN, "--max-restarts", str(restarts), *command, "run", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, text=True, env=environment, capture_output=True, timeout=300, check=False)
+# Through torchrun.
 
 
 def test_a_killed_rank_costs_its_block_and_no_byte(tmp_path, file, alone):
     """All ranks start again; the store is the one that a single process writes."""
-    dying = [str(Path(__file__).with_name("dying_writer.py"))]
-    result = launched(file, "--device=cpu", restarts=1, command=dying)
+    dying = Path(__file__).with_name("dying_writer.py")
+    result = run("torchrun", *TWO, "--max-restarts", 1, dying, "run", file, "--device=cpu")
     assert result.returncode == 0, result.stderr
     assert_same(tmp_path, alone)
-    assert "Traceback" not in result.stderr
+    # What torchrun logs of the killed process has a time in front.
+    assert "\nTraceback" not in result.stderr
     assert result.stdout.count("views committed") >= 3
 
 
