@@ -93,7 +93,7 @@ def read(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LIVE)
 def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, read, name, steps):
     """The student learns from the stores; what live teachers would have taught it is computed on copies."""
