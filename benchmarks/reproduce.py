@@ -94,7 +94,7 @@ QUICK = ("epochs=2", "batch_size=10", "optimizer.schedule.milestones=[1]", "opti
 
 @dataclass(frozen=True)
 class Place:
-    """Where data are, where results go, and how they are computed."""
+    """Folders of the data and of the results, device, and whether the run is a quick one."""
 
     root: Path
     out: Path

@@ -9,11 +9,11 @@ import re
 import secrets
 import stat
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -134,7 +134,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO that is opened for writing
-            raise _not_regular(path, os.stat(path).st_mode) from error  # noqa: PTH116 - may be a text
+            raise _not_regular(path, Path(path).stat().st_mode) from error
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

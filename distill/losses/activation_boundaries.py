@@ -19,7 +19,6 @@ from coursepack.distill.losses.adapters import (
     check_both_maps_or_vectors,
     layer_factors,
     seeded,
-    teacher_features,
 )
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -27,25 +26,22 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.distill.schedule import value_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class ABConfig(TermConfig):
-    """Config of the transfer of activation boundaries."""
+class ABConfig(PairsConfig):
+    """Config of the transfer of activation boundaries.
+
+    Pairs default to one per teacher and student block, each teacher's from shallow to deep.
+    """
 
     term: Literal["ab"] = "ab"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers, each teacher's from shallow to deep; defaults to one per teacher and
-    student block."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose pairs for, shallow to deep; defaults to all blocks."""
     margin: Annotated[float, Field(gt=0)] = 1.0
     """Distance that the student's values keep from zero."""
 

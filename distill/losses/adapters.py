@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coursepack.errors import RecipeError
-from coursepack.kernels import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from coursepack.distill.losses.base import FeaturePair, LossInputs
+    from coursepack.distill.losses.base import FeaturePair
 
 Shape = tuple[int, int, int]
 """Channels, height and width."""
@@ -46,11 +45,6 @@ def as_maps(features: Tensor, shape: Shape) -> Tensor:
     if features.ndim == 4 and shape[1:] == (1, 1):
         features = features.mean((2, 3))
     return features[:, :, None, None] if features.ndim == 2 else features
-
-
-def teacher_features(inputs: LossInputs, pair: FeaturePair) -> Tensor:
-    """Return the teacher's features of a pair, decoded and detached."""
-    return decode(inputs.teachers.features_of(pair.teacher, pair.tap)).detach()
 
 
 def check_both_maps_or_vectors(term: str, pairs: Sequence[FeaturePair], values: str) -> None:

@@ -24,28 +24,26 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
     TeacherHead,
-    TermConfig,
 )
 from coursepack.distill.losses.label import cross_entropy
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.errors import RecipeError
-from coursepack.kernels import MixedLabels, decode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coursepack.kernels import MixedLabels
 
-class ConfidenceHintConfig(TermConfig):
-    """Config of the hint loss weighted by the teachers' heads."""
+
+class ConfidenceHintConfig(PairsConfig):
+    """Config of the hint loss weighted by the teachers' heads.
+
+    Pairs default to the last block of each teacher, which its head reads, and of the student.
+    """
 
     term: Literal["confidence_hint"] = "confidence_hint"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare; defaults to the last block of each teacher, which its head
-    reads, and of the student."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose from, shallow to deep; defaults to all blocks."""
 
 
 class Embed(nn.Module):
@@ -152,7 +150,7 @@ class ConfidenceHints(nn.Module):
             for pair, adapter in zip(self.pairs, self.adapters, strict=True)
         ]
         targets = [
-            _like(features, decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float().detach())
+            _like(features, teacher_features(inputs, pair))
             for pair, features in zip(self.pairs, adapted, strict=True)
         ]
         logits = [head(features) for head, features in zip(self.heads, adapted, strict=True)]

@@ -22,32 +22,29 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from coursepack.data.randomness import Purpose, below, random_words
-from coursepack.distill.losses.adapters import as_maps, seeded, teacher_features
+from coursepack.distill.losses.adapters import as_maps, seeded
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
 
 
-class CRDConfig(TermConfig):
-    """Config of contrastive representation distillation."""
+class CRDConfig(PairsConfig):
+    """Config of contrastive representation distillation.
+
+    Features are averaged over positions. Pairs default to the last block of each teacher and of the student.
+    """
 
     term: Literal["crd"] = "crd"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare, averaged over positions; defaults to the last block of
-    each teacher with the student's."""
-    layers: tuple[str, ...] = ()
-    """Student layers of which the last is taken; defaults to all blocks."""
     dim: Annotated[int, Field(ge=1)] = 128
     """Width of the embeddings."""
     negatives: Annotated[int, Field(ge=1, le=1 << 17)] = 16384

@@ -18,17 +18,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded, teacher_features
+from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.distill.schedule import value_at
 from coursepack.models.reductions import attention
 
@@ -39,15 +38,13 @@ SLOPE = 0.1
 """Slope of the leaky ReLUs for negative values."""
 
 
-class FTConfig(TermConfig):
-    """Config of factor transfer."""
+class FTConfig(PairsConfig):
+    """Config of factor transfer.
+
+    Pairs default to the last block of each teacher and of the student.
+    """
 
     term: Literal["ft"] = "ft"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare; defaults to the last block of each teacher with the
-    student's."""
-    layers: tuple[str, ...] = ()
-    """Student layers of which the last is taken; defaults to all blocks."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Channels of the factors as a share of the teacher's."""
     paraphraser_epochs: Annotated[int, Field(ge=1)] = 6

@@ -22,24 +22,21 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
-from coursepack.kernels import decode
+from coursepack.distill.losses.pairs import PairsConfig, pooled_features, teacher_features
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class HintConfig(TermConfig):
-    """Config of the hint loss."""
+class HintConfig(PairsConfig):
+    """Config of the hint loss.
+
+    Pairs default to one per teacher; the teachers are spread over the student's blocks, shallow to deep.
+    """
 
     term: Literal["hint"] = "hint"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare; defaults to one pair per teacher, chosen by depth."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
     adapter: Literal["linear", "conv-bn-relu"] = "linear"
     """Learnable map from the student's features to the teacher's: a linear map at every position, or a
     convolution with batch normalization and ReLU, which couples the samples of a batch."""
@@ -64,20 +61,16 @@ class Adapter(nn.Module):
         features = features.float()
         if self.size is not None:
             features = F.adaptive_avg_pool2d(features, self.size)
-        changed: Tensor = self.change(_pooled(features) if self.size is None else features)
+        changed: Tensor = self.change(pooled_features(features) if self.size is None else features)
         return changed
 
-    def like(self, teacher_features: Tensor) -> Tensor:
+    def like(self, features: Tensor) -> Tensor:
         """Return the teacher's features in the shape of the adapter's output."""
-        return teacher_features if self.size is not None else _pooled(teacher_features)
+        return features if self.size is not None else pooled_features(features)
 
 
 def _pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 1)
-
-
-def _pooled(features: Tensor) -> Tensor:
-    return features if features.ndim == 2 else features.flatten(2).mean(2)
 
 
 class Hints(nn.Module):
@@ -94,7 +87,7 @@ class Hints(nn.Module):
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, (Adapter, Regressor))
-            target = adapter.like(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float())
+            target = adapter.like(teacher_features(inputs, pair))
             error = adapter(inputs.student.features[pair.layer]) - target.detach()
             total = total + error.square().flatten(1).mean(1)
         return total

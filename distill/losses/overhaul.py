@@ -18,7 +18,6 @@ from coursepack.distill.losses.adapters import (
     check_both_maps_or_vectors,
     layer_factors,
     seeded,
-    teacher_features,
 )
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -26,24 +25,21 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class OFDConfig(TermConfig):
-    """Config of the overhaul of feature distillation."""
+class OFDConfig(PairsConfig):
+    """Config of the overhaul of feature distillation.
+
+    Pairs default to one per teacher and student block, each teacher's from shallow to deep.
+    """
 
     term: Literal["ofd"] = "ofd"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers, each teacher's from shallow to deep; defaults to one per teacher and
-    student block."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose pairs for, shallow to deep; defaults to all blocks."""
 
 
 class Overhaul(nn.Module):

@@ -29,9 +29,9 @@ class PairsConfig(TermConfig):
     """Base class of the configs of losses between pairs of features."""
 
     pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare; defaults to pairs chosen by depth."""
+    """Pairs of taps and student layers to compare; by default, the term chooses them by depth."""
     layers: tuple[str, ...] = ()
-    """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
+    """Student layers to choose from, shallow to deep; defaults to all blocks."""
 
 
 class PairLoss(nn.Module):

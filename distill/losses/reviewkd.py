@@ -23,11 +23,9 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
-from coursepack.kernels import decode
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,15 +36,14 @@ GRIDS = (4, 2, 1)
 """Sides of the grids over which maps are averaged, with the weights 1/2, 1/4 and 1/8."""
 
 
-class ReviewKDConfig(TermConfig):
-    """Config of the knowledge review."""
+class ReviewKDConfig(PairsConfig):
+    """Config of the knowledge review.
+
+    Pairs default to one per teacher and student block, from shallow to deep. A tap `LAYER:pooled` is a level
+    of one position, for which the student's map is averaged as well.
+    """
 
     term: Literal["reviewkd"] = "reviewkd"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers, shallow to deep; defaults to one per teacher and student block. A tap
-    `LAYER:pooled` is a level of one position, for which the student's map is averaged as well."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose from by depth, shallow to deep; defaults to all blocks."""
 
 
 class AttentionFusion(nn.Module):
@@ -163,7 +160,7 @@ class ReviewKD(nn.Module):
         for levels in self.levels:
             assert isinstance(levels, Levels)
             for pair, output in zip(levels.pairs, levels(inputs.student.features), strict=True):
-                target = decode(inputs.teachers.features_of(pair.teacher, pair.tap)).float().detach()
+                target = teacher_features(inputs, pair)
                 total = total + hierarchical_context_loss(output, target.reshape(output.shape))
         return total / len(self.levels)
 

@@ -26,8 +26,8 @@ from coursepack.distill.losses.base import (
     TermConfig,
     WrapContext,
 )
+from coursepack.distill.losses.pairs import teacher_features
 from coursepack.errors import RecipeError
-from coursepack.kernels import decode
 from coursepack.models.hubs.projected import PROJECTOR, Projection, project
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SimKD(nn.Module):
     def forward(self, inputs: LossInputs) -> Tensor:
         """Return the loss `(N,)`, with gradient to the student and its projector."""
         projected = inputs.student.features[self.pair.layer].float()
-        target = decode(inputs.teachers.features_of(self.pair.teacher, self.pair.tap)).float().detach()
+        target = teacher_features(inputs, self.pair)
         height, width = projected.shape[2:]
         error = projected - F.adaptive_avg_pool2d(target, (height, width))
         return error.square().flatten(1).mean(1)

@@ -26,12 +26,10 @@ from coursepack.distill.losses.base import (
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.distill.schedule import NotNegative
-from coursepack.kernels import decode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,17 +38,16 @@ CHUNK_BYTES = 32 << 20
 """Memory for one chunk of triplets and its backward pass; a chunk has at least one anchor."""
 
 
-class TripletOrderConfig(TermConfig):
-    """Config of the loss on the order of distances."""
+class TripletOrderConfig(PairsConfig):
+    """Config of the loss on the order of distances.
+
+    The teachers that are paired with one student layer vote on its order. Pairs default to the last block of
+    each teacher and of the student.
+    """
 
     term: Literal["triplet_order"] = "triplet_order"
     margin: NotNegative = 0.2
     """Margin between the two distances, in units of the student's features."""
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers; the teachers paired with one student layer vote on its order.
-    Defaults to the last block of each teacher and of the student."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose from, shallow to deep; defaults to all blocks."""
 
 
 class TripletOrder(nn.Module):
@@ -67,10 +64,7 @@ class TripletOrder(nn.Module):
         """Return the loss `(N,)` of each sample as the anchor i, with gradient to the student's features."""
         losses = []
         for layer, pairs in self.votes.items():
-            voters = [
-                distances(decode(inputs.teachers.features_of(pair.teacher, pair.tap)).detach())
-                for pair in pairs
-            ]
+            voters = [distances(teacher_features(inputs, pair)) for pair in pairs]
             student = distances(inputs.student.features[layer])
             losses.append(order_loss(student, torch.stack(voters), self.margin))
         return torch.stack(losses).sum(0)

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded, teacher_features
+from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
     Loss,
     LossInputs,
     Needs,
-    PairChoice,
     PairNeeds,
-    TermConfig,
 )
+from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,14 +34,13 @@ if TYPE_CHECKING:
 LEAST_VARIANCE = 1e-5
 
 
-class VIDConfig(TermConfig):
-    """Config of variational information distillation."""
+class VIDConfig(PairsConfig):
+    """Config of variational information distillation.
+
+    Pairs default to one per teacher and student block.
+    """
 
     term: Literal["vid"] = "vid"
-    pairs: tuple[PairChoice, ...] = ()
-    """Pairs of taps and student layers to compare; defaults to one per teacher and student block."""
-    layers: tuple[str, ...] = ()
-    """Student layers to choose pairs for, shallow to deep; defaults to all blocks."""
     variance: Literal["learned", "fixed"] = "learned"
     """Variance of each channel: `learned`, or `fixed` at `init_variance` as in the release of mdistiller."""
     init_variance: Annotated[float, Field(gt=LEAST_VARIANCE)] = 5.0
