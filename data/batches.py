@@ -45,6 +45,8 @@ class Batch:
     """Pixels by size, for the sizes rendered so far."""
     global_batch: Batch | None = field(default=None, repr=False)
     """Batch of all ranks, if this batch is one rank's share of it."""
+    students: int = 1
+    """Number of students that read rows of their own: equal parts of the batch, one after another."""
 
     @functools.cached_property
     def params(self) -> ViewParams:
@@ -116,15 +118,33 @@ class Batch:
         return [torch.from_numpy(render(self.recipe, source, *drawn, size)) for size in sizes]
 
     def split(self, count: int) -> list[Batch]:
-        """Split the batch into `count` batches of nearly equal size, in order; rendered pixels are kept."""
-        bounds = [len(self) * index // count for index in range(count + 1)]
-        return [self._rows(slice(start, stop)) for start, stop in itertools.pairwise(bounds) if stop > start]
+        """Split the batch into `count` batches of nearly equal size, in order; rendered pixels are kept.
+
+        Each of several students gets its part of every batch.
+        """
+        by_student = np.arange(len(self)).reshape(self.students, -1)
+        own = by_student.shape[1]
+        bounds = [own * index // count for index in range(count + 1)]
+        slices = [slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
+        if self.students > 1:
+            return [self._rows(by_student[:, rows].ravel()) for rows in slices]
+        return [self._rows(rows) for rows in slices]
+
+    def of_student(self, index: int) -> Batch:
+        """Return the rows of one of the students that read rows of their own, the same batch every time."""
+        return self._by_student[index]
+
+    @functools.cached_property
+    def _by_student(self) -> list[Batch]:
+        parts = replace(self, students=1).split(self.students)
+        assert len(parts) == self.students, f"{len(self)} rows are not enough for {self.students} students"
+        return parts
 
     def share(self, part: Part) -> Batch:
         """Return the rows of one rank."""
         return replace(self._rows(shares(len(self), part.count)[part.index]), global_batch=self)
 
-    def _rows(self, rows: slice) -> Batch:
+    def _rows(self, rows: slice | Samples) -> Batch:
         rendered = {size: pixels[rows] for size, pixels in self.rendered.items()}
         return replace(self, samples=self.samples[rows], views=self.views[rows], rendered=rendered)
 
@@ -221,6 +241,16 @@ def batches(
         view_of_row = np.repeat(np.asarray(views, dtype=np.int64), len(chosen))
         batch = Batch(source, recipe, rows, view_of_row, device or torch.device("cpu"), images)
         yield batch if part is None else batch.share(part)
+
+
+def join(parts: Sequence[Batch]) -> Batch:
+    """Return one batch of several of the same size, each the rows of one student."""
+    if len(parts) == 1:
+        return parts[0]
+    samples, views = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("samples", "views")
+    )
+    return replace(parts[0], samples=samples, views=views, rendered={}, students=len(parts))
 
 
 def shares(rows: int, count: int) -> list[slice]:

@@ -90,6 +90,11 @@ class TrainRecipe(Config):
     member: Annotated[int, Field(ge=0)] = 0
     """Index of the student in its group, in the recipe of one of several students that train together; its
     initial weights and dropout are drawn from this index and the seed."""
+    replicas: Annotated[int, Field(ge=2)] | None = None
+    """Number of replicas of the student, each trained by a process of its own on its share of the samples;
+    `member` is the index of this one."""
+    group: str | None = None
+    """Folder in which replicas exchange their weights."""
     student_size: Count | None = None
     """Height and width of the student's images in pixels; defaults to the network's own."""
     student_mean: tuple[float, ...] | None = None
@@ -155,7 +160,14 @@ class TrainRecipe(Config):
     def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out fields for peers with default values, so that other recipes are written as before."""
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if value or name not in ("peers", "member")}
+        unused = ("peers", "member", "replicas", "group")
+        return {name: value for name, value in values.items() if value or name not in unused}
+
+    @property
+    def shares(self) -> int:
+        """Number of disjoint shares of the samples, one for each student; 1 if they share all samples."""
+        splits = self.objective.exchange.splits_rows and bool(self.objective.needs().peers)
+        return (self.replicas or 1 + len(self.peers)) if splits else 1
 
     @property
     def own_seed(self) -> int:

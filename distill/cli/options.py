@@ -21,6 +21,7 @@ FIELDS = {
     "student-std": "student_std",
     "store": "stores",
     "method": "method",
+    "group": "group",
     "online": "online",
     "source": "source",
     "root": "root",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,19 @@ Examples:
 """
 
 
+def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[int, int] | None:
+    """Return index and number of replicas of `I/N`, which counts from 1."""
+    if text is None:
+        return None
+    numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    index, count = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if not 1 <= index <= count or count < 2:
+        raise RecipeError(
+            f"--replica is {text!r}, expected I/N with I from 1 to N, and N of at least 2, such as 1/3"
+        )
+    return index - 1, count
+
+
 @click.command("train", epilog=EXAMPLES_TRAIN)
 @click.argument("recipe_file", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
@@ -38,6 +52,8 @@ Examples:
 @recipe_options
 @click.option("--peers", type=click.IntRange(2), metavar="N",
               help="Train N students of one network that learn from each other.")  # fmt: skip
+@click.option("--replica", metavar="I/N", callback=_parse_replica,
+              help="Train replica I of N, each a process of its own; needs --group.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option(
@@ -67,6 +83,7 @@ def train_command(
     checkpoint_seconds: float,
     threads: int | None,
     peers: int | None,
+    replica: tuple[int, int] | None,
     assignments: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -85,6 +102,8 @@ def train_command(
         _apply(values, options, assignments)
         if peers is not None:
             _set_peers(values, peers)
+        if replica is not None:
+            values["member"], values["replicas"] = replica
         where = "the recipe" if recipe_file is None else str(recipe_file)
         recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         how: dict[str, Any] = {

@@ -1,9 +1,10 @@
 """Exchanges: what students that train together say to each other, one module each."""
 
-from coursepack.distill.exchange import outputs
+from coursepack.distill.exchange import outputs, replicas
 from coursepack.distill.exchange.base import Exchange
 
 EXCHANGES: dict[str, Exchange] = {
     "outputs": outputs.EXCHANGE,
+    "stale": replicas.EXCHANGE,
 }
 """Exchanges by name. To add one, write a module in this package and add a row here."""

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from coursepack.data.store.locations.base import Location
     from coursepack.kernels import MixedLabels
+    from coursepack.models import Network
 
 
 class ExchangeConfig(Config):
@@ -35,6 +37,11 @@ class ExchangeConfig(Config):
     @property
     def is_sequential(self) -> bool:
         """True if students are updated one after another within a step."""
+        return False
+
+    @property
+    def splits_rows(self) -> bool:
+        """True if every student reads rows of its own, a share of the samples."""
         return False
 
     @model_serializer(mode="wrap")
@@ -62,6 +69,24 @@ class GroupContext:
     """Number of classes C."""
     seed: int = 0
     """Seed of the exchange's initial weights."""
+    networks: tuple[Network, ...] = ()
+    """Networks of the student and of its peers."""
+
+
+@dataclass(frozen=True)
+class ReplicaContext:
+    """Properties of one of several replicas of a student, each trained by a process of its own."""
+
+    index: int
+    """Index of the replica."""
+    count: int
+    """Number of replicas."""
+    network: Network
+    """Network of the replica."""
+    location: Location
+    """Folder that the replicas share."""
+    identity: dict[str, Any]
+    """Everything in which replicas must agree, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,8 @@ class ExchangeInputs:
     labels: Tensor | MixedLabels
     """Class ids `(N,)` int64, or two class ids and their shares per sample if images are mixed."""
     step: Step = field(default_factory=Step)
+    predict: Callable[[Network, int], Tensor] | None = None
+    """Returns a network's logits for the rows of a student by index."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +118,13 @@ class Exchange:
     """One kind of exchange.
 
     The module that `build` returns maps `ExchangeInputs` to `Exchanged`. Its parameters are trained by the
-    optimizer of the first student. Optional methods are `begin_epoch(epoch)`; `parameter_groups()`, for
-    parameters with their own optimizer settings; `after_step(inputs)`; `ensembles(outputs)`, which returns
-    logits `(N, C)` to evaluate by name; and `second_step(inputs)`, which returns further losses of each
-    student, as in `Exchanged.losses`. These are minimized by a step of their own after the usual one, with
-    `second_lr_factor` of the config times its learning rate.
+    optimizer of the first student. Optional methods are `begin_epoch(epoch)`; `begin_step(steps)`, called
+    before every step with the number of completed ones; `parameter_groups()`, for parameters with their own
+    optimizer settings; `after_step(inputs)`; `epoch_metrics()`, which returns the metrics of an epoch as
+    plain values and starts the next; `ensembles(outputs)`, which returns logits `(N, C)` to evaluate by
+    name; and `second_step(inputs)`, which returns further losses of each student, as in `Exchanged.losses`.
+    These are minimized by a step of their own after the usual one, with `second_lr_factor` of the config
+    times its learning rate.
     """
 
     config: type[ExchangeConfig]
@@ -110,6 +139,8 @@ class Exchange:
     """Layers that are read of every student: `last map` is its deepest block that gives maps."""
     students: tuple[int, int | None] = (2, None)
     """Smallest and largest number of students, the peers included; None means no limit."""
+    build_replica: Callable[[Any, ReplicaContext], nn.Module] | None = None
+    """Builds the exchange of one of several replicas; None if the students have to be in one process."""
     joint: str = ""
     """What makes gradients flow from one student's loss into another student, or into the exchange; empty if
     every target is detached and the exchange has no parameters."""

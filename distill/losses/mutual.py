@@ -34,12 +34,14 @@ class Mutual(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)` in nats, with gradient to the student's logits.
+    def forward(self, inputs: LossInputs) -> Tensor | None:
+        """Return the loss `(N,)` in nats, with gradient to the student's logits; None without targets.
 
         Targets that are not detached receive a gradient too.
         """
         config, targets = self.config, inputs.peers
+        if not targets:
+            return None
         logits = inputs.student.logits.float()
         if any(target.requires_grad for target in targets):
             loss = torch.stack([self._with_gradient(target.float(), logits) for target in targets]).mean(0)

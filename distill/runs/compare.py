@@ -206,7 +206,7 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
                 "stores": True,
                 "view": bool(recipe["stores"] or other["stores"]),
                 "objective": other["method"] != recipe["method"],
-                **dict.fromkeys(("peers", "member", "ensemble"), True),
+                **dict.fromkeys(("peers", "member", "replicas", "group", "ensemble"), True),
             }.get(top, False)
             if path not in compared and not implied:
                 compared.add(path)
@@ -219,6 +219,8 @@ def _student(recipe: dict[str, Any]) -> str:
     networks = [recipe["student"], *recipe.get("peers", [])]
     if "ensemble" in recipe:
         return f"{recipe['ensemble']} of {' + '.join(networks)}"
+    if recipe.get("replicas"):
+        return f"{networks[0]} (replica {recipe.get('member', 0) + 1} of {recipe['replicas']})"
     if len(networks) == 1:
         return networks[0]
     return f"{networks[0]} (student {recipe.get('member', 0)} of {len(networks)})"

@@ -183,7 +183,7 @@ class RunFolder:
 
     def finish_group(self, exchange: nn.Module | None) -> None:
         """Write the exchange's weights, if it has any, of a group whose students are finished next."""
-        if exchange is not None and exchange.state_dict():
+        if exchange is not None and any(value.requires_grad for value in exchange.parameters()):
             write_whole(self.path / EXCHANGE_FILE, _weights(exchange))
 
 

@@ -90,6 +90,9 @@ class GroupRun:
         if evaluation is not None:
             others = {name: values for name, values in ensembles.items() if name != "ensemble"}
             self.metrics |= {"evaluation": ensembles["ensemble"], **({"ensembles": others} if others else {})}
+        exchange = self.students[0].state.learner.exchange
+        if hasattr(exchange, "epoch_metrics"):
+            self.metrics["exchange"] = exchange.epoch_metrics()
         self.folder.log(self.metrics)
 
     def finish(self) -> None:

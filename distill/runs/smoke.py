@@ -87,6 +87,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "source": source.name,
             "evaluation": evaluation_spec(source.name),
             "root": None,
+            "group": None if recipe.group is None else str(folder / "group"),
             "stores": tuple(stores),
             "online": False,
             "views": None if not stores else VIEWS,

@@ -98,6 +98,8 @@ class StudentRun:
             **({} if evaluation is None else {"evaluation": evaluation}),
             **groups,
         }
+        if self.recipe.replicas:
+            self.metrics["exchange"] = self.state.learner.exchange.epoch_metrics()
         self.folder.log(self.metrics)
         self.writer.log(self.metrics)
         best, stale = self.position.best, self.position.stale

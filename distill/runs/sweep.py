@@ -224,7 +224,7 @@ def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
     groups: dict[str, list[Student]] = {}
     for student in students:
         resumed = recipe_to_resume(out / student.name, student.recipe)
-        shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS))
+        shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS)) | {"shares": resumed.shares}
         groups.setdefault(canonical_json(shared), []).append(student)
     return list(groups.values())
 

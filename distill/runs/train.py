@@ -177,9 +177,7 @@ def _evaluate(setup: Setup, active: Sequence[Run], renderer: Renderer) -> None:
 
 def _rows_before(setup: Setup, position: Position) -> int:
     """Return the number of samples of the epoch that are completed at a position."""
-    return min(
-        len(setup.samples), position.batches * (setup.recipe.batch_size // setup.recipe.views_per_load)
-    )
+    return min(len(setup.samples), position.batches * setup.samples_per_step)
 
 
 class _Interval:

@@ -42,6 +42,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     _check_accumulation(recipe)
     _check_compile(recipe)
     _check_schedule(recipe)
+    _check_replicas(recipe)
     _check_peers(recipe)
     if recipe.views_per_load > recipe.batch_size:
         raise RecipeError(
@@ -94,9 +95,36 @@ def _check_compile(recipe: TrainRecipe) -> None:
         )
 
 
+def _check_replicas(recipe: TrainRecipe) -> None:
+    """Refuse replicas without a folder to exchange weights in, with another method, or with peers."""
+    if recipe.replicas is None:
+        if recipe.group is not None:
+            raise RecipeError(
+                f"--group {recipe.group} is the folder of replicas, but this run is none: give --replica "
+                "I/N, such as 1/3, or leave --group out"
+            )
+        return
+    replica = f"--replica {recipe.member + 1}/{recipe.replicas}"
+    if recipe.member >= recipe.replicas:
+        raise RecipeError(f"{replica}: there are only {recipe.replicas} replicas")
+    if recipe.group is None:
+        raise RecipeError(f"{replica} exchanges weights with the others in a folder: give --group DIR")
+    if recipe.peers:
+        raise RecipeError(
+            f"{replica} trains one student, but {1 + len(recipe.peers)} are given: leave --peers out, or "
+            "train all students in one process, without --replica"
+        )
+    name = recipe.objective.exchange.name
+    if EXCHANGES[name].build_replica is None or not recipe.objective.needs().peers:
+        raise RecipeError(
+            f"{replica} is for students that exchange weights, but method {recipe.method!r} does not: choose "
+            "--method codistillation, or leave --replica out"
+        )
+
+
 def _check_peers(recipe: TrainRecipe) -> None:
     """Refuse a method for several students with one student, several with another method, or too many."""
-    needs, count = recipe.objective.needs(), 1 + len(recipe.peers)
+    needs, count = recipe.objective.needs(), recipe.replicas or 1 + len(recipe.peers)
     if recipe.peers and not needs.peers:
         raise RecipeError(
             f"there are {count} students, but those of method {recipe.method!r} do not learn from each "

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from coursepack.data import batches, epoch_order, open_source, view_fingerprint
+from coursepack.data.batches import join
 from coursepack.data.loading import device_images
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
@@ -70,11 +71,18 @@ class Setup:
     """Rank of this process."""
     trust_code: bool = False
     """True if runs and stores may name Python code for networks."""
+    shares: int = 1
+    """Number of disjoint shares of the samples, one for each student that reads rows of its own."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Number of samples of a full batch."""
+        return self.shares * (self.recipe.batch_size // self.recipe.views_per_load)
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches per epoch."""
-        return -(-len(self.samples) // (self.recipe.batch_size // self.recipe.views_per_load))
+        return -(-len(self.samples) // self.samples_per_step)
 
     def views_of_epoch(self, epoch: int) -> list[int]:
         """Return the views of each sample in an epoch."""
@@ -94,22 +102,33 @@ class Setup:
         """Yield the batches of an epoch from batch `first` on, and prefetch the targets that follow.
 
         With several ranks, each gets its share of every batch. A last batch with fewer than two rows per rank
-        is not divided; every rank processes it whole.
+        is not divided; every rank processes it whole. Students that read rows of their own get `batch_size`
+        rows each.
         """
         views = self.views_of_epoch(epoch)
-        order = epoch_order(self.samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
-        begin = done = announced = first * (self.recipe.batch_size // len(views))
-        for batch in batches(
-            self.source,
-            self.recipe.view,
-            order,
-            views=views,
-            batch_size=self.recipe.batch_size,
-            device=self.device,
-            images=self.images,
-            first=first,
-            part=self.ranks.part,
-        ):
+        orders = [
+            epoch_order(
+                self.samples[index :: self.shares], seed=self.recipe.seed, epoch=epoch, window=self.window
+            )
+            for index in range(self.shares)
+        ]
+        order = np.stack(orders, 1).ravel()
+        begin = done = announced = first * self.samples_per_step
+        by_share = (
+            batches(
+                self.source,
+                self.recipe.view,
+                own,
+                views=views,
+                batch_size=self.recipe.batch_size,
+                device=self.device,
+                images=self.images,
+                first=first,
+                part=self.ranks.part,
+            )
+            for own in orders
+        )
+        for batch in map(join, zip(*by_share, strict=True)):
             whole = batch.global_batch or batch
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
@@ -213,7 +232,7 @@ def prepare(
         recipe,
         source,
         evaluation,
-        subset(source, recipe.limit),
+        _samples(recipe, source),
         views,
         targets,
         () if cached is None else tuple(cached.readers),
@@ -223,7 +242,23 @@ def prepare(
         device_images(source, recipe.view, device),
         ranks,
         trust_code,
+        1 if recipe.replicas else recipe.shares,
     )
+
+
+def _samples(recipe: TrainRecipe, source: Source) -> Samples:
+    """Return the samples that a recipe trains on: of a replica, its share, which is every N-th sample.
+
+    All shares have the same size, so up to N - 1 samples are left out.
+    """
+    samples, count = subset(source, recipe.limit), recipe.shares
+    if len(samples) < count:
+        raise RecipeError(
+            f"{len(samples)} samples cannot be divided among {count} students: give a larger --limit, or "
+            "--set objective.exchange.rows=shared"
+        )
+    samples = samples[: len(samples) // count * count]
+    return samples[recipe.member :: count] if recipe.replicas and count > 1 else samples
 
 
 def _cached_targets(
@@ -284,6 +319,10 @@ def describe_setup(setup: Setup) -> str:
     text = (
         f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
     )
+    if setup.shares > 1:
+        text += f", {len(setup.samples) // setup.shares:,} samples for each of {setup.shares} students"
+    if recipe.replicas:
+        text += f", replica {recipe.member + 1} of {recipe.replicas}"
     if setup.readers:
         how = "live" if recipe.online else f"from their stores ({setup.readers[0].reading})"
         text += f", teachers {teachers} {how}"

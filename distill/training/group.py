@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from coursepack.data.store.locations import open_location
 from coursepack.distill.exchange import EXCHANGES
-from coursepack.distill.exchange.base import GroupContext, MemberShapes
+from coursepack.distill.exchange.base import GroupContext, MemberShapes, ReplicaContext
+from coursepack.distill.setup.prepare import provenance
 from coursepack.distill.setup.student import probe_student
 from coursepack.distill.training.optimizer import make_optimizer
 from coursepack.distill.training.state import make_learner, state_of
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from coursepack.distill.setup.prepare import Setup
     from coursepack.distill.training.learner import Learner
     from coursepack.distill.training.state import TrainState
+
+OWN_FIELDS = (
+    *("member", "seed", "group", "root", "stores", "reading", "online"),
+    *("accumulate", "precision", "channels_last", "compile", "deterministic"),
+)
+"""Fields of the recipe in which the replicas of a group may differ."""
 
 
 def make_group(setup: Setup, recipe: TrainRecipe | None = None) -> list[TrainState]:
@@ -35,11 +43,15 @@ def make_group(setup: Setup, recipe: TrainRecipe | None = None) -> list[TrainSta
     learners = [make_learner(setup, member) for member in members]
     config = recipe.objective.exchange
     if len(learners) > 1:
-        learners[0].exchange = _build_exchange(setup, recipe, learners).to(setup.device)
+        exchange = _build_exchange(setup, recipe, learners).to(setup.device)
         couples = any(learner.couples for learner in learners)
         for index, learner in enumerate(learners):
             learner.couples = couples
             learner.requires_grad_(index == 0 or config.train_peers)
+            learner.own_part = index if setup.shares > 1 else None
+        learners[0].exchange = exchange
+    elif recipe.replicas:
+        learners[0].exchange = _build_replica(setup, recipe, learners[0])
     states = [
         state_of(learner, member, setup.steps_per_epoch)
         for learner, member in zip(learners, members, strict=True)
@@ -58,10 +70,35 @@ def make_group(setup: Setup, recipe: TrainRecipe | None = None) -> list[TrainSta
 def _build_exchange(setup: Setup, recipe: TrainRecipe, learners: list[Learner]) -> nn.Module:
     config = recipe.objective.exchange
     shapes = tuple(_shapes(learner, setup.source.channels) for learner in learners)
+    networks = tuple(learner.network for learner in learners)
     with seeded(recipe.seed):
         return EXCHANGES[config.name].build(
-            config, GroupContext(shapes, len(setup.source.class_names), recipe.seed)
+            config, GroupContext(shapes, len(setup.source.class_names), recipe.seed, networks)
         )
+
+
+def _build_replica(setup: Setup, recipe: TrainRecipe, learner: Learner) -> nn.Module:
+    config = recipe.objective.exchange
+    build = EXCHANGES[config.name].build_replica
+    assert build is not None
+    assert recipe.group is not None
+    assert recipe.replicas is not None
+    where = open_location(recipe.group)
+    context = ReplicaContext(
+        recipe.member, recipe.replicas, learner.network, where, _shared_identity(setup, recipe)
+    )
+    return build(config, context)
+
+
+def _shared_identity(setup: Setup, recipe: TrainRecipe) -> dict[str, Any]:
+    """Return everything in which the replicas of a group agree: recipe and fingerprints of the data."""
+    origin = provenance(setup)
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude=set(OWN_FIELDS)),
+        "source_fingerprint": origin["source_fingerprint"],
+        "view_fingerprint": origin["view_fingerprint"],
+        "stores": [store["fingerprint"] for store in origin["stores"]],
+    }
 
 
 def _shapes(learner: Learner, channels: int) -> MemberShapes:

@@ -62,6 +62,8 @@ class Learner(nn.Module):
         self.ranks = ranks
         self.exchange: Any = None
         """Exchange between students that train together, held by the first of them; None for the others."""
+        self.own_part: int | None = None
+        """Index of the student's part of a batch, if students read rows of their own; None for all rows."""
         self.couples = bool(objective.needs.whole_batch)
         """True if a sample's loss depends on its whole batch."""
 
@@ -81,7 +83,12 @@ class Learner(nn.Module):
         return [{"params": rest}, *(group for group in groups if group["params"])]
 
     def rows_for(self, batch: Batch) -> Batch:
-        """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples."""
+        """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples.
+
+        Of a batch of students that read rows of their own, they are the student's.
+        """
+        if self.own_part is not None:
+            return batch.of_student(self.own_part)
         return batch.global_batch if self.couples and batch.global_batch is not None else batch
 
     def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
@@ -113,9 +120,17 @@ class Learner(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the student's logits `(N, C)` in the learner's autocast precision."""
-        images = network_input(batch, self.network.preprocessing)
+        return self._logits(self.student, self.network, batch)
+
+    def logits_of(self, network: Network, batch: Batch) -> Tensor:
+        """Return another network's logits `(N, C)` for the student's rows, in the same precision."""
+        return self._logits(network.module, network, batch)
+
+    def _logits(self, module: nn.Module, network: Network, batch: Batch) -> Tensor:
+        rows = batch if self.own_part is None else batch.of_student(self.own_part)
+        images = network_input(rows, network.preprocessing)
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
-            logits: Tensor = self.student(images)
+            logits: Tensor = module(images)
         return logits
 
     def inputs(
@@ -141,7 +156,7 @@ class Learner(nn.Module):
     def gathered(self, batch: Batch, output: StudentOutput) -> StudentOutput:
         """Return a student's output for `rows_for(batch)`, of all ranks if it couples samples."""
         rows = self.rows_for(batch)
-        if rows is batch:
+        if rows is batch or self.own_part is not None:
             return output
         counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
         return output.map(lambda own: self.ranks.gather_rows(own, counts))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from coursepack.distill.objective import ObjectiveValue
     from coursepack.distill.targets.base import Targets
     from coursepack.distill.training.state import TrainState
+    from coursepack.models import Network
 
     Group = Sequence[TrainState]
     Fetch = Callable[[Batch, Step], Targets | None]
@@ -51,6 +52,8 @@ def train_step(
     for group in groups:
         for state in group:
             state.begin_step()
+        if hasattr(group[0].learner.exchange, "begin_step"):
+            group[0].learner.exchange.begin_step(group[0].steps)
     seen: Seen = []
     together = [group for group in groups if not _is_sequential(group)]
     for micro, now in micros:
@@ -99,7 +102,11 @@ def exchange(
                 state.learner.gathered(batch, _predict_for_others(state, batch, step, "eval"))
                 for state in group
             ]
-        exchanged = module(ExchangeInputs(tuple(heard), rows.labels, step))
+
+        def predict(network: Network, index: int) -> Tensor:
+            return group[index].learner.logits_of(network, batch)
+
+        exchanged = module(ExchangeInputs(tuple(heard), rows.labels, step, predict))
     inputs = [
         state.learner.inputs(batch, output, target, step, peers)
         for state, output, target, peers in zip(group, outputs, targets, exchanged.targets, strict=True)
