@@ -71,8 +71,13 @@ class Setup:
     """Rank of this process."""
     trust_code: bool = False
     """True if runs and stores may name Python code for networks."""
-    shares: int = 1
-    """Number of disjoint shares of the samples, one for each student that reads rows of its own."""
+    divided: tuple[Samples, ...] = ()
+    """Disjoint shares of the samples, one for each student that reads rows of its own; empty if none does."""
+
+    @property
+    def shares(self) -> int:
+        """Number of students that read rows of their own, or 1 for all students that read the same ones."""
+        return max(1, len(self.divided))
 
     @property
     def samples_per_step(self) -> int:
@@ -107,10 +112,8 @@ class Setup:
         """
         views = self.views_of_epoch(epoch)
         orders = [
-            epoch_order(
-                self.samples[index :: self.shares], seed=self.recipe.seed, epoch=epoch, window=self.window
-            )
-            for index in range(self.shares)
+            epoch_order(samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
+            for samples in self.divided or (self.samples,)
         ]
         order = np.stack(orders, 1).ravel()
         begin = done = announced = first * self.samples_per_step
@@ -228,11 +231,12 @@ def prepare(
         if cached is None:
             raise RecipeError("--online runs the teachers of stores live: give at least one --store")
         targets = OnlineTargets(live_teachers(cached.readers, cached.arrays, device, trust_code=trust_code))
+    samples, divided = _samples(recipe, source)
     return Setup(
         recipe,
         source,
         evaluation,
-        _samples(recipe, source),
+        samples,
         views,
         targets,
         () if cached is None else tuple(cached.readers),
@@ -242,14 +246,15 @@ def prepare(
         device_images(source, recipe.view, device),
         ranks,
         trust_code,
-        1 if recipe.replicas else recipe.shares,
+        divided,
     )
 
 
-def _samples(recipe: TrainRecipe, source: Source) -> Samples:
-    """Return the samples that a recipe trains on: of a replica, its share, which is every N-th sample.
+def _samples(recipe: TrainRecipe, source: Source) -> tuple[Samples, tuple[Samples, ...]]:
+    """Return the samples that a recipe trains on, and their division among students in this process.
 
-    All shares have the same size, so up to N - 1 samples are left out.
+    Of N shares, each is every N-th sample in the order of classes and indices: classes are as even in a share
+    as in all samples. All shares have the same size, so up to N - 1 samples are left out.
     """
     samples, count = subset(source, recipe.limit), recipe.shares
     if len(samples) < count:
@@ -257,8 +262,12 @@ def _samples(recipe: TrainRecipe, source: Source) -> Samples:
             f"{len(samples)} samples cannot be divided among {count} students: give a larger --limit, or "
             "--set objective.exchange.rows=shared"
         )
-    samples = samples[: len(samples) // count * count]
-    return samples[recipe.member :: count] if recipe.replicas and count > 1 else samples
+    if count == 1:
+        return samples, ()
+    by_class = samples[np.argsort(source.labels[samples], kind="stable")]
+    even = by_class[: len(samples) // count * count]
+    shares = tuple(np.sort(even[index::count]) for index in range(count))
+    return (shares[recipe.member], ()) if recipe.replicas else (np.sort(even), shares)
 
 
 def _cached_targets(
