@@ -14,6 +14,8 @@ from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
 from coursepack.distill.setup.student import watched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coursepack.data import Batch
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.objective import Objective, ObjectiveValue
@@ -126,12 +128,11 @@ class Learner(nn.Module):
         """Return another network's logits `(N, C)` for the student's rows, in the same precision."""
         return self._logits(network.module, network, batch)
 
-    def _logits(self, module: nn.Module, network: Network, batch: Batch) -> Tensor:
+    def _logits(self, module: Callable[[Tensor], Tensor], network: Network, batch: Batch) -> Tensor:
         rows = batch if self.own_part is None else batch.of_student(self.own_part)
         images = network_input(rows, network.preprocessing)
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
-            logits: Tensor = module(images)
-        return logits
+            return module(images)
 
     def inputs(
         self,
