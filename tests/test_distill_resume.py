@@ -138,6 +138,7 @@ def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, ma
         interrupted(monkeypatch, recipe, out, saves=stop - before)
         assert not (out / "student.safetensors").exists()
         position = load_checkpoint(out, CPU)["position"]
+        position = position[0] if recipe.peers else position
         positions.append(position["epoch"] * steps + position["batches"])
         torch.rand(7)  # what else is drawn in a process is no matter
     assert positions == stops
