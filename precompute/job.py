@@ -89,6 +89,7 @@ class Job:
                     "weights": weights_fingerprint(network.module),
                     "preprocessing": network.preprocessing.model_dump(mode="json"),
                     "columns": self.runner.columns,
+                    **({} if network.settings is None else {"settings": network.settings}),
                 },
                 "view": {
                     "recipe": self.recipe.model_dump(mode="json"),
@@ -100,6 +101,7 @@ class Job:
             origin={
                 "weights_file": network.weights_file,
                 "root": None if self.root is None else str(self.root.expanduser().absolute()),
+                "library": network.library,
             },
             labels=self.source.labels,
             class_names=self.source.class_names,

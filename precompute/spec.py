@@ -81,7 +81,7 @@ class PrecomputeSpec:
                 network,
                 taps,
                 pick_device(self.device),
-                columns,
+                columns or network.columns,
                 precision=self.precision,
                 channels_last=self.channels_last,
                 compiled=self.compile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import open_source, view_recipe
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
 from coursepack.precompute.spec import PrecomputeSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -96,6 +98,10 @@ def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
         own = teacher.model_dump()
         classes = own.pop("classes")
         if classes is not None:
-            own["columns"] = tuple(load_columns(Path(classes), open_source(file.source, root).class_names))
+            own["columns"] = load_columns(
+                Path(classes),
+                open_source(file.source, root).class_names,
+                partial(teacher_class_names, teacher.teacher, teacher.weights),
+            )
         specs.append(PrecomputeSpec(**own, **shared, **common))
     return specs

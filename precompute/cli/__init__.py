@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from coursepack.data.store.owners import Part
 from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
@@ -198,7 +200,8 @@ def _job(
     part, device = _own_share(part, device)
     columns = None
     if class_map is not None:
-        columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
+        names = open_source(source_spec, root).class_names
+        columns = load_columns(class_map, names, partial(teacher_class_names, teacher, weights))
     job = PrecomputeSpec(
         teacher=teacher,
         source=source_spec,
