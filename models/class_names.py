@@ -64,8 +64,8 @@ def match_names(class_names: Sequence[str], trained_on: Sequence[str]) -> list[i
     """Return the index of the teacher's class for each class of a source, None where no name agrees.
 
     Names agree if they are equal; equal up to case, hyphens and underscores; if one is a synonym in the
-    other, as in `tench, Tinca tinca`; or if one is the WordNet id of the other. No class of the teacher is given
-    twice, and none that several names of the teacher agree with.
+    other, as in `tench, Tinca tinca`; or if one is the WordNet id of the other. No class of the teacher is
+    given twice, and none that several names of the teacher agree with.
     """
     columns: list[int | None] = [None] * len(class_names)
     for forms in FORMS:

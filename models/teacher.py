@@ -12,6 +12,7 @@ from torch import nn
 
 from coursepack.errors import NonFiniteOutput, OutOfMemory, TeacherMismatch
 from coursepack.models.logits import logits_problem
+from coursepack.models.opaque import check_opaque
 from coursepack.models.precision import PRECISIONS, check_precision, computing_in, has_precision
 from coursepack.models.taps import tap_margins, tapped
 
@@ -74,8 +75,10 @@ class TeacherRunner:
         Raises:
             UnknownName: a tap names a layer that the network does not have, or there is no such precision.
             TeacherMismatch: a `margin` tap names a layer that is not a batch normalization.
-            RecipeError: the device does not have the precision.
+            RecipeError: the device does not have the precision, or another library runs the network, whose
+                layers and precision cannot be chosen.
         """
+        check_opaque(network, taps, precision, compiled)
         self.network = network
         self.taps = tuple(taps)
         self.device = device or torch.device("cpu")

@@ -11,6 +11,13 @@ SIDE = 32
 TEN = tuple("0123456789")
 
 
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('trapped').touch()",))
+
+
 def labels(names=TEN):
     """Members of a configuration that name its classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}

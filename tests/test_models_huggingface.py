@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import random_source
-from published import KINDS, SIDE, TEN, change_json, images_of, write_published
+from published import KINDS, SIDE, TEN, Trap, change_json, images_of, write_published
 from safetensors.torch import load_file, save_file
 
 from coursepack.data import view_recipe
 from coursepack.data.sources import InMemory
+from coursepack.data.store import StoreReader
 from coursepack.data.views import draw, render
+from coursepack.distill.setup.requirements import precompute_command
+from coursepack.distill.targets.live import live_teachers
 from coursepack.errors import RecipeError, TeacherMismatch
-from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
+from coursepack.models import Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import weights_fingerprint
+from coursepack.models.load import reload_teacher
+from coursepack.precompute import Job, run_job
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +87,184 @@ def test_views_resize_as_the_processor_but_for_its_filter(folders):
     theirs = pipeline(folders["vit"], images)
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     assert difference < 0.02, difference
+
+
+def test_a_half_precision_checkpoint_runs_in_float32(vit):
+    state = load_file(vit / "model.safetensors")
+    save_file(
+        {name: value.half() for name, value in state.items()}, vit / "model.safetensors", {"format": "pt"}
+    )
+    change_json(vit / "config.json", dtype="float16")
+    network = load_teacher(f"hf:{vit}", TEN)
+    assert {value.dtype for value in network.module.state_dict().values()} == {torch.float32}
+
+
+def test_taps_are_named_as_in_the_library(folders):
+    network = load_teacher(f"hf:{folders['resnet']}", TEN)
+    taps = [Tap(("resnet.encoder.stages.1",)), Tap(("resnet.pooler",))]
+    runner = TeacherRunner(network, taps)
+    output = runner.run(torch.from_numpy(images_of(3)))
+    assert [tuple(value.shape) for value in output.features.values()] == [(3, 16, 4, 4), (3, 16, 1, 1)]
+    head = runner.static()
+    rebuilt = output.features["resnet.pooler"].flatten(1) @ head["head_weight"].T + head["head_bias"]
+    torch.testing.assert_close(rebuilt, output.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_determines_logits_is_the_identity_and_paths_are_not(vit, tmp_path):
+    def identity(folder):
+        network = load_teacher(f"hf:{folder}", TEN)
+        return network.spec, network.settings, weights_fingerprint(network.module)
+
+    before = identity(vit)
+    assert before[0] == "hf:ViTForImageClassification"
+    other = shutil.copytree(vit, tmp_path / "elsewhere")
+    change_json(other / "config.json", transformers_version="4.0.0", _name_or_path="/home/x", dtype="float16")
+    assert identity(other) == before
+    change_json(other / "config.json", hidden_act="relu")
+    assert identity(other)[1] != before[1]
+    assert identity(other)[::2] == before[::2]
+    assert load_teacher(f"hf:{vit}", TEN).weights_file == f"hf:{vit.resolve()}"
+
+
+def test_a_store_names_the_folder_and_finds_its_teacher_again(vit, tmp_path):
+    source = InMemory("images", images_of(12), np.arange(12) % 10, TEN)
+    network = load_teacher(f"hf:{vit}", source.class_names)
+    for batch_size in (12, 5):
+        job = Job(tmp_path / f"{batch_size}.zarr", source, view_recipe("none"), TeacherRunner(network), 1)
+        run_job(replace(job, batch_size=batch_size, encoding="float32"), quiet=True)
+    stores = [StoreReader(tmp_path / f"{batch_size}.zarr") for batch_size in (12, 5)]
+    logits = [store.components("logits", 0, np.arange(12))["values"] for store in stores]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+    manifest = stores[0].manifest
+    assert manifest.origin["weights_file"] == f"hf:{vit.resolve()}"
+    assert manifest.origin["library"].startswith("transformers ")
+    teacher = manifest.identity["teacher"]
+    assert str(vit) not in str(teacher)
+    again = reload_teacher(teacher, TEN, manifest.origin["weights_file"])
+    assert weights_fingerprint(again.module) == teacher["weights"]
+    [runner] = live_teachers([stores[0]], [["logits"]], torch.device("cpu"))
+    assert runner.network.spec == teacher["network"]
+    assert f"--teacher hf:{vit.resolve()} --" in precompute_command(stores[0], None)
+    assert "--weights" not in precompute_command(stores[0], None)
+    with pytest.raises(
+        RecipeError, match="does not record where its teacher 'hf:ViTForImageClassification' is"
+    ):
+        reload_teacher(teacher, TEN, None)
+    change_json(vit / "config.json", hidden_act="relu")
+    with pytest.raises(TeacherMismatch, match="are not the ones that wrote the store"):
+        reload_teacher(teacher, TEN, manifest.origin["weights_file"])
+
+
+def _other_head(folder):
+    change_json(folder / "config.json", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+
+
+def _without(part):
+    def change(folder):
+        state = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in state.items() if part not in name}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def _spare(folder):
+    state = load_file(folder / "model.safetensors") | {"spare.weight": torch.zeros(2)}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def _unlabelled(folder):
+    values = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in values.items() if name not in ("id2label", "label2id")}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def _pickled(folder):
+    torch.save({"classifier.weight": Trap()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _own_code(folder):
+    (folder / "mine.py").write_text("import pathlib; pathlib.Path('trapped').touch()")
+    names = {"AutoConfig": "mine.C", "AutoModelForImageClassification": "mine.M"}
+    change_json(folder / "config.json", model_type="mine", auto_map=names)
+
+
+def _processor(**values):
+    return lambda folder: change_json(folder / "preprocessor_config.json", **values)
+
+
+REFUSED = [
+    (_other_head, r"mismatched \[.*classifier\.bias.*\]"),
+    (_without("classifier"), r"missing \['classifier\.bias', 'classifier\.weight'\].*random weights"),
+    (_without(".1."), r"missing \['vit\."),
+    (_spare, r"unexpected \['spare\.weight'\]"),
+    (_unlabelled, r"config\.json has no id2label"),
+    (_pickled, r"has no \.safetensors file; pytorch_model\.bin may run code when it is read, so it is not"),
+    (_own_code, "transformers cannot load it|config"),
+    (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), r"image processor \(preprocessor_config"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter of another network"),
+    (_processor(do_rescale=False), "has do_rescale = False, expected true"),
+    (_processor(rescale_factor=1 / 127.5), r"has rescale_factor = 0\.0078.*, expected 1/255"),
+    (_processor(size={"height": 32, "width": 48}), "has size = '32 x 48', but views are square"),
+    (_processor(size={"shortest_edge": 32, "longest_edge": 64}), "has size = .*expected one side"),
+    (_processor(do_resize=False), "has do_resize = False, expected true, with one size"),
+    (_processor(do_flip_channel_order=True, image_processor_type="MobileViTImageProcessor"),
+     "has do_flip_channel_order = True"),
+    (_processor(rescale_offset=True, image_processor_type="EfficientNetImageProcessor"),
+     "has rescale_offset = True"),
+    (_processor(include_top=True, image_processor_type="EfficientNetImageProcessor"),
+     "has include_top = True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "text"), REFUSED)
+def test_folders_that_are_refused(vit, tmp_path, monkeypatch, change, text):
+    monkeypatch.chdir(tmp_path)
+    change(vit)
+    with pytest.raises((RecipeError, TeacherMismatch), match=text) as refusal:
+        load_teacher(f"hf:{vit}", TEN)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_names_that_are_not_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = (
+        r"config\.json, preprocessor_config\.json and model\.safetensors of 'some/vit' cannot be fetched: "
+        r".*`hf download some/vit --revision main --include .* --local-dir FOLDER`, copy FOLDER here"
+    )
+    with pytest.raises(RecipeError, match=text):
+        load_teacher("hf:some/vit@main", TEN)
+    with pytest.raises(RecipeError, match="there is no folder 'nowhere', and it is not ORG/NAME@COMMIT"):
+        load_teacher("hf:nowhere", TEN)
+    with pytest.raises(RecipeError, match="brings its own weights: leave --weights out"):
+        load_teacher("hf:some/vit", TEN, weights="w.pt")
+    with pytest.raises(RecipeError, match="network 'hf:some/vit' is already trained"):
+        build_network("hf:some/vit", 10)
+
+
+def test_a_fetched_commit_is_recorded(folders, monkeypatch, tmp_path, capsys):
+    commit = "0123456789" * 4
+    shutil.copytree(folders["vit"], tmp_path / commit)
+    asked = []
+
+    def fetched(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(tmp_path / commit)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    network = load_teacher("hf:some/vit", TEN)
+    assert asked == [("some/vit", None, ["*.json", "*.safetensors"])]
+    assert network.weights_file == f"hf:some/vit@{commit}"
+    assert f"main is commit {commit} now; give some/vit@{commit} to keep it" in capsys.readouterr().err
+    load_teacher(f"hf:some/vit@{commit}", TEN)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RecipeError, match=r"'hf:x' needs transformers, .*install 'coursepack\[teachers\]'"):
+        load_teacher("hf:x", TEN)

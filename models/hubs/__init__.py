@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from coursepack.models.hubs import huggingface, projected, python, timm, torchvision
+from coursepack.models.hubs import exported, huggingface, onnx, projected, python, timm, torchvision
 from coursepack.models.hubs.base import Hub as Hub
 from coursepack.models.hubs.base import HubNetwork as HubNetwork
 
@@ -29,6 +29,8 @@ HUBS = {
         load_trained=huggingface.load_trained,
         class_names=huggingface.class_names,
     ),
+    "onnx": Hub(form="onnx:FILE", load_trained=onnx.load_trained),
+    "exported": Hub(form="exported:FILE.pt2", load_trained=exported.load_trained),
     "python": Hub(
         form="python:MODULE:FACTORY",
         build=python.build,

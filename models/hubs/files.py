@@ -81,8 +81,9 @@ def _fetch(repository: str, revision: str | None, spec: str) -> Published:
         at = "" if revision is None else f" --revision {revision}"
         raise RecipeError(
             f"network {spec!r}: {CONFIG}, preprocessor_config.json and model.safetensors of {repository!r} "
-            f"cannot be fetched: {_first_line(error)}. Where there is a network, run `hf download {repository}{at} "
-            f"--include {files} --local-dir FOLDER`, copy FOLDER here, and give it in place of {repository!r}"
+            f"cannot be fetched: {_first_line(error)}. Where there is a network, run `hf download "
+            f"{repository}{at} --include {files} --local-dir FOLDER`, copy FOLDER here, and "
+            f"give it in place of {repository!r}"
         ) from error
     commit = Path(path).name
     if COMMIT.fullmatch(revision or "") is None:

@@ -111,7 +111,12 @@ def _check_adapter(published: Published, spec: str) -> None:
 def _load(transformers: Any, published: Published, spec: str) -> tuple[nn.Module, Mapping[str, Any]]:
     try:
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
-            published.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFE
+            published.folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `_check_loaded` refuses them with their names
+            output_loading_info=True,
+            **SAFE,
         )
     except Exception as error:
         raise _unreadable(spec, "transformers cannot load it as an image classifier", error) from error

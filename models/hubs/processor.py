@@ -103,7 +103,8 @@ def _compare(processor: Any, preprocessing: Preprocessing, spec: str) -> None:
         raise RecipeError(
             f"network {spec!r}: its image processor {type(processor).__name__} gives images "
             f"{tuple(given.shape)} that differ from size {size}, mean {preprocessing.mean} and std "
-            f"{preprocessing.std}, so one of its settings has no equivalent here: export the network with its preprocessing to ONNX (onnx:FILE)"
+            f"{preprocessing.std}, so one of its settings has no equivalent here: export the network with "
+            "its preprocessing to ONNX (onnx:FILE)"
         )
 
 
