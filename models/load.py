@@ -29,6 +29,7 @@ from coursepack.models.class_names import columns_by_name
 from coursepack.models.hubs import find_hub, has_weights, trained_loader
 from coursepack.models.networks import NETWORKS
 from coursepack.models.preprocessing import Preprocessing
+from coursepack.models.published import from_published
 from coursepack.models.weights import (
     SUFFIXES,
     class_count,
@@ -103,7 +104,7 @@ def load_teacher(
     elif Path(weights).suffix in SUFFIXES:
         state = read_weights(Path(weights))
         network = build_network(spec, classes, size=size, mean=mean, std=std)
-        state = without_prefix(state, network.module, weights)
+        state = from_published(without_prefix(state, network.module, weights), network.module, weights)
         if columns is not None:
             trained_on = class_count(network.module, classes, state)
             network = build_network(spec, trained_on, size=size, mean=mean, std=std)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coursepack.errors import RecipeError, TeacherMismatch, UntrustedCode
 from coursepack.models.hubs.base import HubNetwork
+from coursepack.models.hubs.files import first_line
 
 INSTEAD = "export the network to ONNX, which is read without running code: --teacher onnx:FILE"
 
@@ -65,7 +66,7 @@ def load_trained(name: str, _size: int | None, trust_code: bool) -> HubNetwork:
     try:
         program = torch.export.load(path)
     except Exception as error:
-        raise TeacherMismatch(f"network {spec!r} cannot be read: {type(error).__name__}: {error}") from error
+        raise TeacherMismatch(f"network {spec!r} cannot be read: {first_line(error)}") from error
     size, classes = _check(program, spec)
     module = ExportedNetwork(program.module(), digest)
     return HubNetwork(

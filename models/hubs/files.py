@@ -81,7 +81,7 @@ def _fetch(repository: str, revision: str | None, spec: str) -> Published:
         at = "" if revision is None else f" --revision {revision}"
         raise RecipeError(
             f"network {spec!r}: {CONFIG}, preprocessor_config.json and model.safetensors of {repository!r} "
-            f"cannot be fetched: {_first_line(error)}. Where there is a network, run `hf download "
+            f"cannot be fetched: {first_line(error)}. Where there is a network, run `hf download "
             f"{repository}{at} --include {files} --local-dir FOLDER`, copy FOLDER here, and "
             f"give it in place of {repository!r}"
         ) from error
@@ -111,6 +111,7 @@ def missing_library(spec: str, library: str, error: ImportError) -> RecipeError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the class and the first line of an error of another library, to be quoted in one of ours."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -14,7 +14,7 @@ import torch
 from coursepack.canonical import fingerprint
 from coursepack.errors import RecipeError, TeacherMismatch
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import missing_library, open_published, read_config
+from coursepack.models.hubs.files import first_line, missing_library, open_published, read_config
 from coursepack.models.hubs.processor import preprocessing_of
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def _processor(transformers: Any, published: Published, spec: str) -> Any:
 
 
 def _unreadable(spec: str, what: str, error: Exception) -> RecipeError:
-    lines = str(error).strip().splitlines() or [""]
-    return RecipeError(f"network {spec!r}: {what}: {type(error).__name__}: {lines[0][:300]}")
+    return RecipeError(f"network {spec!r}: {what}: {first_line(error)}")
 
 
 def _check_loaded(info: Mapping[str, Any], config: Mapping[str, Any], spec: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coursepack.errors import RecipeError, TeacherMismatch
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import missing_library
+from coursepack.models.hubs.files import first_line, missing_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +98,7 @@ def load_trained(name: str, _size: int | None, _trust_code: bool) -> HubNetwork:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
-        raise TeacherMismatch(f"network {spec!r} cannot be read as ONNX: {_reason(error)}") from error
+        raise TeacherMismatch(f"network {spec!r} cannot be read as ONNX: {first_line(error)}") from error
     module = OnnxNetwork(path, spec, _fingerprint(path, _external_files(model, path, spec)))
     return HubNetwork(
         module,
@@ -172,7 +172,9 @@ def _open_session(path: Path, spec: str, device: torch.device) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        raise TeacherMismatch(f"network {spec!r} cannot be run by onnxruntime: {_reason(error)}") from error
+        raise TeacherMismatch(
+            f"network {spec!r} cannot be run by onnxruntime: {first_line(error)}"
+        ) from error
 
 
 def _pixels(inputs: list[Any], spec: str) -> Pixels:
@@ -218,8 +220,3 @@ def _logits(outputs: list[Any], spec: str) -> tuple[str, int]:
             "tensor(float) (N, C) with a fixed number of classes C"
         )
     return named[0].name, shape[1]
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
