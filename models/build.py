@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from coursepack.models.record import Record
+
 NETWORK_FILE = "network.yaml"
 WEIGHTS_FILE = "student.safetensors"
 RUN = "run"
@@ -52,6 +54,8 @@ class Network:
     """Fingerprint of the configuration that determines outputs beside `spec` and weights, if there is one."""
     library: str | None = None
     """Name and version of the library that runs it, if its hub depends on one."""
+    record: Record | None = None
+    """Accuracy that its run recorded, if it comes from a run folder."""
 
     def describe(self) -> dict[str, Any]:
         """Return the architecture as plain values, from which `run:FOLDER` builds it again."""

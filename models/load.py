@@ -30,6 +30,7 @@ from coursepack.models.hubs import find_hub, has_weights, trained_loader
 from coursepack.models.networks import NETWORKS
 from coursepack.models.preprocessing import Preprocessing
 from coursepack.models.published import from_published
+from coursepack.models.record import read_record
 from coursepack.models.weights import (
     SUFFIXES,
     class_count,
@@ -269,4 +270,4 @@ def _load_run(folder: Path, *, trust_code: bool) -> Network:
     _check_size(description, state, folder)
     network = _build_described(description)
     load_weights(description.spec, network.module, description.classes, state, str(weights))
-    return replace(network, weights_file=str(weights.resolve()))
+    return replace(network, weights_file=str(weights.resolve()), record=read_record(folder))

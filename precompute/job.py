@@ -18,6 +18,7 @@ from coursepack.data.store.owners import Part
 from coursepack.data.views import view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.models.build import weights_fingerprint
+from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.numerics import NumericsGuard, environment_of
 
@@ -159,6 +160,7 @@ def run_job(
     writer = StoreWriter(job.store, job.plan(), job.part)
     guard = NumericsGuard(job.store, job.environment(), same_numerics)
     seen = guard.check(writer.planned())
+    accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
         writer.commit()
         title = f"precompute {writer.location.name}"
@@ -169,7 +171,9 @@ def run_job(
                 for blocks in finished:
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()
+                        accuracy.check(writer.manifest)
         writer.commit()
+        accuracy.check(writer.manifest)
         # Other processes may have written blocks in the meantime.
         guard.check(writer.manifest, seen=seen)
         return writer.manifest

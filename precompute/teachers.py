@@ -21,11 +21,11 @@ class Teacher(Config):
     """One teacher of a file, with the options of `precompute run` that describe it and its store."""
 
     teacher: str
-    """`run:FOLDER`, or a network's name with `weights`."""
+    """`run:FOLDER`, a trained network of a hub such as `hf:FOLDER`, or a network's name with `weights`."""
     store: str
     """Folder of the store."""
     weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's."""
+    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
     size: Positive | None = None
     """Side in pixels of the rendered views. Defaults to the teacher's own."""
     mean: tuple[float, ...] | None = None

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from published import KINDS, SIDE, TEN, Trap, change_json, images_of, write_published
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from coursepack.models import Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import weights_fingerprint
 from coursepack.models.load import reload_teacher
 from coursepack.precompute import Job, run_job
+from coursepack.precompute.cli import main as precompute
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +270,33 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RecipeError, match=r"'hf:x' needs transformers, .*install 'coursepack\[teachers\]'"):
         load_teacher("hf:x", TEN)
+
+
+def test_a_command_maps_classes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["extra", *(f"Digit {name}" for name in reversed(TEN))]
+    write_published(tmp_path / "vit", names=names)
+    (tmp_path / "digits.yaml").write_text("".join(f"'{name}': Digit {name}\n" for name in TEN))
+    line = "run --teacher hf:vit --source digits:test --view none --views 1 --store new.zarr"
+    result = CliRunner().invoke(precompute, line.split())
+    assert result.exit_code == 1
+    assert "0 of those are found by name: give --classes FILE" in result.stderr
+    result = CliRunner().invoke(precompute, [*line.split(), "--classes", "new.yaml"])
+    assert (result.exit_code, (tmp_path / "new.yaml").exists()) == (1, True)
+    result = CliRunner().invoke(precompute, [*line.split(), "--classes", "digits.yaml"])
+    assert result.exit_code == 0, result.output
+    assert StoreReader(tmp_path / "new.zarr").manifest.identity["teacher"]["columns"] == list(
+        range(10, 0, -1)
+    )
+
+
+def test_classes_in_another_order_are_put_in_the_sources(tmp_path, capsys):
+    network = load_teacher(f"hf:{write_published(tmp_path / 'a')}", TEN)
+    images = torch.from_numpy(images_of(3))
+    expected = TeacherRunner(network).run(images).logits
+    change_json(tmp_path / "a" / "config.json", id2label={str(i): str(9 - i) for i in range(10)})
+    network = load_teacher(f"hf:{tmp_path / 'a'}", TEN)
+    assert network.columns == tuple(range(9, -1, -1))
+    torch.testing.assert_close(
+        TeacherRunner(network, columns=network.columns).run(images).logits, expected.flip(1)
+    )

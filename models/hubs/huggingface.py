@@ -46,6 +46,7 @@ def load_trained(name: str, _size: int | None, _trust_code: bool) -> HubNetwork:
     published = open_published(name, spec)
     _check_adapter(published, spec)
     config = read_config(published.folder)
+    model: Any
     with _quiet(transformers):
         model, info = _load(transformers, published, spec)
         processor = _processor(transformers, published, spec)
