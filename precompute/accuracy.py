@@ -42,8 +42,8 @@ class AccuracyGuard:
             self._silent = True
             say(
                 f"teacher {self._network!r} classifies {accuracy:.1%} of the views of {self._source!r} "
-                f"correctly, but its run recorded {record.accuracy:.1%} on {record.source!r}. The view recipe "
-                "may not suit it: look at the views with `precompute inspect`, or give a view for its images"
+                f"correctly, but its run recorded {record.accuracy:.1%} on {record.source!r}. The view "
+                "recipe may not suit it: check the views with `precompute inspect`, or give other ones"
             )
 
 

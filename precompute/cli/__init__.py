@@ -60,8 +60,10 @@ class _UnlessFile(click.Option):
 
 # fmt: off
 JOB_OPTIONS = (
-    click.option("--teacher", cls=_UnlessFile, help="run:FOLDER, hf:FOLDER, onnx:FILE, or a network's name with --weights."),
-    click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
+    click.option("--teacher", cls=_UnlessFile,
+                 help="run:FOLDER, hf:FOLDER, onnx:FILE, or a network's name with --weights."),
+    click.option("--weights",
+                 help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
     click.option("--size", type=click.IntRange(1),
                  help="Side in pixels of the rendered views.  [default: the teacher's own]"),
     click.option("--mean", callback=parse_numbers, metavar="X,X,X",
@@ -69,7 +71,7 @@ JOB_OPTIONS = (
     click.option("--std", callback=parse_numbers, metavar="X,X,X",
                  help="Standard deviation per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML class map: the teacher's class for each class of the source; written if missing."),
+                 help="YAML class map: the teacher's class for each class of the source; made if missing."),
     click.option("--source", "source_spec", cls=_UnlessFile, help="Source of samples: NAME or NAME:SPLIT."),
     click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
     click.option("--view", cls=_UnlessFile, help="View recipe: name of a preset, or a YAML file."),
