@@ -35,8 +35,7 @@ def load_columns(
         RecipeError: a class is missing, unknown or mapped twice, or a value is not a class; or the file was
             written and is to be completed.
     """
-    names = None if trained_on is None else trained_on()
-    if names is not None and not path.exists():
+    if trained_on is not None and not path.exists() and (names := trained_on()) is not None:
         return _write_map(path, class_names, names)
     values = read_yaml(path)
     if isinstance(values, dict):
@@ -52,7 +51,9 @@ def load_columns(
     if not isinstance(values, list) or len(values) != len(class_names):
         got = f"{len(values)} entries" if isinstance(values, list) else f"a {type(values).__name__}"
         raise RecipeError(f"class map {str(path)!r} holds {got}, expected {len(class_names)} class ids")
-    values = [_index_of(value, names, path) for value in values]
+    if any(isinstance(value, str) for value in values):
+        names = None if trained_on is None else trained_on()
+        values = [_index_of(value, names, path) for value in values]
     for name, column in zip(class_names, values, strict=True):
         if isinstance(column, bool) or not isinstance(column, int) or column < 0:
             raise RecipeError(

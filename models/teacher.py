@@ -66,8 +66,8 @@ class TeacherRunner:
             network: the teacher.
             taps: features to return besides the logits.
             device: defaults to the CPU.
-            columns: index of the teacher's class for each class of the source. Defaults to the same classes
-                in the same order.
+            columns: index of the teacher's class for each class of the source. Defaults to
+                `network.columns`; None there means the same classes in the same order.
             precision: a name of `PRECISIONS`. `float32` is IEEE float32, whatever torch's settings are.
             channels_last: keep images and weights in channels-last memory format.
             compiled: run the network through `torch.compile`, for batches of one size.
@@ -83,6 +83,7 @@ class TeacherRunner:
         self.taps = tuple(taps)
         self.device = device or torch.device("cpu")
         check_precision(precision, self.device)
+        columns = network.columns if columns is None else columns
         self.columns = None if columns is None else tuple(columns)
         self.precision = precision
         self.memory_layout = "channels_last" if channels_last else "contiguous"

@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
     return (
         f"it holds {kind[:100]}, expected only tensors. Reading anything else could run code from the file, "
         "which is never done here. If you trust the file, load the model yourself and save its weights: "
-        "torch.save(model.state_dict(), 'weights.pt')"
+        "torch.save(model.state_dict(), 'weights.pt'), or export it to ONNX: --teacher onnx:FILE"
     )
 
 

@@ -81,7 +81,7 @@ class PrecomputeSpec:
                 network,
                 taps,
                 pick_device(self.device),
-                columns or network.columns,
+                columns,
                 precision=self.precision,
                 channels_last=self.channels_last,
                 compiled=self.compile,

@@ -18,9 +18,10 @@ from coursepack.data import view_recipe
 from coursepack.data.sources import InMemory
 from coursepack.data.store import StoreReader
 from coursepack.data.views import draw, render
+from coursepack.distill.cli import main as distill
 from coursepack.distill.setup.requirements import precompute_command
 from coursepack.distill.targets.live import live_teachers
-from coursepack.errors import RecipeError, TeacherMismatch
+from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch
 from coursepack.models import Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import weights_fingerprint
 from coursepack.models.load import reload_teacher
@@ -155,6 +156,9 @@ def test_a_store_names_the_folder_and_finds_its_teacher_again(vit, tmp_path):
     change_json(vit / "config.json", hidden_act="relu")
     with pytest.raises(TeacherMismatch, match="are not the ones that wrote the store"):
         reload_teacher(teacher, TEN, manifest.origin["weights_file"])
+    moved = TeacherRunner(load_teacher(f"hf:{vit}", TEN))
+    with pytest.raises(StoreMismatch, match=r"teacher\.settings +store: "):
+        run_job(Job(stores[0].path, source, view_recipe("none"), moved, 2, encoding="float32"), quiet=True)
 
 
 def _other_head(folder):
@@ -297,6 +301,6 @@ def test_classes_in_another_order_are_put_in_the_sources(tmp_path, capsys):
     change_json(tmp_path / "a" / "config.json", id2label={str(i): str(9 - i) for i in range(10)})
     network = load_teacher(f"hf:{tmp_path / 'a'}", TEN)
     assert network.columns == tuple(range(9, -1, -1))
-    torch.testing.assert_close(
-        TeacherRunner(network, columns=network.columns).run(images).logits, expected.flip(1)
-    )
+    runner = TeacherRunner(network)
+    assert runner.columns == network.columns
+    torch.testing.assert_close(runner.run(images).logits, expected.flip(1))

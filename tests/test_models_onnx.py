@@ -233,6 +233,9 @@ REFUSED = [
     (_model(outputs={"x": ["N", 3], "y": ["N", 3]},
             nodes=[helper.make_node("ReduceMean", ["images", "axes"], [name], keepdims=0) for name in "xy"]),
      r"has 2 outputs \('x', 'y'\), expected one, or one called 'logits'"),
+    (_model(nodes=[helper.make_node("ReduceMean", ["images", "axes"], ["means"], keepdims=0),
+                   helper.make_node("Softmax", ["means"], ["logits"])]),
+     "ends in Softmax, so 'logits' holds probabilities, expected logits"),
     (_model(nodes=[helper.make_node("Foreign", ["images"], ["logits"], domain="custom")]),
      "cannot be run by onnxruntime"),
 ]  # fmt: skip

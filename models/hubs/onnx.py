@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SPEC = "onnx"
 """Spec in fingerprints: the file's content says the rest."""
 LOGITS = "logits"
+PROBABILITIES = ("Softmax", "Sigmoid")
+"""Operators whose outputs are probabilities."""
 CHANNELS = (1, 3)
 HINT = 'torch.onnx.export(model, (images,), "model.onnx", dynamo=True, dynamic_shapes=({0: "batch"},))'
 
@@ -99,6 +101,7 @@ def load_trained(name: str, _size: int | None, _trust_code: bool) -> HubNetwork:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise TeacherMismatch(f"network {spec!r} cannot be read as ONNX: {first_line(error)}") from error
+    _check_last(model, spec)
     module = OnnxNetwork(path, spec, _fingerprint(path, _external_files(model, path, spec)))
     return HubNetwork(
         module,
@@ -109,6 +112,17 @@ def load_trained(name: str, _size: int | None, _trust_code: bool) -> HubNetwork:
         library=f"onnxruntime {onnxruntime.__version__}",
         size=module.pixels.size,
     )
+
+
+def _check_last(model: Any, spec: str) -> None:
+    """Check that no output is the result of a softmax or sigmoid, whose input would be the logits."""
+    outputs = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type in PROBABILITIES and not outputs.isdisjoint(node.output):
+            raise TeacherMismatch(
+                f"network {spec!r} ends in {node.op_type}, so {node.output[0]!r} holds probabilities, "
+                "expected logits: export it again without its last step"
+            )
 
 
 def _external_files(model: Any, path: Path, spec: str) -> list[tuple[str, Path]]:
