@@ -292,6 +292,9 @@ def test_a_command_maps_classes_by_name(tmp_path, monkeypatch):
     assert StoreReader(tmp_path / "new.zarr").manifest.identity["teacher"]["columns"] == list(
         range(10, 0, -1)
     )
+    line = "train --student digits-small --store new.zarr --online --epochs 1 --out run"
+    result = CliRunner().invoke(distill, line.split())
+    assert result.exit_code == 0, result.output
 
 
 def test_classes_in_another_order_are_put_in_the_sources(tmp_path, capsys):
