@@ -18,6 +18,7 @@ from coursepack.data.store.owners import Part
 from coursepack.data.views import view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.models.build import weights_fingerprint
+from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.numerics import NumericsGuard, environment_of
 
@@ -89,6 +90,7 @@ class Job:
                     "weights": weights_fingerprint(network.module),
                     "preprocessing": network.preprocessing.model_dump(mode="json"),
                     "columns": self.runner.columns,
+                    **({} if network.settings is None else {"settings": network.settings}),
                 },
                 "view": {
                     "recipe": self.recipe.model_dump(mode="json"),
@@ -100,6 +102,7 @@ class Job:
             origin={
                 "weights_file": network.weights_file,
                 "root": None if self.root is None else str(self.root.expanduser().absolute()),
+                "library": network.library,
             },
             labels=self.source.labels,
             class_names=self.source.class_names,
@@ -157,6 +160,7 @@ def run_job(
     writer = StoreWriter(job.store, job.plan(), job.part)
     guard = NumericsGuard(job.store, job.environment(), same_numerics)
     seen = guard.check(writer.planned())
+    accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
         writer.commit()
         title = f"precompute {writer.location.name}"
@@ -167,7 +171,9 @@ def run_job(
                 for blocks in finished:
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()
+                        accuracy.check(writer.manifest)
         writer.commit()
+        accuracy.check(writer.manifest)
         # Other processes may have written blocks in the meantime.
         guard.check(writer.manifest, seen=seen)
         return writer.manifest

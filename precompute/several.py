@@ -14,6 +14,7 @@ from coursepack.console import progress, say
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter
 from coursepack.errors import RecipeError
+from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors.local import in_turn
 from coursepack.precompute.numerics import NumericsGuard
 from coursepack.precompute.pipeline import Task
@@ -106,9 +107,10 @@ def _run_pass(
                     {task.job for task in tasks if writers[task.job].is_complete(task.block.view)}
                 ):
                     writers[job].commit()
-        for writer, guard, before in zip(writers, guards, seen, strict=True):
+        for each, writer, guard, before in zip(jobs, writers, guards, seen, strict=True):
             writer.commit()
             guard.check(writer.manifest, seen=before)
+            AccuracyGuard(each, quiet=quiet).check(writer.manifest)
         return [writer.manifest for writer in writers]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import open_source, view_recipe
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
 from coursepack.precompute.spec import PrecomputeSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,11 +21,11 @@ class Teacher(Config):
     """One teacher of a file, with the options of `precompute run` that describe it and its store."""
 
     teacher: str
-    """`run:FOLDER`, or a network's name with `weights`."""
+    """`run:FOLDER`, a trained network of a hub such as `hf:FOLDER`, or a network's name with `weights`."""
     store: str
     """Folder of the store."""
     weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's."""
+    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
     size: Positive | None = None
     """Side in pixels of the rendered views. Defaults to the teacher's own."""
     mean: tuple[float, ...] | None = None
@@ -96,6 +98,10 @@ def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
         own = teacher.model_dump()
         classes = own.pop("classes")
         if classes is not None:
-            own["columns"] = tuple(load_columns(Path(classes), open_source(file.source, root).class_names))
+            own["columns"] = load_columns(
+                Path(classes),
+                open_source(file.source, root).class_names,
+                partial(teacher_class_names, teacher.teacher, teacher.weights),
+            )
         specs.append(PrecomputeSpec(**own, **shared, **common))
     return specs

@@ -51,6 +51,9 @@ LATE = (
     "matplotlib",
     "timm",
     "transformers",
+    "huggingface_hub",
+    "onnx",
+    "onnxruntime",
     "zarr",
     "PIL",
 )

@@ -20,6 +20,7 @@ from coursepack.errors import CoursepackError, RecipeError
 from coursepack.imports import names_code
 from coursepack.models import build_network, parse_tap
 from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.hubs import has_weights
 from coursepack.models.load import own_preprocessing
 from coursepack.models.taps import Tap, tap_from_name
 
@@ -357,6 +358,9 @@ def precompute_command(
     words = ["precompute", "run"]
     if weights is not None and Path(weights).name == WEIGHTS_FILE:
         spec = f"run:{Path(weights).parent}"
+        words += ["--teacher", spec]
+    elif has_weights(weights):
+        spec = str(weights)
         words += ["--teacher", spec]
     else:
         spec = teacher["network"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from coursepack.data.store.owners import Part
 from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
@@ -58,8 +60,10 @@ class _UnlessFile(click.Option):
 
 # fmt: off
 JOB_OPTIONS = (
-    click.option("--teacher", cls=_UnlessFile, help="run:FOLDER, or a network's name with --weights."),
-    click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's."),
+    click.option("--teacher", cls=_UnlessFile,
+                 help="run:FOLDER, hf:FOLDER, onnx:FILE, or a network's name with --weights."),
+    click.option("--weights",
+                 help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
     click.option("--size", type=click.IntRange(1),
                  help="Side in pixels of the rendered views.  [default: the teacher's own]"),
     click.option("--mean", callback=parse_numbers, metavar="X,X,X",
@@ -67,7 +71,7 @@ JOB_OPTIONS = (
     click.option("--std", callback=parse_numbers, metavar="X,X,X",
                  help="Standard deviation per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML class map: the teacher's class index for each class of the source."),
+                 help="YAML class map: the teacher's class for each class of the source; made if missing."),
     click.option("--source", "source_spec", cls=_UnlessFile, help="Source of samples: NAME or NAME:SPLIT."),
     click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
     click.option("--view", cls=_UnlessFile, help="View recipe: name of a preset, or a YAML file."),
@@ -198,7 +202,8 @@ def _job(
     part, device = _own_share(part, device)
     columns = None
     if class_map is not None:
-        columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
+        names = open_source(source_spec, root).class_names
+        columns = load_columns(class_map, names, partial(teacher_class_names, teacher, weights))
     job = PrecomputeSpec(
         teacher=teacher,
         source=source_spec,
