@@ -2,6 +2,7 @@
 
 from coursepack.distill.losses import (
     activation_boundaries,
+    annealing,
     at,
     cc,
     confidence_hint,
@@ -40,6 +41,7 @@ LOSSES: dict[str, Loss] = {
     "ofd": overhaul.LOSS,
     "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
+    "annealed_logits": annealing.LOSS,
     "dkd": dkd.LOSS,
     "dist": dist.LOSS,
     "virtual_teacher": virtual_teacher.LOSS,

@@ -32,7 +32,13 @@ from coursepack.distill.training.checkpoint import (
     save_checkpoint,
 )
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
-from coursepack.distill.training.loop import check_targets, new_metrics, teachers_read, train_steps
+from coursepack.distill.training.loop import (
+    check_targets,
+    new_metrics,
+    teachers_of_epoch,
+    teachers_read,
+    train_steps,
+)
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RunError, TrainingDiverged
@@ -314,9 +320,10 @@ def _train_epoch(
     """Train several students on the rest of an epoch, writing checkpoints when they are due."""
     epoch, first = active[0].position.epoch, active[0].position.batches
     before, started = [run.position.seconds for run in active], time.perf_counter()
+    states = [run.state for run in active]
     steps = train_steps(
-        [run.state for run in active],
-        renderer.ahead(setup.batches(epoch, first)),
+        states,
+        renderer.ahead(setup.batches(epoch, first, lambda turn: teachers_of_epoch(states, turn))),
         setup.targets,
         [run.log for run in active],
         epoch,
