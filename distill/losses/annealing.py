@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.distill.fusion.temperature import fused_logits
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -49,9 +48,9 @@ class AnnealedLogits(nn.Module):
         Several teachers are compared as the weighted mean of their logits.
         """
         soft = inputs.soft
-        teacher = fused_logits(soft.logits, soft.weights, soft.labels, soft.adjustments)
         student = soft.comparable(inputs.student.logits).float()
-        return (student - self.config.scale_at(inputs.step.epoch) * teacher.float()).square().mean(1)
+        scale = self.config.scale_at(inputs.step.epoch)
+        return (student - scale * soft.mean_logits.float()).square().mean(1)
 
 
 def _needs(_config: AnnealedLogitsConfig) -> Needs:

@@ -137,9 +137,10 @@ LOGITS: dict[str, Method] = {
             terms={"annealed_logits": {"weight": _step(_ANNEALED, 0.0), "epochs": _ANNEALING_EPOCHS}},
         ),
         note="the script has 200 epochs and 100 on labels: change terms.annealed_logits.epochs and the "
-        "epochs of both weights together. One optimizer and one learning-rate schedule for both phases; there "
-        "the second begins with new ones, from the first one's best weights. The squared norm of the paper is "
-        "weight C. Several teachers are compared as the mean of their logits. Stores are read in both phases",
+        "epochs of both weights together. One optimizer and one learning-rate schedule for both phases; "
+        "there the second begins with new ones, from the first one's best weights. The squared norm of the "
+        "paper is weight C. Several teachers are compared as the mean of their logits. Stores are read in "
+        "both phases",
     ),
     "label-refinery": Method(
         formula="KL(P || q), T = 1, no labels",

@@ -98,6 +98,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "limit": None if recipe.limit is None else min(recipe.limit, SAMPLES),
             "epochs": max(2, objective.fusion.fewest_epochs(len(stores))),
             "patience": None if recipe.patience is None else 1,
+            "keep_checkpoints": None if recipe.keep_checkpoints is None else 1,
             "evaluate_every": 1,
             "batch_size": batch_size,
             "accumulate": min(recipe.accumulate, batch_size),

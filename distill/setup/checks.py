@@ -55,6 +55,11 @@ def check_recipe(recipe: TrainRecipe) -> None:
             "--store out, or choose a method that learns from them, as --method kd"
         )
     _check_fusion(recipe)
+    if recipe.keep_checkpoints is not None and recipe.keep_checkpoints > recipe.epochs:
+        raise RecipeError(
+            f"keep_checkpoints is {recipe.keep_checkpoints}, but the run has {recipe.epochs} epochs, so none "
+            f"would be kept: give --keep-checkpoints {recipe.epochs} or less"
+        )
 
 
 def _check_fusion(recipe: TrainRecipe) -> None:
