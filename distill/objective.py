@@ -167,7 +167,8 @@ class Objective(nn.Module):
 
     def _values(self, key: str, inputs: LossInputs) -> Tensor | None:
         """Return the values of a term; in a phase without teachers, those of its part that reads none."""
-        module, config = self.terms[key], self.term_configs[key]
+        module: Any = self.terms[key]
+        config = self.term_configs[key]
         if inputs.fused is not None or not LOSSES[config.term].needs(config).fused:
             values: Tensor | None = module(inputs)
             return values

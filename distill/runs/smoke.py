@@ -116,9 +116,9 @@ def _shortened(value: Any) -> Any:
         return value.model_copy(update={"epochs": 1})
     if hasattr(value, "model_fields_set"):
         fields = {name: _shortened(getattr(value, name)) for name in type(value).model_fields}
-        for phase in ("joint_epochs", "paraphraser_epochs"):
-            if fields.get(phase) is not None:
-                fields[phase] = 1
+        for phase in ("epochs", "label_epochs", "joint_epochs", "paraphraser_epochs"):
+            if fields.get(phase):
+                fields[phase] = (1,) * len(fields[phase]) if isinstance(fields[phase], tuple) else 1
         if isinstance(value, LearningRateConfig):
             fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
             fields["milestones"] = value.milestones and (1,)
