@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     Rows = Iterator[tuple[str, dict[str, float]]]
 
 TEACHER_LR, ASSISTANT_LR = {"lr": 0.05}, {"lr": 0.02}
-"""Optimizers of a teacher from labels, as in the study, and of assistants: from soft targets at T = 4, the cnn
-stays untrained at 0.05."""
+"""Optimizers of a teacher from labels, as in the study, and of assistants: at 0.05 the cnn learns nothing
+from soft targets at T = 4."""
 COOLING = {"shape": "warmup", "start": 4.0, "end": 1.0, "epochs": 30}
 MONITORED = [
     Entry("kd", "kd", {}),

@@ -112,7 +112,7 @@ def test_the_commands_of_a_recipe_make_its_stores_from_teachers_that_are_trained
         assert {layer for tap in taps for layer in tap.layers} <= layers(network)
         store = said["store"].as_posix()
         kept = [name for name in values["stores"] if name.startswith(f"{store}/epoch-")]
-        made |= dict.fromkeys(kept if epoch == "all" else [store], {tap.name for tap in taps})
+        made |= {name: {tap.name for tap in taps} for name in (kept if epoch == "all" else [store])}
     assert trained(path), "no command trains the student"
     assert set(values.get("stores", ())) <= set(made)
     for pair in values.get("objective", {}).get("hints", {}).get("pairs", ()):
