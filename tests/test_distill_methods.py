@@ -14,6 +14,7 @@ from coursepack.data import open_source
 from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
+from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
 from coursepack.distill.methods import METHODS, from_mean_reduction
@@ -53,7 +54,9 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
         assert "teachers" not in told
         return
     teachers = told["teachers"]
-    assert sum(teachers["weight"]) == pytest.approx(1, rel=1e-4)
+    total = sum(teachers["weight"])
+    abstains = FUSIONS[METHODS[name].objective.fusion.name].abstains  # on samples that no teacher knows
+    assert 0 < total < 1 if abstains else total == pytest.approx(1, rel=1e-4)
     by_class = np.array(teachers["weight_by_class"])
     assert by_class.shape == (3, 10)
     assert 0 <= teachers["agreement"] <= 1
