@@ -43,12 +43,19 @@ from coursepack.precompute import Job, run_job
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from coursepack.models import Network
+
 CPU = torch.device("cpu")
 STUDENT = "digits-small"
 TEACHERS = {"mlp": ("hidden1", "hidden2"), "cnn": ("conv2", "hidden"), "resnet": ("layer1", "layer2:pooled")}
 KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
 FLSW = {"kind": "flsw", "slope": 4.0, "gamma": 1.0, "lowest": 1.0, "highest": 20.0}
 ALL = (0, 1, 2)
+NO_SPREAD = 1e-9
+"""Range of differences, in points, below which they are equal but for rounding."""
+FIGURES = ("accuracy", "nll", "calibration_error", "seconds")
+Found = dict[str, dict[str, list[float]]]
+"""Figures of every seed, by row and name."""
 
 
 @dataclass(frozen=True)
@@ -188,28 +195,32 @@ def teacher_accuracy(store: Path) -> float:
     return sum(each["correct"] for each in sums) / sum(each["rows"] for each in sums)
 
 
-def study(
-    setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None, limit: int
-) -> dict[str, dict[str, list[float]]]:
+def train_student(recipe: TrainRecipe, title: str) -> tuple[dict[str, float], Network]:
+    """Train a student, and return its figures and itself; one that diverges is counted as untrained."""
+    run = prepare(recipe, CPU)
+    state = make_state(run)
+    started = time.perf_counter()
+    try:
+        for epoch in range(recipe.epochs):
+            train_epoch([state], run.batches(epoch), run.targets, epoch)
+    except TrainingDiverged:
+        say(f"{title}: seed {recipe.seed} diverged, counted as untrained")
+        state = make_state(run)
+    seconds = time.perf_counter() - started
+    values = evaluate(state.network, run.evaluation, CPU) | {"seconds": seconds}
+    return {name: values[name] for name in FIGURES}, state.network
+
+
+def study(setting: str, stores: list[Path], seeds: int, epochs: int, rows: list[Entry], limit: int) -> Found:
     """Measure accuracy, NLL, calibration error and seconds of training per row and seed."""
-    told: dict[str, dict[str, list[float]]] = {}
-    for entry in entries(names):
-        found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
+    told: Found = {}
+    for entry in rows:
+        found: dict[str, list[float]] = {name: [] for name in FIGURES}
         for seed in range(seeds):
             views = len(StoreReader(stores[0]).views)
-            run = prepare(recipe(entry, stores, seed, epochs, views=views, limit=limit), CPU)
-            state = make_state(run)
-            started = time.perf_counter()
-            try:
-                for epoch in range(epochs):
-                    train_epoch([state], run.batches(epoch), run.targets, epoch)
-            except TrainingDiverged:
-                say(f"{setting} {entry.name}: seed {seed} diverged, counted as untrained")
-                state = make_state(run)
-            found["seconds"].append(time.perf_counter() - started)
-            for name, value in evaluate(state.network, run.evaluation, CPU).items():
-                if name in found:
-                    found[name].append(value)
+            made = recipe(entry, stores, seed, epochs, views=views, limit=limit)
+            for name, value in train_student(made, f"{setting} {entry.name}")[0].items():
+                found[name].append(value)
         told[entry.name] = found
         say(f"{setting} {entry.name}: {np.mean(found['accuracy']):.2%}, {np.mean(found['seconds']):.2f} s")
     return told
@@ -217,7 +228,7 @@ def study(
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of a mean."""
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.ptp(differences) < NO_SPREAD:
         return float(differences.mean()), float(differences.mean())
     low, high = stats.t.interval(
         0.95, len(differences) - 1, differences.mean(), differences.std(ddof=1) / np.sqrt(len(differences))
@@ -225,14 +236,14 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Print the table of a setting, and return its rows for the JSON file."""
-    base, rows, cells = np.array(told["kd"]["accuracy"]), [], []
+def rows_of(setting: str, told: Found, note: str, against: str = "kd") -> list[dict[str, Any]]:
+    """Print the table of a setting with differences from one row, and return its rows for the JSON file."""
+    base, rows, cells = np.array(told[against]["accuracy"]), [], []
     for name, found in told.items():
         accuracy = 100 * np.array(found["accuracy"])
         difference = accuracy - 100 * base
         low, high = interval(difference)
-        same = bool(np.ptp(difference) == 0)
+        same = bool(np.ptp(difference) < NO_SPREAD)
         p = 1.0 if same or len(difference) < 2 else float(stats.ttest_rel(accuracy, 100 * base).pvalue)
         cells.append(
             [name, f"{accuracy.mean():.2f}", f"{accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else "-",
@@ -246,7 +257,9 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
             "calibration error": float(np.mean(found["calibration_error"])),
         }  # fmt: skip
         figures = [("", accuracy.mean(), interval(accuracy), "%", told_of)]
-        figures.append((" - kd", difference.mean(), (low, high), "points", {"p": p, "below 0.05": p < 0.05}))
+        figures.append(
+            (f" - {against}", difference.mean(), (low, high), "points", {"p": p, "below 0.05": p < 0.05})
+        )
         rows += [
             {
                 "id": f"{setting}/{name}{what}", "value": float(value), "low": ends[0], "high": ends[1],
@@ -254,8 +267,8 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
             }
             for what, value, ends, unit, more in figures
         ]  # fmt: skip
-    header = ["method", "accuracy", "sd", "minus kd", "95 % interval", "p", "nll", "ece", "s a run"]
-    print_table(f"{setting}: {NOTES[setting]}", header, cells)
+    header = ["method", "accuracy", "sd", f"minus {against}", "95 % interval", "p", "nll", "ece", "s a run"]
+    print_table(f"{setting}: {note}", header, cells)
     return rows
 
 
@@ -289,9 +302,9 @@ def settings(folder: Path, quick: bool) -> list[dict[str, Any]]:
         plain = plain or stores
         spent += sum(seconds)
         say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
-        told = study(setting, stores, seeds, epochs, names, 64 if quick else 300)
+        told = study(setting, stores, seeds, epochs, entries(names), 64 if quick else 300)
         students += seeds * (len(told) - 1)
-        rows += rows_of(setting, told)
+        rows += rows_of(setting, told, NOTES[setting])
     return [*rows, saved(plain, [spent], students, epochs)]
 
 

@@ -132,6 +132,8 @@ class TrainRecipe(Config):
     """Number of epochs."""
     patience: Count | None = None
     """Stop after this many consecutive evaluations without a new best accuracy."""
+    keep_checkpoints: Count | None = None
+    """Keep the student's weights after every this many epochs, for `run:FOLDER@EPOCH`; defaults to never."""
     evaluate_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Count = 64

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NETWORK_FILE = "network.yaml"
 WEIGHTS_FILE = "student.safetensors"
 RUN = "run"
-"""Prefix of the specs of networks in run folders: `run:FOLDER`."""
+"""Prefix of the specs of networks in run folders: `run:FOLDER` and `run:FOLDER@EPOCH`."""
 
 
 @dataclass(frozen=True)

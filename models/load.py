@@ -1,6 +1,7 @@
 """Trained networks: weights from files, run folders and hubs, checked against the classes of a source.
 
-A run folder (`run:FOLDER`) is written by `distill train` and holds a network's description and its weights.
+A run folder (`run:FOLDER`) is written by `distill train` and holds a network's description and its weights,
+and those of earlier epochs that were kept (`run:FOLDER@EPOCH`).
 Nothing is unpickled.
 """
 
@@ -19,7 +20,6 @@ from coursepack.imports import check_trusted
 from coursepack.models.build import (
     NETWORK_FILE,
     RUN,
-    WEIGHTS_FILE,
     Network,
     build_network,
     finish_network,
@@ -31,6 +31,7 @@ from coursepack.models.networks import NETWORKS
 from coursepack.models.preprocessing import Preprocessing
 from coursepack.models.published import from_published
 from coursepack.models.record import read_record
+from coursepack.models.run_specs import RunSpec, parse_run_spec
 from coursepack.models.weights import (
     SUFFIXES,
     class_count,
@@ -71,8 +72,8 @@ def load_teacher(
     """Load a trained network and check it against the classes of a source.
 
     Args:
-        spec: `run:FOLDER`, a trained network of a hub such as `hf:FOLDER`, or a network's spec together with
-            `weights`.
+        spec: `run:FOLDER` or `run:FOLDER@EPOCH`, a trained network of a hub such as `hf:FOLDER`, or a
+            network's spec together with `weights`.
         class_names: names of the source's classes.
         weights: a .safetensors, .pt or .pth file, or a name that the network's hub knows: `IMAGENET1K_V2` for
             torchvision, `own` for a factory that returns a trained network.
@@ -89,13 +90,13 @@ def load_teacher(
         TeacherMismatch: the teacher has another number of classes, `columns` names a class that it does not
             have, or the weights do not fit the network.
         RecipeError: no weights are given, or they are neither a file nor known by name.
-        RunError: the run folder is missing or unfinished.
+        RunError: the run folder is missing or unfinished, or did not keep the epoch.
     """
     classes = len(class_names)
     if spec.startswith(f"{RUN}:"):
         if weights is not None:
             raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
-        network = _load_run(_run_folder(spec), trust_code=trust_code)
+        network = _load_run(parse_run_spec(spec), trust_code=trust_code)
     elif (load := trained_loader(spec)) is not None:
         if weights is not None:
             raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
@@ -224,18 +225,15 @@ def own_preprocessing(spec: str) -> Preprocessing | None:
         RunError, RecipeError: `spec` is `run:FOLDER`, and there is no finished run.
     """
     if spec.startswith(f"{RUN}:"):
-        return _description(_run_folder(spec)).preprocessing
+        return _description(parse_run_spec(spec)).preprocessing
     return NETWORKS[spec].preprocessing if spec in NETWORKS else None
 
 
-def _run_folder(spec: str) -> Path:
-    return Path(spec.removeprefix(f"{RUN}:"))
-
-
-def _description(folder: Path) -> _Description:
+def _description(run: RunSpec) -> _Description:
+    folder = run.folder
     if not folder.is_dir():
         raise RunError(f"there is no run at {str(folder)!r}. Make one with `distill train --out {folder}`.")
-    if not (folder / NETWORK_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / NETWORK_FILE).is_file() or not run.weights.is_file():
         raise RunError(f"run {str(folder)!r} has no trained weights: it is unfinished or not a run")
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
 
@@ -245,12 +243,12 @@ def _build_described(description: _Description) -> Network:
     return build_network(description.spec, description.classes, size=size, mean=mean, std=std)
 
 
-def _check_size(description: _Description, state: Mapping[str, Tensor], folder: Path) -> None:
+def _check_size(description: _Description, state: Mapping[str, Tensor], weights: Path, folder: Path) -> None:
     """Check a described network against its weights before it takes memory."""
     if not any(description.classes in value.shape for value in state.values()):
         raise TeacherMismatch(
             f"{str(folder / NETWORK_FILE)!r} describes {description.classes} classes, but no tensor of "
-            f"{WEIGHTS_FILE} has a side of that length"
+            f"{weights.name} has a side of that length"
         )
     try:
         with torch.device("meta"):
@@ -259,15 +257,14 @@ def _check_size(description: _Description, state: Mapping[str, Tensor], folder: 
         raise
     except Exception:  # the constructor computes with the values of its own tensors
         return
-    where = str(folder / WEIGHTS_FILE)
-    fitting_weights(description.spec, sketch.module, description.classes, state, where)
+    fitting_weights(description.spec, sketch.module, description.classes, state, str(weights))
 
 
-def _load_run(folder: Path, *, trust_code: bool) -> Network:
-    description, weights = _description(folder), folder / WEIGHTS_FILE
-    check_trusted(description.spec, f"run {str(folder)!r}", trust_code=trust_code)
+def _load_run(run: RunSpec, *, trust_code: bool) -> Network:
+    description, weights = _description(run), run.weights
+    check_trusted(description.spec, f"run {str(run.folder)!r}", trust_code=trust_code)
     state = read_weights(weights)
-    _check_size(description, state, folder)
+    _check_size(description, state, weights, run.folder)
     network = _build_described(description)
     load_weights(description.spec, network.module, description.classes, state, str(weights))
-    return replace(network, weights_file=str(weights.resolve()), record=read_record(folder))
+    return replace(network, weights_file=str(weights.resolve()), record=read_record(run.folder))

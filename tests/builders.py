@@ -58,22 +58,26 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
 
 
 def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
-    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
+    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch.
+
+    A fusion with more phases has one epoch for each.
+    """
     method = method or ("kd" if stores else "supervised")
     if METHODS[method].objective.needs().peers:
         exchange = EXCHANGES[METHODS[method].objective.exchange.name]
         student = fields.get("student", STUDENT if exchange.layers == "none" else "digits-cnn")
         fields = {"student": student, "peers": [student] * (exchange.students[0] - 1), **fields}
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
+    resolved = resolve_objective(method, objective or {}, "test", classes=10)
     values = {
         "student": STUDENT,
         "method": method,
-        "objective": resolve_objective(method, objective or {}, "test", classes=10),
+        "objective": resolved,
         "stores": [str(store) for store in stores],
         "source": "digits:train",
         "evaluation": "digits:test",
         "view": view,
-        "epochs": 1,
+        "epochs": resolved.fusion.fewest_epochs(len(stores)) if stores else 1,
     }
     return TrainRecipe.model_validate(values | fields)
 

@@ -129,7 +129,8 @@ def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, 
 @pytest.mark.parametrize("name", METHODS)
 def test_runs_read_what_is_claimed(tmp_path, stores_of, read, name):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
-    recipe = recipe_of(name, stores, limit=8 * BATCH, epochs=2)
+    epochs = max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores)))
+    recipe = recipe_of(name, stores, limit=8 * BATCH, epochs=epochs)
     train(recipe, tmp_path / "run", device=CPU)
     readers = [StoreReader(store) for store in stores]
     needed = read_arrays(recipe, open_source(recipe.source), readers)

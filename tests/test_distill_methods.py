@@ -15,6 +15,7 @@ from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.exchange import EXCHANGES
+from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
 from coursepack.distill.methods import METHODS, from_mean_reduction
@@ -37,7 +38,8 @@ TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().t
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     stores = stores_of(name) if name in TAUGHT else []
-    words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
+    words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130"]
+    words += ["--epochs", str(max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores))))]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
     if METHODS[name].objective.needs().peers:
@@ -55,7 +57,9 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
         assert "teachers" not in told
         return
     teachers = told["teachers"]
-    assert sum(teachers["weight"]) == pytest.approx(1, rel=1e-4)
+    total = sum(teachers["weight"])
+    abstains = FUSIONS[METHODS[name].objective.fusion.name].abstains  # on samples that no teacher knows
+    assert 0 < total < 1 if abstains else total == pytest.approx(1, rel=1e-4)
     by_class = np.array(teachers["weight_by_class"])
     assert by_class.shape == (3, 10)
     assert 0 <= teachers["agreement"] <= 1
@@ -100,9 +104,9 @@ def test_only_what_is_declared_is_fetched(tapped, monkeypatch):
 def test_best_is_the_teacher_that_was_right_most_often(tapped):
     run = prepare(make_recipe(tapped, method="best"), CPU)
     correct = [sum(r["sums"]["correct"] for r in load_manifest(s).view_records.values()) for s in tapped]
-    assert make_state(run).learner.objective.chosen_teacher(Step()) == int(np.argmax(correct))
+    assert make_state(run).learner.objective.teachers_read(Step()) == (int(np.argmax(correct)),)
     asked = prepare(make_recipe(tapped, method="best", objective={"fusion": {"teacher": 1}}), CPU)
-    assert make_state(asked).learner.objective.chosen_teacher(Step()) == 1
+    assert make_state(asked).learner.objective.teachers_read(Step()) == (1,)
 
 
 def test_two_learners_share_what_they_fetch(tapped):

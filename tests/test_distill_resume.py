@@ -32,6 +32,10 @@ SAME = (*WEIGHTS, "recipe.yaml", "provenance.json", "network.yaml")
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
 STEPS = 5
 ADAMW = {"name": "adamw", "lr": 0.01, "schedule": {"shape": "cosine", "warmup_epochs": 1}, "ema": 0.9}
+PHASES = {
+    "fusion": {"epochs": [1, 2], "label_epochs": 1},
+    "temperature": {"shape": "warmup", "start": 4.0, "epochs": 3},
+}
 ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 
@@ -68,6 +72,9 @@ def recipes(stores, tapped, mapped):
         "simkd": make_recipe([mapped], method="simkd", student="digits-cnn", optimizer=ADAMW, **STUDENT),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
+        "sequence": make_recipe(
+            stores[:2], method="pro-kd", objective=PHASES, reading="windowed", **STUDENT
+        ),
         "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
         "peers": make_recipe(
             stores[:1], method="okddip", student="dropping", optimizer=ADAMW, accumulate=2,
@@ -77,7 +84,10 @@ def recipes(stores, tapped, mapped):
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "dtd", "peers", "afd")
+NAMES = (
+    *("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "sequence", "dtd"),
+    *("peers", "afd"),
+)
 
 
 def told(run):

@@ -189,6 +189,7 @@ RANDOM = Fusion(
     combine="mixture",
     build=_equal,
     choose=random_teacher,
+    every_batch=True,
 )
 CONFIDENCE = Fusion(
     config=ConfidenceConfig,

@@ -2,6 +2,7 @@
 
 from coursepack.distill.losses import (
     activation_boundaries,
+    annealing,
     at,
     cc,
     confidence_hint,
@@ -41,6 +42,7 @@ LOSSES: dict[str, Loss] = {
     "ofd": overhaul.LOSS,
     "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
+    "annealed_logits": annealing.LOSS,
     "mutual": mutual.LOSS,
     "dkd": dkd.LOSS,
     "dist": dist.LOSS,

@@ -16,6 +16,17 @@ _WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
 _DKD_WARMUP: dict[str, Any] = {"shape": "warmup", "start": 1 / 20, "end": 1.0, "epochs": 19}
 # Tf-KD       the paper's KL has no T², ours has: 0.95 / T².
 _TFKD_SELF = 0.95 / 20**2
+# Annealing-KD  its script takes `mse_loss`, the mean over samples and classes, which is ours. The paper's
+#             squared norm is the sum over classes: weight C.
+_ANNEALED = 1.0
+
+_ANNEALING_EPOCHS = 30
+"""Epochs of the first phase of Annealing-KD: three quarters of the default run."""
+
+
+def _step(start: float, end: float) -> dict[str, Any]:
+    return {"shape": "step", "start": start, "end": end, "epochs": _ANNEALING_EPOCHS}
+
 
 LOGITS: dict[str, Method] = {
     "supervised": Method(
@@ -116,6 +127,20 @@ LOGITS: dict[str, Method] = {
         objective=objective(soft_weight=_TFKD_SELF, hard_weight=0.05, temperature=20.0),
         note="soft_weight is 0.95 / T², since the paper has no T²: with another temperature set both. The "
         "release has T², averages over classes, and multiplies by M of 1, 50 or 100: soft_weight 0.95 M / C",
+    ),
+    "annealing-kd": Method(
+        formula="mean_c (z - Phi z_k)² for 30 epochs, Phi = 1 - (T - 1) / 10, T from 10 down to 1; then CE",
+        source="Jafari et al. 2021 (Annealing-KD), arXiv 2104.07163; T_max of its script for CIFAR",
+        evidence="re-implementation",
+        objective=objective(
+            hard_weight=_step(0.0, 1.0),
+            terms={"annealed_logits": {"weight": _step(_ANNEALED, 0.0), "epochs": _ANNEALING_EPOCHS}},
+        ),
+        note="the script has 200 epochs and 100 on labels: change terms.annealed_logits.epochs and the "
+        "epochs of both weights together. One optimizer and one learning-rate schedule for both phases; "
+        "there the second begins with new ones, from the first one's best weights. The squared norm of the "
+        "paper is weight C. Several teachers are compared as the mean of their logits. Stores are read in "
+        "both phases",
     ),
     "label-refinery": Method(
         formula="KL(P || q), T = 1, no labels",

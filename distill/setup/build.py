@@ -77,6 +77,7 @@ def make_objective(
     changes: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
+    epochs: int = 0,
 ) -> Objective:
     """Build a method's objective for a student and the teachers of some stores.
 
@@ -86,6 +87,7 @@ def make_objective(
         method: a name in `METHODS`.
         changes: fields of its `ObjectiveConfig` to replace, for example `{"temperature": 2.0}`.
         seed: seed for initial adapters and latents, and for random teachers.
+        epochs: number of epochs of the training, which fusion `sequence` divides; 0 if it is not known.
 
     Raises:
         UnknownName: the method, or a layer of the student, does not exist.
@@ -96,7 +98,14 @@ def make_objective(
     config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
     check_needs(method, config, stores.readers, stores.view, stores.root)
     return build_objective(
-        config, student, stores.source, stores.readers, method=method, root=stores.root, seed=seed
+        config,
+        student,
+        stores.source,
+        stores.readers,
+        method=method,
+        root=stores.root,
+        seed=seed,
+        epochs=epochs,
     )
 
 
@@ -110,6 +119,7 @@ def build_objective(
     root: str | None,
     seed: int,
     samples: Samples | None = None,
+    epochs: int = 0,
 ) -> Objective:
     """Build an objective for a student from a config that has passed `check_needs`.
 
@@ -136,6 +146,7 @@ def build_objective(
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         last_map=last_map(student, source.channels) if needs.last_map else "",
         seed=seed,
+        epochs=epochs,
     )
     return Objective(config, context)
 

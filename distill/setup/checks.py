@@ -56,6 +56,21 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"
         )
+    _check_fusion(recipe)
+    if recipe.keep_checkpoints is not None and recipe.keep_checkpoints > recipe.epochs:
+        raise RecipeError(
+            f"keep_checkpoints is {recipe.keep_checkpoints}, but the run has {recipe.epochs} epochs, so none "
+            f"would be kept: give --keep-checkpoints {recipe.epochs} or less"
+        )
+
+
+def _check_fusion(recipe: TrainRecipe) -> None:
+    """Refuse a fusion that does not fit the number of stores, or the epochs of the run."""
+    if not recipe.objective.needs().fused:
+        return
+    fusion, teachers = recipe.objective.fusion, len(recipe.stores)
+    if refusal := fusion.refusal(teachers) or fusion.refusal_of_epochs(teachers, recipe.epochs):
+        raise RecipeError(refusal)
 
 
 def _check_mixing(recipe: TrainRecipe) -> None:

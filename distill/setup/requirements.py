@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,13 +18,14 @@ from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.imports import names_code
 from coursepack.models import build_network, parse_tap
-from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.hubs import has_weights
 from coursepack.models.load import own_preprocessing
+from coursepack.models.run_specs import spec_of_weights
 from coursepack.models.taps import Tap, tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from coursepack.data.store import Manifest, StoreReader
     from coursepack.distill.losses.base import PairNeeds
@@ -356,8 +356,9 @@ def precompute_command(
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
     words = ["precompute", "run"]
-    if weights is not None and Path(weights).name == WEIGHTS_FILE:
-        spec = f"run:{Path(weights).parent}"
+    run = None if weights is None else spec_of_weights(weights)
+    if run is not None:
+        spec = run
         words += ["--teacher", spec]
     elif has_weights(weights):
         spec = str(weights)

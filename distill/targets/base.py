@@ -54,10 +54,10 @@ class TargetSource(Protocol):
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Open and check the files of a view before its first batch."""
 
-    def prefetch(self, view: int) -> None:
+    def prefetch(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Start to open the files of the next view in the background."""
 
-    def will_need(self, view: int, samples: Samples) -> None:
+    def will_need(self, view: int, samples: Samples, teachers: Sequence[int] | None = None) -> None:
         """Start to read rows of a view in the background."""
 
     def check_unchanged(self) -> None:

@@ -48,10 +48,10 @@ class OnlineTargets:
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
-    def prefetch(self, view: int) -> None:
+    def prefetch(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
-    def will_need(self, view: int, samples: Samples) -> None:
+    def will_need(self, view: int, samples: Samples, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
     def check_unchanged(self) -> None:

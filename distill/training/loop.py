@@ -101,6 +101,18 @@ def new_metrics(state: TrainState) -> EpochMetrics:
 
 def teachers_read(states: Sequence[TrainState], step: Step) -> list[int] | None:
     """Return the indices of the teachers that at least one student reads in a step; None means all."""
-    chosen = {state.learner.objective.chosen_teacher(step) for state in states}
-    indices = [index for index in chosen if index is not None]
-    return sorted(indices) if len(indices) == len(chosen) else None
+    return _union([state.learner.objective.teachers_read(step) for state in states])
+
+
+def teachers_of_epoch(states: Sequence[TrainState], epoch: int) -> list[int] | None:
+    """Return the indices of the teachers that at least one student may read in an epoch; None means all."""
+    return _union([state.learner.objective.teachers_of_epoch(epoch) for state in states])
+
+
+def _union(read: Sequence[tuple[int, ...] | None]) -> list[int] | None:
+    indices: set[int] = set()
+    for each in read:
+        if each is None:
+            return None
+        indices.update(each)
+    return sorted(indices)

@@ -189,7 +189,8 @@ class EpochMetrics:
         assert targets is not None
         weights = None if value.weights is None else _to_one(value.weights)
         mixture = soft_targets(targets.logits, weights=weights)
-        self._sum("watched.agreement", (mixture.argmax(1) == logits.argmax(1)).sum())
+        has_target = mixture.amax(1) > 0
+        self._sum("watched.agreement", ((mixture.argmax(1) == logits.argmax(1)) & has_target).sum())
         self._sum("watched.kl", soft_target_loss(logits, targets.logits, weights=weights).sum())
         correct = teacher_stats(targets.logits, batch.main_labels).correct
         assert correct is not None
