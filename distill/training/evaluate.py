@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from coursepack.data import PRESETS, batches
 from coursepack.distill.distributed import ALONE
@@ -14,6 +16,8 @@ from coursepack.distill.training.learner import network_input
 from coursepack.distill.training.metrics import Calibration, top5_correct
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from coursepack.console import Meter
     from coursepack.data import Source, ViewRecipe
     from coursepack.data.loading import Renderer
@@ -21,9 +25,9 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 BATCH_SIZE = 512
+Combine = Literal["probs", "logits"]
 
 
-@torch.inference_mode()
 def evaluate(
     network: Network,
     source: Source,
@@ -47,9 +51,62 @@ def evaluate(
         meter: progress display.
         ranks: processes that share the evaluation.
     """
-    module = network.module
-    was_training = module.training
-    module.eval()
+    return _evaluate([network], lambda logits: logits[0], source, device, renderer, meter, ranks)
+
+
+def evaluate_ensemble(
+    networks: Sequence[Network],
+    source: Source,
+    device: torch.device,
+    *,
+    combine: Combine = "probs",
+    renderer: Renderer | None = None,
+    meter: Meter | None = None,
+) -> dict[str, float]:
+    """Return the same metrics as `evaluate` for the average of several networks.
+
+    Args:
+        networks: the networks; evaluated in eval mode and restored to their modes.
+        source: images and labels.
+        device: device of the networks.
+        combine: average the probabilities, or the logits.
+        renderer: renders batches ahead in worker processes.
+        meter: progress display.
+    """
+    return _evaluate(networks, _COMBINED[combine], source, device, renderer, meter, ALONE)
+
+
+def mean_probs(logits: Sequence[Tensor]) -> Tensor:
+    """Return the logarithm of the mean probabilities `(N, C)` of several networks' logits."""
+    log_probs = torch.stack([each.log_softmax(1) for each in logits])
+    return log_probs.logsumexp(0) - math.log(len(logits))
+
+
+def mean_logits(logits: Sequence[Tensor]) -> Tensor:
+    """Return the mean `(N, C)` of several networks' logits."""
+    return torch.stack(list(logits)).mean(0)
+
+
+_COMBINED: dict[Combine, Callable[[Sequence[Tensor]], Tensor]] = {
+    "probs": mean_probs,
+    "logits": mean_logits,
+}
+
+
+@torch.inference_mode()
+def _evaluate(
+    networks: Sequence[Network],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+    source: Source,
+    device: torch.device,
+    renderer: Renderer | None,
+    meter: Meter | None,
+    ranks: Ranks,
+) -> dict[str, float]:
+    modules = [network.module for network in networks]
+    were_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     samples = np.arange(len(source.labels))
     names = ["accuracy", "nll", *(["accuracy_top5"] if len(source.class_names) > 5 else [])]
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
@@ -60,7 +117,8 @@ def evaluate(
     )
     nonempty = (batch for batch in of_all if len(batch))
     for batch in nonempty if renderer is None else renderer.ahead(nonempty):
-        logits, labels = module(network_input(batch, network.preprocessing)).float(), batch.main_labels
+        outputs = [each.module(network_input(batch, each.preprocessing)).float() for each in networks]
+        logits, labels = combine(outputs), batch.main_labels
         sums_of_batch = [(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")]
         if "accuracy_top5" in names:
             sums_of_batch.append(top5_correct(logits, labels))
@@ -68,7 +126,8 @@ def evaluate(
         calibration.add(logits, labels)
         if meter is not None:
             meter.advance(len(batch))
-    module.train(was_training)
+    for module, was_training in zip(modules, were_training, strict=True):
+        module.train(was_training)
     ranks.all_reduce_sum(sums)
     ranks.all_reduce_sum(calibration.sums)
     values = {name: value / len(samples) for name, value in zip(names, sums.tolist(), strict=True)}
