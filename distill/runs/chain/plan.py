@@ -56,15 +56,15 @@ ONLY_OF_RUNS = ("weights", "classes")
 class PlannedStore:
     """Store that a stage will write, in the place of its reader."""
 
-    path: str
-    """Reference to the stage."""
+    path: Path
+    """Reference to the stage, `stage:NAME`."""
     manifest: Manifest
     class_ids: NDArray[np.int64]
 
     @property
     def name(self) -> str:
         """Name of the stage."""
-        return self.path.removeprefix(STAGE)
+        return str(self.path).removeprefix(STAGE)
 
     def labels(self) -> NDArray[np.int64]:
         """Return the labels of all samples `(N,)`."""
@@ -171,8 +171,8 @@ def _plan_train(planner: _Planner, config: StageConfig) -> Stage:
     student = build_student(recipe, source)
     check_student(student, source)
     if readers:
+        _check_arrays(recipe, readers, student)
         check_needs(recipe.method, recipe.objective, readers, recipe.view, recipe.root)
-        _check_taps(recipe, readers, student)
     given = {
         "source": source.fingerprint,
         "evaluation": evaluation.fingerprint,
@@ -255,8 +255,16 @@ def _is_wrapped(recipe: TrainRecipe) -> bool:
     return any(LOSSES[term.term].wrap is not None for term in recipe.objective.all_terms().values())
 
 
-def _check_taps(recipe: TrainRecipe, readers: Sequence[StoreReader], student: Network) -> None:
-    """Check that stores hold, or will hold, the features that a method compares."""
+def _check_arrays(recipe: TrainRecipe, readers: Sequence[StoreReader], student: Network) -> None:
+    """Check that the stores of earlier stages will hold the logits and features that a method reads."""
+    dense = recipe.objective.needs().dense_logits
+    for reader in readers:
+        encoding = reader.manifest.arrays[LOGITS].encoding.name
+        if dense and isinstance(reader, PlannedStore) and encoding.startswith("topk"):
+            raise RecipeError(
+                f"method {recipe.method!r} ({dense}) needs all logits, but stage {reader.name!r} stores only "
+                f"the largest ({encoding}): give it encoding: float16"
+            )
     pairs = term_pairs(recipe.objective, [reader.manifest for reader in readers], student)
     for index, tap, _ in (pair for of_term in pairs.values() for pair in of_term):
         reader = readers[index]
@@ -297,7 +305,7 @@ def _plan_precompute(planner: _Planner, config: StageConfig) -> Stage:
     if columns is not None:
         fixed["classes"] = list(columns)
     if before is None:
-        fixed["teacher"] = weights_fingerprint(cast("Network", network).module)
+        fixed["teacher"] = weights_fingerprint(network.module)
     manifest = _planned_manifest(given, planner, source, view, network, columns, values["root"])
     return Stage(
         config.name,
@@ -306,7 +314,7 @@ def _plan_precompute(planner: _Planner, config: StageConfig) -> Stage:
         () if before is None else (before.name,),
         fixed,
         source=source,
-        store=PlannedStore(f"{STAGE}{config.name}", manifest, source.labels),
+        store=PlannedStore(Path(f"{STAGE}{config.name}"), manifest, source.labels),
     )
 
 

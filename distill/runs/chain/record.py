@@ -18,7 +18,7 @@ from coursepack.config import Config, parse_config
 from coursepack.data.store import load_manifest
 from coursepack.distill.runs.chain.plan import run_folder, store_folder, stored_output
 from coursepack.errors import RunError
-from coursepack.files import write_whole
+from coursepack.files import partials, write_whole
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.parsing import read_json
 
@@ -81,7 +81,7 @@ def output_folder(out: Path, stage: Stage) -> Path | None:
 
 
 def output_of(out: Path, stage: Stage) -> dict[str, Any] | None:
-    """Return what determines the result of a finished stage; None if there is no result, or not all of it."""
+    """Return what determines the values of a stage's result; None if there is none or it is unfinished."""
     folder = output_folder(out, stage)
     if folder is None:
         return {}
@@ -89,8 +89,16 @@ def output_of(out: Path, stage: Stage) -> dict[str, Any] | None:
         return weights_output(folder)
     if not (folder / "manifest.json").is_file():
         return None
-    manifest = load_manifest(folder)
-    return stored_output(manifest) if len(manifest.committed_views()) >= stage.recipe["views"] else None
+    return stored_output(load_manifest(folder))
+
+
+def is_written(out: Path, stage: Stage) -> bool:
+    """Return true if the store of a stage that precomputes has all of its views."""
+    folder = store_folder(out, stage.name)
+    if not (folder / "manifest.json").is_file():
+        return False
+    wanted: int = stage.recipe["views"]
+    return len(load_manifest(folder).committed_views()) >= wanted
 
 
 def weights_output(folder: Path) -> dict[str, Any] | None:
@@ -111,8 +119,10 @@ def remove_output(out: Path, stage: Stage) -> None:
             shutil.rmtree(removed)
 
 
-def sweep_removed(out: Path) -> None:
-    """Finish removals that were interrupted."""
+def sweep(out: Path) -> None:
+    """Remove what an interrupted chain left: partial records, and folders that were being removed."""
+    for partial in partials(out):
+        partial.unlink()
     for folder in out.glob(f"*{REMOVED}"):
         shutil.rmtree(folder)
 

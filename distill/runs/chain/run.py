@@ -16,7 +16,7 @@ from coursepack.distill.runs.chain.record import (
     output_of,
     read_record,
     remove_output,
-    sweep_removed,
+    sweep,
     write_record,
 )
 from coursepack.distill.runs.chain.stages import run_stage
@@ -79,7 +79,7 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
     except Held as holder:
         raise RunBusy(f"chain {str(out)!r} is being run by {holder}: wait for it, or stop it") from holder
     try:
-        sweep_removed(out)
+        sweep(out)
         again = set(redo)
         for number, stage in enumerate(stages, start=1):
             with naming_stage(stage.name):
@@ -134,7 +134,7 @@ def _decide(
                 f"{str(folder)!r} exists, but is not of this chain: remove it, or choose another --out"
             )
         return "start", ""
-    if record.output is not None and output is None:
+    if record.output is not None and folder is not None and not folder.exists():
         return "start", ""  # its result was removed
     identity = _identity(stage, stages, out) if inputs_known else {**record.identity, "recipe": stage.recipe}
     table = changes(record, identity, output)

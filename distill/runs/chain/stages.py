@@ -12,7 +12,7 @@ from coursepack.config import write_yaml
 from coursepack.data.loading import Renderer
 from coursepack.distill.runs.chain.file import referenced
 from coursepack.distill.runs.chain.plan import run_folder, store_folder
-from coursepack.distill.runs.chain.record import output_of
+from coursepack.distill.runs.chain.record import is_written
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
 from coursepack.distill.training.evaluate import evaluate_ensemble, evaluation_view
 from coursepack.distill.training.runtime import threads_of
@@ -65,7 +65,7 @@ def run_stage(stage: Stage, out: Path, how: How) -> dict[str, float] | None:
     if stage.kind == "train":
         return _train(stage, out, how)
     if stage.kind == "precompute":
-        if output_of(out, stage) is None:
+        if not is_written(out, stage):
             _precompute(stage, out, how)
         return None
     return _evaluate(stage, out, how)
@@ -120,7 +120,7 @@ def _precompute(stage: Stage, out: Path, how: How) -> None:
         words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**os.environ, **threads}
     ) as process:
         status = process.wait()
-    if status or output_of(out, stage) is None:
+    if status or not is_written(out, stage):
         reason = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
         raise RunError(
             f"`precompute run {file}` {reason}, see what it printed: once the cause is mended, the same "
