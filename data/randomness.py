@@ -36,7 +36,8 @@ class Purpose(IntEnum):
     STEP = 11
     VIEW_ORDER = 12
     NEGATIVES = 13
-    PERMUTATION = 14
+    MEMBER = 14
+    PERMUTATION = 15
     VIEW = 16
     """Purpose of a view recipe's first op; op number i uses `VIEW + i`."""
 
