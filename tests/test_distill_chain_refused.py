@@ -71,6 +71,8 @@ REFUSED = {
                "stage 'b': unknown source 'digitz'. Did you mean 'digits'?"),
     "stores": ([student("stores: stage:a")],
                "stage 'b': its recipe is not valid:\n  stores: Input should be a list"),
+    "peers": ([student("source: digits, view: digits, method: dml, peers: [digits-small]")],
+              "stage 'b': it trains 2 students together, expected one: train groups with `distill train`"),
     "no teacher": ([student("source: digits, view: digits, method: kd")],
                    "stage 'b': method 'kd' needs teachers: give at least one --store"),
     "no store": ([student("stores: [no.zarr]")], "stage 'b': there is no store at 'no.zarr'."),

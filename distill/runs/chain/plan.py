@@ -159,6 +159,11 @@ def _plan_train(planner: _Planner, config: StageConfig) -> Stage:
     resolved = resolve_recipe(values, "its recipe", trust_code=planner.trust_code)
     paths = [_store_path(planner, text) for text in texts]
     recipe = resolved.model_copy(update={"stores": tuple(paths)})
+    if recipe.peers:
+        raise RecipeError(
+            f"it trains {1 + len(recipe.peers)} students together, expected one: train groups with `distill "
+            "train`, and name run:FOLDER of a member in a stage that precomputes"
+        )
     root = None if recipe.root is None else Path(recipe.root)
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
     source.check()
