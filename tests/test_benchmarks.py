@@ -111,7 +111,7 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "epoch loss memory methods precompute reproduce store train views"
+    names = "epoch loss memory methods peers precompute reproduce store train views"
     assert names.split() == BENCHMARKS
 
 
