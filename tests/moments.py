@@ -35,3 +35,8 @@ def hold(marker):
     Path(marker).touch()
     while True:
         time.sleep(1)
+
+
+def with_path(folder):
+    """Have Python processes that this one starts find modules in a folder, such as a `sitecustomize`."""
+    os.environ["PYTHONPATH"] = str(folder)

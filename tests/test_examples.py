@@ -65,6 +65,12 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
         "  - {teacher: 'run:teachers/mlp', store: a.zarr}\n"
         "  - {teacher: 'run:teachers/resnet', store: b.zarr}\n"
     )
+    Path("chain.yaml").write_text(
+        "base: {student: digits-small, epochs: 1, limit: 64}\nstages:\n"
+        "  - {name: teacher, train: {source: digits, view: digits}}\n"
+        "  - {name: targets, precompute: {teacher: stage:teacher, views: 1}}\n"
+        "  - {name: student, train: {stores: [stage:targets]}}\n"
+    )
     for seed in (0, 1):
         words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits"]
         words += ["--epochs", "1", "--seed", str(seed), "--out", f"runs/alone-{seed}"]
@@ -192,6 +198,9 @@ def test_commands_of_pages_run_in_order(tmp_path, monkeypatch, demo):
     monkeypatch.chdir(tmp_path)
     grid = re.search(r"```yaml\n(base: .*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)[1]
     Path("grid.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 1, limit: 64", grid))
+    chain = re.search(r"```yaml\n(base: .*?)```", (ROOT / "docs" / "chains.md").read_text(), re.S)[1]
+    chain = chain.replace("epochs: 30", "epochs: 1, limit: 64").replace("views: 30", "views: 1")
+    Path("chain.yaml").write_text(chain)
     ran = 0
     for page, line, is_block in commands_of_pages():
         program, words = program_of(line)

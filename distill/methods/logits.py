@@ -7,6 +7,7 @@ from typing import Any
 from coursepack.distill.methods.base import KD, Method, objective
 
 _FLSW: dict[str, Any] = {"kind": "flsw", "slope": 40.0, "gamma": 0.5}
+_BORN_AGAIN = "Furlanello et al. 2018, arXiv 1805.04770"
 _WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
 
 # Published coefficients that follow another convention than docs/decisions/reduction.md, all of them:
@@ -152,10 +153,25 @@ LOGITS: dict[str, Method] = {
     ),
     "born-again": Method(
         formula="KL(P || q), T = 1, no labels, P of the generation before, a network like the student",
-        source="Furlanello et al. 2018, arXiv 1805.04770, BAN; BAN+L with labels",
+        source=f"{_BORN_AGAIN}, BAN; BAN+L with labels",
         evidence="paper",
         objective=objective(soft_weight=1.0, hard_weight=0.0, temperature=1.0),
         note="each generation is the teacher of the next, with a new seed. hard_weight=1 adds the labels "
         "(BAN+L), whose share the paper does not state. Stores of all generations together are its ensemble",
+    ),
+    "born-again-cwtm": Method(
+        formula="sum_n w_n CE(z_n, y_n) / sum_n w_n, w = max P, T = 1",
+        source=f"{_BORN_AGAIN}, CWTM (confidence weighted by teacher max)",
+        evidence="re-implementation",
+        objective=objective(soft_weight=0.0, hard_weight=0.0, temperature=1.0, terms={"confident_label": {}}),
+        note="the paper's equations were not at hand, and whether its sum is divided by the batch size as "
+        "well is not clear. The teacher's classes are not learned from, only how sure it is",
+    ),
+    "born-again-dkpp": Method(
+        formula="KL(phi(P) || q), T = 1, no labels, phi permutes all classes but the top one",
+        source=f"{_BORN_AGAIN}, DKPP (dark knowledge with permuted predictions)",
+        evidence="re-implementation",
+        objective=objective(soft_weight=0.0, hard_weight=0.0, temperature=1.0, terms={"permuted": {}}),
+        note="the paper's equations were not at hand. Permutations are drawn anew in every epoch",
     ),
 }
