@@ -37,7 +37,7 @@ def digits(spec: Spec, root: Path | None) -> Source:
 
 @cache
 def _load() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
-    """Return all images, their labels and which are for testing; parsing scikit-learn's text takes a while."""
+    """Return all images, labels, and which are for testing; parsing scikit-learn's text takes a while."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
