@@ -5,6 +5,9 @@ FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/so
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2
 
+# Tests start many processes: each but the first imports modules that are compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
 TEST_EXTRAS :=
 

@@ -73,7 +73,7 @@ class Size:
 
 
 FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 1_024, 32_768)
-QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, growths=1, patience=0)
+QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, patience=0)
 
 
 class Rendered(Renderer):
@@ -271,11 +271,10 @@ def memory(size: Size) -> list[Row]:
         "8 times the views": {"samples": least, "views": 8, "taps": 1},
         "8 taps of an eighth of the size": {"samples": least, "views": 1, "taps": 8},
     }
-    found = {}
-    for name, case in islice(cases.items(), 1 + size.growths):
-        command = [sys.executable, str(PROCESS), json.dumps(case)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = float(json.loads(done.stdout)) / 1e6
+    cases = dict(islice(cases.items(), 1 + size.growths))
+    command = [sys.executable, str(PROCESS), json.dumps(list(cases.values()))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = {name: int(line) / 1e6 for name, line in zip(cases, done.stdout.split(), strict=True)}
     return [
         *(exact(f"memory: {name}", value, "MB", cases[name]) for name, value in found.items()),
         *(

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
 
-SAMPLES = 16
-MAX_BATCH_SIZE = 8
+SAMPLES = 8
+MAX_BATCH_SIZE = 4
 MAX_LEARNING_RATE = 1e-3
 """Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
