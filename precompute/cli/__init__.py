@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
 from coursepack.models.precision import PRECISIONS
+from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
@@ -26,7 +25,7 @@ from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.teachers import teacher_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
 from coursepack.precompute.plan import Costs, Probe
 
@@ -145,7 +144,7 @@ def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any
         for job in jobs:
             check_space(job)
     quiet = _rank() > 0
-    with _stoppable([job.store for job in jobs]):
+    with stoppable([job.store for job in jobs], quiet=quiet):
         if file is None:
             manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet)]
         else:
@@ -272,20 +271,6 @@ def _say_other_encoding(job: Job) -> None:
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )
-
-
-@contextmanager
-def _stoppable(stores: Sequence[Path]) -> Iterator[None]:
-    """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        names = ", ".join(repr(str(store)) for store in stores)
-        say(f"stopped. Finished blocks are kept; run the same command again to finish {names}.")
-        raise click.exceptions.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
