@@ -11,7 +11,7 @@ import click
 from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.owners import Part
+from coursepack.data.store.owners import Part, live_runs
 from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
@@ -143,15 +143,16 @@ def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any
     if not ignore_space:
         for job in jobs:
             check_space(job)
-    quiet = _rank() > 0
+    quiet, ranks = _rank() > 0, _ranks() > 1
     with stoppable([job.store for job in jobs], quiet=quiet):
         if file is None:
-            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet)]
+            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)]
         else:
-            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet)
+            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)
     for job, manifest in zip(jobs, manifests, strict=True):
         # Of several ranks, the last to finish prints.
-        if _ranks() == 1 or len(manifest.committed_views()) == manifest.views:
+        is_last = len(manifest.committed_views()) == manifest.views and not live_runs(job.store)
+        if not ranks or is_last:
             print_status(job.store, manifest)
 
 
