@@ -213,6 +213,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "store formats": partial(pivot, "store", FORMATS, "logits, bytes a view", None, HUNDREDTHS),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
+    "precompute throughput": partial(listed, "precompute", r".*forward alone"),
+    "precompute pipeline": partial(listed, "precompute", r"simulated device.*|four teachers.*"),
+    "precompute memory": partial(listed, "precompute", r"memory: .*"),
     "loss, 1 thread": partial(
         pivot, "loss", r"\((?P<line>[\d,]+)\) 1 thread (?P<column>.+)", "N, C, K", LOSS, HUNDREDTHS
     ),

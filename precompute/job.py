@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import progress
 from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
 from coursepack.data.loading import Renderer
 from coursepack.data.sources import FirstSamples
@@ -21,6 +20,7 @@ from coursepack.models.build import weights_fingerprint
 from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.numerics import NumericsGuard, environment_of
+from coursepack.precompute.ranks import progress_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +137,7 @@ def run_job(
     quiet: bool = False,
     same_numerics: bool = False,
     executor: Executor | None = None,
+    all_ranks: bool = False,
 ) -> Manifest:
     """Write the missing blocks of a part of the store, and commit every view that is complete.
 
@@ -147,6 +148,7 @@ def run_job(
         quiet: show no progress.
         same_numerics: raise an error, instead of a warning, if the store has rows with other numerics.
         executor: executor that computes the blocks. Defaults to `LocalExecutor`.
+        all_ranks: show the progress of all parts, and wait at the end for the others that are being written.
 
     Returns:
         The manifest at the end of the run.
@@ -163,9 +165,7 @@ def run_job(
     accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
         writer.commit()
-        title = f"precompute {writer.location.name}"
-        shown = progress(title, writer.owned_rows(), "images", done=writer.done_rows())
-        with nullcontext() if quiet else shown as meter:
+        with progress_of([writer], quiet=quiet, all_ranks=all_ranks) as meter:
             groups = _groups(writer, block_order, job.views_per_load)
             with closing((executor or LocalExecutor()).run(job, writer, groups, meter)) as finished:
                 for blocks in finished:

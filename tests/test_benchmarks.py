@@ -235,6 +235,13 @@ def test_pages_show_the_stored_rows():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_a_benchmark_that_was_not_run_has_a_note_in_the_place_of_its_tables(harness, tmp_path, monkeypatch):
+    tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("precompute memory", "machine of precompute", "store fidelity"):
+        assert "Not run yet: there is no `benchmarks/results/" in render.block(name)
+
+
 def test_every_table_stands_in_a_page(harness):
     tables = importlib.import_module("_tables")
     pages = "".join((FOLDER.parent / name).read_text() for name in ("README.md", "docs/benchmarks.md"))

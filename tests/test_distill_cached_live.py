@@ -176,3 +176,20 @@ def test_live_teachers_run_in_the_precision_of_their_store(tmp_path, teachers):
         RecipeError, match=r"written in tf32, which device 'cpu' does not have.* --online out"
     ):
         prepare(recipes[1], CPU)
+
+
+@pytest.mark.parametrize("settings", [{}, {"channels_last": True}, {"compiled": True}])
+def test_live_teachers_have_the_layout_and_the_compiler_of_their_store(tmp_path, teachers, settings):
+    network = load_teacher(f"run:{teachers[1]}", open_source("digits").class_names)
+    runner = TeacherRunner(network, **settings)
+    job = make_job(tmp_path / "cnn.zarr", teachers[1], encoding="float32", batch_size=BATCH, views=1)
+    run_job(replace(job, runner=runner), quiet=True)
+    cached, live = (
+        prepare(recipe_of("kd", [job.store], online=online, limit=BATCH), CPU) for online in (False, True)
+    )
+    (told,) = live.targets.runners
+    assert told.memory_layout == runner.memory_layout
+    assert told.compiled == runner.compiled
+    (batch,) = cached.batches(0)
+    stored, computed = (each.targets.fetch(batch).logits[0] for each in (cached, live))
+    torch.testing.assert_close(decode(stored), computed, rtol=TOLERANCE, atol=TOLERANCE)

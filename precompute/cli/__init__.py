@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,13 @@ import click
 from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.owners import Part
+from coursepack.data.store.owners import Part, live_runs
 from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
+from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
@@ -28,7 +27,7 @@ from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.teachers import of_checkpoints, teacher_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
 from coursepack.precompute.plan import Costs, Probe
 
@@ -152,15 +151,16 @@ def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any
     if not ignore_space:
         for job in jobs:
             check_space(job)
-    quiet = _rank() > 0
-    with _stoppable([job.store for job in jobs]):
+    quiet, ranks = _rank() > 0, _ranks() > 1
+    with stoppable([job.store for job in jobs], quiet=quiet):
         if file is None and len(jobs) == 1:
-            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet)]
+            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)]
         else:
-            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet)
+            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)
     for job, manifest in zip(jobs, manifests, strict=True):
         # Of several ranks, the last to finish prints.
-        if _ranks() == 1 or len(manifest.committed_views()) == manifest.views:
+        is_last = len(manifest.committed_views()) == manifest.views and not live_runs(job.store)
+        if not ranks or is_last:
             print_status(job.store, manifest)
 
 
@@ -288,20 +288,6 @@ def _say_other_encoding(job: Job) -> None:
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )
-
-
-@contextmanager
-def _stoppable(stores: Sequence[Path]) -> Iterator[None]:
-    """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        names = ", ".join(repr(str(store)) for store in stores)
-        say(f"stopped. Finished blocks are kept; run the same command again to finish {names}.")
-        raise click.exceptions.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
