@@ -172,8 +172,12 @@ class Renderer:
 
 
 def device_images(source: Source, recipe: ViewRecipe, device: torch.device) -> Tensor | None:
-    """Copy the source's images to a GPU for rendering there; return None if they are rendered on the CPU."""
-    if device.type == "cpu" or source.whole is None or recipe.pipeline is not None:
+    """Copy the source's images to a GPU for rendering there; return None if they are rendered on the CPU.
+
+    Views with ops on rendered pixels are rendered on the CPU, beside the training step: the ops change one
+    image at a time, which takes a GPU more launches than a step has.
+    """
+    if device.type == "cpu" or source.whole is None or recipe.pipeline is not None or recipe.pixel_ops:
         return None
     return torch.from_numpy(source.whole).to(device) if source.whole.nbytes <= MOST_ON_DEVICE else None
 

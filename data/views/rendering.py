@@ -17,7 +17,6 @@ from coursepack.data.views.params import CUTMIX, GRID, MIRRORED, MIXUP, UPSIDE_D
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -192,18 +191,19 @@ def _unmixed_on_device(
     import torch
 
     from coursepack.data.jit_pixels import HALF, ONE
+    from coursepack.device import to_device
 
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     _, height, width, channels = images.shape
     beyond_crop = recipe.filters_before_cropping
     rows = _matrices(params.boxes[:, 0::2], height, size, flips & UPSIDE_DOWN > 0, beyond_crop)
     columns = _matrices(params.boxes[:, 1::2], width, size, flips & MIRRORED > 0, beyond_crop)
-    chosen = images[_to_device(samples, images.device)].double()
+    chosen = images[to_device(samples, images.device)].double()
     half, one = float(HALF), float(ONE)
     # Not float32: the user may have allowed TF32 or bfloat16 products for it.
-    tall = torch.bmm(_to_device(rows, images.device), chosen.reshape(len(samples), height, width * channels))
+    tall = torch.bmm(to_device(rows, images.device), chosen.reshape(len(samples), height, width * channels))
     tall = ((tall + half) / one).floor_().reshape(len(samples), size, width, channels)
-    wide = torch.einsum("nxw,nywc->nyxc", _to_device(columns, images.device), tall)
+    wide = torch.einsum("nxw,nywc->nyxc", to_device(columns, images.device), tall)
     pixels = ((wide + half) / one).floor_().to(torch.uint8)
     if recipe.pixel_ops:
         _change_pixels(recipe, params, pixels)
@@ -221,25 +221,21 @@ def _matrices(
     return matrices
 
 
-def _to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
-
 def _blend_on_device(first: Tensor, second: Tensor, mixing: Mixing) -> Tensor:
     import torch
 
+    from coursepack.device import to_device
+
     size, device = first.shape[1], first.device
     shares = np.where(mixing.kinds == MIXUP, mixing.shares, GRID)
-    share = _to_device(shares, device).to(torch.int32)[:, None, None, None]
+    share = to_device(shares, device).to(torch.int32)[:, None, None, None]
     blended = (first.int() * share + second.int() * (GRID - share) + GRID // 2) >> 16
     edges = mixing.boxes.astype(np.int64)
     edges[:, 2:] += edges[:, :2]
-    top, left, bottom, right = _to_device((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
+    top, left, bottom, right = to_device((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
     position = torch.arange(size, device=device)
     inside = ((position >= top) & (position < bottom))[:, :, None] & (
         (position >= left) & (position < right)
     )[:, None]
-    inside &= _to_device(mixing.kinds == CUTMIX, device)[:, None, None]
+    inside &= to_device(mixing.kinds == CUTMIX, device)[:, None, None]
     return torch.where(inside[..., None], second, blended.to(torch.uint8))

@@ -1,0 +1,126 @@
+"""A training step never waits for a GPU: on a device without values here, and on CUDA where there is one."""
+
+import contextlib
+
+import pytest
+import torch
+from builders import PAIRS, make_recipe, write_store
+from unwaited import META, Literals, Waits, WaitsForTheDevice, unwaited
+
+from coursepack.data import ViewRecipe
+from coursepack.data.views import PadCrop
+from coursepack.data.views.mixing import Mix
+from coursepack.distill.methods import METHODS
+from coursepack.distill.setup.prepare import prepare
+from coursepack.distill.training import metrics
+from coursepack.distill.training.loop import new_metrics, train_steps
+from coursepack.distill.training.optimizer import averaged, update_average
+from coursepack.distill.training.state import make_state
+
+STEPS = 2
+WAITING = {"ae-kd": "its weights minimize a norm by a search on the CPU, from the gradients of the step"}
+"""Methods whose steps wait for the device, with the reason."""
+
+
+def recipe_of(name, stores_of, **fields):
+    stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
+    objective = {"terms": {name: {"pairs": list(PAIRS[name])}}} if name in PAIRS else {}
+    fields = {"student": "digits-cnn", "limit": 64, "batch_size": 16, **fields}
+    return make_recipe(stores, method=name, objective=objective, **fields)
+
+
+def steps_of(recipe, device):
+    run = prepare(recipe, device)
+    state = make_state(run)
+    return train_steps([state], run.batches(0), run.targets, [new_metrics(state)])
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Run some steps on `META` under `Waits`, each with all metrics, after a first one without."""
+    monkeypatch.setattr(metrics, "WATCH_EVERY", 1)
+
+    def run(recipe):
+        with unwaited(monkeypatch):
+            steps = steps_of(recipe, META)
+            next(steps)  # tables that stay on the device are copied there
+            with Literals(), Waits():
+                for _ in range(STEPS):
+                    next(steps)
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITING])
+def test_a_step_reads_nothing_from_the_device(stores_of, watched, name):
+    watched(recipe_of(name, stores_of))
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_methods_that_wait_do_so(stores_of, watched, name):
+    with pytest.raises((RuntimeError, NotImplementedError, WaitsForTheDevice)):
+        watched(recipe_of(name, stores_of))
+
+
+MIXED = ViewRecipe(ops=(PadCrop(padding=1),), mix=Mix(cutmix_alpha=1.0, mixup_alpha=1.0), reference_size=8)
+CASES = {
+    "ema and clipping": {"optimizer": {"ema": 0.9, "clip": 1.0}},
+    "adamw": {"optimizer": {"name": "adamw"}},
+    "micro-batches": {"accumulate": 2},
+    "bfloat16": {"precision": "bfloat16", "channels_last": True},
+    "several views": {"views_per_load": 2},
+}
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_a_step_of_any_kind_reads_nothing_from_the_device(stores_of, watched, fields):
+    watched(recipe_of("kd", stores_of, **fields))
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8", "topk:3"])
+def test_encoded_rows_are_read_by_the_loss_on_the_device(teachers, watched, tmp_path, encoding):
+    store = write_store(tmp_path / "s.zarr", teachers[0], encoding=encoding)
+    for method in ("kd", "dtd-flsw"):
+        watched(make_recipe([store], method=method, limit=64, batch_size=16))
+
+
+def test_mixed_views_are_rendered_on_the_device(watched):
+    watched(make_recipe(view=MIXED, batch_size=16))
+
+
+def test_waiting_is_noticed():
+    values = torch.zeros(3, device=META)
+    calls = {
+        "item": lambda: values.sum().item(),
+        "bool": lambda: bool(values.any()),
+        "nonzero": lambda: values.nonzero(),
+        "masked_select": lambda: values.masked_select(values > 0),
+        "mask": lambda: values[values > 0],
+        "copy": lambda: torch.zeros(3).to(META),
+        "copy_": lambda: values.copy_(torch.zeros(3)),
+        "number": lambda: torch.tensor([1.0], device=META),
+        "new_tensor": lambda: values.new_tensor([1.0]),
+    }
+    for name, call in calls.items():
+        with contextlib.suppress(WaitsForTheDevice), Literals(), Waits():
+            call()
+            pytest.fail(f"{name} is not noticed")
+    with Literals(), Waits():
+        values.copy_(torch.zeros(3), non_blocking=True)
+        torch.zeros(3).to(META, non_blocking=True)
+        values[torch.zeros(2, dtype=torch.int64, device=META)]
+
+
+def test_a_moving_average_is_the_one_of_torch():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    ours, theirs = averaged(module, 0.9), averaged(module, 0.9)
+    for seed in range(4):
+        module(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))).sum().backward()
+        with torch.no_grad():
+            for value in module.parameters():
+                value.sub_(0.1 * value.grad)
+        update_average(ours, module)
+        theirs.update_parameters(module)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
