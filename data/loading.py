@@ -75,6 +75,7 @@ class Renderer:
             workers if workers is not None else 0 if _is_in_memory(source) else min(cores, MOST_WORKERS)
         )
         self.sizes = tuple(sizes)
+        self._pin = pin
         self._uses_thread = (
             self.workers == 0
             and recipe.pipeline is None
@@ -153,7 +154,9 @@ class Renderer:
 
     def _fill(self, batch: Batch) -> Batch:
         if batch.images is None:  # otherwise the device renders, asynchronously
-            batch.rendered.update(zip(self.sizes, batch.render_all(self.sizes), strict=True))
+            pixels = batch.render_all(self.sizes)
+            pixels = [each.pin_memory() for each in pixels] if self._pin else pixels
+            batch.rendered.update(zip(self.sizes, pixels, strict=True))
         return batch
 
     def close(self) -> None:

@@ -1,21 +1,28 @@
 """A training step never waits for a GPU: on a device without values here, and on CUDA where there is one."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
-from builders import PAIRS, make_recipe, write_store
+from builders import CPU, PAIRS, make_recipe, write_store
 from unwaited import META, Literals, Waits, WaitsForTheDevice, unwaited
 
 from coursepack.data import ViewRecipe
+from coursepack.data.loading import Renderer
 from coursepack.data.views import PadCrop
 from coursepack.data.views.mixing import Mix
+from coursepack.distill.losses.base import Step
 from coursepack.distill.methods import METHODS
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.training import metrics
-from coursepack.distill.training.loop import new_metrics, train_steps
+from coursepack.distill.training import loop, metrics
+from coursepack.distill.training.ahead import CopiesAhead
+from coursepack.distill.training.evaluate import evaluate, evaluation_view
+from coursepack.distill.training.loop import new_metrics, train_epoch, train_steps
 from coursepack.distill.training.optimizer import averaged, update_average
+from coursepack.distill.training.runtime import algorithms
 from coursepack.distill.training.state import make_state
+from coursepack.errors import StoreDamaged
 
 STEPS = 2
 WAITING = {"ae-kd": "its weights minimize a norm by a search on the CPU, from the gradients of the step"}
@@ -33,6 +40,17 @@ def steps_of(recipe, device):
     run = prepare(recipe, device)
     state = make_state(run)
     return train_steps([state], run.batches(0), run.targets, [new_metrics(state)])
+
+
+def run_unwaited(steps):
+    """Run some steps in which waiting for a GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS):
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -124,3 +142,125 @@ def test_a_moving_average_is_the_one_of_torch():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+class Recorder:
+    """A stream that does its work at once and records in which order."""
+
+    def __init__(self):
+        self.seen = []
+
+    @contextlib.contextmanager
+    def queue(self):
+        self.seen.append("copy")
+        yield
+
+    def mark(self):
+        return self.seen.count("copy") - 1
+
+    def wait(self, event, tensors):
+        self.seen.append((event, len(list(tensors))))
+
+
+def test_batches_are_copied_one_ahead_with_their_targets(stores):
+    run = prepare(make_recipe(stores, limit=50, batch_size=16), CPU)
+    fetched, recorder = [], Recorder()
+
+    def fetch(rows, step):
+        fetched.append(step.batch)
+        return run.targets.fetch(rows)
+
+    ahead = CopiesAhead(recorder, fetch, sizes=[8])
+    given = list(run.batches(0))
+    for index, batch in enumerate(ahead.batches(given, lambda batch: [batch], first=2)):
+        assert batch is given[index]
+        step = Step(0, 2 + index)
+        targets = ahead.fetch(batch, step)
+        assert torch.equal(targets.logits[2].values, run.targets.fetch(batch).logits[2].values)
+        assert list(batch.rendered) == [8]
+        # Other rows, such as those of a micro-batch, are fetched in the step.
+        assert len(ahead.fetch(batch.split(2)[0], step).logits[0].values) == len(batch.split(2)[0])
+    assert recorder.seen[:4] == ["copy", "copy", (0, 6), "copy"]
+    assert [event for event in recorder.seen if event != "copy"] == [(index, 6) for index in range(4)]
+    assert fetched == [2, 3, 2, 4, 3, 5, 4, 5]
+
+
+def test_an_error_while_copying_ends_the_epoch(stores):
+    run = prepare(make_recipe(stores, limit=50, batch_size=16), CPU)
+
+    def fetch(rows, step):
+        raise StoreDamaged("damaged")
+
+    batches = CopiesAhead(Recorder(), fetch, sizes=[8]).batches(run.batches(0), lambda batch: [batch])
+    with pytest.raises(StoreDamaged):
+        next(batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITING])
+def test_a_step_does_not_wait_for_a_gpu(stores_of, name):
+    steps = steps_of(recipe_of(name, stores_of), torch.device("cuda"))
+    next(steps)
+    run_unwaited(steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_a_step_of_any_kind_does_not_wait_for_a_gpu(stores_of, fields):
+    steps = steps_of(recipe_of("kd", stores_of, **fields), torch.device("cuda"))
+    next(steps)
+    run_unwaited(steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ["float16", "int8", "topk:3"])
+def test_encoded_rows_do_not_wait_for_a_gpu(teachers, tmp_path, encoding):
+    store = write_store(tmp_path / "s.zarr", teachers[0], encoding=encoding)
+    for method in ("kd", "dtd-flsw"):
+        steps = steps_of(make_recipe([store], method=method, limit=64, batch_size=16), torch.device("cuda"))
+        next(steps)
+        run_unwaited(steps)
+
+
+@pytest.mark.gpu
+def test_mixed_views_do_not_wait_for_a_gpu():
+    steps = steps_of(make_recipe(view=MIXED, batch_size=16), torch.device("cuda"))
+    next(steps)
+    run_unwaited(steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, {"accumulate": 2}, {"views_per_load": 2}], ids=str)
+def test_copies_ahead_change_no_byte_on_a_gpu(stores_of, monkeypatch, fields):
+    def trained():
+        run = prepare(recipe_of("kd", stores_of, limit=200, **fields), torch.device("cuda"))
+        with algorithms(deterministic=True):
+            state = make_state(run)
+            for epoch in range(2):
+                train_epoch([state], run.batches(epoch), run.targets, epoch)
+        return {name: value.cpu() for name, value in state.learner.state_dict().items()}
+
+    ahead = trained()
+    monkeypatch.setattr(
+        loop, "copied_ahead", lambda _states, batches, _targets, fetch, *_, **__: (batches, fetch)
+    )
+    plain = trained()
+    assert all(torch.equal(ahead[name], value) for name, value in plain.items())
+
+
+@pytest.mark.gpu
+def test_an_evaluation_waits_for_a_gpu_at_its_end(stores_of):
+    run = prepare(recipe_of("kd", stores_of), torch.device("cuda"))
+    network = make_state(run).network
+    view = evaluation_view(run.evaluation)
+    with Renderer(run.evaluation, view, [8], pin=True, background=True) as renderer:
+        evaluate(network, run.evaluation, run.device, renderer=renderer)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                evaluate(network, run.evaluation, run.device, renderer=renderer)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in found if "synchronizing CUDA operation" in str(each.message)]
+    assert len(waits) <= 2, "the sums and the calibration error are read once"

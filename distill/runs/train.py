@@ -288,9 +288,19 @@ def train_together(
             progress(title, recipe.epochs * total, "samples", done=done, shown=setup.ranks.is_first)
         )
         pin, sizes = setup.device.type == "cuda", setup.sizes([state.learner.network for state in states])
-        renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
+        beside = pin and setup.images is None  # while the GPU trains, unless it renders
+        renderer = stack.enter_context(
+            Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin, background=beside)
+        )
         evaluation_renderer = stack.enter_context(
-            Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
+            Renderer(
+                setup.evaluation,
+                evaluation_view(setup.evaluation),
+                sizes,
+                workers=workers,
+                pin=pin,
+                background=pin,
+            )
         )
         for run in student_runs:
             stack.enter_context(run.writer)
