@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from _harness import ratios, row
+from _rendered import RenderedJob, written
 from torch import nn
 
 from coursepack.data import Batch, view_recipe
@@ -19,7 +20,6 @@ from coursepack.distill.training.learner import network_input
 from coursepack.models import Preprocessing, TeacherRunner, build_network
 from coursepack.models.precision import has_precision
 from coursepack.precompute import Job
-from precompute import RenderedJob, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
