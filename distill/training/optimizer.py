@@ -81,6 +81,7 @@ def update_average(average: AveragedModel, module: nn.Module) -> None:
         [value.detach() for value in (*each.parameters(), *each.buffers())]
         for each in (average.module, module)
     )
+    assert average.multi_avg_fn is not None
     if int(average.n_averaged) == 0:
         torch._foreach_copy_(kept, given)
     else:
