@@ -29,6 +29,7 @@ from _harness import STARTED, arguments, machine, report, write_rows
 
 from coursepack.console import say
 from coursepack.device import pick_device
+from coursepack.errors import CoursepackError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +102,10 @@ def main() -> None:
     parser = arguments("The loss, training and stage one on a GPU.")
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto (the default)")
     chosen = parser.parse_args()
-    device = Device(pick_device(chosen.device))
+    try:
+        device = Device(pick_device(chosen.device))
+    except CoursepackError as error:
+        sys.exit(str(error))
     if not device.is_cuda and not chosen.quick:
         say("warning: on the CPU the full size takes long; --quick is tiny")
     rows: list[Row] = []

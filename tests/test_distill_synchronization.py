@@ -15,12 +15,11 @@ from coursepack.data.views.mixing import Mix
 from coursepack.distill.losses.base import Step
 from coursepack.distill.methods import METHODS
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.training import loop, metrics
-from coursepack.distill.training.ahead import CopiesAhead
+from coursepack.distill.training import metrics
+from coursepack.distill.training.ahead import CopiesAhead, copied_ahead
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
-from coursepack.distill.training.loop import new_metrics, train_epoch, train_steps
+from coursepack.distill.training.loop import new_metrics, train_steps
 from coursepack.distill.training.optimizer import averaged, update_average
-from coursepack.distill.training.runtime import algorithms
 from coursepack.distill.training.state import make_state
 from coursepack.errors import StoreDamaged
 
@@ -234,22 +233,30 @@ def test_mixed_views_do_not_wait_for_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fields", [{}, {"accumulate": 2}, {"views_per_load": 2}], ids=str)
-def test_copies_ahead_change_no_byte_on_a_gpu(stores_of, monkeypatch, fields):
-    def trained():
-        run = prepare(recipe_of("kd", stores_of, limit=200, **fields), torch.device("cuda"))
-        with algorithms(deterministic=True):
-            state = make_state(run)
-            for epoch in range(2):
-                train_epoch([state], run.batches(epoch), run.targets, epoch)
-        return {name: value.cpu() for name, value in state.learner.state_dict().items()}
-
-    ahead = trained()
-    monkeypatch.setattr(
-        loop, "copied_ahead", lambda _states, batches, _targets, fetch, *_, **__: (batches, fetch)
+def test_copies_ahead_are_those_of_their_batch_on_a_gpu(stores):
+    recipe = make_recipe(stores, limit=800, batch_size=16)
+    run, here = prepare(recipe, torch.device("cuda")), prepare(recipe, CPU)
+    state, seen = make_state(run), []
+    copied, fetch = copied_ahead(
+        [state], run.batches(0), run.targets, lambda rows, _: run.targets.fetch(rows), 0, 0, whole=True
     )
-    plain = trained()
-    assert all(torch.equal(ahead[name], value) for name, value in plain.items())
+    busy = torch.eye(2048, device="cuda")
+    for index, batch in enumerate(copied):
+        for _ in range(20):  # reads come long after the copies of later batches
+            busy = busy @ busy
+        logits = fetch(batch, Step(0, index)).logits
+        seen.append(
+            [batch.pixels(8).clone(), batch.labels.clone(), *(rows.values.clone() for rows in logits)]
+        )
+    torch.cuda.synchronize()
+    for found, batch in zip(seen, here.batches(0), strict=True):
+        expected = [
+            batch.pixels(8),
+            batch.labels,
+            *(rows.values for rows in here.targets.fetch(batch).logits),
+        ]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.cpu(), other)
 
 
 @pytest.mark.gpu
