@@ -104,7 +104,7 @@ def _steps(setup: Setup) -> Callable[[], None]:
 
     def run() -> None:
         log = EpochMetrics(max(1, len(setup.readers)))
-        steps = train_steps([state], setup.batches(0), setup.targets, [log])
+        steps = train_steps([[state]], setup.batches(0), setup.targets, [log])
         for _ in range(WATCH_EVERY):
             next(steps)
         steps.close()

@@ -18,6 +18,7 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training import metrics
 from coursepack.distill.training.ahead import CopiesAhead, copied_ahead
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
+from coursepack.distill.training.group import make_group
 from coursepack.distill.training.loop import new_metrics, train_steps
 from coursepack.distill.training.optimizer import averaged, update_average
 from coursepack.distill.training.state import make_state
@@ -37,8 +38,8 @@ def recipe_of(name, stores_of, **fields):
 
 def steps_of(recipe, device):
     run = prepare(recipe, device)
-    state = make_state(run)
-    return train_steps([state], run.batches(0), run.targets, [new_metrics(state)])
+    group = make_group(run)
+    return train_steps([group], run.batches(0), run.targets, [new_metrics(state) for state in group])
 
 
 def run_unwaited(steps):
