@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
+PENDING = {"gpu": "Not run: no GPU was at hand."}
+"""Line in place of the machine of results that may not exist yet; their tables are empty."""
 VERSIONS = ("python", "coursepack", "torch", "numpy", "numba", "zarr")
 
 
@@ -23,8 +25,15 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
+def is_pending(name: str) -> bool:
+    """Return whether results that may be missing are missing."""
+    return name in PENDING and not (RESULTS / f"{name}.json").exists()
+
+
 def caption(name: str) -> list[str]:
     """Return the line with the machine, the versions and the date of the measurement."""
+    if is_pending(name):
+        return [PENDING[name]]
     where = load(name)["machine"]
     parts = [where["processor"], f"{where['threads']} torch thread{'s' if where['threads'] > 1 else ''}"]
     parts += [where["device"]] if where["device"] != "cpu" else []
@@ -58,6 +67,8 @@ def spread(row: Row, form: Callable[[float], str] = number) -> str:
 
 def listed(name: str, pattern: str) -> list[str]:
     """Return one line per row whose id matches, with all values of the row."""
+    if is_pending(name):
+        return []
     date, lines = load(name)["machine"]["date"], []
     for row in load(name)["rows"]:
         if not re.fullmatch(pattern, row["id"]):
@@ -249,6 +260,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"": "seconds", " / single runs": "/ single runs"},
     ),
     "train growth": partial(listed, "train", r"growth: .*|start-up.*"),
+    "gpu loss": partial(listed, "gpu", r"loss .*"),
+    "gpu encodings": partial(listed, "gpu", r"rows .*"),
+    "gpu views": partial(listed, "gpu", r"view .*"),
+    "gpu students": partial(listed, "gpu", r"(epoch|step) of .*"),
+    "gpu stage one": partial(listed, "gpu", r"stage one, .*"),
     "methods, first teachers: good": partial(study, "methods-first", "plain"),
     "methods, first teachers: weak and noisy": partial(study, "methods-first", "noisy"),
     "methods, first teachers: experts": partial(study, "methods-first", "experts"),

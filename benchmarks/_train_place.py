@@ -67,10 +67,10 @@ class Place:
         """Return the name of a teacher's last block."""
         return blocks(build_network(name, CLASSES).module)[-1]
 
-    def write_store(self, name: str, path: Path, taps: Sequence[str]) -> None:
+    def write_store(self, name: str, path: Path, taps: Sequence[str], encoding: str = "float16") -> None:
         """Write the store of a teacher's logits and of some taps, with one view."""
         started = time.perf_counter()
-        run_job(Job(path, self.source, view_recipe("cifar"), self.runner(name, taps), 1))
+        run_job(Job(path, self.source, view_recipe("cifar"), self.runner(name, taps), 1, encoding))
         say(f"stored {path.stem} in {time.perf_counter() - started:.0f} s")
 
     def store(self, name: str, encoding: str) -> Path:

@@ -17,38 +17,30 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
 from _harness import PATIENCE, arguments, exact, measure, ratios, report, row
 from _pipeline import SLEEP, Parts, simulated_job
+from _rendered import RenderedJob, written
 from PIL import Image
 from torch import nn
 
 from coursepack.data import Batch, open_source, view_recipe
-from coursepack.data.loading import Renderer
-from coursepack.data.store.locations.local import LocalLocation
 from coursepack.models import TeacherRunner, build_network, parse_tap
 from coursepack.precompute import Job, run_job
-from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.several import run_jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable
 
     from _harness import Row, Seconds
-    from torch import Tensor
 
-    from coursepack.console import Meter
-    from coursepack.data.store import Block, StoreWriter
 
 PROCESS = Path(__file__).parent / "_pipeline.py"
 CLASSES, BATCH = 100, 256
@@ -77,61 +69,6 @@ class Size:
 
 FULL = Size({"resnet56": 4096, "wrn-40-2": 2048}, 6, (65_536, 9), 1_024, 32_768)
 QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, patience=0)
-
-
-class Rendered(Renderer):
-    """Renderer whose pixels exist already."""
-
-    def __init__(self, job: Job, pixels: Tensor) -> None:
-        size = job.runner.network.preprocessing.size
-        super().__init__(job.source, job.recipe, [size], workers=0, background=True)
-        self._pixels = pixels
-
-    def ahead(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        """Yield the batches with their rows of the pixels."""
-        for batch in batches:
-            batch.rendered[self.sizes[0]] = self._pixels[torch.from_numpy(batch.samples)]
-            yield batch
-
-
-@dataclass(frozen=True)
-class RenderedJob(Job):
-    """Job of one view whose pixels exist already."""
-
-    pixels: Tensor | None = None
-
-    def renderer(self) -> Renderer:
-        assert self.pixels is not None
-        return Rendered(self, self.pixels)
-
-
-class Timed(LocalExecutor):
-    """Executor that records when it is started."""
-
-    started = 0.0
-
-    def run(
-        self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
-    ) -> Generator[list[Block]]:
-        self.started = time.perf_counter()
-        yield from super().run(job, writer, groups, meter)
-
-
-def written(job: Job, put_seconds: float = 0.0) -> float:
-    """Write a store and return the seconds from the first batch to the last commit."""
-    put = LocalLocation.put
-
-    def slow(self: LocalLocation, key: str, *pieces: Any) -> None:
-        time.sleep(put_seconds)
-        put(self, key, *pieces)
-
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        executor = Timed()
-        if put_seconds:
-            stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
-        run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
-        return time.perf_counter() - executor.started
 
 
 @torch.no_grad()

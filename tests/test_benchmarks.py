@@ -111,11 +111,14 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "epoch loss memory methods peers precompute reproduce sequences store train views"
+    names = "epoch gpu loss memory methods peers precompute reproduce sequences store train views"
     assert names.split() == BENCHMARKS
 
 
-@pytest.mark.parametrize("command", [*BENCHMARKS, "methods --section cost"])
+COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost"])
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])
@@ -227,6 +230,40 @@ def test_what_the_store_adds_to_a_step_is_a_share_of_a_plain_step(harness):
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_stored_rows_are_rows(path):
     check_rows(path, converted="note" in json.loads(path.read_text())["machine"])
+
+
+def test_figures_that_need_cuda_are_left_out_with_a_reason(harness):
+    gpu = importlib.import_module("_gpu")
+    device = gpu.Device(torch.device("cpu"))
+    rows = importlib.import_module("_gpu_loss").losses(device, (4, 10, 2), 1, compiled=False)
+    assert "the device is the CPU" in device.missing["loss in CUDA graphs"]
+    assert not [row["id"] for row in rows if "graph" in row["id"]]
+
+
+def test_launches_and_synchronizations_of_a_step_are_counted(harness):
+    device = importlib.import_module("_gpu").Device(torch.device("cpu"))
+    values = torch.arange(4.0)
+
+    def step():
+        for _ in range(2):
+            assert float((values * 2)[values > 1].sum()) == 10
+
+    launched, waited = device.launches(step, 2)
+    assert waited == 1
+    assert launched >= 3
+
+
+def test_results_that_may_be_missing_have_a_line_in_the_page(harness, tmp_path, monkeypatch):
+    tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "Not run: no GPU was at hand." in render.block("machine of gpu")
+    assert not render.block("gpu loss").strip()
+    row = {"id": "loss (1,2,3) ours", "value": 5.0, "low": 4.0, "high": 6.0, "unit": "us", "n": 3}
+    row |= {"config": {}, "bar": None, "holds": None}
+    machine = {"processor": "a", "threads": 1, "device": "cpu", "date": "2026-01-01"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"machine": machine, "rows": [row]}))
+    assert "2026-01-01" in render.block("machine of gpu")
+    assert "5 us" in render.block("gpu loss")
 
 
 def test_pages_show_the_stored_rows():

@@ -119,9 +119,19 @@ def train_together(
             setup.device.type == "cuda",
             setup.sizes([student.state.learner.network for student in students]),
         )
-        renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
+        beside = pin and setup.images is None  # while the GPU trains, unless it renders
+        renderer = stack.enter_context(
+            Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin, background=beside)
+        )
         evaluation_renderer = stack.enter_context(
-            Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
+            Renderer(
+                setup.evaluation,
+                evaluation_view(setup.evaluation),
+                sizes,
+                workers=workers,
+                pin=pin,
+                background=pin,
+            )
         )
         for student in students:
             stack.enter_context(student.writer)

@@ -27,7 +27,7 @@ from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.teachers import of_checkpoints, teacher_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 from coursepack.precompute.plan import Costs, Probe
 
