@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from coursepack.data import open_source
 from coursepack.data.sources import evaluation_spec
-from coursepack.data.store import load_manifest
+from coursepack.data.store import StoreReader, load_manifest
 from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
@@ -21,13 +21,15 @@ from coursepack.distill.methods.description import describe
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.train import train
+from coursepack.distill.setup.build import make_objective
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.setup.student import StudentShapes, probe_student
+from coursepack.distill.targets.teacher_stores import make_targets, open_teacher_stores
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError, TrainingDiverged, UnknownName
 from coursepack.kernels import decode
-from coursepack.models import Network, Preprocessing
+from coursepack.models import Network, Preprocessing, build_network
 from coursepack.precompute.cli import main as precompute
 
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
@@ -100,6 +102,36 @@ def test_best_is_the_teacher_that_was_right_most_often(tapped):
     assert make_state(run).learner.objective.chosen_teacher(Step()) == int(np.argmax(correct))
     asked = prepare(make_recipe(tapped, method="best", objective={"fusion": {"teacher": 1}}), CPU)
     assert make_state(asked).learner.objective.chosen_teacher(Step()) == 1
+
+
+def test_stores_that_best_does_not_read_are_not_opened(tapped, monkeypatch):
+    opened = []
+
+    def spy(verb):
+        act = getattr(StoreReader, verb)
+        monkeypatch.setattr(
+            StoreReader, verb, lambda self, *words: opened.append(self.name) or act(self, *words)
+        )
+
+    for verb in ("open", "prefetch", "components"):
+        spy(verb)
+    fields = {"limit": 64, "student": "digits-cnn", "objective": {"fusion": {"teacher": 1}}}
+    run = prepare(make_recipe(tapped, method="best", **fields), CPU)
+    assert run.targets.arrays == [[], ["logits"], []]
+    state = make_state(run)
+    train_epoch([state], run.batches(0), run.targets)
+    assert set(opened) == {"digits-cnn"}
+    stores = open_teacher_stores(tapped)
+    objective = make_objective(stores, build_network("digits-cnn", 10), "best", fields["objective"])
+    targets = make_targets(stores, objective)
+    assert targets.arrays == run.targets.arrays
+    batch = next(run.batches(0))
+    both = [each.fetch(batch) for each in (targets, prepare(make_recipe(tapped, limit=64), CPU).targets)]
+    told = [state.learner(batch, each).value.loss for each in both]
+    assert torch.equal(*told), "the same loss as of all three stores"
+    kd = prepare(make_recipe(tapped, limit=64, student="digits-cnn"), CPU).recipe
+    together = prepare(run.recipe, CPU, others=[kd])
+    assert together.targets.arrays == [["logits"]] * 3, "another student reads all"
 
 
 def test_two_learners_share_what_they_fetch(tapped):

@@ -58,3 +58,5 @@ class Fusion:
     needs: Callable[[Any], Needs] = no_needs
     choose: Callable[[Any, BuildContext, Step], int] | None = None
     """Returns the index of the only teacher that is read for a batch; None if all teachers are read."""
+    constant: bool = False
+    """True if `choose` returns the same teacher for all batches, so that the other stores are never read."""

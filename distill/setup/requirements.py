@@ -13,18 +13,18 @@ from torch import nn
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import FeaturePair, Unfit
+from coursepack.distill.losses.base import BuildContext, FeaturePair, Unfit
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
+from coursepack.distill.setup.teacher import accuracy, untrained
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
-from coursepack.imports import names_code
-from coursepack.models import build_network, parse_tap
+from coursepack.models import parse_tap
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.models.load import own_preprocessing
 from coursepack.models.taps import Tap, tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from coursepack.data.store import Manifest, StoreReader
     from coursepack.distill.losses.base import PairNeeds
@@ -162,15 +162,9 @@ def _layers_to_tap(network: Network, needs: PairNeeds) -> list[str]:
     return [found[-1] for found in inside if found] or layers
 
 
-def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
-    """Return a teacher's network without its weights; None for user code, which stores must not run."""
-    spec = manifest.identity["teacher"]["network"]
-    if names_code(spec):
-        return None
-    try:
-        return build_network(spec, len(manifest.class_names), size=size)
-    except CoursepackError:
-        return None
+def logits_read(config: ObjectiveConfig, teachers: Sequence[Manifest]) -> tuple[int, ...]:
+    """Return the indices of the teachers whose logits are read in any step."""
+    return config.logits_read(BuildContext(len(teachers), accuracies=tuple(map(accuracy, teachers))))
 
 
 def needed_arrays(
@@ -178,15 +172,22 @@ def needed_arrays(
     readers: Sequence[StoreReader],
     pairs: Pairs,
     *,
-    logits: bool,
+    logits: Collection[int],
     root: str | None,
 ) -> list[list[str]]:
     """Return the names of the arrays to read from each store.
 
+    Args:
+        method: name of the method, for error messages.
+        readers: the stores.
+        pairs: pairs of every term.
+        logits: indices of the stores whose logits are read.
+        root: folder of the source's files, for the command.
+
     Raises:
         RecipeError: an array is not stored; the message has the command that adds it.
     """
-    arrays = [[LOGITS] if logits else [] for _ in readers]
+    arrays = [[LOGITS] if index in logits else [] for index in range(len(readers))]
     for index, tap, _ in itertools.chain(*pairs.values()):
         name = f"{FEATURES}{tap}"
         if name not in arrays[index]:
