@@ -139,8 +139,9 @@ class PairNeeds:
 
     depth   one per teacher, spread over the student's layers, each with its tap of equal depth
     last    one per teacher: its deepest tap and the student's last layer
-    every   one per teacher and student layer, at equal depth
-    flows   one per teacher and two consecutive student layers, with its tap of two layers at equal depth
+    every   one per teacher and student layer, at equal depth; by map size if some of these do not fit
+    flows   one per teacher and two consecutive student layers, with its tap of two layers, chosen as in
+            `every`; by map size, layers without a tap are left out
     """
     maps: bool = False
     """True if only maps are compared, so that layers that give vectors are not chosen."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ from torch import nn
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import BuildContext, FeaturePair, Unfit
+from coursepack.distill.losses.base import BuildContext, FeaturePair
+from coursepack.distill.setup.fitting import Fitting, problem_of
 from coursepack.distill.setup.student import blocks, depth_of, probe_student
 from coursepack.distill.setup.teacher import accuracy, untrained
 from coursepack.distill.targets.base import FEATURES
@@ -39,8 +39,9 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 def term_pairs(config: ObjectiveConfig, teachers: Sequence[Manifest], student: Network) -> Pairs:
     """Return the pairs of taps and student layers of every term, as configured or as its needs choose them.
 
-    Layers and taps are paired by relative depth. If a store has no usable tap, the pair names the teacher's
-    block at that depth, with the first of the term's reductions.
+    Layers and taps are paired by relative depth, or by map size where every layer is compared and some of
+    these pairs cannot be. If a store has no usable tap, the pair names the teacher's block there, with the
+    first of the term's reductions.
 
     Raises:
         RecipeError: a configured pair names a teacher that does not exist.
@@ -76,10 +77,48 @@ def _pairs(
     pairs = []
     for index, manifest in enumerate(teachers):
         taps = _taps_of(manifest, needs)
+        chosen = {}
         for number in _chosen(needs.choose, index, len(teachers), len(layers)):
             depth = number / (len(layers) - 1) if len(layers) > 1 else float(needs.choose != "depth")
-            pairs.append((index, taps[round(depth * (len(taps) - 1))], layers[number]))
+            chosen[layers[number]] = depth * (len(taps) - 1)
+        if needs.choose in {"every", "flows"}:
+            pairs += [(index, *pair) for pair in _fitting(needs, manifest, taps, student, chosen)]
+        else:
+            pairs += [(index, taps[round(depth)], layer) for layer, depth in chosen.items()]
     return pairs
+
+
+def _fitting(
+    needs: PairNeeds,
+    manifest: Manifest,
+    taps: Sequence[str],
+    student: Network,
+    depths: Mapping[str, float],
+) -> list[tuple[str, str]]:
+    """Return each student layer with the tap at its depth, or by map size if some of these do not fit.
+
+    By map size, a layer is paired with the nearest tap of its size that can be compared with it. A flow that
+    has none is left out; another layer stays with the tap at its depth.
+
+    Args:
+        needs: the term's needs.
+        manifest: the teacher's store.
+        taps: names of the teacher's taps, shallow to deep.
+        student: the student.
+        depths: position in `taps`, possibly between two of them, by student layer.
+    """
+    fitting = Fitting(needs, manifest, taps, student, list(depths))
+    by_depth = [(taps[round(depth)], layer) for layer, depth in depths.items()]
+    if all(fitting.fits(tap, layer) for tap, layer in by_depth):
+        return by_depth
+    by_size = {}
+    for layer, depth in depths.items():
+        alike = [tap for tap in taps if fitting.same_size(tap, layer) and fitting.fits(tap, layer)]
+        if alike:
+            by_size[layer] = min(alike, key=lambda tap: abs(taps.index(tap) - depth))
+    if _flows(needs) and by_size:
+        return [(tap, layer) for layer, tap in by_size.items()]
+    return [(by_size.get(layer, tap), layer) for tap, layer in by_depth]
 
 
 def _chosen(choose: str, teacher: int, teachers: int, layers: int) -> Sequence[int]:
@@ -264,7 +303,7 @@ def _with_shapes(
         )
     student_shapes = [shapes[name] for name in layer.split("+")]
     pair = FeaturePair(index, tap, layer, teacher_shape, *student_shapes)
-    if (problem := _problem(pair, needs)) is not None:
+    if (problem := problem_of(pair, needs)) is not None:
         add = precompute_command(reader, root, taps=[problem.tap]) if problem.tap else ""
         raise RecipeError(
             f"term {key!r} cannot compare {stored} (shape {teacher_shape}) with layer {layer!r} of the "
@@ -272,13 +311,6 @@ def _with_shapes(
             + (f". Store another tap, and name it in terms.{key}.pairs, with\n  {add}" if add else "")
         )
     return pair
-
-
-def _problem(pair: FeaturePair, needs: PairNeeds) -> Unfit | None:
-    tap = tap_from_name(pair.tap)
-    if tap.sketch is not None and tap.reduction not in needs.sketches:
-        return Unfit(f"it takes no sketch of {tap.reduction!r}", replace(tap, sketch=None).text)
-    return None if needs.unfit is None else needs.unfit(pair)
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
