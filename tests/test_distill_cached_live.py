@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import CPU, PAIRS, make_recipe
+from builders import CPU, PAIRS, PHASES, make_recipe
 from click.testing import CliRunner
 from helpers import make_job, rewrite_manifest
 
@@ -16,6 +16,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.losses.base import Step
 from coursepack.distill.methods import METHODS
 from coursepack.distill.methods.description import needs_of
+from coursepack.distill.recipe import set_values
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.build import read_arrays
 from coursepack.distill.setup.costs import view_costs
@@ -44,6 +45,9 @@ TOLERANCE = 1e-5
 def recipe_of(name, stores, **fields):
     """A recipe of a method, with the pairs that it needs for these stores."""
     objective = {"terms": {name: {"pairs": PAIRS[name]}}} if name in PAIRS else {}
+    if name in PHASES and fields["epochs"] < EPOCHS[-1]:
+        values = {"objective": objective}
+        set_values(values, PHASES[name])
     fields = {"student": STUDENT, "batch_size": BATCH, "optimizer": {"lr": 0.01}, **fields}
     return make_recipe(stores, method=name, objective=objective, **fields)
 

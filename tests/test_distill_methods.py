@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from builders import CPU, PAIRS, make_recipe, write_store, write_teacher
+from builders import CPU, PAIRS, PHASES, make_recipe, write_store, write_teacher
 from click.testing import CliRunner
 
 from coursepack.data import open_source
@@ -43,6 +43,7 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     words += [] if stores else ["--source", "digits", "--view", "digits"]
     if name in PAIRS:
         words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"]
+    words += [part for phase in PHASES.get(name, ()) for part in ("--set", phase)]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
     lines = load_run(tmp_path / "o").metrics
@@ -66,6 +67,28 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
         seen = told["temperature"]
         assert seen["min"] <= seen["mean"] <= seen["max"]
         assert 0 <= seen["clamped"] <= 1
+
+
+@pytest.mark.parametrize(("name", "phase"), [("ab", 30), ("ft", 6)])
+def test_runs_that_end_in_the_first_phase_are_refused(tmp_path, tapped, name, phase):
+    words = ["train", "--student", "digits-cnn", "--store", str(tapped[1]), "--method", name, "--limit", "64"]
+    words += ["--set", f"objective.terms.{name}.pairs=[{{teacher: 0, tap: conv2, layer: conv2}}]"]
+
+    def run(*more):
+        return CliRunner().invoke(distill, [*words, *more, "--out", str(tmp_path / "o")])
+
+    refused = run("--epochs", str(phase))
+    shorter = [part for line in PHASES[name] for part in ("--set", line.replace("=1", f"={phase // 4}"))]
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"Error: the first phase of method '{name}' takes {phase} epochs, but the run has {phase}, so the "
+        f"next one would never begin: give at least {phase + 1} --epochs, or a shorter phase, as "
+        f"{' '.join(shorter)}\n"
+    )
+    assert "or a shorter phase" not in run("--epochs", "1").stderr
+    assert run("--epochs", str(phase + 1)).exit_code == 0
+    short = ["--epochs", "2", "--overwrite", *(part for line in PHASES[name] for part in ("--set", line))]
+    assert run(*short).exit_code == 0
 
 
 def test_only_what_is_declared_is_fetched(tapped, monkeypatch):

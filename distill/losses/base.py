@@ -222,6 +222,9 @@ class Needs:
     """Need for other students that train together with this one."""
     teacher_head: str = ""
     """Need for the linear head of the teacher, of which there is one; several stores are refused."""
+    first_epochs: tuple[str, ...] = ()
+    """Fields of the config with a number of first epochs, in which the student does not learn from the term;
+    runs that are not longer are refused."""
 
     @property
     def logits(self) -> bool:
