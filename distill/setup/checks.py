@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.schedule import Schedule, is_used
+from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.student import probe_student
 from coursepack.errors import RecipeError
 
@@ -61,12 +61,15 @@ def check_recipe(recipe: TrainRecipe) -> None:
 def _check_mixing(recipe: TrainRecipe) -> None:
     """Refuse mixed images with a limit: partners come from the whole split, so their labels would leak."""
     objective = recipe.objective
-    hard = not objective.needs().teachers or is_used(objective.hard_weight)
-    if recipe.view.mix is not None and recipe.limit is not None and hard:
-        raise RecipeError(
-            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
-            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
-        )
+    if recipe.view.mix is None or recipe.limit is None or not objective.needs().labels:
+        return
+    without = objective.model_copy(update={"hard_weight": 0.0}).needs()
+    enough = without.teachers and not without.labels
+    instead = "--hard-weight 0" if enough else "a method that reads no labels"
+    raise RecipeError(
+        f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+        f"be learned too: give {instead}, a view without mix, or leave --limit out"
+    )
 
 
 def _check_accumulation(recipe: TrainRecipe) -> None:
