@@ -14,8 +14,8 @@ from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, FeaturePair
 from coursepack.distill.setup.fitting import Fitting, problem_of
-from coursepack.distill.setup.student import blocks, depth_of, probe_student
-from coursepack.distill.setup.teacher import accuracy, untrained
+from coursepack.distill.setup.student import UNFIT, blocks, depth_of, probe_student
+from coursepack.distill.setup.teacher import accuracy, tap_shapes, untrained
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import parse_tap
@@ -157,10 +157,20 @@ def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     usable.sort(key=lambda tap: order.get(tap.layers[0], 0))
     if needs.maps or needs.choose == "last":
         usable = _one_per_layer(usable, needs.reductions)
-    layers = ([] if network is None else _layers_to_tap(network, needs)) or ["LAYER"]
-    added = list(itertools.pairwise(layers)) if _flows(needs) else [(layer,) for layer in layers]
-    usable = usable or [Tap(of_tap, needs.reductions[0]) for of_tap in added or [("LAYER", "LAYER")]]
-    return [tap.name for tap in usable]
+    return [tap.name for tap in usable or _taps_to_add(manifest, network, needs)]
+
+
+def _taps_to_add(manifest: Manifest, network: Network | None, needs: PairNeeds) -> list[Tap]:
+    """Return taps of the teacher's blocks, with the first reduction that the term supports and they allow."""
+    first, layers = needs.reductions[0], [] if network is None else _layers_to_tap(network, needs)
+    if _flows(needs):
+        return [Tap(two, first) for two in itertools.pairwise(layers)] or [Tap(("LAYER", "LAYER"), first)]
+    try:
+        shapes = tap_shapes(manifest, layers if first == "pooled" else []) or {}
+    except (CoursepackError, *UNFIT):
+        shapes = {}
+    vectors = {layer for layer, shape in shapes.items() if len(shape) == 1}
+    return [Tap((layer,), "map" if layer in vectors else first) for layer in layers or ["LAYER"]]
 
 
 def _one_per_layer(taps: Sequence[Tap], reductions: Sequence[str]) -> list[Tap]:
@@ -338,8 +348,8 @@ def check_needs(
         raise RecipeError(refusal)
     needs = objective.needs()
     if needs.one_label and view.mix is not None:
-        adjusted = needs.one_label.startswith("adjustment")
-        other = ", or --set objective.adjustment=none" if adjusted else ""
+        enough = not objective.model_copy(update={"adjustment": "none"}).needs().one_label
+        other = ", or --set objective.adjustment=none" if enough else ""
         raise RecipeError(
             f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
             f"view without mix{other}"
