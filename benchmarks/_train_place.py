@@ -121,7 +121,7 @@ def stepper(run: Setup, epochs: Iterable[int] | None = None) -> Callable[[], Non
     def steps() -> Iterator[int]:
         for epoch in itertools.count() if epochs is None else epochs:
             log = EpochMetrics(max(1, len(run.readers)))
-            yield from train_steps([state], run.batches(epoch), run.targets, [log], epoch)
+            yield from train_steps([[state]], run.batches(epoch), run.targets, [log], epoch)
 
     stream = steps()
     return lambda: waited(lambda: next(stream))

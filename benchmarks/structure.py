@@ -61,12 +61,9 @@ REFERENCES: dict[str, tuple[str, ...]] = {
     "vid": ("reference.adapters.gaussian_loss",),
     "virtual_teacher": ("reference.logits.virtual_teacher",),
     "adaptive": ("reference.methods.adaptive_weights",),
-    "best": (),
     "confidence": ("reference.methods.confidence_weights",),
     "entropy": ("reference.methods.entropy_weights",),
     "min_norm": ("reference.teams.min_norm", "reference.teams.logit_gradients"),
-    "random": (),
-    "uniform": (),
 }
 """Functions of the tests that compute a term or the weights of a fusion by its formula."""
 
@@ -159,7 +156,9 @@ def method_lines() -> dict[str, tuple[int, int]]:
         parts |= {} if fusion == ObjectiveConfig().fusion.name else {fusion: FUSIONS[fusion]}
         files = {inspect.getfile(part.config) for part in parts.values()}
         code = rows[name] + sum(len(Path(file).read_text().splitlines()) for file in files)
-        functions = {function for part in parts for each in REFERENCES[part] for function in _called(each)}
+        functions = {
+            function for part in parts for each in REFERENCES.get(part, ()) for function in _called(each)
+        }
         found[name] = code, sum(map(_function_lines, functions))
     return found
 

@@ -192,3 +192,20 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
         return [annotation]
     parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
     return [inner for part in parts for inner in _models(part)]
+
+
+def merge_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Merge changes into nested plain values in place.
+
+    A group of another kind, by its key `name` or `term`, replaces the group instead of being merged into it.
+    """
+    for name, change in changes.items():
+        current = values.get(name)
+        if isinstance(current, dict) and isinstance(change, dict) and _is_same_kind(current, change):
+            merge_values(current, change)
+        else:
+            values[name] = change
+
+
+def _is_same_kind(current: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
+    return all(change.get(key, current.get(key)) == current.get(key) for key in ("name", "term"))

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     STEP = 11
     VIEW_ORDER = 12
     NEGATIVES = 13
+    MEMBER = 14
     VIEW = 16
     """Purpose of a view recipe's first op; op number i uses `VIEW + i`."""
 

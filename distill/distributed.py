@@ -101,6 +101,8 @@ class Ranks:
         if self.count == 1:
             return
         gradients = [value.grad for value in parameters if value.grad is not None]
+        if not gradients:
+            return
         mean = self.all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients])) / self.count
         for gradient, piece in zip(gradients, _pieces(mean, gradients), strict=True):
             gradient.copy_(piece.view_as(gradient))

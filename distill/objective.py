@@ -90,7 +90,9 @@ class Objective(nn.Module):
             layer for pairs in self.context.pairs_by_term.values() for pair in pairs for layer in pair.layers
         }
         layer = self.needs.embedding_layer if self.needs.embedding else None
-        return tuple(sorted({*layers, *self.needs.student_layers, *([] if layer is None else [layer])}))
+        return tuple(
+            sorted({*layers, *self.needs.student_layers, *filter(None, (layer, self.context.last_map))})
+        )
 
     def taps(self, teacher: int) -> list[str]:
         """Return the names of the taps that are read from a teacher, by its index."""

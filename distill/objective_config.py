@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from coursepack.config import Config, OneOf
+from coursepack.config import Config, OneOf, merge_values
+from coursepack.distill.exchange import EXCHANGES
+from coursepack.distill.exchange.base import ExchangeConfig
+from coursepack.distill.exchange.outputs import OutputsConfig
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.fusion.base import FusionConfig
 from coursepack.distill.fusion.temperature import DynamicTemperatureConfig, Temperature
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
 Adjustment = Literal["none", "shift", "smooth"]
 AnyTerm = Annotated[TermConfig, OneOf("term", {name: loss.config for name, loss in LOSSES.items()})]
 AnyFusion = Annotated[FusionConfig, OneOf("name", {name: fusion.config for name, fusion in FUSIONS.items()})]
+AnyExchange = Annotated[ExchangeConfig, OneOf("name", {name: row.config for name, row in EXCHANGES.items()})]
 SOFT_TARGET, CROSS_ENTROPY, LABEL_SMOOTHING = "soft_target", "cross_entropy", "label_smoothing"
 
 
@@ -59,6 +70,18 @@ class ObjectiveConfig(Config):
     """Fusion, which determines the teachers' weights."""
     terms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyTerm] = Field(default={})
     """Additional loss terms by key. A key is the name of a loss, unless field `term` names the loss."""
+    exchange: AnyExchange = OutputsConfig()
+    """What students that train together say to each other."""
+    peers: dict[str, Any] = Field(default={})
+    """Fields of the objective that have other values for the peers than for the student."""
+
+    def for_peers(self) -> ObjectiveConfig:
+        """Return the objective of the peers: this one with the fields in `peers` replaced."""
+        if not self.peers:
+            return self
+        values = self.model_dump(mode="json", exclude={"peers"})
+        merge_values(values, self.peers)
+        return ObjectiveConfig.model_validate(values)
 
     def all_terms(self) -> dict[str, TermConfig]:
         """Return all terms with a nonzero weight by key, starting with soft targets and labels."""
@@ -87,6 +110,12 @@ class ObjectiveConfig(Config):
         for term in self.all_terms().values():
             if is_used(term.weight):  # a cross-entropy of weight 0 stands for having no other term
                 needs |= LOSSES[term.term].needs(term)
+        if needs.peers:
+            row = EXCHANGES[self.exchange.name]
+            layers = (
+                Needs(last_map=f"exchange {self.exchange.name!r}") if row.layers == "last map" else Needs()
+            )
+            needs |= row.needs(self.exchange) | layers | Needs(joint=row.joint)
         if not needs.fused:
             return needs
         adjusted = self.adjustment != "none" and set(self.adjustment) != {"none"}
@@ -134,9 +163,26 @@ class ObjectiveConfig(Config):
     def _name_fusion(cls, fusion: Any) -> Any:
         return {"name": "fixed", **fusion} if isinstance(fusion, dict) else fusion
 
+    @field_validator("exchange", mode="before")
+    @classmethod
+    def _name_exchange(cls, exchange: Any) -> Any:
+        return {"name": "outputs", **exchange} if isinstance(exchange, dict) else exchange
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields for peers with default values, so that other objectives are written as before."""
+        values: dict[str, Any] = handler(self)
+        unused = {"exchange": self.exchange == OutputsConfig(), "peers": not self.peers}
+        return {name: value for name, value in values.items() if not unused.get(name)}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         needs = self.needs()
+        try:
+            self.for_peers()
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"peers.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
             raise ValueError(
                 f"{needs.every_teacher} need every teacher, "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from coursepack.config import Config, parse_config, read_yaml
+from coursepack.config import Config, merge_values, parse_config, read_yaml
 from coursepack.data import ViewRecipe
+from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective_config import ObjectiveConfig
 from coursepack.errors import RecipeError, UnknownName
@@ -85,6 +87,12 @@ class TrainRecipe(Config):
 
     student: str
     """Network of the student, by name."""
+    peers: tuple[str, ...] = ()
+    """Networks of further students, by name, which train together with the student and learn from it, as it
+    does from them."""
+    member: Annotated[int, Field(ge=0)] = 0
+    """Index of the student in its group, in the recipe of one of several students that train together; its
+    initial weights and dropout are drawn from this index and the seed."""
     student_size: Count | None = None
     """Height and width of the student's images in pixels; defaults to the network's own."""
     student_mean: tuple[float, ...] | None = None
@@ -146,6 +154,38 @@ class TrainRecipe(Config):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed for weight initialization, sample order and dropout."""
 
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields for peers with default values, so that other recipes are written as before."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if value or name not in ("peers", "member")}
+
+    @property
+    def own_seed(self) -> int:
+        """Seed of the student's initial weights and dropout; other students of its group have others."""
+        if self.member == 0:
+            return self.seed
+        words = random_words(self.seed, np.array([self.member]), 0, Purpose.MEMBER)[0]
+        return int(words[:2].view(np.int64)[0] & (2**63 - 1))
+
+    def members(self) -> tuple[TrainRecipe, ...]:
+        """Return the recipe of every student: of the student itself, then of its peers."""
+        networks = (self.student, *self.peers)
+        return (
+            self,
+            *(
+                self.model_copy(
+                    update={
+                        "student": network,
+                        "peers": networks[:index] + networks[index + 1 :],
+                        "member": index,
+                        "objective": self.objective.for_peers(),
+                    }
+                )
+                for index, network in enumerate(self.peers, 1)
+            ),
+        )
+
 
 def resolve_objective(
     method: str, overrides: Mapping[str, Any], where: str, *, classes: int | None = None
@@ -175,7 +215,7 @@ def objective_values(method: str, overrides: Mapping[str, Any], *, classes: int 
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
     values = METHODS[method].values(classes)
-    _merge(values, overrides)
+    merge_values(values, overrides)
     return values
 
 
@@ -190,24 +230,9 @@ def changed_method(name: str, overrides: Mapping[str, Any], where: str) -> Metho
         raise UnknownName("method", name, METHODS)
     method = METHODS[name]
     values = method.objective.model_dump()
-    _merge(values, overrides)
+    merge_values(values, overrides)
     per_class = tuple(field for field in method.per_class if field not in overrides)
     return replace(method, objective=parse_config(ObjectiveConfig, values, where), per_class=per_class)
-
-
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Merge changes into nested values in place; a fusion or term of another kind replaces its group."""
-    for name, change in changes.items():
-        current = values.get(name)
-        if isinstance(current, dict) and isinstance(change, dict) and _is_same_kind(current, change):
-            _merge(current, change)
-        else:
-            values[name] = change
-
-
-def _is_same_kind(current: Mapping[str, Any], change: Mapping[str, Any]) -> bool:
-    """Return false if a change selects another fusion or another kind of term."""
-    return all(change.get(key, current.get(key)) == current.get(key) for key in ("name", "term"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

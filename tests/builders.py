@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from coursepack.config import write_yaml
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
+from coursepack.distill.exchange import EXCHANGES
 from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
+from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.models import TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
@@ -63,6 +65,9 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
 def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
     """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
     method = method or ("kd" if stores else "supervised")
+    if METHODS[method].objective.needs().peers:
+        others = EXCHANGES[METHODS[method].objective.exchange.name].students[0] - 1
+        fields = {"peers": [fields.get("student", STUDENT)] * others, **fields}
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
     values = {
         "student": STUDENT,

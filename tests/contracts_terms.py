@@ -93,7 +93,7 @@ def inputs_of(needs: Needs, context: BuildContext, *, other: int = N) -> LossInp
         targets,
         Step(),
         np.arange(N),
-        peers=(StudentOutput(rows(C, seed=20)),) if needs.peers else (),
+        peers=(rows(C, seed=20),) if needs.peers else (),
     )
 
 

@@ -29,9 +29,10 @@ from coursepack.distill.losses.base import Loss, Needs, TermConfig
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.evaluate import evaluate
+from coursepack.distill.training.group import make_group
 from coursepack.distill.training.loop import train_steps
 from coursepack.distill.training.metrics import EpochMetrics
-from coursepack.distill.training.state import make_state, state_of
+from coursepack.distill.training.state import state_of
 from coursepack.errors import RunError
 from coursepack.models import Network, Preprocessing
 from coursepack.models.networks import NETWORKS, NetworkKind
@@ -215,19 +216,23 @@ def _one_epoch(us, recipe):
         objective = recipe.objective.model_copy(update={"terms": {"pairs": PairsConfig()}})
         recipe = recipe.model_copy(update={"objective": objective})
     run = prepare(recipe, torch.device("cpu"), us)
-    state, gradients = make_state(run), []
-    state.broadcast_weights()
+    group, gradients = make_group(run), []
+    for state in group:
+        state.broadcast_weights()
+    together = torch.nn.ModuleList(state.learner for state in group) if len(group) > 1 else group[0].learner
 
-    log = EpochMetrics(max(1, len(run.readers)), us)
-    for _ in train_steps([state], run.batches(0), run.targets, [log], micro_batches=recipe.accumulate):
-        values = state.learner.named_parameters()
+    logs = [EpochMetrics(max(1, len(run.readers)), us) for _ in group]
+    for _ in train_steps([group], run.batches(0), run.targets, logs, micro_batches=recipe.accumulate):
+        values = together.named_parameters()
         gradients.append({name: v.grad.numpy().copy() for name, v in values if v.grad is not None})
-    told = log.means()
-    values = {name: value.numpy().copy() for name, value in state.learner.state_dict().items()}
-    if state.average is not None:
-        average = state.average.state_dict().items()
-        values |= {f"average.{name}": value.numpy().copy() for name, value in average}
-    facts = evaluate(state.network, run.evaluation, run.device, ranks=us)
+    told = [log.means() for log in logs]
+    values = {name: value.numpy().copy() for name, value in together.state_dict().items()}
+    average = group[0].average
+    if average is not None:
+        values |= {f"average.{name}": value.numpy().copy() for name, value in average.state_dict().items()}
+    facts = [evaluate(state.network, run.evaluation, run.device, ranks=us) for state in group]
+    if len(group) == 1:
+        (told,), (facts,) = told, facts
     return {"told": told, "gradients": gradients, "state": values, "evaluation": facts}
 
 
@@ -250,7 +255,7 @@ def drawn(us, recipe):
     network = Network("noisy", Noisy(), Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
     learner = Learner(network, Objective(run.recipe.objective), ranks=us)
     state, log = state_of(learner, run.recipe, 1), EpochMetrics(1, us)
-    for _ in train_steps([state], run.batches(0), None, [log], micro_batches=run.recipe.accumulate):
+    for _ in train_steps([[state]], run.batches(0), None, [log], micro_batches=run.recipe.accumulate):
         pass
     return network.module.drawn
 

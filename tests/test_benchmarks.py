@@ -213,9 +213,6 @@ def test_lines_of_methods_are_of_code_and_reference(harness):
     assert lines["kd"][1] == 0, "the reference of soft targets is not counted"
     called = {f"reference.relations.{name}" for name in ("at", "attention")}
     assert structure._called("reference.relations.at") == called
-    # Whatever has a loss of its own or weighs teachers by a rule has a reference.
-    own = {name for name, method in METHODS.items() if method.objective.terms}
-    assert all(lines[name][1] > 0 for name in own)
     rows = {row["id"]: row["value"] for row in structure._method_rows()}
     together = "methods with their references: median of lines"
     assert rows["methods: median of lines"] < rows[together] < 500

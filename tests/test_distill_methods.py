@@ -14,12 +14,13 @@ from coursepack.data import open_source
 from coursepack.data.sources import evaluation_spec
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.distill.cli import main as distill
+from coursepack.distill.exchange import EXCHANGES
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, Step, TermConfig
 from coursepack.distill.methods import METHODS, from_mean_reduction
 from coursepack.distill.methods.description import describe
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.build import make_objective
 from coursepack.distill.setup.prepare import prepare
@@ -41,12 +42,14 @@ def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130", "--epochs", "2"]
     words += [part for store in stores for part in ("--store", str(store))]
     words += [] if stores else ["--source", "digits", "--view", "digits"]
+    if METHODS[name].objective.needs().peers:
+        words += ["--peers", str(EXCHANGES[METHODS[name].objective.exchange.name].students[0])]
     if name in PAIRS:
         words += ["--set", f"objective.terms.{name}.pairs={json.dumps(PAIRS[name])}"]
     words += [part for phase in PHASES.get(name, ()) for part in ("--set", phase)]
     result = CliRunner().invoke(distill, [*words, "--lr", "0.01", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    lines = load_run(tmp_path / "o").metrics
+    lines = load_runs(tmp_path / "o")[0].metrics
     told = lines[-1]
     assert 0 <= told["evaluation"]["calibration_error"] <= 1
     terms = set(told["train"]) - {"loss", "accuracy", "accuracy_top5", "nll", "calibration_error"}

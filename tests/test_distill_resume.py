@@ -23,6 +23,7 @@ from coursepack.errors import RunError
 from coursepack.models.networks import NETWORKS
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+RUN = sys.modules["coursepack.distill.runs.student"]
 TEACHER_STORES, TARGETS = (
     sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
@@ -97,7 +98,7 @@ class Stopped(BaseException):
 
 def interrupted(monkeypatch, recipe, out, *, saves, **how):
     """Train until so many checkpoints are written, or one run is over."""
-    left, save = [saves], TRAIN.save_checkpoint
+    left, save = [saves], RUN.save_checkpoint
 
     def counted(*arguments):
         save(*arguments)
@@ -106,7 +107,7 @@ def interrupted(monkeypatch, recipe, out, *, saves, **how):
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN, "save_checkpoint", counted)
+        patch.setattr(RUN, "save_checkpoint", counted)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0, **how)
 
@@ -162,7 +163,7 @@ def test_another_recipe_is_refused(tmp_path, monkeypatch):
 
 def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, monkeypatch):
     out = tmp_path / "o"
-    evaluate, done = TRAIN.evaluate, []
+    evaluate, done = RUN.evaluate, []
 
     def once(*arguments, **named):
         if done:
@@ -170,7 +171,7 @@ def test_another_recipe_is_refused_before_the_first_checkpoint_too(tmp_path, mon
         done.append(1)
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr(TRAIN, "evaluate", once)
+    monkeypatch.setattr(RUN, "evaluate", once)
     with pytest.raises(Stopped):
         train(make_recipe(**STUDENT), out, device=CPU)
     assert not (out / CHECKPOINT_FILE).exists()
@@ -308,7 +309,7 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
     recipe, out = make_recipe(stores[:1], **STUDENT), tmp_path / "o"
     train(recipe, tmp_path / "once", device=CPU)
     steps, evaluations = iter(range(1, 1000)), iter(range(3))
-    evaluate = TRAIN.evaluate
+    evaluate = RUN.evaluate
 
     def three_times(*arguments, **named):
         if next(evaluations, None) is None:
@@ -317,7 +318,7 @@ def test_what_was_done_after_the_checkpoint_is_done_again(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(TRAIN._Interval, "is_due", lambda _: next(steps) == STEPS + 2)
-        patch.setattr(TRAIN, "evaluate", three_times)
+        patch.setattr(RUN, "evaluate", three_times)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU)
     lines = (out / "metrics.jsonl").read_text()

@@ -137,7 +137,7 @@ def test_with_stores_the_method_source_and_view_go_without_saying(tmp_path, stor
 
 def test_an_interrupted_run_is_refused(tmp_path, monkeypatch):
     evaluations = iter([{"accuracy": 0.5, "nll": 1.0}])
-    module = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+    module = sys.modules["coursepack.distill.runs.student"]
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(evaluations))
     with pytest.raises(StopIteration):
         train(make_recipe(limit=100, epochs=3), tmp_path / "o", device=CPU)
@@ -193,7 +193,7 @@ def test_live_teachers_must_be_those_that_wrote_the_store(tmp_path):
 
 def scripted(monkeypatch, accuracies):
     """Have evaluations say these; returns the epochs that were over at each."""
-    module, asked = sys.modules["coursepack.distill.runs.train"], iter(accuracies)
+    module, asked = sys.modules["coursepack.distill.runs.student"], iter(accuracies)
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"accuracy": next(asked), "nll": 1.0})
 
 

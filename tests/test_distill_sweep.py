@@ -146,7 +146,7 @@ def test_one_that_stops_early_is_kept_at_once(tmp_path, stores, monkeypatch):
     """What others of its group run into later cannot take it away."""
     common = {"student": "digits-small", "stores": [str(stores[0])], "epochs": 4, "limit": 100}
     path = write_grid(tmp_path, {"patience": [1, None]}, **common)
-    module = sys.modules["coursepack.distill.runs.train"]
+    module = sys.modules["coursepack.distill.runs.student"]
 
     def never_better(network, source, device, **_):
         if (tmp_path / "o" / "patience=1" / "student.safetensors").is_file():
@@ -170,7 +170,7 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
     with monkeypatch.context() as patched:
         opening = sys.modules["coursepack.distill.targets.teacher_stores"]
         patched.setattr(opening, "choose_reading", lambda *_: "mapped")
-        patched.setattr(sys.modules["coursepack.distill.runs.train"], "evaluate", killed)
+        patched.setattr(sys.modules["coursepack.distill.runs.student"], "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep(students[1:], tmp_path / "o", device=CPU, checkpoint_seconds=0)
     assert sweep(students, tmp_path / "o", device=CPU, together=2, resume=True) == {}

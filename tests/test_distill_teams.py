@@ -35,7 +35,7 @@ from coursepack.errors import RecipeError
 from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
-TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+RUN = sys.modules["coursepack.distill.runs.student"]
 N, C, K = 6, 5, 3
 HEADS = ("hidden2", "hidden", "layer2@pooled")
 """Deepest taps of the stores `tapped`, which the heads read; ReLU follows in the first two."""
@@ -428,7 +428,7 @@ def test_what_a_method_learns_is_resumed(tmp_path, tapped, method, monkeypatch):
     recipe = make_recipe(tapped, optimizer={"lr": 0.02}, **fields)
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
-    save, left = TRAIN.save_checkpoint, [5]
+    save, left = RUN.save_checkpoint, [5]
 
     def counted(*arguments):
         save(*arguments)
@@ -437,7 +437,7 @@ def test_what_a_method_learns_is_resumed(tmp_path, tapped, method, monkeypatch):
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN, "save_checkpoint", counted)
+        patch.setattr(RUN, "save_checkpoint", counted)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0)
     train(recipe, out, device=CPU, resume=True)

@@ -1,4 +1,4 @@
-"""Shapes of terms and fusions beyond those that are there: memories, gates trained by labels, peers."""
+"""Shapes of terms and fusions beyond those that are there: memories, gates trained by labels."""
 
 from dataclasses import replace
 from typing import Literal
@@ -12,14 +12,13 @@ from builders import CPU, loss_inputs, make_recipe
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.fusion.base import Fusion, FusionConfig
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import BuildContext, Loss, Needs, Step, TermConfig
+from coursepack.distill.losses.base import BuildContext, Loss, Needs, TermConfig
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective import Objective
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.base import Targets
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
-from coursepack.distill.training.step import train_step
 from coursepack.kernels import decode
 
 
@@ -39,21 +38,6 @@ class Memory(torch.nn.Module):
 
     def after_step(self, inputs):
         self.kept[inputs.samples] = inputs.student.logits.detach()
-
-
-class PeerConfig(TermConfig):
-    term: Literal["peer"] = "peer"
-
-
-class Peer(torch.nn.Module):
-    """Deep mutual learning: the mean divergence from every peer."""
-
-    def forward(self, inputs):
-        own = inputs.student.logits.log_softmax(1)
-        others = [peer.logits.log_softmax(1) for peer in inputs.peers]
-        return torch.stack([F.kl_div(own, p, log_target=True, reduction="none").sum(1) for p in others]).mean(
-            0
-        )
 
 
 class GateConfig(FusionConfig):
@@ -88,7 +72,6 @@ class GateLabel(torch.nn.Module):
 def rows(monkeypatch):
     for name, config, needs, build in (
         ("memory", MemoryConfig, Needs(), lambda _, c: Memory(len(c.labels), c.classes)),
-        ("peer", PeerConfig, Needs(peers="mutual learning"), lambda *_: Peer()),
         ("gate_label", GateLabelConfig, Needs(fused=True), lambda *_: GateLabel()),
     ):
         monkeypatch.setitem(LOSSES, name, Loss(config, "", "", lambda _, needs=needs: needs, build))
@@ -121,21 +104,6 @@ def test_a_gate_is_trained_by_its_own_term(stores):
     told = train_epoch([state], setup.batches(0), setup.targets)[0]
     assert told["gate_label"] > 0
     assert not torch.equal(before, state.learner.objective.fusion.layer.weight)
-
-
-def test_peers_see_each_others_outputs_detached():
-    setup = prepare(with_terms(make_recipe(limit=100), peer=PeerConfig()), CPU)
-    other = with_terms(make_recipe(limit=100, seed=1), peer=PeerConfig())
-    group, told = [make_state(setup), make_state(setup, other)], []
-    batch = next(setup.batches(0))
-    want = [state.learner.logits(batch).detach().double() for state in group]
-    train_step([group], batch, lambda *_: None, Step(), log=lambda _, output, __: told.append(output.value))
-    for index, value in enumerate(told):
-        own, peer = want[index].log_softmax(1), want[1 - index].log_softmax(1)
-        reference = (peer.exp() * (peer - own)).sum(1).mean()
-        assert value.terms["peer"].item() == pytest.approx(reference.item(), rel=1e-4)
-    gradients = [state.learner.network.module.head.weight.grad for state in group]
-    assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_a_term_may_occur_twice():

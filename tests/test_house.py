@@ -25,7 +25,17 @@ ALLOWED = {
 }
 """What the modules of each folder may import of coursepack."""
 FLOORS = (
-    *("schedule", "distributed", "losses", "fusion", "objective_config", "finite", "objective", "methods"),
+    *(
+        "schedule",
+        "distributed",
+        "losses",
+        "fusion",
+        "exchange",
+        "objective_config",
+        "finite",
+        "objective",
+        "methods",
+    ),
     *("recipe", "renamed", "targets", "setup", "training", "runs", "cli"),
 )
 """Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from coursepack.config import field_at
 from coursepack.distill.cli import main as distill
 from coursepack.distill.recipe import LearningRateConfig, OptimizerConfig, TrainRecipe, load_recipe
-from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.models import build_network, parse_tap
 from coursepack.precompute.cli import main as precompute
 
@@ -50,7 +50,7 @@ def trained(path):
             said = load_recipe(ROOT / values["recipe_file"]) | dict(
                 assignment.split("=", 1) for assignment in values["assignments"]
             )
-            found[values["out"].as_posix()] = values["student"] or said["student"]
+            found[values["out"].as_posix()] = (*values["student"], said.get("student"))[0]
     return found
 
 
@@ -69,7 +69,7 @@ def test_there_are_recipes_for_every_source():
 def test_recipes_run(path, tmp_path):
     result = CliRunner().invoke(distill, ["train", str(path), "--smoke", "--out", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    run = load_run(tmp_path / "o")
+    run = load_runs(tmp_path / "o")[0]
     assert run.recipe.source.startswith("fake,")
     assert len(run.metrics) == 2
     values = load_recipe(path)

@@ -57,6 +57,12 @@ FIELDS = {
 }
 """Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
 
+REPEATABLE = {
+    "store": "Repeatable.",
+    "student": "Repeat it for several students that learn from each other.",
+}
+"""Help text of options that may be given several times."""
+
 DEFAULTS = {
     "method": "kd with stores, else supervised",
     "source": "the stores'",
@@ -94,8 +100,8 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     flag, variable = f"--{name}", name.replace("-", "_")
     if kind is bool:
         return click.option(flag, variable, is_flag=True, default=None, help=shown)
-    if name == "store":
-        return click.option(flag, variable, multiple=True, help=f"{shown} Repeatable.")
+    if name in REPEATABLE:
+        return click.option(flag, variable, multiple=True, help=f"{shown} {REPEATABLE[name]}")
     if kind is tuple:
         return click.option(flag, variable, callback=parse_numbers, metavar="X,X,...", help=shown)
     return click.option(flag, variable, type=kind, help=shown)

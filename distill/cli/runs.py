@@ -13,7 +13,7 @@ from coursepack.data import open_source
 from coursepack.data.loading import Renderer
 from coursepack.device import pick_device
 from coursepack.distill.runs.compare import compare, plot, table_rows
-from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 from coursepack.distill.training.evaluate import evaluate, evaluation_view
@@ -112,7 +112,7 @@ def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | Non
 
 
 def _show(runs: Sequence[Path], *, as_json: bool) -> list[Group]:
-    groups = compare([load_run(path) for path in runs])
+    groups = compare([run for path in runs for run in load_runs(path)])
     if as_json:
         click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
     else:

@@ -13,9 +13,11 @@ from coursepack.data import view_recipe
 from coursepack.distill.cli.options import given_options, recipe_options
 from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
+from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
 from coursepack.distill.setup.resolve import resolve_recipe
+from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +36,8 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @recipe_options
+@click.option("--peers", type=click.IntRange(2), metavar="N",
+              help="Train N students of one network that learn from each other.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option(
@@ -62,10 +66,13 @@ def train_command(
     resume: bool,
     checkpoint_seconds: float,
     threads: int | None,
+    peers: int | None,
     assignments: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a student from stores, from teachers run live, or without teachers.
+
+    Several students learn from each other as well (--method dml); each is a run in a folder within --out.
 
     Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """
@@ -76,6 +83,8 @@ def train_command(
         if "method" in values and changes.get("method", values["method"]) != values["method"]:
             values.pop("objective", None)  # its fields belong to the file's method
         _apply(values, options, assignments)
+        if peers is not None:
+            _set_peers(values, peers)
         where = "the recipe" if recipe_file is None else str(recipe_file)
         recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         how: dict[str, Any] = {
@@ -90,16 +99,32 @@ def train_command(
         if smoke:
             with tempfile.TemporaryDirectory() as folder:
                 recipe = smoke_recipe(recipe, Path(folder))
-                metrics = train(recipe, out, device=own, ranks=ranks, **how)
+                train(recipe, out, device=own, ranks=ranks, **how)
         else:
-            metrics = train(recipe, out, device=own, ranks=ranks, **how)
-        evaluation = metrics["evaluation"]
-        if not ranks.is_first:
-            return
-        click.echo(
-            f"{out}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
-            f"{recipe.evaluation} after {metrics['epoch'] + 1} epochs"
+            train(recipe, out, device=own, ranks=ranks, **how)
+        if ranks.is_first:
+            for run in load_runs(out):
+                evaluation = run.metrics[-1]["evaluation"]
+                what = f"{run.path} {run.ensemble}".strip()
+                click.echo(
+                    f"{what}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
+                    f"{recipe.evaluation} after {run.metrics[-1]['epoch'] + 1} epochs"
+                )
+
+
+def _set_peers(values: dict[str, Any], count: int) -> None:
+    """Make all students of a recipe's plain values `count` students of one network, in place.
+
+    Raises:
+        RecipeError: there are several networks.
+    """
+    if values.get("peers"):
+        raise RecipeError(
+            f"--peers {count} trains {count} students of one network, but several are named: name one, or "
+            "leave --peers out"
         )
+    if "student" in values:
+        values["peers"] = [values["student"]] * (count - 1)
 
 
 def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequence[str]) -> None:
@@ -110,5 +135,7 @@ def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequenc
     """
     for flag, field, value in given_options(options):
         plain = view_recipe(value).model_dump(mode="json") if field == "view" else value
+        if field == "student":
+            plain, *values["peers"] = value
         set_value(values, field, plain, flag)
     set_values(values, assignments)

@@ -76,8 +76,8 @@ class LossInputs:
     step: Step = Step()
     samples: NDArray[np.int64] | None = None
     """Sample indices `(N,)`, for terms that keep a memory of the samples."""
-    peers: tuple[StudentOutput, ...] = ()
-    """Detached outputs of the other students that train together with this one."""
+    peers: tuple[Tensor, ...] = ()
+    """Logits `(N, C)` that the exchange between students gives this one to follow."""
     fused: FusedTargets | None = None
     """Fused targets of all teachers; set by the objective if a term needs them."""
     fusion: nn.Module | None = None
@@ -220,6 +220,10 @@ class Needs:
     """Reason why the student cannot be trained on several ranks; they are refused."""
     peers: str = ""
     """Need for other students that train together with this one."""
+    last_map: str = ""
+    """Need for the output of the student's deepest block that gives maps."""
+    joint: str = ""
+    """What makes gradients flow between students that train together; refused with gradient scaling."""
     teacher_head: str = ""
     """Need for the linear head of the teacher, of which there is one; several stores are refused."""
     first_epochs: tuple[str, ...] = ()
@@ -240,7 +244,7 @@ class Needs:
     def inside_student(self) -> tuple[str, ...]:
         """Names of the needs that read inside the student, which a compiled student cannot meet."""
         layers = [self.every_teacher or "hints"] if self.pairs is not None or self.student_layers else []
-        return (*layers, *([self.embedding] if self.embedding else []))
+        return (*layers, *filter(None, (self.embedding, self.last_map)))
 
     def __or__(self, other: Needs) -> Needs:
         """Return the union of two needs; of two `pairs`, only the first is kept."""
@@ -301,6 +305,8 @@ class BuildContext:
     """Pairs of each term that compares features, by the key of the term."""
     pairs: tuple[FeaturePair, ...] = ()
     """Pairs of the term that is being built."""
+    last_map: str = ""
+    """Student's deepest block that gives maps; empty if nothing needs it."""
     seed: int = 0
     """Seed for initial adapters and latents, and for random teachers."""
 

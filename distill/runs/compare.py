@@ -187,12 +187,13 @@ def _final(run: FinishedRun) -> dict[str, Any]:
 
 
 def _shared_fields(run: FinishedRun) -> dict[str, Any]:
-    return run.recipe.model_dump(mode="json", exclude={"seed"})
+    shared = run.recipe.model_dump(mode="json", exclude={"seed"})
+    return {**shared, "ensemble": run.ensemble} if run.ensemble else shared
 
 
 def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
     """Return a label of the fields that distinguish a recipe: student, method, teachers, then others."""
-    words = [recipe["method"], recipe["student"]]
+    words = [recipe["method"], _student(recipe)]
     if recipe["stores"]:
         names = ", ".join(_store_names(recipe["stores"], recipes))
         words.append(f"from {names}" + (" live" if recipe["online"] else ""))
@@ -205,11 +206,22 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
                 "stores": True,
                 "view": bool(recipe["stores"] or other["stores"]),
                 "objective": other["method"] != recipe["method"],
+                **dict.fromkeys(("peers", "member", "ensemble"), True),
             }.get(top, False)
             if path not in compared and not implied:
                 compared.add(path)
                 words.append(f"{path}={mine}")
     return " ".join(words)
+
+
+def _student(recipe: dict[str, Any]) -> str:
+    """Return the name of a student, of one of several that trained together, or of their ensemble."""
+    networks = [recipe["student"], *recipe.get("peers", [])]
+    if "ensemble" in recipe:
+        return f"{recipe['ensemble']} of {' + '.join(networks)}"
+    if len(networks) == 1:
+        return networks[0]
+    return f"{networks[0]} (student {recipe.get('member', 0)} of {len(networks)})"
 
 
 def _store_names(stores: list[str], recipes: list[dict[str, Any]]) -> list[str]:

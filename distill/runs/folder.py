@@ -8,6 +8,12 @@ best.safetensors     weights of the student after the evaluation with the best a
 checkpoint.pt        training state; present while the run is unfinished
 lock                 lock of the process that trains the run
 student.safetensors  weights of the student after the last epoch; present if the run is finished
+
+The folder of a group of students that train together holds the run folder of each, `0` for the student and
+`1`, `2`, ... for its peers. Beside them it has recipe.yaml, provenance.json, checkpoint.pt and lock, and
+
+metrics.jsonl        metrics of the students' ensemble, one line per epoch
+exchange.safetensors weights of the exchange between the students, if it has any
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from torch import nn
+
     from coursepack.models import Network
 
 RECIPE_FILE = "recipe.yaml"
@@ -43,6 +51,7 @@ METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
 LOCK_FILE = "lock"
 TENSORBOARD_FOLDER = "tensorboard"
+EXCHANGE_FILE = "exchange.safetensors"
 RUN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
 """Files of an unfinished run."""
 
@@ -59,6 +68,8 @@ class FinishedRun:
     recipe: TrainRecipe
     metrics: list[dict[str, Any]]
     """Metrics of each epoch."""
+    ensemble: str = ""
+    """Name of the ensemble that the metrics are of; empty for those of a student."""
 
 
 class RunFolder:
@@ -111,9 +122,12 @@ class RunFolder:
             self._made = missing
 
     def begin(
-        self, recipe: TrainRecipe, provenance: dict[str, Any], network: Network, *, overwrite: bool
+        self, recipe: TrainRecipe, provenance: dict[str, Any], network: Network | None, *, overwrite: bool
     ) -> None:
-        """Write recipe, provenance and network of a new run, replacing an earlier one."""
+        """Write recipe, provenance and network of a new run, replacing an earlier one.
+
+        A group has no network.
+        """
         path = self.path
         _clear_partials(path)
         if overwrite and (path / RECIPE_FILE).is_file():
@@ -122,13 +136,16 @@ class RunFolder:
         (path / BEST_FILE).unlink(missing_ok=True)
         write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
         write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
-        write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
+        if network is not None:
+            write_whole(path / NETWORK_FILE, write_yaml(network.describe()).encode())
         (path / METRICS_FILE).write_bytes(b"")
 
     def reopen(self, epoch: int) -> None:
         """Continue an unfinished run from an epoch, dropping metrics of that epoch and later ones."""
         path = self.path
         _clear_partials(path)
+        # A group that was killed while it was being finished has the final weights of some of its students.
+        (path / WEIGHTS_FILE).unlink(missing_ok=True)
         with os.fdopen(open_regular(path / METRICS_FILE), "rb") as file:
             lines = file.readlines()
         write_whole(path / METRICS_FILE, *lines[:epoch])
@@ -153,12 +170,21 @@ class RunFolder:
 
     def keep_best(self, network: Network) -> None:
         """Write the weights of the best student so far."""
-        write_whole(self.path / BEST_FILE, _weights(network))
+        write_whole(self.path / BEST_FILE, _weights(network.module))
 
     def finish(self, network: Network) -> None:
         """Write the final weights, and remove the checkpoint."""
-        write_whole(self.path / WEIGHTS_FILE, _weights(network))
+        write_whole(self.path / WEIGHTS_FILE, _weights(network.module))
+        self.remove_checkpoint()
+
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint of a finished run."""
         (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+    def finish_group(self, exchange: nn.Module | None) -> None:
+        """Write the exchange's weights, if it has any, of a group whose students are finished next."""
+        if exchange is not None and exchange.state_dict():
+            write_whole(self.path / EXCHANGE_FILE, _weights(exchange))
 
 
 @dataclass(frozen=True)
@@ -179,10 +205,15 @@ class ReadOnlyRunFolder:
     def finish(self, network: Network) -> None:
         """Do nothing."""
 
+    def finish_group(self, exchange: nn.Module | None) -> None:
+        """Do nothing."""
 
-def _weights(network: Network) -> bytes:
-    state = {name: value.detach().cpu().contiguous() for name, value in network.module.state_dict().items()}
-    return save(state)
+    def remove_checkpoint(self) -> None:
+        """Do nothing."""
+
+
+def _weights(module: nn.Module) -> bytes:
+    return save({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()})
 
 
 def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
@@ -191,9 +222,9 @@ def finished_metrics(path: Path, recipe: TrainRecipe) -> dict[str, Any] | None:
     Raises:
         RunError: the run has another recipe.
     """
-    if not (path / WEIGHTS_FILE).is_file():
+    if not is_finished(path, recipe):
         return None
-    finished = load_run(path)
+    finished = load_runs(path)[-1]
     _check_same(path, finished.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
     (path / CHECKPOINT_FILE).unlink(missing_ok=True)  # left if a process was killed before removing it
     _clear_partials(path)
@@ -285,19 +316,59 @@ def _clear(path: Path) -> None:
     (path / RECIPE_FILE).unlink()
 
 
-def load_run(path: Path) -> FinishedRun:
-    """Read the recipe and metrics of a finished run.
+def student_folders(path: Path, recipe: TrainRecipe) -> list[Path]:
+    """Return the folder of every student of a run: the run's own, or those in a group's."""
+    return [path / str(index) for index in range(1 + len(recipe.peers))] if recipe.peers else [path]
+
+
+def is_finished(path: Path, recipe: TrainRecipe) -> bool:
+    """Return true if a folder holds the final weights of every student of a recipe."""
+    return all((folder / WEIGHTS_FILE).is_file() for folder in student_folders(path, recipe))
+
+
+def load_runs(path: Path) -> list[FinishedRun]:
+    """Read a finished run, or those of every student of a group and then of their ensembles.
 
     Raises:
         RunError: there is no run, or it is unfinished.
     """
+    if not is_group(path):
+        return [load_run(path)]
+    recipe = _recipe_of(path)
+    runs = [load_run(folder) for folder in student_folders(path, recipe)]
+    metrics = read_metrics(path / METRICS_FILE)
+    for name in sorted(metrics[-1].get("ensembles", {})):
+        lines = [
+            {**line, "evaluation": line["ensembles"][name]} if "ensembles" in line else line
+            for line in metrics
+        ]
+        runs.append(FinishedRun(path, recipe, lines, name))
+    return [*runs, FinishedRun(path, recipe, metrics, "ensemble")]
+
+
+def is_group(path: Path) -> bool:
+    """Return true if a folder holds a group of students rather than one."""
+    return (path / RECIPE_FILE).is_file() and (path / "0" / RECIPE_FILE).is_file()
+
+
+def load_run(path: Path) -> FinishedRun:
+    """Read the recipe and metrics of a finished run of one student.
+
+    Raises:
+        RunError: there is no run, it is unfinished, or it is a group of students.
+    """
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
+    if is_group(path):
+        folders = ", ".join(map(str, student_folders(path, _recipe_of(path))))
+        raise RunError(f"{str(path)!r} is the run of several students, expected one of them: {folders}")
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(
             f"run {str(path)!r} is unfinished: continue it with --resume, or replace it with --overwrite"
         )
-    recipe = parse_config(
-        TrainRecipe, upgrade_recipe(load_recipe(path / RECIPE_FILE)), str(path / RECIPE_FILE)
-    )
-    return FinishedRun(path, recipe, read_metrics(path / METRICS_FILE))
+    return FinishedRun(path, _recipe_of(path), read_metrics(path / METRICS_FILE))
+
+
+def _recipe_of(path: Path) -> TrainRecipe:
+    file = path / RECIPE_FILE
+    return parse_config(TrainRecipe, upgrade_recipe(load_recipe(file)), str(file))

@@ -22,15 +22,15 @@ from coursepack.canonical import canonical_json
 from coursepack.config import Config, parse_config
 from coursepack.console import say
 from coursepack.distill.recipe import load_recipe, set_value
-from coursepack.distill.runs.folder import check_free, finished_metrics, recipe_to_resume
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, start_run, train_together
+from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
+from coursepack.distill.runs.start import start_run
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train_together
 from coursepack.distill.setup.checks import check_recipe
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import build_network
-from coursepack.models.build import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     import torch
 
     from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.runs.start import Run
 
 FREE_FIELDS = (
-    *("student", "student_size", "student_mean", "student_std"),
+    *("student", "peers", "student_size", "student_mean", "student_std"),
     *("method", "objective", "optimizer", "patience"),
     *("precision", "channels_last", "compile"),
 )
@@ -197,16 +198,15 @@ def _train_group(
     first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
     setup = prepare(first, device, others=others, trust_code=trust_code)
     with ExitStack() as stack:
-        student_runs = [
-            stack.enter_context(
-                start_run(
-                    setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
-                )
+        student_runs: list[Run] = []
+        for each in group:
+            run = start_run(
+                setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
             )
-            for each in group
-        ]
+            student_runs.append(run)
+            stack.enter_context(run)
         say(describe_setup(setup))
-        by_position: dict[tuple[int, int], list[Any]] = {}
+        by_position: dict[tuple[int, int], list[Run]] = {}
         for run in student_runs:
             position = (run.position.epoch, run.position.batches)
             by_position.setdefault(position, []).append(run)
@@ -235,4 +235,4 @@ def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
 
 def finished_runs(students: Sequence[Student], out: Path) -> list[Path]:
     """Return the folders of the finished students."""
-    return [out / student.name for student in students if (out / student.name / WEIGHTS_FILE).is_file()]
+    return [out / student.name for student in students if is_finished(out / student.name, student.recipe)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coursepack.data.store import load_manifest
 from coursepack.distill.losses.base import BuildContext, TeacherHead
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
@@ -14,10 +15,16 @@ from coursepack.distill.setup.requirements import (
     shaped_pairs,
     term_pairs,
 )
-from coursepack.distill.setup.student import probe_student
+from coursepack.distill.setup.student import last_map, probe_student
 from coursepack.distill.setup.teacher import accuracy
 from coursepack.distill.setup.wrap import check_wrapped, teacher_head
-from coursepack.models import build_network
+from coursepack.errors import RecipeError
+from coursepack.models import build_network, load_teacher
+from coursepack.models.build import RUN
+from coursepack.models.load import reload_teacher
+
+STORE = "store"
+"""Prefix of a peer that starts from the teacher of a store: `store:PATH`."""
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,20 +38,42 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 
-def build_student(recipe: TrainRecipe, source: Source) -> Network:
-    """Build the recipe's student with newly initialized weights.
+def build_student(recipe: TrainRecipe, source: Source, *, trust_code: bool = False) -> Network:
+    """Build the recipe's student with newly initialized weights, or a peer with the weights it starts from.
 
     Raises:
         UnknownName: the network does not exist.
         RecipeError: the network cannot be built with the recipe's size, mean or std.
+        UntrustedCode: a peer's run or store names Python code, and `trust_code` is false.
     """
-    return build_network(
-        recipe.student,
-        len(source.class_names),
-        seed=recipe.seed,
-        size=recipe.student_size,
-        mean=recipe.student_mean,
-        std=recipe.student_std,
+    pixels: dict[str, Any] = {
+        "size": recipe.student_size,
+        "mean": recipe.student_mean,
+        "std": recipe.student_std,
+    }
+    kind, _, path = recipe.student.partition(":")
+    if recipe.member and kind == RUN:
+        return load_teacher(recipe.student, source.class_names, trust_code=trust_code, **pixels)
+    if recipe.member and kind == STORE:
+        return _stored_teacher(path, source, trust_code=trust_code)
+    return build_network(recipe.student, len(source.class_names), seed=recipe.own_seed, **pixels)
+
+
+def _stored_teacher(path: str, source: Source, *, trust_code: bool) -> Network:
+    """Load the teacher of a store, as the network that a peer starts from."""
+    manifest = load_manifest(path)
+    teacher = manifest.identity["teacher"]
+    if teacher.get("columns") is not None:
+        raise RecipeError(
+            f"the teacher of store {path!r} has other classes than the store, so it cannot be trained on "
+            "them: name another peer"
+        )
+    return reload_teacher(
+        teacher,
+        source.class_names,
+        manifest.origin.get("weights_file"),
+        holder=f"store {path!r}",
+        trust_code=trust_code,
     )
 
 
@@ -113,12 +142,15 @@ def build_objective(
         labels=source.labels,
         samples=samples,
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
+        last_map=last_map(student, source.channels) if needs.last_map else "",
         seed=seed,
     )
     return Objective(config, context)
 
 
-def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader]) -> list[list[str]]:
+def read_arrays(
+    recipe: TrainRecipe, source: Source, readers: Sequence[StoreReader], *, trust_code: bool = False
+) -> list[list[str]]:
     """Return the names of the arrays that a recipe's objective reads from each store.
 
     Raises:
@@ -126,6 +158,6 @@ def read_arrays(recipe: TrainRecipe, source: Source, readers: Sequence[StoreRead
     """
     objective, teachers, pairs = recipe.objective, [reader.manifest for reader in readers], {}
     if objective.needs().pairs is not None:
-        pairs = term_pairs(objective, teachers, build_student(recipe, source))
+        pairs = term_pairs(objective, teachers, build_student(recipe, source, trust_code=trust_code))
     logits = logits_read(objective, teachers)
     return needed_arrays(recipe.method, readers, pairs, logits=logits, root=recipe.root)

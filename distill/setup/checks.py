@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coursepack.distill.exchange import EXCHANGES
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.student import probe_student
@@ -43,6 +44,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     _check_compile(recipe)
     _check_schedule(recipe)
     _check_phases(recipe)
+    _check_peers(recipe)
     if recipe.views_per_load > recipe.batch_size:
         raise RecipeError(
             f"views_per_load is {recipe.views_per_load}, but batch_size is {recipe.batch_size}: a batch has "
@@ -94,6 +96,33 @@ def _check_compile(recipe: TrainRecipe) -> None:
         raise RecipeError(
             f"compile is set, but method {recipe.method!r} reads layers of the student "
             f"({', '.join(inside)}), which torch.compile does not support: leave compile out"
+        )
+
+
+def _check_peers(recipe: TrainRecipe) -> None:
+    """Refuse a method for several students with one student, several with another method, or too many."""
+    needs, count = recipe.objective.needs(), 1 + len(recipe.peers)
+    if recipe.peers and not needs.peers:
+        raise RecipeError(
+            f"there are {count} students, but those of method {recipe.method!r} do not learn from each "
+            "other: add the term that does it with --set objective.terms.mutual.weight=1, choose a method "
+            "such as dml, or train them by `distill sweep`"
+        )
+    if not needs.peers:
+        return
+    config = recipe.objective.exchange
+    fewest, most = EXCHANGES[config.name].students
+    if not fewest <= count <= (count if most is None else most):
+        expected = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        raise RecipeError(
+            f"method {recipe.method!r} trains students that learn from each other (exchange "
+            f"{config.name!r}), expected {expected} of them, got {count}: repeat --student NAME, or give "
+            "--peers N for N students of one network"
+        )
+    if needs.joint and recipe.precision == "float16":
+        raise RecipeError(
+            f"precision is float16, which scales the gradient of each student by itself, but {needs.joint}: "
+            "choose bfloat16 or float32"
         )
 
 

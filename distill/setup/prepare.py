@@ -68,6 +68,8 @@ class Setup:
     """Images of the source on the device, if views are rendered there."""
     ranks: Ranks = ALONE
     """Rank of this process."""
+    trust_code: bool = False
+    """True if runs and stores may name Python code for networks."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -135,12 +137,12 @@ class Setup:
         """
         student = wrapped_student(
             recipe.objective,
-            build_student(recipe, self.source),
+            build_student(recipe, self.source, trust_code=self.trust_code),
             self.source,
             self.readers,
             method=recipe.method,
             root=recipe.root,
-            seed=recipe.seed,
+            seed=recipe.own_seed,
         )
         check_student(student, self.source)
         if recipe.channels_last:
@@ -156,7 +158,7 @@ class Setup:
             self.readers,
             method=recipe.method,
             root=recipe.root,
-            seed=recipe.seed,
+            seed=recipe.own_seed,
             samples=self.samples,
         )
 
@@ -192,12 +194,12 @@ def prepare(
     source.check()
     evaluation.check()
     check_evaluation(source, evaluation)
-    recipes = (recipe, *others)
-    for each in recipes:
+    for each in (recipe, *others):
         check_recipe(each)
         check_ranks(each, ranks)
+    recipes = [member for each in (recipe, *others) for member in each.members()]
     views = None if recipe.views is None else tuple(range(recipe.views))
-    cached = _cached_targets(recipe, recipes, source, device, ranks) if recipe.stores else None
+    cached = _cached_targets(recipe, recipes, source, device, ranks, trust_code) if recipe.stores else None
     if cached is not None:
         views = cached.views
     if views is not None:
@@ -220,18 +222,24 @@ def prepare(
         () if cached is None else cached.drift,
         device_images(source, recipe.view, device),
         ranks,
+        trust_code,
     )
 
 
 def _cached_targets(
-    recipe: TrainRecipe, recipes: Sequence[TrainRecipe], source: Source, device: torch.device, ranks: Ranks
+    recipe: TrainRecipe,
+    recipes: Sequence[TrainRecipe],
+    source: Source,
+    device: torch.device,
+    ranks: Ranks,
+    trust_code: bool,
 ) -> CachedTargets:
     """Open the arrays that any of the recipes reads, in the stores of `recipe`."""
     stores = open_teacher_stores(recipe.stores, source=source, view=recipe.view, root=recipe.root)
     arrays = []
     for each in recipes:
         check_needs(each.method, each.objective, stores.readers, each.view, each.root)
-        arrays.append(read_arrays(each, source, stores.readers))
+        arrays.append(read_arrays(each, source, stores.readers, trust_code=trust_code))
     free = min(ranks.all_gather(free_memory() // ranks.local_count)) if recipe.reading == "auto" else None
     return open_targets(
         stores,

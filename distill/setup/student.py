@@ -143,3 +143,20 @@ def blocks(module: nn.Module) -> list[str]:
 def depth_of(module: nn.Module) -> dict[str, int]:
     """Return the index of every submodule in the order of definition, by name."""
     return {name: index for index, (name, _) in enumerate(module.named_modules()) if name}
+
+
+def last_map(network: Network, channels: int) -> str:
+    """Return the name of a student's deepest block that gives maps.
+
+    Raises:
+        RecipeError: no block gives maps.
+    """
+    names = blocks(network.module)
+    shapes = probe_student(network, channels, names).features if names else {}
+    with_maps = [name for name in names if len(shapes[name]) == 3]
+    if not with_maps:
+        raise RecipeError(
+            f"student {network.spec!r} has no block that gives maps (C, H, W), which the exchange reads: "
+            "choose a convolutional network, or --method dml, which reads logits alone"
+        )
+    return with_maps[-1]

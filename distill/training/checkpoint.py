@@ -17,6 +17,7 @@ from coursepack.files import write_whole
 from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from coursepack.distill.training.metrics import EpochMetrics
@@ -54,30 +55,44 @@ class _PositionConfig(Config):
     stale: Annotated[int, Field(ge=0)]
 
 
-def save_checkpoint(
-    folder: Path, position: Position, state: TrainState, metrics: EpochMetrics, identity: dict[str, Any]
-) -> None:
+Progress = tuple[Position, "TrainState", "EpochMetrics"]
+"""Progress of a student: position, state, and metrics of the epoch so far."""
+
+
+def save_checkpoint(folder: Path, students: Progress | Sequence[Progress], identity: dict[str, Any]) -> None:
     """Write a run's checkpoint atomically. All ranks must call it; only the first one writes.
 
     Args:
         folder: the run's folder.
-        position: progress of the run.
-        state: state of the student.
-        metrics: metrics of the epoch so far.
+        students: progress of the student, or of every student of a group.
         identity: everything that determines the run, as plain values; compared by `check_identity`.
     """
-    content = {
-        "version": VERSION,
-        "identity": canonical_json(identity),
-        "position": asdict(position),
-        "state": state.state(),
-        "metrics": metrics.state(),
-    }
-    if not state.learner.ranks.is_first:
+    group = [students] if isinstance(students, tuple) else students
+    entries = [
+        {"position": asdict(position), "state": state.state(), "metrics": metrics.state()}
+        for position, state, metrics in group
+    ]
+    content: dict[str, Any] = {"version": VERSION, "identity": canonical_json(identity)}
+    for key in ("position", "state", "metrics"):
+        values = [entry[key] for entry in entries]
+        content[key] = values[0] if isinstance(students, tuple) else values
+    if not group[0][1].learner.ranks.is_first:
         return
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(folder / CHECKPOINT_FILE, buffer.getvalue())
+
+
+def of_student(folder: Path, content: dict[str, Any], index: int, count: int) -> dict[str, Any]:
+    """Return the part of a group's checkpoint that belongs to one of its students.
+
+    Raises:
+        RunError: the checkpoint is not of a group of `count` students.
+    """
+    lists = {key: content[key] for key in ("position", "state", "metrics")}
+    if not all(isinstance(values, list) and len(values) == count for values in lists.values()):
+        raise _damaged(folder, f"it does not hold {count} students")
+    return {**content, **{key: values[index] for key, values in lists.items()}}
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:

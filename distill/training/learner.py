@@ -60,22 +60,29 @@ class Learner(nn.Module):
         self.objective = objective
         self.precision = precision
         self.ranks = ranks
+        self.exchange: Any = None
+        """Exchange between students that train together, held by the first of them; None for the others."""
+        self.couples = bool(objective.needs.whole_batch)
+        """True if a sample's loss depends on its whole batch."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Start an epoch: freeze or unfreeze parameters as the objective's phases require."""
         self.objective.begin_epoch(epoch)
+        if self.exchange is not None and hasattr(self.exchange, "begin_epoch"):
+            self.exchange.begin_epoch(epoch)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return all parameters in groups for an optimizer; groups with their own settings come last."""
         groups = self.objective.parameter_groups()
+        if self.exchange is not None and hasattr(self.exchange, "parameter_groups"):
+            groups = [*groups, *self.exchange.parameter_groups()]
         own = {id(value) for group in groups for value in group["params"]}
         rest = [value for value in self.parameters() if id(value) not in own]
         return [{"params": rest}, *(group for group in groups if group["params"])]
 
     def rows_for(self, batch: Batch) -> Batch:
         """Return the rows that the objective reads: this rank's, or all ranks' if it couples samples."""
-        couples = bool(self.objective.needs.whole_batch)
-        return batch.global_batch if couples and batch.global_batch is not None else batch
+        return batch.global_batch if self.couples and batch.global_batch is not None else batch
 
     def forward(self, batch: Batch, targets: Targets | None, step: Step | None = None) -> LearnerOutput:
         """Return the student's logits and the objective's value on one batch.
@@ -85,7 +92,8 @@ class Learner(nn.Module):
             targets: teachers' targets for `rows_for(batch)`, the rows of the returned logits and value.
             step: epoch and batch, on which schedules and random draws depend; defaults to the first.
         """
-        inputs = self.inputs(batch, self.predict(batch), targets, step or Step())
+        output = self.gathered(batch, self.predict(batch))
+        inputs = self.inputs(batch, output, targets, step or Step())
         return LearnerOutput(inputs.student.logits, self.objective(inputs))
 
     def predict(self, batch: Batch) -> StudentOutput:
@@ -116,17 +124,27 @@ class Learner(nn.Module):
         output: StudentOutput,
         targets: Targets | None,
         step: Step,
-        peers: tuple[StudentOutput, ...] = (),
+        peers: tuple[Tensor, ...] = (),
     ) -> LossInputs:
-        """Return the objective's inputs; rows of all ranks are gathered if the objective couples samples."""
+        """Return the objective's inputs for `rows_for(batch)`.
+
+        Args:
+            batch: the student's rows.
+            output: a result of `gathered`.
+            targets: teachers' targets.
+            step: epoch and batch.
+            peers: logits that the exchange gives the student to follow.
+        """
         rows = self.rows_for(batch)
-        if rows is not batch:
-            counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
-            output, *others = (
-                each.map(lambda own: self.ranks.gather_rows(own, counts)) for each in (output, *peers)
-            )
-            peers = tuple(others)
         return LossInputs(output, rows.labels, targets, step, samples=rows.samples, peers=peers)
+
+    def gathered(self, batch: Batch, output: StudentOutput) -> StudentOutput:
+        """Return a student's output for `rows_for(batch)`, of all ranks if it couples samples."""
+        rows = self.rows_for(batch)
+        if rows is batch:
+            return output
+        counts = [share.stop - share.start for share in shares(len(rows), self.ranks.count)]
+        return output.map(lambda own: self.ranks.gather_rows(own, counts))
 
 
 def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:

@@ -28,15 +28,16 @@ def train_epoch(
     *,
     micro_batches: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train every student on each batch, and return the metrics of each student."""
+    """Train students that are independent of each other on each batch, and return the metrics of each."""
     metrics = [new_metrics(state) for state in states]
-    for _ in train_steps(states, batches, targets, metrics, epoch, micro_batches=micro_batches):
+    groups = [[state] for state in states]
+    for _ in train_steps(groups, batches, targets, metrics, epoch, micro_batches=micro_batches):
         pass
     return [each.means() for each in metrics]
 
 
 def train_steps(
-    states: Sequence[TrainState],
+    groups: Sequence[Sequence[TrainState]],
     batches: Iterable[Batch],
     targets: TargetSource | None,
     metrics: Sequence[EpochMetrics],
@@ -48,10 +49,10 @@ def train_steps(
     """Train on the batches of an epoch, or on the rest of it, one step at a time.
 
     Args:
-        states: the students, trained independently on the same batches.
+        groups: students that learn from each other; groups are independent and share the batches.
         batches: batches of the epoch, starting with batch `first`.
         targets: source of the teachers' targets; None if no objective reads teachers.
-        metrics: metrics of each student, updated in every step.
+        metrics: metrics of each student of all groups, updated in every step.
         epoch: index of the epoch.
         micro_batches: number of micro-batches that each batch is split into.
         first: index of the first batch.
@@ -59,8 +60,8 @@ def train_steps(
     Yields:
         The number of completed batches of the epoch, after every step.
     """
+    states = [state for group in groups for state in group]
     by_state = {id(state): each for state, each in zip(states, metrics, strict=True)}
-    groups = [[state] for state in states]
 
     def fetch(rows: Batch, step: Step) -> Targets | None:
         return None if targets is None else targets.fetch(rows, teachers_read(states, step))
@@ -69,7 +70,7 @@ def train_steps(
         by_state[id(state)].add(output, rows)
 
     for state in states:
-        state.learner.train()
+        state.learner.train(not state.is_frozen)
         state.learner.begin_epoch(epoch)
     for index, batch in enumerate(batches, first):
         try:

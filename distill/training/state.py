@@ -40,6 +40,10 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     steps: int = 0
     """Number of completed optimizer steps."""
+    second: torch.optim.Optimizer | None = None
+    """Optimizer of an exchange's second step; None if it has none."""
+    is_frozen: bool = False
+    """True for a peer that keeps its weights."""
 
     @property
     def network(self) -> Network:
@@ -52,14 +56,15 @@ class TrainState:
         rate = self.config.lr * rate_factor(
             self.config.schedule, self.steps, self.steps_per_epoch, self.epochs
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_factor", 1.0)
+        for optimizer in filter(None, (self.optimizer, self.second)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def backward(self, loss: Tensor, share: float = 1.0) -> None:
-        """Accumulate the gradient of a loss multiplied by `share`."""
+    def scaled(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """Return the value whose gradient is accumulated: a loss times `share` and the gradient scale."""
         loss = loss if share == 1.0 else loss * share
-        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def end_step(self) -> None:
         """Average gradients over ranks, and update the parameters and their moving average.
@@ -67,6 +72,9 @@ class TrainState:
         Buffers, such as running statistics of batch normalization, are copied from the first rank as in
         DistributedDataParallel.
         """
+        self.steps += 1
+        if self.is_frozen:
+            return
         ranks = self.learner.ranks
         ranks.average_gradients(self.learner.parameters())
         ranks.broadcast_tensors(self.learner.buffers())
@@ -82,7 +90,14 @@ class TrainState:
             is_skipped = self._update_scale()
         if self.average is not None and not is_skipped:
             self.average.update_parameters(self.learner.network.module)
-        self.steps += 1
+
+    def end_second_step(self) -> None:
+        """Update the parameters by the gradients of the exchange's second losses."""
+        assert self.second is not None
+        self.learner.ranks.average_gradients(self.learner.parameters())
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        self.second.step()
 
     def _update_scale(self) -> bool:
         """Update the gradient scale; return true if the step was skipped because gradients overflowed."""
@@ -118,6 +133,7 @@ class TrainState:
             "optimizer": self.optimizer,
             "average": self.average,
             "scaler": self.scaler,
+            "second": self.second,
         }
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         return {**states, "steps": self.steps}
@@ -126,6 +142,8 @@ class TrainState:
         """Restore a result of `state`."""
         self.learner.load_state_dict(state["learner"])
         restore_optimizer(self.optimizer, state["optimizer"]["state"])
+        if self.second is not None:
+            restore_optimizer(self.second, state["second"]["state"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.scaler is not None:
@@ -134,22 +152,26 @@ class TrainState:
 
 
 def make_state(setup: Setup, recipe: TrainRecipe | None = None) -> TrainState:
-    """Return the state of a freshly initialized student.
+    """Return the state of a freshly initialized student that trains alone.
 
     Args:
         setup: the setup that it trains in.
         recipe: recipe of the student; defaults to the setup's.
     """
     recipe = recipe or setup.recipe
+    return state_of(make_learner(setup, recipe), recipe, setup.steps_per_epoch)
+
+
+def make_learner(setup: Setup, recipe: TrainRecipe) -> Learner:
+    """Return a freshly initialized student with its objective, on the setup's device."""
     student = setup.student(recipe)
-    learner = Learner(
+    return Learner(
         student,
         setup.objective(recipe, student),
         precision=PRECISIONS[recipe.precision],
         compiled=recipe.compile,
         ranks=setup.ranks,
     ).to(setup.device)
-    return state_of(learner, recipe, setup.steps_per_epoch)
 
 
 def state_of(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> TrainState:
@@ -162,7 +184,7 @@ def state_of(learner: Learner, recipe: TrainRecipe, steps_per_epoch: int) -> Tra
         config,
         steps_per_epoch,
         recipe.epochs,
-        recipe.seed,
+        recipe.own_seed,
         None if config.ema is None else averaged(learner.network.module, config.ema),
         torch.amp.GradScaler(device.type) if recipe.precision == "float16" else None,
     )

@@ -1,0 +1,71 @@
+"""Groups of students that train together: their states, and the exchange between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coursepack.distill.exchange import EXCHANGES
+from coursepack.distill.exchange.base import GroupContext, MemberShapes
+from coursepack.distill.setup.student import probe_student
+from coursepack.distill.training.optimizer import make_optimizer
+from coursepack.distill.training.state import make_learner, state_of
+from coursepack.models.build import seeded
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.setup.prepare import Setup
+    from coursepack.distill.training.learner import Learner
+    from coursepack.distill.training.state import TrainState
+
+
+def make_group(setup: Setup, recipe: TrainRecipe | None = None) -> list[TrainState]:
+    """Return the states of a freshly initialized student and its peers, or of a student that trains alone.
+
+    Args:
+        setup: the setup that they train in.
+        recipe: recipe of the student and its peers; defaults to the setup's.
+
+    Raises:
+        UnknownName, RecipeError: a network cannot be built, or does not fit the exchange.
+    """
+    recipe = recipe or setup.recipe
+    members = recipe.members()
+    learners = [make_learner(setup, member) for member in members]
+    config = recipe.objective.exchange
+    if len(learners) > 1:
+        learners[0].exchange = _build_exchange(setup, recipe, learners).to(setup.device)
+        couples = any(learner.couples for learner in learners)
+        for index, learner in enumerate(learners):
+            learner.couples = couples
+            learner.requires_grad_(index == 0 or config.train_peers)
+    states = [
+        state_of(learner, member, setup.steps_per_epoch)
+        for learner, member in zip(learners, members, strict=True)
+    ]
+    for state in states[1:]:
+        state.is_frozen = not config.train_peers
+    if hasattr(learners[0].exchange, "second_step"):
+        factor = config.second_lr_factor  # type: ignore[attr-defined]  # a second step has a factor in its config
+        for state in states:
+            state.second = make_optimizer(state.learner, recipe.optimizer)
+            for group in state.second.param_groups:
+                group["lr_factor"] = group.get("lr_factor", 1.0) * factor
+    return states
+
+
+def _build_exchange(setup: Setup, recipe: TrainRecipe, learners: list[Learner]) -> nn.Module:
+    config = recipe.objective.exchange
+    shapes = tuple(_shapes(learner, setup.source.channels) for learner in learners)
+    with seeded(recipe.seed):
+        return EXCHANGES[config.name].build(
+            config, GroupContext(shapes, len(setup.source.class_names), recipe.seed)
+        )
+
+
+def _shapes(learner: Learner, channels: int) -> MemberShapes:
+    context = learner.objective.context
+    layers = [context.last_map] if context.last_map else []
+    features = probe_student(learner.network, channels, layers).features if layers else {}
+    return MemberShapes(context.embedding_width, features)
