@@ -66,8 +66,9 @@ def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> Tra
     """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
     method = method or ("kd" if stores else "supervised")
     if METHODS[method].objective.needs().peers:
-        others = EXCHANGES[METHODS[method].objective.exchange.name].students[0] - 1
-        fields = {"peers": [fields.get("student", STUDENT)] * others, **fields}
+        exchange = EXCHANGES[METHODS[method].objective.exchange.name]
+        student = fields.get("student", STUDENT if exchange.layers == "none" else "digits-cnn")
+        fields = {"student": student, "peers": [student] * (exchange.students[0] - 1), **fields}
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
     values = {
         "student": STUDENT,

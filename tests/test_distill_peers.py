@@ -313,7 +313,7 @@ def refusal(**fields):
 
 
 def test_refusals():
-    assert refusal(method="dml") == (
+    assert refusal(method="dml", peers=[]) == (
         "method 'dml' trains students that learn from each other (exchange 'outputs'), expected 2 or more of "
         "them, got 1: repeat --student NAME, or give --peers N for N students of one network"
     )

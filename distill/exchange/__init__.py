@@ -1,9 +1,21 @@
 """Exchanges: what students that train together say to each other, one module each."""
 
-from coursepack.distill.exchange import outputs
+from coursepack.distill.exchange import (
+    attention,
+    collaborative,
+    discriminators,
+    feature_fusion,
+    gate,
+    outputs,
+)
 from coursepack.distill.exchange.base import Exchange
 
 EXCHANGES: dict[str, Exchange] = {
     "outputs": outputs.EXCHANGE,
+    "collaborative": collaborative.EXCHANGE,
+    "attention": attention.EXCHANGE,
+    "gate": gate.EXCHANGE,
+    "feature_fusion": feature_fusion.EXCHANGE,
+    "discriminators": discriminators.EXCHANGE,
 }
 """Exchanges by name. To add one, write a module in this package and add a row here."""

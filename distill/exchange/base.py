@@ -9,9 +9,9 @@ losses of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from coursepack.config import Config
 from coursepack.distill.losses.base import Needs, Step, StudentOutput
@@ -31,6 +31,8 @@ class ExchangeConfig(Config):
     """Name of the exchange, a key of `EXCHANGES`."""
     train_peers: bool = True
     """Train the peers; false keeps their initial weights, so that they are teachers that run live."""
+    peer_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the peers over that of the student."""
 
     @property
     def is_sequential(self) -> bool:
@@ -48,8 +50,10 @@ class MemberShapes:
 
     embedding_width: int = 0
     """Width D of the embedding; 0 if the exchange does not need it."""
-    features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of the layers that it reads, by name."""
+    last_map: str = ""
+    """Name of the deepest block that gives maps; empty if the exchange does not read it."""
+    map_shape: tuple[int, ...] = ()
+    """Shape (C, H, W) of that block's output."""
 
 
 @dataclass(frozen=True)

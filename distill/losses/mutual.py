@@ -40,9 +40,9 @@ class Mutual(nn.Module):
         Targets that are not detached receive a gradient too.
         """
         config, targets = self.config, inputs.peers
-        logits = inputs.student.logits.float()
+        logits = inputs.student.logits
         if any(target.requires_grad for target in targets):
-            loss = torch.stack([self._with_gradient(target.float(), logits) for target in targets]).mean(0)
+            loss = torch.stack([self._with_gradient(target, logits) for target in targets]).mean(0)
         else:
             loss = soft_target_loss(
                 logits,

@@ -216,7 +216,7 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
 
 def _student(recipe: dict[str, Any]) -> str:
     """Return the name of a student, of one of several that trained together, or of their ensemble."""
-    networks = [recipe["student"], *recipe.get("peers", [])]
+    networks: list[str] = [recipe["student"], *recipe.get("peers", [])]
     if "ensemble" in recipe:
         return f"{recipe['ensemble']} of {' + '.join(networks)}"
     if len(networks) == 1:

@@ -119,6 +119,11 @@ def _check_peers(recipe: TrainRecipe) -> None:
             f"{config.name!r}), expected {expected} of them, got {count}: repeat --student NAME, or give "
             "--peers N for N students of one network"
         )
+    if needs.one_label and recipe.view.mix is not None and not recipe.stores:
+        raise RecipeError(
+            f"{needs.one_label} reads one label per sample, but the view mixes images, and a mixed image has "
+            "two: use a view without mix, or another exchange target"
+        )
     if needs.joint and recipe.precision == "float16":
         raise RecipeError(
             f"precision is float16, which scales the gradient of each student by itself, but {needs.joint}: "

@@ -13,6 +13,7 @@ from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.setup.prepare import Setup
@@ -46,13 +47,18 @@ def make_group(setup: Setup, recipe: TrainRecipe | None = None) -> list[TrainSta
     ]
     for state in states[1:]:
         state.is_frozen = not config.train_peers
+        _scale_rate(state.optimizer, config.peer_lr_factor)
     if hasattr(learners[0].exchange, "second_step"):
         factor = config.second_lr_factor  # type: ignore[attr-defined]  # a second step has a factor in its config
         for state in states:
             state.second = make_optimizer(state.learner, recipe.optimizer)
-            for group in state.second.param_groups:
-                group["lr_factor"] = group.get("lr_factor", 1.0) * factor
+            _scale_rate(state.second, factor)
     return states
+
+
+def _scale_rate(optimizer: Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr_factor"] = group.get("lr_factor", 1.0) * factor
 
 
 def _build_exchange(setup: Setup, recipe: TrainRecipe, learners: list[Learner]) -> nn.Module:
@@ -66,6 +72,7 @@ def _build_exchange(setup: Setup, recipe: TrainRecipe, learners: list[Learner]) 
 
 def _shapes(learner: Learner, channels: int) -> MemberShapes:
     context = learner.objective.context
-    layers = [context.last_map] if context.last_map else []
-    features = probe_student(learner.network, channels, layers).features if layers else {}
-    return MemberShapes(context.embedding_width, features)
+    if not context.last_map:
+        return MemberShapes(context.embedding_width)
+    shapes = probe_student(learner.network, channels, [context.last_map]).features
+    return MemberShapes(context.embedding_width, context.last_map, shapes[context.last_map])
