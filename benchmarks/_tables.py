@@ -137,12 +137,14 @@ def study(name: str, setting: str, against: str = "kd") -> list[str]:
     """Return the methods of one setting with their differences from one of them."""
     rows, lines = {row["id"]: row for row in load(name)["rows"]}, []
     for identifier, row in rows.items():
-        if identifier.startswith(f"{setting}/") and not identifier.endswith(f" - {against}"):
+        if identifier.startswith(f"{setting}/") and not identifier.endswith((f" - {against}", ", refused")):
             config, less = row["config"], rows[f"{identifier} - {against}"]
             accuracy = f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             others = [f"{less['config']['p']:.3f}", f"{config['nll']:.3f}"]
             others += [f"{config['calibration error']:.3f}", f"{config['seconds']:.2f}"]
-            lines.append([identifier.partition("/")[2], accuracy, signed(less), *others])
+            method, diverged = identifier.partition("/")[2], config.get("diverged")
+            method += f" ({diverged} of {row['n']} diverged)" if diverged else ""
+            lines.append([method, accuracy, signed(less), *others])
     header = ["method", "accuracy, % (95 %)", f"minus {against} (95 %)", "p", "NLL", "ECE", "s a run"]
     return table(header, lines)
 

@@ -129,7 +129,9 @@ class Bench:
 
     def study(self, setting: str, stores: list[Path], entries: list[Entry]) -> Found:
         """Measure the rows of a section whose teachers are the same for all seeds."""
-        return study(setting, stores, self.seeds, self.epochs, entries, self.limit)
+        told, refused = study(setting, stores, self.seeds, self.epochs, entries, self.limit)
+        assert not refused
+        return told
 
     def each_seed(self, section: str, rows_of_seed: Callable[[Bench, int], Rows]) -> Found:
         """Measure the rows of a section whose teachers are trained with every seed."""

@@ -22,7 +22,7 @@ from coursepack.distill.fusion.base import FusionConfig
 from coursepack.distill.fusion.temperature import DynamicTemperatureConfig
 from coursepack.distill.fusion.weights import FixedConfig
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import Needs, TermConfig
+from coursepack.distill.losses.base import Needs, Step, TermConfig
 from coursepack.distill.losses.label import LabelConfig
 from coursepack.distill.losses.soft_target import Divergence, SoftTargetConfig
 from coursepack.distill.schedule import (
@@ -37,6 +37,8 @@ from coursepack.distill.schedule import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
+
+    from coursepack.distill.losses.base import BuildContext
 
 Adjustment = Literal["none", "shift", "smooth"]
 AnyTerm = Annotated[TermConfig, OneOf("term", {name: loss.config for name, loss in LOSSES.items()})]
@@ -135,6 +137,14 @@ class ObjectiveConfig(Config):
                 one_label=f"adjustment is {self.adjustment!r}" if adjusted else "",
             )
         )
+
+    def logits_read(self, context: BuildContext) -> tuple[int, ...]:
+        """Return the indices of the teachers whose logits are read in any step."""
+        needs, fusion = self.needs(), FUSIONS[self.fusion.name]
+        if needs.fused and fusion.constant and fusion.choose is not None:
+            chosen = fusion.choose(self.fusion, context, Step())
+            return () if chosen is None else (chosen,)
+        return tuple(range(context.teachers)) if needs.logits else ()
 
     def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Return the adjustments of the teachers with the given indices."""

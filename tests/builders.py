@@ -35,6 +35,11 @@ PAIRS = {
     "ofd": ({"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},),
 }
 """Pairs of the stores `tapped` with a `digits-cnn`, for the terms that cannot take any tap of any teacher."""
+PHASES = {
+    "ab": ("objective.hard_weight.epochs=1", "objective.terms.ab.weight.epochs=1"),
+    "ft": ("objective.terms.ft.paraphraser_epochs=1",),
+}
+"""Assignments that shorten a method's first phase to one epoch."""
 
 
 def write_teacher(folder: Path, network: str = "digits-mlp", *, classes: int = 10, seed: int = 0) -> Path:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmark_rows import check_rows
 
+from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import load_recipe, resolve_objective
 from coursepack.models import build_network, parse_tap
 
@@ -206,6 +207,18 @@ def test_the_cost_of_a_method_is_of_the_same_targets_from_the_store_and_in_memor
         (rows,), (kept,) = (each.fetch(batch).features.values() for each in (setup.targets, held))
         assert torch.equal(kept, rows.decode())
     assert cost._kind(setup.targets) == "maps"
+
+
+def test_lines_of_methods_are_of_code_and_reference(harness):
+    structure = importlib.import_module("structure")
+    lines = structure.method_lines()
+    assert lines.keys() == METHODS.keys()
+    assert lines["kd"][1] == 0, "the reference of soft targets is not counted"
+    called = {f"reference.relations.{name}" for name in ("at", "attention")}
+    assert structure._called("reference.relations.at") == called
+    rows = {row["id"]: row["value"] for row in structure._method_rows()}
+    together = "methods with their references: median of lines"
+    assert rows["methods: median of lines"] < rows[together] < 500
 
 
 def test_a_method_that_refuses_a_pair_has_a_row_that_says_so(harness, tmp_path):

@@ -37,7 +37,7 @@ def cases_of(stores, tapped, mapped):
     mixed = view_recipe("digits").model_copy(update={"mix": Mix(mixup_alpha=1.0)})
 
     def case(method="kd", *, chosen=stores, **fields):
-        fields = {"limit": UNEVEN, **fields}
+        fields = {"limit": UNEVEN, "epochs": 40, **fields}
         return make_recipe(chosen, method=method, **fields).model_dump(mode="json")
 
     def hinted(method, **hints):

@@ -75,5 +75,7 @@ class Fusion:
     labels alone. No function means that all teachers are read."""
     every_batch: bool = False
     """True if `choose` may return another teacher for every batch of an epoch."""
+    constant: bool = False
+    """True if `choose` returns the same teacher for all batches, so that the other stores are never read."""
     abstains: bool = False
     """True if the weights of a sample may all be zero, so that it has no soft targets."""

@@ -181,6 +181,7 @@ BEST = Fusion(
     combine="mixture",
     build=_equal,
     choose=best_teacher,
+    constant=True,
 )
 RANDOM = Fusion(
     config=RandomConfig,

@@ -139,8 +139,9 @@ class PairNeeds:
 
     depth   one per teacher, spread over the student's layers, each with its tap of equal depth
     last    one per teacher: its deepest tap and the student's last layer
-    every   one per teacher and student layer, at equal depth
-    flows   one per teacher and two consecutive student layers, with its tap of two layers at equal depth
+    every   one per teacher and student layer, at equal depth; by map size if some of these do not fit
+    flows   one per teacher and two consecutive student layers, with its tap of two layers, chosen as in
+            `every`; by map size, layers without a tap are left out
     """
     maps: bool = False
     """True if only maps are compared, so that layers that give vectors are not chosen."""
@@ -225,6 +226,9 @@ class Needs:
     """What makes gradients flow between students that train together; refused with gradient scaling."""
     teacher_head: str = ""
     """Need for the linear head of the teacher, of which there is one; several stores are refused."""
+    first_epochs: tuple[str, ...] = ()
+    """Fields of the config with a number of first epochs, in which the student does not learn from the term;
+    runs that are not longer are refused."""
 
     @property
     def logits(self) -> bool:

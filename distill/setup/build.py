@@ -8,8 +8,15 @@ from coursepack.data.store import load_manifest
 from coursepack.distill.losses.base import BuildContext, TeacherHead
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
+from coursepack.distill.setup.requirements import (
+    check_needs,
+    logits_read,
+    needed_arrays,
+    shaped_pairs,
+    term_pairs,
+)
 from coursepack.distill.setup.student import last_map, probe_student
+from coursepack.distill.setup.teacher import accuracy
 from coursepack.distill.setup.wrap import check_wrapped, teacher_head
 from coursepack.errors import RecipeError
 from coursepack.models import build_network, load_teacher
@@ -129,8 +136,9 @@ def build_objective(
     """
     check_wrapped(config, student, method)
     needs = config.needs()
-    pairs = term_pairs(config, [reader.manifest for reader in readers], student)
-    needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
+    teachers = [reader.manifest for reader in readers]
+    pairs = term_pairs(config, teachers, student)
+    needed_arrays(method, readers, pairs, logits=logits_read(config, teachers), root=root)
     width = 0
     if needs.embedding:
         layer = needs.embedding_layer
@@ -138,7 +146,7 @@ def build_objective(
     context = BuildContext(
         teachers=max(1, len(readers)),
         classes=len(source.class_names),
-        accuracies=tuple(map(_accuracy, readers)),
+        accuracies=tuple(accuracy(reader.manifest) for reader in readers),
         embedding_width=width,
         heads=tuple(TeacherHead(*teacher_head(reader)) for reader in readers) if needs.teacher_heads else (),
         labels=source.labels,
@@ -159,15 +167,8 @@ def read_arrays(
     Raises:
         RecipeError: an array is not stored; the message has the command that adds it.
     """
-    needs = recipe.objective.needs()
-    pairs = {}
-    if needs.pairs is not None:
-        teachers = [reader.manifest for reader in readers]
-        pairs = term_pairs(recipe.objective, teachers, build_student(recipe, source, trust_code=trust_code))
-    return needed_arrays(recipe.method, readers, pairs, logits=needs.logits, root=recipe.root)
-
-
-def _accuracy(reader: StoreReader) -> float:
-    """Return a teacher's accuracy over all views recorded in its store."""
-    totals = reader.manifest.totals
-    return totals["correct"] / max(totals["rows"], 1.0)
+    objective, teachers, pairs = recipe.objective, [reader.manifest for reader in readers], {}
+    if objective.needs().pairs is not None:
+        pairs = term_pairs(objective, teachers, build_student(recipe, source, trust_code=trust_code))
+    logits = logits_read(objective, teachers)
+    return needed_arrays(recipe.method, readers, pairs, logits=logits, root=recipe.root)

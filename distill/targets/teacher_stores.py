@@ -155,7 +155,7 @@ def arrays_of(stores: TeacherStores, *objectives: Objective) -> list[list[str]]:
                 name
                 for objective in objectives
                 for name in (
-                    *([LOGITS] if objective.needs.logits else []),
+                    *([LOGITS] if index in objective.config.logits_read(objective.context) else []),
                     *(f"{FEATURES}{tap}" for tap in objective.taps(index)),
                 )
             )
