@@ -1,15 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/cli
 
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2
+
+# Tests start many processes: each but the first imports modules that are compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
 TEST_EXTRAS :=
 
 # The demo runs the benchmark of an epoch.
-BENCHMARKS := store views loss train methods memory
+BENCHMARKS := store views precompute loss train methods memory
 
 .PHONY: help demo test pytest check test-all test-slow lint bench clean
 

@@ -1,13 +1,15 @@
-"""A simulated device for stage one, its parts alone, and a process whose memory is measured.
+"""A simulated device for stage one, its parts alone, and processes whose memory is measured.
 
-    python benchmarks/_pipeline.py '{"samples": 8192, "views": 1, "taps": 1}'
+    python benchmarks/_pipeline.py '[{"samples": 8192, "views": 1, "taps": 1}]'
 
-Prints the peak of anonymous memory in bytes while a store is written, above that before.
+Prints, for each case, the peak of anonymous memory in bytes while a store is written, above that before. Each
+case runs in a process of its own, forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import tempfile
 import threading
@@ -160,8 +162,8 @@ def peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def main() -> None:
-    case = json.loads(sys.argv[1])
+def measure(case: dict[str, int]) -> None:
+    """Print the memory of writing one store."""
     with tempfile.TemporaryDirectory() as folder:
         job = simulated_job(Path(folder) / "s.zarr", case["samples"], views=case["views"], taps=case["taps"])
         small = simulated_job(Path(folder) / "small.zarr", BATCH, taps=case["taps"])
@@ -170,7 +172,16 @@ def main() -> None:
         # The writer is slower than the teacher, so that as many batches wait as may.
         with peak() as found, mock.patch.object(BlockFiles, "add", slow_add):
             run_job(replace(job, block_rows=min(1024, case["samples"])), quiet=True)
-    print(json.dumps(found[0]))
+    print(found[0])
+
+
+def main() -> None:
+    for case in json.loads(sys.argv[1]):
+        process = multiprocessing.get_context("fork").Process(target=measure, args=(case,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

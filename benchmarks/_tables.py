@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
+PENDING = {"gpu": "Not run: no GPU was at hand."}
+"""Line in place of the machine of results that may not exist yet; their tables are empty."""
 VERSIONS = ("python", "coursepack", "torch", "numpy", "numba", "zarr")
 
 
@@ -23,8 +25,15 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
+def is_pending(name: str) -> bool:
+    """Return whether results that may be missing are missing."""
+    return name in PENDING and not (RESULTS / f"{name}.json").exists()
+
+
 def caption(name: str) -> list[str]:
     """Return the line with the machine, the versions and the date of the measurement."""
+    if is_pending(name):
+        return [PENDING[name]]
     where = load(name)["machine"]
     parts = [where["processor"], f"{where['threads']} torch thread{'s' if where['threads'] > 1 else ''}"]
     parts += [where["device"]] if where["device"] != "cpu" else []
@@ -58,6 +67,8 @@ def spread(row: Row, form: Callable[[float], str] = number) -> str:
 
 def listed(name: str, pattern: str) -> list[str]:
     """Return one line per row whose id matches, with all values of the row."""
+    if is_pending(name):
+        return []
     date, lines = load(name)["machine"]["date"], []
     for row in load(name)["rows"]:
         if not re.fullmatch(pattern, row["id"]):
@@ -122,17 +133,19 @@ def signed(row: Row) -> str:
     return f"{row['value']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
 
 
-def study(name: str, setting: str) -> list[str]:
-    """Return the methods of one setting with their differences from `kd`."""
+def study(name: str, setting: str, against: str = "kd") -> list[str]:
+    """Return the methods of one setting with their differences from one of them."""
     rows, lines = {row["id"]: row for row in load(name)["rows"]}, []
     for identifier, row in rows.items():
-        if identifier.startswith(f"{setting}/") and not identifier.endswith(" - kd"):
-            config, less = row["config"], rows[f"{identifier} - kd"]
+        if identifier.startswith(f"{setting}/") and not identifier.endswith((f" - {against}", ", refused")):
+            config, less = row["config"], rows[f"{identifier} - {against}"]
             accuracy = f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             others = [f"{less['config']['p']:.3f}", f"{config['nll']:.3f}"]
             others += [f"{config['calibration error']:.3f}", f"{config['seconds']:.2f}"]
-            lines.append([identifier.partition("/")[2], accuracy, signed(less), *others])
-    header = ["method", "accuracy, % (95 %)", "minus kd (95 %)", "p", "NLL", "ECE", "s a run"]
+            method, diverged = identifier.partition("/")[2], config.get("diverged")
+            method += f" ({diverged} of {row['n']} diverged)" if diverged else ""
+            lines.append([method, accuracy, signed(less), *others])
+    header = ["method", "accuracy, % (95 %)", f"minus {against} (95 %)", "p", "NLL", "ECE", "s a run"]
     return table(header, lines)
 
 
@@ -213,6 +226,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "store formats": partial(pivot, "store", FORMATS, "logits, bytes a view", None, HUNDREDTHS),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
+    "precompute throughput": partial(listed, "precompute", r".*forward alone"),
+    "precompute pipeline": partial(listed, "precompute", r"simulated device.*|four teachers.*"),
+    "precompute memory": partial(listed, "precompute", r"memory: .*"),
     "loss, 1 thread": partial(
         pivot, "loss", r"\((?P<line>[\d,]+)\) 1 thread (?P<column>.+)", "N, C, K", LOSS, HUNDREDTHS
     ),
@@ -246,6 +262,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"": "seconds", " / single runs": "/ single runs"},
     ),
     "train growth": partial(listed, "train", r"growth: .*|start-up.*"),
+    "gpu loss": partial(listed, "gpu", r"loss .*"),
+    "gpu encodings": partial(listed, "gpu", r"rows .*"),
+    "gpu views": partial(listed, "gpu", r"view .*"),
+    "gpu students": partial(listed, "gpu", r"(epoch|step) of .*"),
+    "gpu stage one": partial(listed, "gpu", r"stage one, .*"),
     "methods, first teachers: good": partial(study, "methods-first", "plain"),
     "methods, first teachers: weak and noisy": partial(study, "methods-first", "noisy"),
     "methods, first teachers: experts": partial(study, "methods-first", "experts"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coursepack.distill.setup.prepare import Setup
+    from coursepack.distill.training.state import TrainState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLASSES = 100
@@ -66,10 +67,10 @@ class Place:
         """Return the name of a teacher's last block."""
         return blocks(build_network(name, CLASSES).module)[-1]
 
-    def write_store(self, name: str, path: Path, taps: Sequence[str]) -> None:
+    def write_store(self, name: str, path: Path, taps: Sequence[str], encoding: str = "float16") -> None:
         """Write the store of a teacher's logits and of some taps, with one view."""
         started = time.perf_counter()
-        run_job(Job(path, self.source, view_recipe("cifar"), self.runner(name, taps), 1))
+        run_job(Job(path, self.source, view_recipe("cifar"), self.runner(name, taps), 1, encoding))
         say(f"stored {path.stem} in {time.perf_counter() - started:.0f} s")
 
     def store(self, name: str, encoding: str) -> Path:
@@ -114,14 +115,20 @@ def write_cifar100(folder: Path, samples: int) -> None:
     (inside / "meta").write_bytes(pickle.dumps(names, protocol=2))
 
 
-def stepper(run: Setup, epochs: Iterable[int] | None = None) -> Callable[[], None]:
-    """Return a function that runs the next step of a new student, epoch after epoch or in given epochs."""
-    state = make_state(run)
+def stepper(
+    run: Setup, epochs: Iterable[int] | None = None, groups: Sequence[Sequence[TrainState]] | None = None
+) -> Callable[[], None]:
+    """Return a function that runs the next step of groups of students, by default of one new student.
+
+    Epochs follow each other, unless they are given.
+    """
+    groups = groups or [[make_state(run)]]
+    students = [state for group in groups for state in group]
 
     def steps() -> Iterator[int]:
         for epoch in itertools.count() if epochs is None else epochs:
-            log = EpochMetrics(max(1, len(run.readers)))
-            yield from train_steps([[state]], run.batches(epoch), run.targets, [log], epoch)
+            logs = [EpochMetrics(max(1, len(run.readers))) for _ in students]
+            yield from train_steps(groups, run.batches(epoch), run.targets, logs, epoch)
 
     stream = steps()
     return lambda: waited(lambda: next(stream))

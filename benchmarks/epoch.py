@@ -26,13 +26,14 @@ from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TEACHERS = ("mlp", "cnn", "resnet")
 STUDENT = "digits-small"
 
 
-def make_stores(folder: Path, views: int, limit: int | None) -> list[Path]:
+def make_stores(folder: Path, names: tuple[str, ...], views: int, limit: int | None) -> list[Path]:
     source = open_source("digits")
     stores = []
-    for name in ("mlp", "cnn", "resnet"):
+    for name in names:
         supervised = recipe("supervised", [], student=f"digits-{name}", epochs=1, limit=limit)
         train(supervised, folder / name, device=DEVICE)
         network = load_teacher(f"run:{folder / name}", source.class_names)
@@ -98,7 +99,7 @@ def teacher_cost(stores: list[Path], config: dict[str, object]) -> dict[str, obj
                 Path(folder) / path.name, source, view, TeacherRunner(network, device=DEVICE), manifest.views
             )
             started = time.perf_counter()
-            run_job(job)
+            run_job(job, quiet=True)
             spent += time.perf_counter() - started
     return row("teachers, once, all views", [1000 * spent], "ms", config)
 
@@ -110,7 +111,8 @@ def main() -> None:
     chosen = parser.parse_args()
     rounds = 1 if chosen.quick else 40
     with tempfile.TemporaryDirectory() as folder:
-        stores = chosen.stores or make_stores(Path(folder), *((1, 64) if chosen.quick else (8, None)))
+        size = (TEACHERS[:2], 1, 64) if chosen.quick else (TEACHERS, 8, None)
+        stores = chosen.stores or make_stores(Path(folder), *size)
         rows = measure(stores, chosen.limit or (64 if chosen.quick else None), rounds)
     report("One epoch of a digit student", rows, chosen.json)
 

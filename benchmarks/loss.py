@@ -5,9 +5,8 @@
 Each step is forward and backward of the mean over N samples at T = 4, with gradient to the student and
 float16 teachers. Every call reads other buffers, which together exceed the cache. `naive` is the direct torch
 implementation, `compile` is torch.compile of it, `analytic` computes the gradient explicitly in torch
-operations, and `floor` is a compiled loop that reads every input once and writes a gradient once. With a GPU,
-the same is measured there by CUDA events, with the CUDA kernel as `ours`; the floor is then the bandwidth of
-a large copy.
+operations, and `floor` is a compiled loop that reads every input once and writes a gradient once. gpu.py
+measures the loss on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import _loss_cuda
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -388,8 +386,6 @@ def main() -> None:
     with Threads(2):
         rows += memory(size)
         rows += errors()
-    if torch.cuda.is_available():
-        rows += _loss_cuda.table({"naive": naive, "ours": ours}, size.rounds)
     report("The fused loss", rows, chosen.json)
 
 

@@ -25,6 +25,7 @@ PROCESS = Path(__file__).parents[1] / "tests" / "limited_process.py"
 LIMIT = 32 << 20
 ROW_BYTES = 4000
 STORES = ((17_000, 2), (100_000, 2), (17_000, 12))
+QUICK = ((10_000, 1),)
 STEPS = ("write", "verify", "read", "train")
 READINGS = ("windowed", "mapped")
 
@@ -52,7 +53,7 @@ def life(samples: int, views: int, steps: tuple[str, ...], readings: tuple[str, 
 def main() -> None:
     chosen = arguments("Memory of stores larger than a process may hold.").parse_args()
     steps, readings = (STEPS[:2], READINGS[:1]) if chosen.quick else (STEPS, READINGS)
-    stores = STORES[:1] if chosen.quick else STORES
+    stores = QUICK if chosen.quick else STORES
     rows = [entry for samples, views in stores for entry in life(samples, views, steps, readings)]
     report("Memory", rows, chosen.json)
 

@@ -53,6 +53,11 @@ STORES: dict[str, tuple[str, ...]] = {
 }
 FOR_METHODS = ("float16", "int8", "topk", "mixed")
 """Stores that every method is run on. Refused combinations are rows too."""
+PHASES = {
+    "ab": "--set objective.hard_weight.epochs=1 --set objective.terms.ab.weight.epochs=1",
+    "ft": "--set objective.terms.ft.paraphraser_epochs=1",
+}
+"""Flags of methods whose first phase is shortened to one of the two epochs."""
 
 _ALONE = "--source digits --view digits"
 VARIATIONS: dict[str, tuple[str, str]] = {
@@ -96,6 +101,12 @@ VARIATIONS: dict[str, tuple[str, str]] = {
         "--method amtml --set objective.fusion.joint_epochs=1 --set objective.fusion.layer=conv2",
     ),
     "small latents": ("float16", "--method amtml --set objective.fusion.init=0.1"),
+    "boundaries": (
+        "one",
+        f"--method ab {PHASES['ab']} "
+        "--set 'objective.terms.ab.pairs=[{teacher: 0, tap: conv2, layer: conv2}]'",
+    ),
+    "attention": ("one", "--method at"),
     "best given": (
         "float16",
         "--method best --set objective.fusion.name=best --set objective.fusion.teacher=1",
@@ -178,7 +189,7 @@ def cases(methods: list[str]) -> Iterator[tuple[str, str, list[str]]]:
     for method in methods:
         if method != "supervised":
             for stores in FOR_METHODS:
-                yield f"{method} {stores}", stores, ["--method", method]
+                yield f"{method} {stores}", stores, ["--method", method, *shlex.split(PHASES.get(method, ""))]
     for name, (stores, flags) in VARIATIONS.items():
         yield name, stores, shlex.split(flags)
 

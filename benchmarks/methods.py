@@ -1,6 +1,6 @@
 """Accuracy of students of 300 labelled digits by distillation method and setting.
 
-    python benchmarks/methods.py [--section study|cost] [--json FILE] [--quick]
+    python benchmarks/methods.py [--section study|cost] [--settings NAME ...] [--json FILE] [--quick]
 
 Section `study`, the default, measures accuracies, and section `cost` the training steps and views of every
 method (see `_methods_cost`).
@@ -10,7 +10,9 @@ trained from the stores. Methods are paired by seed: the same initial weights, s
 plain study, there are settings that favour particular methods: a weak and a noisy teacher with a good one,
 teachers that each know only some classes, and overconfident teachers. Every method uses the temperature and
 the soft and hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method
-alone. The t-test and the 95 % interval (t distribution) are of the differences from `kd` with the same seeds.
+alone. In the setting `presets`, every method has its own numbers (see `_methods_presets`). Students that
+diverge count as untrained, and rows say how many did. The t-test and the 95 % interval (t distribution) are
+of the differences from `kd` with the same seeds.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _harness import arguments, report, row
+from _harness import arguments, exact, report, row
 from _methods_cost import FULL, QUICK, costs
+from _methods_presets import LEARNING_RATE, TAPS, presets
+from _methods_presets import STUDENT as CONVOLUTIONAL
 from scipy import stats
 
 from coursepack.console import print_table, say
@@ -36,12 +40,14 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.evaluate import evaluate
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
-from coursepack.errors import TrainingDiverged
+from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
 from coursepack.precompute import Job, run_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from coursepack.models import Network
 
 CPU = torch.device("cpu")
 STUDENT = "digits-small"
@@ -49,6 +55,11 @@ TEACHERS = {"mlp": ("hidden1", "hidden2"), "cnn": ("conv2", "hidden"), "resnet":
 KD: dict[str, Any] = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
 FLSW = {"kind": "flsw", "slope": 4.0, "gamma": 1.0, "lowest": 1.0, "highest": 20.0}
 ALL = (0, 1, 2)
+NO_SPREAD = 1e-9
+"""Range of differences, in points, below which they are equal but for rounding."""
+FIGURES = ("accuracy", "nll", "calibration_error", "seconds", "diverged")
+Found = dict[str, dict[str, list[float]]]
+"""Figures of every seed, by row and name."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,11 @@ class Entry:
     teachers: tuple[int, ...] = ALL
 
 
-def entries(names: tuple[str, ...] | None = None) -> list[Entry]:
-    """Return all rows, or those with the given names."""
+def entries(setting: str, names: tuple[str, ...] | None = None) -> list[Entry]:
+    """Return all rows of a setting, or those with the given names."""
+    if setting == "presets":
+        made = [Entry(name, name, *rest) for name, *rest in presets(list(TEACHERS))]
+        return [entry for entry in made if names is None or entry.name in names]
     made = [
         Entry("plain", "supervised", {}, ()),
         Entry("kd", "kd", {}),
@@ -135,21 +149,30 @@ CHANGES: dict[str, list[Callable[[torch.Tensor], torch.Tensor] | None]] = {
     "noisy": [None, None, noisy],
     "experts": [knows((0, 1, 2, 3)), knows((3, 4, 5, 6)), knows((7, 8, 9, 0))],
     "sure": [lambda logits: 8 * logits] * 3,
+    "presets": [None, None, None],
 }
 NOTES = {
     "plain": "three good teachers",
     "noisy": "a good cnn, an mlp after one epoch (weak), and a resnet with noise on its logits",
     "experts": "teachers that each tell four classes apart",
     "sure": "teachers with logits times eight",
+    "presets": "the three good teachers, every method with its own numbers, a convolutional student",
 }
+FIELDS: dict[str, dict[str, Any]] = {
+    "presets": {"student": CONVOLUTIONAL, "optimizer": {"lr": LEARNING_RATE}}
+}
+"""Fields of the recipes of a setting that are others than usual."""
 ROWS: dict[str, tuple[str, ...] | None] = {
     "plain": None,
     "noisy": ("plain", "kd", "random", "avg", "ka-ps", "ka-lsr", "ka-dtd", "ca-mkd", "ebkd",
               "adaptive", "adaptive-small", "amtml"),
     "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "adaptive", "adaptive-small", "amtml"),
     "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset"),
+    "presets": None,
 }  # fmt: skip
-QUICK_ROWS = {"plain": ("plain", "kd", "amtml-hints"), "noisy": ("kd",)}
+QUICK_ROWS: dict[str, tuple[str, ...]] = {
+    "plain": ("plain", "kd", "amtml-hints"), "noisy": ("kd",), "presets": ("kd", "at", "ft"),
+}  # fmt: skip
 
 
 def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
@@ -164,13 +187,16 @@ def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
         train(plain, folder / name, device=CPU)
         made[name] = folder / name
     good = [made[name] for name in TEACHERS]
-    return {"plain": good, "noisy": [made["weak"], *good[1:]], "experts": good, "sure": good}
+    return {
+        "plain": good, "noisy": [made["weak"], *good[1:]], "experts": good, "sure": good, "presets": good
+    }  # fmt: skip
 
 
 def write_stores(folder: Path, runs: list[Path], setting: str, views: int) -> tuple[list[Path], list[float]]:
     """Write the stores of a setting, and return them with the seconds that each teacher took."""
     source, stores, seconds = open_source("digits"), [], []
-    for run, taps, change in zip(runs, TEACHERS.values(), CHANGES[setting], strict=True):
+    tapped = TAPS if setting == "presets" else TEACHERS
+    for run, taps, change in zip(runs, tapped.values(), CHANGES[setting], strict=True):
         network = load_teacher(f"run:{run}", source.class_names)
         if change is not None:
             network = replace(network, module=Changed(network.module, change))
@@ -188,36 +214,49 @@ def teacher_accuracy(store: Path) -> float:
     return sum(each["correct"] for each in sums) / sum(each["rows"] for each in sums)
 
 
+def train_student(recipe: TrainRecipe, title: str) -> tuple[dict[str, float], Network]:
+    """Train a student, and return its figures and itself; one that diverges is counted as untrained."""
+    run = prepare(recipe, CPU)
+    state, diverged = make_state(run), False
+    started = time.perf_counter()
+    try:
+        for epoch in range(recipe.epochs):
+            train_epoch([state], run.batches(epoch), run.targets, epoch)
+    except TrainingDiverged:
+        say(f"{title}: seed {recipe.seed} diverged, counted as untrained")
+        state, diverged = make_state(run), True
+    seconds = time.perf_counter() - started
+    values = evaluate(state.network, run.evaluation, CPU)
+    values |= {"seconds": seconds, "diverged": float(diverged)}
+    return {name: values[name] for name in FIGURES}, state.network
+
+
 def study(
-    setting: str, stores: list[Path], seeds: int, epochs: int, names: tuple[str, ...] | None, limit: int
-) -> dict[str, dict[str, list[float]]]:
-    """Measure accuracy, NLL, calibration error and seconds of training per row and seed."""
-    told: dict[str, dict[str, list[float]]] = {}
-    for entry in entries(names):
-        found: dict[str, list[float]] = {"accuracy": [], "nll": [], "calibration_error": [], "seconds": []}
-        for seed in range(seeds):
-            views = len(StoreReader(stores[0]).views)
-            run = prepare(recipe(entry, stores, seed, epochs, views=views, limit=limit), CPU)
-            state = make_state(run)
-            started = time.perf_counter()
-            try:
-                for epoch in range(epochs):
-                    train_epoch([state], run.batches(epoch), run.targets, epoch)
-            except TrainingDiverged:
-                say(f"{setting} {entry.name}: seed {seed} diverged, counted as untrained")
-                state = make_state(run)
-            found["seconds"].append(time.perf_counter() - started)
-            for name, value in evaluate(state.network, run.evaluation, CPU).items():
-                if name in found:
-                    found[name].append(value)
-        told[entry.name] = found
+    setting: str, stores: list[Path], seeds: int, epochs: int, rows: list[Entry], limit: int
+) -> tuple[Found, list[dict[str, Any]]]:
+    """Return the figures of every row by seed, and a row for each method that refuses student or teachers."""
+    told: Found = {}
+    refused = []
+    fields = {"views": len(StoreReader(stores[0]).views), "limit": limit, **FIELDS.get(setting, {})}
+    for entry in rows:
+        try:
+            several = [
+                train_student(recipe(entry, stores, seed, epochs, **fields), f"{setting} {entry.name}")[0]
+                for seed in range(seeds)
+            ]
+        except RecipeError as error:
+            why = str(error).replace(f"{stores[0].parent}/", "")
+            say(f"{setting} {entry.name}: refused: {why}")
+            refused.append(exact(f"{setting}/{entry.name}, refused", 1, "refusal", {"why": why}))
+            continue
+        found = told[entry.name] = {name: [each[name] for each in several] for name in FIGURES}
         say(f"{setting} {entry.name}: {np.mean(found['accuracy']):.2%}, {np.mean(found['seconds']):.2f} s")
-    return told
+    return told, refused
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """Return the 95 % confidence interval of a mean."""
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.ptp(differences) < NO_SPREAD:
         return float(differences.mean()), float(differences.mean())
     low, high = stats.t.interval(
         0.95, len(differences) - 1, differences.mean(), differences.std(ddof=1) / np.sqrt(len(differences))
@@ -225,17 +264,19 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Print the table of a setting, and return its rows for the JSON file."""
-    base, rows, cells = np.array(told["kd"]["accuracy"]), [], []
+def rows_of(setting: str, told: Found, note: str, against: str = "kd") -> list[dict[str, Any]]:
+    """Print the table of a setting with differences from one row, and return its rows for the JSON file."""
+    base, rows, cells = np.array(told[against]["accuracy"]), [], []
     for name, found in told.items():
         accuracy = 100 * np.array(found["accuracy"])
         difference = accuracy - 100 * base
         low, high = interval(difference)
-        same = bool(np.ptp(difference) == 0)
+        same = bool(np.ptp(difference) < NO_SPREAD)
         p = 1.0 if same or len(difference) < 2 else float(stats.ttest_rel(accuracy, 100 * base).pvalue)
+        diverged = int(sum(found["diverged"]))
+        deviation = f"{accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else "-"
         cells.append(
-            [name, f"{accuracy.mean():.2f}", f"{accuracy.std(ddof=1):.2f}" if len(accuracy) > 1 else "-",
+            [f"{name}, {diverged} diverged" if diverged else name, f"{accuracy.mean():.2f}", deviation,
              f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.3f}",
              f"{np.mean(found['nll']):.3f}", f"{np.mean(found['calibration_error']):.3f}",
              f"{np.median(found['seconds']):.2f}"]
@@ -243,10 +284,12 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
         config = {"setting": setting, "interval": "95 %"}
         told_of = {
             "nll": float(np.mean(found["nll"])), "seconds": float(np.median(found["seconds"])),
-            "calibration error": float(np.mean(found["calibration_error"])),
+            "calibration error": float(np.mean(found["calibration_error"])), "diverged": diverged,
         }  # fmt: skip
         figures = [("", accuracy.mean(), interval(accuracy), "%", told_of)]
-        figures.append((" - kd", difference.mean(), (low, high), "points", {"p": p, "below 0.05": p < 0.05}))
+        figures.append(
+            (f" - {against}", difference.mean(), (low, high), "points", {"p": p, "below 0.05": p < 0.05})
+        )
         rows += [
             {
                 "id": f"{setting}/{name}{what}", "value": float(value), "low": ends[0], "high": ends[1],
@@ -254,8 +297,8 @@ def rows_of(setting: str, told: dict[str, dict[str, list[float]]]) -> list[dict[
             }
             for what, value, ends, unit, more in figures
         ]  # fmt: skip
-    header = ["method", "accuracy", "sd", "minus kd", "95 % interval", "p", "nll", "ece", "s a run"]
-    print_table(f"{setting}: {NOTES[setting]}", header, cells)
+    header = ["method", "accuracy", "sd", f"minus {against}", "95 % interval", "p", "nll", "ece", "s a run"]
+    print_table(f"{setting}: {note}", header, cells)
     return rows
 
 
@@ -278,31 +321,37 @@ def saved(stores: list[Path], seconds: list[float], students: int, epochs: int) 
     return row("teacher-hours-saved", [value], "h", config)
 
 
-def settings(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """Measure the rows of every setting, and the hours of live teachers that the stores save."""
+def settings(folder: Path, chosen: list[str], quick: bool) -> list[dict[str, Any]]:
+    """Measure the rows of the chosen settings, and the hours of live teachers that the stores save."""
     seeds, epochs, views = (2, 1, 1) if quick else (10, 40, 8)
     rows: list[dict[str, Any]] = []
     runs = train_teachers(folder / "teachers", quick)
     students, spent, plain = 0, 0.0, []
     for setting, names in (QUICK_ROWS if quick else ROWS).items():
+        if setting not in chosen:
+            continue
         stores, seconds = write_stores(folder, runs[setting], setting, views)
         plain = plain or stores
         spent += sum(seconds)
         say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
-        told = study(setting, stores, seeds, epochs, names, 64 if quick else 300)
+        told, refused = study(setting, stores, seeds, epochs, entries(setting, names), 64 if quick else 300)
         students += seeds * (len(told) - 1)
-        rows += rows_of(setting, told)
+        rows += [*rows_of(setting, told, NOTES[setting]), *refused]
     return [*rows, saved(plain, [spent], students, epochs)]
 
 
 def main() -> None:
     parser = arguments("What each method does for a student of 300 digits, and what it costs.")
     parser.add_argument("--section", choices=("study", "cost"), default="study", help="what to measure")
+    parser.add_argument(
+        "--settings", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
+        help=f"settings of the study; default: {' '.join(ROWS)}",
+    )  # fmt: skip
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if chosen.section == "study":
             title = "Students of 300 digits, accuracy on the test digits (mean, 95 % interval)"
-            rows = settings(Path(name), chosen.quick)
+            rows = settings(Path(name), chosen.settings, chosen.quick)
         else:
             title = "Steps and views of every method"
             rows = costs(Path(name), QUICK if chosen.quick else FULL)

@@ -4,8 +4,11 @@
 
 A throughput is that of writing a store from rendered pixels, from the first batch to the last commit, over
 that of forward passes alone, which alternate with it in this process. The simulated device is a teacher that
-sleeps 10 ms for a batch without holding the interpreter; its parts are timed alone and together. Memory is
-peak anonymous memory (RssAnon) above that of a process that has written a small store.
+sleeps 10 ms for a batch without holding the interpreter. Its parts (rendering all views, running the teacher
+on rendered batches, encoding and writing all outputs with their records) are timed alone and together, and
+the time together is divided by the longest of the three in the same round. Memory is peak anonymous memory
+(RssAnon) above that of a process that has written a small store. A full run takes about 20 minutes on two
+idle cores.
 """
 
 from __future__ import annotations
@@ -14,38 +17,30 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
 from _harness import PATIENCE, arguments, exact, measure, ratios, report, row
 from _pipeline import SLEEP, Parts, simulated_job
+from _rendered import RenderedJob, written
 from PIL import Image
 from torch import nn
 
 from coursepack.data import Batch, open_source, view_recipe
-from coursepack.data.loading import Renderer
-from coursepack.data.store.locations.local import LocalLocation
 from coursepack.models import TeacherRunner, build_network, parse_tap
 from coursepack.precompute import Job, run_job
-from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.several import run_jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable
 
     from _harness import Row, Seconds
-    from torch import Tensor
 
-    from coursepack.console import Meter
-    from coursepack.data.store import Block, StoreWriter
 
 PROCESS = Path(__file__).parent / "_pipeline.py"
 CLASSES, BATCH = 100, 256
@@ -72,63 +67,8 @@ class Size:
     patience: float = PATIENCE
 
 
-FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 8, (65_536, 9), 1_024, 32_768)
-QUICK = Size({"resnet56": 8}, 1, (1_024, 1), 8, 512, growths=1, patience=0)
-
-
-class Rendered(Renderer):
-    """Renderer whose pixels exist already."""
-
-    def __init__(self, job: Job, pixels: Tensor) -> None:
-        size = job.runner.network.preprocessing.size
-        super().__init__(job.source, job.recipe, [size], workers=0, background=True)
-        self._pixels = pixels
-
-    def ahead(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        """Yield the batches with their rows of the pixels."""
-        for batch in batches:
-            batch.rendered[self.sizes[0]] = self._pixels[torch.from_numpy(batch.samples)]
-            yield batch
-
-
-@dataclass(frozen=True)
-class RenderedJob(Job):
-    """Job of one view whose pixels exist already."""
-
-    pixels: Tensor | None = None
-
-    def renderer(self) -> Renderer:
-        assert self.pixels is not None
-        return Rendered(self, self.pixels)
-
-
-class Timed(LocalExecutor):
-    """Executor that records when it is started."""
-
-    started = 0.0
-
-    def run(
-        self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
-    ) -> Generator[list[Block]]:
-        self.started = time.perf_counter()
-        yield from super().run(job, writer, groups, meter)
-
-
-def written(job: Job, put_seconds: float = 0.0) -> float:
-    """Write a store and return the seconds from the first batch to the last commit."""
-    put = LocalLocation.put
-
-    def slow(self: LocalLocation, key: str, *pieces: Any) -> None:
-        time.sleep(put_seconds)
-        put(self, key, *pieces)
-
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        executor = Timed()
-        if put_seconds:
-            stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
-        run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
-        return time.perf_counter() - executor.started
+FULL = Size({"resnet56": 4096, "wrn-40-2": 2048}, 6, (65_536, 9), 1_024, 32_768)
+QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, patience=0)
 
 
 @torch.no_grad()
@@ -271,11 +211,10 @@ def memory(size: Size) -> list[Row]:
         "8 times the views": {"samples": least, "views": 8, "taps": 1},
         "8 taps of an eighth of the size": {"samples": least, "views": 1, "taps": 8},
     }
-    found = {}
-    for name, case in islice(cases.items(), 1 + size.growths):
-        command = [sys.executable, str(PROCESS), json.dumps(case)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = float(json.loads(done.stdout)) / 1e6
+    cases = dict(islice(cases.items(), 1 + size.growths))
+    command = [sys.executable, str(PROCESS), json.dumps(list(cases.values()))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = {name: int(line) / 1e6 for name, line in zip(cases, done.stdout.split(), strict=True)}
     return [
         *(exact(f"memory: {name}", value, "MB", cases[name]) for name, value in found.items()),
         *(

@@ -3,8 +3,9 @@
     python benchmarks/render.py [--check]
 
 The text between `<!-- rows: NAME -->` and `<!-- end -->` is replaced; all other text is kept. NAME is a table
-of `_tables.py`, or `machine of FILE` for hardware, versions and date of `results/FILE.json`. With --check,
-nothing is written, and the exit status is 1 if a page differs from its rows.
+of `_tables.py`, or `machine of FILE` for hardware, versions and date of `results/FILE.json`. Where that file
+is missing, the page says so. With --check, nothing is written, and the exit status is 1 if a page differs
+from its rows.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ BLOCK = re.compile(r"(<!-- rows: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(name: str) -> str:
-    """Return the Markdown of a table or of a machine's description."""
-    if name.startswith("machine of "):
-        lines = caption(name.removeprefix("machine of "))
-    elif name in TABLES:
-        lines = TABLES[name]()
-    else:
+    """Return the Markdown of a table or of a machine's description, or a note if there are no rows yet."""
+    if not name.startswith("machine of ") and name not in TABLES:
         sys.exit(f"No table {name!r}. Known: {', '.join(TABLES)}, machine of FILE.")
+    try:
+        lines = TABLES[name]() if name in TABLES else caption(name.removeprefix("machine of "))
+    except FileNotFoundError as error:
+        lines = [f"Not run yet: there is no `benchmarks/results/{Path(error.filename).name}`."]
     return "\n".join(["", *lines, "", ""])
 
 

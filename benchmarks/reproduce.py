@@ -90,6 +90,10 @@ RESIDUAL, VGG = ("stem", "layer1", "layer2", "layer3"), ("layer1", "layer2", "la
 
 QUICK_PAIRS, QUICK_METHODS, QUICK_VIEWS = PAIRS[2:3], ("kd", "at"), 2
 QUICK = ("epochs=2", "batch_size=10", "optimizer.schedule.milestones=[1]", "optimizer.lr=0.001")
+QUICK_PHASES = {
+    "ab": ("objective.hard_weight.epochs=1", "objective.terms.ab.weight.epochs=1"),
+    "ft": ("objective.terms.ft.paraphraser_epochs=1",),
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def experiment(pair: str, method: str, quick: bool) -> Experiment:
         if "pairs" in term:
             term["pairs"] = translated(term["pairs"], VGG if teacher.startswith("vgg") else RESIDUAL)
     changes = [CHANGES[method, student]] if (method, student) in CHANGES else []
-    set_values(values, [*changes, *(QUICK if quick else ())])
+    set_values(values, [*changes, *((*QUICK, *QUICK_PHASES.get(method, ())) if quick else ())])
     # The number of views and the encoding are options of the command that the recipe's comment has.
     options = dict(re.findall(r"--(views|feature-encoding) (\w+)", file.read_text()))
     views = min(int(options.get("views", 0)), QUICK_VIEWS if quick else sys.maxsize)

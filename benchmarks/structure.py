@@ -5,13 +5,14 @@
 The arrows of a package are the imports between its own modules, including subpackages, each counted once. Its
 floors are the modules on the longest path along them. Both are reported without and with imports for type
 checkers only. Lines are counted in the sources without tests, including docstrings and comments. The lines of
-a method are those of its row and of the files of its terms and its fusion, which other methods may share. The
-files of soft targets, labels and the default fusion are not counted.
+a method are those of its row, of the files of its terms and its fusion, which other methods may share, and of
+the reference that its tests compare it with. Soft targets, labels and the default fusion are not counted.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 from graphlib import CycleError, TopologicalSorter
@@ -35,6 +36,36 @@ PACKAGES = ("common", "kernels", "data", "models", "precompute", "distill")
 SCRIPTS = ("benchmarks", "examples")
 DRAWN = ("distill", "kernels")
 """Packages whose import graph is measured."""
+REFERENCES: dict[str, tuple[str, ...]] = {
+    "ab": ("reference.adapters.boundary_loss",),
+    "angle": ("reference.methods.angle_loss",),
+    "at": ("reference.relations.at",),
+    "cc": ("reference.relations.cc",),
+    "confidence_hint": ("reference.teams.confident_error",),
+    "crd": ("reference.adapters.contrast", "reference.adapters.remembered"),
+    "discriminator": ("reference.teams.discriminator_loss",),
+    "dist": ("reference.logits.dist",),
+    "distance": ("reference.methods.distance_loss",),
+    "dkd": ("reference.logits.dkd",),
+    "fsp": ("reference.relations.fsp", "reference.relations.flow"),
+    "ft": ("reference.adapters.factor_distance",),
+    "hint": ("test_distill_hints.test_value_and_gradient",),
+    "latents": ("test_distill_objective.test_adaptive_weights_and_their_gradients",),
+    "nst": ("reference.relations.nst",),
+    "ofd": ("reference.adapters.partial_distance",),
+    "pkt": ("reference.relations.pkt",),
+    "reviewkd": ("test_distill_reviewkd.reference",),
+    "simkd": ("test_distill_simkd.test_a_larger_teacher_is_averaged_to_the_students_size",),
+    "sp": ("reference.relations.sp",),
+    "triplet_order": ("reference.teams.order_loss",),
+    "vid": ("reference.adapters.gaussian_loss",),
+    "virtual_teacher": ("reference.logits.virtual_teacher",),
+    "adaptive": ("reference.methods.adaptive_weights",),
+    "confidence": ("reference.methods.confidence_weights",),
+    "entropy": ("reference.methods.entropy_weights",),
+    "min_norm": ("reference.teams.min_norm", "reference.teams.logit_gradients"),
+}
+"""Functions of the tests that compute a term or the weights of a fusion by its formula."""
 
 
 def modules(folder: str) -> dict[str, Path]:
@@ -116,16 +147,45 @@ def longest_function(paths: Mapping[Path, list[str]]) -> tuple[int, str]:
     return max(found)
 
 
-def method_lines() -> dict[str, int]:
-    """Return the lines of every method: its row, and the files of its own terms and fusion."""
+def method_lines() -> dict[str, tuple[int, int]]:
+    """Return two numbers of lines by method: its row and the files of its terms and fusion; its reference."""
     rows, found = _row_lines(), {}
     for name, method in METHODS.items():
-        terms = [LOSSES[term.term] for term in method.objective.terms.values()]
+        parts: dict[str, Any] = {term.term: LOSSES[term.term] for term in method.objective.terms.values()}
         fusion = method.objective.fusion.name
-        parts = [*terms, *([] if fusion == ObjectiveConfig().fusion.name else [FUSIONS[fusion]])]
-        files = {inspect.getfile(part.config) for part in parts}
-        found[name] = rows[name] + sum(len(Path(file).read_text().splitlines()) for file in files)
+        parts |= {} if fusion == ObjectiveConfig().fusion.name else {fusion: FUSIONS[fusion]}
+        files = {inspect.getfile(part.config) for part in parts.values()}
+        code = rows[name] + sum(len(Path(file).read_text().splitlines()) for file in files)
+        functions = {
+            function for part in parts for each in REFERENCES.get(part, ()) for function in _called(each)
+        }
+        found[name] = code, sum(map(_function_lines, functions))
     return found
+
+
+def _called(function: str) -> set[str]:
+    """Return a function of the tests, as module.name, with all that it calls in its module, at any depth."""
+    module, _, name = function.rpartition(".")
+    found, waiting = set(), {name}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        names = {node.id for node in ast.walk(_test_functions(module)[name]) if isinstance(node, ast.Name)}
+        waiting |= (names & _test_functions(module).keys()) - found
+    return {f"{module}.{name}" for name in found}
+
+
+def _function_lines(function: str) -> int:
+    module, _, name = function.rpartition(".")
+    node = _test_functions(module)[name]
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@functools.cache
+def _test_functions(module: str) -> dict[str, ast.FunctionDef]:
+    """Return the functions of a module of the tests by name."""
+    path = ROOT / "tests" / Path(*module.split(".")).with_suffix(".py")
+    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
 def _row_lines() -> dict[str, int]:
@@ -168,15 +228,27 @@ def structure() -> list[dict[str, Any]]:
     held = lines(PACKAGES)
     longest = max(held, key=lambda path: len(held[path]))
     size, where = longest_function(held)
-    by_method = method_lines()
-    largest, config = max(by_method, key=lambda name: by_method[name]), {"methods": len(by_method)}
     return [
         *rows,
-        row("methods: median of lines", [float(median(by_method.values()))], "lines", config),
-        row("methods: most lines", [float(by_method[largest])], "lines", config | {"where": largest}),
+        *_method_rows(),
         row("longest file", [float(len(held[longest]))], "lines", {"where": str(longest.relative_to(ROOT))}),
         row("longest function", [float(size)], "lines", {"where": where}),
     ]
+
+
+def _method_rows() -> list[dict[str, Any]]:
+    """Return median and largest number of lines of the methods, without and with their references."""
+    by_method, rows = method_lines(), []
+    for what, lines in (
+        ("", {name: code for name, (code, _) in by_method.items()}),
+        (" with their references", {name: sum(both) for name, both in by_method.items()}),
+    ):
+        config, largest = {"methods": len(lines)}, max(lines, key=lambda name: lines[name])
+        rows += [
+            row(f"methods{what}: median of lines", [float(median(lines.values()))], "lines", config),
+            row(f"methods{what}: most lines", [float(lines[largest])], "lines", config | {"where": largest}),
+        ]
+    return rows
 
 
 def main() -> None:
@@ -187,6 +259,8 @@ def main() -> None:
         for entry in rows
     ]
     print_table("Structure", ["figure", "value", "unit"], [cell[:3] for cell in cells])
+    by_method = [[name, str(code), str(reference)] for name, (code, reference) in method_lines().items()]
+    print_table("Lines of the methods", ["method", "row and files", "reference"], by_method)
     print("\n".join(f"{name}: {where}" for name, _, _, where in cells if where))
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))

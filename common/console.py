@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOG_SECONDS = 10.0
 """Interval of progress lines when stderr is not a terminal."""
 TRUST_CODE = click.option(
-    "--trust-code", is_flag=True, help="Import and run Python code that a store or a run folder names."
+    "--trust-code", is_flag=True, help="Run code that a store, a run folder or an exported: file contains."
 )
 """Option of the commands that build networks or open sources described in a store or a run folder."""
 

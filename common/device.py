@@ -1,12 +1,17 @@
-"""Choice of the device that networks run on."""
+"""Choice of the device that networks run on, and copies to it."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from coursepack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,3 +50,18 @@ def rank_device(name: str) -> torch.device:
             "of its own: give --device cuda and --nproc-per-node equal to the number of GPUs, or --device cpu"
         )
     return torch.device("cuda", index)
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor on a device.
+
+    On the CPU the tensor shares the array's memory. To a GPU the values are copied from pinned memory, on the
+    current stream and without waiting for it.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the CPU in memory that the device can copy from asynchronously."""
+    return values.pin_memory() if device.type == "cuda" else values

@@ -13,6 +13,7 @@ import torch
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.views import GRID, draw, render, render_normalized, render_on_device
 from coursepack.data.views.params import concatenate
+from coursepack.device import to_device
 from coursepack.kernels import MixedLabels, normalize
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Batch:
         mixing = self.params.mixing if self.recipe.mix is not None else None
         if mixing is None:
             return first
-        shares = torch.from_numpy((mixing.shares / GRID).astype(np.float32)).to(self.device)
+        shares = to_device((mixing.shares / GRID).astype(np.float32), self.device)
         return MixedLabels(first, self._labels_of(mixing.partners), shares)
 
     @functools.cached_property
@@ -131,8 +132,14 @@ class Batch:
         return [self._rows(rows) for rows in slices]
 
     def of_student(self, index: int) -> Batch:
-        """Return the rows of one of the students that read rows of their own, the same batch every time."""
-        return self._by_student[index]
+        """Return the rows of one of the students that read rows of their own, the same batch every time.
+
+        It has the pixels that are rendered by now.
+        """
+        part = self._by_student[index]
+        own = slice(index * len(part), (index + 1) * len(part))
+        part.rendered.update({size: pixels[own] for size, pixels in self.rendered.items()})
+        return part
 
     @functools.cached_property
     def _by_student(self) -> list[Batch]:
@@ -149,7 +156,7 @@ class Batch:
         return replace(self, samples=self.samples[rows], views=self.views[rows], rendered=rendered)
 
     def _labels_of(self, samples: Samples) -> Tensor:
-        return torch.from_numpy(self.source.labels[samples]).to(self.device)
+        return to_device(self.source.labels[samples], self.device)
 
     def __len__(self) -> int:
         return len(self.samples)

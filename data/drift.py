@@ -54,7 +54,12 @@ def probe_digests(
 
 def content_digest(source: Source, samples: Samples) -> str:
     """Return the crc32c of the samples' raw content: the bytes of their files, or their pixels in memory."""
-    return f"{google_crc32c.value(source.contents(samples).astype('<u4').tobytes()):08x}"
+    return digest_of(source.contents(samples))
+
+
+def digest_of(contents: NDArray[np.uint32]) -> str:
+    """Return the crc32c of the checksums `(n,)` that `Source.contents` returns."""
+    return f"{google_crc32c.value(contents.astype('<u4').tobytes()):08x}"
 
 
 def changed_content(manifest: Manifest, source: Source, begun: float = math.inf) -> tuple[str, ...]:

@@ -94,18 +94,39 @@ def axis_weights(
 
 
 @njit(cache=True, nogil=True)
-def axis_matrices(
-    spans: np.ndarray, flips: np.ndarray, side: int, beyond_crop: bool, out: np.ndarray
+def axis_taps(
+    spans: np.ndarray, flips: np.ndarray, side: int, beyond_crop: bool, begin: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write the weights of spans `(N, 2)` (start, length) as matrices to `out (N, pixels, side)` float64."""
-    size = out.shape[1]
+    """Write the weights of spans `(N, 2)` (start, length), all of as many taps, for any device.
+
+    Output pixel i of sample n reads pixels `begin[n, i]` to `begin[n, i] + taps`, all of them inside the
+    image, with weights `out[n, i]`.
+
+    Args:
+        spans: starts and lengths of the crops on the grid.
+        flips: whether a sample is flipped, `(N,)`.
+        side: side of the images in pixels.
+        beyond_crop: as for `axis_weights`.
+        begin: `(N, pixels)` int32.
+        out: `(N, pixels, taps)` int16, with at least as many taps as `most_taps` and at most `side`.
+    """
+    size, taps = out.shape[1:]
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
     for n in range(len(spans)):
         weights = axis_weights(spans[n, 0], spans[n, 1], side, size, flips[n], beyond_crop, first, count)
-        out[n] = 0.0
+        out[n] = 0
         for i in range(size):
-            for t in range(count[i]):
-                out[n, i, first[i] + t] = weights[i, t]
+            begin[n, i] = max(0, min(first[i], side - taps))
+            shift = first[i] - begin[n, i]
+            for t in range(min(count[i], taps - shift)):
+                out[n, i, shift + t] = weights[i, t]
+
+
+def most_taps(spans: np.ndarray, side: int, size: int) -> int:
+    """Return the largest number of pixels that an output pixel of any span `(N, 2)` reads."""
+    # Edges are rounded to whole pixels, by at most side / GRID each.
+    widest = (int(spans[:, 1].max(initial=0)) + 2) * side / GRID / size
+    return min(side, 2 * int(np.ceil(max(widest, 1.0))) + 1)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -75,6 +75,7 @@ class Renderer:
             workers if workers is not None else 0 if _is_in_memory(source) else min(cores, MOST_WORKERS)
         )
         self.sizes = tuple(sizes)
+        self._pin = pin
         self._uses_thread = (
             self.workers == 0
             and recipe.pipeline is None
@@ -153,7 +154,9 @@ class Renderer:
 
     def _fill(self, batch: Batch) -> Batch:
         if batch.images is None:  # otherwise the device renders, asynchronously
-            batch.rendered.update(zip(self.sizes, batch.render_all(self.sizes), strict=True))
+            pixels = batch.render_all(self.sizes)
+            pixels = [each.pin_memory() for each in pixels] if self._pin else pixels
+            batch.rendered.update(zip(self.sizes, pixels, strict=True))
         return batch
 
     def close(self) -> None:
@@ -172,8 +175,12 @@ class Renderer:
 
 
 def device_images(source: Source, recipe: ViewRecipe, device: torch.device) -> Tensor | None:
-    """Copy the source's images to a GPU for rendering there; return None if they are rendered on the CPU."""
-    if device.type == "cpu" or source.whole is None or recipe.pipeline is not None:
+    """Copy the source's images to a GPU for rendering there; return None if they are rendered on the CPU.
+
+    Views with ops on rendered pixels are rendered on the CPU, beside the training step: the ops change one
+    image at a time, which takes a GPU more launches than a step has.
+    """
+    if device.type == "cpu" or source.whole is None or recipe.pipeline is not None or recipe.pixel_ops:
         return None
     return torch.from_numpy(source.whole).to(device) if source.whole.nbytes <= MOST_ON_DEVICE else None
 

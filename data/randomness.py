@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     VIEW_ORDER = 12
     NEGATIVES = 13
     MEMBER = 14
+    PERMUTATION = 15
     VIEW = 16
     """Purpose of a view recipe's first op; op number i uses `VIEW + i`."""
 

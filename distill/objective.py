@@ -120,11 +120,16 @@ class Objective(nn.Module):
             group for module in self._modules_with("parameter_groups") for group in module.parameter_groups()
         ]
 
-    def chosen_teacher(self, step: Step) -> int | None:
-        """Return the index of the only teacher that is read for a batch, or None if all are read."""
+    def teachers_read(self, step: Step) -> tuple[int, ...] | None:
+        """Return the indices of the teachers that are read for a batch: one, none, or None for all."""
         if self.fusion_kind.choose is None or not self.needs.fused:
             return None
-        return self.fusion_kind.choose(self.config.fusion, self.context, step)
+        chosen = self.fusion_kind.choose(self.config.fusion, self.context, step)
+        return () if chosen is None else (chosen,)
+
+    def teachers_of_epoch(self, epoch: int) -> tuple[int, ...] | None:
+        """Return the indices of the teachers that an epoch may read, or None for all."""
+        return None if self.fusion_kind.every_batch else self.teachers_read(Step(epoch))
 
     def forward(self, inputs: LossInputs) -> ObjectiveValue:
         """Return the value on one batch, computed with autocast disabled.
@@ -132,19 +137,20 @@ class Objective(nn.Module):
         Args:
             inputs: student outputs, labels, targets of at least the teachers that are read, and step.
         """
-        chosen = self.chosen_teacher(inputs.step)
+        chosen = self.teachers_read(inputs.step)
         targets = inputs.targets
         if targets is not None and chosen is not None:
-            targets = targets.only(chosen)
+            targets = targets.only(chosen[0]) if chosen else None
         fusion = self.fusion if isinstance(self.fusion, nn.Module) else None
         with torch.autocast(inputs.student.logits.device.type, enabled=False):
             inputs = replace(inputs, targets=targets, fusion=fusion)
-            return self._value(replace(inputs, fused=self._fuse(inputs)) if self.needs.fused else inputs)
+            fuses = self.needs.fused and chosen != ()
+            return self._value(replace(inputs, fused=self._fuse(inputs)) if fuses else inputs)
 
     def _value(self, inputs: LossInputs) -> ObjectiveValue:
         means: dict[str, Tensor] = {}
         for key, config in self.term_configs.items():
-            values = self.terms[key](inputs)
+            values = self._values(key, inputs)
             if values is None:
                 continue
             weighted = LOSSES[config.term].applies_weight
@@ -161,14 +167,22 @@ class Objective(nn.Module):
             targets=None if fused is None else inputs.targets,
         )
 
+    def _values(self, key: str, inputs: LossInputs) -> Tensor | None:
+        """Return the values of a term; in a phase without teachers, those of its part that reads none."""
+        module: Any = self.terms[key]
+        config = self.term_configs[key]
+        if inputs.fused is not None or not LOSSES[config.term].needs(config).fused:
+            values: Tensor | None = module(inputs)
+            return values
+        return module.without_teachers(inputs) if hasattr(module, "without_teachers") else None
+
     def _fuse(self, inputs: LossInputs) -> FusedTargets:
         config, teachers = self.config, inputs.teachers
+        temperature = value_at(config.temperature, inputs.step.epoch)
         weights = self.fusion(inputs)
         self._check_finite("a teacher's weight", weights, inputs)
         adjustments = config.adjustments(teachers.indices)
-        own = dynamic_temperatures(
-            config.dynamic_temperature, config.temperature, inputs, weights, adjustments
-        )
+        own = dynamic_temperatures(config.dynamic_temperature, temperature, inputs, weights, adjustments)
         if own is not None:
             self._check_finite("a sample's temperature", own.values, inputs)
         logits = teachers.logits
@@ -180,7 +194,7 @@ class Objective(nn.Module):
             weights,
             adjustments,
             config.smoothing,
-            config.temperature if own is None else own.values,
+            temperature if own is None else own.values,
             own,
             self.fusion_kind.combine,
             config.standardize,

@@ -19,17 +19,26 @@ from coursepack.distill.exchange.base import ExchangeConfig
 from coursepack.distill.exchange.outputs import OutputsConfig
 from coursepack.distill.fusion import FUSIONS
 from coursepack.distill.fusion.base import FusionConfig
-from coursepack.distill.fusion.temperature import DynamicTemperatureConfig, Temperature
+from coursepack.distill.fusion.temperature import DynamicTemperatureConfig
 from coursepack.distill.fusion.weights import FixedConfig
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import Needs, TermConfig
+from coursepack.distill.losses.base import Needs, Step, TermConfig
 from coursepack.distill.losses.label import LabelConfig
 from coursepack.distill.losses.soft_target import Divergence, SoftTargetConfig
-from coursepack.distill.schedule import Schedule, Weight, is_used
+from coursepack.distill.schedule import (
+    Schedule,
+    Temperature,
+    TemperatureSchedule,
+    Weight,
+    is_used,
+    range_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
+
+    from coursepack.distill.losses.base import BuildContext
 
 Adjustment = Literal["none", "shift", "smooth"]
 AnyTerm = Annotated[TermConfig, OneOf("term", {name: loss.config for name, loss in LOSSES.items()})]
@@ -47,8 +56,8 @@ class ObjectiveConfig(Config):
     """Weight of the cross-entropy to the labels, or its schedule over epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy (Szegedy et al. 2016, arXiv 1512.00567)."""
-    temperature: Temperature = 4.0
-    """Temperature of teachers and student; T_0 of a dynamic temperature."""
+    temperature: Temperature | TemperatureSchedule = 4.0
+    """Temperature of teachers and student, or its schedule over epochs; T_0 of a dynamic temperature."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
     """Temperature per sample."""
     standardize: bool = False
@@ -129,6 +138,14 @@ class ObjectiveConfig(Config):
             )
         )
 
+    def logits_read(self, context: BuildContext) -> tuple[int, ...]:
+        """Return the indices of the teachers whose logits are read in any step."""
+        needs, fusion = self.needs(), FUSIONS[self.fusion.name]
+        if needs.fused and fusion.constant and fusion.choose is not None:
+            chosen = fusion.choose(self.fusion, context, Step())
+            return () if chosen is None else (chosen,)
+        return tuple(range(context.teachers)) if needs.logits else ()
+
     def adjustments(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Return the adjustments of the teachers with the given indices."""
         if isinstance(self.adjustment, str):
@@ -179,14 +196,17 @@ class ObjectiveConfig(Config):
                 f"{needs.every_teacher} need every teacher, "
                 f"but fusion {self.fusion.name!r} reads one at a time"
             )
+        self._check_phases()
         dynamic = self.dynamic_temperature
         if dynamic.lowest > dynamic.highest:
             raise ValueError(
                 f"dynamic_temperature.lowest is {dynamic.lowest:g}, above highest ({dynamic.highest:g})"
             )
-        if dynamic.kind != "none" and not dynamic.lowest <= self.temperature <= dynamic.highest:
+        coldest, hottest = range_of(self.temperature)
+        if dynamic.kind != "none" and not dynamic.lowest <= coldest <= hottest <= dynamic.highest:
+            given = f"{coldest:g}" if coldest == hottest else f"from {coldest:g} to {hottest:g}"
             raise ValueError(
-                f"temperature (T_0) is {self.temperature:g}, expected dynamic_temperature.lowest to highest "
+                f"temperature (T_0) is {given}, expected dynamic_temperature.lowest to highest "
                 f"({dynamic.lowest:g} to {dynamic.highest:g}), within which each sample's temperature is kept"
             )
         smooths = needs.fused and "smooth" in (self.adjustment, *self.adjustment)
@@ -196,3 +216,29 @@ class ObjectiveConfig(Config):
                 "another adjustment or divergence"
             )
         return self
+
+    def _check_phases(self) -> None:
+        """Refuse label phases without labels, and terms whose targets a fusion may leave out."""
+        if self.fusion.has_label_phase and self.needs().fused and not is_used(self.hard_weight):
+            raise ValueError(
+                f"fusion {self.fusion.name!r} has a last phase on labels alone, but hard_weight is 0, so "
+                "that nothing would be learned in it: give hard_weight above 0, or fusion.label_epochs=0"
+            )
+        if not FUSIONS[self.fusion.name].abstains:
+            return
+        fused = [
+            key
+            for key, term in self.all_terms().items()
+            if key != SOFT_TARGET and LOSSES[term.term].needs(term).fused
+        ]
+        if fused:
+            raise ValueError(
+                f"terms.{fused[0]} compares the student with the mixture of teachers, but with fusion "
+                f"{self.fusion.name!r} a sample may have no teacher: choose another fusion, or use "
+                "soft_weight instead"
+            )
+        if self.combine == "mixture" and self.divergence != "kl":
+            raise ValueError(
+                f"divergence {self.divergence!r} of the mixture is not zero for a sample without teachers, "
+                f"as fusion {self.fusion.name!r} may leave it: leave combine out, or use divergence 'kl'"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Self
+
+    from coursepack.distill.methods.base import Method
 
 Count = Annotated[int, Field(ge=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -137,6 +140,8 @@ class TrainRecipe(Config):
     """Number of epochs."""
     patience: Count | None = None
     """Stop after this many consecutive evaluations without a new best accuracy."""
+    keep_checkpoints: Count | None = None
+    """Keep the student's weights after every this many epochs, for `run:FOLDER@EPOCH`; defaults to never."""
     evaluate_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Count = 64
@@ -226,6 +231,22 @@ def objective_values(method: str, overrides: Mapping[str, Any], *, classes: int 
     values = METHODS[method].values(classes)
     merge_values(values, overrides)
     return values
+
+
+def changed_method(name: str, overrides: Mapping[str, Any], where: str) -> Method:
+    """Return a method with some fields of its objective replaced.
+
+    Raises:
+        UnknownName: the method does not exist.
+        RecipeError: a field does not exist, or a value is out of range.
+    """
+    if name not in METHODS:
+        raise UnknownName("method", name, METHODS)
+    method = METHODS[name]
+    values = method.objective.model_dump()
+    merge_values(values, overrides)
+    per_class = tuple(field for field in method.per_class if field not in overrides)
+    return replace(method, objective=parse_config(ObjectiveConfig, values, where), per_class=per_class)
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Schedules of loss weights over epochs: warm-up, ramp, cosine or step."""
+"""Schedules of loss weights and temperatures over epochs: warm-up, ramp, cosine or step."""
 
 from __future__ import annotations
 
@@ -44,9 +44,28 @@ Weight = NotNegative | Schedule
 """Nonnegative factor, or its schedule over epochs."""
 
 
-def value_at(weight: float | Schedule, epoch: int) -> float:
-    """Return the value of a weight in an epoch."""
-    return weight.at(epoch) if isinstance(weight, Schedule) else weight
+Temperature = Annotated[float, Field(gt=0, le=100)]
+"""Temperature T, by which logits are divided."""
+
+
+class TemperatureSchedule(Schedule):
+    """Schedule of a temperature, which usually falls: `{shape: warmup, start: 4, end: 1, epochs: 30}`."""
+
+    start: Temperature
+    """Temperature in epoch 0."""
+    end: Temperature = 1.0
+    """Temperature from epoch `epochs` on."""
+
+
+def value_at(value: float | Schedule, epoch: int) -> float:
+    """Return the value of a weight or a temperature in an epoch."""
+    return value.at(epoch) if isinstance(value, Schedule) else value
+
+
+def range_of(value: float | Schedule) -> tuple[float, float]:
+    """Return the smallest and the largest value over all epochs."""
+    ends = (value.start, value.end) if isinstance(value, Schedule) else (value, value)
+    return min(ends), max(ends)
 
 
 def is_used(weight: float | Schedule) -> bool:

@@ -10,11 +10,9 @@ benchmarks, to `rows.json` in that folder or to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +24,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from _harness import exact, row, write_rows
+from _harness import exact, machine, row, write_rows
+from epoch import measure
 
 from coursepack.console import print_table
 from coursepack.distill.cli import main as distill
@@ -54,13 +53,13 @@ def main() -> None:
     for path in (out / "teachers", out / "runs", *(out / f"{teacher}.zarr" for teacher in TEACHERS)):
         shutil.rmtree(path, ignore_errors=True)
     started = time.perf_counter()
-    views, seeds, epochs = (2, 2, 3) if quick else (8, 6, 60)
+    views, seeds, epochs = (2, 2, 2) if quick else (8, 6, 60)
 
     stores = []
     for teacher in TEACHERS:
         command(
             distill, "train", "--student", f"digits-{teacher}", "--source", "digits", "--view", "digits",
-            "--epochs", "2" if quick else "25", "--overwrite", "--out", out / "teachers" / teacher,
+            "--epochs", "1" if quick else "25", "--overwrite", "--out", out / "teachers" / teacher,
         )  # fmt: skip
     for teacher in TEACHERS:
         stores.append(out / f"{teacher}.zarr")
@@ -83,28 +82,10 @@ def main() -> None:
                 command(distill, "train", *shared, *teachers, "--lr", rate, "--seed", seed, "--out", runs[-1])
 
     groups = compare([load_run(run) for run in runs])
-    rows_file = chosen.json or out / "rows.json"
-    benchmark = Path(__file__).parents[1] / "benchmarks" / "epoch.py"
-    flags = ["--quick"] if quick else []
-    stores_flag = ["--stores", *map(str, stores)]
-    subprocess.run(
-        [
-            sys.executable,
-            str(benchmark),
-            *flags,
-            *stores_flag,
-            "--limit",
-            str(SAMPLES),
-            "--json",
-            str(rows_file),
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    write_accuracy(rows_file, out, seeds)
+    timed = measure(stores, SAMPLES, 1 if quick else 40)
+    write_rows(chosen.json or out / "rows.json", machine(), accuracy_rows(out, seeds) + timed)
     print_accuracy(groups)
-    print_time(rows_file, students=len(runs) // 2, epochs=epochs)
+    print_time(timed, students=len(runs) // 2, epochs=epochs)
     plot(groups, out / "demo.png")
     click.echo(f"Plot: {out / 'demo.png'}. Whole demo: {time.perf_counter() - started:.0f} s.")
 
@@ -115,8 +96,8 @@ def command(entry: click.Group, *words: object) -> None:
     entry(arguments, standalone_mode=False)
 
 
-def write_accuracy(path: Path, out: Path, seeds: int) -> None:
-    """Insert the accuracies of teachers and students before the rows with times."""
+def accuracy_rows(out: Path, seeds: int) -> list[dict[str, object]]:
+    """Return the accuracies of teachers and students."""
 
     def percent(run: Path) -> float:
         return 100 * load_run(run).metrics[-1]["evaluation"]["accuracy"]
@@ -134,8 +115,7 @@ def write_accuracy(path: Path, out: Path, seeds: int) -> None:
         ]
         better = sum(b > a for a, b in zip(alone, distilled, strict=True))
         rows.append(exact(f"seeds better from stores, lr {rate}", better, "seeds", config) | {"n": seeds})
-    timed = json.loads(path.read_text())
-    write_rows(path, timed["machine"], rows + timed["rows"])
+    return rows
 
 
 def mean_row(identifier: str, values: list[float], config: dict[str, object]) -> dict[str, object]:
@@ -153,8 +133,8 @@ def print_accuracy(groups: list[Group]) -> None:
     print_table(title, header, rows)
 
 
-def print_time(path: Path, students: int, epochs: int) -> None:
-    rows = {entry["id"]: entry for entry in json.loads(path.read_text())["rows"]}
+def print_time(timed: list[dict[str, object]], students: int, epochs: int) -> None:
+    rows = {entry["id"]: entry for entry in timed}
 
     def cell(name: str) -> str:
         return f"{rows[name]['value']:.1f} ms"

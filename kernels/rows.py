@@ -215,7 +215,10 @@ class TopKRows:
             return top + (tail[:, 0] - limit).clamp_(max=0)
         temperature = temperature.to(torch.float32)
         # Knots in 1/T, from the limit at 0; beyond T = 1 the last segment goes on.
-        knots = torch.tensor([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], device=tail.device)
+        # Filled one by one: a copy from the host would wait for the device.
+        knots = torch.cat(
+            [tail.new_full((1,), knot) for knot in (0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES)))]
+        )
         masses = torch.cat([torch.full_like(tail[:, :1], limit), tail.flip(1)], dim=1)
         inverse = 1 / temperature
         segment = torch.bucketize(inverse, knots[1:-1])[:, None]

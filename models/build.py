@@ -14,7 +14,7 @@ import torch
 
 from coursepack.config import parse_config
 from coursepack.errors import RecipeError, UnknownName
-from coursepack.models.hubs import HUBS, HubNetwork, find_hub
+from coursepack.models.hubs import HUBS, HubNetwork, find_hub, has_weights
 from coursepack.models.logits import check_logits
 from coursepack.models.networks import NETWORKS as NETWORKS
 from coursepack.models.preprocessing import Preprocessing
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from coursepack.models.record import Record
+
 NETWORK_FILE = "network.yaml"
 WEIGHTS_FILE = "student.safetensors"
 RUN = "run"
-"""Prefix of the specs of networks in run folders: `run:FOLDER`."""
+"""Prefix of the specs of networks in run folders: `run:FOLDER` and `run:FOLDER@EPOCH`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,17 @@ class Network:
     classes: int
     """Number of classes C that it outputs."""
     weights_file: str | None = None
-    """File or name that its weights were loaded from; None for fresh weights."""
+    """File, name or spec that its weights were loaded from; None for fresh weights."""
+    class_names: tuple[str, ...] | None = None
+    """Names of its classes, if its hub records them."""
+    columns: tuple[int, ...] | None = None
+    """Index of its class for each class of the source, found by name; None if they are the same."""
+    settings: str | None = None
+    """Fingerprint of the configuration that determines outputs beside `spec` and weights, if there is one."""
+    library: str | None = None
+    """Name and version of the library that runs it, if its hub depends on one."""
+    record: Record | None = None
+    """Accuracy that its run recorded, if it comes from a run folder."""
 
     def describe(self) -> dict[str, Any]:
         """Return the architecture as plain values, from which `run:FOLDER` builds it again."""
@@ -105,6 +117,8 @@ def build_fresh(spec: str, classes: int, size: int | None) -> HubNetwork:
     if hub is None:
         forms = [known.form for known in HUBS.values()]
         raise UnknownName("network", spec, [*NETWORKS, *forms, f"{RUN}:FOLDER"])
+    if hub.build is None or has_weights(spec):
+        raise RecipeError(f"network {spec!r} is already trained, expected a network to train")
     try:
         return hub.build(name, classes, size)
     except AssertionError as error:  # raised by vision transformers for a size that their patches do not tile
@@ -121,23 +135,40 @@ def finish_network(
     std: Sequence[float] | None,
 ) -> Network:
     """Complete a built network with its preprocessing, and check its output if its hub requires that."""
-    preprocessing = _preprocessing(spec, built.preprocessing, size, mean, std)
+    preprocessing = _preprocessing(spec, built, size, mean, std)
     hub, _ = find_hub(spec)
     if hub is not None and hub.check_output:
         check_logits(spec, built.module, preprocessing, built.classes)
-    return Network(spec, built.module, preprocessing, built.classes)
+    return Network(
+        built.spec or spec,
+        built.module,
+        preprocessing,
+        built.classes,
+        built.origin,
+        class_names=built.class_names,
+        settings=built.settings,
+        library=built.library,
+    )
 
 
 def _preprocessing(
     spec: str,
-    default: Preprocessing | None,
+    built: HubNetwork,
     size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Preprocessing:
-    if default is not None:
-        return default.changed(size, mean, std)
+    if built.preprocessing is not None:
+        return built.preprocessing.changed(size, mean, std)
+    size = built.size if size is None else size
     if size is None or mean is None or std is None:
+        if has_weights(spec):
+            missing = {"--size": size, "--mean": mean, "--std": std}
+            names = ", ".join(name for name, value in missing.items() if value is None)
+            raise RecipeError(
+                f"network {spec!r} does not define the pixels it expects: give {names} "
+                "(mean and standard deviation per channel, of values in [0, 1])"
+            )
         raise RecipeError(
             f"network {spec!r} does not define the pixels it expects: set an attribute of the module that "
             'the factory returns, preprocessing = {"size": 32, "mean": [0.5, 0.5, 0.5], '

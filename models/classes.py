@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.config import read_yaml
+from coursepack.config import read_yaml, write_yaml
+from coursepack.console import printable, say
 from coursepack.errors import RecipeError
+from coursepack.files import write_whole
+from coursepack.models.class_names import match_names, nearest_names
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
-def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
+def load_columns(
+    path: Path,
+    class_names: tuple[str, ...],
+    trained_on: Callable[[], tuple[str, ...] | None] | None = None,
+) -> tuple[int, ...]:
     """Read a class map: the teacher's class index for each class of a source, in the source's order.
 
+    If there is no such file and the names of the teacher's classes are known, the file is written with the
+    classes that are found by name (`match_names`).
+
     Args:
-        path: YAML file with a list of the teacher's class indices in the order of the source's classes, or a
-            mapping from the source's class names to the teacher's class indices.
+        path: YAML file with a list of the teacher's classes, by index or name, in the order of the source's
+            classes, or a mapping from the source's class names to the teacher's classes.
         class_names: names of the source's classes.
+        trained_on: returns the names of the teacher's classes, or None if they are unknown.
 
     Raises:
-        RecipeError: a class is missing, unknown or mapped twice, or a value is not a class index.
+        RecipeError: a class is missing, unknown or mapped twice, or a value is not a class; or the file was
+            written and is to be completed.
     """
+    if trained_on is not None and not path.exists() and (names := trained_on()) is not None:
+        return _write_map(path, class_names, names)
     values = read_yaml(path)
     if isinstance(values, dict):
         values = {str(name): column for name, column in values.items()}
@@ -36,6 +51,9 @@ def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) != len(class_names):
         got = f"{len(values)} entries" if isinstance(values, list) else f"a {type(values).__name__}"
         raise RecipeError(f"class map {str(path)!r} holds {got}, expected {len(class_names)} class ids")
+    if any(isinstance(value, str) for value in values):
+        names = None if trained_on is None else trained_on()
+        values = [_index_of(value, names, path) for value in values]
     for name, column in zip(class_names, values, strict=True):
         if isinstance(column, bool) or not isinstance(column, int) or column < 0:
             raise RecipeError(
@@ -44,3 +62,46 @@ def load_columns(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
     if len(set(values)) < len(values):
         raise RecipeError(f"class map {str(path)!r} gives one of the teacher's classes to two classes")
     return tuple(values)
+
+
+def _index_of(value: object, names: tuple[str, ...] | None, path: Path) -> object:
+    """Return the index of a class that a class map gives by name; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if names is None:
+        raise RecipeError(
+            f"class map {str(path)!r} gives the name {value!r:.80}, but the names of the teacher's classes "
+            "are not known: give its index"
+        )
+    if names.count(value) != 1:
+        near = ", ".join(map(repr, nearest_names(value, names))) or "none"
+        raise RecipeError(
+            f"class map {str(path)!r} gives the name {value!r:.80}, which {names.count(value)} of the "
+            f"teacher's {len(names)} classes have. Nearest names: {near}. Give a name or an index"
+        )
+    return names.index(value)
+
+
+def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]) -> tuple[int, ...]:
+    """Write a class map of the classes that are found by name, and return it if these are all.
+
+    Raises:
+        RecipeError: classes of the source are not found.
+    """
+    columns = match_names(class_names, trained_on)
+    lines = ["# Class of the teacher for each class of the source: its index, or its name."]
+    for name, column in zip(class_names, columns, strict=True):
+        near = [f"{trained_on.index(other)} {other}" for other in nearest_names(name, trained_on)]
+        note = trained_on[column] if column is not None else "nearest: " + ("; ".join(near) or "none")
+        lines.append(f"{write_yaml({name: column}).strip()}  # {printable(note).replace(chr(10), ' ')}")
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+    missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
+    found = f"{len(class_names) - len(missing)} of the source's {len(class_names)} classes"
+    if missing:
+        raise RecipeError(
+            f"there was no class map {str(path)!r}; it was written with {found}, which are found by name "
+            f"among the teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}) and run the command again"
+        )
+    say(f"{path}: written with the teacher's classes for {found}, found by name")
+    return tuple(column for column in columns if column is not None)

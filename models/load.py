@@ -1,6 +1,7 @@
 """Trained networks: weights from files, run folders and hubs, checked against the classes of a source.
 
-A run folder (`run:FOLDER`) is written by `distill train` and holds a network's description and its weights.
+A run folder (`run:FOLDER`) is written by `distill train` and holds a network's description and its weights,
+and those of earlier epochs that were kept (`run:FOLDER@EPOCH`).
 Nothing is unpickled.
 """
 
@@ -19,15 +20,18 @@ from coursepack.imports import check_trusted
 from coursepack.models.build import (
     NETWORK_FILE,
     RUN,
-    WEIGHTS_FILE,
     Network,
     build_network,
     finish_network,
     seeded,
 )
-from coursepack.models.hubs import find_hub
+from coursepack.models.class_names import columns_by_name
+from coursepack.models.hubs import find_hub, has_weights, trained_loader
 from coursepack.models.networks import NETWORKS
 from coursepack.models.preprocessing import Preprocessing
+from coursepack.models.published import from_published
+from coursepack.models.record import read_record
+from coursepack.models.run_specs import RunSpec, parse_run_spec
 from coursepack.models.weights import (
     SUFFIXES,
     class_count,
@@ -68,35 +72,41 @@ def load_teacher(
     """Load a trained network and check it against the classes of a source.
 
     Args:
-        spec: `run:FOLDER`, or a network's spec together with `weights`.
+        spec: `run:FOLDER` or `run:FOLDER@EPOCH`, a trained network of a hub such as `hf:FOLDER`, or a
+            network's spec together with `weights`.
         class_names: names of the source's classes.
         weights: a .safetensors, .pt or .pth file, or a name that the network's hub knows: `IMAGENET1K_V2` for
             torchvision, `own` for a factory that returns a trained network.
         size: side in pixels at which views are rendered. Defaults to the network's own.
         mean: means as in `build_network`. Default to the network's own.
         std: standard deviations as in `build_network`. Default to the network's own.
-        columns: index of the teacher's class for each class of the source. Defaults to the same classes in
-            the same order.
-        trust_code: build the network of a run folder even if its files name Python code.
+        columns: index of the teacher's class for each class of the source. Defaults to the same classes; if
+            the teacher's class names are known and in another order, `Network.columns` has that order.
+        trust_code: build the network of a run folder even if its files name Python code, or read a file that
+            may run code.
 
     Raises:
-        UntrustedCode: the run folder names Python code, and `trust_code` is false.
+        UntrustedCode: the run folder names Python code or the file may run code, and `trust_code` is false.
         TeacherMismatch: the teacher has another number of classes, `columns` names a class that it does not
             have, or the weights do not fit the network.
         RecipeError: no weights are given, or they are neither a file nor known by name.
-        RunError: the run folder is missing or unfinished.
+        RunError: the run folder is missing or unfinished, or did not keep the epoch.
     """
     classes = len(class_names)
     if spec.startswith(f"{RUN}:"):
         if weights is not None:
             raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
-        network = _load_run(_run_folder(spec), trust_code=trust_code)
+        network = _load_run(parse_run_spec(spec), trust_code=trust_code)
+    elif (load := trained_loader(spec)) is not None:
+        if weights is not None:
+            raise RecipeError(f"teacher {spec!r} brings its own weights: leave --weights out")
+        network = finish_network(spec, load(size, trust_code), size, mean, std)
     elif weights is None:
         raise RecipeError(f"teacher {spec!r} has no weights: give --weights {_weights_help(spec)}")
     elif Path(weights).suffix in SUFFIXES:
         state = read_weights(Path(weights))
         network = build_network(spec, classes, size=size, mean=mean, std=std)
-        state = without_prefix(state, network.module, weights)
+        state = from_published(without_prefix(state, network.module, weights), network.module, weights)
         if columns is not None:
             trained_on = class_count(network.module, classes, state)
             network = build_network(spec, trained_on, size=size, mean=mean, std=std)
@@ -106,7 +116,9 @@ def load_teacher(
         with seeded(0):
             built = _load_named(spec, weights, classes)
             network = replace(finish_network(spec, built, size, mean, std), weights_file=weights)
-    _check_classes(spec, network.classes, class_names, columns)
+    if columns is None and network.class_names is not None:
+        network = replace(network, columns=columns_by_name(spec, network.class_names, class_names))
+    _check_classes(spec, network.classes, class_names, columns or network.columns)
     return replace(network, preprocessing=network.preprocessing.changed(size, mean, std))
 
 
@@ -155,7 +167,7 @@ def reload_teacher(
     Args:
         identity: `identity["teacher"]` of the manifest.
         class_names: names of the source's classes.
-        weights: file or name of the teacher's weights.
+        weights: file or name of the teacher's weights, or the spec of a trained network.
         holder: name of the store for error messages: `store 'cnn.zarr'`.
         trust_code: build the network even if the manifest names Python code for it.
 
@@ -165,8 +177,15 @@ def reload_teacher(
         CoursepackError: any other error of `load_teacher`.
     """
     stored = parse_config(Preprocessing, identity["preprocessing"], f"the preprocessing in {holder}")
+    spec = check_trusted(identity["network"], holder, trust_code=trust_code)
+    if has_weights(weights):
+        spec, weights = str(weights), None
+    elif has_weights(spec):
+        raise RecipeError(
+            f"{holder} does not record where its teacher {spec!r} is: give it as --weights {_form(spec)}"
+        )
     network = load_teacher(
-        check_trusted(identity["network"], holder, trust_code=trust_code),
+        spec,
         class_names,
         weights=weights,
         size=stored.size,
@@ -175,12 +194,28 @@ def reload_teacher(
         columns=identity.get("columns"),
         trust_code=trust_code,
     )
-    if weights_fingerprint(network.module) != identity["weights"]:
+    found = (weights_fingerprint(network.module), network.settings)
+    if found != (identity["weights"], identity.get("settings")):
         raise TeacherMismatch(
-            f"the weights in {weights!r} are not the ones that wrote the store: "
+            f"the weights in {weights or spec!r} are not the ones that wrote the store: "
             "give the old weights, or write the store again"
         )
     return network
+
+
+def _form(spec: str) -> str:
+    hub, _ = find_hub(spec)
+    return spec if hub is None else hub.form
+
+
+def teacher_class_names(spec: str, weights: str | None) -> tuple[str, ...] | None:
+    """Return the names of a teacher's classes, or None if neither its spec nor its weights record them.
+
+    Raises:
+        CoursepackError: the hub refuses the network.
+    """
+    hub, name = find_hub(spec)
+    return None if hub is None or hub.class_names is None else hub.class_names(name, weights)
 
 
 def own_preprocessing(spec: str) -> Preprocessing | None:
@@ -190,18 +225,15 @@ def own_preprocessing(spec: str) -> Preprocessing | None:
         RunError, RecipeError: `spec` is `run:FOLDER`, and there is no finished run.
     """
     if spec.startswith(f"{RUN}:"):
-        return _description(_run_folder(spec)).preprocessing
+        return _description(parse_run_spec(spec)).preprocessing
     return NETWORKS[spec].preprocessing if spec in NETWORKS else None
 
 
-def _run_folder(spec: str) -> Path:
-    return Path(spec.removeprefix(f"{RUN}:"))
-
-
-def _description(folder: Path) -> _Description:
+def _description(run: RunSpec) -> _Description:
+    folder = run.folder
     if not folder.is_dir():
         raise RunError(f"there is no run at {str(folder)!r}. Make one with `distill train --out {folder}`.")
-    if not (folder / NETWORK_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / NETWORK_FILE).is_file() or not run.weights.is_file():
         raise RunError(f"run {str(folder)!r} has no trained weights: it is unfinished or not a run")
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
 
@@ -211,12 +243,12 @@ def _build_described(description: _Description) -> Network:
     return build_network(description.spec, description.classes, size=size, mean=mean, std=std)
 
 
-def _check_size(description: _Description, state: Mapping[str, Tensor], folder: Path) -> None:
+def _check_size(description: _Description, state: Mapping[str, Tensor], weights: Path, folder: Path) -> None:
     """Check a described network against its weights before it takes memory."""
     if not any(description.classes in value.shape for value in state.values()):
         raise TeacherMismatch(
             f"{str(folder / NETWORK_FILE)!r} describes {description.classes} classes, but no tensor of "
-            f"{WEIGHTS_FILE} has a side of that length"
+            f"{weights.name} has a side of that length"
         )
     try:
         with torch.device("meta"):
@@ -225,15 +257,14 @@ def _check_size(description: _Description, state: Mapping[str, Tensor], folder: 
         raise
     except Exception:  # the constructor computes with the values of its own tensors
         return
-    where = str(folder / WEIGHTS_FILE)
-    fitting_weights(description.spec, sketch.module, description.classes, state, where)
+    fitting_weights(description.spec, sketch.module, description.classes, state, str(weights))
 
 
-def _load_run(folder: Path, *, trust_code: bool) -> Network:
-    description, weights = _description(folder), folder / WEIGHTS_FILE
-    check_trusted(description.spec, f"run {str(folder)!r}", trust_code=trust_code)
+def _load_run(run: RunSpec, *, trust_code: bool) -> Network:
+    description, weights = _description(run), run.weights
+    check_trusted(description.spec, f"run {str(run.folder)!r}", trust_code=trust_code)
     state = read_weights(weights)
-    _check_size(description, state, folder)
+    _check_size(description, state, weights, run.folder)
     network = _build_described(description)
     load_weights(description.spec, network.module, description.classes, state, str(weights))
-    return replace(network, weights_file=str(weights.resolve()))
+    return replace(network, weights_file=str(weights.resolve()), record=read_record(run.folder))

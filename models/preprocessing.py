@@ -75,7 +75,7 @@ class Preprocessing(Config):
         levels = self.levels(pixels.shape[3])
         if levels is None:
             images = pixels.permute(0, 3, 1, 2).float().div_(255)
-            gray = (images * images.new_tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
+            gray = (images * _luminance(pixels.device)).sum(1, keepdim=True)
             return ((gray - self.mean[0]) / self.std[0]).contiguous()
         channel, _ = levels
         return normalize(pixels, channel, _device_table(self.mean, self.std, pixels.device))
@@ -107,3 +107,9 @@ def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
 def _device_table(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Return `_table` on a device, so that it is copied there once and not for every batch."""
     return _table(mean, std).to(device)
+
+
+@functools.lru_cache
+def _luminance(device: torch.device) -> Tensor:
+    """Return the weight of each color `(3, 1, 1)` on a device."""
+    return torch.tensor(LUMINANCE, device=device)[:, None, None]

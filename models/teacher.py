@@ -12,6 +12,7 @@ from torch import nn
 
 from coursepack.errors import NonFiniteOutput, OutOfMemory, TeacherMismatch
 from coursepack.models.logits import logits_problem
+from coursepack.models.opaque import check_opaque
 from coursepack.models.precision import PRECISIONS, check_precision, computing_in, has_precision
 from coursepack.models.taps import tap_margins, tapped
 
@@ -65,8 +66,8 @@ class TeacherRunner:
             network: the teacher.
             taps: features to return besides the logits.
             device: defaults to the CPU.
-            columns: index of the teacher's class for each class of the source. Defaults to the same classes
-                in the same order.
+            columns: index of the teacher's class for each class of the source. Defaults to
+                `network.columns`; None there means the same classes in the same order.
             precision: a name of `PRECISIONS`. `float32` is IEEE float32, whatever torch's settings are.
             channels_last: keep images and weights in channels-last memory format.
             compiled: run the network through `torch.compile`, for batches of one size.
@@ -74,12 +75,15 @@ class TeacherRunner:
         Raises:
             UnknownName: a tap names a layer that the network does not have, or there is no such precision.
             TeacherMismatch: a `margin` tap names a layer that is not a batch normalization.
-            RecipeError: the device does not have the precision.
+            RecipeError: the device does not have the precision, or another library runs the network, whose
+                layers and precision cannot be chosen.
         """
+        check_opaque(network, taps, precision, compiled)
         self.network = network
         self.taps = tuple(taps)
         self.device = device or torch.device("cpu")
         check_precision(precision, self.device)
+        columns = network.columns if columns is None else columns
         self.columns = None if columns is None else tuple(columns)
         self.precision = precision
         self.memory_layout = "channels_last" if channels_last else "contiguous"

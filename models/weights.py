@@ -30,7 +30,13 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """Return the sha256 over the names, shapes, dtypes and values of all parameters and buffers."""
+    """Return the sha256 over the names, shapes, dtypes and values of all parameters and buffers.
+
+    For a network that another library runs from a file, it is the sha256 of its files.
+    """
+    of_files = getattr(module, "files_fingerprint", None)
+    if isinstance(of_files, str):
+        return of_files
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -93,7 +99,7 @@ def _reason(error: Exception) -> str:
     return (
         f"it holds {kind[:100]}, expected only tensors. Reading anything else could run code from the file, "
         "which is never done here. If you trust the file, load the model yourself and save its weights: "
-        "torch.save(model.state_dict(), 'weights.pt')"
+        "torch.save(model.state_dict(), 'weights.pt'), or export it to ONNX: --teacher onnx:FILE"
     )
 
 

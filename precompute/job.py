@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import progress
 from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
 from coursepack.data.loading import Renderer
 from coursepack.data.sources import FirstSamples
@@ -18,8 +17,10 @@ from coursepack.data.store.owners import Part
 from coursepack.data.views import view_fingerprint
 from coursepack.errors import RecipeError
 from coursepack.models.build import weights_fingerprint
+from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors import LocalExecutor
 from coursepack.precompute.numerics import NumericsGuard, environment_of
+from coursepack.precompute.ranks import progress_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +90,7 @@ class Job:
                     "weights": weights_fingerprint(network.module),
                     "preprocessing": network.preprocessing.model_dump(mode="json"),
                     "columns": self.runner.columns,
+                    **({} if network.settings is None else {"settings": network.settings}),
                 },
                 "view": {
                     "recipe": self.recipe.model_dump(mode="json"),
@@ -100,6 +102,7 @@ class Job:
             origin={
                 "weights_file": network.weights_file,
                 "root": None if self.root is None else str(self.root.expanduser().absolute()),
+                "library": network.library,
             },
             labels=self.source.labels,
             class_names=self.source.class_names,
@@ -134,6 +137,7 @@ def run_job(
     quiet: bool = False,
     same_numerics: bool = False,
     executor: Executor | None = None,
+    all_ranks: bool = False,
 ) -> Manifest:
     """Write the missing blocks of a part of the store, and commit every view that is complete.
 
@@ -144,6 +148,7 @@ def run_job(
         quiet: show no progress.
         same_numerics: raise an error, instead of a warning, if the store has rows with other numerics.
         executor: executor that computes the blocks. Defaults to `LocalExecutor`.
+        all_ranks: show the progress of all parts, and wait at the end for the others that are being written.
 
     Returns:
         The manifest at the end of the run.
@@ -157,17 +162,18 @@ def run_job(
     writer = StoreWriter(job.store, job.plan(), job.part)
     guard = NumericsGuard(job.store, job.environment(), same_numerics)
     seen = guard.check(writer.planned())
+    accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
         writer.commit()
-        title = f"precompute {writer.location.name}"
-        shown = progress(title, writer.owned_rows(), "images", done=writer.done_rows())
-        with nullcontext() if quiet else shown as meter:
+        with progress_of([writer], quiet=quiet, all_ranks=all_ranks) as meter:
             groups = _groups(writer, block_order, job.views_per_load)
             with closing((executor or LocalExecutor()).run(job, writer, groups, meter)) as finished:
                 for blocks in finished:
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()
+                        accuracy.check(writer.manifest)
         writer.commit()
+        accuracy.check(writer.manifest)
         # Other processes may have written blocks in the meantime.
         guard.check(writer.manifest, seen=seen)
         return writer.manifest

@@ -1,37 +1,38 @@
 """Pipeline of stage one: rendering, forward passes, copies and writing of different batches overlap.
 
-    render (thread or worker processes) -> forward pass (thread) -> encode and write (caller's thread)
+    render (thread, and worker processes) -> forward pass (thread) -> encode and write (caller's thread)
 
 The caller's thread alone writes to the stores, block after block, so their files appear in the same order and
-the same errors leave the same blocks behind as without a pipeline. Outputs that wait to be written take at
-most `WAITING_BYTES`, or `LEAST_WAITING` batches, whatever the number of samples, views and arrays. Several
+the same errors leave the same blocks behind as without a pipeline. The other threads begin the next block
+while one is written and while its view is committed. Outputs that wait to be written take at most
+`WAITING_BYTES`, or `LEAST_WAITING` batches, whatever the number of samples, views and arrays. Several
 teachers of the same views share what is rendered.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from coursepack.data import batches
-from coursepack.data.drift import content_digest, probe_digests, probe_samples
+from coursepack.data.drift import digest_of, probe_digests, probe_samples
 from coursepack.data.views import draw
 from coursepack.models.teacher import advice_for, check_finite_rows
-from coursepack.precompute.precision import precision_error
+from coursepack.precompute.ahead import Ahead
+from coursepack.precompute.precision import first_rows, measures_precision, precision_error
 from coursepack.precompute.transfer import transfer_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from concurrent.futures import Future
 
-    import numpy as np
+    from numpy.typing import NDArray
 
     from coursepack.data import Batch
     from coursepack.data.loading import Renderer
@@ -43,6 +44,10 @@ LEAST_WAITING, MOST_WAITING = 3, 64
 """Limits of the number of batches whose outputs exist at a time: running, waiting and being written."""
 WAITING_BYTES = 64 << 20
 """Bytes of outputs that may wait between those limits, so that slow writes do not stop the teacher."""
+CONTENTS = 1024
+"""Number of samples whose content is read at a time, so that a stop does not wait for a whole block."""
+RENDERED = 4
+"""Maximum number of batches that the renderer has handed over and the teacher has not finished."""
 
 
 class Task(NamedTuple):
@@ -53,13 +58,19 @@ class Task(NamedTuple):
     block: Block
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """Blocks of the same samples, under one or more views and of one or more jobs, computed together."""
 
     tasks: list[Task]
-    records: Future[list[dict[str, Any]]]
-    """Record of the done-object of each task's block."""
+    begun: Future[list[dict[str, Any]]]
+    """Record of each task's block, as `block_record` returns it."""
+    contents: list[Future[NDArray[np.uint32]]] = field(default_factory=list)
+    """Checksums of the source's content, in parts, if one of the views is view 0."""
+    first: Batch | None = None
+    """Rendered first rows of the source, if the error of a precision has to be measured."""
+    errors: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Result of `precision_error` by index of the task."""
 
     @property
     def rows(self) -> int:
@@ -70,6 +81,18 @@ class Group:
     def views(self) -> list[int]:
         """Views of all tasks, in ascending order."""
         return sorted({task.block.view for task in self.tasks})
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the record of the done-object of each task's block, after all its batches were computed."""
+        records = [dict(record) for record in self.begun.result()]
+        if self.contents:
+            content = digest_of(np.concatenate([part.result() for part in self.contents]))
+        for index, (record, task) in enumerate(zip(records, self.tasks, strict=True)):
+            if task.block.view == 0:
+                record["content"] = content
+            if index in self.errors:
+                record["precision"] = self.errors[index]
+        return records
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,8 @@ def teacher_outputs(
     """Yield the outputs of the jobs' teachers for each batch, in order, computed ahead of the caller.
 
     Every forward pass has images of one block only, so its outputs have the same bits whatever is computed
-    together.
+    together. Until the generator is closed, torch uses one thread in the caller's thread if a teacher runs on
+    the CPU.
 
     Args:
         jobs: jobs of one source, view recipe and batch size.
@@ -101,22 +125,47 @@ def teacher_outputs(
         NonFiniteOutput: an output is NaN or infinite.
         CoursepackError: a view cannot be rendered, or a teacher cannot be run on it.
     """
-    forward = _ForwardThread(jobs, renderer, groups)
-    forward.start()
+    rendered = Ahead("views", _rendered(jobs, renderer, groups), RENDERED)
+    forward = Ahead("forward", _forward(jobs, rendered), LEAST_WAITING)
+    row_bytes: dict[int, int] = {}
+    with _cores_for_teachers(jobs), rendered, forward:
+        try:
+            for result in forward:
+                task, pending = result.group.tasks[result.index], result.pending
+                if task.job not in row_bytes:
+                    row_bytes[task.job] = pending.row_bytes
+                    if len(row_bytes) == len(jobs):
+                        forward.allow(_waiting(max(row_bytes.values()) * jobs[0].batch_size) - LEAST_WAITING)
+                outputs, finite = pending.fetch()
+                runner = jobs[task.job].runner
+                advice = advice_for(runner.precision, runner.device)
+                check_finite_rows(finite, result.batch.samples.tolist(), runner.network.spec, advice)
+                arrays = {name: value.numpy() for name, value in outputs.items()}
+                yield Outputs(result.group, result.index, result.batch, arrays)
+                pending.release()
+        finally:
+            rendered.stop()
+
+
+def _waiting(batch_bytes: int) -> int:
+    """Return the number of batches whose outputs may exist at a time."""
+    return min(max(WAITING_BYTES // batch_bytes, LEAST_WAITING), MOST_WAITING)
+
+
+@contextmanager
+def _cores_for_teachers(jobs: Sequence[Job]) -> Iterator[None]:
+    """Limit torch to one thread in this thread while teachers run on the CPU in another.
+
+    Two sets of OpenMP threads on the same cores wait for each other actively, which costs more than a second
+    thread gains.
+    """
+    threads = torch.get_num_threads()
+    if any(job.runner.device.type == "cpu" for job in jobs):
+        torch.set_num_threads(1)
     try:
-        while (result := forward.results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            outputs, finite = result.pending.fetch()
-            runner = jobs[result.group.tasks[result.index].job].runner
-            advice = advice_for(runner.precision, runner.device)
-            check_finite_rows(finite, result.batch.samples.tolist(), runner.network.spec, advice)
-            arrays = {name: value.numpy() for name, value in outputs.items()}
-            yield Outputs(result.group, result.index, result.batch, arrays)
-            result.pending.release()
-            forward.free.release()
+        yield
     finally:
-        forward.stop()
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -127,109 +176,75 @@ class _Result:
     pending: Pending
 
 
-class _ForwardThread(threading.Thread):
-    """Thread that runs teachers on one batch after another, a limited number ahead of the caller."""
+def _forward(jobs: Sequence[Job], rendered: Ahead[tuple[Group, Batch]]) -> Generator[_Result]:
+    """Run the teachers on one rendered batch after another."""
+    transfers = [transfer_for(job.runner, job.batch_size) for job in jobs]
+    for group, loaded in rendered:
+        if group.first is not None:
+            _measure_precision(jobs, group, group.first)
+        views = group.views
+        for view, batch in zip(views, loaded.split(len(views)), strict=True):
+            for index, task in enumerate(group.tasks):
+                if rendered.is_stopped:
+                    return
+                if task.block.view == view:
+                    size = jobs[task.job].runner.network.preprocessing.size
+                    yield _Result(group, index, batch, transfers[task.job].start(batch.pixels(size)))
+            batch.rendered.clear()
 
-    def __init__(self, jobs: Sequence[Job], renderer: Renderer, groups: Iterator[list[Task]]) -> None:
-        super().__init__(name="coursepack-forward", daemon=True)
-        self._jobs, self._renderer, self._groups = jobs, renderer, groups
-        self._rendering: deque[Group] = deque()
-        """Group of each batch that is being rendered."""
-        self._row_bytes: dict[int, int] = {}
-        """Bytes of the outputs of a row, by job."""
-        self._error: Exception | None = None
-        """Error in determining groups, raised after the batches before it."""
-        self._stopped = threading.Event()
-        self._threads = torch.get_num_threads()
-        self.free = threading.Semaphore(LEAST_WAITING)
-        """Counts the batches that may still be started."""
-        self.results: SimpleQueue[_Result | BaseException | None] = SimpleQueue()
-        """Results in order; then None, or the exception that ended the thread."""
 
-    def run(self) -> None:
-        """Put the results of all batches into the queue."""
-        torch.set_num_threads(self._threads)  # OpenMP keeps the number per thread
+def _measure_precision(jobs: Sequence[Job], group: Group, first: Batch) -> None:
+    for index, task in enumerate(group.tasks):
+        if measures_precision(jobs[task.job], task.block):
+            group.errors[index] = precision_error(jobs[task.job], first)
+    group.first = None
+
+
+def _rendered(
+    jobs: Sequence[Job], renderer: Renderer, groups: Iterator[list[Task]]
+) -> Generator[tuple[Group, Batch]]:
+    """Yield the rendered batches of all groups; an error in determining groups is raised after them."""
+    begun: deque[Group] = deque()
+    errors: list[Exception] = []
+
+    def wanted() -> Iterator[Batch]:
         try:
-            self._forward()
-            self.results.put(self._error)
-        except BaseException as error:
-            self.results.put(error)
-
-    def stop(self) -> None:
-        """End the thread after its current batch and wait for it."""
-        self._stopped.set()
-        self.free.release()
-        self.join()
-
-    def _forward(self) -> None:
-        transfers = [transfer_for(job.runner, job.batch_size) for job in self._jobs]
-        with closing(self._renderer.ahead(self._batches())) as rendered:
-            for loaded in rendered:
-                group = self._rendering.popleft()
-                views = group.views
-                for view, batch in zip(views, loaded.split(len(views)), strict=True):
-                    for index, task in enumerate(group.tasks):
-                        if task.block.view != view:
-                            continue
-                        self.free.acquire()
-                        if self._stopped.is_set():
-                            return
-                        size = self._jobs[task.job].runner.network.preprocessing.size
-                        pending = transfers[task.job].start(batch.pixels(size))
-                        self._widen(task.job, pending.row_bytes)
-                        self.results.put(_Result(group, index, batch, pending))
-                    batch.rendered.clear()
-
-    def _widen(self, job: int, row_bytes: int) -> None:
-        """Allow as many batches ahead as fit into `WAITING_BYTES`, once the rows of all jobs are known."""
-        if job in self._row_bytes:
-            return
-        self._row_bytes[job] = row_bytes
-        if len(self._row_bytes) == len(self._jobs):
-            fitting = WAITING_BYTES // (max(self._row_bytes.values()) * self._jobs[0].batch_size)
-            for _ in range(min(fitting, MOST_WAITING) - LEAST_WAITING):
-                self.free.release()
-
-    def _batches(self) -> Iterator[Batch]:
-        """Yield the batches of all groups, and end with the first error."""
-        try:
-            yield from self._batches_of_groups()
-        except Exception as error:
-            self._error = error
-
-    def _batches_of_groups(self) -> Iterator[Batch]:
-        """Yield the batches of all groups, each with the images of all views of its group."""
-        first = self._jobs[0]
-        for tasks in self._groups:
-            if self._stopped.is_set():
-                return
-            errors = [precision_error(self._jobs[task.job], self._renderer, task.block) for task in tasks]
-            records = self._renderer.submit(partial(_records, self._jobs, tasks, errors))
-            group = Group(tasks, records)
-            for batch in batches(
-                first.source,
-                first.recipe,
-                tasks[0].block.samples,
-                views=group.views,
-                batch_size=first.batch_size * len(group.views),
-            ):
-                self._rendering.append(group)
+            for group, batch in _batches(jobs, renderer, groups):
+                begun.append(group)
                 yield batch
+        except Exception as error:
+            errors.append(error)
+
+    with closing(renderer.ahead(wanted())) as rendered:
+        for batch in rendered:
+            for size in renderer.sizes:
+                batch.pixels(size)  # renders what is not rendered ahead
+            yield begun.popleft(), batch
+    if errors:
+        raise errors[0]
 
 
-def _records(
-    jobs: Sequence[Job], tasks: Sequence[Task], errors: Sequence[dict[str, float] | None]
-) -> list[dict[str, Any]]:
-    """Return the record of each task's block, with the source's content read once for all of them."""
-    records = [block_record(jobs[task.job], task.block) for task in tasks]
-    content = None
-    for record, task, error in zip(records, tasks, errors, strict=True):
-        if task.block.view == 0:
-            content = content or content_digest(jobs[0].source, task.block.samples)
-            record["content"] = content
-        if error is not None:
-            record["precision"] = error
-    return records
+def _batches(
+    jobs: Sequence[Job], renderer: Renderer, groups: Iterator[list[Task]]
+) -> Iterator[tuple[Group, Batch]]:
+    """Yield the batches of all groups, each with the images of all views of its group."""
+    job = jobs[0]
+    for tasks in groups:
+        group = Group(tasks, renderer.submit(partial(_records, jobs, tasks)))
+        views, samples = group.views, tasks[0].block.samples
+        if 0 in views:
+            parts = (samples[start : start + CONTENTS] for start in range(0, len(samples), CONTENTS))
+            group.contents += [renderer.submit(partial(job.source.contents, part)) for part in parts]
+        if any(measures_precision(jobs[task.job], task.block) for task in tasks):
+            group.first = renderer.submit(partial(first_rows, job, renderer.sizes)).result()
+        for batch in batches(
+            job.source, job.recipe, samples, views=views, batch_size=job.batch_size * len(views)
+        ):
+            yield group, batch
+
+
+def _records(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    return [block_record(jobs[task.job], task.block) for task in tasks]
 
 
 def block_record(job: Job, block: Block) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from coursepack.models.teacher import advice_for, check_finite_rows, finite_rows
 from coursepack.precompute.transfer import padded
 
 if TYPE_CHECKING:
-    from coursepack.data.loading import Renderer
+    from collections.abc import Sequence
+
     from coursepack.data.store import Block, Manifest
     from coursepack.precompute.job import Job
 
@@ -23,23 +24,35 @@ LARGE_KL = 1e-3
 """Mean KL in nats above which a warning is printed."""
 
 
-def precision_error(job: Job, renderer: Renderer, block: Block) -> dict[str, float] | None:
-    """Measure the error of the job's precision, once per store: with the first block of view 0.
+def measures_precision(job: Job, block: Block) -> bool:
+    """Return True for the first block of view 0 of a store in a reduced precision."""
+    return job.runner.precision != "float32" and (block.view, block.start) == (0, 0)
+
+
+def first_rows(job: Job, sizes: Sequence[int]) -> Batch:
+    """Return the first samples in view 0, rendered at the given sizes."""
+    samples = np.arange(min(FIRST_ROWS, len(job.source.labels)))
+    batch = Batch(job.source, job.recipe, samples, np.zeros_like(samples))
+    batch.rendered.update(zip(sizes, batch.render_all(sizes), strict=True))
+    return batch
+
+
+def precision_error(job: Job, first: Batch) -> dict[str, float]:
+    """Measure the error of the job's precision, once per store.
+
+    Args:
+        job: the job.
+        first: result of `first_rows`.
 
     Returns:
         Number of samples `rows`, and `kl`, the mean KL(float32 || precision) of their outputs in nats at
-        T = 1. None for other blocks, and for a job in float32.
+        T = 1.
 
     Raises:
         NonFiniteOutput: an output in the job's precision is NaN or infinite.
     """
-    runner = job.runner
-    if runner.precision == "float32" or (block.view, block.start) != (0, 0):
-        return None
-    size = runner.network.preprocessing.size
-    samples = np.arange(min(FIRST_ROWS, len(job.source.labels)))
-    first = Batch(job.source, job.recipe, samples, np.zeros_like(samples))
-    pixels = renderer.submit(lambda: first.pixels(size)).result()
+    runner, samples = job.runner, first.samples
+    pixels = first.pixels(runner.network.preprocessing.size)
     total = 0.0
     for start in range(0, len(samples), job.batch_size):
         part = pixels[start : start + job.batch_size]

@@ -10,13 +10,15 @@ import threading
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
-from coursepack.console import progress, say
+from coursepack.console import say
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter
 from coursepack.errors import RecipeError
+from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors.local import in_turn
 from coursepack.precompute.numerics import NumericsGuard
 from coursepack.precompute.pipeline import Task
+from coursepack.precompute.ranks import progress_of
 from coursepack.precompute.write import write_groups
 
 if TYPE_CHECKING:
@@ -26,13 +28,16 @@ if TYPE_CHECKING:
     from coursepack.precompute.job import Job
 
 
-def run_jobs(jobs: Sequence[Job], *, quiet: bool = False, same_numerics: bool = False) -> list[Manifest]:
+def run_jobs(
+    jobs: Sequence[Job], *, quiet: bool = False, same_numerics: bool = False, all_ranks: bool = False
+) -> list[Manifest]:
     """Write the missing blocks of several stores, as `run_job` does for one.
 
     Args:
         jobs: jobs of one source and view recipe, with different stores.
         quiet: show no progress.
         same_numerics: as for `run_job`.
+        all_ranks: as for `run_job`.
 
     Returns:
         The manifest of each store at the end of the run.
@@ -54,7 +59,13 @@ def run_jobs(jobs: Sequence[Job], *, quiet: bool = False, same_numerics: bool = 
         )
     found: dict[int, Manifest] = {}
     for members in passes.values():
-        manifests = _run_pass([jobs[i] for i in members], [writers[i] for i in members], quiet, same_numerics)
+        manifests = _run_pass(
+            [jobs[i] for i in members],
+            [writers[i] for i in members],
+            quiet=quiet,
+            same_numerics=same_numerics,
+            all_ranks=all_ranks,
+        )
         found |= zip(members, manifests, strict=True)
     return [found[index] for index in range(len(jobs))]
 
@@ -74,7 +85,7 @@ def _check_together(jobs: Sequence[Job]) -> None:
 
 
 def _run_pass(
-    jobs: Sequence[Job], writers: Sequence[StoreWriter], quiet: bool, same_numerics: bool
+    jobs: Sequence[Job], writers: Sequence[StoreWriter], *, quiet: bool, same_numerics: bool, all_ranks: bool
 ) -> list[Manifest]:
     """Run jobs whose stores have the same blocks and batches."""
     guards = [NumericsGuard(job.store, job.environment(), same_numerics) for job in jobs]
@@ -83,32 +94,25 @@ def _run_pass(
         for writer in writers:
             stack.enter_context(writer)
             writer.commit()
-        owned, done = (
-            sum(rows) for rows in zip(*((w.owned_rows(), w.done_rows()) for w in writers), strict=True)
-        )
-        names = ", ".join(writer.location.name for writer in writers)
-        meter = stack.enter_context(
-            progress(f"precompute {names}", owned, "images", done=done, shown=not quiet)
-        )
         sizes = sorted({job.runner.network.preprocessing.size for job in jobs})
-        first = jobs[0]
-        renderer = stack.enter_context(
-            Renderer(first.source, first.recipe, sizes, workers=first.workers, background=True)
-        )
-        turn = threading.Lock()
-        groups = in_turn(_groups(writers, first.views_per_load), turn)
-        finished = stack.enter_context(closing(write_groups(jobs, writers, renderer, groups, meter)))
-        for tasks, written in finished:
-            for files, sums in written:
-                files.finish(sums)
-            with turn:
-                for job in sorted(
-                    {task.job for task in tasks if writers[task.job].is_complete(task.block.view)}
-                ):
-                    writers[job].commit()
-        for writer, guard, before in zip(writers, guards, seen, strict=True):
+        first, turn = jobs[0], threading.Lock()
+        with (
+            progress_of(writers, quiet=quiet, all_ranks=all_ranks) as meter,
+            Renderer(first.source, first.recipe, sizes, workers=first.workers, background=True) as renderer,
+        ):
+            groups = in_turn(_groups(writers, first.views_per_load), turn)
+            with closing(write_groups(jobs, writers, renderer, groups, meter)) as finished:
+                for tasks, written in finished:
+                    for files, sums in written:
+                        files.finish(sums)
+                    with turn:
+                        whole = {task.job for task in tasks if writers[task.job].is_complete(task.block.view)}
+                        for job in sorted(whole):
+                            writers[job].commit()
+        for each, writer, guard, before in zip(jobs, writers, guards, seen, strict=True):
             writer.commit()
             guard.check(writer.manifest, seen=before)
+            AccuracyGuard(each, quiet=quiet).check(writer.manifest)
         return [writer.manifest for writer in writers]
 
 

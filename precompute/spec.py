@@ -21,7 +21,7 @@ class PrecomputeSpec:
     """
 
     teacher: str
-    """Teacher, as `run:FOLDER` or the name of a network."""
+    """Teacher, as `run:FOLDER`, `run:FOLDER@EPOCH` or the name of a network."""
     source: str
     """Source, as `NAME[:SPLIT]`."""
     view: dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +11,10 @@ from pydantic import Field
 
 from coursepack.config import Config, parse_config, read_yaml
 from coursepack.data import open_source, view_recipe
+from coursepack.models.build import RUN
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
+from coursepack.models.run_specs import parse_run_spec, specs_of_checkpoints
 from coursepack.precompute.spec import PrecomputeSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,11 +24,12 @@ class Teacher(Config):
     """One teacher of a file, with the options of `precompute run` that describe it and its store."""
 
     teacher: str
-    """`run:FOLDER`, or a network's name with `weights`."""
+    """`run:FOLDER`, `run:FOLDER@EPOCH`, `run:FOLDER@all`, a trained network of a hub such as `hf:FOLDER`, or
+    a network's name with `weights`."""
     store: str
-    """Folder of the store."""
+    """Folder of the store; for `run:FOLDER@all` the folder of all its stores."""
     weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's."""
+    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
     size: Positive | None = None
     """Side in pixels of the rendered views. Defaults to the teacher's own."""
     mean: tuple[float, ...] | None = None
@@ -96,6 +102,27 @@ def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
         own = teacher.model_dump()
         classes = own.pop("classes")
         if classes is not None:
-            own["columns"] = tuple(load_columns(Path(classes), open_source(file.source, root).class_names))
-        specs.append(PrecomputeSpec(**own, **shared, **common))
+            own["columns"] = load_columns(
+                Path(classes),
+                open_source(file.source, root).class_names,
+                partial(teacher_class_names, teacher.teacher, teacher.weights),
+            )
+        specs += of_checkpoints(PrecomputeSpec(**own, **shared, **common))
     return specs
+
+
+def of_checkpoints(spec: PrecomputeSpec) -> list[PrecomputeSpec]:
+    """Return a specification for each kept checkpoint of `run:FOLDER@all`, or the given one alone.
+
+    Their stores are `epoch-EPOCH.zarr` in the folder that the specification names as its store.
+
+    Raises:
+        RunError: the run is unfinished, or kept no checkpoints.
+    """
+    run = parse_run_spec(spec.teacher) if spec.teacher.startswith(f"{RUN}:") else None
+    if run is None or not run.every:
+        return [spec]
+    return [
+        replace(spec, teacher=teacher, store=str(Path(spec.store) / f"epoch-{epoch:04d}.zarr"))
+        for epoch, teacher in specs_of_checkpoints(run).items()
+    ]

@@ -109,7 +109,7 @@ class _GroupFiles:
 
     def written(self) -> Written:
         """Return the files and sums of each block, after completing its record."""
-        for record, found in zip(self._records, self._group.records.result(), strict=True):
+        for record, found in zip(self._records, self._group.records(), strict=True):
             record.update(found)
         return [(files, sums.total) for files, sums in zip(self._files, self._sums, strict=True)]
 

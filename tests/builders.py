@@ -35,6 +35,11 @@ PAIRS = {
     "ofd": ({"teacher": 2, "tap": "layer2.0.bn1:margin", "layer": "conv1"},),
 }
 """Pairs of the stores `tapped` with a `digits-cnn`, for the terms that cannot take any tap of any teacher."""
+PHASES = {
+    "ab": ("objective.hard_weight.epochs=1", "objective.terms.ab.weight.epochs=1"),
+    "ft": ("objective.terms.ft.paraphraser_epochs=1",),
+}
+"""Assignments that shorten a method's first phase to one epoch."""
 
 
 def write_teacher(folder: Path, network: str = "digits-mlp", *, classes: int = 10, seed: int = 0) -> Path:
@@ -58,22 +63,26 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
 
 
 def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> TrainRecipe:
-    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch."""
+    """A recipe for ten classes, by default the digits: `kd` with stores, else `supervised`, one epoch.
+
+    A fusion with more phases has one epoch for each.
+    """
     method = method or ("kd" if stores else "supervised")
     if METHODS[method].objective.needs().peers:
         exchange = EXCHANGES[METHODS[method].objective.exchange.name]
         student = fields.get("student", STUDENT if exchange.layers == "none" else "digits-cnn")
         fields = {"student": student, "peers": [student] * (exchange.students[0] - 1), **fields}
     view = StoreReader(stores[0]).manifest.identity["view"]["recipe"] if stores else view_recipe("digits")
+    resolved = resolve_objective(method, objective or {}, "test", classes=10)
     values = {
         "student": STUDENT,
         "method": method,
-        "objective": resolve_objective(method, objective or {}, "test", classes=10),
+        "objective": resolved,
         "stores": [str(store) for store in stores],
         "source": "digits:train",
         "evaluation": "digits:test",
         "view": view,
-        "epochs": 1,
+        "epochs": resolved.fusion.fewest_epochs(len(stores)) if stores else 1,
     }
     return TrainRecipe.model_validate(values | fields)
 

@@ -55,6 +55,7 @@ def context_of(needs: Needs, term: str = "") -> BuildContext:
     return BuildContext(
         teachers=K,
         classes=C,
+        epochs=K,
         accuracies=(0.5, 0.7, 0.6),
         embedding_width=D,
         heads=tuple(TeacherHead(normal(C, 4, seed=30 + k), normal(C, seed=40 + k)) for k in range(K))
@@ -153,14 +154,19 @@ def check_rows(name: str) -> None:
 
 
 def check_fusion(name: str) -> None:
-    """Weights `(K,)` or `(N, K)` float32, none negative, that sum to one, however sure the teachers are."""
+    """Weights `(K,)` or `(N, K)` float32, none negative, that sum to one, however sure the teachers are.
+
+    A fusion that abstains leaves samples without weights, and says so.
+    """
     row = FUSIONS[name]
     config = row.config(name=name)
     check_description(row, config, "name", name)
     needs = row.needs(config) | Needs(fused=True)
     context = context_of(needs)
     if row.choose is not None:
-        assert {row.choose(config, context, Step(0, batch)) for batch in range(20)} <= set(range(K))
+        chosen = [row.choose(config, context, Step(0, batch)) for batch in range(20)]
+        assert set(chosen) <= set(range(K))
+        assert (len(set(chosen)) > 1) == row.every_batch
     inputs = inputs_of(needs, context)
     assert inputs.targets is not None
     sure = [1e4 * torch.eye(C)[torch.arange(N) % C].roll(k, 1) for k in range(K)]
@@ -171,4 +177,7 @@ def check_fusion(name: str) -> None:
         assert weights.dtype == torch.float32
         assert weights.shape in ((K,), (N, K))
         assert (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        sums = weights.sum(-1)
+        if row.abstains:
+            sums = sums + (weights == 0).all(-1)
+        torch.testing.assert_close(sums, torch.ones(weights.shape[:-1]))

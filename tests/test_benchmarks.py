@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmark_rows import check_rows
 
+from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import load_recipe, resolve_objective
 from coursepack.models import build_network, parse_tap
 
@@ -111,11 +112,14 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "epoch loss memory methods precompute reproduce store train views"
+    names = "epoch gpu loss memory methods peers precompute reproduce sequences store train views"
     assert names.split() == BENCHMARKS
 
 
-@pytest.mark.parametrize("command", [*BENCHMARKS, "methods --section cost"])
+COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost"])
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])
@@ -205,6 +209,18 @@ def test_the_cost_of_a_method_is_of_the_same_targets_from_the_store_and_in_memor
     assert cost._kind(setup.targets) == "maps"
 
 
+def test_lines_of_methods_are_of_code_and_reference(harness):
+    structure = importlib.import_module("structure")
+    lines = structure.method_lines()
+    assert lines.keys() == METHODS.keys()
+    assert lines["kd"][1] == 0, "the reference of soft targets is not counted"
+    called = {f"reference.relations.{name}" for name in ("at", "attention")}
+    assert structure._called("reference.relations.at") == called
+    rows = {row["id"]: row["value"] for row in structure._method_rows()}
+    together = "methods with their references: median of lines"
+    assert rows["methods: median of lines"] < rows[together] < 500
+
+
 def test_a_method_that_refuses_a_pair_has_a_row_that_says_so(harness, tmp_path):
     cost = importlib.import_module("_methods_cost")
     size = replace(cost.QUICK, methods=("fsp", "tf-kd"), students=("wrn-16-2",))
@@ -229,10 +245,51 @@ def test_stored_rows_are_rows(path):
     check_rows(path, converted="note" in json.loads(path.read_text())["machine"])
 
 
+def test_figures_that_need_cuda_are_left_out_with_a_reason(harness):
+    gpu = importlib.import_module("_gpu")
+    device = gpu.Device(torch.device("cpu"))
+    rows = importlib.import_module("_gpu_loss").losses(device, (4, 10, 2), 1, compiled=False)
+    assert "the device is the CPU" in device.missing["loss in CUDA graphs"]
+    assert not [row["id"] for row in rows if "graph" in row["id"]]
+
+
+def test_launches_and_synchronizations_of_a_step_are_counted(harness):
+    device = importlib.import_module("_gpu").Device(torch.device("cpu"))
+    values = torch.arange(4.0)
+
+    def step():
+        for _ in range(2):
+            assert float((values * 2)[values > 1].sum()) == 10
+
+    launched, waited = device.launches(step, 2)
+    assert waited == 1
+    assert launched >= 3
+
+
+def test_results_that_may_be_missing_have_a_line_in_the_page(harness, tmp_path, monkeypatch):
+    tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "Not run: no GPU was at hand." in render.block("machine of gpu")
+    assert not render.block("gpu loss").strip()
+    row = {"id": "loss (1,2,3) ours", "value": 5.0, "low": 4.0, "high": 6.0, "unit": "us", "n": 3}
+    row |= {"config": {}, "bar": None, "holds": None}
+    machine = {"processor": "a", "threads": 1, "device": "cpu", "date": "2026-01-01"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"machine": machine, "rows": [row]}))
+    assert "2026-01-01" in render.block("machine of gpu")
+    assert "5 us" in render.block("gpu loss")
+
+
 def test_pages_show_the_stored_rows():
     command = [sys.executable, str(FOLDER / "render.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_benchmark_that_was_not_run_has_a_note_in_the_place_of_its_tables(harness, tmp_path, monkeypatch):
+    tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("precompute memory", "machine of precompute", "store fidelity"):
+        assert "Not run yet: there is no `benchmarks/results/" in render.block(name)
 
 
 def test_every_table_stands_in_a_page(harness):

@@ -147,7 +147,7 @@ def test_workers_and_threads_change_nothing(sources, alone, name, preset):
 @pytest.mark.parametrize(
     ("name", "preset", "start_method"),
     [
-        ("folder", "imagenet-strong", "spawn"),
+        ("folder", "imagenet-strong", "forkserver"),
         ("folder", "cifar-strong", "fork"),
         ("digits", "imagenet-strong", "fork"),
     ],

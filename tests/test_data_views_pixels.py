@@ -14,7 +14,7 @@ from view_cases import RECIPES, Ragged, noisy, one_image, recipe_of, smooth
 
 from coursepack.data import PRESETS
 from coursepack.data.batches import Batch
-from coursepack.data.jit_pixels import axis_weights
+from coursepack.data.jit_pixels import axis_taps, axis_weights, most_taps
 from coursepack.data.views import GRID, ViewParams, draw, render, render_on_device
 from coursepack.data.views.params import CUTMIX, MIXUP, Mixing
 from coursepack.models.preprocessing import Preprocessing
@@ -306,6 +306,27 @@ def test_rendering_on_a_device_equals_the_cpus(name, channels):
         expected = render(recipe, source, samples, params, size)
         found = render_on_device(recipe, torch.from_numpy(source.images), samples, params, size)
         assert np.array_equal(found.numpy(), expected)
+
+
+def test_weights_for_a_device_are_those_of_the_cpu():
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        side, size, beyond_crop = int(rng.integers(1, 90)), int(rng.integers(1, 60)), bool(trial % 2)
+        starts, lengths = rng.integers(-GRID // 2, GRID + 1, 8), rng.integers(0, 2 * GRID, 8)
+        spans, flips = np.stack([starts, lengths], 1).astype(np.int32), rng.integers(0, 2, 8).astype(bool)
+        taps = most_taps(spans, side, size)
+        begin, weights = np.empty((8, size), np.int32), np.empty((8, size, taps), np.int16)
+        axis_taps(spans, flips, side, beyond_crop, begin, weights)
+        assert begin.min() >= 0
+        assert begin.max() + taps <= side
+        first, count = np.empty(size, np.int64), np.empty(size, np.int64)
+        for row, (start, length) in enumerate(spans):
+            own = axis_weights(start, length, side, size, flips[row], beyond_crop, first, count)
+            for pixel in range(size):
+                found, expected = np.zeros(side), np.zeros(side)
+                found[begin[row, pixel] :][:taps] = weights[row, pixel]
+                expected[first[pixel] :][: count[pixel]] = own[pixel, : count[pixel]]
+                assert np.array_equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -61,7 +61,13 @@ def adapted(tmp_path_factory, teachers):
 
 def recipe_of(method, store, **fields):
     """A recipe of a method for a residual student, few samples."""
-    values = {"student": "digits-resnet", "limit": 96, "batch_size": 32, "optimizer": {"lr": 0.01}}
+    values = {
+        "student": "digits-resnet",
+        "limit": 96,
+        "batch_size": 32,
+        "optimizer": {"lr": 0.01},
+        "epochs": 3,
+    }
     return make_recipe([store], method=method, objective=OBJECTIVES.get(method), **values | fields)
 
 
@@ -398,7 +404,7 @@ def test_margins_are_of_batch_normalizations_where_nothing_is_stored():
     ],
 )
 def test_missing_taps_are_refused_with_the_smallest_reduction(stores, method, taps):
-    fields = {"student": "digits-cnn", "limit": 64}
+    fields = {"student": "digits-cnn", "limit": 64, "epochs": 40}
     if method == "ab":
         layers = {"layers": ["conv1", "conv2"]}
         fields["objective"] = {"terms": {"ab": layers}}

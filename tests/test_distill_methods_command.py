@@ -93,10 +93,52 @@ def test_bytes_of_stores_are_those_of_their_encoding(tmp_path):
     assert "unreduced, per view" in table
 
 
+def test_changed_numbers_change_needs_and_bytes(tmp_path):
+    store = str(write_store(tmp_path / "cnn.zarr", write_teacher(tmp_path / "cnn", "digits-cnn")))
+
+    def told(name, *assignments):
+        words = [word for each in assignments for word in ("--set", each)]
+        (found,) = json.loads(printed(name, "--json", "--store", store, "--student", "digits-cnn", *words))
+        return found, found["bytes"][store]["arrays_per_sample"]
+
+    assert told("kd")[1] == {"logits": 40}
+    hinted, read = told("kd", "objective.terms.hint.weight=0.01", "objective.hard_weight=0")
+    assert read == {"logits": 40, "features/conv2": 2 * 32 * 16}
+    assert hinted["need_names"] == ["logits", "features"]
+    assert (hinted["defaults"]["hard_weight"], hinted["defaults"]["soft_weight"]) == (0, 0.9)
+    pairs = "objective.terms.at.pairs=[{teacher: 0, tap: 'conv1:attention:4', layer: conv2}]"
+    assert told("at", pairs)[1] == {"features/conv1@attention4": 2 * 16}
+    assert told("amtml")[0]["defaults"]["soft_weight"] == "1.4 / C"
+    assert told("amtml", "objective.soft_weight=0.5")[0]["defaults"]["soft_weight"] == 0.5
+    assert told("best", "objective.fusion.teacher=0")[1] == {"logits": 40}
+    text = printed("kd", "--set", "objective.temperature=2")
+    assert '  values    {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 2.0}' in text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["kd", "--set", "batch_size=4"], "--set batch_size: a method is changed by fields of its objective"),
+        (
+            ["kd", "--set", "objective=4"],
+            "--set objective: a method is changed by fields of its objective, as",
+        ),
+        (["kd", "--set", "objective.softness=4"], "softness"),
+        (["kd", "--set", "objective.temperature"], "is not key=value"),
+        (["--set", "objective.temperature=4"], "are for one method: name it"),
+    ],
+)
+def test_other_changes_are_refused(words, text):
+    result = CliRunner().invoke(distill, ["methods", *words])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert text in result.stderr
+
+
 def test_bytes_are_for_one_method_of_known_networks(tmp_path):
     result = CliRunner().invoke(distill, ["methods", "--store", "a.zarr"])
     assert result.exit_code == 1
-    assert "--store and --student are for one method: name it" in result.stderr
+    assert "--store, --student and --set are for one method: name it" in result.stderr
     with pytest.raises(
         RecipeError, match=r"teacher 'python:mine:net' cannot be built here: store the features"
     ):

@@ -150,7 +150,7 @@ def test_few_labels_and_mixed_images_need_a_loss_without_labels(mixed_stores, tm
             prepare(recipe, CPU)
     words = ["--student", STUDENT, "--store", mixed_stores[0], "--limit", 100, "--epochs", 1]
     refused = command(*words, "--out", tmp_path / "run")
-    assert (refused.exit_code, "give --hard-weight 0 with teachers" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "give --hard-weight 0, a view" in refused.stderr) == (1, True)
     assert not (tmp_path / "run").exists()
     allowed = command(*words, "--hard-weight", 0, "--out", tmp_path / "run")
     assert allowed.exit_code == 0, allowed.output
@@ -167,6 +167,24 @@ def test_few_labels_and_mixed_images_need_a_loss_without_labels(mixed_stores, tm
             rows[np.searchsorted(samples, with_limit[7])]
             == partners[np.flatnonzero(np.concatenate([batch.samples for batch in seen]) == with_limit[7])[0]]
         ), "and the same"
+
+
+def test_few_labels_and_mixed_images_need_terms_and_a_fusion_without_labels(mixed_stores):
+    """Whatever declares that it reads labels, with or without cross-entropy."""
+    fields = {"limit": 100, "view": ALONE["view"]}
+    virtual = {"terms": {"virtual_teacher": {}}}
+    for stores, method, objective in (
+        (mixed_stores, "ca-mkd", {"hard_weight": 0}),
+        (mixed_stores, "kd", {"hard_weight": 0, **virtual}),
+        ((), "tf-kd", {"hard_weight": 0}),
+    ):
+        text = "whose labels would be learned too: give a method that reads no labels, a view without mix"
+        with pytest.raises(RecipeError, match=text):
+            prepare(make_recipe(stores, method=method, objective=objective, **fields), CPU)
+    for method in ("label-refinery", "meal"):
+        assert prepare(make_recipe(mixed_stores, method=method, **fields), CPU).targets is not None
+    smoothed = {"hard_weight": 0, "label_smoothing": 0.1}
+    assert prepare(make_recipe(mixed_stores, objective=smoothed, **fields), CPU).targets is not None
 
 
 @pytest.mark.parametrize("adjustment", ["shift", "smooth"])

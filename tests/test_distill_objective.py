@@ -51,7 +51,7 @@ def tensors(batch, teachers=None):
 
 def context(teachers=K, **fields):
     fields = {"accuracies": (0.5,) * teachers, **fields}
-    return BuildContext(teachers=teachers, embedding_width=D, seed=3, **fields)
+    return BuildContext(teachers=teachers, embedding_width=D, seed=3, epochs=6, **fields)
 
 
 def value_of(batch, config, teachers=None, step=None):
@@ -231,9 +231,9 @@ def test_angles_in_chunks_equal_angles_at_once():
 
 
 def test_memory_of_angles_is_bounded():
-    """256 samples have 67 MB of angles in float32; with the backward pass several times that."""
-    student = torch.randn(256, 10, generator=torch.manual_seed(0)).requires_grad_()
-    teacher = torch.randn(256, 10)
+    """128 samples have 8.4 MB of angles in float32; with the backward pass several times that."""
+    student = torch.randn(128, 10, generator=torch.manual_seed(0)).requires_grad_()
+    teacher = torch.randn(128, 10)
     peaks = []
     for chunk_bytes in (4 << 20, 1 << 40):
         with torch.profiler.profile(
@@ -242,7 +242,7 @@ def test_memory_of_angles_is_bounded():
             angle_loss(student, teacher, chunk_bytes).backward()
         sizes = [event.cpu_memory_usage for event in seen.events() if event.cpu_memory_usage > 0]
         peaks.append(max(sizes))
-    assert peaks[0] < 4 << 20 < 64 << 20 <= peaks[1]
+    assert peaks[0] < 4 << 20 < 8 << 20 <= peaks[1]
 
 
 def test_amtml_with_one_teacher_is_kd(batch):
@@ -340,7 +340,7 @@ def test_random_teacher_depends_on_seed_epoch_and_batch_alone():
 
     def draws(seed, epoch):
         objective = Objective(config, BuildContext(teachers=3, seed=seed))
-        return [objective.chosen_teacher(Step(epoch, number)) for number in range(300)]
+        return [objective.teachers_read(Step(epoch, number))[0] for number in range(300)]
 
     assert draws(0, 0) == draws(0, 0)
     assert len({tuple(draws(*place)) for place in ((0, 0), (0, 1), (1, 0))}) == 3
@@ -354,7 +354,7 @@ def test_one_teacher_is_read_where_one_is_chosen(batch):
     for name, index in (("best", 1), ("random", 2)):
         config = METHODS[name].objective
         objective = Objective(config, BuildContext(teachers=3, accuracies=(0.5, 0.9, 0.7), seed=0))
-        step = next(s for s in (Step(0, n) for n in range(99)) if objective.chosen_teacher(s) == index)
+        step = next(s for s in (Step(0, n) for n in range(99)) if objective.teachers_read(s) == (index,))
         alone = Targets([targets.logits[index]], teachers=(index,))
         want = Objective(METHODS["kd"].objective)(loss_inputs(student, labels, alone)).loss
         assert objective(loss_inputs(student, labels, targets, step=step)).loss.item() == pytest.approx(

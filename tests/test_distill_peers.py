@@ -204,28 +204,6 @@ class Stopped(BaseException):
     """An interruption."""
 
 
-@pytest.mark.parametrize("saves", [1, 4, 5, 12, 15])
-def test_a_group_goes_on_to_the_last_bit(tmp_path, monkeypatch, saves):
-    monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
-    recipe = group_recipe("dropping", "digits-resnet", optimizer={"ema": 0.9}, accumulate=2, epochs=3)
-    train(recipe, tmp_path / "once", device=CPU)
-    left, save = [saves], GROUP.save_checkpoint
-
-    def counted(*arguments):
-        save(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GROUP, "save_checkpoint", counted)
-        with pytest.raises(Stopped):
-            train(recipe, tmp_path / "run", device=CPU, resume=True, checkpoint_seconds=0)
-    train(recipe, tmp_path / "run", device=CPU, resume=True)
-    assert run_files(tmp_path / "run") == run_files(tmp_path / "once")
-    assert told(tmp_path / "run") == told(tmp_path / "once")
-
-
 def test_a_group_that_was_killed_while_it_finished_is_finished_again(tmp_path, monkeypatch):
     recipe = group_recipe(epochs=2)
     train(recipe, tmp_path / "once", device=CPU)

@@ -16,21 +16,26 @@ from spawned import DROPPING, run
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
-from coursepack.distill.runs.folder import load_run
+from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
 from coursepack.errors import RunError
 from coursepack.models.networks import NETWORKS
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
-RUN = sys.modules["coursepack.distill.runs.student"]
+RUN, GROUP = (sys.modules[f"coursepack.distill.runs.{name}"] for name in ("student", "group"))
 TEACHER_STORES, TARGETS = (
     sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
 WEIGHTS = ("student.safetensors", "best.safetensors")
+SAME = (*WEIGHTS, "recipe.yaml", "provenance.json", "network.yaml")
 STUDENT = {"limit": 150, "batch_size": 32, "epochs": 4}
 STEPS = 5
 ADAMW = {"name": "adamw", "lr": 0.01, "schedule": {"shape": "cosine", "warmup_epochs": 1}, "ema": 0.9}
+PHASES = {
+    "fusion": {"epochs": [1, 2], "label_epochs": 1},
+    "temperature": {"shape": "warmup", "start": 4.0, "epochs": 3},
+}
 ONE_CYCLE = {"lr": 0.02, "clip": 1.0, "schedule": {"shape": "one_cycle"}}
 
 
@@ -67,29 +72,43 @@ def recipes(stores, tapped, mapped):
         "simkd": make_recipe([mapped], method="simkd", student="digits-cnn", optimizer=ADAMW, **STUDENT),
         "windowed": make_recipe(stores[:2], reading="windowed", views_per_load=2, patience=1, **STUDENT),
         "random": make_recipe(stores, method="random", evaluate_every=3, **STUDENT),
+        "sequence": make_recipe(
+            stores[:2], method="pro-kd", objective=PHASES, reading="windowed", **STUDENT
+        ),
         "dtd": make_recipe(stores, method="ka-dtd", channels_last=True, student="digits-resnet", **STUDENT),
+        "peers": make_recipe(
+            stores[:1], method="okddip", student="dropping", optimizer=ADAMW, accumulate=2,
+            objective={"soft_weight": 0.5}, **STUDENT,
+        ),
+        "afd": make_recipe(method="afd", student="digits-cnn", **STUDENT),
     }  # fmt: skip
 
 
-NAMES = ("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "dtd")
+NAMES = (
+    *("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "sequence", "dtd"),
+    *("peers", "afd"),
+)
 
 
 def told(run):
-    """Metrics per epoch, but for the time they took."""
-    return [{**line, "seconds": None} for line in load_run(run).metrics]
+    """Metrics per epoch of every student, but for the time they took."""
+    return [{**line, "seconds": None} for each in load_runs(run) for line in each.metrics]
 
 
 def files(run):
-    """Every file of a run by its name."""
-    return {path.name: path.read_bytes() for path in run.iterdir()}
+    """Every file of a run by its path."""
+    paths = [path for path in run.rglob("*") if path.is_file()]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
 
 
 def assert_same(run, once):
     assert told(run) == told(once)
     found, wanted = files(run), files(once)
     assert found.keys() == wanted.keys()
-    for name in (*WEIGHTS, "recipe.yaml", "provenance.json", "network.yaml"):
-        assert found[name] == wanted[name], name
+    assert {name.rpartition("/")[2] for name in found} >= set(SAME)
+    for name in found:
+        if name.endswith(SAME):
+            assert found[name] == wanted[name], name
 
 
 class Stopped(BaseException):
@@ -107,7 +126,8 @@ def interrupted(monkeypatch, recipe, out, *, saves, **how):
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(RUN, "save_checkpoint", counted)
+        for module in (RUN, GROUP):
+            patch.setattr(module, "save_checkpoint", counted)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0, **how)
 
@@ -121,13 +141,14 @@ def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, ma
     recipe = recipes(stores, tapped, mapped_store)[name]
     once, out = tmp_path / "once", tmp_path / "o"
     train(recipe, once, device=CPU)
-    epochs, steps = len(load_run(once).metrics), -(-150 // (32 // recipe.views_per_load))
+    epochs, steps = len(load_runs(once)[-1].metrics), -(-150 // (32 // recipe.views_per_load))
     stops = sorted({1, steps + 2, 2 * steps, epochs * steps})
     positions = []
     for before, stop in zip([0, *stops], stops, strict=False):
         interrupted(monkeypatch, recipe, out, saves=stop - before)
         assert not (out / "student.safetensors").exists()
         position = load_checkpoint(out, CPU)["position"]
+        position = position[0] if recipe.peers else position
         positions.append(position["epoch"] * steps + position["batches"])
         torch.rand(7)  # what else is drawn in a process is no matter
     assert positions == stops
@@ -403,8 +424,9 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     assert_same(out, once)
 
 
-def test_killed_processes_train_the_same_student(tmp_path, stores, tapped, mapped_store):
-    kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)["dropout"], kills=2, seed=0)
+@pytest.mark.parametrize("name", ["dropout", "peers"])
+def test_killed_processes_train_the_same_students(tmp_path, stores, tapped, mapped_store, name):
+    kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)[name], kills=2, seed=0)
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def outcomes(extended):
     files = sorted({*own, *(example.contract for example in EXAMPLES), "tests/test_house.py"})
     names = {name for example in EXAMPLES for name in example.names}
     names |= {Path(path).stem for path in own if not (ROOT / path).exists()} | {
-        "every",
+        "every_executor",
         "golden",
         "imports_go_down",
         "rooms_of",

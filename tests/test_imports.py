@@ -51,6 +51,9 @@ LATE = (
     "matplotlib",
     "timm",
     "transformers",
+    "huggingface_hub",
+    "onnx",
+    "onnxruntime",
     "zarr",
     "PIL",
 )
@@ -93,7 +96,7 @@ import importlib, pkgutil, sys, tempfile
 from pathlib import Path
 
 # What these libraries do on such systems is theirs.
-import matplotlib, multiprocessing.util, numba, psutil, rich, sklearn, torch, torchvision, zarr
+import multiprocessing.util, psutil, torch
 
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import coursepack

@@ -213,7 +213,7 @@ def test_every_layer_can_be_tapped_and_the_head_is_the_last(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_learns_in_both_layouts(name):
     torch.manual_seed(0)
-    images, labels = images_of(4), torch.tensor([0, 1, 2, 3])
+    images, labels = images_of(2), torch.tensor([0, 1])
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         module = build_network(name, 5).module.double().to(memory_format=layout)

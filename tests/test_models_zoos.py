@@ -202,8 +202,11 @@ def test_timm_names():
     assert len(str(refusal.value)) < 500
     with pytest.raises(UnknownName, match=r"'resnet18\.a1_in2k'\. Did you mean 'resnet18\.a1_in1k'\?"):
         build_network("timm:resnet18.a1_in2k", 10)
-    for name in ("hf-hub:timm/resnet18.a1_in1k", "hf_hub:x/y", "local-dir:/tmp", "", "timm/resnet18"):
+    for name in ("hf_hub:x/y", "", "timm/resnet18"):
         with pytest.raises(UnknownName, match="unknown timm network"):
+            build_network(f"timm:{name}", 10)
+    for name in ("hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp"):
+        with pytest.raises(RecipeError, match=f"network 'timm:{name}' is already trained"):
             build_network(f"timm:{name}", 10)
     with pytest.raises(RecipeError, match="reads images of 1024 x 768 pixels, but views are square"):
         build_network("timm:vit_base_patch16_sapiens2", 10)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import file_identities, make_job, store_files
-from moments import at_rename, die, hold
+from moments import at_batch, at_rename, die, hold, wait_for
 from spawned import run, running
 
 from coursepack.data.store import StoreReader, load_manifest, verify
@@ -22,12 +20,9 @@ from coursepack.errors import StoreBusy, StoreIncomplete
 from coursepack.models.taps import Tap
 from coursepack.precompute import run_job
 
-COMMAND = Path(sys.executable).with_name("precompute")
 VIEWS, BLOCK_ROWS = 2, 24
 BLOCKS = -(-1442 // BLOCK_ROWS)
 OPTIONS = {"views": VIEWS, "taps": (Tap(("hidden2",)),), "batch_size": 10, "block_rows": BLOCK_ROWS}
-# One thread each, here and there: sums in another order would change the last bits of logits.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 BEGINNING = ((1, "c.0"), (2, "c.0"), (1, "c.0.0"), (1, "manifest.json"))
 """Before a rename, counted from 1, onto a file of that name: of tables and the first manifest."""
@@ -51,7 +46,8 @@ def arguments(teacher):
 def once(tmp_path_factory, arguments):
     """The files of a store that one process wrote in one go."""
     path = tmp_path_factory.mktemp("once") / "s.zarr"
-    subprocess.run([COMMAND, *arguments, f"--store={path}"], env=ENVIRONMENT, check=True, capture_output=True)
+    written = run("precompute", *arguments, f"--store={path}")
+    assert written.returncode == 0, written.stderr
     assert load_manifest(path).committed_views() == (0, 1)
     return store_files(path)
 
@@ -164,6 +160,52 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
     shards = shard_identities(path)
     assert all(kept[place] == after[place] for block in done for place in shards[block])
     assert_same(path, once)
+
+
+@pytest.fixture
+def slow(tmp_path, arguments):
+    """The command with a teacher whose fortieth batch is slow: words, what makes it so, and three files."""
+    marker, release, log = (tmp_path / name for name in ("begun", "release", "log"))
+    words = ["precompute", *arguments, f"--store={tmp_path / 's.zarr'}"]
+    return words, partial(at_batch, 40, partial(wait_for, marker, release), log), (marker, release, log)
+
+
+def test_an_interrupt_waits_for_the_batch_of_a_slow_teacher_and_no_other(tmp_path, slow, once):
+    words, before, (marker, release, log) = slow
+    with running(*words, before=before) as (process, finished):
+        wait_until(marker.exists)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.5)
+        assert process.exitcode is None
+        release.touch()
+        stopped = finished()
+    assert stopped.returncode == 130
+    first, second = stopped.stderr.splitlines()[-2:]
+    assert first == "stopping after the current batch; press Ctrl-C again to stop at once"
+    assert second.startswith("stopped. Finished blocks are kept; run the same command again to finish '")
+    assert log.stat().st_size == 40
+    assert run(*words).returncode == 0
+    assert_same(tmp_path / "s.zarr", once)
+
+
+def test_a_second_interrupt_waits_for_nothing(tmp_path, slow, once):
+    words, before, (marker, _, log) = slow
+    with running(*words, before=before) as (process, finished):
+        wait_until(marker.exists)
+        while process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+            process.join(0.5)
+        stopped = finished()
+    assert stopped.returncode == 130
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith(
+        "stopped at once. Finished blocks are kept; run the same command again to finish '"
+    )
+    assert "Traceback" not in stopped.stderr
+    assert log.stat().st_size == 40
+    assert len(done_blocks(tmp_path / "s.zarr")) < 14
+    assert run(*words).returncode == 0
+    assert_same(tmp_path / "s.zarr", once)
 
 
 @pytest.mark.slow

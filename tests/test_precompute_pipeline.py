@@ -13,6 +13,7 @@ from helpers import file_identities, make_job, random_source, store_files
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter, load_manifest
+from coursepack.data.store import writer as writer_module
 from coursepack.data.store.block import BlockFiles
 from coursepack.data.views import draw, render
 from coursepack.errors import EncodingRange, NonFiniteOutput
@@ -237,6 +238,34 @@ def test_the_number_of_threads_holds_in_the_pipeline(tmp_path, teacher):
     job = make_job(tmp_path / "s.zarr", teacher, **FIELDS, source=random_source(60))
     run_job(job_with(job, lambda run, pixels: (found.append(torch.get_num_threads()), run(pixels))[1]))
     assert set(found) == {2}
+
+
+def test_writing_leaves_the_cores_to_a_teacher_on_the_cpu(tmp_path, teacher, monkeypatch):
+    found, add = [], BlockFiles.add
+
+    def watched(self, values):
+        found.append(torch.get_num_threads())
+        add(self, values)
+
+    monkeypatch.setattr(BlockFiles, "add", watched)
+    torch.set_num_threads(2)
+    run_job(make_job(tmp_path / "s.zarr", teacher, **FIELDS, source=random_source(60)), quiet=True)
+    assert set(found) == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_only_the_last_blocks_of_a_view_are_looked_up_when_one_is_finished(tmp_path, teacher, monkeypatch):
+    """The number of done-objects that are read grows with the number of blocks, not with its square."""
+    reads, read = [], writer_module.read_done
+
+    def counted(location, view, index):
+        reads.append(index)
+        return read(location, view, index)
+
+    monkeypatch.setattr(writer_module, "read_done", counted)
+    job = make_job(tmp_path / "s.zarr", teacher, batch_size=30, views=1, source=random_source(1200))
+    run_job(replace(job, block_rows=30), quiet=True)
+    assert len(reads) < 8 * 40
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int8", "topk:3", "bits"])

@@ -167,7 +167,25 @@ def test_a_killed_rank_costs_its_block_and_no_byte(tmp_path, file, alone):
     assert_same(tmp_path, alone)
     # What torchrun logs of the killed process has a time in front.
     assert "\nTraceback" not in result.stderr
-    assert result.stdout.count("views committed") >= 3
+    assert result.stdout.count("views committed") == 3
+
+
+@pytest.mark.parametrize("given", ["file", "options"])
+def test_the_first_rank_shows_the_progress_of_all(tmp_path, file, teachers, given):
+    """The other rank is slower: the first waits for it, and prints what both have written, once."""
+    slow = Path(__file__).with_name("slow_writer.py")
+    options = [f"--teacher=run:{teachers[0]}", "--source=digits", "--view=digits", "--views=2"]
+    options += ["--block-rows=500", "--batch-size=100", f"--store={tmp_path / '0.zarr'}"]
+    words, stores = ([file], 3) if given == "file" else (options, 1)
+    result = run("torchrun", *TWO, slow, "run", *words, "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    *_, last = (line for line in result.stderr.splitlines() if line.startswith("precompute 0.zarr"))
+    rows = f"{stores * 2 * 1442:,}"
+    assert f": {rows} of {rows} images, " in last
+    assert result.stdout.count("views committed") == stores
+    assert all(
+        load_manifest(tmp_path / f"{index}.zarr").committed_views() == (0, 1) for index in range(stores)
+    )
 
 
 def test_ranks_have_parts_and_devices_of_their_own(tmp_path, teachers, monkeypatch):

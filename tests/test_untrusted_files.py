@@ -15,6 +15,7 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
 from coursepack.errors import RunError, StoreDamaged
 from coursepack.models.load import _load_run
+from coursepack.models.run_specs import RunSpec
 from coursepack.precompute.cli import main as precompute
 
 BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + "".join(
@@ -137,7 +138,7 @@ def test_a_network_that_is_not_that_of_its_weights_takes_no_memory(workplace, tm
     text = path.read_text().replace("digits-mlp", "torchvision:resnet152").replace("size: 8", "size: 32")
     path.write_text(text.replace("- 0.", "- 0.5\n  - 0.5\n  - 0."))
     with pytest.raises((RunError, ValueError)):
-        _load_run(tmp_path / "mlp", trust_code=False)
+        _load_run(RunSpec(tmp_path / "mlp"), trust_code=False)
     assert not made
 
 

@@ -29,6 +29,7 @@ class _Teacher(_Part):
     network: str
     weights: str
     preprocessing: _Pixels
+    settings: str | None = None
     columns: list[Annotated[int, Field(ge=0, lt=1 << 48)]] | None = None
 
 

@@ -121,7 +121,7 @@ class OpenView:
         if not self._trusted:
             self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
         sizes = [-(-count * part.row_bytes // self._alignment) * self._alignment for part in self._parts]
-        out = self._buffer(sum(sizes))
+        out = buffer(sum(sizes), pinned=self._pinned)
         outside = self._gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
         if outside >= 0:
             raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {self._rows - 1}")
@@ -141,11 +141,6 @@ class OpenView:
         for part in self._parts:
             part.check_unchanged()
 
-    def _buffer(self, size: int) -> NDArray[np.uint8]:
-        if self._pinned:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(size, dtype=np.uint8)
-
     def will_need(self, samples: Samples) -> None:
         """Advise the system to read the chunks of these samples in the background."""
         for part in self._parts:
@@ -159,6 +154,13 @@ class OpenView:
             for chunk in chunks[unchecked[chunks]]:
                 part.check_chunk(int(chunk))
                 unchecked[chunk] = False
+
+
+def buffer(size: int, *, pinned: bool) -> NDArray[np.uint8]:
+    """Return memory of a size in bytes, page-locked if `pinned`."""
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return np.empty(size, dtype=np.uint8)
 
 
 class _Component:

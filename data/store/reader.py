@@ -20,7 +20,7 @@ import torch
 from coursepack.data.store.layout import shard_key, table_key
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import LABELS, STATIC
-from coursepack.data.store.mapping import Check, OpenView, ShardFile
+from coursepack.data.store.mapping import Check, OpenView, ShardFile, buffer
 from coursepack.data.store.opening import load_manifest
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
@@ -176,7 +176,9 @@ class StoreReader:
 
     def _mixed(self, array: str, views: Samples, samples: Samples) -> dict[str, NDArray[Any]]:
         parts = {
-            name: np.empty((len(samples), *layout.row_shape), dtype=np.dtype(layout.dtype))
+            name: buffer(len(samples) * layout.row_bytes, pinned=self.pinned)
+            .view(np.dtype(layout.dtype))
+            .reshape(len(samples), *layout.row_shape)
             for name, layout in self.manifest.arrays[array].components.items()
         }
         for view in np.unique(views):

@@ -160,7 +160,9 @@ class StoreWriter:
     def is_complete(self, view: int) -> bool:
         """Return True if all blocks of a view are done and it is not committed yet."""
         missing = self._missing(view)
-        return bool(missing) and all(self._is_done(view, index, missing) for index in range(self.blocks))
+        # From the last, which is usually the last to be done: then no other object is read before that.
+        indices = reversed(range(self.blocks))
+        return bool(missing) and all(self._is_done(view, index, missing) for index in indices)
 
     def block(self, view: int, index: int, arrays: tuple[str, ...]) -> Block:
         """Return a block by view and index."""

@@ -192,18 +192,20 @@ def _unmixed_on_device(
     import torch
 
     from coursepack.data.jit_pixels import HALF, ONE
+    from coursepack.device import to_device
 
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     _, height, width, channels = images.shape
     beyond_crop = recipe.filters_before_cropping
-    rows = _matrices(params.boxes[:, 0::2], height, size, flips & UPSIDE_DOWN > 0, beyond_crop)
-    columns = _matrices(params.boxes[:, 1::2], width, size, flips & MIRRORED > 0, beyond_crop)
-    chosen = images[_to_device(samples, images.device)].double()
+    device = images.device
+    rows = _matrices(params.boxes[:, 0::2], height, size, flips & UPSIDE_DOWN > 0, beyond_crop, device)
+    columns = _matrices(params.boxes[:, 1::2], width, size, flips & MIRRORED > 0, beyond_crop, device)
+    chosen = images[to_device(samples, device)].double()
     half, one = float(HALF), float(ONE)
     # Not float32: the user may have allowed TF32 or bfloat16 products for it.
-    tall = torch.bmm(_to_device(rows, images.device), chosen.reshape(len(samples), height, width * channels))
+    tall = torch.bmm(rows, chosen.reshape(len(samples), height, width * channels))
     tall = ((tall + half) / one).floor_().reshape(len(samples), size, width, channels)
-    wide = torch.einsum("nxw,nywc->nyxc", _to_device(columns, images.device), tall)
+    wide = torch.einsum("nxw,nywc->nyxc", columns, tall)
     pixels = ((wide + half) / one).floor_().to(torch.uint8)
     if recipe.pixel_ops:
         _change_pixels(recipe, params, pixels)
@@ -211,35 +213,46 @@ def _unmixed_on_device(
 
 
 def _matrices(
-    spans: NDArray[np.int32], side: int, size: int, flips: NDArray[np.bool_], beyond_crop: bool
-) -> NDArray[np.float64]:
-    """Return the resampling weights of one axis as matrices `(N, size, side)`."""
-    from coursepack.data.jit_pixels import axis_matrices
+    spans: NDArray[np.int32],
+    side: int,
+    size: int,
+    flips: NDArray[np.bool_],
+    beyond_crop: bool,
+    device: torch.device,
+) -> Tensor:
+    """Return the resampling weights of one axis as matrices `(N, size, side)` float64 on a device.
 
-    matrices = np.empty((len(spans), size, side))
-    axis_matrices(spans, flips, side, beyond_crop, matrices)
-    return matrices
-
-
-def _to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    The weights are copied there without the zeros, which are most of a matrix.
+    """
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    from coursepack.data.jit_pixels import axis_taps, most_taps
+    from coursepack.device import to_device
+
+    spans = np.ascontiguousarray(spans)
+    shape = (len(spans), size, most_taps(spans, side, size))
+    begin, weights = np.empty(shape[:2], np.int32), np.empty(shape, np.int16)
+    axis_taps(spans, flips, side, beyond_crop, begin, weights)
+    pixels = to_device(begin, device).long()[:, :, None] + torch.arange(shape[2], device=device)
+    matrices = torch.zeros((*shape[:2], side), dtype=torch.float64, device=device)
+    return matrices.scatter_(2, pixels, to_device(weights, device).double())
 
 
 def _blend_on_device(first: Tensor, second: Tensor, mixing: Mixing) -> Tensor:
     import torch
 
+    from coursepack.device import to_device
+
     size, device = first.shape[1], first.device
     shares = np.where(mixing.kinds == MIXUP, mixing.shares, GRID)
-    share = _to_device(shares, device).to(torch.int32)[:, None, None, None]
+    share = to_device(shares, device).to(torch.int32)[:, None, None, None]
     blended = (first.int() * share + second.int() * (GRID - share) + GRID // 2) >> 16
     edges = mixing.boxes.astype(np.int64)
     edges[:, 2:] += edges[:, :2]
-    top, left, bottom, right = _to_device((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
+    top, left, bottom, right = to_device((edges * size + GRID // 2) >> 16, device)[:, :, None].unbind(1)
     position = torch.arange(size, device=device)
     inside = ((position >= top) & (position < bottom))[:, :, None] & (
         (position >= left) & (position < right)
     )[:, None]
-    inside &= _to_device(mixing.kinds == CUTMIX, device)[:, None, None]
+    inside &= to_device(mixing.kinds == CUTMIX, device)[:, None, None]
     return torch.where(inside[..., None], second, blended.to(torch.uint8))

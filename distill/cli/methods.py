@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,15 +11,21 @@ from coursepack.console import byte_size, print_table
 from coursepack.data.store import load_manifest
 from coursepack.distill.methods import METHODS
 from coursepack.distill.methods.description import NEEDS, describe, markdown_table, methods_table, needs_of
+from coursepack.distill.recipe import changed_method, set_values
+from coursepack.distill.renamed import check_renamed
 from coursepack.distill.setup.costs import ViewCost, planned_store, view_costs
 from coursepack.errors import RecipeError, UnknownName
 from coursepack.models import build_network
+
+if TYPE_CHECKING:
+    from coursepack.distill.methods.base import Method
 
 EXAMPLES = """\b
 Examples:
   distill methods --needs features
   distill methods amtml
   distill methods amtml-hints --store cnn.zarr --store mlp.zarr --student digits-cnn
+  distill methods kd --store cnn.zarr --set objective.terms.hint.weight=0.01
   distill methods --json
 """
 PAGE_TEACHER, PAGE_STUDENT, PAGE_CLASSES, PAGE_SAMPLES = "resnet32x4", "resnet8x4", 100, 50_000
@@ -35,6 +41,10 @@ PAGE_TEACHER, PAGE_STUDENT, PAGE_CLASSES, PAGE_SAMPLES = "resnet32x4", "resnet8x
 @click.option(
     "--student", help="Student for --store, which layers are paired with.  [default: the teacher's network]"
 )
+@click.option(
+    "--set", "assignments", multiple=True,
+    help="Field of NAME's objective to set, as objective.FIELD=VALUE. Repeatable.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/methods.md.")
 def methods_command(
@@ -42,25 +52,28 @@ def methods_command(
     needed: tuple[str, ...],
     stores: tuple[str, ...],
     student: str | None,
+    assignments: tuple[str, ...],
     as_json: bool,
     markdown: bool,
 ) -> None:
     """List the methods, or print formula, source, evidence, needs and defaults of one.
 
-    Replace any default with `distill train --set objective.FIELD=VALUE`.
+    Replace any default with `distill train --set objective.FIELD=VALUE`; here, the same option shows what
+    the changed method needs and reads.
     """
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)
-    if (stores or student) and name is None:
+    if (stores or student or assignments) and name is None:
         raise RecipeError(
-            "--store and --student are for one method: name it, as in distill methods kd --store S"
+            "--store, --student and --set are for one method: name it, as in distill methods kd --store S"
         )
     if markdown:
         click.echo(page_tables())
         return
     names = [each for each in METHODS if name in (None, each) and set(needed) <= set(needs_of(each))]
-    methods = [describe(each) for each in names]
-    costs = {} if name is None else dict(zip(stores, _costs(name, stores, student), strict=True))
+    changed = None if name is None else changed_method(name, _changes(assignments), f"method {name!r}")
+    methods = [describe(each, changed) for each in names]
+    costs = {} if changed is None else dict(zip(stores, _costs(changed, stores, student), strict=True))
     if as_json:
         for method in methods if stores else []:
             method["bytes"] = {store: _as_values(cost) for store, cost in costs.items()}
@@ -72,12 +85,13 @@ def methods_command(
                 f"{method['name']:<16}{method['evidence'] or '-':<20}needs {needs}\n    {method['formula']}"
             )
     else:
-        click.echo("\n".join(line for method in methods for line in _described(method)))
+        label = "values  " if assignments else "defaults"
+        click.echo("\n".join(line for method in methods for line in _described(method, label)))
         if costs:
             _print_costs(costs)
 
 
-def _described(method: dict[str, Any]) -> list[str]:
+def _described(method: dict[str, Any], label: str) -> list[str]:
     lines = [f"{method['name']}", f"  loss      {method['formula']}", f"  source    {method['source']}"]
     lines += [f"  evidence  {method['evidence']}"] if method["evidence"] else []
     if method["fusion"] is not None:
@@ -85,16 +99,30 @@ def _described(method: dict[str, Any]) -> list[str]:
         lines.append(f"  fusion    {fusion['name']}: {fusion['formula']}; combined as a {method['combine']}")
     lines.append(f"  needs     {', '.join(method['needs'])}")
     lines += [f"  note      {method['note']}"] if method["note"] else []
-    lines.append("  defaults  " + json.dumps(method["defaults"]))
+    lines.append(f"  {label}  " + json.dumps(method["defaults"]))
     return lines
 
 
-def _costs(name: str, stores: tuple[str, ...], student: str | None) -> list[ViewCost]:
+def _changes(assignments: tuple[str, ...]) -> dict[str, Any]:
+    """Return the changed fields of an objective as nested plain values."""
+    values: dict[str, Any] = {}
+    set_values(values, assignments)
+    check_renamed(values, "--set")
+    changes = values.pop("objective", {})
+    if values or not isinstance(changes, dict):
+        raise RecipeError(
+            f"--set {' '.join(values) or 'objective'}: a method is changed by fields of its objective, as in "
+            "--set objective.temperature=2"
+        )
+    return changes
+
+
+def _costs(method: Method, stores: tuple[str, ...], student: str | None) -> list[ViewCost]:
     if not stores:
         return []
     teachers = [load_manifest(store) for store in stores]
     network = None if student is None else build_network(student, len(teachers[0].class_names))
-    return view_costs(METHODS[name].objective, teachers, network)
+    return view_costs(method.objective, teachers, network)
 
 
 def _as_values(cost: ViewCost) -> dict[str, Any]:

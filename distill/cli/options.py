@@ -45,6 +45,7 @@ FIELDS = {
     "accumulate": "accumulate",
     "patience": "patience",
     "evaluate-every": "evaluate_every",
+    "keep-checkpoints": "keep_checkpoints",
     "precision": "precision",
     "channels-last": "channels_last",
     "compile": "compile",

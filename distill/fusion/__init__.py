@@ -1,6 +1,6 @@
 """Fusion of several teachers: their weights, and the temperature of the fused targets."""
 
-from coursepack.distill.fusion import adaptive, min_norm, weights
+from coursepack.distill.fusion import adaptive, min_norm, monitored, sequence, weights
 from coursepack.distill.fusion.base import Fusion
 
 FUSIONS: dict[str, Fusion] = {
@@ -12,5 +12,7 @@ FUSIONS: dict[str, Fusion] = {
     "entropy": weights.ENTROPY,
     "adaptive": adaptive.ADAPTIVE,
     "min_norm": min_norm.MIN_NORM,
+    "sequence": sequence.SEQUENCE,
+    "monitored": monitored.MONITORED,
 }
 """Fusions by name. To add one, write a module in this package and add a row here."""

@@ -32,6 +32,19 @@ class FusionConfig(Config):
         """Return why the config does not fit this number of teachers, or an empty string if it does."""
         return ""
 
+    def refusal_of_epochs(self, teachers: int, epochs: int) -> str:
+        """Return why the config does not fit a run of some epochs, or an empty string if it does."""
+        return ""
+
+    def fewest_epochs(self, teachers: int) -> int:
+        """Return the smallest number of epochs of a run with this number of teachers."""
+        return 1
+
+    @property
+    def has_label_phase(self) -> bool:
+        """True if some epochs are trained on labels alone."""
+        return False
+
 
 def no_needs(_config: Any) -> Needs:
     """Return the needs of a fusion that reads only the teachers' logits."""
@@ -44,7 +57,8 @@ class Fusion:
 
     `build` returns a function, or a module if the fusion has parameters, that maps `LossInputs` to weights
     `(K,)` or `(N, K)`, or to None for 1/K. Weights sum to one over the teachers that are read (see `methods`
-    for releases that normalize otherwise); only user-given weights of `fixed` are not normalized.
+    for releases that normalize otherwise); only user-given weights of `fixed` are not normalized, and a
+    sample's weights are all zero if no teacher counts for it (`abstains`).
     """
 
     config: type[FusionConfig]
@@ -56,5 +70,12 @@ class Fusion:
     """Published form of the loss: divergence from the mixture, or weighted sum of divergences."""
     build: Callable[[Any, BuildContext], Weigh]
     needs: Callable[[Any], Needs] = no_needs
-    choose: Callable[[Any, BuildContext, Step], int] | None = None
-    """Returns the index of the only teacher that is read for a batch; None if all teachers are read."""
+    choose: Callable[[Any, BuildContext, Step], int | None] | None = None
+    """Returns the index of the only teacher that is read for a batch, or None if the batch is trained on
+    labels alone. No function means that all teachers are read."""
+    every_batch: bool = False
+    """True if `choose` may return another teacher for every batch of an epoch."""
+    constant: bool = False
+    """True if `choose` returns the same teacher for all batches, so that the other stores are never read."""
+    abstains: bool = False
+    """True if the weights of a sample may all be zero, so that it has no soft targets."""

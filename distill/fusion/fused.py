@@ -53,6 +53,11 @@ class FusedTargets:
         return self._mixture(None if self.weights is None else self.weights.detach())
 
     @functools.cached_property
+    def mean_logits(self) -> Tensor:
+        """Weighted mean `(N, C)` of the teachers' logits, after the adjustment `shift`, detached."""
+        return fused_logits(self.logits, self.weights, self.labels, self.adjustments)
+
+    @functools.cached_property
     def mixture(self) -> Tensor:
         """The same soft targets, with gradient to the teachers' weights if these have one."""
         if self.weights is None or not self.weights.requires_grad:

@@ -19,6 +19,7 @@ from torch import Tensor
 from coursepack.distill.fusion.base import Fusion, FusionConfig
 from coursepack.distill.losses.base import Needs
 from coursepack.distill.losses.relation import student_embedding
+from coursepack.distill.schedule import value_at
 from coursepack.kernels import soft_targets
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _advance(weights: NDArray[np.float64], goal: NDArray[np.float64], largest: f
 def _build(config: MinNormConfig, context: BuildContext) -> Weigh:
     def weigh(inputs: LossInputs) -> Tensor:
         """Return weights `(K,)` without gradient."""
-        gradients = logit_gradients(inputs, context.temperature).double().cpu().numpy()
+        temperature = value_at(context.temperature, inputs.step.epoch)
+        gradients = logit_gradients(inputs, temperature).double().cpu().numpy()
         largest = max(config.tolerance, 1 / len(gradients))
         weights = min_norm_weights(gradients @ gradients.T, largest)
         return torch.from_numpy(weights).to(inputs.student.logits.device, torch.float32)

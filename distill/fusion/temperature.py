@@ -10,14 +10,13 @@ the mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
 
 from coursepack.config import Config
 from coursepack.distill.losses.base import Needs
-from coursepack.distill.schedule import NotNegative
+from coursepack.distill.schedule import NotNegative, Temperature
 from coursepack.kernels import decode, shift_logits
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 NORM_EPSILON = 1e-4
 PROB_EPSILON = 1e-3
 """Constants added to the norm of the logits and to the largest probability, as in TextBrewer."""
-
-Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class DynamicTemperatureConfig(Config):

@@ -181,6 +181,7 @@ BEST = Fusion(
     combine="mixture",
     build=_equal,
     choose=best_teacher,
+    constant=True,
 )
 RANDOM = Fusion(
     config=RandomConfig,
@@ -189,6 +190,7 @@ RANDOM = Fusion(
     combine="mixture",
     build=_equal,
     choose=random_teacher,
+    every_batch=True,
 )
 CONFIDENCE = Fusion(
     config=ConfidenceConfig,

@@ -2,7 +2,9 @@
 
 from coursepack.distill.losses import (
     activation_boundaries,
+    annealing,
     at,
+    born_again,
     cc,
     confidence_hint,
     contrast,
@@ -41,6 +43,7 @@ LOSSES: dict[str, Loss] = {
     "ofd": overhaul.LOSS,
     "ft": factor_transfer.LOSS,
     "latents": latents.LOSS,
+    "annealed_logits": annealing.LOSS,
     "mutual": mutual.LOSS,
     "dkd": dkd.LOSS,
     "dist": dist.LOSS,
@@ -56,5 +59,7 @@ LOSSES: dict[str, Loss] = {
     "confidence_hint": confidence_hint.LOSS,
     "triplet_order": triplet_order.LOSS,
     "discriminator": discriminator.LOSS,
+    "confident_label": born_again.CONFIDENT_LABEL,
+    "permuted": born_again.PERMUTED,
 }
 """Loss terms by name. To add one, write a module in this package and add a row here."""

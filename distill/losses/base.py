@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from coursepack.config import Config
-from coursepack.distill.schedule import Weight
+from coursepack.distill.schedule import Schedule, Weight
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ class PairNeeds:
 
     depth   one per teacher, spread over the student's layers, each with its tap of equal depth
     last    one per teacher: its deepest tap and the student's last layer
-    every   one per teacher and student layer, at equal depth
-    flows   one per teacher and two consecutive student layers, with its tap of two layers at equal depth
+    every   one per teacher and student layer, at equal depth; by map size if some of these do not fit
+    flows   one per teacher and two consecutive student layers, with its tap of two layers, chosen as in
+            `every`; by map size, layers without a tap are left out
     """
     maps: bool = False
     """True if only maps are compared, so that layers that give vectors are not chosen."""
@@ -225,6 +226,9 @@ class Needs:
     """What makes gradients flow between students that train together; refused with gradient scaling."""
     teacher_head: str = ""
     """Need for the linear head of the teacher, of which there is one; several stores are refused."""
+    first_epochs: tuple[str, ...] = ()
+    """Fields of the config with a number of first epochs, in which the student does not learn from the term;
+    runs that are not longer are refused."""
 
     @property
     def logits(self) -> bool:
@@ -289,8 +293,10 @@ class BuildContext:
     """Accuracy of each teacher, as recorded in its store."""
     embedding_width: int = 0
     """Width D of the student's embedding."""
-    temperature: float = 1.0
-    """Temperature of the objective, T_0 of a dynamic one."""
+    epochs: int = 0
+    """Number of epochs of the run; 0 if it is not known."""
+    temperature: float | Schedule = 1.0
+    """Temperature of the objective or its schedule, T_0 of a dynamic one."""
     heads: tuple[TeacherHead, ...] = ()
     """Head of each teacher; empty if no term needs heads."""
     labels: NDArray[np.int64] | None = None
@@ -339,7 +345,8 @@ class Loss:
     of a batch, or to None if it adds nothing in this step. Optional methods are `begin_epoch(epoch)`, called
     before every epoch; `after_step(inputs)`, called after the optimizer step, for example to update a memory
     bank; and `parameter_groups()`, for parameters with their own optimizer settings. In a group, `lr_factor`
-    multiplies the learning rate of the schedule.
+    multiplies the learning rate of the schedule. `without_teachers(inputs)` gives the part of a term of the
+    fused targets that reads no teacher; a term without that method is skipped in a phase on labels alone.
     """
 
     config: type[TermConfig]

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from coursepack.data.randomness import Purpose, below, random_words
+from coursepack.device import to_device
 from coursepack.distill.losses.adapters import as_maps, seeded
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -195,7 +196,7 @@ class CRD(nn.Module):
         samples, device = _samples(inputs), inputs.student.logits.device
         own = self.negatives.rows_of(samples)
         rows = np.concatenate([own[:, None], self.negatives.draw(samples, inputs.step.epoch)], 1)
-        index = torch.from_numpy(rows).to(device)
+        index = to_device(rows, device)
         losses = []
         for number, (pair, contrast) in enumerate(zip(self.pairs, self.contrasts, strict=True)):
             assert isinstance(contrast, Contrast)
@@ -214,9 +215,7 @@ class CRD(nn.Module):
         """
         samples, first = np.unique(_samples(inputs), return_index=True)
         device = inputs.student.logits.device
-        rows, kept = (
-            torch.from_numpy(index).to(device) for index in (self.negatives.rows_of(samples), first)
-        )
+        rows, kept = (to_device(index, device) for index in (self.negatives.rows_of(samples), first))
         for number, contrast in enumerate(self.contrasts):
             assert isinstance(contrast, Contrast)
             student, teacher = (inputs.shared[self._key(number, side)] for side in ("student", "teacher"))

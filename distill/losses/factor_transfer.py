@@ -160,7 +160,11 @@ def _attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _needs(config: FTConfig) -> Needs:
-    return Needs(pairs=PairNeeds(config.pairs, config.layers, choose="last"), every_teacher="the pairs of ft")
+    return Needs(
+        pairs=PairNeeds(config.pairs, config.layers, choose="last"),
+        every_teacher="the pairs of ft",
+        first_epochs=("paraphraser_epochs",),
+    )
 
 
 def _build(config: FTConfig, context: BuildContext) -> FactorTransfer:

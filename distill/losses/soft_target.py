@@ -59,6 +59,11 @@ class SoftTarget(nn.Module):
             loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels)
         return loss
 
+    def without_teachers(self, inputs: LossInputs) -> Tensor:
+        """Return the weighted cross-entropy `(N,)` alone, in a phase that reads no teacher."""
+        hard_weight = value_at(self.config.hard_weight, inputs.step.epoch)
+        return hard_weight * cross_entropy(inputs.student.logits, inputs.labels)
+
 
 def _needs(config: SoftTargetConfig) -> Needs:
     return Needs(fused=True, labels=is_used(config.hard_weight))

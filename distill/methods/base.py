@@ -52,8 +52,9 @@ class Method:
         """Needs of the method, in words."""
         needs, lines = self.objective.needs(), []
         if needs.logits:
-            one = FUSIONS[self.objective.fusion.name].choose is not None
-            lines.append("logits of one teacher per batch" if one else "logits of every teacher")
+            fusion = FUSIONS[self.objective.fusion.name]
+            which = "one teacher per batch" if fusion.choose is not None else "every teacher"
+            lines.append(f"logits of {'one teacher' if fusion.constant else which}")
         lines += ["all classes in the stores (no topk encoding)"] if needs.dense_logits else []
         lines += ["a tapped feature of every teacher"] if needs.pairs is not None else []
         lines += (

@@ -30,13 +30,22 @@ NEEDS: dict[str, Callable[[Needs], object]] = {
 
 def needs_of(name: str) -> list[str]:
     """Return the names of a method's needs."""
-    needs = METHODS[name].objective.needs()
+    return _names_of(METHODS[name])
+
+
+def _names_of(method: Method) -> list[str]:
+    needs = method.objective.needs()
     return [need for need, holds in NEEDS.items() if holds(needs)]
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Return a method as plain values: formula, source, needs, and defaults that differ from the config's."""
-    method = METHODS[name]
+def describe(name: str, changed: Method | None = None) -> dict[str, Any]:
+    """Return a method as plain values: formula, source, needs, and values that differ from the config's.
+
+    Args:
+        name: name of the method.
+        changed: the method with other values than its defaults.
+    """
+    method = changed or METHODS[name]
     fusion = FUSIONS[method.objective.fusion.name]
     fuses = method.objective.needs().fused
     defaults = method.objective.model_dump(mode="json", exclude_defaults=True)
@@ -50,7 +59,7 @@ def describe(name: str) -> dict[str, Any]:
         "formula": method.formula,
         "source": method.source,
         "evidence": method.evidence,
-        "need_names": needs_of(name),
+        "need_names": _names_of(method),
         "needs": list(method.needs),
         "note": method.note,
         "fusion": {"name": method.objective.fusion.name, "formula": fusion.formula} if fuses else None,

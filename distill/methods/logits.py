@@ -7,6 +7,7 @@ from typing import Any
 from coursepack.distill.methods.base import KD, Method, objective
 
 _FLSW: dict[str, Any] = {"kind": "flsw", "slope": 40.0, "gamma": 0.5}
+_BORN_AGAIN = "Furlanello et al. 2018, arXiv 1805.04770"
 _WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
 
 # Published coefficients that follow another convention than docs/decisions/reduction.md, all of them:
@@ -16,6 +17,17 @@ _WEN = "Wen, Lai and Qian 2019, arXiv 1911.07471"
 _DKD_WARMUP: dict[str, Any] = {"shape": "warmup", "start": 1 / 20, "end": 1.0, "epochs": 19}
 # Tf-KD       the paper's KL has no T², ours has: 0.95 / T².
 _TFKD_SELF = 0.95 / 20**2
+# Annealing-KD  its script takes `mse_loss`, the mean over samples and classes, which is ours. The paper's
+#             squared norm is the sum over classes: weight C.
+_ANNEALED = 1.0
+
+_ANNEALING_EPOCHS = 30
+"""Epochs of the first phase of Annealing-KD: three quarters of the default run."""
+
+
+def _step(start: float, end: float) -> dict[str, Any]:
+    return {"shape": "step", "start": start, "end": end, "epochs": _ANNEALING_EPOCHS}
+
 
 LOGITS: dict[str, Method] = {
     "supervised": Method(
@@ -117,6 +129,20 @@ LOGITS: dict[str, Method] = {
         note="soft_weight is 0.95 / T², since the paper has no T²: with another temperature set both. The "
         "release has T², averages over classes, and multiplies by M of 1, 50 or 100: soft_weight 0.95 M / C",
     ),
+    "annealing-kd": Method(
+        formula="mean_c (z - Phi z_k)² for 30 epochs, Phi = 1 - (T - 1) / 10, T from 10 down to 1; then CE",
+        source="Jafari et al. 2021 (Annealing-KD), arXiv 2104.07163; T_max of its script for CIFAR",
+        evidence="re-implementation",
+        objective=objective(
+            hard_weight=_step(0.0, 1.0),
+            terms={"annealed_logits": {"weight": _step(_ANNEALED, 0.0), "epochs": _ANNEALING_EPOCHS}},
+        ),
+        note="the script has 200 epochs and 100 on labels: change terms.annealed_logits.epochs and the "
+        "epochs of both weights together. One optimizer and one learning-rate schedule for both phases; "
+        "there the second begins with new ones, from the first one's best weights. The squared norm of the "
+        "paper is weight C. Several teachers are compared as the mean of their logits. Stores are read in "
+        "both phases",
+    ),
     "label-refinery": Method(
         formula="KL(P || q), T = 1, no labels",
         source="Bagherinezhad et al. 2018, arXiv 1805.02641",
@@ -127,10 +153,25 @@ LOGITS: dict[str, Method] = {
     ),
     "born-again": Method(
         formula="KL(P || q), T = 1, no labels, P of the generation before, a network like the student",
-        source="Furlanello et al. 2018, arXiv 1805.04770, BAN; BAN+L with labels",
+        source=f"{_BORN_AGAIN}, BAN; BAN+L with labels",
         evidence="paper",
         objective=objective(soft_weight=1.0, hard_weight=0.0, temperature=1.0),
         note="each generation is the teacher of the next, with a new seed. hard_weight=1 adds the labels "
         "(BAN+L), whose share the paper does not state. Stores of all generations together are its ensemble",
+    ),
+    "born-again-cwtm": Method(
+        formula="sum_n w_n CE(z_n, y_n) / sum_n w_n, w = max P, T = 1",
+        source=f"{_BORN_AGAIN}, CWTM (confidence weighted by teacher max)",
+        evidence="re-implementation",
+        objective=objective(soft_weight=0.0, hard_weight=0.0, temperature=1.0, terms={"confident_label": {}}),
+        note="the paper's equations were not at hand, and whether its sum is divided by the batch size as "
+        "well is not clear. The teacher's classes are not learned from, only how sure it is",
+    ),
+    "born-again-dkpp": Method(
+        formula="KL(phi(P) || q), T = 1, no labels, phi permutes all classes but the top one",
+        source=f"{_BORN_AGAIN}, DKPP (dark knowledge with permuted predictions)",
+        evidence="re-implementation",
+        objective=objective(soft_weight=0.0, hard_weight=0.0, temperature=1.0, terms={"permuted": {}}),
+        note="the paper's equations were not at hand. Permutations are drawn anew in every epoch",
     ),
 }

@@ -74,8 +74,8 @@ RELATIONS: dict[str, Method] = {
         source="Yim et al. 2017, CVPR, equations 1 and 2; weight of Tian et al. 2020",
         objective=_with_labels(fsp={"weight": 50.0}),
         evidence="re-implementation",
-        note="every two consecutive blocks by default, which need the teacher's numbers of channels. The "
-        "paper trains the flows first and the labels after them; here both are trained together",
+        note="every two consecutive blocks by default, with the teacher's numbers of channels. The paper "
+        "trains the flows first and the labels after them; here both are trained together",
     ),
 }
 """Methods by name."""

@@ -19,6 +19,9 @@ _CA_MKD_SOFT = 1.0
 #             one; for the release's size set soft_weight to (K - 1) / K.
 _EBKD_SOFT = 1.0
 
+_PRO_KD_EPOCHS = 30
+"""Epochs in which the temperature of Pro-KD falls: three quarters of the default run."""
+
 _AMTML: dict[str, Any] = {
     "soft_weight": _AMTML_SOFT,
     "hard_weight": 0.3,
@@ -46,6 +49,34 @@ TEAMS: dict[str, Method] = {
         source="Shen, He and Xue 2019 (MEAL), arXiv 1812.02425, section 3, without its adversarial part",
         evidence="paper",
         objective=objective(**KD, fusion={"name": "random"}),
+    ),
+    "sequence": Method(
+        formula="0.9 T² KL(P_k || q) + 0.1 CE, T = 4, k the teacher of the epoch's phase",
+        source="sequential teaching: teachers in order, with the weights and T of kd",
+        objective=objective(**KD, fusion={"name": "sequence"}),
+        note="teachers share the epochs of the run in the order of the stores; fusion.epochs gives each its "
+        "own number, and fusion.label_epochs a last phase on labels alone, with hard_weight",
+    ),
+    "pro-kd": Method(
+        formula="0.9 T² KL(P_k || q) + 0.1 CE, k the teacher's checkpoint of the epoch's phase, T from 4 to "
+        "1 in 30 epochs",
+        source="Rezagholizadeh et al. 2021 (Pro-KD), arXiv 2110.08532; only its abstract was at hand",
+        evidence="recalled",
+        objective=objective(
+            **{**KD, "temperature": {"shape": "warmup", "start": 4.0, "end": 1.0, "epochs": _PRO_KD_EPOCHS}},
+            fusion={"name": "sequence"},
+        ),
+        note="follows the stores of a teacher's checkpoints in their order, with a temperature that falls; "
+        "the paper's formula was not at hand, and the weights are those of kd. annealing-kd is the nearest "
+        "method whose formula is known",
+    ),
+    "monitored": Method(
+        formula="0.9 T² sum_k w_k KL(P_k || q) + 0.1 CE, T = 4, w_k equal for the teachers with "
+        "argmax z_k = y and 0 for the others",
+        source="teachers monitored by the labels, with the weights and T of kd",
+        objective=objective(**KD, fusion={"name": "monitored"}),
+        note="a sample on which no teacher is right is trained on 0.1 CE alone. fusion.rule=better counts "
+        "teachers whose cross-entropy to the label is below the student's instead, and takes mixed labels",
     ),
     "amtml": Method(
         formula="(1.4 / C) T² KL(sum_k w_k P_k || q) + 0.3 CE + angle + 0.1 (||v||² + sum_k ||theta_k||²), "

@@ -5,6 +5,8 @@ provenance.json      fingerprints of the stores, library versions, device
 network.yaml         description of the student, from which `run:FOLDER` builds it
 metrics.jsonl        metrics, one line per epoch
 best.safetensors     weights of the student after the evaluation with the best accuracy
+checkpoints/         weights of the student after every EVERY epochs (--keep-checkpoints), each a file
+                     epoch-EPOCH.safetensors that `run:FOLDER@EPOCH` loads; EPOCH counts completed epochs
 checkpoint.pt        training state; present while the run is unfinished
 lock                 lock of the process that trains the run
 student.safetensors  weights of the student after the last epoch; present if the run is finished
@@ -36,6 +38,7 @@ from coursepack.errors import RunBusy, RunError
 from coursepack.files import naming, open_regular, partials, write_whole
 from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
+from coursepack.models.run_specs import CHECKPOINTS_FOLDER, checkpoint_file, kept_epochs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,6 +137,7 @@ class RunFolder:
             _clear(path)
             self._made = []
         (path / BEST_FILE).unlink(missing_ok=True)
+        _forget_checkpoints(path, 0)
         write_whole(path / RECIPE_FILE, write_yaml(recipe.model_dump(mode="json")).encode())
         write_whole(path / PROVENANCE_FILE, canonical_json(provenance, indent=1).encode())
         if network is not None:
@@ -141,11 +145,12 @@ class RunFolder:
         (path / METRICS_FILE).write_bytes(b"")
 
     def reopen(self, epoch: int) -> None:
-        """Continue an unfinished run from an epoch, dropping metrics of that epoch and later ones."""
+        """Continue an unfinished run from an epoch, dropping what that epoch and later ones wrote."""
         path = self.path
         _clear_partials(path)
         # A group that was killed while it was being finished has the final weights of some of its students.
         (path / WEIGHTS_FILE).unlink(missing_ok=True)
+        _forget_checkpoints(path, epoch)
         with os.fdopen(open_regular(path / METRICS_FILE), "rb") as file:
             lines = file.readlines()
         write_whole(path / METRICS_FILE, *lines[:epoch])
@@ -171,6 +176,12 @@ class RunFolder:
     def keep_best(self, network: Network) -> None:
         """Write the weights of the best student so far."""
         write_whole(self.path / BEST_FILE, _weights(network.module))
+
+    def keep_checkpoint(self, network: Network, epochs: int) -> None:
+        """Write the weights after a number of epochs."""
+        file = checkpoint_file(self.path, epochs)
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, _weights(network.module))
 
     def finish(self, network: Network) -> None:
         """Write the final weights, and remove the checkpoint."""
@@ -200,6 +211,9 @@ class ReadOnlyRunFolder:
         """Do nothing."""
 
     def keep_best(self, network: Network) -> None:
+        """Do nothing."""
+
+    def keep_checkpoint(self, network: Network, epochs: int) -> None:
         """Do nothing."""
 
     def finish(self, network: Network) -> None:
@@ -272,8 +286,16 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _clear_partials(path: Path) -> None:
-    for partial in partials(path):
-        partial.unlink()
+    for folder in (path, path / CHECKPOINTS_FOLDER):
+        for partial in partials(folder) if folder.is_dir() else ():
+            partial.unlink()
+
+
+def _forget_checkpoints(path: Path, epochs: int) -> None:
+    """Remove the weights that were kept after more than a number of epochs, which are trained again."""
+    for epoch in kept_epochs(path):
+        if epoch > epochs:
+            checkpoint_file(path, epoch).unlink()
 
 
 def _check_same(path: Path, begun: Any, now: Any) -> None:

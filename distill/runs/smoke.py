@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
 
-SAMPLES = 16
-MAX_BATCH_SIZE = 8
+SAMPLES = 8
+MAX_BATCH_SIZE = 4
 MAX_LEARNING_RATE = 1e-3
 """Upper bound of the learning rate, since larger ones may diverge on noise."""
 VIEWS = 2
@@ -59,7 +59,10 @@ MAP_SHAPE = (8, 4, 4)
 
 
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
-    """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`."""
+    """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`.
+
+    A fusion with more phases has one epoch for each.
+    """
     source = open_source(stand_in(recipe.source, SAMPLES))
     recipe = recipe.model_copy(update={"objective": _with_flows(recipe, source)})
     taps: dict[int, list[str]] = {}
@@ -76,6 +79,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
                 layers |= dict(zip(tap.layers, pair.layer.split("+"), strict=False))
     shapes = _map_shapes(layers, recipe, source)
     batch_size = max(min(recipe.batch_size, MAX_BATCH_SIZE), VIEWS)
+    objective = _shortened(recipe.objective)
     stores = []
     for index, store in enumerate(recipe.stores):
         path = folder / f"{index}-{Path(store).name}"
@@ -93,12 +97,13 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
             "views": None if not stores else VIEWS,
             "views_per_load": min(recipe.views_per_load, VIEWS),
             "limit": None if recipe.limit is None else min(recipe.limit, SAMPLES),
-            "epochs": 2,
+            "epochs": max(2, objective.fusion.fewest_epochs(len(stores))),
             "patience": None if recipe.patience is None else 1,
+            "keep_checkpoints": None if recipe.keep_checkpoints is None else 1,
             "evaluate_every": 1,
             "batch_size": batch_size,
             "accumulate": min(recipe.accumulate, batch_size),
-            "objective": _shortened(recipe.objective),
+            "objective": objective,
             "optimizer": _shortened(recipe.optimizer).model_copy(
                 update={"lr": min(recipe.optimizer.lr, MAX_LEARNING_RATE)}
             ),
@@ -112,9 +117,9 @@ def _shortened(value: Any) -> Any:
         return value.model_copy(update={"epochs": 1})
     if hasattr(value, "model_fields_set"):
         fields = {name: _shortened(getattr(value, name)) for name in type(value).model_fields}
-        for phase in ("joint_epochs", "paraphraser_epochs"):
-            if fields.get(phase) is not None:
-                fields[phase] = 1
+        for phase in ("epochs", "label_epochs", "joint_epochs", "paraphraser_epochs"):
+            if fields.get(phase):
+                fields[phase] = (1,) * len(fields[phase]) if isinstance(fields[phase], tuple) else 1
         if isinstance(value, LearningRateConfig):
             fields["warmup_epochs"] = min(value.warmup_epochs, 1.0)
             fields["milestones"] = value.milestones and (1,)

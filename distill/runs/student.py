@@ -109,6 +109,9 @@ class StudentRun:
                 best, stale = evaluation["accuracy"], 0
             else:
                 stale += 1
+        every = self.recipe.keep_checkpoints
+        if every is not None and (epoch + 1) % every == 0:
+            self.folder.keep_checkpoint(self.state.network, epoch + 1)
         self.position = Position(epoch + 1, best=best, stale=stale)
         self.log = new_metrics(self.state)
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FREE_FIELDS = (
     *("student", "peers", "student_size", "student_mean", "student_std"),
-    *("method", "objective", "optimizer", "patience"),
+    *("method", "objective", "optimizer", "patience", "keep_checkpoints"),
     *("precision", "channels_last", "compile"),
 )
 """Fields in which students that are trained together may differ, since none of them affects batches."""

@@ -14,7 +14,7 @@ from coursepack.distill.runs.start import check_same_on_all_ranks, start_run
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position
 from coursepack.distill.training.evaluate import evaluation_view
-from coursepack.distill.training.loop import check_targets, train_steps
+from coursepack.distill.training.loop import check_targets, teachers_of_epoch, train_steps
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
 from coursepack.errors import TrainingDiverged
 
@@ -119,9 +119,19 @@ def train_together(
             setup.device.type == "cuda",
             setup.sizes([student.state.learner.network for student in students]),
         )
-        renderer = stack.enter_context(Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin))
+        beside = pin and setup.images is None  # while the GPU trains, unless it renders
+        renderer = stack.enter_context(
+            Renderer(setup.source, recipe.view, sizes, workers=workers, pin=pin, background=beside)
+        )
         evaluation_renderer = stack.enter_context(
-            Renderer(setup.evaluation, evaluation_view(setup.evaluation), sizes, workers=workers, pin=pin)
+            Renderer(
+                setup.evaluation,
+                evaluation_view(setup.evaluation),
+                sizes,
+                workers=workers,
+                pin=pin,
+                background=pin,
+            )
         )
         for student in students:
             stack.enter_context(student.writer)
@@ -144,9 +154,10 @@ def _train_epoch(setup: Setup, active: Sequence[Run], renderer: Renderer, checkp
     epoch, first = active[0].position.epoch, active[0].position.batches
     students = [student for run in active for student in run.students]
     before, started = [student.position.seconds for student in students], time.perf_counter()
+    states = [student.state for student in students]
     steps = train_steps(
         [[student.state for student in run.students] for run in active],
-        renderer.ahead(setup.batches(epoch, first)),
+        renderer.ahead(setup.batches(epoch, first, lambda turn: teachers_of_epoch(states, turn))),
         setup.targets,
         [student.log for student in students],
         epoch,

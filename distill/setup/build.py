@@ -8,8 +8,15 @@ from coursepack.data.store import load_manifest
 from coursepack.distill.losses.base import BuildContext, TeacherHead
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
-from coursepack.distill.setup.requirements import check_needs, needed_arrays, shaped_pairs, term_pairs
+from coursepack.distill.setup.requirements import (
+    check_needs,
+    logits_read,
+    needed_arrays,
+    shaped_pairs,
+    term_pairs,
+)
 from coursepack.distill.setup.student import last_map, probe_student
+from coursepack.distill.setup.teacher import accuracy
 from coursepack.distill.setup.wrap import check_wrapped, teacher_head
 from coursepack.errors import RecipeError
 from coursepack.models import build_network, load_teacher
@@ -77,6 +84,7 @@ def make_objective(
     changes: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
+    epochs: int = 0,
 ) -> Objective:
     """Build a method's objective for a student and the teachers of some stores.
 
@@ -86,6 +94,7 @@ def make_objective(
         method: a name in `METHODS`.
         changes: fields of its `ObjectiveConfig` to replace, for example `{"temperature": 2.0}`.
         seed: seed for initial adapters and latents, and for random teachers.
+        epochs: number of epochs of the training, which fusion `sequence` divides; 0 if it is not known.
 
     Raises:
         UnknownName: the method, or a layer of the student, does not exist.
@@ -96,7 +105,14 @@ def make_objective(
     config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
     check_needs(method, config, stores.readers, stores.view, stores.root)
     return build_objective(
-        config, student, stores.source, stores.readers, method=method, root=stores.root, seed=seed
+        config,
+        student,
+        stores.source,
+        stores.readers,
+        method=method,
+        root=stores.root,
+        seed=seed,
+        epochs=epochs,
     )
 
 
@@ -110,6 +126,7 @@ def build_objective(
     root: str | None,
     seed: int,
     samples: Samples | None = None,
+    epochs: int = 0,
 ) -> Objective:
     """Build an objective for a student from a config that has passed `check_needs`.
 
@@ -119,8 +136,9 @@ def build_objective(
     """
     check_wrapped(config, student, method)
     needs = config.needs()
-    pairs = term_pairs(config, [reader.manifest for reader in readers], student)
-    needed_arrays(method, readers, pairs, logits=needs.logits, root=root)
+    teachers = [reader.manifest for reader in readers]
+    pairs = term_pairs(config, teachers, student)
+    needed_arrays(method, readers, pairs, logits=logits_read(config, teachers), root=root)
     width = 0
     if needs.embedding:
         layer = needs.embedding_layer
@@ -128,7 +146,7 @@ def build_objective(
     context = BuildContext(
         teachers=max(1, len(readers)),
         classes=len(source.class_names),
-        accuracies=tuple(map(_accuracy, readers)),
+        accuracies=tuple(accuracy(reader.manifest) for reader in readers),
         embedding_width=width,
         heads=tuple(TeacherHead(*teacher_head(reader)) for reader in readers) if needs.teacher_heads else (),
         labels=source.labels,
@@ -136,6 +154,7 @@ def build_objective(
         pairs_by_term=shaped_pairs(config, pairs, readers, student, source.channels, root),
         last_map=last_map(student, source.channels) if needs.last_map else "",
         seed=seed,
+        epochs=epochs,
     )
     return Objective(config, context)
 
@@ -148,15 +167,8 @@ def read_arrays(
     Raises:
         RecipeError: an array is not stored; the message has the command that adds it.
     """
-    needs = recipe.objective.needs()
-    pairs = {}
-    if needs.pairs is not None:
-        teachers = [reader.manifest for reader in readers]
-        pairs = term_pairs(recipe.objective, teachers, build_student(recipe, source, trust_code=trust_code))
-    return needed_arrays(recipe.method, readers, pairs, logits=needs.logits, root=recipe.root)
-
-
-def _accuracy(reader: StoreReader) -> float:
-    """Return a teacher's accuracy over all views recorded in its store."""
-    totals = reader.manifest.totals
-    return totals["correct"] / max(totals["rows"], 1.0)
+    objective, teachers, pairs = recipe.objective, [reader.manifest for reader in readers], {}
+    if objective.needs().pairs is not None:
+        pairs = term_pairs(objective, teachers, build_student(recipe, source, trust_code=trust_code))
+    logits = logits_read(objective, teachers)
+    return needed_arrays(recipe.method, readers, pairs, logits=logits, root=recipe.root)

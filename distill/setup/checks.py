@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.distill.exchange import EXCHANGES
-from coursepack.distill.schedule import is_used
+from coursepack.distill.losses import LOSSES
+from coursepack.distill.schedule import Schedule
 from coursepack.distill.setup.student import probe_student
 from coursepack.errors import RecipeError
 
@@ -42,6 +43,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     _check_accumulation(recipe)
     _check_compile(recipe)
     _check_schedule(recipe)
+    _check_phases(recipe)
     _check_replicas(recipe)
     _check_peers(recipe)
     if recipe.views_per_load > recipe.batch_size:
@@ -57,17 +59,35 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
             "--store out, or choose a method that learns from them, as --method kd"
         )
+    _check_fusion(recipe)
+    if recipe.keep_checkpoints is not None and recipe.keep_checkpoints > recipe.epochs:
+        raise RecipeError(
+            f"keep_checkpoints is {recipe.keep_checkpoints}, but the run has {recipe.epochs} epochs, so none "
+            f"would be kept: give --keep-checkpoints {recipe.epochs} or less"
+        )
+
+
+def _check_fusion(recipe: TrainRecipe) -> None:
+    """Refuse a fusion that does not fit the number of stores, or the epochs of the run."""
+    if not recipe.objective.needs().fused:
+        return
+    fusion, teachers = recipe.objective.fusion, len(recipe.stores)
+    if refusal := fusion.refusal(teachers) or fusion.refusal_of_epochs(teachers, recipe.epochs):
+        raise RecipeError(refusal)
 
 
 def _check_mixing(recipe: TrainRecipe) -> None:
     """Refuse mixed images with a limit: partners come from the whole split, so their labels would leak."""
     objective = recipe.objective
-    hard = not objective.needs().teachers or is_used(objective.hard_weight)
-    if recipe.view.mix is not None and recipe.limit is not None and hard:
-        raise RecipeError(
-            f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
-            "be learned too: give --hard-weight 0 with teachers, a view without mix, or leave --limit out"
-        )
+    if recipe.view.mix is None or recipe.limit is None or not objective.needs().labels:
+        return
+    without = objective.model_copy(update={"hard_weight": 0.0}).needs()
+    enough = without.teachers and not without.labels
+    instead = "--hard-weight 0" if enough else "a method that reads no labels"
+    raise RecipeError(
+        f"limit is {recipe.limit}, but the view mixes in samples of the whole split, whose labels would "
+        f"be learned too: give {instead}, a view without mix, or leave --limit out"
+    )
 
 
 def _check_accumulation(recipe: TrainRecipe) -> None:
@@ -169,6 +189,29 @@ def _check_schedule(recipe: TrainRecipe) -> None:
             f"optimizer.schedule.warmup_epochs is {schedule.warmup_epochs:g}, but the run has {epochs} "
             f"epochs, so the learning rate would never reach lr: give --warmup-epochs up to {epochs}, or "
             "more --epochs"
+        )
+
+
+def _check_phases(recipe: TrainRecipe) -> None:
+    """Refuse a run that ends in the first phase of a method, in which it trains something else."""
+    objective, epochs = recipe.objective, recipe.epochs
+    weights = {"soft_weight": objective.soft_weight, "hard_weight": objective.hard_weight}
+    weights |= {f"terms.{key}.weight": term.weight for key, term in objective.terms.items()}
+    phases = {
+        f"objective.{name}.epochs": weight.epochs
+        for name, weight in weights.items()
+        if isinstance(weight, Schedule) and weight.shape == "step"
+    }
+    for key, term in objective.all_terms().items():
+        for field in LOSSES[term.term].needs(term).first_epochs:
+            phases[f"objective.terms.{key}.{field}"] = getattr(term, field)
+    late = {name: phase for name, phase in phases.items() if phase >= epochs}
+    if late:
+        words = " ".join(f"--set {name}={max(1, epochs // 4)}" for name in late)
+        raise RecipeError(
+            f"the first phase of method {recipe.method!r} takes {max(late.values())} epochs, but the run has "
+            f"{epochs}, so the next one would never begin: give at least {max(late.values()) + 1} --epochs"
+            + (f", or a shorter phase, as {words}" if epochs > 1 else "")
         )
 
 

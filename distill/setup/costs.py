@@ -9,15 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import Manifest
 from coursepack.data.store.manifest import LOGITS
-from coursepack.distill.setup.requirements import term_pairs, untrained
+from coursepack.distill.setup.requirements import logits_read, term_pairs
+from coursepack.distill.setup.teacher import tap_shapes, untrained
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import RecipeError
-from coursepack.models.taps import tap_from_name, tap_margins, tapped
+from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 FLOAT16 = 2
 """Bytes per value of unreduced outputs, and of arrays that are not stored yet."""
-
-Shapes = dict[str, tuple[int, ...]]
-"""Shape of one sample's features by the name of a tap or a layer."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,20 @@ def view_costs(
     Raises:
         RecipeError: an array is not stored, and the teacher cannot be built here for its shapes.
     """
-    needs, taps = objective.needs(), [list[str]() for _ in teachers]
-    if needs.pairs is not None:
-        student = student or _network(teachers[0])
+    taps = [list[str]() for _ in teachers]
+    if objective.needs().pairs is not None:
+        student = student or untrained(teachers[0])
         if student is None:
             raise _unknown(teachers[0], "its layers are")
         for index, tap, _ in (
             pair for of_term in term_pairs(objective, teachers, student).values() for pair in of_term
         ):
             taps[index] += [] if tap in taps[index] else [tap]
-    return [_cost(teacher, own, needs.logits) for teacher, own in zip(teachers, taps, strict=True)]
+    read = logits_read(objective, teachers)
+    return [
+        _cost(teacher, own, index in read)
+        for index, (teacher, own) in enumerate(zip(teachers, taps, strict=True))
+    ]
 
 
 def planned_store(spec: str, classes: int, samples: int) -> Manifest:
@@ -84,7 +84,7 @@ def planned_store(spec: str, classes: int, samples: int) -> Manifest:
 
 
 def _cost(teacher: Manifest, taps: Sequence[str], logits: bool) -> ViewCost:
-    shapes = _shapes(teacher, taps)
+    shapes = tap_shapes(teacher, taps)
     classes = len(teacher.class_names)
     arrays = {LOGITS: _row_bytes(teacher, LOGITS, "float16", (classes,))} if logits else {}
     for tap in taps:
@@ -107,34 +107,9 @@ def _row_bytes(teacher: Manifest, array: str, encoding: str, shape: tuple[int, .
     return sum(component.row_bytes for component in parse_encoding(encoding).components(shape).values())
 
 
-def _network(teacher: Manifest) -> Network | None:
-    return untrained(teacher, teacher.identity["teacher"].get("preprocessing", {}).get("size"))
-
-
 def _unknown(teacher: Manifest, what: str) -> RecipeError:
     spec = teacher.identity["teacher"]["network"]
     return RecipeError(
         f"{what} not known, since the network of teacher {spec!r} cannot be built here: store the features "
         "first, and give --student"
     )
-
-
-@torch.inference_mode()
-def _shapes(teacher: Manifest, taps: Sequence[str]) -> Shapes | None:
-    """Return the shapes of taps and of their layers' whole outputs; None if the teacher cannot be built.
-
-    Raises:
-        UnknownName: a tap's layer does not exist.
-    """
-    network = _network(teacher) if taps else None
-    if network is None:
-        return {} if not taps else None
-    module, pixels = network.module.eval(), network.preprocessing
-    layers = list(dict.fromkeys(layer for tap in taps for layer in tap_from_name(tap).layers))
-    with tapped(module, layers) as outputs:
-        module(pixels(torch.zeros(1, pixels.size, pixels.size, len(pixels.mean), dtype=torch.uint8)))
-        shapes = {layer: tuple(outputs[layer].shape[1:]) for layer in layers}
-        for tap in map(tap_from_name, taps):
-            reduced = tap.reduce([outputs[layer] for layer in tap.layers], tap_margins(module, tap))
-            shapes[tap.name] = tuple(reduced.shape[1:])
-    return shapes

@@ -34,7 +34,7 @@ from coursepack.distill.targets.teacher_stores import open_targets, open_teacher
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from coursepack.data import Batch, Source
     from coursepack.data.batches import Window
@@ -103,12 +103,19 @@ class Setup:
         views = np.array(self.views, dtype=np.int64)
         return int(shuffled(views, self.recipe.seed, time_round, Purpose.VIEW_ORDER)[index])
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, first: int = 0, teachers: Callable[[int], Sequence[int] | None] = lambda _: None
+    ) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch `first` on, and prefetch the targets that follow.
 
         With several ranks, each gets its share of every batch. A last batch with fewer than two rows per rank
         is not divided; every rank processes it whole. Students that read rows of their own get `batch_size`
         rows each.
+
+        Args:
+            epoch: index of the epoch.
+            first: index of the first batch.
+            teachers: returns the indices of the teachers that an epoch reads; None means all.
         """
         views = self.views_of_epoch(epoch)
         orders = [
@@ -136,10 +143,12 @@ class Setup:
             if self.targets is not None and self.window is not None and done >= announced:
                 announced = done + self.window.rows
                 for view in views:
-                    self.targets.will_need(view, order[announced : announced + self.window.rows])
+                    self.targets.will_need(
+                        view, order[announced : announced + self.window.rows], teachers(epoch)
+                    )
             if self.targets is not None and done == begin:
                 for view in self.views_of_epoch(epoch + 1):
-                    self.targets.prefetch(view)
+                    self.targets.prefetch(view, teachers(epoch + 1))
             yield whole if len(whole) < fewest_rows(self.ranks) else batch
             done += len(whole) // len(views)
 
@@ -182,6 +191,7 @@ class Setup:
             root=recipe.root,
             seed=recipe.own_seed,
             samples=self.samples,
+            epochs=recipe.epochs,
         )
 
 

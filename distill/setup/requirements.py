@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,18 +11,21 @@ from torch import nn
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.losses.base import FeaturePair, Unfit
-from coursepack.distill.setup.student import blocks, depth_of, probe_student
+from coursepack.distill.losses.base import BuildContext, FeaturePair
+from coursepack.distill.setup.fitting import Fitting, problem_of
+from coursepack.distill.setup.student import UNFIT, blocks, depth_of, probe_student
+from coursepack.distill.setup.teacher import accuracy, tap_shapes, untrained
 from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
-from coursepack.imports import names_code
-from coursepack.models import build_network, parse_tap
-from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models import parse_tap
+from coursepack.models.hubs import has_weights
 from coursepack.models.load import own_preprocessing
+from coursepack.models.run_specs import spec_of_weights
 from coursepack.models.taps import Tap, tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
 
     from coursepack.data.store import Manifest, StoreReader
     from coursepack.distill.losses.base import PairNeeds
@@ -39,8 +40,9 @@ Pairs = dict[str, list[tuple[int, str, str]]]
 def term_pairs(config: ObjectiveConfig, teachers: Sequence[Manifest], student: Network) -> Pairs:
     """Return the pairs of taps and student layers of every term, as configured or as its needs choose them.
 
-    Layers and taps are paired by relative depth. If a store has no usable tap, the pair names the teacher's
-    block at that depth, with the first of the term's reductions.
+    Layers and taps are paired by relative depth, or by map size where every layer is compared and some of
+    these pairs cannot be. If a store has no usable tap, the pair names the teacher's block there, with the
+    first of the term's reductions.
 
     Raises:
         RecipeError: a configured pair names a teacher that does not exist.
@@ -76,10 +78,48 @@ def _pairs(
     pairs = []
     for index, manifest in enumerate(teachers):
         taps = _taps_of(manifest, needs)
+        chosen = {}
         for number in _chosen(needs.choose, index, len(teachers), len(layers)):
             depth = number / (len(layers) - 1) if len(layers) > 1 else float(needs.choose != "depth")
-            pairs.append((index, taps[round(depth * (len(taps) - 1))], layers[number]))
+            chosen[layers[number]] = depth * (len(taps) - 1)
+        if needs.choose in {"every", "flows"}:
+            pairs += [(index, *pair) for pair in _fitting(needs, manifest, taps, student, chosen)]
+        else:
+            pairs += [(index, taps[round(depth)], layer) for layer, depth in chosen.items()]
     return pairs
+
+
+def _fitting(
+    needs: PairNeeds,
+    manifest: Manifest,
+    taps: Sequence[str],
+    student: Network,
+    depths: Mapping[str, float],
+) -> list[tuple[str, str]]:
+    """Return each student layer with the tap at its depth, or by map size if some of these do not fit.
+
+    By map size, a layer is paired with the nearest tap of its size that can be compared with it. A flow that
+    has none is left out; another layer stays with the tap at its depth.
+
+    Args:
+        needs: the term's needs.
+        manifest: the teacher's store.
+        taps: names of the teacher's taps, shallow to deep.
+        student: the student.
+        depths: position in `taps`, possibly between two of them, by student layer.
+    """
+    fitting = Fitting(needs, manifest, taps, student, list(depths))
+    by_depth = [(taps[round(depth)], layer) for layer, depth in depths.items()]
+    if all(fitting.fits(tap, layer) for tap, layer in by_depth):
+        return by_depth
+    by_size = {}
+    for layer, depth in depths.items():
+        alike = [tap for tap in taps if fitting.same_size(tap, layer) and fitting.fits(tap, layer)]
+        if alike:
+            by_size[layer] = min(alike, key=lambda tap: abs(taps.index(tap) - depth))
+    if _flows(needs) and by_size:
+        return [(tap, layer) for layer, tap in by_size.items()]
+    return [(by_size.get(layer, tap), layer) for tap, layer in by_depth]
 
 
 def _chosen(choose: str, teacher: int, teachers: int, layers: int) -> Sequence[int]:
@@ -118,10 +158,20 @@ def _taps_of(manifest: Manifest, needs: PairNeeds) -> list[str]:
     usable.sort(key=lambda tap: order.get(tap.layers[0], 0))
     if needs.maps or needs.choose == "last":
         usable = _one_per_layer(usable, needs.reductions)
-    layers = ([] if network is None else _layers_to_tap(network, needs)) or ["LAYER"]
-    added = list(itertools.pairwise(layers)) if _flows(needs) else [(layer,) for layer in layers]
-    usable = usable or [Tap(of_tap, needs.reductions[0]) for of_tap in added or [("LAYER", "LAYER")]]
-    return [tap.name for tap in usable]
+    return [tap.name for tap in usable or _taps_to_add(manifest, network, needs)]
+
+
+def _taps_to_add(manifest: Manifest, network: Network | None, needs: PairNeeds) -> list[Tap]:
+    """Return taps of the teacher's blocks, with the first reduction that the term supports and they allow."""
+    first, layers = needs.reductions[0], [] if network is None else _layers_to_tap(network, needs)
+    if _flows(needs):
+        return [Tap(two, first) for two in itertools.pairwise(layers)] or [Tap(("LAYER", "LAYER"), first)]
+    try:
+        shapes = tap_shapes(manifest, layers if first == "pooled" else []) or {}
+    except (CoursepackError, *UNFIT):
+        shapes = {}
+    vectors = {layer for layer, shape in shapes.items() if len(shape) == 1}
+    return [Tap((layer,), "map" if layer in vectors else first) for layer in layers or ["LAYER"]]
 
 
 def _one_per_layer(taps: Sequence[Tap], reductions: Sequence[str]) -> list[Tap]:
@@ -162,15 +212,9 @@ def _layers_to_tap(network: Network, needs: PairNeeds) -> list[str]:
     return [found[-1] for found in inside if found] or layers
 
 
-def untrained(manifest: Manifest, size: int | None = None) -> Network | None:
-    """Return a teacher's network without its weights; None for user code, which stores must not run."""
-    spec = manifest.identity["teacher"]["network"]
-    if names_code(spec):
-        return None
-    try:
-        return build_network(spec, len(manifest.class_names), size=size)
-    except CoursepackError:
-        return None
+def logits_read(config: ObjectiveConfig, teachers: Sequence[Manifest]) -> tuple[int, ...]:
+    """Return the indices of the teachers whose logits are read in any step."""
+    return config.logits_read(BuildContext(len(teachers), accuracies=tuple(map(accuracy, teachers))))
 
 
 def needed_arrays(
@@ -178,15 +222,22 @@ def needed_arrays(
     readers: Sequence[StoreReader],
     pairs: Pairs,
     *,
-    logits: bool,
+    logits: Collection[int],
     root: str | None,
 ) -> list[list[str]]:
     """Return the names of the arrays to read from each store.
 
+    Args:
+        method: name of the method, for error messages.
+        readers: the stores.
+        pairs: pairs of every term.
+        logits: indices of the stores whose logits are read.
+        root: folder of the source's files, for the command.
+
     Raises:
         RecipeError: an array is not stored; the message has the command that adds it.
     """
-    arrays = [[LOGITS] if logits else [] for _ in readers]
+    arrays = [[LOGITS] if index in logits else [] for index in range(len(readers))]
     for index, tap, _ in itertools.chain(*pairs.values()):
         name = f"{FEATURES}{tap}"
         if name not in arrays[index]:
@@ -263,7 +314,7 @@ def _with_shapes(
         )
     student_shapes = [shapes[name] for name in layer.split("+")]
     pair = FeaturePair(index, tap, layer, teacher_shape, *student_shapes)
-    if (problem := _problem(pair, needs)) is not None:
+    if (problem := problem_of(pair, needs)) is not None:
         add = precompute_command(reader, root, taps=[problem.tap]) if problem.tap else ""
         raise RecipeError(
             f"term {key!r} cannot compare {stored} (shape {teacher_shape}) with layer {layer!r} of the "
@@ -271,13 +322,6 @@ def _with_shapes(
             + (f". Store another tap, and name it in terms.{key}.pairs, with\n  {add}" if add else "")
         )
     return pair
-
-
-def _problem(pair: FeaturePair, needs: PairNeeds) -> Unfit | None:
-    tap = tap_from_name(pair.tap)
-    if tap.sketch is not None and tap.reduction not in needs.sketches:
-        return Unfit(f"it takes no sketch of {tap.reduction!r}", replace(tap, sketch=None).text)
-    return None if needs.unfit is None else needs.unfit(pair)
 
 
 def check_objective(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
@@ -305,8 +349,8 @@ def check_needs(
         raise RecipeError(refusal)
     needs = objective.needs()
     if needs.one_label and view.mix is not None:
-        adjusted = needs.one_label.startswith("adjustment")
-        other = ", or --set objective.adjustment=none" if adjusted else ""
+        enough = not objective.model_copy(update={"adjustment": "none"}).needs().one_label
+        other = ", or --set objective.adjustment=none" if enough else ""
         raise RecipeError(
             f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
             f"view without mix{other}"
@@ -355,8 +399,12 @@ def precompute_command(
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
     words = ["precompute", "run"]
-    if weights is not None and Path(weights).name == WEIGHTS_FILE:
-        spec = f"run:{Path(weights).parent}"
+    run = None if weights is None else spec_of_weights(weights)
+    if run is not None:
+        spec = run
+        words += ["--teacher", spec]
+    elif has_weights(weights):
+        spec = str(weights)
         words += ["--teacher", spec]
     else:
         spec = teacher["network"]

@@ -108,7 +108,7 @@ def wrapped_student(
     ((key, term),) = wrapping.items()
     (reader,) = readers
     pairs = {key: term_pairs(config, [reader.manifest], student)[key]}
-    needed_arrays(method, readers, pairs, logits=False, root=root)
+    needed_arrays(method, readers, pairs, logits=(), root=root)
     tap = pairs[key][0][1]
     weight, bias = teacher_head(reader)
     context = WrapContext(

@@ -29,7 +29,7 @@ class Targets:
     features: dict[tuple[int, str], Tensor | Rows] = field(default_factory=dict)
     """Features `(N, ...)` by teacher index and tap name."""
     teachers: tuple[int, ...] = ()
-    """Indices of the teachers that were read; empty means all, in order."""
+    """Teacher index of each entry of `logits`; empty means all teachers, in order."""
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -54,10 +54,10 @@ class TargetSource(Protocol):
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Open and check the files of a view before its first batch."""
 
-    def prefetch(self, view: int) -> None:
+    def prefetch(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Start to open the files of the next view in the background."""
 
-    def will_need(self, view: int, samples: Samples) -> None:
+    def will_need(self, view: int, samples: Samples, teachers: Sequence[int] | None = None) -> None:
         """Start to read rows of a view in the background."""
 
     def check_unchanged(self) -> None:
@@ -69,12 +69,13 @@ class TargetSource(Protocol):
 
 def targets_of(arrays: Mapping[tuple[int, str], Tensor | Rows], indices: Sequence[int]) -> Targets:
     """Return the targets made of arrays, which are keyed by teacher index and array name."""
+    with_logits = tuple(index for index in indices if (index, LOGITS) in arrays)
     return Targets(
-        [arrays[index, LOGITS] for index in indices if (index, LOGITS) in arrays],
+        [arrays[index, LOGITS] for index in with_logits],
         {
             (index, name.removeprefix(FEATURES)): rows
             for (index, name), rows in arrays.items()
             if name.startswith(FEATURES)
         },
-        tuple(indices),
+        with_logits,
     )

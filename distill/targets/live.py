@@ -48,10 +48,10 @@ class OnlineTargets:
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
-    def prefetch(self, view: int) -> None:
+    def prefetch(self, view: int, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
-    def will_need(self, view: int, samples: Samples) -> None:
+    def will_need(self, view: int, samples: Samples, teachers: Sequence[int] | None = None) -> None:
         """Do nothing: live teachers have no files."""
 
     def check_unchanged(self) -> None:
@@ -81,6 +81,8 @@ def live_teachers(
 ) -> list[TeacherRunner]:
     """Load the teachers of some stores from the weights files that the stores were written with.
 
+    They run in the precision, in the memory layout and with or without `torch.compile` as for the store.
+
     Raises:
         UntrustedCode: a store names Python code for its teacher, and `trust_code` is false.
         TeacherMismatch: a weights file has changed since its store was written.
@@ -99,8 +101,19 @@ def live_teachers(
         )
         features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
         taps = [tap_from_name(name) for name in features]
-        precision = _precision(reader, device)
-        runners.append(TeacherRunner(network, taps, device, teacher.get("columns"), precision=precision))
+        # As the rows of the store, which all have the same settings unless `precompute run` warned.
+        settings = manifest.environments[0] if manifest.environments else {}
+        runners.append(
+            TeacherRunner(
+                network,
+                taps,
+                device,
+                teacher.get("columns"),
+                precision=_precision(reader, device),
+                channels_last=settings.get("memory_layout") == "channels_last",
+                compiled=settings.get("compile") is True,
+            )
+        )
     return runners
 
 

@@ -83,21 +83,23 @@ class CachedTargets:
         Raises:
             StoreIncomplete, StoreDamaged: as `fetch`.
         """
-        for index in range(len(self.readers)) if teachers is None else teachers:
-            for name in self.arrays[index]:
-                self.readers[index].open(name, view)
+        for reader, name in self._read(teachers):
+            reader.open(name, view)
 
-    def prefetch(self, view: int) -> None:
-        """Open and check the files of a view in the background."""
-        for reader, names in zip(self.readers, self.arrays, strict=True):
-            for name in names:
-                reader.prefetch(name, view)
+    def prefetch(self, view: int, teachers: Sequence[int] | None = None) -> None:
+        """Open and check the files of a view in the background, in all stores or in some."""
+        for reader, name in self._read(teachers):
+            reader.prefetch(name, view)
 
-    def will_need(self, view: int, samples: Samples) -> None:
-        """Read rows of a view from disk in the background."""
-        for reader, names in zip(self.readers, self.arrays, strict=True):
-            for name in names:
-                reader.will_need(name, view, samples)
+    def will_need(self, view: int, samples: Samples, teachers: Sequence[int] | None = None) -> None:
+        """Read rows of a view from disk in the background, in all stores or in some."""
+        for reader, name in self._read(teachers):
+            reader.will_need(name, view, samples)
+
+    def _read(self, teachers: Sequence[int] | None) -> list[tuple[StoreReader, str]]:
+        """Return the reader and the name of every array that is read of some teachers; None means all."""
+        indices = range(len(self.readers)) if teachers is None else teachers
+        return [(self.readers[index], name) for index in indices for name in self.arrays[index]]
 
     def check_unchanged(self) -> None:
         """Check that mapped files have not been changed since they were opened.

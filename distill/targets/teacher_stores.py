@@ -80,7 +80,7 @@ def open_teacher_stores(
     if view is None:
         view = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     for reader in readers:
-        _check_store(reader, source, view)
+        check_store(reader, source, view)
     return TeacherStores(source, view, tuple(readers), kept if root is None else root)
 
 
@@ -155,7 +155,7 @@ def arrays_of(stores: TeacherStores, *objectives: Objective) -> list[list[str]]:
                 name
                 for objective in objectives
                 for name in (
-                    *([LOGITS] if objective.needs.logits else []),
+                    *([LOGITS] if index in objective.config.logits_read(objective.context) else []),
                     *(f"{FEATURES}{tap}" for tap in objective.taps(index)),
                 )
             )
@@ -186,7 +186,13 @@ def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -
     return tuple(differences)
 
 
-def _check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
+def check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
+    """Check that a store was written from a source and a view recipe.
+
+    Raises:
+        StoreMismatch: it was written from others; the message shows the differences.
+        TeacherMismatch: the teacher has other classes than the source.
+    """
     identity = reader.manifest.identity
     if identity["source"]["fingerprint"] != source.fingerprint:
         raise StoreMismatch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coursepack.models import Network
 
 BATCH_SIZE = 512
+Combine = Literal["probs", "logits"]
 
 
 class _Scores:
@@ -126,6 +127,31 @@ def evaluate_together(
                 scores.setdefault(name, _Scores(source, device)).add(each.float(), batch.main_labels)
     means = {name: each.means(ranks) for name, each in scores.items()}
     return [means.pop(str(index)) for index in range(len(networks))], means
+
+
+@torch.inference_mode()
+def evaluate_ensemble(
+    networks: Sequence[Network],
+    source: Source,
+    device: torch.device,
+    *,
+    combine: Combine = "probs",
+    renderer: Renderer | None = None,
+    meter: Meter | None = None,
+) -> dict[str, float]:
+    """Return the metrics of `evaluate` for the average of several networks: of their probabilities or logits.
+
+    Other arguments as for `evaluate`.
+    """
+    scores = _Scores(source, device)
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(_evaluating(network.module))
+        for batch in _batches(source, device, renderer, meter, ALONE):
+            logits = torch.stack([_output(network, batch, None).logits for network in networks])
+            mean = logits.mean(0) if combine == "logits" else logits.log_softmax(2).logsumexp(0)
+            scores.add(mean, batch.main_labels)
+    return scores.means(ALONE)
 
 
 @dataclass(frozen=True)

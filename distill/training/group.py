@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OWN_FIELDS = (
     *("member", "seed", "group", "root", "stores", "reading", "online"),
-    *("accumulate", "precision", "channels_last", "compile", "deterministic"),
+    *("accumulate", "precision", "channels_last", "compile", "deterministic", "keep_checkpoints"),
 )
 """Fields of the recipe in which the replicas of a group may differ."""
 

@@ -169,5 +169,8 @@ def network_input(batch: Batch, preprocessing: Preprocessing) -> Tensor:
     Convolutions on a CPU are faster in this format, whatever the format of the weights.
     """
     size, levels = preprocessing.size, preprocessing.levels(batch.source.channels)
-    images = preprocessing(batch.pixels(size)) if levels is None else batch.normalized(size, *levels)
+    if levels is None or batch.device.type != "cpu":
+        images = preprocessing(batch.pixels(size))  # its table stays on the device
+    else:
+        images = batch.normalized(size, *levels)
     return images.contiguous(memory_format=torch.channels_last)

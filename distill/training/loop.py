@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coursepack.distill.losses.base import Step
+from coursepack.distill.training.ahead import copied_ahead
 from coursepack.distill.training.metrics import EpochMetrics
 from coursepack.distill.training.step import train_step
 from coursepack.errors import TrainingDiverged
@@ -72,9 +73,11 @@ def train_steps(
     for state in states:
         state.learner.train(not state.is_frozen)
         state.learner.begin_epoch(epoch)
-    for index, batch in enumerate(batches, first):
+    whole = micro_batches == 1
+    copied, fetch_copied = copied_ahead(states, batches, targets, fetch, epoch, first, whole=whole)
+    for index, batch in enumerate(copied, first):
         try:
-            train_step(groups, batch, fetch, Step(epoch, index), micro_batches=micro_batches, log=log)
+            train_step(groups, batch, fetch_copied, Step(epoch, index), micro_batches=micro_batches, log=log)
         except TrainingDiverged:
             check_targets(targets, np.unique(batch.view).tolist())
             raise
@@ -101,6 +104,18 @@ def new_metrics(state: TrainState) -> EpochMetrics:
 
 def teachers_read(states: Sequence[TrainState], step: Step) -> list[int] | None:
     """Return the indices of the teachers that at least one student reads in a step; None means all."""
-    chosen = {state.learner.objective.chosen_teacher(step) for state in states}
-    indices = [index for index in chosen if index is not None]
-    return sorted(indices) if len(indices) == len(chosen) else None
+    return _union([state.learner.objective.teachers_read(step) for state in states])
+
+
+def teachers_of_epoch(states: Sequence[TrainState], epoch: int) -> list[int] | None:
+    """Return the indices of the teachers that at least one student may read in an epoch; None means all."""
+    return _union([state.learner.objective.teachers_of_epoch(epoch) for state in states])
+
+
+def _union(read: Sequence[tuple[int, ...] | None]) -> list[int] | None:
+    indices: set[int] = set()
+    for each in read:
+        if each is None:
+            return None
+        indices.update(each)
+    return sorted(indices)

@@ -174,7 +174,8 @@ class EpochMetrics:
             weights = value.weights.float().expand(rows, len(indices))
         by_class = torch.zeros(classes, len(indices), device=labels.device).index_add_(0, labels, weights)
         self._sum("teachers.by_class", self._all_teachers(by_class, indices))
-        self._sum("teachers.per_class", F.one_hot(labels, classes).sum(0))
+        per_class = torch.zeros(classes, dtype=torch.int64, device=labels.device)
+        self._sum("teachers.per_class", per_class.index_add_(0, labels, torch.ones_like(labels)))
 
     def _all_teachers(self, values: Tensor, indices: Sequence[int]) -> Tensor:
         """Return values `(..., K)` of all teachers, from those that were read and zeros for the others."""
@@ -189,14 +190,17 @@ class EpochMetrics:
         assert targets is not None
         weights = None if value.weights is None else _to_one(value.weights)
         mixture = soft_targets(targets.logits, weights=weights)
-        self._sum("watched.agreement", (mixture.argmax(1) == logits.argmax(1)).sum())
+        has_target = mixture.amax(1) > 0
+        self._sum("watched.agreement", ((mixture.argmax(1) == logits.argmax(1)) & has_target).sum())
         self._sum("watched.kl", soft_target_loss(logits, targets.logits, weights=weights).sum())
         correct = teacher_stats(targets.logits, batch.main_labels).correct
         assert correct is not None
         wrong = (~correct).sum(1).float()
-        changed = torch.tensor([name != "none" for name in value.adjustments], device=wrong.device)
+        shifted = torch.zeros_like(wrong)
+        for column, name in enumerate(value.adjustments):
+            shifted[column] = wrong[column] * (name != "none")
         self._sum("watched.wrong", self._all_teachers(wrong, targets.indices))
-        self._sum("watched.shifted", self._all_teachers(wrong * changed, targets.indices))
+        self._sum("watched.shifted", self._all_teachers(shifted, targets.indices))
         self._sum("watched.seen", self._all_teachers(torch.full_like(wrong, len(batch)), targets.indices))
 
     def _teachers(self) -> dict[str, Any]:

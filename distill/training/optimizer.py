@@ -70,3 +70,25 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel:
     """Return an exponential moving average of a module's parameters and buffers."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch has no types for it
     return AveragedModel(module, multi_avg_fn=average, use_buffers=True)
+
+
+def update_average(average: AveragedModel, module: nn.Module) -> None:
+    """Update a moving average, as `AveragedModel.update_parameters` does, without waiting for the device.
+
+    That method copies its counter to the device at every step. The counter stays on the CPU here.
+    """
+    kept, given = (
+        [value.detach() for value in (*each.parameters(), *each.buffers())]
+        for each in (average.module, module)
+    )
+    assert average.multi_avg_fn is not None
+    if int(average.n_averaged) == 0:
+        torch._foreach_copy_(kept, given)
+    else:
+        for is_float in (True, False):
+            chosen = [index for index, value in enumerate(kept) if value.is_floating_point() == is_float]
+            if chosen:
+                average.multi_avg_fn(
+                    [kept[i] for i in chosen], [given[i] for i in chosen], average.n_averaged
+                )
+    average.n_averaged += 1

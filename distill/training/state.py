@@ -11,7 +11,12 @@ import torch
 from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.recipe import OptimizerConfig
 from coursepack.distill.training.learner import Learner
-from coursepack.distill.training.optimizer import averaged, make_optimizer, restore_optimizer
+from coursepack.distill.training.optimizer import (
+    averaged,
+    make_optimizer,
+    restore_optimizer,
+    update_average,
+)
 from coursepack.distill.training.schedule import rate_factor
 
 if TYPE_CHECKING:
@@ -89,7 +94,7 @@ class TrainState:
             self.scaler.step(self.optimizer)
             is_skipped = self._update_scale()
         if self.average is not None and not is_skipped:
-            self.average.update_parameters(self.learner.network.module)
+            update_average(self.average, self.learner.network.module)
 
     def end_second_step(self) -> None:
         """Update the parameters by the gradients of the exchange's second losses."""

@@ -61,6 +61,12 @@ def load(name: str, weights: str, _classes: int) -> HubNetwork:
     return HubNetwork(module, _preprocessing(member), len(member.meta["categories"]))
 
 
+def class_names(name: str, weights: str | None) -> tuple[str, ...] | None:
+    """Return the names of the classes of published weights; None for weights from a file."""
+    members = _published_weights(name).__members__
+    return tuple(members[weights].meta["categories"]) if weights in members else None
+
+
 def _published_weights(name: str) -> Any:
     import torchvision.models as zoo
 

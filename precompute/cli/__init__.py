@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,22 @@ import click
 from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.owners import Part
+from coursepack.data.store.owners import Part, live_runs
 from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
+from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
+from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
 from coursepack.precompute.several import run_jobs
 from coursepack.precompute.spec import PrecomputeSpec
-from coursepack.precompute.teachers import teacher_specs
+from coursepack.precompute.teachers import of_checkpoints, teacher_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 from coursepack.precompute.plan import Costs, Probe
 
@@ -58,8 +59,10 @@ class _UnlessFile(click.Option):
 
 # fmt: off
 JOB_OPTIONS = (
-    click.option("--teacher", cls=_UnlessFile, help="run:FOLDER, or a network's name with --weights."),
-    click.option("--weights", help="Weights: a .safetensors or .pt file, or a name of torchvision's."),
+    click.option("--teacher", cls=_UnlessFile,
+                 help="run:FOLDER[@EPOCH|@all], hf:FOLDER, onnx:FILE, or a network's name with --weights."),
+    click.option("--weights",
+                 help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
     click.option("--size", type=click.IntRange(1),
                  help="Side in pixels of the rendered views.  [default: the teacher's own]"),
     click.option("--mean", callback=parse_numbers, metavar="X,X,X",
@@ -67,14 +70,15 @@ JOB_OPTIONS = (
     click.option("--std", callback=parse_numbers, metavar="X,X,X",
                  help="Standard deviation per channel.  [default: the teacher's own]"),
     click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML class map: the teacher's class index for each class of the source."),
+                 help="YAML class map: the teacher's class for each class of the source; made if missing."),
     click.option("--source", "source_spec", cls=_UnlessFile, help="Source of samples: NAME or NAME:SPLIT."),
     click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
     click.option("--view", cls=_UnlessFile, help="View recipe: name of a preset, or a YAML file."),
     click.option("--view-seed", type=click.IntRange(0),
                  help="Seed of the view recipe.  [default: the recipe's own]"),
     click.option("--views", type=click.IntRange(1), cls=_UnlessFile, help="Number of views of each sample."),
-    click.option("--store", type=click.Path(path_type=Path), cls=_UnlessFile, help="Folder of the store."),
+    click.option("--store", type=click.Path(path_type=Path), cls=_UnlessFile,
+                 help="Folder of the store; with @all, of one store per epoch."),
     click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
@@ -136,23 +140,27 @@ Examples:
 def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
     """Run one teacher over all views and write its store, or all teachers of a file.
 
+    run:FOLDER@EPOCH is a teacher's checkpoint that `distill train --keep-checkpoints` kept, and
+    run:FOLDER@all each of them: views are rendered once, and STORE is the folder of all their stores.
+
     An interrupted run continues when the same command is run again. More --views, or another --tap, for a
     finished store adds only the missing views and arrays. Under torchrun, every rank writes a part of the
     stores, with --device cuda on a GPU of its own.
     """
-    jobs = [_job(**flags)] if file is None else _jobs_of_file(file, flags)
+    jobs = _jobs_of_teacher(**flags) if file is None else _jobs_of_file(file, flags)
     if not ignore_space:
         for job in jobs:
             check_space(job)
-    quiet = _rank() > 0
-    with _stoppable([job.store for job in jobs]):
-        if file is None:
-            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet)]
+    quiet, ranks = _rank() > 0, _ranks() > 1
+    with stoppable([job.store for job in jobs], quiet=quiet):
+        if file is None and len(jobs) == 1:
+            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)]
         else:
-            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet)
+            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)
     for job, manifest in zip(jobs, manifests, strict=True):
         # Of several ranks, the last to finish prints.
-        if _ranks() == 1 or len(manifest.committed_views()) == manifest.views:
+        is_last = len(manifest.committed_views()) == manifest.views and not live_runs(job.store)
+        if not ranks or is_last:
             print_status(job.store, manifest)
 
 
@@ -170,13 +178,26 @@ def plan(**flags: Any) -> None:
     Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
     not fit on the disk.
     """
-    job = _job(**flags)
+    (job,) = _jobs_of_specs([_spec(**flags)])
     cost, timing = costs(job), probe(job)
     _print_plan(cost, timing, job)
     check_space(job)
 
 
-def _job(
+def _jobs_of_teacher(**flags: Any) -> list[Job]:
+    """Return the job of one teacher, or of each of its checkpoints."""
+    return _jobs_of_specs(of_checkpoints(_spec(**flags)))
+
+
+def _jobs_of_specs(specs: Sequence[PrecomputeSpec]) -> list[Job]:
+    """Return the jobs of some specifications, and print where another encoding is used."""
+    jobs = [spec.job() for spec in specs]
+    for job in jobs:
+        _say_other_encoding(job)
+    return jobs
+
+
+def _spec(
     *,
     teacher: str,
     weights: str | None,
@@ -194,12 +215,13 @@ def _job(
     store: Path,
     part: Part | None,
     **numbers: Any,
-) -> Job:
+) -> PrecomputeSpec:
     part, device = _own_share(part, device)
     columns = None
     if class_map is not None:
-        columns = tuple(load_columns(class_map, open_source(source_spec, root).class_names))
-    job = PrecomputeSpec(
+        names = open_source(source_spec, root).class_names
+        columns = load_columns(class_map, names, partial(teacher_class_names, teacher, weights))
+    return PrecomputeSpec(
         teacher=teacher,
         source=source_spec,
         view=view_recipe(view, view_seed).model_dump(mode="json"),
@@ -215,9 +237,7 @@ def _job(
         device=device,
         part=(part.index, part.count),
         **numbers,
-    ).job()
-    _say_other_encoding(job)
-    return job
+    )
 
 
 def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
@@ -234,11 +254,7 @@ def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
         raise click.UsageError(f"{given[0]} belongs in {str(file)!r}: leave it out here.", ctx)
     part, device = _own_share(flags["part"], flags["device"])
     common = {name: flags[name] for name in ("workers", "trust_code")}
-    specs = teacher_specs(file, part=(part.index, part.count), device=device, **common)
-    jobs = [spec.job() for spec in specs]
-    for job in jobs:
-        _say_other_encoding(job)
-    return jobs
+    return _jobs_of_specs(teacher_specs(file, part=(part.index, part.count), device=device, **common))
 
 
 def _own_share(part: Part | None, device: str) -> tuple[Part, str]:
@@ -272,20 +288,6 @@ def _say_other_encoding(job: Job) -> None:
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )
-
-
-@contextmanager
-def _stoppable(stores: Sequence[Path]) -> Iterator[None]:
-    """Print a message and exit with status 130 on Ctrl-C and SIGTERM."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        names = ", ".join(repr(str(store)) for store in stores)
-        say(f"stopped. Finished blocks are kept; run the same command again to finish {names}.")
-        raise click.exceptions.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:

@@ -62,3 +62,17 @@ def virtual_teacher(student, labels, confidence, temperature, softening):
         else:
             values.append(kl(softmax(probs, temperature), softmax(z)))
     return np.array(values)
+
+
+def confident_label(student, teacher_probs, labels):
+    """`N w_n CE_n / sum of w`, w the teacher's largest probability."""
+    weights = np.array([max(row) for row in teacher_probs])
+    losses = np.array([-np.log(softmax(z, 1.0)[y]) for z, y in zip(student, labels, strict=True)])
+    return len(losses) * weights * losses / weights.sum()
+
+
+def divergence(student, teacher_probs, temperature):
+    """`T² KL` of each row."""
+    return np.array(
+        [temperature**2 * kl(p, softmax(z, temperature)) for z, p in zip(student, teacher_probs, strict=True)]
+    )

@@ -1,0 +1,82 @@
+"""Stage one from pixels that are rendered already, timed from the first batch to the last commit."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from coursepack.data.loading import Renderer
+from coursepack.data.store.locations.local import LocalLocation
+from coursepack.precompute import Job, run_job
+from coursepack.precompute.executors import LocalExecutor
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+
+    from torch import Tensor
+
+    from coursepack.console import Meter
+    from coursepack.data import Batch
+    from coursepack.data.store import Block, StoreWriter
+
+
+class Rendered(Renderer):
+    """Renderer whose pixels exist already."""
+
+    def __init__(self, job: Job, pixels: Tensor) -> None:
+        size = job.runner.network.preprocessing.size
+        super().__init__(job.source, job.recipe, [size], workers=0, background=True)
+        self._pixels = pixels
+
+    def ahead(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """Yield the batches with their rows of the pixels."""
+        for batch in batches:
+            batch.rendered[self.sizes[0]] = self._pixels[torch.from_numpy(batch.samples)]
+            yield batch
+
+
+@dataclass(frozen=True)
+class RenderedJob(Job):
+    """Job of one view whose pixels exist already."""
+
+    pixels: Tensor | None = None
+
+    def renderer(self) -> Renderer:
+        assert self.pixels is not None
+        return Rendered(self, self.pixels)
+
+
+class Timed(LocalExecutor):
+    """Executor that records when it is started."""
+
+    started = 0.0
+
+    def run(
+        self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
+    ) -> Generator[list[Block]]:
+        self.started = time.perf_counter()
+        yield from super().run(job, writer, groups, meter)
+
+
+def written(job: Job, put_seconds: float = 0.0) -> float:
+    """Write a store and return the seconds from the first batch to the last commit."""
+    put = LocalLocation.put
+
+    def slow(self: LocalLocation, key: str, *pieces: Any) -> None:
+        time.sleep(put_seconds)
+        put(self, key, *pieces)
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        executor = Timed()
+        if put_seconds:
+            stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
+        run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
+        return time.perf_counter() - executor.started

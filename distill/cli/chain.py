@@ -1,0 +1,77 @@
+"""Command `distill chain`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from coursepack.console import TRUST_CODE, print_table
+from coursepack.device import pick_device
+from coursepack.distill.runs.chain.plan import plan_chain
+from coursepack.distill.runs.chain.run import run_chain, table_of
+from coursepack.distill.runs.chain.stages import How
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS
+
+EXAMPLES = """\b
+Examples:
+  distill chain chain.yaml --out runs/chain
+  distill chain chain.yaml --out runs/chain --redo student
+"""
+
+
+@click.command("chain", epilog=EXAMPLES)
+@click.argument("chain_file", type=click.Path(path_type=Path), metavar="CHAIN.yaml")
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder of the chain.  [default: runs/ and the file's name]")  # fmt: skip
+@click.option("--redo", multiple=True, metavar="STAGE",
+              help="Stage to run again, with stages that read it if it changes. Repeatable.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
+              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@TRUST_CODE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def chain_command(
+    chain_file: Path,
+    out: Path | None,
+    redo: tuple[str, ...],
+    workers: int | None,
+    threads: int | None,
+    checkpoint_seconds: float,
+    trust_code: bool,
+    as_json: bool,
+    device: str,
+) -> None:
+    """Run the stages of a chain in order: students that become teachers of later ones.
+
+    A stage trains a student, precomputes one into a store, or evaluates several together. All stages are
+    checked before the first one runs. The same command continues an interrupted chain and skips the stages
+    that are finished and unchanged.
+
+    \b
+    base: {source: digits:train, view: digits, epochs: 30}
+    stages:
+      - {name: teacher, train: {student: digits-resnet}}
+      - {name: targets, precompute: {teacher: stage:teacher, views: 30}}
+      - {name: student, train: {student: digits-small, stores: [stage:targets]}}
+    """
+    out = out or Path("runs", chain_file.stem)
+    how = How(
+        device=pick_device(device),
+        device_name=device,
+        workers=workers,
+        threads=threads,
+        checkpoint_seconds=checkpoint_seconds,
+        trust_code=trust_code,
+    )
+    stages = plan_chain(chain_file, out, device=how.device, trust_code=trust_code)
+    rows = run_chain(stages, out, how, redo=redo)
+    if as_json:
+        click.echo(json.dumps([row.to_dict() for row in rows], indent=1))
+    else:
+        print_table("", *table_of(rows))

@@ -1,0 +1,10 @@
+"""Chains: stages that train a student, precompute it into a store, and train the next one from it.
+
+Each stage is the recipe of an existing command, and they run one after another (docs/decisions/chain.md).
+
+file      chain files and the references between stages
+plan      a chain file resolved and checked before anything runs
+record    what each stage was run with, in the chain's folder
+run       the stages that are not finished, in order
+stages    how a stage of each kind is run
+"""

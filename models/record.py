@@ -1,0 +1,38 @@
+"""The accuracy that a run folder records for its network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from coursepack.config import read_yaml
+from coursepack.errors import RecipeError
+from coursepack.parsing import parse_json, read_bounded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"
+MOST_BYTES = 1 << 28
+
+
+class Record(NamedTuple):
+    """Result of a run's last evaluation."""
+
+    accuracy: float
+    """Share of samples that were classified correctly, from 0 to 1."""
+    source: str
+    """Source of the samples with its split, such as `digits:test`."""
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the result of a run's last evaluation; None if the folder has none that can be read."""
+    try:
+        recipe = read_yaml(folder / RECIPE_FILE)
+        lines = read_bounded(folder / METRICS_FILE, MOST_BYTES).splitlines()
+        for line in reversed(lines):
+            values = parse_json(line).get("evaluation")
+            if values is not None:
+                return Record(float(values["accuracy"]), str(recipe["evaluation"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError):
+        return None
+    return None

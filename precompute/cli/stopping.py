@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM: the first ends a run after the current batch, the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from coursepack.console import printable, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STATUS = 130
+"""Exit status of a stopped run: that of shells for a process ended by SIGINT."""
+SHOW_CURSOR = "\x1b[?25h"
+"""Terminal sequence that shows the cursor, which a progress bar hides."""
+
+
+@contextmanager
+def stoppable(stores: Sequence[Path], *, quiet: bool = False) -> Iterator[None]:
+    """Stop in order on the first SIGINT or SIGTERM, and end the process on the second.
+
+    The first raises KeyboardInterrupt, whose handlers wait for the batch that the teacher is running. The
+    second may leave a partial file, as a killed process does; the next run removes it. Both exit with status
+    130. A signal that is ignored stays ignored.
+
+    Args:
+        stores: stores that are written, for the message.
+        quiet: print nothing, as for all ranks but the first.
+    """
+    names = ", ".join(repr(str(store)) for store in stores)
+    advice = f"Finished blocks are kept; run the same command again to finish {names}."
+    stopping = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
+            _print_now("" if quiet else f"stopped at once. {advice}")
+            os._exit(STATUS)
+        stopping = True
+        _print_now("" if quiet else "stopping after the current batch; press Ctrl-C again to stop at once")
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not quiet:
+            say(f"stopped. {advice}")
+        raise click.exceptions.Exit(STATUS) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _print_now(text: str) -> None:
+    """Print a line on stderr, past the buffers that the interrupted code may be writing to."""
+    terminal = SHOW_CURSOR if sys.stderr.isatty() else ""
+    if text or terminal:
+        os.write(2, f"{terminal}{printable(text)}\n".encode())
