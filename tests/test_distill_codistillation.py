@@ -7,6 +7,7 @@ import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from coursepack.distill.losses.base import Step
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.runs.sweep import Student, sweep
 from coursepack.distill.runs.train import train
+from coursepack.distill.setup.checks import check_ranks
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.group import make_group
 from coursepack.distill.training.learner import network_input
@@ -157,6 +159,14 @@ def test_every_student_reads_rows_of_its_own(tmp_path, views):
     assert set(setup.samples) < set(prepare(make_recipe(limit=100), CPU).samples)
     later = [batch.samples for batch in setup.batches(1, first=2)]
     assert np.array_equal(later[0], list(setup.batches(1))[2].samples)
+
+
+def test_pixels_are_rendered_once_for_all_students():
+    batch = next(prepare(group_recipe(), CPU).batches(0))
+    whole = batch.pixels(8)
+    parts = [batch.of_student(index).pixels(8) for index in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert parts[1].data_ptr() == whole[16].data_ptr()
 
 
 def test_all_students_can_read_all_rows():
@@ -419,6 +429,19 @@ def test_refusals(tmp_path):
     recipe = group_recipe(*["digits-small"] * 8, limit=5)
     with pytest.raises(RecipeError, match="5 samples cannot be divided among 8 students: give a larger"):
         prepare(recipe, CPU)
+    with pytest.raises(
+        RecipeError, match="cannot be trained on 2 ranks, since every student is trained by one"
+    ):
+        check_ranks(group_recipe(), SimpleNamespace(count=2))
     late = replica_recipe(3, tmp_path)
     with pytest.raises(RecipeError, match="--replica 4/3: there are only 3 replicas"):
         prepare(late, CPU)
+
+
+def test_a_smoke_run_of_a_replica_leaves_the_group_alone(tmp_path):
+    words = ["train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--smoke"]
+    words += ["--method", "codistillation", "--replica", "2/2", "--group", str(tmp_path / "g")]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "o")])
+    assert result.exit_code == 0, result.output
+    assert load_run(tmp_path / "o").metrics[-1]["exchange"]["peers"] == 0
+    assert not (tmp_path / "g").exists()
