@@ -107,9 +107,9 @@ def test_what_is_trained_again_is_forgotten_first(tmp_path, path, monkeypatch):
         if metrics["epoch"] == 4:
             raise Stopped
 
-    def only_once(folder, position, *rest):
-        if position.epoch == 3 and not (folder / "checkpoint.pt").exists():
-            save(folder, position, *rest)
+    def only_once(folder, progress, *rest):
+        if progress[0].epoch == 3 and not (folder / "checkpoint.pt").exists():
+            save(folder, progress, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", stopping)
