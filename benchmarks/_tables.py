@@ -80,6 +80,8 @@ def listed(name: str, pattern: str) -> list[str]:
         lines.append(
             [figure, number(row["value"]) + unit, spread(row), str(row["n"]), row["bar"] or "-", holds]
         )
+    if not lines:
+        return ["Not measured yet."]
     return table(["figure", "value", "low to high", "n", "bar", "holds"], lines)
 
 
@@ -163,6 +165,31 @@ def settings(name: str) -> list[str]:
     }  # fmt: skip
     pattern = r"(?P<column>\w+)/((?P<line>kd)|(?P<line_>.+) - kd)"
     return pivot(name, pattern, "method", columns, cell)
+
+
+def peers_study() -> list[str]:
+    """Return the accuracies of students that learn from each other, and of their ensembles."""
+    rows, lines = {row["id"]: row for row in load("peers")["rows"]}, []
+    for identifier, row in rows.items():
+        if not identifier.startswith("study: ") or identifier.endswith((" - alone", ", ensemble")):
+            continue
+        less, together = rows[f"{identifier} - alone"], rows.get(f"{identifier}, ensemble")
+        cells = [percent(row), _sure(less) if row is not rows["study: alone"] else "-"]
+        name = identifier.removeprefix("study: ")
+        lines.append([name, *cells, "-" if together is None else percent(together)])
+    header = ["method, students", "accuracy, % (95 %)", "minus alone (95 %)", "ensemble, % (95 %)"]
+    return table(header, lines)
+
+
+def percent(row: Row) -> str:
+    """Return an accuracy with its interval."""
+    return f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def _sure(row: Row) -> str:
+    """Return a difference with its interval, and a `*` if the interval leaves out zero."""
+    row = {**row, "value": round(row["value"], 2) + 0.0}  # no -0.00
+    return signed(row) + ("*" if row["low"] > 0 or row["high"] < 0 else "")
 
 
 def demo_accuracy() -> list[str]:
@@ -273,4 +300,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods, first teachers: confident": partial(study, "methods-first", "sure"),
     "methods": partial(settings, "methods"),
     "methods, teachers' time": partial(listed, "methods-first", "teacher-hours-saved"),
+    "peers study": peers_study,
+    "peers steps": partial(listed, "peers", r"step: .*"),
 }  # fmt: skip

@@ -229,6 +229,18 @@ def own_preprocessing(spec: str) -> Preprocessing | None:
     return NETWORKS[spec].preprocessing if spec in NETWORKS else None
 
 
+def classes_of_run(spec: str) -> int:
+    """Return the number of classes of a network in a run folder.
+
+    Args:
+        spec: `run:FOLDER` or `run:FOLDER@EPOCH`.
+
+    Raises:
+        RunError: there is no finished run.
+    """
+    return _description(parse_run_spec(spec)).classes
+
+
 def _description(run: RunSpec) -> _Description:
     folder = run.folder
     if not folder.is_dir():

@@ -15,6 +15,7 @@ from benchmark_rows import check_rows
 
 from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import load_recipe, resolve_objective
+from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.models import build_network, parse_tap
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -310,3 +311,32 @@ def test_a_changed_row_changes_its_pages(harness, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for name in ("demo time", "demo time rows"):
         assert "1.23" in render.block(name)
+
+
+PEER_ROWS = {
+    "dml": "dml, 2",
+    "kdcl": "kdcl naive, 2",
+    "okddip": "okddip, 4",
+    "one": "one, 3",
+    "ffl": "ffl, 2",
+    "afd": "afd, 2",
+    "let": "let",
+}
+"""Row of the study of peers that each recipe trains."""
+
+
+@pytest.mark.parametrize("name", PEER_ROWS)
+def test_recipes_for_peers_are_rows_of_the_study(harness, name):
+    peers = importlib.import_module("peers")
+    entry = next(each for each in peers.ENTRIES if each.name == PEER_ROWS[name])
+    path = FOLDER.parent / "recipes" / "digits" / f"{name}.yaml"
+    recipe = resolve_recipe(load_recipe(path), str(path))
+    measured = peers.recipe_of(entry, peers.FULL, 0, [], [Path("runs/let-teacher")])
+    assert recipe == measured.model_copy(update={"evaluate_every": 1})
+    rows = {row["id"]: row for row in json.loads((FOLDER / "results" / "peers.json").read_text())["rows"]}
+    row, ensemble = (rows[f"study: {PEER_ROWS[name]}{what}"] for what in ("", ", ensemble"))
+    text = " ".join(path.read_text().replace("#", "").split())
+    assert f"{row['value']:.1f} % mean of seeds 0 to 9 for the student (95 % interval " in text
+    for each in (row, ensemble):
+        assert f"{each['low']:.1f} to {each['high']:.1f}" in text
+    assert f"{ensemble['value']:.1f} % for the ensemble" in text

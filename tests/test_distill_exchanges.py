@@ -1,5 +1,7 @@
 """Exchanges between students: targets, losses and gradients, against float64 and published figures."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -410,3 +412,10 @@ def test_embeddings_of_other_widths_are_refused():
     setup = prepare(make_recipe(method="okddip", student="digits-small", peers=peers, limit=64), CPU)
     with pytest.raises(RecipeError, match="embeddings of the peers, which have 64, 128 values"):
         make_group(setup)
+
+
+def test_the_page_on_peers_has_every_method_and_every_option():
+    page = (Path(__file__).parents[1] / "docs" / "peers.md").read_text()
+    assert not [name for name in PEERS if f"[`{name}`](#{name}" not in page]
+    options = {name for row in EXCHANGES.values() for name in row.config.model_fields} - {"name"}
+    assert not [name for name in options if f"| `exchange.{name}` |" not in page]

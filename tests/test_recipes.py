@@ -90,6 +90,7 @@ def test_recipes_say_whether_they_were_run(path):
 def test_networks_that_a_recipe_names_exist(path):
     text = path.read_text()
     named = {load_recipe(path)["student"], *re.findall(r"(?:--student |\bstudent=)([\w:-]*\w)", text)}
+    named |= {peer for peer in load_recipe(path).get("peers", ()) if not peer.startswith("run:")}
     named |= set(trained(path).values()) if path in UNRUN else set()
     for spec in named:
         assert "head" in layers(spec) or "fc" in layers(spec), spec

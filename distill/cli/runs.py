@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import TRUST_CODE, print_table, progress
-from coursepack.data import open_source
-from coursepack.data.loading import Renderer
+from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
 from coursepack.distill.runs.compare import compare, plot, table_rows
-from coursepack.distill.runs.folder import load_run, load_runs
+from coursepack.distill.runs.evaluation import evaluate_run
+from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS
-from coursepack.distill.training.evaluate import evaluate, evaluation_view
 from coursepack.errors import TrainingDiverged
-from coursepack.imports import check_trusted
-from coursepack.models import load_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,23 +72,21 @@ def sweep_command(
 def eval_command(
     run: Path, source: str | None, root: Path | None, trust_code: bool, as_json: bool, device: str
 ) -> None:
-    """Evaluate the student of a finished run."""
-    finished = load_run(run)
-    recipe = finished.recipe
-    name = source or check_trusted(recipe.evaluation, f"run {str(run)!r}", trust_code=trust_code)
-    data = open_source(name, root or (Path(recipe.root) if recipe.root else None))
-    network = load_teacher(f"run:{run}", data.class_names, trust_code=trust_code)
+    """Evaluate the student of a finished run, or every student of a group and their ensembles."""
     chosen = pick_device(device)
-    network.module.to(chosen)
-    with progress(f"eval {run.name}", len(data.labels), "samples") as meter:
-        size = network.preprocessing.size
-        with Renderer(data, evaluation_view(data), [size], pin=chosen.type == "cuda") as renderer:
-            values = evaluate(network, data, chosen, renderer=renderer, meter=meter)
+    data, found = evaluate_run(run, device=chosen, source=source, root=root, trust_code=trust_code)
     if as_json:
-        click.echo(json.dumps({"run": str(run), "source": data.name, **values}, indent=1))
-    else:
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        click.echo(f"{run}: {numbers} on {data.name}, {len(data.labels):,} samples")
+        rows = [
+            {"run": str(each.path), **({"ensemble": each.ensemble} if each.ensemble else {}),
+             "source": data.name, **each.metrics}
+            for each in found
+        ]  # fmt: skip
+        click.echo(json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
+        return
+    for each in found:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
+        what = f"{each.path} {each.ensemble}".strip()
+        click.echo(f"{what}: {numbers} on {data.name}, {len(data.labels):,} samples")
 
 
 @click.command("compare", epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")

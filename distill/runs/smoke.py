@@ -27,7 +27,7 @@ from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import PairChoice
 from coursepack.distill.recipe import LearningRateConfig
 from coursepack.distill.schedule import Schedule
-from coursepack.distill.setup.build import build_student
+from coursepack.distill.setup.build import build_student, starts_trained
 from coursepack.distill.setup.costs import planned_store
 from coursepack.distill.setup.requirements import term_pairs
 from coursepack.distill.setup.student import probe_student
@@ -61,7 +61,8 @@ MAP_SHAPE = (8, 4, 4)
 def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     """Return a recipe shortened to two epochs on synthetic images, with stores written to `folder`.
 
-    A fusion with more phases has one epoch for each.
+    A fusion with more phases has one epoch for each. Peers that start from a run or a store are networks of
+    the student's kind.
     """
     source = open_source(stand_in(recipe.source, SAMPLES))
     recipe = recipe.model_copy(update={"objective": _with_flows(recipe, source)})
@@ -88,6 +89,7 @@ def smoke_recipe(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
         stores.append(str(path))
     return recipe.model_copy(
         update={
+            "peers": tuple(recipe.student if starts_trained(peer) else peer for peer in recipe.peers),
             "source": source.name,
             "evaluation": evaluation_spec(source.name),
             "root": None,

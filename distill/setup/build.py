@@ -21,7 +21,7 @@ from coursepack.distill.setup.wrap import check_wrapped, teacher_head
 from coursepack.errors import RecipeError
 from coursepack.models import build_network, load_teacher
 from coursepack.models.build import RUN
-from coursepack.models.load import reload_teacher
+from coursepack.models.load import classes_of_run, reload_teacher
 
 STORE = "store"
 """Prefix of a peer that starts from the teacher of a store: `store:PATH`."""
@@ -53,10 +53,25 @@ def build_student(recipe: TrainRecipe, source: Source, *, trust_code: bool = Fal
     }
     kind, _, path = recipe.student.partition(":")
     if recipe.member and kind == RUN:
+        _check_classes(recipe.student, source)
         return load_teacher(recipe.student, source.class_names, trust_code=trust_code, **pixels)
     if recipe.member and kind == STORE:
         return _stored_teacher(path, source, trust_code=trust_code)
     return build_network(recipe.student, len(source.class_names), seed=recipe.own_seed, **pixels)
+
+
+def starts_trained(peer: str) -> bool:
+    """Return true if a peer starts from the weights of a run or a store."""
+    return peer.partition(":")[0] in (RUN, STORE)
+
+
+def _check_classes(peer: str, source: Source) -> None:
+    classes, expected = classes_of_run(peer), len(source.class_names)
+    if classes != expected:
+        raise RecipeError(
+            f"peer {peer!r} has {classes} classes, but the source has {expected}: students that learn from "
+            "each other have the same classes, so name a run that was trained on them, or a network"
+        )
 
 
 def _stored_teacher(path: str, source: Source, *, trust_code: bool) -> Network:
