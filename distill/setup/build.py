@@ -98,11 +98,16 @@ def make_objective(
 
     Raises:
         UnknownName: the method, or a layer of the student, does not exist.
-        RecipeError: a field does not exist, a value does not fit the stores, or features are not stored; in
-            that case, the message has the command that adds them.
+        RecipeError: a field does not exist, a value does not fit the stores, the method is for several
+            students, or features are not stored; in that case, the message has the command that adds them.
     """
     classes = len(stores.source.class_names)
     config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
+    if config.needs().peers:
+        raise RecipeError(
+            f"method {method!r} is for students that learn from each other, but this objective is for one: "
+            "train them with `distill train` or `coursepack.distill.train`, or choose another method"
+        )
     check_needs(method, config, stores.readers, stores.view, stores.root)
     return build_objective(
         config,
