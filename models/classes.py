@@ -99,8 +99,8 @@ def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]
     found = f"{len(class_names) - len(missing)} of the source's {len(class_names)} classes"
     if missing:
         raise RecipeError(
-            f"there was no class map {str(path)!r}; it was written with {found}, which are found by name "
-            f"among the teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
+            f"there was no class map {str(path)!r}; it was written with {found} found by name among the "
+            f"teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}) and run the command again"
         )
     say(f"{path}: written with the teacher's classes for {found}, found by name")

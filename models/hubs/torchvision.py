@@ -63,8 +63,8 @@ def load(name: str, weights: str, _classes: int) -> HubNetwork:
         module: nn.Module = zoo.get_model(name, weights=member)
     except OSError as error:
         raise RecipeError(
-            f"weights {weights!r} of network 'torchvision:{name}' cannot be fetched: {first_line(error)}. Fetch "
-            f"{member.url} where there is a network, and give the file as --weights"
+            f"weights {weights!r} of network 'torchvision:{name}' cannot be fetched: {first_line(error)}. "
+            f"Fetch {member.url} where there is a network, and give the file as --weights"
         ) from error
     return HubNetwork(module, _preprocessing(member), len(member.meta["categories"]))
 
