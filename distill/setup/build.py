@@ -68,13 +68,20 @@ def _stored_teacher(path: str, source: Source, *, trust_code: bool) -> Network:
             f"the teacher of store {path!r} has other classes than the store, so it cannot be trained on "
             "them: name another peer"
         )
-    return reload_teacher(
+    network = reload_teacher(
         teacher,
         source.class_names,
         manifest.origin.get("weights_file"),
         holder=f"store {path!r}",
         trust_code=trust_code,
     )
+    runs = getattr(network.module, "opaque", None)
+    if isinstance(runs, str):
+        raise RecipeError(
+            f"the teacher of store {path!r} is run by {runs} as it was exported, so it cannot be trained: "
+            "name another peer, or learn from the store itself with --store"
+        )
+    return network
 
 
 def make_objective(
