@@ -72,7 +72,7 @@ VARIATIONS: dict[str, tuple[str, str]] = {
     "bfloat16": ("float16", "--method kd --precision bfloat16"),
     "bfloat16 hints": ("float16", "--method amtml-hints --precision bfloat16"),
     "channels last": ("float16", "--method kd --channels-last"),
-    "batch norm": ("float16", "--method kd --student digits-resnet"),
+    "batch norm": ("float16", "--method kd --set student=digits-resnet"),
     "views per load": ("float16", "--method kd --views-per-load 2"),
     "shuffled views": ("float16", "--method kd --view-order shuffled --epochs 4"),
     "patience": ("float16", "--method kd --patience 1 --epochs 4"),

@@ -215,7 +215,9 @@ def study_rows(folder: Path, size: Size) -> list[Row]:
                 {
                     "id": f"study: {entry.name}{what}", "value": float(values.mean()), "low": ends[0],
                     "high": ends[1], "unit": unit, "n": len(values), "bar": None, "holds": None,
-                    "config": {"students": entry.students, "seconds": float(np.median(seconds))},
+                    "config": {
+                        "students": entry.students, "seconds": float(np.median(seconds)), "interval": "95 %",
+                    },
                 }
             )  # fmt: skip
     header = ["method, students", "accuracy", "minus alone", "95 % interval", "ensemble", "s a run"]

@@ -38,6 +38,11 @@ PAIRS = {
 PHASES = {
     "ab": ("objective.hard_weight.epochs=1", "objective.terms.ab.weight.epochs=1"),
     "ft": ("objective.terms.ft.paraphraser_epochs=1",),
+    "annealing-kd": (
+        "objective.hard_weight.epochs=1",
+        "objective.terms.annealed_logits.weight.epochs=1",
+        "objective.terms.annealed_logits.epochs=1",
+    ),
 }
 """Assignments that shorten a method's first phase to one epoch."""
 

@@ -18,7 +18,8 @@ from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
 from coursepack.precompute.cli import main as precompute
 
-ALONE = "distill train --student digits-small --source digits --view digits --epochs 1 --out new"
+AS = "distill train --source digits --view digits --epochs 1 --out new --student"
+ALONE = f"{AS} digits-small"
 KD = "distill train --student digits-small --epochs 1 --out new"
 WRITE = "precompute run --teacher run:mlp --source digits --view digits --views 2 --store new.zarr"
 FILES = {
@@ -125,10 +126,10 @@ DOMAIN = [
     (f"{ALONE} --online", "--online runs the teachers of stores live: give at least one --store"),
     # Names.
     (f"{ALONE} --method kdd", "unknown method 'kdd'. Did you mean 'kd'? Known: supervised, kd"),
-    (f"{ALONE} --student digits-smal", "unknown network 'digits-smal'. Did you mean 'digits-small'? Known: "),
-    (f"{ALONE} --student torchvision:resnet5",
+    (f"{AS} digits-smal", "unknown network 'digits-smal'. Did you mean 'digits-small'? Known: "),
+    (f"{AS} torchvision:resnet5",
      "unknown torchvision network 'resnet5'. Did you mean 'resnet50'? "),
-    (f"{ALONE} --student run:mlp", "network 'run:mlp' is already trained, expected a network to train"),
+    (f"{AS} run:mlp", "network 'run:mlp' is already trained, expected a network to train"),
     (f"{ALONE} --source digit", "unknown source 'digit'. Did you mean 'digits'? Known: digits"),
     (f"{ALONE} --source digits:tset",
      "unknown split of source 'digits' 'tset'. Did you mean 'test'? Known: train, "),
@@ -193,7 +194,7 @@ DOMAIN = [
     (f"{ALONE} --student-size 9", "student 'digits-small' cannot take views of 9 x 9 pixels: "),
     (f"{KD} --store s.zarr --method amtml --student-size 9",
      "student 'digits-small' cannot take views of 9 x 9 pixels: "),
-    (f"{ALONE} --student torchvision:vit_b_16 --student-size 40",
+    (f"{AS} torchvision:vit_b_16 --student-size 40",
      "network 'torchvision:vit_b_16' cannot be built for 40 x 40 pixels: Input shape indivisible by patch "
      "size!. Choose another size"),
     (f"{ALONE} --student-mean 0.5,0.5,0.5 --student-std 0.2,0.2,0.2",

@@ -35,7 +35,7 @@ NOT_LIVE = {
 """Methods that permit no live teachers, and why."""
 CHECKED = {"simkd": {("resnet", "logits"): 40}}
 """Further arrays that a method reads a few rows of before the first step, to check the teacher's head."""
-LIVE = [name for name in METHODS if name not in NOT_LIVE]
+LIVE = [name for name, method in METHODS.items() if method.objective.needs().teachers]
 EPOCHS = (0, 41)
 """Epochs that steps are taken from: before and after all warm-ups and changes of phase, one of each view."""
 STUDENT, BATCH = "digits-cnn", 32

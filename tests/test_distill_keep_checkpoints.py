@@ -26,7 +26,7 @@ from coursepack.models.run_specs import checkpoint_file, kept_epochs, spec_of_we
 from coursepack.models.weights import weights_fingerprint
 from coursepack.precompute.cli import main as precompute
 
-TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
+RUN = sys.modules["coursepack.distill.runs.student"]
 CLASSES = open_source("digits").class_names
 FIELDS = {"limit": 150, "batch_size": 50, "epochs": 6, "keep_checkpoints": 2}
 
@@ -71,7 +71,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("steps", [2, 7, 12, 17])
 def test_an_interrupted_run_keeps_the_same_bytes(tmp_path, path, monkeypatch, steps):
     recipe, out = make_recipe(student="digits-cnn", **FIELDS), tmp_path / "o"
-    left, save = [steps], TRAIN.save_checkpoint
+    left, save = [steps], RUN.save_checkpoint
 
     def counted(*arguments):
         if left[0] == steps - 2:
@@ -81,7 +81,7 @@ def test_an_interrupted_run_keeps_the_same_bytes(tmp_path, path, monkeypatch, st
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(TRAIN, "save_checkpoint", counted)
+        patch.setattr(RUN, "save_checkpoint", counted)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, checkpoint_seconds=0)
     assert kept_epochs(out) == [epoch for epoch in (2, 4, 6) if 3 * epoch < steps]
@@ -100,7 +100,7 @@ def test_what_is_trained_again_is_forgotten_first(tmp_path, path, monkeypatch):
         "begin",
         lambda self, *args, **how: (begin(self, *args, **how), seen.append(kept_epochs(out))),
     )
-    log, save = RunFolder.log, TRAIN.save_checkpoint
+    log, save = RunFolder.log, RUN.save_checkpoint
 
     def stopping(self, metrics):
         log(self, metrics)
@@ -113,7 +113,7 @@ def test_what_is_trained_again_is_forgotten_first(tmp_path, path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", stopping)
-        patch.setattr(TRAIN, "save_checkpoint", only_once)
+        patch.setattr(RUN, "save_checkpoint", only_once)
         with pytest.raises(Stopped):
             train(recipe, out, device=CPU, checkpoint_seconds=0)
     assert kept_epochs(out) == [2, 4]
@@ -136,7 +136,7 @@ def test_another_number_is_refused_when_a_run_goes_on(tmp_path, monkeypatch):
     def stopped(*_):
         raise Stopped
 
-    monkeypatch.setattr(TRAIN, "save_checkpoint", stopped)
+    monkeypatch.setattr(RUN, "save_checkpoint", stopped)
     with pytest.raises(Stopped):
         train(make_recipe(**FIELDS), tmp_path / "o", device=CPU, checkpoint_seconds=0)
     with pytest.raises(RunError, match=r"keep_checkpoints\s+started with: 2\s+now: 3"):

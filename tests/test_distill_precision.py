@@ -73,7 +73,7 @@ def test_float16_skips_steps_that_overflow_and_keeps_its_scale():
 
     # Scaled gradients are clipped in their true size.
     state.begin_step()
-    state.backward(state.learner(next(run.batches(1)), None, Step(1)).value.loss)
+    state.scaled(state.learner(next(run.batches(1)), None, Step(1)).value.loss).backward()
     state.end_step()
     moved = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
     assert moved == pytest.approx(1e-3 * 0.05, rel=1e-2)
@@ -86,7 +86,7 @@ def test_a_step_that_overflows_does_not_move_the_average():
     before = copy.deepcopy(state.average.state_dict())
     for step, batch in enumerate(run.batches(1)):
         state.begin_step()
-        state.backward(state.learner(batch, None, Step(1, step)).value.loss)
+        state.scaled(state.learner(batch, None, Step(1, step)).value.loss).backward()
         if step == 1:
             for parameter in state.learner.parameters():
                 parameter.grad.fill_(torch.inf)

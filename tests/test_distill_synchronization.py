@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from builders import CPU, PAIRS, make_recipe, write_store
+from builders import CPU, PAIRS, PHASES, make_recipe, write_store
 from unwaited import META, Literals, Waits, WaitsForTheDevice, unwaited
 
 from coursepack.data import ViewRecipe
@@ -14,6 +14,7 @@ from coursepack.data.views import PadCrop
 from coursepack.data.views.mixing import Mix
 from coursepack.distill.losses.base import Step
 from coursepack.distill.methods import METHODS
+from coursepack.distill.recipe import set_values
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training import metrics
 from coursepack.distill.training.ahead import CopiesAhead, copied_ahead
@@ -32,7 +33,8 @@ WAITING = {"ae-kd": "its weights minimize a norm by a search on the CPU, from th
 def recipe_of(name, stores_of, **fields):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
     objective = {"terms": {name: {"pairs": list(PAIRS[name])}}} if name in PAIRS else {}
-    fields = {"student": "digits-cnn", "limit": 64, "batch_size": 16, **fields}
+    set_values({"objective": objective}, PHASES.get(name, ()))
+    fields = {"student": "digits-cnn", "limit": 64, "batch_size": 16, "epochs": 2, **fields}
     return make_recipe(stores, method=name, objective=objective, **fields)
 
 

@@ -166,7 +166,7 @@ def test_learning_rates_fall_within_the_epochs(path):
 def table_of_fields(heading):
     """Rows of docs/training.md after `heading`: field, flag, default, description."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    text = page.partition(heading)[2]
+    text = page.partition(heading)[2].partition("\n\nThe following options")[0]
     rows = [line.split("|")[1:5] for line in text.splitlines() if line.startswith("| `")]
     return [[cell.strip(" `") for cell in row] for row in rows]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coursepack.data.randomness import Purpose, Samples, random_words
+from coursepack.device import to_device
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
 from coursepack.distill.losses.label import cross_entropy
 from coursepack.errors import RecipeError
@@ -74,7 +75,7 @@ def permuted_probs(probs: Tensor, seed: int, samples: Samples, epoch: int) -> Te
     """Return probabilities `(N, C)` with those of all classes but the top one permuted in each row."""
     classes = probs.shape[1]
     words = random_words(seed, samples, epoch, Purpose.PERMUTATION, -(-classes // 4))
-    order = torch.from_numpy(np.argsort(words[:, : classes - 1], axis=1, kind="stable")).to(probs.device)
+    order = to_device(np.argsort(words[:, : classes - 1], axis=1, kind="stable"), probs.device)
     top = probs.argmax(1, keepdim=True)
     others = torch.arange(classes - 1, device=probs.device).expand(len(probs), -1)
     others = others + (others >= top)
