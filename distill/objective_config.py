@@ -78,7 +78,7 @@ class ObjectiveConfig(Config):
     terms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyTerm] = Field(default={})
     """Additional loss terms by key. A key is the name of a loss, unless field `term` names the loss."""
     exchange: AnyExchange = OutputsConfig()
-    """What students that train together say to each other."""
+    """Exchange between students that train together, which makes the targets of term `mutual`."""
     peers: dict[str, Any] = Field(default={})
     """Fields of the objective that have other values for the peers than for the student."""
 

@@ -141,7 +141,8 @@ class TrainRecipe(Config):
     patience: Count | None = None
     """Stop after this many consecutive evaluations without a new best accuracy."""
     keep_checkpoints: Count | None = None
-    """Keep the student's weights after every this many epochs, for `run:FOLDER@EPOCH`; defaults to never."""
+    """Epochs between copies of the student's weights that are kept, each a teacher `run:FOLDER@EPOCH`;
+    defaults to no copies."""
     evaluate_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Count = 64

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+MOST_LISTED = 100
+"""Largest number of a teacher's classes that are all listed in a class map that is written."""
+
 
 def load_columns(
     path: Path,
@@ -90,18 +93,26 @@ def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]
     """
     columns = match_names(class_names, trained_on)
     lines = ["# Class of the teacher for each class of the source: its index, or its name."]
+    if len(trained_on) <= MOST_LISTED:
+        known = ", ".join(f"{index} {name}" for index, name in enumerate(trained_on))
+        lines.append(f"# Classes of the teacher: {_one_line(known)}")
     for name, column in zip(class_names, columns, strict=True):
         near = [f"{trained_on.index(other)} {other}" for other in nearest_names(name, trained_on)]
         note = trained_on[column] if column is not None else "nearest: " + ("; ".join(near) or "none")
-        lines.append(f"{write_yaml({name: column}).strip()}  # {printable(note).replace(chr(10), ' ')}")
+        lines.append(f"{write_yaml({name: column}).strip()}  # {_one_line(note)}")
     write_whole(path, ("\n".join(lines) + "\n").encode())
     missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
     found = f"{len(class_names) - len(missing)} of the source's {len(class_names)} classes"
     if missing:
         raise RecipeError(
-            f"there was no class map {str(path)!r}; it was written with {found}, which are found by name "
-            f"among the teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
+            f"there was no class map {str(path)!r}; it was written with {found} found by name among the "
+            f"teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}) and run the command again"
         )
     say(f"{path}: written with the teacher's classes for {found}, found by name")
     return tuple(column for column in columns if column is not None)
+
+
+def _one_line(text: str) -> str:
+    """Return a text for a comment: without control characters and line breaks."""
+    return printable(text).replace("\n", " ")

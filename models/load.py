@@ -245,6 +245,8 @@ def _description(run: RunSpec) -> _Description:
     folder = run.folder
     if not folder.is_dir():
         raise RunError(f"there is no run at {str(folder)!r}. Make one with `distill train --out {folder}`.")
+    if (folder / "0" / NETWORK_FILE).is_file():
+        raise RunError(f"run {str(folder)!r} is of several students: name one of them, as in run:{folder}/0")
     if not (folder / NETWORK_FILE).is_file() or not run.weights.is_file():
         raise RunError(f"run {str(folder)!r} has no trained weights: it is unfinished or not a run")
     return parse_config(_Description, read_yaml(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
@@ -279,4 +281,4 @@ def _load_run(run: RunSpec, *, trust_code: bool) -> Network:
     _check_size(description, state, weights, run.folder)
     network = _build_described(description)
     load_weights(description.spec, network.module, description.classes, state, str(weights))
-    return replace(network, weights_file=str(weights.resolve()), record=read_record(run.folder))
+    return replace(network, weights_file=str(weights.resolve()), record=read_record(run.folder, run.epoch))

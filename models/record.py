@@ -16,7 +16,7 @@ MOST_BYTES = 1 << 28
 
 
 class Record(NamedTuple):
-    """Result of a run's last evaluation."""
+    """Result of an evaluation of a run."""
 
     accuracy: float
     """Share of samples that were classified correctly, from 0 to 1."""
@@ -24,14 +24,18 @@ class Record(NamedTuple):
     """Source of the samples with its split, such as `digits:test`."""
 
 
-def read_record(folder: Path) -> Record | None:
-    """Return the result of a run's last evaluation; None if the folder has none that can be read."""
+def read_record(folder: Path, epochs: int | None = None) -> Record | None:
+    """Return the result of a run's last evaluation, or of the one after a number of completed epochs.
+
+    None if the folder has none that can be read.
+    """
     try:
         recipe = read_yaml(folder / RECIPE_FILE)
         lines = read_bounded(folder / METRICS_FILE, MOST_BYTES).splitlines()
         for line in reversed(lines):
-            values = parse_json(line).get("evaluation")
-            if values is not None:
+            metrics = parse_json(line)
+            values = metrics.get("evaluation")
+            if values is not None and epochs in (None, metrics["epoch"] + 1):
                 return Record(float(values["accuracy"]), str(recipe["evaluation"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError):
         return None

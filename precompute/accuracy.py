@@ -16,7 +16,7 @@ MUCH_WORSE = 0.1
 
 
 class AccuracyGuard:
-    """Warns once if a teacher does much worse on the store's views than its own record says.
+    """Warns once if a teacher does much worse on the store's views than in its run.
 
     A view that does not suit the teacher, such as one meant for larger images, would pass unnoticed. Views
     that mix samples are not compared, because no label is right for them.
@@ -25,7 +25,7 @@ class AccuracyGuard:
     def __init__(self, job: Job, *, quiet: bool = False) -> None:
         self._record = job.runner.network.record
         self._network, self._mixes = job.runner.network.spec, job.recipe.mix is not None
-        self._source = job.source.name
+        self._source, self._store = job.source.name, job.store
         self._silent = quiet
 
     def check(self, manifest: Manifest) -> None:
@@ -43,7 +43,8 @@ class AccuracyGuard:
             say(
                 f"teacher {self._network!r} classifies {accuracy:.1%} of the views of {self._source!r} "
                 f"correctly, but its run recorded {record.accuracy:.1%} on {record.source!r}. The view "
-                "recipe may not suit it: check the views with `precompute inspect`, or give other ones"
+                f"recipe may not suit it: draw the views with `precompute inspect {self._store} --out "
+                "grid.png`, or give another --view"
             )
 
 

@@ -89,6 +89,8 @@ def test_a_method_is_checked_against_the_stores(course, stores):
         make_objective(course, student(), "kd", {"temprature": 2})
     with pytest.raises(RecipeError, match=r"fusion\.weights has 2 numbers, expected 3"):
         make_objective(course, student(), "kd", {"fusion": {"weights": (0.5, 0.5)}})
+    with pytest.raises(RecipeError, match=r"'dml' is for students that learn from each other.*distill train"):
+        make_objective(course, student(), "dml")
     with pytest.raises(RecipeError) as refused:
         make_objective(course, student(), "amtml-hints")
     line = str(refused.value).splitlines()[2].strip()

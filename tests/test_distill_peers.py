@@ -242,6 +242,8 @@ def test_every_student_is_a_run_and_the_ensemble_is_a_row(tmp_path):
     ]
     with pytest.raises(RunError, match=r"the run of several students, expected one of them: .*/0, .*/1"):
         load_run(folder)
+    with pytest.raises(RunError, match=r"is of several students: name one of them, as in run:.*/0"):
+        load_teacher(f"run:{folder}", tuple("0123456789"))
 
 
 def test_the_ensemble_is_the_mean_of_probabilities(tmp_path):

@@ -67,6 +67,7 @@ def test_a_map_with_gaps_is_written_to_be_edited(tmp_path):
     written = file.read_text()
     assert "golden retrievers: null  # nearest: 1 golden retriever\n" in written
     assert "zebra: null  # nearest: none\n" in written
+    assert f"# Classes of the teacher: 0 {TEACHER[0]}, 1 {TEACHER[1]}, " in written
     with pytest.raises(RecipeError, match="gives None for 'golden retrievers', expected a class id"):
         load_columns(file, names, lambda: TEACHER)
     file.write_text(written.replace("null", "golden retriever", 1).replace("null", "3"))

@@ -215,7 +215,10 @@ REFUSED = [
     (_pickled, r"has no \.safetensors file; pytorch_model\.bin may run code when it is read, so it is not"),
     (_own_code, "transformers cannot load it|config"),
     (lambda folder: (folder / "config.json").unlink(), "has no config.json: give a folder"),
-    (lambda folder: (folder / "preprocessor_config.json").unlink(), r"image processor \(preprocessor_config"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(),
+     r"image processor \(preprocessor_config\.json\) is missing: write it .*save_pretrained"),
+    (lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+     r"image processor \(preprocessor_config\.json\) cannot be read"),
     (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter of another network"),
     (_processor(do_rescale=False), "has do_rescale = False, expected true"),
     (_processor(rescale_factor=1 / 127.5), r"has rescale_factor = 0\.0078.*, expected 1/255"),
@@ -246,7 +249,8 @@ def test_names_that_are_not_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = (
         r"config\.json, preprocessor_config\.json and model\.safetensors of 'some/vit' cannot be fetched: "
-        r".*`hf download some/vit --revision main --include .* --local-dir FOLDER`, copy FOLDER here"
+        r".*`hf download some/vit --revision main --include .* --local-dir FOLDER`, copy FOLDER here, and "
+        "give hf:FOLDER"
     )
     with pytest.raises(RecipeError, match=text):
         load_teacher("hf:some/vit@main", TEN)

@@ -25,6 +25,8 @@ from coursepack.config import write_yaml
 from coursepack.data import view_recipe
 from coursepack.data.sources import InMemory
 from coursepack.data.store import StoreReader
+from coursepack.distill.recipe import TrainRecipe
+from coursepack.distill.setup.build import build_student
 from coursepack.distill.setup.requirements import precompute_command
 from coursepack.distill.targets.live import live_teachers
 from coursepack.errors import RecipeError, TeacherMismatch, UntrustedCode
@@ -124,6 +126,9 @@ def test_stores_find_their_teacher_again_and_do_not_depend_on_the_batch_size(exp
     if kind == "exported":
         with pytest.raises(UntrustedCode, match="It was not opened"):
             live_teachers([reader], [["logits"]], torch.device("cpu"))
+    peer = {"student": f"store:{path}", "member": 1, "objective": {}, "source": "a", "evaluation": "b"}
+    with pytest.raises(RecipeError, match="as it was exported, so it cannot be trained: name another peer"):
+        build_student(TrainRecipe.model_validate({**peer, "view": {}}), source, trust_code=True)
 
 
 def write_model(path, *, inputs=None, outputs=None, nodes=None, weights=None):

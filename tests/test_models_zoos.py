@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,19 @@ def test_named_weights_bring_their_own_size(monkeypatch):
         "torchvision:vit_b_16", TEN, weights="IMAGENET1K_SWAG_E2E_V1", columns=tuple(range(10))
     )
     assert (network.preprocessing.size, network.classes) == (384, 1000)
+
+
+def test_weights_of_torchvision_without_a_network(monkeypatch):
+    def fail(name, *, weights):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(zoo, "get_model", fail)
+    text = (
+        r"weights 'IMAGENET1K_V1' of network 'torchvision:resnet18' cannot be fetched: .*no route to host.*"
+        r"Fetch https://download\.pytorch\.org/models/resnet18-\w+\.pth where there is a network, and give"
+    )
+    with pytest.raises(RecipeError, match=text):
+        load_teacher("torchvision:resnet18", TEN, weights="IMAGENET1K_V1", columns=tuple(range(10)))
 
 
 def test_what_gives_more_than_logits_is_refused():

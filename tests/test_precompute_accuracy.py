@@ -54,6 +54,16 @@ def test_views_that_do_not_suit_the_teacher_are_reported_once(teacher, call, tmp
     assert "of the views of 'digits:test' correctly" in result.stderr
 
 
+def test_a_checkpoint_is_compared_with_the_evaluation_of_its_own_epoch(call, tmp_path):
+    train(make_recipe(epochs=6, keep_checkpoints=1), tmp_path / "path", device=CPU)
+    lines = [json.loads(line) for line in (tmp_path / "path" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (lines[index]["evaluation"]["accuracy"] for index in (0, -1))
+    assert last - first > 0.2
+    result = call(LINE.format(tmp_path / "path@1", "digits:test", "none"))
+    assert result.exit_code == 0, result.output
+    assert "recorded" not in result.stderr
+
+
 def test_a_record_of_other_samples_is_not_compared(teacher, call, tmp_path):
     other = shutil.copytree(teacher, tmp_path / "other")
     (other / "recipe.yaml").write_text("evaluation: cifar10:test\n")

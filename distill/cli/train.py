@@ -27,6 +27,7 @@ EXAMPLES_TRAIN = """\b
 Examples:
   distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
   distill train --student digits-small --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
+  distill train --student digits-small --peers 2 --source digits --view digits --method dml --out runs/dml
   distill train runs/kd/recipe.yaml --smoke --out runs/smoke
   distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
 """
@@ -89,7 +90,8 @@ def train_command(
 ) -> None:
     """Train a student from stores, from teachers run live, or without teachers.
 
-    Several students learn from each other as well (--method dml); each is a run in a folder within --out.
+    Several students can learn from each other, as with --method dml. Each is then a run in its own folder
+    within --out.
 
     Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """

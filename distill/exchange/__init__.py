@@ -1,4 +1,4 @@
-"""Exchanges: what students that train together say to each other, one module each."""
+"""Exchanges: the targets that students which train together give each other, one module each."""
 
 from coursepack.distill.exchange import (
     attention,

@@ -24,8 +24,8 @@ class AttentionConfig(ExchangeConfig):
     width: Annotated[int, Field(ge=1)] = 8
     """Length of queries and keys."""
     gradient: Literal["all", "attention"] = "all"
-    """Gradient of the targets: into `all` that they are made of, so that peers also move towards those who
-    follow them, or into the `attention` alone."""
+    """Gradient of the targets. `all`: into the attention and the peers' logits, so that peers also move
+    towards the students that follow them. `attention`: into the attention alone; the logits are detached."""
 
 
 class Attention(nn.Module):

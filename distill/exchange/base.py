@@ -133,7 +133,7 @@ class Exchange:
 
     config: type[ExchangeConfig]
     formula: str
-    """What each student follows, in one line."""
+    """Targets of each student, in one line."""
     source: str
     """Paper and equation."""
     build: Callable[[Any, GroupContext], nn.Module]
@@ -146,5 +146,5 @@ class Exchange:
     build_replica: Callable[[Any, ReplicaContext], nn.Module] | None = None
     """Builds the exchange of one of several replicas; None if the students have to be in one process."""
     joint: str = ""
-    """What makes gradients flow from one student's loss into another student, or into the exchange; empty if
+    """Reason why gradients flow from one student's loss into another student, or into the exchange; empty if
     every target is detached and the exchange has no parameters."""

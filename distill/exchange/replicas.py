@@ -1,10 +1,10 @@
 """Exchange of weights between replicas, each trained by a process of its own, through files of a folder.
 
-group.json              what all replicas of the group agree on
+group.json              recipe and data fingerprints, which are the same for all replicas of the group
 replica-1.safetensors   newest weights of the first replica, with its number of steps
 
-A replica writes its own file whole, and reads the others' when they have changed. It waits for no other: one
-that is slow, stopped or dead leaves its file as it was.
+A replica replaces its own file atomically, and reads the others' when they have changed. It waits for no
+other: one that is slow, stopped or dead leaves its file as it was.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Replicas(Recorded):
     """
 
     def __init__(self, config: StaleConfig, context: ReplicaContext) -> None:
-        """Check that the folder is of this group, if it has one.
+        """Check that the folder is empty or belongs to this group.
 
         Raises:
             RunError: it is the folder of another group, or cannot be read.

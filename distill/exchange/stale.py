@@ -33,8 +33,8 @@ class StaleConfig(ExchangeConfig):
     burn_in: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps before the first exchange, in which students learn without each other."""
     rows: Literal["disjoint", "shared"] = "disjoint"
-    """Samples of each student: a share of its own of `disjoint` ones, or all of them, `shared` in the same
-    batches. `batch_size` counts the rows of each student."""
+    """Samples of each student. `disjoint`: a share of its own. `shared`: all of them, in the same batches as
+    the others. `batch_size` counts the rows of each student."""
 
     @property
     def splits_rows(self) -> bool:
@@ -48,7 +48,7 @@ class StaleConfig(ExchangeConfig):
 
 @dataclass
 class Record:
-    """What was exchanged during an epoch."""
+    """Counts of what was exchanged during an epoch."""
 
     steps: int = 0
     """Number of steps."""

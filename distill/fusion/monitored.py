@@ -28,8 +28,8 @@ class MonitoredConfig(FusionConfig):
 
     name: Literal["monitored"] = "monitored"
     rule: Literal["right", "better"] = "right"
-    """Samples for which a teacher counts: `right` if its largest logit is the label's; `better` if its
-    cross-entropy to the label at T = 1 is lower than the student's, which may be a mixed label."""
+    """Samples for which a teacher counts. `right`: its largest logit is the label's. `better`: its
+    cross-entropy to the label, which may be mixed, is lower at T = 1 than the student's."""
 
 
 def monitored_weights(counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sequential teaching: the teachers one after the other, each for some epochs, then labels alone if asked.
+"""Sequential teaching: one teacher after the other, each for some epochs, and optionally labels alone last.
 
 Each batch reads the one teacher of its phase, so an epoch reads a single store, and none in the last phase.
 """
@@ -24,7 +24,7 @@ class SequenceConfig(FusionConfig):
     name: Literal["sequence"] = "sequence"
     epochs: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Number of epochs with each teacher, in the order of the stores; defaults to equal shares of the epochs
-    before the last phase, the later ones longer where they do not divide."""
+    before the last phase. If they do not divide evenly, later shares are longer."""
     label_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of epochs of a last phase on labels alone, in which no teacher is read."""
 

@@ -223,7 +223,7 @@ class Needs:
     last_map: str = ""
     """Need for the output of the student's deepest block that gives maps."""
     joint: str = ""
-    """What makes gradients flow between students that train together; refused with gradient scaling."""
+    """Reason why gradients flow between students that train together; gradient scaling is refused."""
     teacher_head: str = ""
     """Need for the linear head of the teacher, of which there is one; several stores are refused."""
     first_epochs: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Parts of what born-again networks learn from a teacher, each alone: its confidence, and its top class.
+"""Born-again networks that learn from one part of the teacher's output: its confidence, or its top class.
 
-Furlanello et al., ICML 2018, arXiv 1805.04770, section 3. `confident_label` (CWTM) keeps how sure the teacher
-is of a sample, as the weight of its label. `permuted` (DKPP) keeps the teacher's top class with its
-probability, and permutes those of the other classes, so that they say nothing of single classes.
+Furlanello et al., ICML 2018, arXiv 1805.04770, section 3. `confident_label` (CWTM) keeps the teacher's
+largest probability, as the weight of a sample's label. `permuted` (DKPP) keeps the teacher's top class with
+its probability, and permutes the probabilities of the others, which then tell nothing about single classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Divergence from the students that train together with this one, or from what an exchange makes of them."""
+"""Divergence from the targets that the exchange between students makes for each of them."""
 
 from __future__ import annotations
 

@@ -83,13 +83,20 @@ def _stored_teacher(path: str, source: Source, *, trust_code: bool) -> Network:
             f"the teacher of store {path!r} has other classes than the store, so it cannot be trained on "
             "them: name another peer"
         )
-    return reload_teacher(
+    network = reload_teacher(
         teacher,
         source.class_names,
         manifest.origin.get("weights_file"),
         holder=f"store {path!r}",
         trust_code=trust_code,
     )
+    runs = getattr(network.module, "opaque", None)
+    if isinstance(runs, str):
+        raise RecipeError(
+            f"the teacher of store {path!r} is run by {runs} as it was exported, so it cannot be trained: "
+            "name another peer, or learn from the store itself with --store"
+        )
+    return network
 
 
 def make_objective(
@@ -113,11 +120,16 @@ def make_objective(
 
     Raises:
         UnknownName: the method, or a layer of the student, does not exist.
-        RecipeError: a field does not exist, a value does not fit the stores, or features are not stored; in
-            that case, the message has the command that adds them.
+        RecipeError: a field does not exist, a value does not fit the stores, the method is for several
+            students, or features are not stored; in that case, the message has the command that adds them.
     """
     classes = len(stores.source.class_names)
     config = resolve_objective(method, changes or {}, f"method {method!r}", classes=classes)
+    if config.needs().peers:
+        raise RecipeError(
+            f"method {method!r} is for students that learn from each other, but this objective is for one: "
+            "train them with `distill train` or `coursepack.distill.train`, or choose another method"
+        )
     check_needs(method, config, stores.readers, stores.view, stores.root)
     return build_objective(
         config,

@@ -335,9 +335,8 @@ def describe_setup(setup: Setup) -> str:
     """Return the line that a run prints before its first step."""
     recipe = setup.recipe
     teachers = ", ".join(reader.name for reader in setup.readers)
-    text = (
-        f"{recipe.student} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
-    )
+    students = " and ".join((recipe.student, *recipe.peers))
+    text = f"{students} on {len(setup.samples):,} samples of {setup.source.name}, method {recipe.method}"
     if setup.shares > 1:
         text += f", {len(setup.samples) // setup.shares:,} samples for each of {setup.shares} students"
     if recipe.replicas:

@@ -2,8 +2,8 @@
 
 While a step runs, the rows of the next batch are gathered into pinned memory and copied, and its views are
 copied or rendered. The step then waits for an event on the device, and nothing waits on the host. Without a
-GPU nothing is done ahead. Not offered for micro-batches and live teachers, whose targets are fetched in the
-step; their pixels are still copied ahead.
+GPU nothing is done ahead. With micro-batches or live teachers, only pixels and labels are copied ahead, and
+targets are fetched in the step.
 """
 
 from __future__ import annotations

@@ -79,11 +79,11 @@ def _fetch(repository: str, revision: str | None, spec: str) -> Published:
     except Exception as error:  # errors of the network have many classes
         files = " ".join(f"'{pattern}'" for pattern in PATTERNS)
         at = "" if revision is None else f" --revision {revision}"
+        form = "timm:local-dir:FOLDER" if spec.startswith("timm:") else "hf:FOLDER"
         raise RecipeError(
             f"network {spec!r}: {CONFIG}, preprocessor_config.json and model.safetensors of {repository!r} "
             f"cannot be fetched: {first_line(error)}. Where there is a network, run `hf download "
-            f"{repository}{at} --include {files} --local-dir FOLDER`, copy FOLDER here, and "
-            f"give it in place of {repository!r}"
+            f"{repository}{at} --include {files} --local-dir FOLDER`, copy FOLDER here, and give {form}"
         ) from error
     commit = Path(path).name
     if COMMIT.fullmatch(revision or "") is None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from coursepack.models.hubs.files import Published
 
+PROCESSOR = "preprocessor_config.json"
 NO_ANSWERS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
               "id2label", "label2id", "label_names", "label_descriptions")  # fmt: skip
 """Members of config.json that do not determine logits: paths, versions, and names of classes."""
@@ -128,9 +129,12 @@ def _processor(transformers: Any, published: Published, spec: str) -> Any:
     try:
         return transformers.AutoImageProcessor.from_pretrained(published.folder, **SAFE)
     except Exception as error:
-        raise _unreadable(
-            spec, "its image processor (preprocessor_config.json) cannot be read", error
-        ) from error
+        if not (published.folder / PROCESSOR).is_file():  # the library's own text is about other causes
+            raise RecipeError(
+                f"network {spec!r}: its image processor ({PROCESSOR}) is missing: write it into "
+                f"{str(published.folder)!r} with processor.save_pretrained"
+            ) from error
+        raise _unreadable(spec, f"its image processor ({PROCESSOR}) cannot be read", error) from error
 
 
 def _unreadable(spec: str, what: str, error: Exception) -> RecipeError:

@@ -48,7 +48,7 @@ def _of_timm(config: Mapping[str, Any], spec: str) -> Preprocessing:
 def _of_settings(settings: Mapping[str, Any], spec: str) -> Preprocessing:
     for name, value in settings.items():
         if value is True and (name in REFUSED or (name.startswith("do_") and name not in KNOWN)):
-            raise _refusal(spec, name, value, "which no preprocessing here does")
+            raise _refusal(spec, name, value, "which has no equivalent here")
     factor = settings.get("rescale_factor", 1 / 255)
     if not settings.get("do_rescale", False):
         raise _refusal(spec, "do_rescale", False, "expected true: pixels are scaled to [0, 1]")
@@ -111,5 +111,6 @@ def _compare(processor: Any, preprocessing: Preprocessing, spec: str) -> None:
 def _refusal(spec: str, name: str, value: object, expected: str) -> RecipeError:
     return RecipeError(
         f"network {spec!r}: its image processor has {name} = {value!r:.80}, {expected}. Change it in "
-        "preprocessor_config.json if the network was trained without it, or use another network"
+        "preprocessor_config.json if the network was trained without it, or export the network with its "
+        "preprocessing to ONNX (onnx:FILE)"
     )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.errors import UnknownName
+from coursepack.errors import RecipeError, UnknownName
 from coursepack.models.hubs.base import HubNetwork
+from coursepack.models.hubs.files import first_line
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def load(name: str, weights: str, _classes: int) -> HubNetwork:
 
     Raises:
         UnknownName: torchvision has no such network, or no such weights for it.
+        RecipeError: the weights cannot be downloaded.
     """
     import torchvision.models as zoo
 
@@ -57,7 +59,13 @@ def load(name: str, weights: str, _classes: int) -> HubNetwork:
     if weights not in members:
         raise UnknownName(f"weights of 'torchvision:{name}'", weights, members)
     member = members[weights]
-    module: nn.Module = zoo.get_model(name, weights=member)
+    try:
+        module: nn.Module = zoo.get_model(name, weights=member)
+    except OSError as error:
+        raise RecipeError(
+            f"weights {weights!r} of network 'torchvision:{name}' cannot be fetched: {first_line(error)}. "
+            f"Fetch {member.url} where there is a network, and give the file as --weights"
+        ) from error
     return HubNetwork(module, _preprocessing(member), len(member.meta["categories"]))
 
 

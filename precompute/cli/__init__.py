@@ -60,7 +60,8 @@ class _UnlessFile(click.Option):
 # fmt: off
 JOB_OPTIONS = (
     click.option("--teacher", cls=_UnlessFile,
-                 help="run:FOLDER[@EPOCH|@all], hf:FOLDER, onnx:FILE, or a network's name with --weights."),
+                 help="run:FOLDER[@EPOCH|@all], hf:FOLDER, timm:local-dir:FOLDER, onnx:FILE, or a network's "
+                      "name with --weights."),
     click.option("--weights",
                  help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
     click.option("--size", type=click.IntRange(1),

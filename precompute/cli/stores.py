@@ -59,7 +59,10 @@ Examples:
 )
 @click.option("--content", is_flag=True, help="Also compare all of the source with the recorded checksums.")
 @click.option("--repair", "mend", is_flag=True, help="Write damaged files again.")
-@click.option("--weights", help="Weights of the teacher.  [default: the recorded file or name]")
+@click.option(
+    "--weights",
+    help="Weights of the teacher: a file, a name, or a spec such as onnx:FILE.  [default: the recorded ones]",
+)
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")

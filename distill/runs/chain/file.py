@@ -31,7 +31,8 @@ class PrecomputeConfig(Config):
     """One teacher of a file of `precompute run`; the chain chooses the store."""
 
     teacher: str
-    """`stage:NAME` of a student trained before, `run:FOLDER`, or a network's name with `weights`."""
+    """`stage:NAME` of an earlier stage that trains, `run:FOLDER`, a trained network of a hub such as
+    `hf:FOLDER`, or a network's name with `weights`."""
     views: Positive
     """Number of views of each sample."""
     source: str | None = None
@@ -43,7 +44,7 @@ class PrecomputeConfig(Config):
     view_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the view recipe. Defaults to the recipe's own."""
     weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's."""
+    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
     size: Positive | None = None
     """Side in pixels of the rendered views. Defaults to the teacher's own."""
     mean: tuple[float, ...] | None = None
@@ -89,7 +90,7 @@ class StageConfig(Config):
     train: dict[str, Any] | None = None
     """Fields of a recipe of `distill train`, in addition to those of `base`."""
     precompute: PrecomputeConfig | None = None
-    """A store of a student trained before."""
+    """A store of a teacher's outputs."""
     ensemble: EnsembleConfig | None = None
     """Students evaluated together."""
 

@@ -212,7 +212,7 @@ def stored_output(manifest: Manifest) -> dict[str, Any]:
 
 
 def _reader(planner: _Planner, text: str) -> StoreReader:
-    """Return the reader of a store, or what stands for it until its stage has written it."""
+    """Return the reader of a store, or for a store that a stage will write its `PlannedStore`."""
     name = referenced(text)
     if name is None:
         return open_stores([text])[0]

@@ -1,4 +1,4 @@
-"""Records of a chain's stages: what each was run with, and what came of it.
+"""Records of a chain's stages: recipe, inputs and result of each.
 
 NAME              run folder of a stage that trains
 NAME.zarr         store of a stage that precomputes

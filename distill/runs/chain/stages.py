@@ -1,4 +1,4 @@
-"""How a stage of each kind is run: training and evaluation here, `precompute run` in a process of its own."""
+"""Execution of stages: training and evaluation in this process, `precompute run` in a process of its own."""
 
 from __future__ import annotations
 
