@@ -43,9 +43,12 @@ def taught(epoch, teachers=2):
     }
 
 
-def write_run(folder, lines, *, finished=True, weights_seed=0, **fields):
-    """A run folder with these metrics, as mappings or as text, and fresh weights."""
-    recipe = make_recipe(epochs=len(lines), **fields)
+def write_run(folder, lines, *, finished=True, stores=(), **fields):
+    """A run folder with these metrics, as mappings or as text, and fresh weights; stores need not exist."""
+    method = "kd" if stores else "supervised"
+    recipe = make_recipe(epochs=len(lines), method=method, **fields).model_copy(
+        update={"stores": tuple(stores)}
+    )
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(write_yaml(recipe.model_dump(mode="json")))
     texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
@@ -62,7 +65,7 @@ def write_run(folder, lines, *, finished=True, weights_seed=0, **fields):
         "drift": [],
     }
     (folder / "provenance.json").write_text(json.dumps(provenance))
-    network = build_network(recipe.student, 10, seed=weights_seed)
+    network = build_network(recipe.student, 10)
     (folder / NETWORK_FILE).write_text(write_yaml(network.describe()))
     if finished:
         save_file(network.module.state_dict(), folder / WEIGHTS_FILE)

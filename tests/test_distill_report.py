@@ -202,7 +202,10 @@ def contrast(left, right):
 
 def test_contrast_in_the_light_and_in_the_dark(page):
     """WCAG 2.2: 4.5 for text, 3 for lines of plots."""
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", page.html, re.S))
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", part))
+        for part in re.findall(r":root \{(.*?)\}", page.html, re.S)
+    )
     assert light["paper"] != dark["paper"]
     for colors in (light, dark):
         for name in ("ink", "quiet", "accent", "problem"):

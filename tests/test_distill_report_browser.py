@@ -1,4 +1,4 @@
-"""The report in a real browser: no error, every filter, column and section clicked, in the light and in the dark."""
+"""The report in a real browser: no error, every filter, column and section clicked, light and dark."""
 
 import shutil
 
@@ -48,6 +48,7 @@ def page(request, chromium, report):
     """The report, opened at a size and in a color scheme; fails if the browser complains."""
     size, scheme = request.param
     page = chromium.new_page(viewport=SIZES[size], color_scheme=scheme)
+    page.set_default_timeout(10_000)
     complaints, requests = [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))

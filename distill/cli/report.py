@@ -13,9 +13,7 @@ from coursepack.errors import RunError
 from coursepack.files import write_whole
 
 
-@click.command(
-    "report", epilog="\b\nExample:\n  distill report runs/alone-* runs/kd-* --out report.html"
-)
+@click.command("report", epilog="\b\nExample:\n  distill report runs/alone-* runs/kd-* --out report.html")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
               help="HTML file to write; an existing one is replaced.")  # fmt: skip
@@ -29,7 +27,9 @@ def report_command(runs: tuple[Path, ...], out: Path, evaluate: bool, trust_code
     The page needs no network. Unfinished runs and damaged metrics are shown as far as they can be read.
     """
     if out.is_dir() or not out.parent.is_dir():
-        problem = "is a folder" if out.is_dir() else f"cannot be made, since there is no folder {str(out.parent)!r}"
+        problem = (
+            "is a folder" if out.is_dir() else f"cannot be made, since there is no folder {str(out.parent)!r}"
+        )
         raise RunError(f"{str(out)!r} {problem}: choose another --out")
     page, problems = build_report(runs, pick_device(device), evaluate=evaluate, trust_code=trust_code)
     for problem in problems:

@@ -1,7 +1,9 @@
 """Template, style and script of the page."""
 
 TEMPLATE = """\
-{%- macro group_of(block) %}{% if block.group is not none %} data-group="{{ block.group }}"{% endif %}{% endmacro -%}
+{%- macro group_of(block) -%}
+{% if block.group is not none %} data-group="{{ block.group }}"{% endif %}
+{%- endmacro -%}
 
 {%- macro grid(table) %}
 <div class="scroll" role="region" tabindex="0" aria-label="{{ table.caption }}">
@@ -87,7 +89,10 @@ TEMPLATE = """\
 {% elif kind(block) == "Plot" %}
 {{ show_plot(block) }}
 {% else %}
-<details{{ group_of(block) }}><summary>{{ block.title }}</summary><pre tabindex="0">{{ block.text }}</pre></details>
+<details{{ group_of(block) }}>
+<summary>{{ block.title }}</summary>
+<pre tabindex="0">{{ block.text }}</pre>
+</details>
 {% endif %}
 {% endfor %}
 </section>
@@ -110,7 +115,8 @@ STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 1.2rem 0 .2rem; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem;
+  border-bottom: 1px solid var(--line); }
 p { max-width: 46rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 .skip { position: absolute; left: -100rem; }
@@ -118,7 +124,8 @@ a { color: var(--accent); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .6rem 0; }
 fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0; }
 fieldset label { display: block; padding: .15rem 0; overflow-wrap: anywhere; }
-.problem { color: var(--problem); border-left: .25rem solid var(--problem); padding-left: .7rem; white-space: pre-wrap; }
+.problem { color: var(--problem); border-left: .25rem solid var(--problem); padding-left: .7rem;
+  white-space: pre-wrap; }
 figure { margin: 1rem 0; max-width: 38rem; }
 figcaption, caption { font-weight: 600; text-align: left; padding: .2rem 0; overflow-wrap: anywhere; }
 figure > svg { width: 100%; height: auto; display: block; }
@@ -137,9 +144,9 @@ tbody th { font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; min-widt
 .heat { background: color-mix(in srgb, var(--accent) calc(var(--heat) * 45%), transparent); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; text-align: inherit; }
-th button::after { content: " \\2195"; color: var(--quiet); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
+th button::after { content: " \\2195" / ""; color: var(--quiet); }
+th[aria-sort=ascending] button::after { content: " \\2191" / ""; }
+th[aria-sort=descending] button::after { content: " \\2193" / ""; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--wash); padding: .7rem; font-size: .85rem; }

@@ -88,4 +88,6 @@ def _embedded(svg: str, name: str) -> str:
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.S)
     element = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\1{name}-", element)
-    return element.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    return element.replace(INK, "currentColor").replace(
+        "<svg ", '<svg aria-hidden="true" focusable="false" ', 1
+    )

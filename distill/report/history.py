@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from coursepack.distill.report.agreement import Agreement
-
     from coursepack.distill.report.blocks import Block
     from coursepack.distill.report.reading import Epoch, RunGroup
 
@@ -36,7 +35,9 @@ BANDS = "Lines are means over seeds, bands reach from the lowest to the highest 
 
 def accuracy_section(groups: Sequence[RunGroup]) -> Section:
     """Return accuracy and negative log-likelihood on the evaluation data by epoch."""
-    accuracy = by_epoch(groups, lambda line: None if line.evaluation is None else 100 * line.evaluation.accuracy)
+    accuracy = by_epoch(
+        groups, lambda line: None if line.evaluation is None else 100 * line.evaluation.accuracy
+    )
     nll = by_epoch(groups, lambda line: None if line.evaluation is None else line.evaluation.nll)
     blocks: list[Block] = [Text(BANDS)]
     if accuracy:
@@ -80,17 +81,19 @@ def agreement_section(groups: Sequence[RunGroup], found: Mapping[int, list[Agree
     """Return agreement with the teachers' mixture by epoch, and with each teacher at the end."""
     agreement = by_epoch(
         groups,
-        lambda line: None
-        if line.teachers is None or line.teachers.agreement is None
-        else 100 * line.teachers.agreement,
+        lambda line: (
+            None
+            if line.teachers is None or line.teachers.agreement is None
+            else 100 * line.teachers.agreement
+        ),
     )
     kl = by_epoch(groups, lambda line: None if line.teachers is None else line.teachers.kl)
     blocks: list[Block] = []
     if agreement and kl:
         blocks += [
             Text(
-                "Student and weighted mixture of its teachers at temperature 1, on training batches: how often "
-                "they predict the same class, and KL(teachers || student)."
+                "Student and weighted mixture of its teachers at temperature 1, on training batches: how "
+                "often they predict the same class, and KL(teachers || student)."
             ),
             Plot("Agreement with the teachers", "epoch", "same class, %", agreement),
             Plot("Divergence from the teachers", "epoch", "KL, nats", kl),
@@ -128,9 +131,7 @@ def temperature_section(groups: Sequence[RunGroup]) -> Section:
     return Section("temperature", "Temperature", (note, *plots) if plots else ())
 
 
-def by_epoch(
-    groups: Sequence[RunGroup], value: Callable[[Epoch], float | None]
-) -> tuple[Series, ...]:
+def by_epoch(groups: Sequence[RunGroup], value: Callable[[Epoch], float | None]) -> tuple[Series, ...]:
     """Return one line per group: the mean over its runs of a value by number of epochs, with its range."""
     lines = (_mean(group, group.index, group.label, value, group.index) for group in groups)
     return tuple(line for line in lines if line.x)

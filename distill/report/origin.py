@@ -52,9 +52,7 @@ def recipes_section(groups: Sequence[RunGroup]) -> Section:
     paths = list(dict.fromkeys(path for each in changed for path in each))
     blocks: list[Block] = []
     if paths:
-        rows = tuple(
-            Row((text(path), *_values(path, changed)), None) for path in paths[:MOST_DIFFERENCES]
-        )
+        rows = tuple(Row((text(path), *_values(path, changed)), None) for path in paths[:MOST_DIFFERENCES])
         header = ("field", *(group.label for group in groups))
         blocks.append(Table("Fields in which recipes differ from the first", header, rows))
         if len(paths) > MOST_DIFFERENCES:

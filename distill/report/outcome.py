@@ -63,8 +63,8 @@ def results_section(groups: Sequence[RunGroup]) -> Section:
     evaluation = finished[0][0].recipe.evaluation
     blocks = (
         Text(
-            f"On {evaluation}, after the last epoch. `difference` is the mean difference in accuracy from the "
-            "first row over the seeds that both have, in percentage points, with the interval of a paired t "
+            f"On {evaluation}, after the last epoch. `difference` is the mean difference in accuracy from "
+            "the first row over the seeds that both have, in percentage points, with the interval of a paired t "
             "test. It covers the choice of the seed, not that of the evaluation data."
         ),
         Table("Results", header, rows),
@@ -129,8 +129,8 @@ def classes_section(groups: Sequence[RunGroup], found: Mapping[int, Predictions]
         gain = gains[group.index][samples > 0]
         blocks.append(
             Text(
-                f"{group.label}: better in {int((gain > 0).sum())} classes, worse in {int((gain < 0).sum())}, "
-                f"equal in {int((gain == 0).sum())}."
+                f"{group.label}: better in {int((gain > 0).sum())} classes, worse in "
+                f"{int((gain < 0).sum())}, equal in {int((gain == 0).sum())}."
             )
         )
     widest = max((float(np.nanmax(np.abs(gain), initial=0)) for gain in gains.values()), default=0) or 1.0
@@ -145,7 +145,12 @@ def classes_section(groups: Sequence[RunGroup], found: Mapping[int, Predictions]
         )
         for label in _most_changed(list(gains.values()), len(names))
     )
-    header = ("class", "samples", f"accuracy of {first.label}", *(f"change: {group.label}" for group in others))
+    header = (
+        "class",
+        "samples",
+        f"accuracy of {first.label}",
+        *(f"change: {group.label}" for group in others),
+    )
     caption = "Accuracy by class, and its change from the first in percentage points"
     return Section("classes", "Classes gained and lost", (*blocks, Table(caption, header, rows)))
 
@@ -167,7 +172,7 @@ def _gain(value: float, widest: float) -> Cell:
 
 
 def confusion_section(groups: Sequence[RunGroup], found: Mapping[int, Predictions]) -> Section:
-    """Return the confusion matrix of every group, or its most frequent confusions if there are many classes."""
+    """Return the confusion matrix of every group; for many classes, its most frequent confusions."""
     tables = [_confusion(group, found[group.index]) for group in groups if group.index in found]
     note = Text("Counts over all seeds. Rows are labels, columns predictions.")
     return Section("confusion", "Confusion matrices", (note, *tables) if tables else ())

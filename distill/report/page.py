@@ -1,7 +1,7 @@
 """Page of a report: sections rendered as one HTML file that loads nothing else.
 
-The template escapes all texts. A content security policy allows the page's own script alone, by its digest, and
-no connection.
+The template escapes all texts. A content security policy allows no connection, and no script but the page's
+own, by its digest.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def numbers(plot: Plot) -> Table:
     places = sorted({x for line in plot.series for x in line.x})
     step = -(-len(places) // MOST_NUMBERS) or 1
     kept = [x for index, x in enumerate(places) if index % step == 0 or index == len(places) - 1]
-    rows = tuple(
-        Row((Cell(f"{x:g}", x), *(_cell(column.get(x)) for column in columns))) for x in kept
-    )
+    rows = tuple(Row((Cell(f"{x:g}", x), *(_cell(column.get(x)) for column in columns))) for x in kept)
     return Table(plot.title, (plot.x_label, *(line.name for line in plot.series)), rows)
 
 

@@ -118,6 +118,6 @@ def _check_accuracy(log: RunLog, predictions: Predictions, problems: Problems) -
     recorded = float(log.run.metrics[-1]["evaluation"]["accuracy"])
     if abs(recorded - predictions.accuracy) > TOLERANCE:
         problems.add(
-            f"run {str(log.run.path)!r} recorded an accuracy of {recorded:.2%} on {log.run.recipe.evaluation}, "
-            f"but its weights now have {predictions.accuracy:.2%}: weights or data have changed since"
+            f"run {str(log.run.path)!r} recorded an accuracy of {recorded:.2%} on "
+            f"{log.run.recipe.evaluation}, but its weights now have {predictions.accuracy:.2%}: weights or data have changed since"
         )

@@ -1,4 +1,4 @@
-"""Reading of runs for a report: what can be read of unfinished and damaged runs is kept, with a note on the rest."""
+"""Reading of runs for a report, which keeps what can be read of unfinished and damaged ones."""
 
 from __future__ import annotations
 
@@ -239,8 +239,8 @@ def _log(run: FinishedRun, problems: Problems, *, is_finished: bool) -> RunLog:
             good.append(Epoch.model_validate(line))
         else:
             problems.add(
-                f"epoch {line['epoch']} in {str(run.path / METRICS_FILE)!r} is damaged: {problem}. It is left "
-                "out of the plots."
+                f"epoch {line['epoch']} in {str(run.path / METRICS_FILE)!r} is damaged: {problem}. It is "
+                "left out of the plots."
             )
     return RunLog(run, tuple(good), is_finished, _provenance(run.path, problems))
 

@@ -81,9 +81,7 @@ def evaluate(
         ranks: processes that share the evaluation.
     """
     scores = _Scores(source, device)
-    for logits, labels in predict(
-        network, source, device, renderer=renderer, meter=meter, ranks=ranks
-    ):
+    for logits, labels in predict(network, source, device, renderer=renderer, meter=meter, ranks=ranks):
         scores.add(logits, labels)
     return scores.means(ranks)
 
