@@ -64,8 +64,8 @@ def results_section(groups: Sequence[RunGroup]) -> Section:
     blocks = (
         Text(
             f"On {evaluation}, after the last epoch. `difference` is the mean difference in accuracy from "
-            "the first row over the seeds that both have, in percentage points, with the interval of a paired t "
-            "test. It covers the choice of the seed, not that of the evaluation data."
+            "the first row over the seeds that both have, in percentage points, with the interval of a paired "
+            "t test. It covers the choice of the seed, not that of the evaluation data."
         ),
         Table("Results", header, rows),
         Table("Accuracy of every seed", ("recipe", *map(str, seeds)), by_seed, folded=True),

@@ -119,5 +119,6 @@ def _check_accuracy(log: RunLog, predictions: Predictions, problems: Problems) -
     if abs(recorded - predictions.accuracy) > TOLERANCE:
         problems.add(
             f"run {str(log.run.path)!r} recorded an accuracy of {recorded:.2%} on "
-            f"{log.run.recipe.evaluation}, but its weights now have {predictions.accuracy:.2%}: weights or data have changed since"
+            f"{log.run.recipe.evaluation}, but its weights now have "
+            f"{predictions.accuracy:.2%}: weights or data have changed since"
         )
