@@ -16,6 +16,7 @@ TEMPLATE = """\
 {%- for cell in row.cells -%}
 {% if loop.first %}<th scope="row">{{ cell.text }}</th>
 {%- else %}<td{% if cell.value is not none %} data-value="{{ cell.value }}"{% endif %}
+{%- if cell.text|length > 24 %} class="words"{% endif %}
 {%- if cell.heat is not none %} class="heat" style="--heat: {{ "%.3f"|format(cell.heat) }}"{% endif %}>
 {{- cell.text }}</td>{% endif %}
 {%- endfor -%}
@@ -126,7 +127,8 @@ fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0;
 fieldset label { display: block; padding: .15rem 0; overflow-wrap: anywhere; }
 .problem { color: var(--problem); border-left: .25rem solid var(--problem); padding-left: .7rem;
   white-space: pre-wrap; }
-figure { margin: 1rem 0; max-width: 38rem; }
+figure { display: inline-block; vertical-align: top; width: min(100%, 36.5rem); margin: 1rem 0;
+  padding-right: 1rem; }
 figcaption, caption { font-weight: 600; text-align: left; padding: .2rem 0; overflow-wrap: anywhere; }
 figure > svg { width: 100%; height: auto; display: block; }
 figure > svg text { font-family: system-ui, sans-serif !important; }
@@ -137,16 +139,17 @@ figure > svg text { fill: currentColor; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 thead th { text-align: right; background: var(--wash); position: sticky; top: 0; z-index: 1; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; min-width: 6rem; }
+tbody th { font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; min-width: 8rem; }
 .heat { background: color-mix(in srgb, var(--accent) calc(var(--heat) * 45%), transparent); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; text-align: inherit; }
-th button::after { content: " \\2195" / ""; color: var(--quiet); }
-th[aria-sort=ascending] button::after { content: " \\2191" / ""; }
-th[aria-sort=descending] button::after { content: " \\2193" / ""; }
+th button::after { content: "\\a0\\2195" / ""; color: var(--quiet); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191" / ""; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193" / ""; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--wash); padding: .7rem; font-size: .85rem; }

@@ -74,13 +74,23 @@ def draw(plot: Plot, name: str) -> str:
                 line.x, line.y, color=color, linewidth=1.6, linestyle=(0, dashes) if dashes else "-",
                 marker=marker, markersize=2.5, gid=f"line{index}{suffix}",
             )  # fmt: skip
+        _widen(axes)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
         if plot.x_label == "epoch":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _embedded(file.getvalue(), name)
+
+
+def _widen(axes: Any) -> None:
+    """Give lines that are constant up to rounding errors a range of values of a tenth of their size."""
+    low, high = axes.get_ylim()
+    middle = (low + high) / 2
+    if high - low < 1e-4 * max(abs(middle), 1.0):
+        half = max(abs(middle), 1.0) / 20
+        axes.set_ylim(middle - half, middle + half)
 
 
 def _embedded(svg: str, name: str) -> str:

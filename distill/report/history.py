@@ -56,7 +56,7 @@ def losses_section(groups: Sequence[RunGroup]) -> Section:
         if shown := tuple(line for line in series if line.x):
             plots.append(Plot(f"Losses of {group.label}", "epoch", "training loss", shown, group.index))
     note = Text(
-        "Means over the training batches of an epoch and over seeds. `loss` is the weighted sum of the terms."
+        "Means over an epoch's training batches and over seeds. The loss is the weighted sum of the terms."
     )
     return Section("losses", "Losses by term", (note, *plots) if plots else ())
 

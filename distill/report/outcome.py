@@ -63,9 +63,9 @@ def results_section(groups: Sequence[RunGroup]) -> Section:
     evaluation = finished[0][0].recipe.evaluation
     blocks = (
         Text(
-            f"On {evaluation}, after the last epoch. `difference` is the mean difference in accuracy from "
-            "the first row over the seeds that both have, in percentage points, with the interval of a paired "
-            "t test. It covers the choice of the seed, not that of the evaluation data."
+            f"On {evaluation}, after the last epoch. The difference is the mean difference in accuracy from "
+            "the first row, over the seeds that both have, in percentage points. The interval is that of a "
+            "paired t test: it covers the choice of the seed, not that of the evaluation data."
         ),
         Table("Results", header, rows),
         Table("Accuracy of every seed", ("recipe", *map(str, seeds)), by_seed, folded=True),

@@ -48,7 +48,7 @@ def render_page(title: str, summary: str, sections: Sequence[Section], groups: S
         policy=_policy(),
         style=Markup(STYLE),
         script=Markup(SCRIPT),
-        footer="Made by `distill report`. Tables are sorted by a click on a column's name.",
+        footer="Made by distill report. Tables are sorted by a click on a column's name.",
         kind=lambda block: type(block).__name__,
         drawing=lambda plot: Markup(draw(plot, next(plots))),
         style_of=style_of,
