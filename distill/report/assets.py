@@ -127,7 +127,7 @@ fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0;
 fieldset label { display: block; padding: .15rem 0; overflow-wrap: anywhere; }
 .problem { color: var(--problem); border-left: .25rem solid var(--problem); padding-left: .7rem;
   white-space: pre-wrap; }
-figure { display: inline-block; vertical-align: top; width: min(100%, 36.5rem); margin: 1rem 0;
+figure { display: inline-block; vertical-align: top; width: min(100%, 36rem); margin: 1rem 0;
   padding-right: 1rem; }
 figcaption, caption { font-weight: 600; text-align: left; padding: .2rem 0; overflow-wrap: anywhere; }
 figure > svg { width: 100%; height: auto; display: block; }
