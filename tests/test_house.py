@@ -36,7 +36,7 @@ FLOORS = (
         "objective",
         "methods",
     ),
-    *("recipe", "renamed", "targets", "setup", "training", "runs", "cli"),
+    *("recipe", "renamed", "targets", "setup", "training", "runs", "report", "cli"),
 )
 """Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""
 SCRIPTS = ("tests", "examples", "benchmarks")

@@ -10,6 +10,7 @@ import click
 from coursepack.console import Commands
 from coursepack.distill.cli.chain import chain_command
 from coursepack.distill.cli.methods import methods_command
+from coursepack.distill.cli.report import report_command
 from coursepack.distill.cli.runs import compare_command, eval_command, sweep_command
 from coursepack.distill.cli.train import train_command
 
@@ -22,5 +23,13 @@ def main() -> None:
         faulthandler.enable(sys.__stderr__)
 
 
-for command in (train_command, chain_command, sweep_command, eval_command, compare_command, methods_command):
+for command in (
+    train_command,
+    chain_command,
+    sweep_command,
+    eval_command,
+    compare_command,
+    report_command,
+    methods_command,
+):
     main.add_command(command)

@@ -76,7 +76,22 @@ class Group:
 
 
 def compare(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Group runs by recipe, in order of first appearance.
+    """Compare the groups of `group_runs`.
+
+    Raises:
+        RunError: as `group_runs`.
+    """
+    grouped = group_runs(runs)
+    recipes = [_shared_fields(members[0]) for members in grouped]
+    first = {run.recipe.seed: _final(run)["accuracy"] for run in grouped[0]}
+    return [
+        _group(members, _label(recipe, recipes), first, is_first=index == 0)
+        for index, (members, recipe) in enumerate(zip(grouped, recipes, strict=True))
+    ]
+
+
+def group_runs(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
+    """Group runs by recipe without its seed, in order of first appearance.
 
     Raises:
         RunError: there is no run, two runs have the same recipe and seed, or runs were evaluated on different
@@ -96,12 +111,7 @@ def compare(runs: Sequence[FinishedRun]) -> list[Group]:
         if repeated:
             paths = [str(run.path) for run in members if run.recipe.seed in repeated]
             raise RunError(f"these runs have the same recipe and seed, keep one of each: {', '.join(paths)}")
-    recipes = [_shared_fields(members[0]) for members in grouped.values()]
-    first = {run.recipe.seed: _final(run)["accuracy"] for run in next(iter(grouped.values()))}
-    return [
-        _group(members, _label(recipe, recipes), first, is_first=index == 0)
-        for index, (members, recipe) in enumerate(zip(grouped.values(), recipes, strict=True))
-    ]
+    return list(grouped.values())
 
 
 def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
@@ -162,7 +172,7 @@ def _group(members: list[FinishedRun], label: str, first: dict[int, float], *, i
 
 def _curve(run: FinishedRun) -> dict[int, float]:
     """Return the accuracy by number of epochs, for epochs with an evaluation."""
-    evaluated = [line for line in run.metrics if "evaluation" in line]
+    evaluated = [line for line in run.metrics if line.get("evaluation")]
     return {line["epoch"] + 1: float(line["evaluation"]["accuracy"]) for line in evaluated}
 
 
@@ -174,7 +184,7 @@ def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 def _extras(members: Sequence[FinishedRun]) -> dict[str, float]:
     extras = {}
     for name, (keys, _) in EXTRAS.items():
-        values = [run.metrics[-1].get(keys[0], {}).get(keys[1]) for run in members]
+        values = [(run.metrics[-1].get(keys[0]) or {}).get(keys[1]) for run in members]
         known = [float(value) for value in values if value is not None]
         if len(known) == len(members):
             extras[name] = statistics.fmean(known)

@@ -356,12 +356,12 @@ def load_runs(path: Path) -> list[FinishedRun]:
     """
     if not is_group(path):
         return [load_run(path)]
-    recipe = _recipe_of(path)
+    recipe = read_recipe(path)
     runs = [load_run(folder) for folder in student_folders(path, recipe)]
     metrics = read_metrics(path / METRICS_FILE)
     for name in sorted(metrics[-1].get("ensembles", {})):
         lines = [
-            {**line, "evaluation": line["ensembles"][name]} if "ensembles" in line else line
+            {**line, "evaluation": line["ensembles"][name]} if name in line.get("ensembles", {}) else line
             for line in metrics
         ]
         runs.append(FinishedRun(path, recipe, lines, name))
@@ -382,15 +382,20 @@ def load_run(path: Path) -> FinishedRun:
     if not (path / RECIPE_FILE).is_file():
         raise RunError(f"there is no run at {str(path)!r}. Make one with `distill train ... --out {path}`.")
     if is_group(path):
-        folders = ", ".join(map(str, student_folders(path, _recipe_of(path))))
+        folders = ", ".join(map(str, student_folders(path, read_recipe(path))))
         raise RunError(f"{str(path)!r} is the run of several students, expected one of them: {folders}")
     if not (path / WEIGHTS_FILE).is_file():
         raise RunError(
             f"run {str(path)!r} is unfinished: continue it with --resume, or replace it with --overwrite"
         )
-    return FinishedRun(path, _recipe_of(path), read_metrics(path / METRICS_FILE))
+    return FinishedRun(path, read_recipe(path), read_metrics(path / METRICS_FILE))
 
 
-def _recipe_of(path: Path) -> TrainRecipe:
+def read_recipe(path: Path) -> TrainRecipe:
+    """Return the recipe of a run, finished or not.
+
+    Raises:
+        RecipeError: the file cannot be read, or is not a recipe.
+    """
     file = path / RECIPE_FILE
     return parse_config(TrainRecipe, upgrade_recipe(load_recipe(file)), str(file))

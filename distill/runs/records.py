@@ -43,6 +43,7 @@ class _Epoch(_Record):
     evaluation: _Evaluation | None = None
     teachers: _Teachers | None = None
     temperature: _Temperature | None = None
+    ensembles: dict[str, _Evaluation] = {}
 
 
 class _Evaluated(_Epoch):

@@ -81,11 +81,29 @@ def evaluate(
         ranks: processes that share the evaluation.
     """
     scores = _Scores(source, device)
+    for logits, labels in predict(network, source, device, renderer=renderer, meter=meter, ranks=ranks):
+        scores.add(logits, labels)
+    return scores.means(ranks)
+
+
+@torch.inference_mode()
+def predict(
+    network: Network,
+    source: Source,
+    device: torch.device,
+    *,
+    renderer: Renderer | None = None,
+    meter: Meter | None = None,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits `(N, C)` float32 and labels `(N,)` of every batch of a source, in index order.
+
+    Arguments as for `evaluate`.
+    """
     with _evaluating(network.module):
         for batch in _batches(source, device, renderer, meter, ranks):
             images = network_input(batch, network.preprocessing)
-            scores.add(network.module(images).float(), batch.main_labels)
-    return scores.means(ranks)
+            yield network.module(images).float(), batch.main_labels
 
 
 @torch.inference_mode()

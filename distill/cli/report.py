@@ -1,0 +1,39 @@
+"""Command `distill report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from coursepack.console import TRUST_CODE, byte_size, printable, say
+from coursepack.device import pick_device
+from coursepack.distill.report.build import build_report
+from coursepack.errors import RunError
+from coursepack.files import write_whole
+
+
+@click.command("report", epilog="\b\nExample:\n  distill report runs/alone-* runs/kd-* --out report.html")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
+              help="HTML file to write; an existing one is replaced.")  # fmt: skip
+@click.option("--evaluate/--no-evaluate", default=True, show_default=True,
+              help="Evaluate the students, for classes, confusions, calibration and agreement.")  # fmt: skip
+@TRUST_CODE
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+def report_command(runs: tuple[Path, ...], out: Path, evaluate: bool, trust_code: bool, device: str) -> None:
+    """Show runs on one HTML page: results, curves, classes, teachers, cost and provenance.
+
+    The page needs no network. Unfinished runs and damaged metrics are shown as far as they can be read.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        problem = (
+            "is a folder" if out.is_dir() else f"cannot be made, since there is no folder {str(out.parent)!r}"
+        )
+        raise RunError(f"{str(out)!r} {problem}: choose another --out")
+    page, problems = build_report(runs, pick_device(device), evaluate=evaluate, trust_code=trust_code)
+    for problem in problems:
+        say(f"Warning: {problem}")
+    content = page.encode(errors="backslashreplace")  # a path may hold bytes that are not text
+    write_whole(out, content)
+    click.echo(printable(f"{out}: {byte_size(len(content))}"))
