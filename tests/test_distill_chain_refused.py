@@ -69,6 +69,9 @@ REFUSED = {
     "another checkpoint": ([PATH, TARGETS % "stage:a@3"],
                            "stage 's': its teacher is 'stage:a@3', but stage 'a' keeps no checkpoint after "
                            "3 epochs: expected @2, @4, or another keep_checkpoints there"),
+    "bare checkpoint": ([PATH, TARGETS % "a@2"],
+                        "stage 's' of 'c.yaml': teacher names 'a@2', which is a stage and no path: write "
+                        "stage:a@2"),
     "all checkpoints": ([PATH, TARGETS % "stage:a@all"],
                         "stage 's' of 'c.yaml': teacher names 'stage:a@all', expected stage:a@EPOCH with a "
                         "number of epochs: give every checkpoint a stage of its own"),

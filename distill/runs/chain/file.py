@@ -179,7 +179,7 @@ def _check_reference(chain: ChainConfig, index: int, field: str, text: str, wher
     if name is None:
         if field == "runs":
             raise RecipeError(f"{who} {text!r}, expected stages of this chain, as {STAGE}NAME")
-        if text in kinds:
+        if (text.partition("@")[0] if field == "teacher" else text) in kinds:
             raise RecipeError(f"{who} {text!r}, which is a stage and no path: write {STAGE}{text}")
         return
     earlier = [each.name for each in chain.stages[:index]]
