@@ -3,6 +3,7 @@
 All of them train a small convolutional student. Methods that compare one teacher's features learn from the
 resnet, and `fsp`, which needs a teacher with the student's numbers of channels, from the cnn, which is the
 student's network. So do the methods for generations of one network. All others learn from three teachers.
+Methods of students that learn from each other are in `benchmarks/peers.py`.
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ PAIRS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "fsp": {"fsp": (("conv1+conv2:gram", "conv1+conv2"),)},
 }
 """Taps and student layers that are compared, by method and term; those of others are chosen by default."""
-FROM_RESNET, FROM_CNN = {*PAIRS, "simkd"} - {"fsp"}, {"fsp", "tf-kd-self", "born-again"}
+FROM_RESNET = {*PAIRS, "simkd"} - {"fsp"}
+FROM_CNN = {"fsp", "tf-kd-self", "born-again", "born-again-cwtm", "born-again-dkpp"}
 SIMKD = {"terms": {"simkd": {"tap": "layer2", "layer": "conv2"}}}
 
 
 def presets(teachers: list[str]) -> list[tuple[str, dict[str, Any], tuple[int, ...]]]:
-    """Return every method with the changes of its objective and the indices of its teachers."""
+    """Return every method for one student, with changes of its objective and the indices of its teachers."""
     everyone, made = tuple(range(len(teachers))), []
     for name, method in METHODS.items():
-        chosen = everyone if method.objective.needs().teachers else ()
+        needs = method.objective.needs()
+        if needs.peers:
+            continue
+        chosen = everyone if needs.teachers else ()
         if name in FROM_RESNET | FROM_CNN:
             chosen = (teachers.index("cnn" if name in FROM_CNN else "resnet"),)
         terms = {

@@ -101,7 +101,9 @@ class Bench:
         self.seeds, self.epochs, self.views, self.limit = (2, 4, 1, 64) if quick else (10, 40, 8, 300)
         self.runs = train_teachers(folder / "teachers", quick)
         self.stores = {
-            setting: write_stores(folder, runs, setting, self.views)[0] for setting, runs in self.runs.items()
+            setting: write_stores(folder, runs, setting, self.views)[0]
+            for setting, runs in self.runs.items()
+            if setting != "presets"
         }
 
     def recipe(self, entry: Entry, stores: list[Path], seed: int, **fields: Any) -> TrainRecipe:

@@ -27,6 +27,8 @@ from coursepack.distill.runs.chain.plan import plan_chain
 from coursepack.distill.runs.folder import load_run
 from coursepack.distill.training.evaluate import evaluate_ensemble
 from coursepack.models import build_network, load_teacher
+from coursepack.models.run_specs import checkpoint_file
+from coursepack.models.weights import weights_fingerprint
 from coursepack.precompute.teachers import Teacher, TeachersFile
 
 CHAIN = """
@@ -352,3 +354,37 @@ def test_a_chain_goes_on_from_stores_and_runs_that_are_there(tmp_path, monkeypat
         r"stage 'student' was run with other values.\n  reads.stores.digits.zarr.fingerprint   finished with",
         chain(file="c.yaml").stderr,
     )
+
+
+PATH = """
+stages:
+  - name: teacher
+    train: {student: digits-small, source: digits, view: digits, epochs: 3, limit: 40, keep_checkpoints: 1}
+  - {name: first, precompute: {teacher: stage:teacher@1, views: 1}}
+  - {name: last, precompute: {teacher: stage:teacher, views: 1}}
+  - name: student
+    train: {student: digits-small, epochs: 2, stores: [stage:first, stage:last], method: pro-kd}
+"""
+
+
+def test_a_chain_follows_the_checkpoints_of_a_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("path.yaml").write_text(PATH)
+    result = chain(file="path.yaml")
+    assert result.exit_code == 0, result.output
+    classes = open_source("digits").class_names
+    for store, spec in {"first": "run:out/teacher@1", "last": "run:out/teacher@3"}.items():
+        written = load_manifest(Path("out", f"{store}.zarr")).identity["teacher"]["weights"]
+        assert written == weights_fingerprint(load_teacher(spec, classes).module)
+    before = listing(tmp_path)
+    assert chain(file="path.yaml").stdout == result.stdout
+    assert listing(tmp_path) == before
+    first, second = (checkpoint_file(Path("out/teacher"), epoch) for epoch in (1, 2))
+    shutil.copy(second, first)
+    told = chain(file="path.yaml").stderr
+    assert re.search(r"'teacher' was run with other values.\n  output.checkpoints.1.weights   finished", told)
+    # What was read of the run before is the same after a repetition.
+    again = chain("--redo", "teacher", file="path.yaml")
+    assert again.exit_code == 0, again.output
+    assert "first: finished and unchanged, skipped" in again.stderr
+    assert again.stdout == result.stdout

@@ -22,6 +22,8 @@ def beside(tmp_path_factory):
 
 TRAIN = "{name: %s, train: {student: digits-small, source: digits, view: digits, epochs: 1}}"
 A, STORE = TRAIN % "a", "{name: store, precompute: {teacher: stage:a, views: 2}}"
+PATH = A.replace("epochs: 1", "epochs: 5, keep_checkpoints: 2")
+TARGETS = "{name: s, precompute: {teacher: '%s', views: 2}}"
 
 
 def student(fields, name="b"):
@@ -60,6 +62,27 @@ REFUSED = {
     "name": ([TRAIN % "a/b"], "stages.0.name: String should match pattern"),
     "no stages": ([], "stages: Tuple should have at least 1 item"),
     "key": (["{name: a, trian: {}}"], "stages.0.trian: unknown key, did you mean 'train'?"),
+    # Checkpoints of earlier stages.
+    "no checkpoints": ([A, TARGETS % "stage:a@1"],
+                       "stage 's': its teacher is 'stage:a@1', but stage 'a' keeps no checkpoints: give it "
+                       "keep_checkpoints, the number of epochs between two of them"),
+    "another checkpoint": ([PATH, TARGETS % "stage:a@3"],
+                           "stage 's': its teacher is 'stage:a@3', but stage 'a' keeps no checkpoint after "
+                           "3 epochs: expected @2, @4, or another keep_checkpoints there"),
+    "bare checkpoint": ([PATH, TARGETS % "a@2"],
+                        "stage 's' of 'c.yaml': teacher names 'a@2', which is a stage and no path: write "
+                        "stage:a@2"),
+    "all checkpoints": ([PATH, TARGETS % "stage:a@all"],
+                        "stage 's' of 'c.yaml': teacher names 'stage:a@all', expected stage:a@EPOCH with a "
+                        "number of epochs: give every checkpoint a stage of its own"),
+    "checkpoint of a store": ([A, STORE, student("stores: ['stage:store@1']")],
+                              "stage 'b' of 'c.yaml': stores names 'stage:store@1', expected stage:store: "
+                              "only a teacher can be a checkpoint"),
+    "ensemble of checkpoints": ([PATH, "{name: e, ensemble: {runs: ['stage:a@2', 'stage:a@4']}}"],
+                                "stage 'e' of 'c.yaml': runs names 'stage:a@2', expected stage:a: only a "
+                                "teacher can be a checkpoint"),
+    "keep_checkpoints": ([PATH.replace("keep_checkpoints: 2", "keep_checkpoints: 9")],
+                         "stage 'a': keep_checkpoints is 9, but the run has 5 epochs, so none would be kept"),
     # Recipes.
     "recipe": ([student("source: digits, view: digits, epoch: 3")],
                "stage 'b': its recipe is not valid:\n  epoch: unknown key, did you mean 'epochs'?"),
@@ -75,6 +98,9 @@ REFUSED = {
               "stage 'b': it trains 2 students together, expected one: train groups with `distill train`"),
     "no teacher": ([student("source: digits, view: digits, method: kd")],
                    "stage 'b': method 'kd' needs teachers: give at least one --store"),
+    "sequence": ([A, STORE, TARGETS % "stage:a", student("stores: [stage:store, stage:s], method: sequence")],
+                 "stage 'b': fusion 'sequence' has 2 teachers, but the run has 1 epoch: give --epochs 2 or "
+                 "more, at least one per teacher"),
     "no store": ([student("stores: [no.zarr]")], "stage 'b': there is no store at 'no.zarr'."),
     "view needed": (["{name: s, precompute: {teacher: 'run:mlp', views: 2, source: digits}}"],
                     "stage 's': its teacher is 'run:mlp' and no stage of this chain: give its view"),

@@ -306,7 +306,10 @@ def test_class_maps_are_in_the_sources_order(tmp_path, text):
         ("{cat: 1, dog: 2}", r"does not name the source's 3 classes: missing \['7'\], unknown \[\] \(first"),
         ("{cat: 1, dog: 2, 7: 3, cow: 4}", r"missing \[\], unknown \['cow'\]"),
         ("[1, 2, -1]", "gives -1 for '7', expected a class id"),
-        ("[1, two, 3]", "gives the name 'two', but the names of the teacher's classes are not known: give its index"),
+        (
+            "[1, two, 3]",
+            "gives the name 'two', but the names of the teacher's classes are not known: give its index",
+        ),
         ("[1, 2.0, 3]", "gives 2.0 for 'dog', expected a class id"),
         ("[true, 2, 3]", "gives True for 'cat', expected a class id"),
         ("[1, null, 3]", "gives None for 'dog', expected a class id"),

@@ -23,7 +23,7 @@ def name_of(path):
 
 
 def test_there_are_chains_of_every_kind():
-    kinds = {"takd", "born-again", "label-refinery", "tf-kd-self"}
+    kinds = {"takd", "born-again", "label-refinery", "tf-kd-self", "pro-kd"}
     for source in ("digits", "cifar100"):
         assert {path.stem for path in CHAINS if path.parents[1].name == source} >= kinds
 

@@ -231,7 +231,10 @@ def test_records_of_live_runs(tmp_path):
 def test_checkpoints(tmp_path, monkeypatch, change, fault):
     import sys
 
-    module, recipe = sys.modules["coursepack.distill.runs.student"], make_recipe(limit=8, batch_size=4, epochs=2)
+    module, recipe = (
+        sys.modules["coursepack.distill.runs.student"],
+        make_recipe(limit=8, batch_size=4, epochs=2),
+    )
     save = module.save_checkpoint
 
     def stop(*arguments):

@@ -4,6 +4,7 @@ Each stage is the recipe of an existing command, and they run one after another 
 
 file      chain files and the references between stages
 plan      a chain file resolved and checked before anything runs
+planned   stores that stages will write, and the checks of stages that read them
 record    recipe, inputs and result of each stage, in the chain's folder
 run       the stages that are not finished, in order
 stages    execution of a stage of each kind

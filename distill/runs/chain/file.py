@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 STAGE = "stage:"
-"""Prefix of a reference to an earlier stage: `stage:NAME`."""
+"""Prefix of a reference to an earlier stage: `stage:NAME`, or `stage:NAME@EPOCH` for a kept checkpoint."""
 KINDS = ("train", "precompute", "ensemble")
 """Kinds of stages, which are the keys of their recipes."""
 READS = {"stores": "precompute", "teacher": "train", "runs": "train"}
@@ -31,8 +31,8 @@ class PrecomputeConfig(Config):
     """One teacher of a file of `precompute run`; the chain chooses the store."""
 
     teacher: str
-    """`stage:NAME` of an earlier stage that trains, `run:FOLDER`, a trained network of a hub such as
-    `hf:FOLDER`, or a network's name with `weights`."""
+    """`stage:NAME` or `stage:NAME@EPOCH` of an earlier stage that trains, `run:FOLDER`, a trained network of a
+    hub such as `hf:FOLDER`, or a network's name with `weights`."""
     views: Positive
     """Number of views of each sample."""
     source: str | None = None
@@ -140,10 +140,20 @@ def read_chain(path: Path) -> ChainConfig:
 def referenced(text: str) -> str | None:
     """Return the stage that a text refers to, or None if it is a path or another name.
 
-    >>> referenced("stage:teacher")
-    'teacher'
+    >>> referenced("stage:teacher"), referenced("stage:teacher@5")
+    ('teacher', 'teacher')
     """
-    return text.removeprefix(STAGE) if text.startswith(STAGE) else None
+    return text.removeprefix(STAGE).partition("@")[0] if text.startswith(STAGE) else None
+
+
+def referenced_epoch(text: str) -> int | None:
+    """Return the epoch of a reference to a kept checkpoint, or None for any other text.
+
+    >>> referenced_epoch("stage:teacher"), referenced_epoch("stage:teacher@5")
+    (None, 5)
+    """
+    epoch = text.partition("@")[2]
+    return int(epoch) if text.startswith(STAGE) and epoch else None
 
 
 def _references(chain: ChainConfig, stage: StageConfig) -> list[tuple[str, str]]:
@@ -169,7 +179,7 @@ def _check_reference(chain: ChainConfig, index: int, field: str, text: str, wher
     if name is None:
         if field == "runs":
             raise RecipeError(f"{who} {text!r}, expected stages of this chain, as {STAGE}NAME")
-        if text in kinds:
+        if (text.partition("@")[0] if field == "teacher" else text) in kinds:
             raise RecipeError(f"{who} {text!r}, which is a stage and no path: write {STAGE}{text}")
         return
     earlier = [each.name for each in chain.stages[:index]]
@@ -188,4 +198,11 @@ def _check_reference(chain: ChainConfig, index: int, field: str, text: str, wher
     if kinds[name] != wanted:
         raise RecipeError(
             f"{who} stage {name!r}, a stage of kind {kinds[name]!r}, expected one of kind {wanted!r}"
+        )
+    if "@" in text and field != "teacher":
+        raise RecipeError(f"{who} {text!r}, expected {STAGE}{name}: only a teacher can be a checkpoint")
+    if "@" in text and not text.partition("@")[2].isdecimal():
+        raise RecipeError(
+            f"{who} {text!r}, expected {STAGE}{name}@EPOCH with a number of epochs: give every checkpoint a "
+            "stage of its own"
         )

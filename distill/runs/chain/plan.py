@@ -1,8 +1,4 @@
-"""A chain file resolved: every stage's recipe complete and checked before the first one runs.
-
-Stores that stages will write do not exist yet. Their manifests follow from the recipes alone, without files,
-so stages that read them are checked against these as they would be against the stores.
-"""
+"""A chain file resolved: every stage's recipe complete and checked before the first one runs."""
 
 from __future__ import annotations
 
@@ -14,61 +10,41 @@ from typing import TYPE_CHECKING, Any, cast
 
 from coursepack.config import parse_config
 from coursepack.data import ViewRecipe, open_source, view_fingerprint, view_recipe
-from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
-from coursepack.data.store import StorePlan, StoreReader
-from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.planning import fresh_manifest
 from coursepack.data.views import stored_view
 from coursepack.distill.losses import LOSSES
-from coursepack.distill.runs.chain.file import STAGE, read_chain, referenced, train_values
+from coursepack.distill.runs.chain.file import STAGE, read_chain, referenced, referenced_epoch, train_values
+from coursepack.distill.runs.chain.planned import (
+    PlannedStore,
+    check_stored_arrays,
+    check_stored_views,
+    planned_manifest,
+    stored_output,
+)
 from coursepack.distill.setup.build import build_student
-from coursepack.distill.setup.checks import check_evaluation, check_recipe, check_student, check_views
-from coursepack.distill.setup.requirements import check_needs, term_pairs
+from coursepack.distill.setup.checks import check_evaluation, check_recipe, check_student
+from coursepack.distill.setup.requirements import check_needs
 from coursepack.distill.setup.resolve import resolve_recipe
-from coursepack.distill.targets.base import FEATURES
-from coursepack.distill.targets.stores import common_views, open_stores
+from coursepack.distill.targets.stores import open_stores
 from coursepack.distill.targets.teacher_stores import check_store
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.imports import check_trusted
-from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
+from coursepack.models import build_network, load_teacher, parse_tap
 from coursepack.models.build import weights_fingerprint
 from coursepack.models.classes import load_columns
-from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from coursepack.data import Source
-    from coursepack.data.store import Manifest
+    from coursepack.data.store import StoreReader
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.runs.chain.file import ChainConfig, PrecomputeConfig, StageConfig
     from coursepack.models import Network
 
 ONLY_OF_RUNS = ("weights", "classes")
 """Fields of `precompute` that a student of the same chain has no use for."""
-
-
-@dataclass(frozen=True)
-class PlannedStore:
-    """Store that a stage will write, in the place of its reader."""
-
-    path: Path
-    """Reference to the stage, `stage:NAME`."""
-    manifest: Manifest
-    class_ids: NDArray[np.int64]
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return str(self.path).removeprefix(STAGE)
-
-    def labels(self) -> NDArray[np.int64]:
-        """Return the labels of all samples `(N,)`."""
-        return self.class_ids
 
 
 @dataclass(frozen=True)
@@ -92,6 +68,8 @@ class Stage:
     """Network that a stage trains, with fresh weights."""
     store: PlannedStore | None = None
     """Store that a stage writes."""
+    epoch: int | None = None
+    """Number of epochs after which the weights of the stage before are read; None means all of them."""
 
 
 @dataclass
@@ -172,11 +150,11 @@ def _plan_train(planner: _Planner, config: StageConfig) -> Stage:
     check_recipe(recipe)
     for reader in readers:
         check_store(reader, source, recipe.view)
-    _check_views(recipe, readers)
+    check_stored_views(recipe, readers)
     student = build_student(recipe, source)
     check_student(student, source)
     if readers:
-        _check_arrays(recipe, readers, student)
+        check_stored_arrays(recipe, readers, student)
         check_needs(recipe.method, recipe.objective, readers, recipe.view, recipe.root)
     given = {
         "source": source.fingerprint,
@@ -200,15 +178,6 @@ def _plan_train(planner: _Planner, config: StageConfig) -> Stage:
         evaluation=evaluation,
         network=None if _is_wrapped(recipe) else student,
     )
-
-
-def stored_output(manifest: Manifest) -> dict[str, Any]:
-    """Return what determines the values that a store holds: its fingerprint, and its arrays and views."""
-    arrays = {
-        name: f"{array.encoding.name}, {len(manifest.committed.get(name, ()))} views"
-        for name, array in manifest.arrays.items()
-    }
-    return {"fingerprint": manifest.fingerprint, "arrays": arrays}
 
 
 def _reader(planner: _Planner, text: str) -> StoreReader:
@@ -237,47 +206,9 @@ def _fill_in(values: dict[str, Any], first: StoreReader, *, trust_code: bool) ->
         values["root"] = first.manifest.source_root
 
 
-def _check_views(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> None:
-    """Check the number of views that a stage trains on, which its stores must have."""
-    views = [] if recipe.views is None else list(range(recipe.views))
-    if readers:
-        planned = [reader.manifest.views for reader in readers if isinstance(reader, PlannedStore)]
-        existing = [reader for reader in readers if not isinstance(reader, PlannedStore)]
-        common = [len(common_views(existing, [[] for _ in existing]))] if existing else []
-        stored = [*planned, *common]
-        if recipe.views is not None and recipe.views > min(stored):
-            raise RecipeError(
-                f"views is {recipe.views}, but its stores have {min(stored)}: leave views out, or give the "
-                f"stages that write them views: {recipe.views}"
-            )
-        views = views or list(range(min(stored)))
-    if views:
-        check_views(recipe, views)
-
-
 def _is_wrapped(recipe: TrainRecipe) -> bool:
     """Return true if a term wraps the student, so that its layers are known only with its store."""
     return any(LOSSES[term.term].wrap is not None for term in recipe.objective.all_terms().values())
-
-
-def _check_arrays(recipe: TrainRecipe, readers: Sequence[StoreReader], student: Network) -> None:
-    """Check that the stores of earlier stages will hold the logits and features that a method reads."""
-    dense = recipe.objective.needs().dense_logits
-    for reader in readers:
-        encoding = reader.manifest.arrays[LOGITS].encoding.name
-        if dense and isinstance(reader, PlannedStore) and encoding.startswith("topk"):
-            raise RecipeError(
-                f"method {recipe.method!r} ({dense}) needs all logits, but stage {reader.name!r} stores only "
-                f"the largest ({encoding}): give it encoding: float16"
-            )
-    pairs = term_pairs(recipe.objective, [reader.manifest for reader in readers], student)
-    for index, tap, _ in (pair for of_term in pairs.values() for pair in of_term):
-        reader = readers[index]
-        if isinstance(reader, PlannedStore) and f"{FEATURES}{tap}" not in reader.manifest.arrays:
-            raise RecipeError(
-                f"method {recipe.method!r} needs features that stage {reader.name!r} does not store: give "
-                f"it taps: [{tap_from_name(tap).text!r}]"
-            )
 
 
 # Stages that precompute.
@@ -290,6 +221,7 @@ def _plan_precompute(planner: _Planner, config: StageConfig) -> Stage:
     values = given.model_dump(mode="json")
     if before is not None:
         assert before.train is not None
+        _check_epoch(before, given.teacher)
         useless = [name for name in ONLY_OF_RUNS if values[name] is not None]
         if useless:
             raise RecipeError(f"{useless[0]} is given, but its teacher is {given.teacher!r}: leave it out")
@@ -311,7 +243,12 @@ def _plan_precompute(planner: _Planner, config: StageConfig) -> Stage:
         fixed["classes"] = list(columns)
     if before is None:
         fixed["teacher"] = weights_fingerprint(network.module)
-    manifest = _planned_manifest(given, planner, source, view, network, columns, values["root"])
+    taps = [parse_tap(tap) for tap in given.taps]
+    if before is not None and before.network is None:
+        taps = []  # layers of a wrapped student are not known yet
+    manifest = planned_manifest(
+        given, source, view, network, taps, columns, root=values["root"], device=planner.device
+    )
     return Stage(
         config.name,
         "precompute",
@@ -320,7 +257,27 @@ def _plan_precompute(planner: _Planner, config: StageConfig) -> Stage:
         fixed,
         source=source,
         store=PlannedStore(Path(f"{STAGE}{config.name}"), manifest, source.labels),
+        epoch=referenced_epoch(given.teacher),
     )
+
+
+def _check_epoch(before: Stage, teacher: str) -> None:
+    """Check that the stage before keeps the checkpoint that a teacher is, if it is one."""
+    assert before.train is not None
+    epoch, every = referenced_epoch(teacher), before.train.keep_checkpoints
+    if epoch is None:
+        return
+    if every is None:
+        raise RecipeError(
+            f"its teacher is {teacher!r}, but stage {before.name!r} keeps no checkpoints: give it "
+            "keep_checkpoints, the number of epochs between two of them"
+        )
+    kept = range(every, before.train.epochs + 1, every)
+    if epoch not in kept:
+        raise RecipeError(
+            f"its teacher is {teacher!r}, but stage {before.name!r} keeps no checkpoint after {epoch} "
+            f"epochs: expected @{', @'.join(map(str, kept))}, or another keep_checkpoints there"
+        )
 
 
 def _view_of(given: PrecomputeConfig, before: Stage | None) -> ViewRecipe:
@@ -364,56 +321,6 @@ def _teacher(
     own = {"size": recipe.student_size, "mean": recipe.student_mean, "std": recipe.student_std}
     chosen = {name: own[name] if value is None else value for name, value in changes.items()}
     return build_network(recipe.student, classes, **cast("Any", chosen))
-
-
-def _planned_manifest(
-    given: PrecomputeConfig,
-    planner: _Planner,
-    source: Source,
-    view: ViewRecipe,
-    network: Network,
-    columns: Sequence[int] | None,
-    root: str | None,
-) -> Manifest:
-    """Return the manifest that the store of a stage will have, but for its teacher's weights."""
-    before = planner.stages.get(referenced(given.teacher) or "")
-    taps = [parse_tap(tap) for tap in given.taps]
-    if before is not None and before.network is None:
-        taps = []  # layers of a wrapped student are not known yet
-    runner = TeacherRunner(network, taps, planner.device, columns, precision=given.precision)
-    shapes = runner.row_shapes(source.channels)
-    features = parse_encoding(given.feature_encoding, FOR_FEATURES)
-    logits = smaller_encoding(parse_encoding(given.encoding, FOR_LOGITS), shapes[LOGITS])
-    arrays = {LOGITS: (logits, shapes[LOGITS])}
-    for tap in runner.taps:
-        encoding = parse_encoding("bits") if tap.reduction == "sign" else features
-        arrays[f"{FEATURES}{tap.name}"] = (encoding, shapes[f"{FEATURES}{tap.name}"])
-    identity: Mapping[str, Any] = {
-        "teacher": {
-            "network": network.spec,
-            "weights": "",
-            "preprocessing": network.preprocessing.model_dump(mode="json"),
-            "columns": columns,
-        },
-        "view": {
-            "recipe": view.model_dump(mode="json"),
-            "fingerprint": view_fingerprint(view, source),
-        },
-        "source": {"name": source.name, "fingerprint": source.fingerprint},
-        "precision": given.precision,
-    }
-    return fresh_manifest(
-        StorePlan(
-            identity=dict(identity),
-            origin={"root": None if root is None else str(Path(root).expanduser().absolute())},
-            labels=source.labels,
-            class_names=source.class_names,
-            views=given.views,
-            arrays=arrays,
-            static={name: value.numpy() for name, value in runner.static().items()},
-            block_rows=given.block_rows,
-        )
-    )
 
 
 # Stages that evaluate several students.

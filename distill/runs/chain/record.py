@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from coursepack.canonical import canonical_json, difference_table
 from coursepack.config import Config, parse_config
 from coursepack.data.store import load_manifest
-from coursepack.distill.runs.chain.plan import run_folder, store_folder, stored_output
+from coursepack.distill.runs.chain.plan import run_folder, store_folder
+from coursepack.distill.runs.chain.planned import stored_output
 from coursepack.errors import RunError
 from coursepack.files import partials, write_whole
 from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.run_specs import checkpoint_file, kept_epochs
 from coursepack.parsing import read_json
 
 if TYPE_CHECKING:
@@ -86,10 +88,19 @@ def output_of(out: Path, stage: Stage) -> dict[str, Any] | None:
     if folder is None:
         return {}
     if stage.kind == "train":
-        return weights_output(folder)
+        return _run_output(folder)
     if not (folder / "manifest.json").is_file():
         return None
     return stored_output(load_manifest(folder))
+
+
+def _run_output(folder: Path) -> dict[str, Any] | None:
+    """Return the fingerprints of a run's final weights and kept checkpoints; None if it is unfinished."""
+    final = weights_output(folder)
+    if final is None:
+        return None
+    kept = {str(epoch): weights_output(folder, epoch) for epoch in kept_epochs(folder)}
+    return {**final, "checkpoints": kept} if kept else final
 
 
 def is_written(out: Path, stage: Stage) -> bool:
@@ -101,9 +112,16 @@ def is_written(out: Path, stage: Stage) -> bool:
     return len(load_manifest(folder).committed_views()) >= wanted
 
 
-def weights_output(folder: Path) -> dict[str, Any] | None:
-    """Return the fingerprint of a run's final weights; None if the run is not finished."""
-    path = folder / WEIGHTS_FILE
+def output_read(out: Path, stage: Stage, epoch: int | None) -> dict[str, Any] | None:
+    """Return what determines what a later stage reads of a stage: of a run, its weights after an epoch."""
+    if stage.kind == "train":
+        return weights_output(run_folder(out, stage.name), epoch)
+    return output_of(out, stage)
+
+
+def weights_output(folder: Path, epoch: int | None = None) -> dict[str, Any] | None:
+    """Return the fingerprint of a run's weights after an epoch or the last one; None if there are none."""
+    path = folder / WEIGHTS_FILE if epoch is None else checkpoint_file(folder, epoch)
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -14,6 +14,7 @@ from coursepack.distill.runs.chain.record import (
     changes,
     output_folder,
     output_of,
+    output_read,
     read_record,
     remove_output,
     sweep,
@@ -147,7 +148,8 @@ def _decide(
 
 def _identity(stage: Stage, stages: Sequence[Stage], out: Path) -> dict[str, Any]:
     """Return everything that determines the result of a stage."""
-    results = {name: output_of(out, each) for each in stages if (name := each.name) in stage.reads}
+    read = [each for each in stages if each.name in stage.reads]
+    results = {each.name: output_read(out, each, stage.epoch) for each in read}
     return {"kind": stage.kind, "recipe": stage.recipe, "reads": {**stage.given, "stages": results}}
 
 

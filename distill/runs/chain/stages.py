@@ -133,7 +133,8 @@ def teachers_file(stage: Stage, out: Path, view: Path) -> dict[str, Any]:
     values = {name: value for name, value in stage.recipe.items() if value is not None}
     name = referenced(values["teacher"])
     if name is not None:
-        values["teacher"] = f"{RUN}:{run_folder(out, name)}"
+        checkpoint = "" if stage.epoch is None else f"@{stage.epoch}"
+        values["teacher"] = f"{RUN}:{run_folder(out, name)}{checkpoint}"
     values |= {"view": str(view), "store": str(store_folder(out, stage.name))}
     teacher = {name: value for name, value in values.items() if name not in OWN_FIELDS}
     return {**{name: values[name] for name in OWN_FIELDS if name in values}, "teachers": [teacher]}
