@@ -273,7 +273,7 @@ def test_each_flag_lands_in_the_recipe(tmp_path, monkeypatch):
         given.append((recipe, how))
         return {"epoch": 0, "evaluation": {"accuracy": 0.5, "nll": 1.0}}
 
-    monkeypatch.setattr(sys.modules["coursepack.distill.cli.train"], "train", spied)
+    monkeypatch.setattr("coursepack.distill.cli.train.train", spied)
     words = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--out", "new")
     call(*words)
     plain, how = given.pop()

@@ -1,4 +1,4 @@
-"""The command `precompute`, with its subcommands `run` and `plan`; `cli.stores` has the others."""
+"""Subcommands of `precompute` that run a teacher: `run` and `plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
+from coursepack.commands import Command
+from coursepack.console import TRUST_CODE, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part, live_runs
@@ -19,7 +20,7 @@ from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.stopping import stoppable
-from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
+from coursepack.precompute.cli.stores import print_status
 from coursepack.precompute.job import Job, run_job
 from coursepack.precompute.plan import check_space, costs, probe
 from coursepack.precompute.several import run_jobs
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 from coursepack.precompute.plan import Costs, Probe
-
-
-@click.group(cls=Commands)
-def main() -> None:
-    """Run frozen teachers once over augmented views and write their outputs to Zarr stores."""
 
 
 def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Part | None:
@@ -105,6 +101,25 @@ JOB_OPTIONS = (
 # fmt: on
 
 
+GROUPS = {
+    "Teacher": ("teacher", "weights", "size", "mean", "std", "class_map"),
+    "Samples and views": ("source_spec", "root", "view", "view_seed", "views"),
+    "Store": (
+        "store",
+        "taps",
+        "encoding",
+        "feature_encoding",
+        "block_rows",
+        "part",
+        "ignore_space",
+        "same_numerics",
+    ),
+    "Execution": (
+        *("device", "precision", "batch_size", "workers", "views_per_load"),
+        *("channels_last", "compile", "trust_code"),
+    ),
+}
+"""Parameters of the options of a job by the title of their group in the help."""
 BESIDE_FILE = {"part", "device", "workers", "trust_code"}
 """Options of a job that may be given beside a file of teachers."""
 
@@ -126,7 +141,7 @@ Examples:
 """
 
 
-@main.command(epilog=EXAMPLES_RUN)
+@click.command("run", cls=Command, epilog=EXAMPLES_RUN, groups=GROUPS)
 @click.argument(
     "file", required=False, is_eager=True, type=click.Path(path_type=Path), metavar="[TEACHERS.yaml]"
 )
@@ -170,7 +185,7 @@ Example:
 """
 
 
-@main.command(epilog=EXAMPLES_PLAN)
+@click.command("plan", cls=Command, epilog=EXAMPLES_PLAN, groups=GROUPS)
 @job_options
 def plan(**flags: Any) -> None:
     """Estimate the size, duration and break-even of `precompute run` with the same options.
@@ -320,7 +335,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-for command in (status, verify_command, inspect):
-    main.add_command(command)
