@@ -85,11 +85,12 @@ def _first_union(model: type[BaseModel], path: Path) -> tuple[int, list[Any]]:
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows, without None; a family is one type."""
+    """Return the types that an annotation allows, without None; a tagged union of configs is one type."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        families = [mark for mark in annotation.__metadata__ if isinstance(mark, OneOf)]
-        return list(families) or _choices(get_args(annotation)[0])
+        family = next((mark for mark in annotation.__metadata__ if isinstance(mark, OneOf)), None)
+        is_tagged = any(getattr(mark, "discriminator", None) for mark in annotation.__metadata__)
+        return [family or annotation] if family or is_tagged else _choices(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [choice for each in get_args(annotation) for choice in _choices(each)]
     return [] if annotation in (None, types.NoneType) else [annotation]
@@ -99,6 +100,11 @@ def _below(kind: Any, part: str | int) -> Any:
     """Return the annotation of a part of a value, or None if it is not known."""
     if isinstance(kind, OneOf):
         return kind.members.get(str(part))
+    if get_origin(kind) is Annotated:
+        members = _choices(get_args(kind)[0])
+        return next(
+            (each for each in members if any(part == f.default for f in each.model_fields.values())), None
+        )
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(part))
         if field is None:
