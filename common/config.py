@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping  # noqa: TC003 - dataclasses of pydantic's annotations are read at run time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import core_schema
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coursepack.canonical import cut
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, nearest
 from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
+from coursepack.unions import OneOf as OneOf
+from coursepack.unions import merge_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from pydantic.fields import FieldInfo
@@ -32,25 +31,6 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Annotation of a field that holds one config of a family, selected by the value of a key.
-
-    `Annotated[Shape, OneOf("name", {"circle": Circle, "box": Box})]` reads `{"name": "circle"}` as a
-    `Circle`.
-    """
-
-    key: str
-    """Name of the field whose value selects the member."""
-    members: Mapping[str, type[Config]]
-    """Configs of the family by the value of the key."""
-
-    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
-        """Return pydantic's schema of the tagged union."""
-        choices = {name: handler.generate_schema(member) for name, member in self.members.items()}
-        return core_schema.tagged_union_schema(choices, discriminator=self.key)
 
 
 def parse_config(model: type[C], values: Any, where: str) -> C:
@@ -121,6 +101,7 @@ def write_yaml(values: Any) -> str:
 
 
 def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
+    problems = merge_errors(model, problems)
     lines = [_line(model, problem) for problem in problems[:MOST_LINES]]
     if len(problems) > MOST_LINES:
         lines.append(f"  and {len(problems) - MOST_LINES:,} more")
@@ -158,8 +139,8 @@ def _is_combined(problem: Any) -> bool:
 
 
 def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return f", did you mean {near!r}?" if near else ""
 
 
 def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:

@@ -1,7 +1,7 @@
-"""Console output of the commands: progress and messages on stderr, tables on stdout, errors as one message.
+"""Console output of the commands: progress and messages on stderr, tables on stdout.
 
 On a terminal, progress is a bar with rate and remaining time. Elsewhere it is a plain line every
-`LOG_SECONDS`, so that log files stay readable.
+`LOG_SECONDS`, so that log files stay readable. Rich is imported when the first bar or table is drawn.
 """
 
 from __future__ import annotations
@@ -10,38 +10,25 @@ import sys
 import time
 import unicodedata
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from coursepack.errors import CoursepackError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from rich.progress import Progress
+
 LOG_SECONDS = 10.0
 """Interval of progress lines when stderr is not a terminal."""
+LOG_WIDTH = 200
+"""Maximum width of tables when stdout is not a terminal."""
+LABEL_WIDTH = 20
+"""Minimum width of a table's first column on a terminal, if its entries are longer."""
 TRUST_CODE = click.option(
     "--trust-code", is_flag=True, help="Run code that a store, a run folder or an exported: file contains."
 )
 """Option of the commands that build networks or open sources described in a store or a run folder."""
-
-
-class Commands(click.Group):
-    """A click group whose commands print a `CoursepackError` as one message and exit with status 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Invoke the subcommand, and turn domain and system errors into click's errors."""
-        try:
-            return super().invoke(ctx)
-        except CoursepackError as error:
-            raise click.ClickException(printable(str(error))) from error
-        except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
-            raise click.ClickException(printable(f"{error.strerror or error}{where}")) from error
 
 
 def parse_numbers(
@@ -95,20 +82,27 @@ def progress(title: str, total: int, unit: str, *, done: int = 0, shown: bool = 
     if not shown:
         yield _Hidden()
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with _bar() as bar:
             yield _Bar(bar, title, total, unit, done)
     else:
         lines = _Lines(title, total, unit, done)
         yield lines
         lines.close()
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
 
 
 class _Bar:
@@ -154,14 +148,35 @@ class _Lines:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout, with the first column left-aligned and the others right-aligned."""
-    table = Table(title=printable(title), title_justify="left")
+    """Print a table on stdout, with the first column left-aligned and the others right-aligned.
+
+    On a terminal that is too narrow for it, the entries of the first column are listed before the table,
+    which has their numbers instead; a table of two columns is wrapped.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, highlight=False)
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    room = console.width - sum(widths[1:]) - 3 * len(widths) - 1
+    is_narrow = room < min(widths[0], LABEL_WIDTH)
+    if is_narrow:
+        header = [name.replace(" ", "\n") for name in header]
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    else:
+        table = Table()
+    table.title, table.title_justify = printable(title), "left"
+    if is_narrow and len(header) > 2:
+        for number, (label, *_) in enumerate(rows, start=1):
+            console.print(f"{number}: {label}")
+        rows = [[str(number), *cells] for number, (_, *cells) in enumerate(rows, start=1)]
     for index, name in enumerate(header):
-        table.add_column(printable(name), justify="left" if index == 0 else "right", no_wrap=index > 0)
+        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        table.add_column(name, justify=justify, no_wrap=index > 0 and len(header) > 2, overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False).print(table)
+        table.add_row(*row)
+    console.print(table)
 
 
 def byte_size(count: float) -> str:

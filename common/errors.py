@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped one probably stands for, or None if none is similar.
+
+    >>> nearest("unifrom", ["uniform", "fixed"])
+    'uniform'
+    >>> nearest("foo", ["uniform", "fixed"])
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return matches[0] if matches else None
+
+
 class CoursepackError(Exception):
     """Base class of all exceptions of coursepack."""
 
@@ -24,8 +35,8 @@ class UnknownName(CoursepackError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, known)
+        hint = f" Did you mean {near!r}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 
 

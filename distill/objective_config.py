@@ -33,6 +33,7 @@ from coursepack.distill.schedule import (
     is_used,
     range_of,
 )
+from coursepack.unions import merge_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,7 +190,7 @@ class ObjectiveConfig(Config):
         try:
             self.for_peers()
         except ValidationError as error:
-            first = error.errors()[0]
+            first = merge_errors(ObjectiveConfig, error.errors())[0]
             raise ValueError(f"peers.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
             raise ValueError(

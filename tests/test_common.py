@@ -16,8 +16,9 @@ from pydantic import Field
 
 from coursepack import console, files
 from coursepack.canonical import canonical_json, difference_table, differences, fingerprint
+from coursepack.commands import Commands
 from coursepack.config import Config, check_given, parse_config, read_yaml, write_yaml
-from coursepack.console import Commands, byte_size, print_table, progress
+from coursepack.console import byte_size, print_table, progress
 from coursepack.errors import CoursepackError, RecipeError, StoreNotFound, UnknownName
 from coursepack.files import naming, open_regular, partials, write_whole
 

@@ -418,7 +418,7 @@ def test_weights_follow_their_schedule(batch):
          "hints need every teacher, but fusion 'random' reads one at a time"),
         ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
         ({"dynamic_temperature": {"kind": "dtd"}}, "kind: Input should be 'none', 'flsw'"),
-        ({"soft_weight": {"shape": "steps", "epochs": 3}}, "Schedule.shape: Input should be 'warmup'"),
+        ({"soft_weight": {"shape": "steps", "epochs": 3}}, "soft_weight.shape: Input should be 'warmup'"),
     ],
 )  # fmt: skip
 def test_refusals(changes, text):

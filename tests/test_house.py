@@ -13,7 +13,21 @@ FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].spl
 """Package to folder."""
 COMMON = {
     f"coursepack.{name}"
-    for name in ("errors", "canonical", "config", "console", "device", "files", "imports", "locks", "parsing")
+    for name in (
+        *(
+            "errors",
+            "canonical",
+            "commands",
+            "config",
+            "console",
+            "device",
+            "files",
+            "imports",
+            "lazy",
+            "locks",
+        ),
+        *("parsing", "unions"),
+    )
 }
 ALLOWED = {
     "common": COMMON,

@@ -31,7 +31,9 @@ for name in sys.argv[1:]:
         open(os.devnull, "w").close()
         importlib.import_module("socket").socket().close()
     else:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()):  # some are imported when they are used
+            getattr(module, public)
     told[name] = {"events": events[:], "modules": sorted(sys.modules), "cuda": torch.cuda.is_initialized()}
     events.clear()
 print(json.dumps(told))
@@ -39,8 +41,8 @@ print(json.dumps(told))
 # In this order: a module that is loaded is the fault of the first package that shows it.
 PACKAGES = ["kernels", "data", "models", "precompute", "distill"]
 MODULES = [f"coursepack.{name}" for name in PACKAGES] + [
-    "coursepack.precompute.cli",
-    "coursepack.distill.cli",
+    *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores")),
+    *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods")),
 ]
 LATE = (
     "torchvision",
@@ -120,3 +122,23 @@ def test_every_module_imports_without_flock_and_limits_of_processes():
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 100
+
+
+PUBLIC = """
+import sys
+
+import coursepack.distill, coursepack.precompute
+
+assert "torch" not in sys.modules
+for package in (coursepack.distill, coursepack.precompute):
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        getattr(package, name)
+        assert name in vars(package)
+    assert not hasattr(package, "nothing")
+"""
+
+
+def test_public_names_are_imported_when_they_are_used():
+    result = subprocess.run([sys.executable, "-c", PUBLIC], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
 from coursepack.distill.runs.chain.plan import plan_chain
@@ -21,7 +22,7 @@ Examples:
 """
 
 
-@click.command("chain", epilog=EXAMPLES)
+@click.command("chain", cls=Command, epilog=EXAMPLES)
 @click.argument("chain_file", type=click.Path(path_type=Path), metavar="CHAIN.yaml")
 @click.option("--out", type=click.Path(path_type=Path),
               help="Folder of the chain.  [default: runs/ and the file's name]")  # fmt: skip

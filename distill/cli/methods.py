@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import byte_size, print_table
 from coursepack.data.store import load_manifest
 from coursepack.distill.methods import METHODS
@@ -32,7 +33,7 @@ PAGE_TEACHER, PAGE_STUDENT, PAGE_CLASSES, PAGE_SAMPLES = "resnet32x4", "resnet8x
 """Networks and size of CIFAR-100 in the page's table of bytes."""
 
 
-@click.command("methods", epilog=EXAMPLES)
+@click.command("methods", cls=Command, epilog=EXAMPLES)
 @click.argument("name", required=False)
 @click.option("--needs", "needed", multiple=True, type=click.Choice(tuple(NEEDS)),
               help="List only methods with this need. Repeatable.")  # fmt: skip

@@ -14,50 +14,63 @@ from coursepack.distill.recipe import TrainRecipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-FIELDS = {
-    "student": "student",
-    "student-size": "student_size",
-    "student-mean": "student_mean",
-    "student-std": "student_std",
-    "store": "stores",
-    "method": "method",
-    "group": "group",
-    "online": "online",
-    "source": "source",
-    "root": "root",
-    "view": "view",
-    "views": "views",
-    "view-order": "view_order",
-    "views-per-load": "views_per_load",
-    "allow-drift": "allow_drift",
-    "limit": "limit",
-    "epochs": "epochs",
-    "batch-size": "batch_size",
-    "optimizer": "optimizer.name",
-    "lr": "optimizer.lr",
-    "lr-schedule": "optimizer.schedule.shape",
-    "milestones": "optimizer.schedule.milestones",
-    "warmup-epochs": "optimizer.schedule.warmup_epochs",
-    "momentum": "optimizer.momentum",
-    "weight-decay": "optimizer.weight_decay",
-    "clip": "optimizer.clip",
-    "ema": "optimizer.ema",
-    "accumulate": "accumulate",
-    "patience": "patience",
-    "evaluate-every": "evaluate_every",
-    "keep-checkpoints": "keep_checkpoints",
-    "precision": "precision",
-    "channels-last": "channels_last",
-    "compile": "compile",
-    "deterministic": "deterministic",
-    "seed": "seed",
-    "temperature": "objective.temperature",
-    "soft-weight": "objective.soft_weight",
-    "hard-weight": "objective.hard_weight",
-    "label-smoothing": "objective.label_smoothing",
-    "teacher-weights": "objective.fusion.weights",
+OPTIONS = {
+    "Student": {
+        "student": "student",
+        "student-size": "student_size",
+        "student-mean": "student_mean",
+        "student-std": "student_std",
+    },
+    "Teachers and objective": {
+        "store": "stores",
+        "method": "method",
+        "online": "online",
+        "group": "group",
+        "temperature": "objective.temperature",
+        "soft-weight": "objective.soft_weight",
+        "hard-weight": "objective.hard_weight",
+        "label-smoothing": "objective.label_smoothing",
+        "teacher-weights": "objective.fusion.weights",
+    },
+    "Samples and views": {
+        "source": "source",
+        "root": "root",
+        "limit": "limit",
+        "view": "view",
+        "views": "views",
+        "view-order": "view_order",
+        "views-per-load": "views_per_load",
+        "allow-drift": "allow_drift",
+    },
+    "Training": {
+        "epochs": "epochs",
+        "batch-size": "batch_size",
+        "accumulate": "accumulate",
+        "seed": "seed",
+        "patience": "patience",
+        "evaluate-every": "evaluate_every",
+        "keep-checkpoints": "keep_checkpoints",
+    },
+    "Optimizer": {
+        "optimizer": "optimizer.name",
+        "lr": "optimizer.lr",
+        "lr-schedule": "optimizer.schedule.shape",
+        "milestones": "optimizer.schedule.milestones",
+        "warmup-epochs": "optimizer.schedule.warmup_epochs",
+        "momentum": "optimizer.momentum",
+        "weight-decay": "optimizer.weight_decay",
+        "clip": "optimizer.clip",
+        "ema": "optimizer.ema",
+    },
+    "Precision and speed": {
+        "precision": "precision",
+        "channels-last": "channels_last",
+        "compile": "compile",
+        "deterministic": "deterministic",
+    },
 }
-"""Recipe field by option. Other fields are set with `--set FIELD=VALUE`."""
+"""Recipe field by option, in the groups of the help. Other fields are set with `--set FIELD=VALUE`."""
+FIELDS = {name: field for group in OPTIONS.values() for name, field in group.items()}
 
 REPEATABLE = {
     "store": "Repeatable.",
@@ -69,6 +82,7 @@ DEFAULTS = {
     "method": "kd with stores, else supervised",
     "source": "the stores'",
     "view": "the stores'",
+    "root": "the stores'",
 }
 """Help text for defaults that are not constants."""
 
@@ -95,8 +109,9 @@ def _option(name: str, path: str) -> Callable[..., Any]:
     kind = _kind(field.annotation, field.metadata)
     text = " ".join((field.description or "").split())
     default = DEFAULTS.get(name)
-    # Defaults of objective fields depend on the method, so no default is shown for them.
-    if default is None and not field.is_required() and not path.startswith("objective."):
+    if default is None and path.startswith("objective."):
+        default = "the method's"
+    elif default is None and not field.is_required():
         default = None if field.default in (None, False, ()) else str(field.default)
     shown = text + (f"  [default: {default}]" if default else "")
     flag, variable = f"--{name}", name.replace("-", "_")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, byte_size, printable, say
 from coursepack.device import pick_device
 from coursepack.distill.report.build import build_report
@@ -13,7 +14,9 @@ from coursepack.errors import RunError
 from coursepack.files import write_whole
 
 
-@click.command("report", epilog="\b\nExample:\n  distill report runs/alone-* runs/kd-* --out report.html")
+@click.command(
+    "report", cls=Command, epilog="\b\nExample:\n  distill report runs/alone-* runs/kd-* --out report.html"
+)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
               help="HTML file to write; an existing one is replaced.")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
 from coursepack.distill.runs.compare import compare, plot, table_rows
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "sweep", epilog="\b\nExample:\n  distill sweep grid.yaml --out runs/sweep --together 4 --resume"
+    "sweep",
+    cls=Command,
+    epilog="\b\nExample:\n  distill sweep grid.yaml --out runs/sweep --together 4 --resume",
 )
 @click.argument("grid_file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the runs' folders.")
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
               help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
               help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@click.option(
+    "--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the runs' folders."
+)
 @TRUST_CODE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
@@ -62,7 +68,7 @@ def sweep_command(
         raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")
 
 
-@click.command("eval", epilog="\b\nExample:\n  distill eval runs/kd")
+@click.command("eval", cls=Command, epilog="\b\nExample:\n  distill eval runs/kd")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--source", help="Evaluation data, NAME:SPLIT.  [default: the run's evaluation data]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files.")
@@ -89,7 +95,7 @@ def eval_command(
         click.echo(f"{what}: {numbers} on {data.name}, {len(data.labels):,} samples")
 
 
-@click.command("compare", epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
+@click.command("compare", cls=Command, epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
@@ -99,7 +105,22 @@ def eval_command(
     help="Also plot accuracy by epoch, to a .png, .svg or .pdf file.",
 )
 def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | None) -> None:
-    """Compare finished runs in a table; runs that differ only in their seed share a row."""
+    """Compare finished runs in a table; runs that differ only in their seed share a row.
+
+    \b
+    Columns:
+      recipe          method, student, teachers, and fields in which rows differ
+      runs            number of runs, one per seed
+      accuracy        mean over seeds, on the evaluation data, after training
+      +- sd           standard deviation of the accuracy over seeds
+      nll             mean negative log-likelihood of the labels, in nats
+      epoch           median time of an epoch, without evaluation
+      beats first     seeds that are more accurate than in the first row
+      ece             expected calibration error, on the evaluation data
+      agrees          share of training rows with the teachers' top class
+      kl to teachers  mean divergence from the teachers on training rows, in nats
+      T clamped       share of training rows whose temperature was clamped
+    """
     groups = _show(runs, as_json=as_json)
     if plot_file is not None:
         plot(groups, plot_file)

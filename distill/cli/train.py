@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
-from coursepack.distill.cli.options import given_options, recipe_options
+from coursepack.distill.cli.options import OPTIONS, given_options, recipe_options
 from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
+from coursepack.distill.runs.dry_run import dry_run
 from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.smoke import smoke_recipe
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
@@ -29,8 +32,18 @@ Examples:
   distill train --student digits-small --store cnn.zarr --store mlp.zarr --method kd --out runs/kd
   distill train --student digits-small --peers 2 --source digits --view digits --method dml --out runs/dml
   distill train runs/kd/recipe.yaml --smoke --out runs/smoke
+  distill train runs/kd/recipe.yaml --dry-run
   distill train runs/kd/recipe.yaml --set seed=1 --set objective.temperature=2 --out runs/kd-1
 """
+GROUPS = {
+    "Run": ("out", "overwrite", "resume", "dry", "smoke", "assignments"),
+    **{title: tuple(name.replace("-", "_") for name in names) for title, names in OPTIONS.items()},
+    "Execution": (
+        *("device", "workers", "threads", "checkpoint_seconds"),
+        *("tensorboard", "peers", "replica", "trust_code"),
+    ),
+}
+"""Parameters by the title of their group in the help."""
 
 
 def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[int, int] | None:
@@ -46,9 +59,16 @@ def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[in
     return index - 1, count
 
 
-@click.command("train", epilog=EXAMPLES_TRAIN)
+def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -> Path | None:
+    if out is None and not ctx.params.get("dry"):
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return out
+
+
+@click.command("train", cls=Command, epilog=EXAMPLES_TRAIN, groups=GROUPS)
 @click.argument("recipe_file", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--out", type=click.Path(path_type=Path), callback=_require_out,
+              help="Folder of the run.  [required]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 @recipe_options
 @click.option("--peers", type=click.IntRange(2), metavar="N",
@@ -62,6 +82,8 @@ def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[in
 )
 @click.option("--smoke", is_flag=True,
               help="Test the recipe: train for two epochs on synthetic data and teachers.")  # fmt: skip
+@click.option("--dry-run", "dry", is_flag=True, is_eager=True,
+              help="Check the run; print its recipe, its steps and the bytes it would read.")  # fmt: skip
 @click.option("--resume", is_flag=True,
               help="Continue an interrupted run, or start a new one if there is none.")  # fmt: skip
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
@@ -73,7 +95,8 @@ def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[in
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
     recipe_file: Path | None,
-    out: Path,
+    out: Path | None,
+    dry: bool,
     overwrite: bool,
     tensorboard: bool,
     trust_code: bool,
@@ -95,7 +118,7 @@ def train_command(
 
     Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """
-    with process_group(device) as (ranks, own):
+    with process_group(device) as (ranks, own), ExitStack() as stack:
         values = {} if recipe_file is None else load_recipe(recipe_file)
         changes: dict[str, Any] = {}
         _apply(changes, options, assignments)
@@ -107,22 +130,28 @@ def train_command(
         if replica is not None:
             values["member"], values["replicas"] = replica
         where = "the recipe" if recipe_file is None else str(recipe_file)
+        if recipe_file is not None:
+            _check_beside(values, recipe_file)
         recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
-        how: dict[str, Any] = {
-            "overwrite": overwrite,
-            "resume": resume,
-            "workers": workers,
-            "threads": threads,
-            "tensorboard": tensorboard,
-            "trust_code": trust_code,
-            "checkpoint_seconds": checkpoint_seconds,
-        }
+        shared = {"overwrite": overwrite, "resume": resume, "trust_code": trust_code}
         if smoke:
-            with tempfile.TemporaryDirectory() as folder:
-                recipe = smoke_recipe(recipe, Path(folder))
-                train(recipe, out, device=own, ranks=ranks, **how)
-        else:
-            train(recipe, out, device=own, ranks=ranks, **how)
+            recipe = smoke_recipe(recipe, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        if dry or out is None:
+            text = dry_run(recipe, out, device=own, ranks=ranks, **shared)
+            if ranks.is_first:
+                click.echo(text, nl=False)
+            return
+        train(
+            recipe,
+            out,
+            device=own,
+            ranks=ranks,
+            workers=workers,
+            threads=threads,
+            tensorboard=tensorboard,
+            checkpoint_seconds=checkpoint_seconds,
+            **shared,
+        )
         if ranks.is_first:
             for run in load_runs(out):
                 evaluation = run.metrics[-1]["evaluation"]
@@ -131,6 +160,23 @@ def train_command(
                     f"{what}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
                     f"{recipe.evaluation} after {run.metrics[-1]['epoch'] + 1} epochs"
                 )
+
+
+def _check_beside(values: dict[str, Any], recipe_file: Path) -> None:
+    """Refuse stores that are beside the recipe file instead of in the current folder, from which paths start.
+
+    Raises:
+        RecipeError: there is such a store.
+    """
+    stores = values.get("stores")
+    for store in stores if isinstance(stores, list | tuple) else ():
+        beside = recipe_file.parent / str(store)
+        if not Path(str(store)).exists() and beside.exists():
+            raise RecipeError(
+                f"there is no store at {str(store)!r}: relative paths start from the current folder, but "
+                f"this one is beside the recipe file. Give --store {beside}, or run the command in "
+                f"{str(recipe_file.parent)!r}"
+            )
 
 
 def _set_peers(values: dict[str, Any], count: int) -> None:

@@ -125,6 +125,7 @@ def sweep(
     workers: int | None = None,
     threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    tensorboard: bool = False,
     trust_code: bool = False,
 ) -> dict[str, str]:
     """Train the students of a sweep, each into its own folder in `out`.
@@ -138,6 +139,7 @@ def sweep(
         workers: number of processes that decode and render images.
         threads: number of threads of torch and the loss kernels.
         checkpoint_seconds: time between checkpoints.
+        tensorboard: also write the metrics of every run for TensorBoard.
         trust_code: allow stores to name Python code for live teachers.
 
     Returns:
@@ -166,13 +168,25 @@ def sweep(
     for same in _by_batches(remaining, out):
         waiting += [same[start : start + together] for start in range(0, len(same), together)]
     diverged: dict[str, str] = {}
+    number = {student.name: index for index, student in enumerate(students, start=1)}
     while waiting:
         group = waiting.pop(0)
         first = group[0].recipe
+        which = ", ".join(str(number[student.name]) for student in group)
+        say(f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}")
         try:
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
-                failures = _train_group(group, out, device, again, workers, checkpoint_seconds, trust_code)
+                failures = _train_group(
+                    group, out, device, again, workers, checkpoint_seconds, tensorboard, trust_code
+                )
+        except KeyboardInterrupt:
+            finished = len(finished_runs(students, out))
+            say(
+                f"interrupted with {finished} of {len(students)} students finished: the same command with "
+                f"--resume continues {out}"
+            )
+            raise
         except TrainingDiverged as error:
             if len(group) > 1:
                 # It is unknown which student diverged in this step: continue each alone from its checkpoint.
@@ -192,6 +206,7 @@ def _train_group(
     resume: bool,
     workers: int | None,
     checkpoint_seconds: float,
+    tensorboard: bool,
     trust_code: bool,
 ) -> dict[str, str]:
     """Train students together, and return the error messages of those that diverged, by name."""
@@ -201,7 +216,12 @@ def _train_group(
         student_runs: list[Run] = []
         for each in group:
             run = start_run(
-                setup, each.recipe, out / each.name, overwrite=False, resume=resume, tensorboard=False
+                setup,
+                each.recipe,
+                out / each.name,
+                overwrite=False,
+                resume=resume,
+                tensorboard=tensorboard,
             )
             student_runs.append(run)
             stack.enter_context(run)

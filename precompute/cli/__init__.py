@@ -1,327 +1,42 @@
-"""The command `precompute`, with its subcommands `run` and `plan`; `cli.stores` has the others."""
+"""Command `precompute`: writes and checks stores of teachers' outputs."""
 
 from __future__ import annotations
 
-import os
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from coursepack.console import TRUST_CODE, Commands, byte_size, parse_numbers, print_table, say
-from coursepack.data import open_source, view_recipe
-from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.owners import Part, live_runs
-from coursepack.device import rank_device
-from coursepack.errors import RecipeError
-from coursepack.models.classes import load_columns
-from coursepack.models.load import teacher_class_names
-from coursepack.models.precision import PRECISIONS
-from coursepack.precompute.cli.stopping import stoppable
-from coursepack.precompute.cli.stores import inspect, print_status, status, verify_command
-from coursepack.precompute.job import Job, run_job
-from coursepack.precompute.plan import check_space, costs, probe
-from coursepack.precompute.several import run_jobs
-from coursepack.precompute.spec import PrecomputeSpec
-from coursepack.precompute.teachers import of_checkpoints, teacher_specs
+from coursepack.commands import Commands, Subcommand
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+SUBCOMMANDS = {
+    "plan": Subcommand(
+        "coursepack.precompute.cli.jobs:plan",
+        "Estimate the size, duration and break-even of `precompute run` with the same options.",
+    ),
+    "run": Subcommand(
+        "coursepack.precompute.cli.jobs:run",
+        "Run one teacher over all views and write its store, or all teachers of a file.",
+    ),
+    "status": Subcommand(
+        "coursepack.precompute.cli.stores:status",
+        "Show the content of a store, its missing views and the processes that write to it.",
+    ),
+    "verify": Subcommand(
+        "coursepack.precompute.cli.stores:verify_command", "Check every file of a store against its manifest."
+    ),
+    "inspect": Subcommand(
+        "coursepack.precompute.cli.stores:inspect",
+        "Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.",
+    ),
+}
+"""Subcommands in the order of the help. To add one, write a module in this package and add a row here."""
+FIRST_STEPS = """\b
+First steps, with a teacher on the digits that come with scikit-learn:
+  distill train --student digits-cnn --source digits --view digits --epochs 30 --out teachers/cnn
+  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
+  precompute run --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
+  distill train --student digits-small --store cnn.zarr --out runs/kd
+"""
 
-from coursepack.precompute.plan import Costs, Probe
 
-
-@click.group(cls=Commands)
+@click.group(cls=Commands, subcommands=SUBCOMMANDS, epilog=FIRST_STEPS)
 def main() -> None:
     """Run frozen teachers once over augmented views and write their outputs to Zarr stores."""
-
-
-def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Part | None:
-    if value is None:
-        return None
-    index, _, count = value.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise click.BadParameter(f"{value!r} is not I/COUNT with 0 <= I < COUNT, as in 0/2 and 1/2")
-    return Part(int(index), int(count))
-
-
-class _UnlessFile(click.Option):
-    """Required option that is not needed if a file of teachers is given."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, required=True, **settings)
-
-    def process_value(self, ctx: click.Context, value: Any) -> Any:
-        self.required = not isinstance(ctx.params.get("file"), Path)
-        return super().process_value(ctx, value)
-
-
-# fmt: off
-JOB_OPTIONS = (
-    click.option("--teacher", cls=_UnlessFile,
-                 help="run:FOLDER[@EPOCH|@all], hf:FOLDER, timm:local-dir:FOLDER, onnx:FILE, or a network's "
-                      "name with --weights."),
-    click.option("--weights",
-                 help="Weights: a .safetensors or .pt file, or a name of torchvision's or timm's."),
-    click.option("--size", type=click.IntRange(1),
-                 help="Side in pixels of the rendered views.  [default: the teacher's own]"),
-    click.option("--mean", callback=parse_numbers, metavar="X,X,X",
-                 help="Mean per channel, of values in [0, 1].  [default: the teacher's own]"),
-    click.option("--std", callback=parse_numbers, metavar="X,X,X",
-                 help="Standard deviation per channel.  [default: the teacher's own]"),
-    click.option("--classes", "class_map", type=click.Path(path_type=Path),
-                 help="YAML class map: the teacher's class for each class of the source; made if missing."),
-    click.option("--source", "source_spec", cls=_UnlessFile, help="Source of samples: NAME or NAME:SPLIT."),
-    click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files."),
-    click.option("--view", cls=_UnlessFile, help="View recipe: name of a preset, or a YAML file."),
-    click.option("--view-seed", type=click.IntRange(0),
-                 help="Seed of the view recipe.  [default: the recipe's own]"),
-    click.option("--views", type=click.IntRange(1), cls=_UnlessFile, help="Number of views of each sample."),
-    click.option("--store", type=click.Path(path_type=Path), cls=_UnlessFile,
-                 help="Folder of the store; with @all, of one store per epoch."),
-    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
-                 help="Layer whose features are stored too. Repeatable."),
-    click.option("--encoding", default="float16", show_default=True,
-                 help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
-    click.option("--feature-encoding", default="float16", show_default=True,
-                 help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
-    click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,
-                 help="Images per forward pass."),
-    click.option("--block-rows", type=click.IntRange(1),
-                 help="Rows per block, the unit of resuming.  [default: auto]"),
-    click.option("--part", callback=_parse_part, metavar="I/COUNT",
-                 help="Share of the blocks that this process writes.  [default: all; torchrun's rank]"),
-    click.option("--views-per-load", type=click.IntRange(1), default=1, show_default=True,
-                 help="Views rendered per decoded image; does not change the store's bytes."),
-    click.option("--workers", type=click.IntRange(0),
-                 help="Worker processes that render views.  [default: one per core for image files]"),
-    TRUST_CODE,
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto."),
-    click.option("--precision", type=click.Choice(list(PRECISIONS)), default="float32", show_default=True,
-                 help="Precision of the teacher's forward pass."),
-    click.option("--channels-last", is_flag=True, help="Run the teacher in channels-last memory format."),
-    click.option("--compile", is_flag=True, help="Run the teacher through torch.compile."),
-)
-# fmt: on
-
-
-BESIDE_FILE = {"part", "device", "workers", "trust_code"}
-"""Options of a job that may be given beside a file of teachers."""
-
-
-def job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that describe a job to a command."""
-    for option in reversed(JOB_OPTIONS):
-        command = option(command)
-    return command
-
-
-EXAMPLES_RUN = """\b
-Examples:
-  precompute run --teacher run:teachers/cnn --source digits --view digits --views 8 --store cnn.zarr
-  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr
-  precompute run --teacher run:teachers/cnn --source digits --view digits --views 16 --store cnn.zarr \\
-      --tap conv2:attention
-  precompute run teachers.yaml
-"""
-
-
-@main.command(epilog=EXAMPLES_RUN)
-@click.argument(
-    "file", required=False, is_eager=True, type=click.Path(path_type=Path), metavar="[TEACHERS.yaml]"
-)
-@job_options
-@click.option("--ignore-space", is_flag=True, help="Start even if the store will not fit on the disk.")
-@click.option(
-    "--same-numerics",
-    is_flag=True,
-    help="Fail instead of warning if rows come from another kind of machine or batch size.",
-)
-def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
-    """Run one teacher over all views and write its store, or all teachers of a file.
-
-    run:FOLDER@EPOCH is a teacher's checkpoint that `distill train --keep-checkpoints` kept, and
-    run:FOLDER@all each of them: views are rendered once, and STORE is the folder of all their stores.
-
-    An interrupted run continues when the same command is run again. More --views, or another --tap, for a
-    finished store adds only the missing views and arrays. Under torchrun, every rank writes a part of the
-    stores, with --device cuda on a GPU of its own.
-    """
-    jobs = _jobs_of_teacher(**flags) if file is None else _jobs_of_file(file, flags)
-    if not ignore_space:
-        for job in jobs:
-            check_space(job)
-    quiet, ranks = _rank() > 0, _ranks() > 1
-    with stoppable([job.store for job in jobs], quiet=quiet):
-        if file is None and len(jobs) == 1:
-            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)]
-        else:
-            manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)
-    for job, manifest in zip(jobs, manifests, strict=True):
-        # Of several ranks, the last to finish prints.
-        is_last = len(manifest.committed_views()) == manifest.views and not live_runs(job.store)
-        if not ranks or is_last:
-            print_status(job.store, manifest)
-
-
-EXAMPLES_PLAN = """\b
-Example:
-  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr
-"""
-
-
-@main.command(epilog=EXAMPLES_PLAN)
-@job_options
-def plan(**flags: Any) -> None:
-    """Estimate the size, duration and break-even of `precompute run` with the same options.
-
-    Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
-    not fit on the disk.
-    """
-    (job,) = _jobs_of_specs([_spec(**flags)])
-    cost, timing = costs(job), probe(job)
-    _print_plan(cost, timing, job)
-    check_space(job)
-
-
-def _jobs_of_teacher(**flags: Any) -> list[Job]:
-    """Return the job of one teacher, or of each of its checkpoints."""
-    return _jobs_of_specs(of_checkpoints(_spec(**flags)))
-
-
-def _jobs_of_specs(specs: Sequence[PrecomputeSpec]) -> list[Job]:
-    """Return the jobs of some specifications, and print where another encoding is used."""
-    jobs = [spec.job() for spec in specs]
-    for job in jobs:
-        _say_other_encoding(job)
-    return jobs
-
-
-def _spec(
-    *,
-    teacher: str,
-    weights: str | None,
-    size: int | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    class_map: Path | None,
-    source_spec: str,
-    root: Path | None,
-    view: str,
-    view_seed: int | None,
-    taps: tuple[str, ...],
-    trust_code: bool,
-    device: str,
-    store: Path,
-    part: Part | None,
-    **numbers: Any,
-) -> PrecomputeSpec:
-    part, device = _own_share(part, device)
-    columns = None
-    if class_map is not None:
-        names = open_source(source_spec, root).class_names
-        columns = load_columns(class_map, names, partial(teacher_class_names, teacher, weights))
-    return PrecomputeSpec(
-        teacher=teacher,
-        source=source_spec,
-        view=view_recipe(view, view_seed).model_dump(mode="json"),
-        store=str(store),
-        weights=weights,
-        size=size,
-        mean=mean,
-        std=std,
-        columns=columns,
-        root=None if root is None else str(root),
-        taps=taps,
-        trust_code=trust_code,
-        device=device,
-        part=(part.index, part.count),
-        **numbers,
-    )
-
-
-def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
-    """Return the jobs of a file of teachers, with the options that may be given beside it."""
-    ctx = click.get_current_context()
-    given = [
-        param.opts[0]
-        for param in ctx.command.params
-        if param.name in flags.keys() - BESIDE_FILE
-        and param.name is not None
-        and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise click.UsageError(f"{given[0]} belongs in {str(file)!r}: leave it out here.", ctx)
-    part, device = _own_share(flags["part"], flags["device"])
-    common = {name: flags[name] for name in ("workers", "trust_code")}
-    return _jobs_of_specs(teacher_specs(file, part=(part.index, part.count), device=device, **common))
-
-
-def _own_share(part: Part | None, device: str) -> tuple[Part, str]:
-    """Return the part and the device of this process; under torchrun, those of its rank.
-
-    Raises:
-        RecipeError: a part is given as well, or the ranks cannot have devices of their own.
-    """
-    if _ranks() == 1:
-        return part or Part(), device
-    if part is not None:
-        raise RecipeError(
-            f"--part {part.index}/{part.count} is given, but torchrun started {_ranks()} ranks, each of "
-            "which writes a part of its own: leave --part out"
-        )
-    return Part(_rank(), _ranks()), str(rank_device(device))
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _say_other_encoding(job: Job) -> None:
-    stored = job.plan().arrays[LOGITS][0].name
-    if stored != job.encoding and _rank() == 0:
-        say(
-            f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
-            f"classes: logits are stored as {stored}"
-        )
-
-
-def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
-    header = ["array", "encoding", "bytes a row", "in all", "files"]
-    rows = [
-        [
-            array.name,
-            array.encoding,
-            f"{array.row_bytes:,}",
-            byte_size(array.total_bytes),
-            f"{array.shards:,}",
-        ]
-        for array in cost.arrays
-    ]
-    rows.append(["labels, static", "", "", byte_size(cost.table_bytes), f"{cost.table_files:,}"])
-    rows.append(["in all", "", "", byte_size(cost.total_bytes), f"{cost.files:,}"])
-    print_table(str(job.store), header, rows)
-    seconds = cost.rows_left * timing.teacher
-    pays = timing.break_even(job.views)
-    click.echo(
-        f"{cost.rows:,} rows in {cost.blocks:,} blocks of {cost.block_rows:,}, {cost.rows_left:,} to do\n"
-        f"free disk {byte_size(cost.free_bytes)}, needed {byte_size(cost.bytes_left)}\n"
-        f"about {_duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {job.runner.device}\n"
-        f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
-        f"reading it back {timing.read * 1e6:,.1f} us)"
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-for command in (status, verify_command, inspect):
-    main.add_command(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.done import done_objects
@@ -30,7 +31,7 @@ ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.command(epilog="\b\nExample:\n  precompute status --store cnn.zarr")
+@click.command("status", cls=Command, epilog="\b\nExample:\n  precompute status --store cnn.zarr")
 @STORE
 @JSON
 def status(store: Path, as_json: bool) -> None:
@@ -52,7 +53,7 @@ Examples:
 """
 
 
-@click.command("verify", epilog=EXAMPLES_VERIFY)
+@click.command("verify", cls=Command, epilog=EXAMPLES_VERIFY)
 @STORE
 @click.option(
     "--deep", type=click.IntRange(1), help="Number of random rows to compare with the teacher's outputs."
@@ -131,7 +132,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES_INSPECT)
+@click.command("inspect", cls=Command, epilog=EXAMPLES_INSPECT)
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from coursepack.config import Config, parse_config
 from coursepack.distill.recipe import load_recipe
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +30,8 @@ class PrecomputeConfig(Config):
     """One teacher of a file of `precompute run`; the chain chooses the store."""
 
     teacher: str
-    """`stage:NAME` or `stage:NAME@EPOCH` of an earlier stage that trains, `run:FOLDER`, a trained network of a
-    hub such as `hf:FOLDER`, or a network's name with `weights`."""
+    """`stage:NAME` or `stage:NAME@EPOCH` of an earlier stage that trains, `run:FOLDER`, a trained network of
+    a hub such as `hf:FOLDER`, or a network's name with `weights`."""
     views: Positive
     """Number of views of each sample."""
     source: str | None = None
@@ -184,8 +183,8 @@ def _check_reference(chain: ChainConfig, index: int, field: str, text: str, wher
         return
     earlier = [each.name for each in chain.stages[:index]]
     if name not in kinds:
-        near = difflib.get_close_matches(name, earlier, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, earlier)
+        hint = f" Did you mean {near!r}?" if near else ""
         known = ", ".join(earlier) or "none"
         raise RecipeError(f"{who} the unknown stage {name!r}.{hint} Earlier stages: {known}.")
     if name == stage.name:

@@ -1,0 +1,141 @@
+"""Click groups and commands: subcommands imported when used, options in groups, errors as one message."""
+
+from __future__ import annotations
+
+import importlib
+from collections import UserDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coursepack.console import printable
+from coursepack.errors import CoursepackError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from click.shell_completion import CompletionItem
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: that of shells for a process ended by SIGINT."""
+HELP_OPTIONS = {"help_option_names": ["--help", "-h"]}
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A subcommand that is not imported yet."""
+
+    target: str
+    """Module and variable of the command, `module:variable`."""
+    help: str
+    """First sentence of the command's help."""
+
+
+class _Subcommands(UserDict[str, Any]):
+    """Commands by name; a `Subcommand` is imported when its command is read."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        entry = self.data[name]
+        if isinstance(entry, Subcommand):
+            module, _, variable = entry.target.partition(":")
+            entry = self.data[name] = getattr(importlib.import_module(module), variable)
+        command: click.Command = entry
+        return command
+
+    def help_of(self, name: str) -> str:
+        """Return the first sentence of a command's help, without importing the command."""
+        entry = self.data[name]
+        return entry.help if isinstance(entry, Subcommand) else str(entry.get_short_help_str(limit=200))
+
+
+class Commands(click.Group):
+    """A click group with `-h` and `--version` whose subcommands are imported when they are used.
+
+    A `CoursepackError` or `OSError` of a subcommand is printed as one message and exits with status 1; Ctrl-C
+    exits with status 130.
+    """
+
+    def __init__(
+        self, *arguments: Any, subcommands: Mapping[str, Subcommand] | None = None, **settings: Any
+    ) -> None:
+        """Initialize a group with subcommands by name, in the order of its help."""
+        super().__init__(*arguments, **{"context_settings": HELP_OPTIONS, **settings})
+        self._table = _Subcommands(subcommands or {})
+        self.commands = self._table
+        click.version_option(package_name="coursepack", message="coursepack %(version)s")(self)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invoke the subcommand, and turn domain and system errors into click's errors."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except CoursepackError as error:
+            raise click.ClickException(printable(str(error))) from error
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise click.ClickException(printable(f"{error.strerror or error}{where}")) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the subcommands."""
+        return list(self._table)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of subcommands."""
+        if self._table:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, self._table.help_of(name)) for name in self._table])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return completions of a subcommand's name or of an option."""
+        from click.shell_completion import CompletionItem
+
+        names = [name for name in self._table if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=self._table.help_of(name)) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
+
+
+class Command(click.Command):
+    """A click command with its options in groups, which shows its examples if called without arguments."""
+
+    def __init__(
+        self, *arguments: Any, groups: Mapping[str, Sequence[str]] | None = None, **settings: Any
+    ) -> None:
+        """Initialize a command.
+
+        Args:
+            arguments: as of `click.Command`.
+            groups: names of the options' parameters by the title of their group; other options follow.
+            settings: as of `click.Command`.
+        """
+        super().__init__(*arguments, **{"context_settings": HELP_OPTIONS, **settings})
+        self.groups = dict(groups or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and add the examples to the error of a call without any."""
+        is_empty = not args
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            if not is_empty or self.epilog is None:
+                raise
+            examples = self.epilog.removeprefix("\b\n").rstrip()
+            raise click.UsageError(f"{error.format_message()}\n\n{examples}", ctx) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in their groups."""
+        records = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                records[param.name] = record
+        named = {name for names in self.groups.values() for name in names}
+        rest = [name for name in records if name not in named]
+        for title, names in {**self.groups, "Other options" if self.groups else "Options": rest}.items():
+            rows = [records[name] for name in names if name in records]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)

@@ -1,0 +1,53 @@
+"""Dry runs: all that `train` checks before its first step, without a step or a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coursepack.config import write_yaml
+from coursepack.distill.distributed import ALONE
+from coursepack.distill.runs.folder import check_free
+from coursepack.distill.setup.describe import describe_training, describe_work
+from coursepack.distill.setup.prepare import describe_setup, prepare
+from coursepack.distill.training.group import make_group
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from coursepack.distill.distributed import Ranks
+    from coursepack.distill.recipe import TrainRecipe
+
+
+def dry_run(
+    recipe: TrainRecipe,
+    out: Path | None,
+    *,
+    device: torch.device,
+    overwrite: bool = False,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    trust_code: bool = False,
+) -> str:
+    """Open and check everything that a run needs, and return its recipe as YAML, with its work as comments.
+
+    Args:
+        recipe: the recipe.
+        out: folder that the run would use; None skips its check.
+        device: device to prepare for.
+        overwrite: allow the folder to hold a run.
+        resume: allow the folder to hold a run.
+        ranks: rank of this process.
+        trust_code: allow stores to name Python code for live teachers.
+
+    Raises:
+        As `train` before its first step.
+    """
+    if out is not None:
+        check_free(out, overwrite=overwrite, resume=resume)
+    setup = prepare(recipe, device, ranks, trust_code=trust_code)
+    make_group(setup)
+    lines = ["dry run: nothing was trained or written", describe_setup(setup)]
+    lines += [describe_training(recipe, setup), *describe_work(setup)]
+    return "".join(f"# {line}\n" for line in lines) + write_yaml(recipe.model_dump(mode="json"))

@@ -1,0 +1,301 @@
+"""Both commands as a whole: imports and texts of help, completion, dry runs, interruptions, tables."""
+
+import os
+import pty
+import shlex
+import subprocess
+import sys
+import threading
+from importlib.metadata import version
+
+import click
+import pytest
+import yaml
+from click.shell_completion import BashComplete
+from click.testing import CliRunner
+
+from coursepack.console import print_table
+from coursepack.distill.cli import SUBCOMMANDS as OF_DISTILL
+from coursepack.distill.cli import main as distill
+from coursepack.distill.recipe import TrainRecipe
+from coursepack.distill.runs.compare import EXTRAS, Group, table_rows
+from coursepack.precompute.cli import SUBCOMMANDS as OF_PRECOMPUTE
+from coursepack.precompute.cli import main as precompute
+
+GROUPS = {"distill": distill, "precompute": precompute}
+ROWS = [(distill, *row) for row in OF_DISTILL.items()] + [(precompute, *row) for row in OF_PRECOMPUTE.items()]
+HEAVY = {"torch", "numpy", "zarr", "pydantic", "numba", "rich", "yaml"}
+LIGHT = """
+import sys
+from importlib import import_module
+
+try:
+    import_module(f"coursepack.{sys.argv[1]}.cli").main(sys.argv[2:])
+finally:
+    print(*sys.modules, sep="\\n", file=sys.stderr)
+"""
+TRAIN = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--epochs", 3)
+
+
+def call(group, *words):
+    return CliRunner().invoke(group, [str(word) for word in words])
+
+
+# Help
+
+
+@pytest.mark.parametrize("words", ["--help", "-h", "--version", "trian", ""])
+@pytest.mark.parametrize("name", GROUPS)
+def test_help_imports_no_heavy_library(name, words):
+    command = [sys.executable, "-c", LIGHT, name, *words.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    modules = set(result.stderr.split())
+    assert {"click", f"coursepack.{name}.cli"} <= modules
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_version(group):
+    result = call(group, "--version")
+    assert (result.exit_code, result.stdout) == (0, f"coursepack {version('coursepack')}\n")
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_a_call_without_arguments_shows_the_help_with_first_steps(group):
+    result, steps = call(group), group.epilog.splitlines()[2:]
+    assert result.exit_code == 2
+    assert result.stderr == call(group, "--help").stdout
+    assert len(steps) >= 3
+    for step in steps:
+        assert f"{step}\n" in result.stderr
+        program, name, *words = shlex.split(step)
+        GROUPS[program].commands[name].make_context(name, words)
+
+
+@pytest.mark.parametrize(("group", "name", "row"), ROWS, ids=[name for _, name, _ in ROWS])
+def test_help_of_a_subcommand(group, name, row):
+    assert group.commands[name].name == name
+    shown = call(group, name, "--help").stdout
+    assert shown == call(group, name, "-h").stdout
+    assert row.help == " ".join(group.commands[name].help.split("\n\n")[0].split())
+    assert row.help in " ".join(call(group, "-h").stdout.split())
+
+
+@pytest.mark.parametrize(("group", "name"), [(distill, "train"), (precompute, "run"), (precompute, "plan")])
+def test_options_are_shown_in_groups(group, name):
+    command = group.commands[name]
+    named = [each for names in command.groups.values() for each in names]
+    options = {param.name: param.opts[0] for param in command.params if isinstance(param, click.Option)}
+    assert len(set(named)) == len(named)
+    assert set(options) <= set(named)
+    shown = call(group, name, "--help").stdout
+    for title, names in command.groups.items():
+        section = shown.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        for each in names:
+            assert each not in options or f"\n  {options[each]}" in f"\n{section}"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "missing"),
+    [(distill, "train", "--out"), (distill, "sweep", "GRID_FILE"), (precompute, "status", "--store")],
+)
+def test_a_subcommand_without_arguments_shows_its_examples(group, name, missing):
+    result = call(group, name)
+    assert result.exit_code == 2
+    assert missing in result.stderr
+    for line in group.commands[name].epilog.splitlines()[2:]:
+        assert f"{line}\n" in result.stderr
+    some = call(group, name, "--device", "cpu") if name == "train" else None
+    assert some is None or "Example" not in some.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("tr", {"train"}), ("", set(OF_DISTILL)), ("train --optim", {"--optimizer"}), ("--ver", {"--version"})],
+)
+def test_completion(words, expected):
+    *args, incomplete = words.split(" ")
+    complete = BashComplete(distill, {}, "distill", "_DISTILL_COMPLETE")
+    assert {item.value for item in complete.get_completions(args, incomplete)} == expected
+
+
+def test_completion_of_a_subcommands_name_imports_no_heavy_library():
+    code = (
+        "import sys; from coursepack.distill.cli import main\ntry:\n main()\nfinally:\n print(*sys.modules)"
+    )
+    words = {"_DISTILL_COMPLETE": "bash_complete", "COMP_WORDS": "distill ", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'distill'\n{code}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **words})
+    assert "plain,train" in result.stdout
+    assert not set(result.stdout.split()) & HEAVY
+
+
+def test_help_of_compare_explains_every_column():
+    group = Group("kd", {0: 0.5}, {0: 1.0}, {0: 1}, 1.0, None, 0, dict.fromkeys(EXTRAS, 0.5), {})
+    header, _ = table_rows([group])
+    shown = call(distill, "compare", "--help").stdout.partition("Columns:\n")[2]
+    assert all(f"    {name}  " in shown for name in header)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+# Dry runs and interruptions
+
+
+def test_dry_run(tmp_path, stores, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (*TRAIN, "--store", stores[0], "--limit", 100, "--batch-size", 30, "--dry-run")
+    result = call(distill, *words)
+    assert result.exit_code == 0, result.output
+    recipe = TrainRecipe.model_validate(yaml.safe_load(result.stdout))
+    assert (recipe.method, recipe.limit, recipe.stores) == ("kd", 100, (str(stores[0]),))
+    comments = [line for line in result.stdout.splitlines() if line.startswith("#")]
+    text = "\n".join(comments)
+    assert "sgd with learning rate 0.05 (constant), batch size 30, temperature 4, evaluated on" in text
+    assert "3 epochs of 4 steps, 12 steps in all" in text
+    assert "logits, 40 bytes a sample, 4.0 kB per epoch" in text
+    assert "4.0 kB per epoch, 12.0 kB in 3 epochs" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    result = call(distill, *TRAIN, "--dry-run", "--out", tmp_path / "notes")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is not empty and not a run" in result.stderr
+    assert call(distill, *TRAIN, "--dry-run", "--student-size", 9).exit_code == 1
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("coursepack.distill.runs.student.evaluate", interrupt)
+    result = call(distill, *TRAIN, "--limit", 50, "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        f"interrupted: the same command with --resume continues {tmp_path / 'run'}"
+    )
+    monkeypatch.undo()
+    assert call(distill, *TRAIN, "--limit", 50, "--out", tmp_path / "run", "--resume").exit_code == 0
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "base: {student: digits-small, source: digits, view: digits, epochs: 1, limit: 50}\n"
+        "grid: {seed: [0, 1, 2]}\n"
+    )
+    module = sys.modules["coursepack.distill.runs.sweep"]
+    train_group, calls = module._train_group, []
+
+    def second_is_interrupted(*arguments):
+        calls.append(arguments)
+        return interrupt() if len(calls) == 2 else train_group(*arguments)
+
+    monkeypatch.setattr(module, "_train_group", second_is_interrupted)
+    words = ("sweep", grid, "--out", tmp_path / "runs", "--tensorboard")
+    stopped = call(distill, *words)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.splitlines()[-1] == (
+        "interrupted with 1 of 3 students finished: the same command with --resume continues "
+        f"{tmp_path / 'runs'}"
+    )
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("student ")] == [
+        "student 1 of 3: seed=0",
+        "student 2 of 3: seed=1",
+    ]
+    done = call(distill, *words, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "student 3 of 3: seed=2" in done.stderr
+    assert len(list(tmp_path.glob("runs/*/tensorboard/*"))) == 3
+
+
+# Tables and colors
+
+
+def on_terminal(monkeypatch, columns, write):
+    """What a function writes to a terminal on stdout."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main, side = pty.openpty()
+    shown = bytearray()
+
+    def listen():
+        try:
+            while part := os.read(main, 1024):
+                shown.extend(part)
+        except OSError:  # how Linux says that the other side is closed
+            pass
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with os.fdopen(side, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        write()
+        monkeypatch.undo()
+    listener.join(timeout=300)
+    os.close(main)
+    return click.unstyle(shown.decode()).replace("\r", "")
+
+
+LABEL = "kd digits-small from mlp, cnn, resnet limit=300"
+HEADER = [
+    "recipe",
+    "runs",
+    "accuracy",
+    "+- sd",
+    "nll",
+    "epoch",
+    "beats first",
+    "ece",
+    "agrees",
+    "kl to teachers",
+]
+CELLS = ["10", "95.30%", "0.71%", "0.152", "1234.5 ms", "10 of 10", "0.012", "0.913", "0.120"]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        (HEADER, [[LABEL, *CELLS], ["supervised digits-small", *CELLS]]),
+        (["", ""], [["teacher", "run:" + "folder/" * 20 + "best.safetensors"]]),
+        (["array", "in all"], [["logits", "2 kB"]]),
+    ],
+)
+def test_tables_fit_a_terminal_of_80_columns(monkeypatch, header, rows):
+    text = on_terminal(monkeypatch, 80, lambda: print_table("Title", header, rows))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    together = "".join(character for character in text if character not in "│ \n")
+    for row in rows:
+        assert row[0].replace(" ", "") in together
+        assert all(cell in text or len(header) == 2 for cell in row[1:])
+    if len(header) == 2:
+        assert rows[0][1].replace(" ", "") in together.replace(rows[0][0], "")
+
+
+def test_no_colors_where_there_is_no_terminal(capsys):
+    print_table("Title", ["recipe", "n"], [["a", "1"]])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# Paths
+
+
+def test_relative_paths_of_a_recipe_start_from_the_current_folder(tmp_path, stores, monkeypatch):
+    folder = tmp_path / "lab"
+    folder.mkdir()
+    (folder / "mlp.zarr").symlink_to(stores[0])
+    (folder / "kd.yaml").write_text("student: digits-small\nstores: [mlp.zarr]\nepochs: 1\n")
+    monkeypatch.chdir(folder)
+    assert call(distill, "train", "kd.yaml", "--dry-run").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    result = call(distill, "train", "lab/kd.yaml", "--dry-run")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "Error: there is no store at 'mlp.zarr': relative paths start from the current folder, but this "
+        "one is beside the recipe file. Give --store lab/mlp.zarr, or run the command in 'lab'\n"
+    )
+    assert call(distill, "train", "lab/kd.yaml", "--store", "lab/mlp.zarr", "--dry-run").exit_code == 0
