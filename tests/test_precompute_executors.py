@@ -21,7 +21,7 @@ from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
 from coursepack.precompute.executors import EXECUTORS
 from coursepack.precompute.executors.actors import check_report, uses_gpus
-from coursepack.precompute.executors.worker import Report, Worker
+from coursepack.precompute.executors.worker import Report, Witness, Worker
 from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.write import write_blocks
 
@@ -136,10 +136,13 @@ def test_a_worker_writes_only_to_the_store_of_the_driver(tmp_path, spec, monkeyp
     worker = Worker()
     assert worker.start(chosen, str(tmp_path), 1).error is None
     with pytest.raises(WorkerLost, match=r"is not the store that this command writes.*all nodes share"):
-        worker.write([block], "runs/0.witness")
+        worker.write([block], Witness("runs/0of1.witness", b"12"))
     assert not list((tmp_path / "s.zarr/blocks").glob("*"))
-    writer.location.put("runs/0.witness", b"1")
-    worker.write([block], "runs/0.witness")
+    writer.location.put("runs/0of1.witness", b"21")
+    with pytest.raises(WorkerLost):
+        worker.write([block], Witness("runs/0of1.witness", b"12"))
+    writer.location.put("runs/0of1.witness", b"12")
+    worker.write([block], Witness("runs/0of1.witness", b"12"))
     assert len(list((tmp_path / "s.zarr/blocks").glob("*"))) == 1
 
 

@@ -4,8 +4,8 @@ import contextlib
 import importlib
 import re
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cluster_teacher
@@ -105,33 +105,24 @@ def expected(started, tmp_path_factory):
     return store_files(path)
 
 
-def test_two_workers_write_the_store_of_one_process(tmp_path, cluster, expected):
-    (cluster.folder / "seconds").write_text("0.05")
-    assert cluster.write(tmp_path / "s.zarr").committed_views() == (0, 1)
-    assert_same(tmp_path / "s.zarr", expected)
-    assert len(cluster.batches()) == BATCHES
-    assert len(set(cluster.batches())) == 2
-
-
 def test_the_block_of_a_killed_worker_is_computed_again_and_no_other(tmp_path, cluster, expected):
+    (cluster.folder / "seconds").write_text("0.05")
     (cluster.folder / "once").touch()
     cluster.write(tmp_path / "s.zarr")
     assert_same(tmp_path / "s.zarr", expected)
     assert BATCHES < len(cluster.batches()) <= BATCHES + BLOCK_BATCHES
+    assert len(set(cluster.batches())) > 1
 
 
 def test_a_node_dies_and_another_joins(tmp_path, cluster, expected):
     (cluster.folder / "seconds").write_text("0.7")
 
-    def change():
-        wait_until(lambda: len(cluster.batches()) > 3)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(cluster.write, tmp_path / "s.zarr")
+        wait_until(lambda: written.done() or len(set(cluster.batches())) > 1)
         cluster.remove(cluster.nodes.pop())
         cluster.nodes.append(cluster.add())
-
-    changing = threading.Thread(target=change)
-    changing.start()
-    cluster.write(tmp_path / "s.zarr")
-    changing.join()
+        assert written.result().committed_views() == (0, 1)
     assert_same(tmp_path / "s.zarr", expected)
     assert BATCHES < len(cluster.batches()) <= BATCHES + 2 * BLOCK_BATCHES
     assert len(set(cluster.batches())) == 3
@@ -194,18 +185,13 @@ def test_a_worker_with_other_numerics_is_refused_before_the_first_block(tmp_path
     assert cluster.batches() == []
 
 
-def test_a_block_that_kills_three_workers_is_named(tmp_path, cluster, expected):
+def test_a_block_that_kills_three_workers_is_named(tmp_path, cluster):
     (cluster.folder / "poison").touch()
     text = r"block 2 \(samples 1,000 to 1,441\) of view \d was lost with its worker 3 times"
     with pytest.raises(WorkerLost, match=text):
         cluster.write(tmp_path / "s.zarr")
-    (cluster.folder / "poison").unlink()
-    before = len(cluster.batches())
-    done = len(done_blocks(tmp_path / "s.zarr"))
-    assert done
-    cluster.write(tmp_path / "s.zarr")
-    assert_same(tmp_path / "s.zarr", expected)
-    assert len(cluster.batches()) - before <= BATCHES - done * BLOCK_BATCHES
+    assert len(set(cluster.batches())) >= 3
+    assert len(done_blocks(tmp_path / "s.zarr")) >= 2
 
 
 def test_an_error_of_the_teacher_is_the_runs(tmp_path, cluster):

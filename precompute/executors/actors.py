@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from coursepack.data.store import Block
-    from coursepack.precompute.executors.worker import Report
+    from coursepack.precompute.executors.worker import Report, Witness
     from coursepack.precompute.job import Job
 
 GRACE_SECONDS = 30.0
@@ -146,7 +146,7 @@ class Actors:
                 has_said = True
                 say(f"no worker has started yet: {self._needs()}")
 
-    def hand_out(self, group: list[Block], witness: str) -> None:
+    def hand_out(self, group: list[Block], witness: Witness) -> None:
         """Give a group to an idle actor; `witness` is as for `Worker.write`."""
         actor = self._idle.pop()
         self._busy[actor.write.remote(group, witness)] = actor, group

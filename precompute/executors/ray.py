@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from coursepack.data.store.owners import RUNS
 from coursepack.errors import WorkerLost
 from coursepack.precompute.executors.actors import Actors, connected, import_ray
+from coursepack.precompute.executors.worker import Witness
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -79,8 +80,10 @@ class RayExecutor:
         actors = self._actors
         assert actors is not None, "run is called within started"
         queue = _Queue(writer, groups)
-        witness = f"{RUNS}/{secrets.token_hex(8)}.witness"
-        writer.location.put(witness, b"1")
+        # One key for a part, so that the next run removes what a killed driver leaves.
+        key = f"{RUNS}/{job.part.index}of{job.part.count}.witness"
+        witness = Witness(key, secrets.token_hex(16).encode())
+        writer.location.put(key, witness.content)
         try:
             while True:
                 while actors.has_idle and (group := queue.take()) is not None:
@@ -95,7 +98,7 @@ class RayExecutor:
                     if done:
                         yield done
         finally:
-            writer.location.delete(witness)
+            writer.location.delete(key)
 
 
 class _Queue:
@@ -128,9 +131,9 @@ class _Queue:
             views = ", ".join(str(block.view) for block in left)
             raise WorkerLost(
                 f"block {left[0].index} (samples {left[0].start:,} to {left[0].stop - 1:,}) of view {views} "
-                f"was lost with its worker {MOST_LOSSES} times, the last time because: {loss}. Finished blocks "
-                "are kept. If the nodes are short of memory, give fewer --actors or --workers; then run the "
-                "same command again"
+                f"was lost with its worker {MOST_LOSSES} times, the last time because: {loss}. Finished "
+                "blocks are kept. If the nodes are short of memory, give fewer --actors or --workers; then "
+                "run the same command again"
             )
         if left:
             self._lost.append(left)

@@ -17,8 +17,24 @@ if TYPE_CHECKING:
 
     from coursepack.data.loading import Renderer
     from coursepack.data.store import Block
+    from coursepack.data.store.locations.base import Location
     from coursepack.precompute.job import Job
     from coursepack.precompute.spec import PrecomputeSpec
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Object that a driver puts into its store, to be found by workers that have the same store."""
+
+    key: str
+    content: bytes
+
+    def is_in(self, location: Location) -> bool:
+        """Return whether a location has the object."""
+        try:
+            return location.get(self.key, len(self.content)) == self.content
+        except (FileNotFoundError, ValueError):
+            return False
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,12 @@ class Worker:
         except (CoursepackError, OSError) as error:
             return Report(name, error=str(error))
 
-    def write(self, blocks: Sequence[Block], witness: str) -> None:
+    def write(self, blocks: Sequence[Block], witness: Witness) -> None:
         """Compute blocks of the same samples, and write their files and done-objects.
 
         Args:
             blocks: blocks to compute.
-            witness: key of an object that the driver has put into the store.
+            witness: object that the driver has put into the store.
 
         Raises:
             WorkerLost: the store of this process is not that of the driver.
@@ -79,10 +95,10 @@ class Worker:
         for files, sums in write_blocks(self._job, self._writer, self._renderer, blocks):
             files.finish(sums)
 
-    def _open_store(self, witness: str) -> StoreWriter:
+    def _open_store(self, witness: Witness) -> StoreWriter:
         """Return a writer that owns no part, because the driver owns it."""
         writer = StoreWriter(self._job.store, self._job.plan(), self._job.part)
-        if writer.location.tag(witness) is None:
+        if not witness.is_in(writer.location):
             raise WorkerLost(
                 f"store {str(self._job.store)!r} on {socket.gethostname()} is not the store that this "
                 "command writes: give a --store on a file system that all nodes share"
