@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from coursepack.precompute import Job
     from coursepack.precompute.executors.base import Executor
 
-WORKERS = (1, 2, 4)
 BARS = {2: ">= 1.9", 4: ">= 3.6"}
 BATCH, BLOCK_BATCHES, CLASSES = 64, 4, 100
 
@@ -49,10 +48,12 @@ class Size:
 
     blocks: int
     rounds: int
+    workers: tuple[int, ...]
+    """Numbers of workers."""
     patience: float = PATIENCE
 
 
-FULL, QUICK = Size(40, 6), Size(4, 1, patience=0)
+FULL, QUICK = Size(40, 6, (1, 2, 4)), Size(4, 1, (1, 2), patience=0)
 
 
 @dataclass
@@ -108,16 +109,16 @@ def scaling(size: Size) -> list[Row]:
     """Measure the executors."""
     local: Callable[[], Executor] = LocalExecutor
     variants: dict[str, Callable[[], Any]] = {"local": partial(seconds_of, local, size.blocks)}
-    for count in WORKERS:
+    for count in size.workers:
         make = partial(RayExecutor, actors=count)
         variants[named(count)] = partial(seconds_of, make, size.blocks)
     config = {"blocks": size.blocks, "batches a block": BLOCK_BATCHES, "ms a batch": 1000 * SLEEP}
 
     def rows_of(seconds: Seconds) -> list[Row]:
         found = [row(f"blocks: {name}", values, "s", config) for name, values in seconds.items()]
-        for count, bar in BARS.items():
+        for count in size.workers[1:]:
             values = ratios(seconds, named(1), named(count))
-            found.append(row(f"blocks: {count} workers, speed vs one", values, "x", config, bar))
+            found.append(row(f"blocks: {count} workers, speed vs one", values, "x", config, BARS[count]))
         pairs = zip(seconds[named(1)], seconds["local"], strict=True)
         overhead = [1000 * (one - alone) / size.blocks for one, alone in pairs]
         return [*found, row("blocks: overhead of a block with one worker", overhead, "ms", config)]
@@ -133,16 +134,17 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    size = QUICK if chosen.quick else FULL
     ray.init(
         "local",
-        num_cpus=max(WORKERS),
+        num_cpus=max(size.workers),
         object_store_memory=80 << 20,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
     )
     try:
-        rows = scaling(QUICK if chosen.quick else FULL)
+        rows = scaling(size)
     finally:
         ray.shutdown()
     report("Blocks over workers", rows, chosen.json)

@@ -17,7 +17,7 @@ from spawned import run, running
 
 from coursepack.data import PRESETS
 from coursepack.data.store import load_manifest, verify
-from coursepack.errors import NonFiniteOutput, WorkerLost, WorkerMismatch
+from coursepack.errors import NonFiniteOutput, RecipeError, WorkerLost, WorkerMismatch
 from coursepack.precompute import run_job
 from coursepack.precompute.executors import RayExecutor
 from coursepack.precompute.spec import PrecomputeSpec
@@ -199,6 +199,23 @@ def test_an_error_of_the_teacher_is_the_runs(tmp_path, cluster):
     with pytest.raises(NonFiniteOutput, match="gives logits that are not finite"):
         cluster.write(tmp_path / "s.zarr")
     assert len(set(cluster.batches())) <= 2
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "text"),
+    [
+        (
+            "127.0.0.1:1",
+            WorkerLost,
+            r"cannot connect to a Ray cluster at '127.0.0.1:1': .*refused",
+        ),
+        ("ray://head:10001", RecipeError, "one of Ray Client.*ray job submit"),
+    ],
+)
+def test_a_wrong_address_is_refused_at_once(tmp_path, cluster, address, error, text):
+    with pytest.raises(error, match=text):
+        run_job(make_spec(tmp_path / "s.zarr").job(), executor=RayExecutor(address), quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ GRACE_SECONDS = 30.0
 """Time that the first started worker waits for the others before the first block."""
 PATIENCE_SECONDS = 60.0
 """Time without any worker after which a message says what they are waiting for."""
+KNOCK_SECONDS = 10.0
+"""Time in which a cluster has to accept a connection."""
 POLL_SECONDS = 2.0
 """Interval in which nodes that joined are noticed."""
 MOST_FAILED_STARTS = 3
@@ -51,6 +54,7 @@ def import_ray(address: str | None) -> Any:
             f"--executor ray needs ray, which cannot be imported: {error}. "
             "Get it with `pip install 'coursepack[cluster]'`"
         ) from error
+    address = address or os.environ.get("RAY_ADDRESS")
     if address is not None and address.startswith("ray://"):
         raise RecipeError(
             f"--address {address!r} is one of Ray Client, through which a store cannot be written: submit "
@@ -75,6 +79,7 @@ def connected(address: str | None) -> Iterator[Any]:
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = address or os.environ.get("RAY_ADDRESS")
@@ -88,6 +93,17 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Open a connection to an address HOST:PORT, because Ray itself tries a wrong one for minutes.
+
+    Raises:
+        OSError: nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 class Actors:
