@@ -100,6 +100,14 @@ class RankLost(CoursepackError, ConnectionError):
     """Another rank of a distributed run has ended or does not respond."""
 
 
+class WorkerLost(CoursepackError, ConnectionError):
+    """A cluster or its workers cannot be reached, do not start, or end again and again."""
+
+
+class WorkerMismatch(CoursepackError, ValueError):
+    """A worker of a cluster would compute other rows than the rest."""
+
+
 class RunBusy(CoursepackError, RuntimeError):
     """Another process is training in the same run folder."""
 

@@ -156,18 +156,33 @@ def run_job(
     Raises:
         StoreMismatch: the store was written by another recipe, or `same_numerics` is set and it has rows with
             other numerics. The store is unchanged.
+        WorkerLost, WorkerMismatch: the executor's workers cannot be used. Finished blocks are kept.
         StoreBusy: another process is writing this part.
         NonFiniteOutput, EncodingRange: the teacher's outputs cannot be stored. Finished blocks are kept.
     """
+    executor = executor or LocalExecutor()
+    with executor.started(job) as environment:
+        guard = NumericsGuard(job.store, environment, same_numerics)
+        return _run_job(job, executor, guard, block_order, quiet=quiet, all_ranks=all_ranks)
+
+
+def _run_job(
+    job: Job,
+    executor: Executor,
+    guard: NumericsGuard,
+    block_order: Iterator[int] | None,
+    *,
+    quiet: bool,
+    all_ranks: bool,
+) -> Manifest:
     writer = StoreWriter(job.store, job.plan(), job.part)
-    guard = NumericsGuard(job.store, job.environment(), same_numerics)
     seen = guard.check(writer.planned())
     accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
         writer.commit()
         with progress_of([writer], quiet=quiet, all_ranks=all_ranks) as meter:
             groups = _groups(writer, block_order, job.views_per_load)
-            with closing((executor or LocalExecutor()).run(job, writer, groups, meter)) as finished:
+            with closing(executor.run(job, writer, groups, meter)) as finished:
                 for blocks in finished:
                     if any(writer.is_complete(block.view) for block in blocks):
                         writer.commit()

@@ -46,7 +46,7 @@ def environment_of(runner: TeacherRunner, batch_size: int) -> dict[str, Any]:
         "compile": runner.compiled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    return {**environment, NUMERICS: fingerprint(_numeric(environment))}
+    return {**environment, NUMERICS: fingerprint(numeric_entries(environment))}
 
 
 def _device_properties(device: torch.device) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def _device_properties(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _numeric(environment: dict[str, Any]) -> dict[str, Any]:
+def numeric_entries(environment: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of an environment that determine its `numerics`."""
     return {name: value for name, value in environment.items() if name not in NOT_NUMERIC}
 
 
@@ -112,7 +113,7 @@ class NumericsGuard:
         return recorded
 
     def _report(self, other: dict[str, Any]) -> None:
-        table = difference_table(_numeric(other), _numeric(self.own), "store", "here")
+        table = difference_table(numeric_entries(other), numeric_entries(self.own), "store", "here")
         found = f"store {str(self.store)!r} has rows of other numerics than this run's"
         if self.same_numerics:
             raise StoreMismatch(
@@ -148,7 +149,7 @@ def views_by_numerics(manifest: Manifest) -> list[dict[str, Any]]:
     for view, record in sorted(manifest.view_records.items(), key=lambda item: int(item[0])):
         for entry in record["environments"]:
             name = None if entry.get(NUMERICS) is None else str(entry[NUMERICS])
-            group = groups.setdefault(name, {NUMERICS: name, **_numeric(entry), "views": []})
+            group = groups.setdefault(name, {NUMERICS: name, **numeric_entries(entry), "views": []})
             if int(view) not in group["views"]:
                 group["views"].append(int(view))
     return list(groups.values())

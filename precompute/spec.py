@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from coursepack.data import ViewRecipe, open_source
 from coursepack.data.store.owners import Part
 from coursepack.device import pick_device
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
+from coursepack.models.precision import has_precision
 from coursepack.precompute.job import Job
 
 
@@ -52,8 +55,12 @@ class PrecomputeSpec:
     views_per_load: int = 1
     workers: int | None = None
 
-    def job(self) -> Job:
+    def job(self, *, elsewhere: bool = False) -> Job:
         """Open the source, load the teacher, and return the job.
+
+        Args:
+            elsewhere: whether other processes run the teacher. Then this one loads it on the CPU, if the
+                precision allows that.
 
         Raises:
             CoursepackError: the source or the teacher cannot be opened, or they do not match.
@@ -73,6 +80,8 @@ class PrecomputeSpec:
             trust_code=self.trust_code,
         )
         taps = [parse_tap(tap) for tap in self.taps]
+        on_cpu = elsewhere and has_precision(self.precision, torch.device("cpu"))
+        device = pick_device("cpu" if on_cpu else self.device)
         return Job(
             store=Path(self.store),
             source=source,
@@ -80,7 +89,7 @@ class PrecomputeSpec:
             runner=TeacherRunner(
                 network,
                 taps,
-                pick_device(self.device),
+                device,
                 columns,
                 precision=self.precision,
                 channels_last=self.channels_last,

@@ -22,7 +22,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 OTHERS = ("render", "method_bits", "structure")
 """Commands that measure nothing against a bar."""
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in OTHERS)
+CLUSTER = ("scaling",)
+"""Those that `test_precompute_ray.py` runs, because they start a cluster."""
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in OTHERS + CLUSTER)
 
 
 @pytest.fixture

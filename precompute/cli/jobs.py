@@ -19,6 +19,7 @@ from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
+from coursepack.precompute.cli.executing import LOCAL, executor_options, make_executor
 from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import print_status
 from coursepack.precompute.job import Job, run_job
@@ -118,6 +119,7 @@ GROUPS = {
     "Execution": (
         *("device", "precision", "batch_size", "workers", "views_per_load"),
         *("channels_last", "compile", "trust_code"),
+        *("executor", "address", "actors", "workers_per_gpu"),
     ),
 }
 """Parameters of the options of a job by the title of their group in the help."""
@@ -153,7 +155,17 @@ Examples:
     is_flag=True,
     help="Fail instead of warning if rows come from another kind of machine or batch size.",
 )
-def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any) -> None:
+@executor_options
+def run(
+    file: Path | None,
+    ignore_space: bool,
+    same_numerics: bool,
+    executor: str,
+    address: str | None,
+    actors: int | None,
+    workers_per_gpu: int | None,
+    **flags: Any,
+) -> None:
     """Run one teacher over all views and write its store, or all teachers of a file.
 
     run:FOLDER@EPOCH is a teacher's checkpoint that `distill train --keep-checkpoints` kept, and
@@ -161,16 +173,25 @@ def run(file: Path | None, ignore_space: bool, same_numerics: bool, **flags: Any
 
     An interrupted run continues when the same command is run again. More --views, or another --tap, for a
     finished store adds only the missing views and arrays. Under torchrun, every rank writes a part of the
-    stores, with --device cuda on a GPU of its own.
+    stores, with --device cuda on a GPU of its own. With --executor ray, the workers of a Ray cluster do, and
+    several teachers run one after another.
     """
-    jobs = _jobs_of_teacher(**flags) if file is None else _jobs_of_file(file, flags)
+    chosen = make_executor(executor, address=address, actors=actors, workers_per_gpu=workers_per_gpu)
+    elsewhere = executor != LOCAL
+    if elsewhere and _ranks() > 1:
+        raise RecipeError(f"--executor {executor} has workers of its own: run the command without torchrun")
+    specs = of_checkpoints(_spec(**flags)) if file is None else _specs_of_file(file, flags)
+    jobs = _jobs_of_specs(specs, elsewhere=elsewhere)
     if not ignore_space:
         for job in jobs:
             check_space(job)
     quiet, ranks = _rank() > 0, _ranks() > 1
     with stoppable([job.store for job in jobs], quiet=quiet):
-        if file is None and len(jobs) == 1:
-            manifests = [run_job(jobs[0], same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)]
+        if elsewhere or (file is None and len(jobs) == 1):
+            manifests = [
+                run_job(job, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks, executor=chosen)
+                for job in jobs
+            ]
         else:
             manifests = run_jobs(jobs, same_numerics=same_numerics, quiet=quiet, all_ranks=ranks)
     for job, manifest in zip(jobs, manifests, strict=True):
@@ -200,14 +221,9 @@ def plan(**flags: Any) -> None:
     check_space(job)
 
 
-def _jobs_of_teacher(**flags: Any) -> list[Job]:
-    """Return the job of one teacher, or of each of its checkpoints."""
-    return _jobs_of_specs(of_checkpoints(_spec(**flags)))
-
-
-def _jobs_of_specs(specs: Sequence[PrecomputeSpec]) -> list[Job]:
+def _jobs_of_specs(specs: Sequence[PrecomputeSpec], *, elsewhere: bool = False) -> list[Job]:
     """Return the jobs of some specifications, and print where another encoding is used."""
-    jobs = [spec.job() for spec in specs]
+    jobs = [spec.job(elsewhere=elsewhere) for spec in specs]
     for job in jobs:
         _say_other_encoding(job)
     return jobs
@@ -256,8 +272,8 @@ def _spec(
     )
 
 
-def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
-    """Return the jobs of a file of teachers, with the options that may be given beside it."""
+def _specs_of_file(file: Path, flags: dict[str, Any]) -> list[PrecomputeSpec]:
+    """Return the specifications of a file of teachers, with the options that may be given beside it."""
     ctx = click.get_current_context()
     given = [
         param.opts[0]
@@ -270,7 +286,7 @@ def _jobs_of_file(file: Path, flags: dict[str, Any]) -> list[Job]:
         raise click.UsageError(f"{given[0]} belongs in {str(file)!r}: leave it out here.", ctx)
     part, device = _own_share(flags["part"], flags["device"])
     common = {name: flags[name] for name in ("workers", "trust_code")}
-    return _jobs_of_specs(teacher_specs(file, part=(part.index, part.count), device=device, **common))
+    return teacher_specs(file, part=(part.index, part.count), device=device, **common)
 
 
 def _own_share(part: Part | None, device: str) -> tuple[Part, str]:

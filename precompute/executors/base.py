@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+    from contextlib import AbstractContextManager
 
     from coursepack.console import Meter
     from coursepack.data.store import Block, StoreWriter
@@ -20,6 +21,12 @@ class Executor(Protocol):
     recreate the job from `job.spec`. Computing a block twice produces the same bytes, so a block whose worker
     is lost can be queued again.
     """
+
+    def started(self, job: Job) -> AbstractContextManager[dict[str, Any]]:
+        """Start what computes the blocks; the value is its environment, as in `Job.environment`.
+
+        `run` is called within this context. Nothing has been written to the store yet.
+        """
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None

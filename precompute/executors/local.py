@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coursepack.precompute.pipeline import Task
 from coursepack.precompute.write import write_groups
@@ -21,6 +21,11 @@ T = TypeVar("T")
 
 class LocalExecutor:
     """Executor that renders views, runs the teacher and writes blocks in this process, at the same time."""
+
+    @contextmanager
+    def started(self, job: Job) -> Iterator[dict[str, Any]]:
+        """Yield the environment of this process."""
+        yield job.environment()
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
