@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coursepack.data import ViewRecipe, open_source
+from coursepack.data.store.locations import path_or_address
 from coursepack.data.store.owners import Part
 from coursepack.device import pick_device
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
@@ -51,6 +52,7 @@ class PrecomputeSpec:
     """Index and count of the part."""
     views_per_load: int = 1
     workers: int | None = None
+    single_writer: bool = False
 
     def job(self) -> Job:
         """Open the source, load the teacher, and return the job.
@@ -74,7 +76,7 @@ class PrecomputeSpec:
         )
         taps = [parse_tap(tap) for tap in self.taps]
         return Job(
-            store=Path(self.store),
+            store=path_or_address(self.store),
             source=source,
             recipe=ViewRecipe.model_validate(self.view),
             runner=TeacherRunner(
@@ -95,5 +97,6 @@ class PrecomputeSpec:
             views_per_load=self.views_per_load,
             workers=self.workers,
             root=root,
+            single_writer=self.single_writer,
             spec=self,
         )

@@ -12,6 +12,7 @@ from coursepack.console import TRUST_CODE, print_table, progress
 from coursepack.data import open_source
 from coursepack.data.loading import Renderer
 from coursepack.device import pick_device
+from coursepack.distill.cli.options import CACHE_BYTES
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Skip finished runs, and continue unfinished ones.")
 @click.option("--together", type=click.IntRange(1), default=1, show_default=True,
               help="Students to train at the same time, if they use the same batches.")  # fmt: skip
+@CACHE_BYTES
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),

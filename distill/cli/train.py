@@ -11,7 +11,7 @@ import click
 
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
-from coursepack.distill.cli.options import given_options, recipe_options
+from coursepack.distill.cli.options import CACHE_BYTES, given_options, recipe_options
 from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.folder import load_runs
@@ -54,6 +54,7 @@ def _parse_replica(_context: Any, _parameter: Any, text: str | None) -> tuple[in
               help="Train N students of one network that learn from each other.")  # fmt: skip
 @click.option("--replica", metavar="I/N", callback=_parse_replica,
               help="Train replica I of N, each a process of its own; needs --group.")  # fmt: skip
+@CACHE_BYTES
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option(

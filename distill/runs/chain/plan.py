@@ -62,6 +62,11 @@ class PlannedStore:
     class_ids: NDArray[np.int64]
 
     @property
+    def address(self) -> str:
+        """Reference to the stage, in the place of the address of a store."""
+        return str(self.path)
+
+    @property
     def name(self) -> str:
         """Name of the stage."""
         return str(self.path).removeprefix(STAGE)
@@ -226,7 +231,7 @@ def _store_path(planner: _Planner, text: str) -> str:
 
 def _fill_in(values: dict[str, Any], first: StoreReader, *, trust_code: bool) -> None:
     """Fill in the fields that `distill train` takes from the first store."""
-    identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
+    identity, holder = first.manifest.identity, f"store {first.address!r}"
     stored = str(identity["source"]["name"])
     values.setdefault("method", "kd")
     if "source" not in values:
