@@ -139,7 +139,8 @@ def test_the_least_recently_used_is_removed_and_nothing_else(address, folder, mo
 
 @pytest.mark.integration
 def test_a_store_that_was_written_again_is_not_mixed_with_the_old(address, folder):
-    check(reader_of(address), write_rows(address, RowStore(views=1)), (0,))
+    rows = write_rows(address, RowStore(views=1))
+    check(reader_of(address), rows, (0,))
     client = open_location(address)._client()
     client.delete([str(entry["path"]) for entry in client.list().collect()])
     rows = write_rows(address, RowStore(views=1, seed=5))
