@@ -9,7 +9,7 @@ WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 # Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
-TEST_EXTRAS := browser,cluster
+TEST_EXTRAS := browser,cluster,s3,s3-server
 
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store views precompute loss train methods sequences peers memory

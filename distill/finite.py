@@ -56,7 +56,7 @@ def check_rows_finite(reader: StoreReader, array: str, view: int) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise NonFiniteOutput(
-            f"store {str(reader.path)!r} holds {array} that are not finite for {len(bad)} samples of view "
+            f"store {reader.address!r} holds {array} that are not finite for {len(bad)} samples of view "
             f"{view} ({shown}): no student can learn from them. Write the store again with `precompute run`, "
             "which refuses such outputs, or train without it"
         )

@@ -33,7 +33,7 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
     views = {}
     for view in reader.views:
         record = manifest.view_records[str(view)]
-        where = f"view {view} of store {str(reader.path)!r}"
+        where = f"view {view} of store {reader.address!r}"
         views[str(view)] = {
             "accuracy": view_mean(record, "correct", where),
             "cross_entropy": view_mean(record, "cross_entropy", where),
@@ -42,7 +42,7 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
             "fidelity": fidelity_summary(record["fidelity"]),
         }
     return {
-        "store": str(reader.path),
+        "store": reader.address,
         "fingerprint": manifest.fingerprint,
         "identity": manifest.identity,
         "arrays": {

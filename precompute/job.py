@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class Job:
     """Description of one run of a teacher over a source, and of the store to write."""
 
-    store: Path
+    store: str | Path
+    """Folder or address of the store."""
     source: Source
     recipe: ViewRecipe
     runner: TeacherRunner
@@ -61,6 +62,8 @@ class Job:
     images in memory."""
     root: Path | None = None
     """Folder of the source's files, if it has any. Recorded in the store."""
+    single_writer: bool = False
+    """True if no other process writes to the store; required where a bucket ignores conditions."""
     spec: PrecomputeSpec | None = None
     """Values that the job was created from, for executors that recreate it in other processes."""
 
@@ -175,7 +178,7 @@ def _run_job(
     quiet: bool,
     all_ranks: bool,
 ) -> Manifest:
-    writer = StoreWriter(job.store, job.plan(), job.part)
+    writer = StoreWriter(job.store, job.plan(), job.part, single_writer=job.single_writer)
     seen = guard.check(writer.planned())
     accuracy = AccuracyGuard(job, quiet=quiet)
     with writer:
@@ -210,7 +213,7 @@ def _block_order(writer: StoreWriter, together: int) -> Iterator[int]:
             yield from (view * writer.blocks + index for view in views[first : first + together])
 
 
-def with_limit(job: Job, store: Path, limit: int) -> Job:
+def with_limit(job: Job, store: str | Path, limit: int) -> Job:
     """Return a copy of a job for one view of the first `limit` samples and another store, for trials."""
     return replace(
         job, store=store, source=FirstSamples(job.source, limit), views=1, part=Part(), block_rows=None

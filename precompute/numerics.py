@@ -80,8 +80,8 @@ def numeric_entries(environment: dict[str, Any]) -> dict[str, Any]:
 class NumericsGuard:
     """Compares the environments recorded in a store with the environment of the current run."""
 
-    store: Path
-    """Folder of the store."""
+    store: str | Path
+    """Folder or address of the store."""
     own: dict[str, Any]
     """Environment of the current run, from `environment_of`."""
     same_numerics: bool = False
@@ -126,7 +126,7 @@ class NumericsGuard:
         )
 
 
-def recorded_environments(store: Path, manifest: Manifest) -> list[dict[str, Any]]:
+def recorded_environments(store: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the distinct environments of committed views and of finished blocks of uncommitted ones."""
     found: list[dict[str, Any]] = []
     _add(found, manifest.environments)

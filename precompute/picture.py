@@ -38,7 +38,12 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def draw_grid(
-    stores: Sequence[Path], root: Path | None, views: int, path: Path, *, trust_code: bool = False
+    stores: Sequence[str | Path],
+    root: Path | None,
+    views: int,
+    path: Path,
+    *,
+    trust_code: bool = False,
 ) -> None:
     """Write a picture with one row per sample: the original image, then the first views common to all stores.
 
@@ -46,7 +51,7 @@ def draw_grid(
     mixed view, the label with the larger share).
 
     Args:
-        stores: folders of stores of one source and one view recipe.
+        stores: folders or addresses of stores of one source and one view recipe.
         root: folder of the source's files. Defaults to the recorded one.
         views: maximum number of views.
         path: file to write. Its suffix selects the format: `.png`, `.svg` or `.pdf`.
@@ -64,7 +69,7 @@ def draw_grid(
         raise RecipeError(f"picture {str(path)!r} ends in {path.suffix!r}, expected one of {FORMATS}")
     readers = [StoreReader(store) for store in stores]
     for reader in readers:
-        check_complete(reader.manifest, str(reader.path))
+        check_complete(reader.manifest, reader.address)
     holder, manifests = f"store {str(stores[0])!r}", [reader.manifest for reader in readers]
     recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
     source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from coursepack.console import say
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter
+from coursepack.data.store.locations import absolute_address
 from coursepack.errors import RecipeError
 from coursepack.precompute.accuracy import AccuracyGuard
 from coursepack.precompute.executors.local import in_turn
@@ -47,7 +48,7 @@ def run_jobs(
         CoursepackError: as `run_job`. Finished blocks of all stores are kept.
     """
     _check_together(jobs)
-    writers = [StoreWriter(job.store, job.plan(), job.part) for job in jobs]
+    writers = [StoreWriter(job.store, job.plan(), job.part, single_writer=job.single_writer) for job in jobs]
     passes: dict[tuple[int, ...], list[int]] = {}
     for index, (job, writer) in enumerate(zip(jobs, writers, strict=True)):
         key = (job.batch_size, job.views_per_load, writer.planned().block_rows)
@@ -71,10 +72,10 @@ def run_jobs(
 
 
 def _check_together(jobs: Sequence[Job]) -> None:
-    stores = [job.store.absolute() for job in jobs]
+    stores = [absolute_address(job.store) for job in jobs]
     for store in stores:
         if stores.count(store) > 1:
-            raise RecipeError(f"store {str(store)!r} is named by two teachers: give each its own")
+            raise RecipeError(f"store {store!r} is named by two teachers: give each its own")
     first = jobs[0]
     for job in jobs[1:]:
         if (job.source.fingerprint, job.recipe) != (first.source.fingerprint, first.recipe):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from coursepack.data import ViewRecipe, open_source
+from coursepack.data.store.locations import path_or_address
 from coursepack.data.store.owners import Part
 from coursepack.device import pick_device
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
@@ -54,6 +55,7 @@ class PrecomputeSpec:
     """Index and count of the part."""
     views_per_load: int = 1
     workers: int | None = None
+    single_writer: bool = False
 
     def job(self, *, elsewhere: bool = False) -> Job:
         """Open the source, load the teacher, and return the job.
@@ -83,7 +85,7 @@ class PrecomputeSpec:
         on_cpu = elsewhere and has_precision(self.precision, torch.device("cpu"))
         device = pick_device("cpu" if on_cpu else self.device)
         return Job(
-            store=Path(self.store),
+            store=path_or_address(self.store),
             source=source,
             recipe=ViewRecipe.model_validate(self.view),
             runner=TeacherRunner(
@@ -104,5 +106,6 @@ class PrecomputeSpec:
             views_per_load=self.views_per_load,
             workers=self.workers,
             root=root,
+            single_writer=self.single_writer,
             spec=self,
         )

@@ -123,6 +123,6 @@ def of_checkpoints(spec: PrecomputeSpec) -> list[PrecomputeSpec]:
     if run is None or not run.every:
         return [spec]
     return [
-        replace(spec, teacher=teacher, store=str(Path(spec.store) / f"epoch-{epoch:04d}.zarr"))
+        replace(spec, teacher=teacher, store=f"{spec.store.rstrip('/')}/epoch-{epoch:04d}.zarr")
         for epoch, teacher in specs_of_checkpoints(run).items()
     ]

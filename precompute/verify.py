@@ -14,6 +14,7 @@ from coursepack.data.randomness import below, random_words
 from coursepack.data.sources import open_stored
 from coursepack.data.store import StoreReader, StoreWriter
 from coursepack.data.store.layout import table_key
+from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import draw, render, stored_view
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
@@ -52,7 +53,7 @@ class DeepReport:
 
 
 def job_of_store(
-    path: Path,
+    path: str | Path,
     manifest: Manifest,
     *,
     weights: str | None,
@@ -60,16 +61,18 @@ def job_of_store(
     device: torch.device,
     trust_code: bool = False,
     float32_instead: bool = False,
+    single_writer: bool = False,
 ) -> Job:
     """Recreate the job that wrote a store from the store's manifest.
 
     Args:
-        path: folder of the store.
+        path: folder or address of the store.
         manifest: manifest of the store.
         weights: file or name of the teacher's weights. Defaults to the recorded one.
         root: folder of the source's files. Defaults to the recorded one.
         device: device that the teacher runs on.
         trust_code: import and run Python code that the manifest names.
+        single_writer: no other process writes to the store.
         float32_instead: run the teacher in float32 if the device does not have the store's precision.
 
     Raises:
@@ -106,6 +109,7 @@ def job_of_store(
         runner=runner,
         views=manifest.views,
         batch_size=settings.get("batch_size", BATCH_SIZE),
+        single_writer=single_writer,
     )
 
 
@@ -145,7 +149,7 @@ def source_of_stores(
 
 
 def check_views(
-    path: Path,
+    path: str | Path,
     manifest: Manifest,
     root: Path | None,
     *,
@@ -158,7 +162,7 @@ def check_views(
     `content` is true.
 
     Args:
-        path: folder of the store.
+        path: folder or address of the store.
         manifest: manifest of the store.
         root: folder of the source's files. Defaults to the recorded one.
         content: also read every file of the source and compare it with the recorded checksums.
@@ -195,9 +199,9 @@ def check_views(
     return found + (changed_content(manifest, source, _begun(path, manifest)) if content else ())
 
 
-def _begun(path: Path, manifest: Manifest) -> float:
+def _begun(path: str | Path, manifest: Manifest) -> float:
     """Return the time when a store was begun: that of its labels, which are written once."""
-    return (path / table_key(LABELS, manifest.tables[LABELS].layout)).stat().st_mtime
+    return open_location(path).modified(table_key(LABELS, manifest.tables[LABELS].layout))
 
 
 def verify_deep(job: Job, rows: int, *, on_rows: Callable[[int], None] | None = None) -> DeepReport:
@@ -257,7 +261,8 @@ def repair(job: Job, problems: Iterable[Problem]) -> tuple[str, ...]:
     keys = {problem.key for problem in problems}
     # Views whose lists are damaged are written from the start, because their files are not known.
     lost = sorted(problem.view for problem in problems if problem.view is not None)
-    with StoreWriter(job.store, _same_arrays(job)) as writer, job.renderer() as renderer:
+    writing = StoreWriter(job.store, _same_arrays(job), single_writer=job.single_writer)
+    with writing as writer, job.renderer() as renderer:
         writer.location.make_way(keys)
         NumericsGuard(job.store, job.environment()).check(writer.manifest)
         if lost:

@@ -185,3 +185,21 @@ def store(written, tmp_path):
     """A copy, which a test may damage, of the store that its module wrote once as `written`."""
     shutil.copytree(written, tmp_path / "s.zarr")
     return tmp_path / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server on this machine, and the environment variables by which clients find it."""
+    from buckets import S3Server
+
+    with S3Server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server):
+    """The name of an empty bucket. Afterwards the server fails no longer."""
+    yield s3_server.new_bucket()
+    s3_server.recover()

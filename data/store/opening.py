@@ -12,7 +12,7 @@ from coursepack.data.store.manifest import CHECKSUM, FORMAT, MANIFEST, Manifest,
 from coursepack.data.store.validation import check_structure, listed, mapping
 from coursepack.data.store.versions import VERSIONS
 from coursepack.data.store.zarr_metadata import METADATA, group_attributes, group_metadata
-from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
+from coursepack.errors import RecipeError, StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound
 from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def load_tagged(location: Location) -> tuple[Manifest, str]:
     """
     try:
         text, tag = location.get_tagged(MANIFEST, MOST_BYTES)
+    except RecipeError:  # the location cannot be used at all
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         if has_object(location, METADATA):
             raise StoreIncomplete(

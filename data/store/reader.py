@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
+    from coursepack.data.store.cache import ShardCache
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location
     from coursepack.kernels import Rows
@@ -47,19 +48,23 @@ Reading = Literal["resident", "mapped", "windowed"]
 class StoreReader:
     """Reader of the committed views of a store. Safe to pickle and to use after a fork."""
 
-    def __init__(self, where: str | Path | Location, reading: Reading = "mapped") -> None:
+    def __init__(
+        self, where: str | Path | Location, reading: Reading = "mapped", cache: ShardCache | None = None
+    ) -> None:
         """Open a store and read its manifest.
 
         Args:
             where: path or address of the store.
-            reading: access mode; see `Reading`.
+            reading: access mode; see `Reading`. Views in a bucket are always resident without a cache.
+            cache: cache of the shards of a store in a bucket.
 
         Raises:
             StoreNotFound, StoreMismatch, StoreDamaged: as `load_manifest`.
             StoreIncomplete: no view is committed.
         """
         self.location = open_location(where)
-        self.reading = reading
+        self.cache = cache
+        self.reading: Reading = "resident" if self.location.is_remote and cache is None else reading
         self.manifest = load_manifest(self.location)
         self.views = self.manifest.committed_views(["logits"])
         if not self.views:
@@ -72,8 +77,8 @@ class StoreReader:
         self._verified: set[str] = set()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
-    def __reduce__(self) -> tuple[type[StoreReader], tuple[Location, Reading]]:
-        return StoreReader, (self.location, self.reading)
+    def __reduce__(self) -> tuple[type[StoreReader], tuple[Location, Reading, ShardCache | None]]:
+        return StoreReader, (self.location, self.reading, self.cache)
 
     @property
     def address(self) -> str:
@@ -142,6 +147,11 @@ class StoreReader:
                 f"view {view} of {array!r} is not committed in store {self.address!r} "
                 f"(committed: {list(self.manifest.committed.get(array, ()))})"
             )
+        try:
+            return self._opened(array, view).gather(samples)
+        except StoreDamaged:
+            if not self._discard_damaged(array, view):
+                raise
         return self._opened(array, view).gather(samples)
 
     def open(self, array: str, view: int) -> None:
@@ -246,12 +256,27 @@ class StoreReader:
 
     def _kept_views(self, array: str) -> int:
         if self.reading != "resident":
-            return OPEN_VIEWS
+            return OPEN_VIEWS if self.cache is None else min(OPEN_VIEWS, self.cache.views)
         return min(OPEN_VIEWS, max(2, RESIDENT_BYTES // max(1, self.view_bytes([array]))))
 
     def _shards(self, path: str, view: int, layout: ArrayLayout) -> list[ShardFile]:
         count = layout.shard_count(self.manifest.samples)
-        return [self._vouched(shard_key(path, view, shard, layout)) for shard in range(count)]
+        shards = [self._vouched(shard_key(path, view, shard, layout)) for shard in range(count)]
+        return shards if self.cache is None else self.cache.fetch(shards, layout)
+
+    def _discard_damaged(self, array: str, view: int) -> bool:
+        """Remove damaged files of a view from the cache; returns True if there were any."""
+        if self.cache is None:
+            return False
+        with self._lock:
+            self._open.pop((array, view), None)
+            self._verified.clear()
+            damaged = False
+            for name, layout in self.manifest.arrays[array].components.items():
+                count = layout.shard_count(self.manifest.samples)
+                keys = [shard_key(f"{array}/{name}", view, shard, layout) for shard in range(count)]
+                damaged |= self.cache.discard_damaged([self._vouched(key) for key in keys], layout)
+        return damaged
 
     def _check(self, keys: set[str]) -> Check:
         if self.reading == "windowed":

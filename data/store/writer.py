@@ -28,6 +28,7 @@ from coursepack.data.store.planning import StorePlan, extended_manifest, fresh_m
 from coursepack.data.store.records import reduce_records
 from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.data.store.zarr_metadata import METADATA, zarr_keys, zarr_metadata
+from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,8 +44,24 @@ if TYPE_CHECKING:
 class StoreWriter:
     """Writer of one part of a store, owned by one process. Use as a context manager."""
 
-    def __init__(self, where: str | Path | Location, plan: StorePlan, part: Part | None = None) -> None:
-        self.location = open_location(where)
+    def __init__(
+        self,
+        where: str | Path | Location,
+        plan: StorePlan,
+        part: Part | None = None,
+        *,
+        single_writer: bool = False,
+    ) -> None:
+        """Prepare to write a store; nothing is written before `__enter__`.
+
+        Args:
+            where: path or address of the store.
+            plan: planned contents of the store.
+            part: share of the blocks to write. Defaults to all.
+            single_writer: no other process writes to the store; required where the location cannot detect
+                that.
+        """
+        self.location, self._single_writer = open_location(where), single_writer
         self.part = part or Part()
         self._plan = plan
         self._stack = ExitStack()
@@ -72,9 +89,15 @@ class StoreWriter:
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
             StoreBusy: a live process owns blocks of this part.
+            RecipeError: the location cannot detect other writers, and `single_writer` is false.
         """
         # Fail before anything is modified; the check is repeated under the lock.
         self.planned()
+        if self._single_writer and self.part.count > 1:
+            raise RecipeError(
+                f"part {self.part} is not the only one to be written: leave --single-writer out"
+            )
+        self.location.begin_writing(single_writer=self._single_writer)
         with ExitStack() as opening:
             opening.enter_context(owning(self.location, self.part))
             with self.location.lock():

@@ -10,6 +10,7 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
+from coursepack.distill.cli.options import CACHE_BYTES
 from coursepack.distill.runs.chain.plan import plan_chain
 from coursepack.distill.runs.chain.run import run_chain, table_of
 from coursepack.distill.runs.chain.stages import How
@@ -28,6 +29,7 @@ Examples:
               help="Folder of the chain.  [default: runs/ and the file's name]")  # fmt: skip
 @click.option("--redo", multiple=True, metavar="STAGE",
               help="Stage to run again, with stages that read it if it changes. Repeatable.")  # fmt: skip
+@CACHE_BYTES
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),

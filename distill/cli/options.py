@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -9,6 +10,7 @@ import click
 
 from coursepack.config import field_at
 from coursepack.console import parse_numbers
+from coursepack.data.store.cache import LIMIT_VARIABLE, parse_bytes
 from coursepack.distill.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -85,6 +87,33 @@ DEFAULTS = {
     "root": "the stores'",
 }
 """Help text for defaults that are not constants."""
+
+
+def _limit_cache(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Set the environment variable of the limit until the command ends, for its child processes too."""
+    if value is None:
+        return
+    parse_bytes(value, "--cache-bytes")
+    before = os.environ.get(LIMIT_VARIABLE)
+    os.environ[LIMIT_VARIABLE] = value
+
+    def restore() -> None:
+        if before is None:
+            del os.environ[LIMIT_VARIABLE]
+        else:
+            os.environ[LIMIT_VARIABLE] = before
+
+    ctx.call_on_close(restore)
+
+
+CACHE_BYTES = click.option(
+    "--cache-bytes",
+    metavar="SIZE",
+    callback=_limit_cache,
+    expose_value=False,
+    help="Maximum size of the cache of stores in buckets, such as 200G.  [default: half of the free disk]",
+)
+"""Option of the commands that train from stores."""
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

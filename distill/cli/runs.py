@@ -11,6 +11,7 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
+from coursepack.distill.cli.options import CACHE_BYTES
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.evaluation import evaluate_run
 from coursepack.distill.runs.folder import load_runs
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Skip finished runs, and continue unfinished ones.")
 @click.option("--together", type=click.IntRange(1), default=1, show_default=True,
               help="Students to train at the same time, if they use the same batches.")  # fmt: skip
+@CACHE_BYTES
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),

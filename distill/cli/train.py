@@ -13,7 +13,7 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
-from coursepack.distill.cli.options import OPTIONS, given_options, recipe_options
+from coursepack.distill.cli.options import CACHE_BYTES, OPTIONS, given_options, recipe_options
 from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.dry_run import dry_run
@@ -75,6 +75,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
               help="Train N students of one network that learn from each other.")  # fmt: skip
 @click.option("--replica", metavar="I/N", callback=_parse_replica,
               help="Train replica I of N, each a process of its own; needs --group.")  # fmt: skip
+@CACHE_BYTES
 @click.option("--workers", type=click.IntRange(0),
               help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
 @click.option(

@@ -16,6 +16,7 @@ from coursepack.data.batches import join
 from coursepack.data.loading import device_images
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
+from coursepack.data.store.locations import absolute_address
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.setup.build import build_objective, build_student, read_arrays
 from coursepack.distill.setup.checks import (
@@ -310,7 +311,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
     """Return a run's provenance: fingerprints of its data, library versions and device."""
     stores = [
         {
-            "path": str(reader.path.resolve()),
+            "path": absolute_address(reader.address),
             "fingerprint": reader.manifest.fingerprint,
             "views": list(reader.views),
             "reading": reader.reading,

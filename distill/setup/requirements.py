@@ -25,7 +25,6 @@ from coursepack.models.taps import Tap, tap_from_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from coursepack.data.store import Manifest, StoreReader
     from coursepack.distill.losses.base import PairNeeds
@@ -248,7 +247,7 @@ def needed_arrays(
         if absent:
             taps = [tap_from_name(name.removeprefix(FEATURES)).text for name in absent]
             missing.append(
-                f"store {str(reader.path)!r} has no {', '.join(map(repr, absent))}\n"
+                f"store {reader.address!r} has no {', '.join(map(repr, absent))}\n"
                 f"  {precompute_command(reader, root, taps=taps)}"
             )
     if missing:
@@ -301,7 +300,7 @@ def _with_shapes(
     if parsed.sketch is not None:
         teacher_shape = tuple(int(value) for value in reader.static(tap))
     reduction = parsed.reduction
-    stored = f"{tap!r} of store {str(reader.path)!r}"
+    stored = f"{tap!r} of store {reader.address!r}"
     sides = [(f"layer {name!r} of the student", shapes[name]) for name in layer.split("+")]
     # Other reductions have shapes of their own, which their terms know.
     sides += [(stored, teacher_shape)] if reduction in {"map", "pooled"} else []
@@ -367,11 +366,11 @@ def check_needs(
         other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
         for reader in readers:
             if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
-                dense = reader.path.with_name(f"{reader.name}-dense.zarr")
+                dense = f"{reader.address.removesuffix('.zarr')}-dense.zarr"
                 line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
                     f"method {method!r} ({needs.dense_logits}) needs all logits, but store "
-                    f"{str(reader.path)!r} holds only the largest (topk). Write a dense store with\n"
+                    f"{reader.address!r} holds only the largest (topk). Write a dense store with\n"
                     f"  {line}{other}"
                 )
 
@@ -381,7 +380,7 @@ def _check_heads(method: str, need: str, readers: Sequence[StoreReader], root: s
     for reader in readers:
         if f"{STATIC}/head_weight" not in reader.manifest.tables:
             raise RecipeError(
-                f"method {method!r} needs {need}, but store {str(reader.path)!r} has no "
+                f"method {method!r} needs {need}, but store {reader.address!r} has no "
                 f"'{STATIC}/head_weight'. Add it with\n  {precompute_command(reader, root)}\n"
                 "or use a teacher that ends in a linear layer of its classes: others have no such head"
             )
@@ -392,7 +391,7 @@ def precompute_command(
     root: str | None,
     *,
     taps: Sequence[str] = (),
-    store: Path | None = None,
+    store: str | None = None,
     encoding: str | None = None,
 ) -> str:
     """Return the `precompute run` command that writes a store again, or adds taps to it."""
@@ -416,7 +415,7 @@ def precompute_command(
     words += [] if teacher.get("columns") is None else ["--classes", "FILE"]
     logits = encoding or manifest.arrays[LOGITS].encoding.name
     words += [] if logits == "float16" else ["--encoding", logits]
-    words += ["--store", str(store or reader.path)]
+    words += ["--store", store or reader.address]
     for tap in taps:
         words += ["--tap", tap]
     return shlex.join(words)

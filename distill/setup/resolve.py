@@ -45,7 +45,7 @@ def resolve_recipe(
     stored_root = None
     if stores and not smoke:
         first = open_stores(stores)[0]
-        identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
+        identity, holder = first.manifest.identity, f"store {first.address!r}"
         stored = str(identity["source"]["name"])
         if "source" not in values:
             values["source"] = check_trusted(stored, holder, trust_code=trust_code)

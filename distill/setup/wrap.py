@@ -140,7 +140,7 @@ def teacher_head(reader: StoreReader) -> tuple[Tensor, Tensor]:
         bias = torch.from_numpy(reader.static("head_bias"))
     if weight.ndim != 2 or len(weight) != classes or bias.shape != (classes,):
         raise RecipeError(
-            f"the head in store {str(reader.path)!r} has weight {tuple(weight.shape)} and bias "
+            f"the head in store {reader.address!r} has weight {tuple(weight.shape)} and bias "
             f"{tuple(bias.shape)}, expected ({classes}, D) and ({classes},): write the store again"
         )
     return weight, bias
@@ -159,7 +159,7 @@ def _check_head(reader: StoreReader, tap: str, weight: Tensor, bias: Tensor) -> 
     share = float(error.square().mean().sqrt() / (logits - logits.mean()).square().mean().sqrt())
     if not share <= LARGEST_ERROR:
         raise RecipeError(
-            f"the head of the teacher in store {str(reader.path)!r} does not read the mean of tap {tap!r}: "
+            f"the head of the teacher in store {reader.address!r} does not read the mean of tap {tap!r}: "
             f"the logits that it gives for it differ from the stored ones by {share:.0%} of their deviation, "
             f"expected at most {LARGEST_ERROR:.0%}. Name the map that the teacher averages, after its last "
             "activation, or use a teacher that averages its last map"

@@ -96,7 +96,7 @@ def live_teachers(
             teacher,
             manifest.class_names,
             manifest.origin.get("weights_file"),
-            holder=f"store {str(reader.path)!r}",
+            holder=f"store {reader.address!r}",
             trust_code=trust_code,
         )
         features = [name.removeprefix(FEATURES) for name in names if name.startswith(FEATURES)]
@@ -121,7 +121,7 @@ def _precision(reader: StoreReader, device: torch.device) -> str:
     precision: str = reader.manifest.identity.get("precision", "float32")
     if not has_precision(precision, device):
         raise RecipeError(
-            f"store {str(reader.path)!r} was written in {precision}, which device {str(device)!r} does not "
+            f"store {reader.address!r} was written in {precision}, which device {str(device)!r} does not "
             "have, so its teacher cannot run live there: leave --online out, or use another --device"
         )
     return precision

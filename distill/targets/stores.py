@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coursepack.canonical import difference_table
@@ -17,6 +16,7 @@ from coursepack.errors import RecipeError, StoreMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
     from torch import Tensor
@@ -129,9 +129,9 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
         StoreNotFound, StoreIncomplete, StoreDamaged: a store cannot be read.
         StoreMismatch: sources or view recipes differ; the message shows the differences.
     """
-    readers = [StoreReader(Path(path)) for path in paths]
+    readers = [StoreReader(path) for path in paths]
     for reader in readers:
-        check_complete(reader.manifest, str(reader.path))
+        check_complete(reader.manifest, reader.address)
     first = readers[0]
     for other in readers[1:]:
         if other.manifest.view_fingerprint == first.manifest.view_fingerprint:
@@ -140,9 +140,9 @@ def open_stores(paths: Sequence[str | Path]) -> list[StoreReader]:
             {"view": reader.manifest.identity["view"]["recipe"], "source": reader.manifest.identity["source"]}
             for reader in (first, other)
         )
-        table = difference_table(left, right, first.path.name, other.path.name)
+        table = difference_table(left, right, first.location.name, other.location.name)
         raise StoreMismatch(
-            f"stores {str(first.path)!r} and {str(other.path)!r} do not belong together: their teachers saw "
+            f"stores {first.address!r} and {other.address!r} do not belong together: their teachers saw "
             f"different pixels.\n{table}\nUse stores of one source and one view recipe."
         )
     return readers

@@ -15,6 +15,7 @@ from coursepack.data.drift import drift
 from coursepack.data.sources import open_stored
 from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
+from coursepack.data.store.cache import open_caches
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.views import stored_view
 from coursepack.distill.targets.base import FEATURES
@@ -71,7 +72,7 @@ def open_teacher_stores(
     if not stores:
         raise RecipeError("there is no store to learn from: give at least one")
     readers = open_stores(stores)
-    identity, holder = readers[0].manifest.identity, f"store {str(readers[0].path)!r}"
+    identity, holder = readers[0].manifest.identity, f"store {readers[0].address!r}"
     kept = readers[0].manifest.source_root
     if source is None:
         name = check_trusted(identity["source"]["name"], holder, trust_code=trust_code)
@@ -141,7 +142,11 @@ def open_targets(
     drifted = check_drift(stores, chosen, allowed=allow_drift)
     if reading == "auto":
         reading = choose_reading(stores.readers, free_memory() if free_bytes is None else free_bytes, arrays)
-    readers = [StoreReader(reader.path, reading) for reader in stores.readers]
+    caches = open_caches([(reader.location, reader.manifest) for reader in stores.readers], arrays)
+    readers = [
+        StoreReader(reader.location, reading, cache)
+        for reader, cache in zip(stores.readers, caches, strict=True)
+    ]
     for reader in readers:
         reader.pinned = device.type == "cuda"
     return CachedTargets(readers, device, arrays, views=chosen, drift=drifted)
@@ -177,7 +182,7 @@ def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -
             shown = "\n".join(f"  {line}" for line in lines[:8])
             written = next(iter(reader.manifest.view_records.values()))["environments"]
             raise StoreMismatch(
-                f"store {str(reader.path)!r} was written from other views than this version makes:\n{shown}\n"
+                f"store {reader.address!r} was written from other views than this version makes:\n{shown}\n"
                 f"Differences: {len(lines)}. It was written with {written}. Install those versions, run "
                 "`precompute run` again into a new store, or train anyway with --allow-drift "
                 "(allow_drift=True in Python), which is recorded in the run's provenance."
@@ -196,31 +201,31 @@ def check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
     identity = reader.manifest.identity
     if identity["source"]["fingerprint"] != source.fingerprint:
         raise StoreMismatch(
-            f"store {str(reader.path)!r} was written from source {identity['source']['name']!r} "
+            f"store {reader.address!r} was written from source {identity['source']['name']!r} "
             f"({identity['source']['fingerprint'][:12]}), but {source.name!r} here is "
             f"{source.fingerprint[:12]}: train on the source that the teachers saw"
         )
     if identity["view"]["fingerprint"] != view_fingerprint(view, source):
         table = difference_table(identity["view"]["recipe"], view.model_dump(mode="json"), "store", "recipe")
         raise StoreMismatch(
-            f"store {str(reader.path)!r} was written with another view recipe than this run's.\n{table}\n"
+            f"store {reader.address!r} was written with another view recipe than this run's.\n{table}\n"
             "Leave the view out to use the store's own."
         )
     if len(reader.manifest.class_names) != len(source.class_names):
         raise TeacherMismatch(
-            f"store {str(reader.path)!r} has {len(reader.manifest.class_names)} classes, but source "
+            f"store {reader.address!r} has {len(reader.manifest.class_names)} classes, but source "
             f"{source.name!r} has {len(source.class_names)}"
         )
     labels = reader.labels()
     if len(labels) != len(source.labels):
         raise StoreMismatch(
-            f"store {str(reader.path)!r} has {len(labels):,} samples, but source {source.name!r} has "
+            f"store {reader.address!r} has {len(labels):,} samples, but source {source.name!r} has "
             f"{len(source.labels):,}: train on the source that the teachers saw"
         )
     others = np.flatnonzero(labels != source.labels)
     if len(others):
         raise StoreMismatch(
-            f"store {str(reader.path)!r} has other labels than source {source.name!r} for {len(others):,} of "
+            f"store {reader.address!r} has other labels than source {source.name!r} for {len(others):,} of "
             f"{len(labels):,} samples ({summarize_names(map(str, others))}), although their checksum is "
             "right, so other data may have changed too: run `precompute run` again into a new store"
         )

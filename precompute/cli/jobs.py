@@ -20,6 +20,7 @@ from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
 from coursepack.precompute.cli.executing import LOCAL, executor_options, make_executor
+from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import print_status
 from coursepack.precompute.job import Job, run_job
@@ -75,8 +76,8 @@ JOB_OPTIONS = (
     click.option("--view-seed", type=click.IntRange(0),
                  help="Seed of the view recipe.  [default: the recipe's own]"),
     click.option("--views", type=click.IntRange(1), cls=_UnlessFile, help="Number of views of each sample."),
-    click.option("--store", type=click.Path(path_type=Path), cls=_UnlessFile,
-                 help="Folder of the store; with @all, of one store per epoch."),
+    click.option("--store", type=STORE_PATH, cls=_UnlessFile,
+                 help="Folder or address of the store; with @all, of one store per epoch."),
     click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
@@ -99,6 +100,7 @@ JOB_OPTIONS = (
                  help="Precision of the teacher's forward pass."),
     click.option("--channels-last", is_flag=True, help="Run the teacher in channels-last memory format."),
     click.option("--compile", is_flag=True, help="Run the teacher through torch.compile."),
+    SINGLE_WRITER,
 )
 # fmt: on
 
@@ -113,6 +115,7 @@ GROUPS = {
         "feature_encoding",
         "block_rows",
         "part",
+        "single_writer",
         "ignore_space",
         "same_numerics",
     ),
@@ -123,7 +126,7 @@ GROUPS = {
     ),
 }
 """Parameters of the options of a job by the title of their group in the help."""
-BESIDE_FILE = {"part", "device", "workers", "trust_code"}
+BESIDE_FILE = {"part", "device", "workers", "trust_code", "single_writer"}
 """Options of a job that may be given beside a file of teachers."""
 
 
@@ -244,7 +247,7 @@ def _spec(
     taps: tuple[str, ...],
     trust_code: bool,
     device: str,
-    store: Path,
+    store: str | Path,
     part: Part | None,
     **numbers: Any,
 ) -> PrecomputeSpec:
@@ -285,7 +288,7 @@ def _specs_of_file(file: Path, flags: dict[str, Any]) -> list[PrecomputeSpec]:
     if given:
         raise click.UsageError(f"{given[0]} belongs in {str(file)!r}: leave it out here.", ctx)
     part, device = _own_share(flags["part"], flags["device"])
-    common = {name: flags[name] for name in ("workers", "trust_code")}
+    common = {name: flags[name] for name in ("workers", "trust_code", "single_writer")}
     return teacher_specs(file, part=(part.index, part.count), device=device, **common)
 
 

@@ -25,7 +25,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 @contextmanager
-def stoppable(stores: Sequence[Path], *, quiet: bool = False) -> Iterator[None]:
+def stoppable(stores: Sequence[str | Path], *, quiet: bool = False) -> Iterator[None]:
     """Stop in order on the first SIGINT or SIGTERM, and end the process on the second.
 
     The first raises KeyboardInterrupt, whose handlers wait for the batch that the teacher is running. The

@@ -17,6 +17,7 @@ from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
 from coursepack.device import pick_device
+from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
 from coursepack.precompute.picture import draw_grid
@@ -26,7 +27,7 @@ from coursepack.precompute.verify import check_views, job_of_store, repair, veri
 if TYPE_CHECKING:
     from coursepack.data.store import Manifest
 
-STORE = click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the store.")
+STORE = click.option("--store", type=STORE_PATH, required=True, help="Folder or address of the store.")
 ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -34,7 +35,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.command("status", cls=Command, epilog="\b\nExample:\n  precompute status --store cnn.zarr")
 @STORE
 @JSON
-def status(store: Path, as_json: bool) -> None:
+def status(store: str | Path, as_json: bool) -> None:
     """Show the content of a store, its missing views and the processes that write to it."""
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
@@ -60,6 +61,7 @@ Examples:
 )
 @click.option("--content", is_flag=True, help="Also compare all of the source with the recorded checksums.")
 @click.option("--repair", "mend", is_flag=True, help="Write damaged files again.")
+@SINGLE_WRITER
 @click.option(
     "--weights",
     help="Weights of the teacher: a file, a name, or a spec such as onnx:FILE.  [default: the recorded ones]",
@@ -69,10 +71,11 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 @JSON
 def verify_command(
-    store: Path,
+    store: str | Path,
     deep: int | None,
     content: bool,
     mend: bool,
+    single_writer: bool,
     weights: str | None,
     root: Path | None,
     trust_code: bool,
@@ -85,7 +88,7 @@ def verify_command(
     """
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
-    with progress(f"verify {store.name}", manifest.data_bytes, "bytes") as meter:
+    with progress(f"verify {open_location(store).name}", manifest.data_bytes, "bytes") as meter:
         report = verify(store, on_file=meter.advance)
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
@@ -98,6 +101,7 @@ def verify_command(
             device=chosen,
             trust_code=trust_code,
             float32_instead=not report.problems,
+            single_writer=single_writer,
         )
     if report.problems and mend:
         others = repair(job, report.problems)
@@ -133,14 +137,14 @@ Examples:
 
 
 @click.command("inspect", cls=Command, epilog=EXAMPLES_INSPECT)
-@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("stores", nargs=-1, required=True, type=STORE_PATH)
 @click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
 @JSON
 def inspect(
-    stores: tuple[Path, ...],
+    stores: tuple[str | Path, ...],
     views: int | None,
     out: Path | None,
     root: Path | None,
@@ -159,7 +163,7 @@ def inspect(
         raise click.UsageError("--views applies to the picture: give --out grid.png too")
     readers = [StoreReader(path) for path in stores]
     for reader in readers:
-        check_complete(reader.manifest, str(reader.path))
+        check_complete(reader.manifest, reader.address)
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
     if as_json:
@@ -176,7 +180,7 @@ def inspect(
         print_table("", header, rows)
 
 
-def print_status(store: Path, manifest: Manifest) -> None:
+def print_status(store: str | Path, manifest: Manifest) -> None:
     """Print the content of a store and its missing views."""
     content = _status(store, manifest)
     rows = [
@@ -200,7 +204,7 @@ def print_status(store: Path, manifest: Manifest) -> None:
     print_table(str(store), ["", ""], rows)
 
 
-def _status(store: Path, manifest: Manifest) -> dict[str, Any]:
+def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
     identity = manifest.identity
     records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
     return {

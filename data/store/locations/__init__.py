@@ -2,14 +2,17 @@
 
 base    the interface: atomic writes, creation, and replacement conditional on a tag
 local   files in a folder
+s3      objects in a bucket: S3 and services like it, Google Cloud Storage, Azure
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coursepack.data.store.locations.local import LocalLocation
+from coursepack.data.store.locations.s3 import BucketLocation
 from coursepack.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ def open_location(where: str | Path | Location) -> Location:
 
     Raises:
         UnknownName: the scheme is not registered in `LOCATIONS`.
+        RecipeError: the rest of the address does not fit the scheme.
     """
     if isinstance(where, Path):
         return LocalLocation(where)
@@ -39,5 +43,21 @@ def open_location(where: str | Path | Location) -> Location:
     return LOCATIONS[scheme](rest)
 
 
-LOCATIONS: dict[str, Callable[[str], Location]] = {"file": lambda rest: LocalLocation(Path(rest))}
+def path_or_address(text: str) -> str | Path:
+    """Return an address `SCHEME://...` unchanged, and anything else as a path."""
+    return text if SEPARATOR in text else Path(text)
+
+
+def absolute_address(where: str | Path) -> str:
+    """Return an address unchanged, and a path made absolute, with symbolic links resolved."""
+    where = path_or_address(str(where))
+    return where if isinstance(where, str) else str(where.resolve())
+
+
+LOCATIONS: dict[str, Callable[[str], Location]] = {
+    "file": lambda rest: LocalLocation(Path(rest)),
+    "s3": partial(BucketLocation, "s3"),
+    "gs": partial(BucketLocation, "gs"),
+    "az": partial(BucketLocation, "az"),
+}
 """Constructors of locations, by URL scheme."""

@@ -43,8 +43,19 @@ class Location(Protocol):
     def has_locks(self) -> bool:
         """True if `lock` excludes other processes."""
 
+    @property
+    def is_remote(self) -> bool:
+        """True if objects are read over a network, so that `map` reads them into memory."""
+
     def where(self, key: str) -> str:
         """Return the address of an object, for errors. The address of the location is `str(location)`."""
+
+    def begin_writing(self, *, single_writer: bool) -> None:
+        """Check that `create` and `replace` detect concurrent changes, before a store is first written to.
+
+        Args:
+            single_writer: accept a location where they do not, as no other process writes to it.
+        """
 
     def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
         """Write an object atomically and durably, replacing any existing one."""
@@ -73,6 +84,9 @@ class Location(Protocol):
 
     def size(self, key: str) -> int:
         """Return the size of an object in bytes."""
+
+    def modified(self, key: str) -> float:
+        """Return the time of an object's last write, in seconds since the epoch."""
 
     def map(self, key: str, *, resident: bool = False) -> Mapped:
         """Memory-map an object for reading; if `resident`, read it into memory instead."""

@@ -53,9 +53,17 @@ class LocalLocation:
         """True if the platform supports `flock`."""
         return fcntl is not None
 
+    @property
+    def is_remote(self) -> bool:
+        """False: files are mapped."""
+        return False
+
     def where(self, key: str) -> str:
         """Return the path of a file."""
         return str(self.root / key)
+
+    def begin_writing(self, *, single_writer: bool) -> None:
+        """Do nothing: files are compared and replaced under a lock."""
 
     def put(self, key: str, *pieces: bytes | NDArray[Any]) -> None:
         """Write a file, creating parent folders as needed."""
@@ -110,6 +118,10 @@ class LocalLocation:
             return os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
+
+    def modified(self, key: str) -> float:
+        """Return the modification time of a file."""
+        return (self.root / key).stat().st_mtime
 
     def map(self, key: str, *, resident: bool = False) -> MappedFile | Resident:
         """Memory-map a file, or read it into memory if `resident`."""

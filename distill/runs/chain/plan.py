@@ -195,7 +195,7 @@ def _store_path(planner: _Planner, text: str) -> str:
 
 def _fill_in(values: dict[str, Any], first: StoreReader, *, trust_code: bool) -> None:
     """Fill in the fields that `distill train` takes from the first store."""
-    identity, holder = first.manifest.identity, f"store {str(first.path)!r}"
+    identity, holder = first.manifest.identity, f"store {first.address!r}"
     stored = str(identity["source"]["name"])
     values.setdefault("method", "kd")
     if "source" not in values:

@@ -49,6 +49,11 @@ class PlannedStore:
     class_ids: NDArray[np.int64]
 
     @property
+    def address(self) -> str:
+        """Reference to the stage, in the place of the address of a store."""
+        return str(self.path)
+
+    @property
     def name(self) -> str:
         """Name of the stage."""
         return str(self.path).removeprefix(STAGE)

@@ -1,0 +1,200 @@
+"""Local cache of the shards of stores in buckets, in `shards` in the cache folder.
+
+Whole shards are downloaded, compared with the size and the checksum in the manifest, and written as files.
+The name of a file is the key of the shard followed by its size and checksum, so shards of a rewritten store
+are other files. All processes of a machine share the folder, and one at a time downloads. Only files of the
+cache are ever removed; those that were used least recently come first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coursepack.console import byte_size
+from coursepack.data.sources.cache import VARIABLE, cache_folder
+from coursepack.data.store.locations.local import LocalLocation
+from coursepack.data.store.mapping import ShardFile
+from coursepack.data.store.shards import file_checksum, rows_size
+from coursepack.errors import RecipeError, StoreFull
+from coursepack.files import PARTIAL, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coursepack.data.store.layout import ArrayLayout
+    from coursepack.data.store.locations.base import Location
+    from coursepack.data.store.manifest import Manifest
+
+FOLDER = "shards"
+SUFFIX = ".shard"
+LIMIT_VARIABLE = "COURSEPACK_CACHE_BYTES"
+"""Environment variable with the maximum size of the cache, as `parse_bytes` reads it."""
+IN_FLIGHT = 4
+"""Number of shards that are downloaded at the same time."""
+DOWNLOADS = 2
+"""Number of times that a shard is downloaded until it matches its checksum."""
+FEWEST_VIEWS = 2
+"""Number of views of all stores that the cache has to hold: the current one and the next."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class ShardCache:
+    """Cached shards of one store. Safe to pickle and to use in several threads."""
+
+    def __init__(self, remote: Location, folder: Path, most_bytes: int, views: int = FEWEST_VIEWS) -> None:
+        """Open the cache of a store.
+
+        Args:
+            remote: location of the store.
+            folder: folder of the cache, shared by all stores.
+            most_bytes: maximum size of all files of the cache.
+            views: number of views of the store that may be open at the same time.
+        """
+        self.remote, self.views = remote, views
+        self._folder, self._most_bytes = folder, most_bytes
+        self._local = LocalLocation(folder / hashlib.sha256(str(remote).encode()).hexdigest()[:16])
+
+    def fetch(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> list[ShardFile]:
+        """Return the cached files of shards, after downloading those that are missing.
+
+        Raises:
+            StoreDamaged: a shard in the bucket is missing or does not match its checksum.
+            StoreFull: the disk of the cache is full.
+            OSError: the bucket cannot be read.
+        """
+        cached = [ShardFile(self._local, _cached_key(shard), shard.size, shard.crc) for shard in shards]
+        with LocalLocation(self._folder).lock():
+            missing = []
+            for shard, file in zip(shards, cached, strict=True):
+                path = self._local.root / file.key
+                if path.is_file() and path.stat().st_size == shard.size:
+                    os.utime(path)
+                else:
+                    missing.append((shard, path))
+            self._make_room(sum(shard.size for shard, _ in missing))
+            with ThreadPoolExecutor(IN_FLIGHT) as pool:
+                list(pool.map(partial(self._download, layout=layout), missing))
+        return cached
+
+    def discard_damaged(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> bool:
+        """Remove cached files of shards that do not match their checksums; returns True if there were any."""
+        damaged = []
+        with LocalLocation(self._folder).lock():
+            for shard in shards:
+                key = _cached_key(shard)
+                try:
+                    content = self._local.map(key, resident=True).content
+                except FileNotFoundError:
+                    continue
+                if len(content) != shard.size or file_checksum(content, layout) != shard.crc:
+                    damaged.append(key)
+                    self._local.delete(key)
+        return bool(damaged)
+
+    def _download(self, missing: tuple[ShardFile, Path], layout: ArrayLayout) -> None:
+        shard, path = missing
+        for _ in range(DOWNLOADS):
+            try:
+                content = self.remote.map(shard.key).content
+            except FileNotFoundError as error:
+                raise shard.damaged("is missing") from error
+            if len(content) == shard.size and file_checksum(content, layout) == shard.crc:
+                break
+        else:
+            raise shard.damaged("does not match its checksum", "the content of ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreFull(
+                f"the disk of the cache {str(self._folder)!r} is full: set {VARIABLE} to a folder on another "
+                "disk, or give a smaller --cache-bytes"
+            ) from error
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the files that were used least recently, until `needed` bytes more fit."""
+        if not needed:
+            return
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in _files(self._folder))
+        total = needed + sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self._most_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def open_caches(
+    stores: Sequence[tuple[Location, Manifest]], arrays: Sequence[Sequence[str]]
+) -> list[ShardCache | None]:
+    """Return the cache of each store in a bucket, and None for the others.
+
+    Args:
+        stores: locations and manifests of the stores.
+        arrays: names of the arrays that are read from each store.
+
+    Raises:
+        StoreFull: the cache cannot hold two views of all of these stores.
+        RecipeError: `$COURSEPACK_CACHE_BYTES` is not a size.
+    """
+    if not any(location.is_remote for location, _ in stores):
+        return [None] * len(stores)
+    folder = cache_folder() / FOLDER
+    most = _limit(folder)
+    view_bytes = sum(
+        rows_size(manifest.samples, layout)
+        for (location, manifest), names in zip(stores, arrays, strict=True)
+        for name in names
+        for layout in manifest.arrays[name].components.values()
+        if location.is_remote
+    )
+    if FEWEST_VIEWS * view_bytes > most:
+        raise StoreFull(
+            f"the cache {str(folder)!r} may hold {byte_size(most)}, but two views of the stores in "
+            f"buckets take {byte_size(FEWEST_VIEWS * view_bytes)}. "
+            f"Give a larger --cache-bytes, or set {VARIABLE} to a folder on a larger disk"
+        )
+    views = most // max(1, view_bytes)
+    return [
+        ShardCache(location, folder, most, views) if location.is_remote else None for location, _ in stores
+    ]
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Return a number of bytes from a text such as `200G`, in units of 1000.
+
+    Raises:
+        RecipeError: the text is not a size; the message names `where` it comes from.
+    """
+    match = re.fullmatch(r"([0-9]{1,18})([KMGT]?)", text)
+    if match is None:
+        raise RecipeError(f"{where} is {text!r}, expected a number of bytes, such as 5000000 or 200G")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _limit(folder: Path) -> int:
+    """Return the maximum size of the cache; by default its current size and half of the free disk."""
+    if given := os.environ.get(LIMIT_VARIABLE):
+        return parse_bytes(given, f"${LIMIT_VARIABLE}")
+    return sum(path.stat().st_size for path in _files(folder)) + LocalLocation(folder).free_bytes() // 2
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the shards in the folder of the cache, and what interrupted downloads left."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(SUFFIX) or (SUFFIX in name and name.endswith(PARTIAL)):
+                yield Path(root, name)
+
+
+def _cached_key(shard: ShardFile) -> str:
+    return f"{shard.key}.{shard.size}.{shard.crc:08x}{SUFFIX}"

@@ -1,0 +1,116 @@
+"""An S3 server on this machine: moto's, which can be told to fail or to ignore conditions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+class Quiet(WSGIRequestHandler):
+    """Logs nothing."""
+
+    def log(self, *_):
+        pass
+
+
+class S3Server:
+    """moto's server in a thread. The next request that a fault fits is given that fault."""
+
+    def __init__(self):
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._turn = threading.Lock()
+        self._buckets = 0
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        self.requests = Counter()
+        """Number of requests by method and last part of the key."""
+        self.recover()
+
+    @property
+    def environment(self):
+        """The variables that clients read."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def recover(self):
+        """Fail no longer."""
+        self.keeps_conditions = True
+        self.faults = []
+        self.requests.clear()
+
+    def fail(self, fault, *, method="PUT", key="", times=1):
+        """Give a fault to requests of a method whose key contains a text: `refused`, `lost`, `slow` or `cut`.
+
+        refused   not done, 503
+        lost      done, and 503 all the same
+        slow      done, and answered after two seconds
+        cut       done in half: the answer ends before its content does
+        """
+        self.faults += [(fault, method, key)] * times
+
+    def new_bucket(self):
+        """Create a bucket and return its name."""
+        with self._turn:
+            self._buckets += 1
+            name = f"bucket-{self._buckets}"
+        connection = HTTPConnection(urlsplit(self.url).netloc)
+        connection.request("PUT", f"/{name}", body=b"")
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
+        connection.close()
+        return name
+
+    def __call__(self, environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests[method, path.rpartition("/")[2]] += 1
+        if not self.keeps_conditions:
+            environ = {name: value for name, value in environ.items() if "HTTP_IF_" not in name}
+        fault = self._fault(method, path)
+        if fault == "refused":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            return self._unavailable(start_response)
+        if fault == "lost":
+            list(self._app(environ, lambda *_: lambda _: None))
+            return self._unavailable(start_response)
+        answer = self._app(environ, start_response)
+        if fault == "slow":
+            time.sleep(2)
+        if fault == "cut":
+            whole = b"".join(answer)
+            return [whole[: len(whole) // 2]]
+        return answer
+
+    def _fault(self, method, path):
+        with self._turn:
+            for number, (fault, wanted, key) in enumerate(self.faults):
+                if method == wanted and key in path:
+                    del self.faults[number]
+                    return fault
+        return None
+
+    @staticmethod
+    def _unavailable(start_response):
+        start_response("503 Slow Down", [("Content-Length", "0")])
+        return [b""]
