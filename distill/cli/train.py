@@ -39,7 +39,7 @@ GROUPS = {
     "Run": ("out", "overwrite", "resume", "dry", "smoke", "assignments"),
     **{title: tuple(name.replace("-", "_") for name in names) for title, names in OPTIONS.items()},
     "Execution": (
-        *("device", "workers", "threads", "checkpoint_seconds"),
+        *("device", "workers", "threads", "checkpoint_seconds", "cache_bytes"),
         *("tensorboard", "peers", "replica", "trust_code"),
     ),
 }
