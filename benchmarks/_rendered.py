@@ -56,12 +56,12 @@ class RenderedJob(Job):
 class Timed(LocalExecutor):
     """Executor that records when it is started."""
 
-    started = 0.0
+    began = 0.0
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
     ) -> Generator[list[Block]]:
-        self.started = time.perf_counter()
+        self.began = time.perf_counter()
         yield from super().run(job, writer, groups, meter)
 
 
@@ -79,4 +79,4 @@ def written(job: Job, put_seconds: float = 0.0) -> float:
         if put_seconds:
             stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
         run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
-        return time.perf_counter() - executor.started
+        return time.perf_counter() - executor.began

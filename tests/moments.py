@@ -63,3 +63,10 @@ def wait_for(marker, release):
     Path(marker).touch()
     while not Path(release).exists():
         time.sleep(0.01)
+
+
+def stop(marker):
+    """Stop once as by `kill -STOP`, and make a file that says so."""
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGSTOP)

@@ -6,7 +6,6 @@ import signal
 import time
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 from builders import CPU, make_recipe
 from click.testing import CliRunner
-from moments import at_rename, die
+from moments import at_rename, die, stop
 from safetensors.torch import load_file, save_file
 from spawned import DROPPING, run, running
 from test_distill_peers import GROUP, Stopped, kl, run_files, told
@@ -309,13 +308,6 @@ def test_files_that_cannot_be_used_are_told_and_passed_over(tmp_path, capsys):
     assert "mutual" in one_step(steps)
     file.write_bytes(b"\1" * 100)
     assert "mutual" in one_step(steps), "the weights that were read before are followed"
-
-
-def stop(marker):
-    """Stop once as by `kill -STOP`, and make a file that says so."""
-    if not Path(marker).exists():
-        Path(marker).touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wait_for(path):

@@ -34,7 +34,8 @@ def recipe_of(name, stores_of, **fields):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
     objective = {"terms": {name: {"pairs": list(PAIRS[name])}}} if name in PAIRS else {}
     set_values({"objective": objective}, PHASES.get(name, ()))
-    fields = {"student": "digits-cnn", "limit": 64, "batch_size": 16, "epochs": 2, **fields}
+    epochs = max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores)))
+    fields = {"student": "digits-cnn", "limit": 128, "batch_size": 16, "epochs": epochs, **fields}
     return make_recipe(stores, method=name, objective=objective, **fields)
 
 
