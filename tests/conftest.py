@@ -50,11 +50,15 @@ def one_thread():
 
 
 SIGTERM_HANDLER = signal.getsignal(signal.SIGTERM)
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Variables of torchrun, which some libraries set in this process; with them, runs take all cores."""
 
 
 @pytest.fixture(autouse=True)
 def process_put_back(one_thread):
-    """Undo a test's `torch.set_num_threads`, and the handler of SIGTERM that `precompute run` sets."""
+    """Undo a test's `torch.set_num_threads`, variables of ranks, and `precompute run`'s handler of SIGTERM."""
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
     yield
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, SIGTERM_HANDLER)
