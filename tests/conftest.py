@@ -56,7 +56,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 @pytest.fixture(autouse=True)
 def process_put_back(one_thread):
-    """Undo a test's `torch.set_num_threads`, variables of ranks, and `precompute run`'s handler of SIGTERM."""
+    """Undo a test's threads of torch, variables of ranks, and `precompute run`'s handler of SIGTERM."""
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     yield
