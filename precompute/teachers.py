@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -15,12 +15,13 @@ from coursepack.models.build import RUN
 from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.run_specs import parse_run_spec, specs_of_checkpoints
+from coursepack.models.teacher_options import TeacherOptions
 from coursepack.precompute.spec import PrecomputeSpec
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Teacher(Config):
+class Teacher(TeacherOptions):
     """One teacher of a file, with the options of `precompute run` that describe it and its store."""
 
     teacher: str
@@ -28,28 +29,6 @@ class Teacher(Config):
     a network's name with `weights`."""
     store: str
     """Folder of the store; for `run:FOLDER@all` the folder of all its stores."""
-    weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
-    size: Positive | None = None
-    """Side in pixels of the rendered views. Defaults to the teacher's own."""
-    mean: tuple[float, ...] | None = None
-    """Mean per channel, of values in [0, 1]. Defaults to the teacher's own."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation per channel. Defaults to the teacher's own."""
-    classes: str | None = None
-    """YAML class map: the teacher's class index for each class of the source."""
-    taps: tuple[str, ...] = ()
-    """Layers whose features are stored too, as `LAYER[:REDUCTION[:SIZE]]`."""
-    encoding: str = "float16"
-    """Encoding of logits."""
-    feature_encoding: str = "float16"
-    """Encoding of features."""
-    precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
-    """Precision of the forward pass."""
-    channels_last: bool = False
-    """Run the teacher in channels-last memory format."""
-    compile: bool = False
-    """Run the teacher through torch.compile."""
 
 
 class TeachersFile(Config):

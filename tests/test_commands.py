@@ -1,11 +1,9 @@
 """Both commands as a whole: imports and texts of help, completion, dry runs, interruptions, tables."""
 
 import os
-import pty
 import shlex
 import subprocess
 import sys
-import threading
 from importlib.metadata import version
 
 import click
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
+from terminals import on_terminal
 
 from coursepack.console import print_table
 from coursepack.distill.cli import SUBCOMMANDS as OF_DISTILL
@@ -213,31 +212,6 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 # Tables and colors
-
-
-def on_terminal(monkeypatch, columns, write):
-    """What a function writes to a terminal on stdout."""
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    main, side = pty.openpty()
-    shown = bytearray()
-
-    def listen():
-        try:
-            while part := os.read(main, 1024):
-                shown.extend(part)
-        except OSError:  # how Linux says that the other side is closed
-            pass
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    with os.fdopen(side, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        write()
-        monkeypatch.undo()
-    listener.join(timeout=300)
-    os.close(main)
-    return click.unstyle(shown.decode()).replace("\r", "")
 
 
 LABEL = "kd digits-small from mlp, cnn, resnet limit=300"

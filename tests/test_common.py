@@ -2,17 +2,16 @@
 
 import math
 import os
-import pty
 import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import click
 import pytest
 from click.testing import CliRunner
 from pydantic import Field
+from terminals import on_terminal
 
 from coursepack import console, files
 from coursepack.canonical import canonical_json, difference_table, differences, fingerprint
@@ -258,28 +257,11 @@ def test_progress_over_nothing_says_nothing(capsys):
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "120")
-    main, side = pty.openpty()
-    shown = bytearray()
-
-    def listen():
-        try:
-            while part := os.read(main, 1024):
-                shown.extend(part)
-        except OSError:  # how Linux says that the other side is closed
-            pass
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    with os.fdopen(side, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
+    def train():
         with progress("train", 40, "samples") as meter:
             meter.advance(40, "accuracy 90 %")
-        monkeypatch.undo()
-    listener.join(timeout=300)
-    os.close(main)
-    text = shown.decode()
+
+    text = on_terminal(monkeypatch, 120, train, "stderr")
     for part in ("train", "━", "40/40", "samples/s", "0:00:00", "accuracy 90 %"):
         assert part in text
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from moments import at_rename, die, stop
 from safetensors.torch import load_file, save_file
 from spawned import DROPPING, run, running
-from test_distill_peers import GROUP, Stopped, kl, run_files, told
+from stopping import interrupted
+from test_distill_peers import kl, run_files, told
 from test_distill_published import agree
 
 from coursepack.distill.cli import main
@@ -201,18 +202,7 @@ def test_a_group_goes_on_to_the_last_bit(tmp_path, monkeypatch, saves):
     objective = {"exchange": {"burn_in": 1}}
     recipe = group_recipe("dropping", "digits-small", every=4, objective=objective, epochs=3)
     train(recipe, tmp_path / "once", device=CPU)
-    left, save = [saves], GROUP.save_checkpoint
-
-    def counted(*arguments):
-        save(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GROUP, "save_checkpoint", counted)
-        with pytest.raises(Stopped):
-            train(recipe, tmp_path / "run", device=CPU, resume=True, checkpoint_seconds=0)
+    interrupted(monkeypatch, recipe, tmp_path / "run", saves=saves)
     train(recipe, tmp_path / "run", device=CPU, resume=True)
     assert run_files(tmp_path / "run") == run_files(tmp_path / "once")
     assert told(tmp_path / "run") == told(tmp_path / "once")

@@ -12,6 +12,7 @@ from builders import CPU, make_recipe, write_store, write_teacher
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from spawned import DROPPING
+from stopping import Stopped
 from test_distill_published import agree, figures
 
 from coursepack.data import open_source
@@ -35,7 +36,6 @@ from coursepack.models import load_teacher
 from coursepack.models.networks import NETWORKS
 
 STUDENT = sys.modules["coursepack.distill.runs.student"]
-GROUP = sys.modules["coursepack.distill.runs.group"]
 SMALL = {"limit": 150, "batch_size": 32, "epochs": 3}
 
 
@@ -198,10 +198,6 @@ def run_files(folder):
 
 def told(folder):
     return [[{**line, "seconds": None} for line in run.metrics] for run in load_runs(folder)]
-
-
-class Stopped(BaseException):
-    """An interruption."""
 
 
 def test_a_group_that_was_killed_while_it_finished_is_finished_again(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from builders import CPU, make_recipe, write_store, write_teacher
 from moments import at_rename, die
 from spawned import DROPPING, run
+from stopping import RUN, Stopped, interrupted
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
@@ -23,7 +24,6 @@ from coursepack.errors import RunError
 from coursepack.models.networks import NETWORKS
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
-RUN, GROUP = (sys.modules[f"coursepack.distill.runs.{name}"] for name in ("student", "group"))
 TEACHER_STORES, TARGETS = (
     sys.modules[f"coursepack.distill.{name}"] for name in ("targets.teacher_stores", "targets.stores")
 )
@@ -109,27 +109,6 @@ def assert_same(run, once):
     for name in found:
         if name.endswith(SAME):
             assert found[name] == wanted[name], name
-
-
-class Stopped(BaseException):
-    """An interruption."""
-
-
-def interrupted(monkeypatch, recipe, out, *, saves, **how):
-    """Train until so many checkpoints are written, or one run is over."""
-    left, save = [saves], RUN.save_checkpoint
-
-    def counted(*arguments):
-        save(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        for module in (RUN, GROUP):
-            patch.setattr(module, "save_checkpoint", counted)
-        with pytest.raises(Stopped):
-            train(recipe, out, device=CPU, resume=True, checkpoint_seconds=0, **how)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,11 +10,10 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
-from coursepack.distill.cli.options import CACHE_BYTES
+from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
 from coursepack.distill.runs.chain.plan import plan_chain
 from coursepack.distill.runs.chain.run import run_chain, table_of
 from coursepack.distill.runs.chain.stages import How
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 
 EXAMPLES = """\b
 Examples:
@@ -30,12 +29,9 @@ Examples:
 @click.option("--redo", multiple=True, metavar="STAGE",
               help="Stage to run again, with stages that read it if it changes. Repeatable.")  # fmt: skip
 @CACHE_BYTES
-@click.option("--workers", type=click.IntRange(0),
-              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1),
-              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
-@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
-              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@WORKERS
+@THREADS
+@CHECKPOINTS
 @TRUST_CODE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")

@@ -12,6 +12,7 @@ from coursepack.config import field_at
 from coursepack.console import parse_numbers
 from coursepack.data.store.cache import LIMIT_VARIABLE, parse_bytes
 from coursepack.distill.recipe import TrainRecipe
+from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,6 +107,23 @@ def _limit_cache(ctx: click.Context, _param: click.Parameter, value: str | None)
     ctx.call_on_close(restore)
 
 
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that decode images.  [default: one per core for image files]",
+)
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Threads of torch and the loss kernels.  [default: one per core]",
+)
+CHECKPOINTS = click.option(
+    "--checkpoint-seconds",
+    type=click.FloatRange(0),
+    default=CHECKPOINT_SECONDS,
+    show_default=True,
+    help="Seconds between checkpoints; 0 means after every step.",
+)
 CACHE_BYTES = click.option(
     "--cache-bytes",
     metavar="SIZE",
@@ -113,7 +131,7 @@ CACHE_BYTES = click.option(
     expose_value=False,
     help="Maximum size of the cache of stores in buckets, such as 200G.  [default: half of the free disk]",
 )
-"""Option of the commands that train from stores."""
+"""Options of the commands that train."""
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,12 +11,11 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
-from coursepack.distill.cli.options import CACHE_BYTES
+from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.evaluation import evaluate_run
 from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 from coursepack.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -36,12 +35,9 @@ if TYPE_CHECKING:
 @click.option("--together", type=click.IntRange(1), default=1, show_default=True,
               help="Students to train at the same time, if they use the same batches.")  # fmt: skip
 @CACHE_BYTES
-@click.option("--workers", type=click.IntRange(0),
-              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1),
-              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
-@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
-              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
+@WORKERS
+@THREADS
+@CHECKPOINTS
 @click.option(
     "--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the runs' folders."
 )

@@ -13,13 +13,21 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE
 from coursepack.data import view_recipe
-from coursepack.distill.cli.options import CACHE_BYTES, OPTIONS, given_options, recipe_options
+from coursepack.distill.cli.options import (
+    CACHE_BYTES,
+    CHECKPOINTS,
+    OPTIONS,
+    THREADS,
+    WORKERS,
+    given_options,
+    recipe_options,
+)
 from coursepack.distill.distributed import process_group
 from coursepack.distill.recipe import load_recipe, set_value, set_values
 from coursepack.distill.runs.dry_run import dry_run
 from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.smoke import smoke_recipe
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
+from coursepack.distill.runs.train import train
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.errors import RecipeError
 
@@ -76,8 +84,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
 @click.option("--replica", metavar="I/N", callback=_parse_replica,
               help="Train replica I of N, each a process of its own; needs --group.")  # fmt: skip
 @CACHE_BYTES
-@click.option("--workers", type=click.IntRange(0),
-              help="Processes that decode images.  [default: one per core for image files]")  # fmt: skip
+@WORKERS
 @click.option(
     "--set", "assignments", multiple=True, help="Recipe field to set, as key.subkey=value. Repeatable."
 )
@@ -87,10 +94,8 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
               help="Check the run; print its recipe, its steps and the bytes it would read.")  # fmt: skip
 @click.option("--resume", is_flag=True,
               help="Continue an interrupted run, or start a new one if there is none.")  # fmt: skip
-@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=CHECKPOINT_SECONDS, show_default=True,
-              help="Seconds between checkpoints; 0 means after every step.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1),
-              help="Threads of torch and the loss kernels.  [default: one per core]")  # fmt: skip
+@CHECKPOINTS
+@THREADS
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
 @TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")

@@ -69,9 +69,9 @@ PEERS: dict[str, Method] = {
         objective=objective(
             exchange={"name": "discriminators"}, terms={"mutual": {"temperature": KD["temperature"]}}
         ),
-        note="weights are the paper's. T, the discriminators and the learning rate of the adversarial step "
-        "(a tenth) are ours: the paper's text was not at hand, and no official code was found. Logits are "
-        "detached",
+        note="losses and weights are the paper's equations. T, the discriminators and the learning rate of "
+        "the adversarial step (a tenth) are ours: of the paper only the equations were at hand, and no "
+        "official code was found. Logits are detached",
     ),
     "let": Method(
         formula="student: KL(p_t || p_s); teacher, updated first: 0.6 CE + 0.4 KL(p_s || p_t), T = 1",

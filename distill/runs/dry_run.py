@@ -42,7 +42,7 @@ def dry_run(
         trust_code: allow stores to name Python code for live teachers.
 
     Raises:
-        As `train` before its first step.
+        As `train` before its first step, except for files of views, which are not opened.
     """
     if out is not None:
         check_free(out, overwrite=overwrite, resume=resume)

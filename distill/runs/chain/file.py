@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from coursepack.config import Config, parse_config
 from coursepack.distill.recipe import load_recipe
 from coursepack.errors import RecipeError, nearest
+from coursepack.models.teacher_options import TeacherOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class PrecomputeConfig(Config):
+class PrecomputeConfig(TeacherOptions):
     """One teacher of a file of `precompute run`; the chain chooses the store."""
 
     teacher: str
@@ -42,28 +43,6 @@ class PrecomputeConfig(Config):
     """View recipe: name of a preset, or a YAML file. Defaults to that of the teacher's stage."""
     view_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the view recipe. Defaults to the recipe's own."""
-    weights: str | None = None
-    """A .safetensors or .pt file, or a name of torchvision's or timm's."""
-    size: Positive | None = None
-    """Side in pixels of the rendered views. Defaults to the teacher's own."""
-    mean: tuple[float, ...] | None = None
-    """Mean per channel, of values in [0, 1]. Defaults to the teacher's own."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation per channel. Defaults to the teacher's own."""
-    classes: str | None = None
-    """YAML class map: the teacher's class index for each class of the source."""
-    taps: tuple[str, ...] = ()
-    """Layers whose features are stored too, as `LAYER[:REDUCTION[:SIZE]]`."""
-    encoding: str = "float16"
-    """Encoding of logits."""
-    feature_encoding: str = "float16"
-    """Encoding of features."""
-    precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
-    """Precision of the forward pass."""
-    channels_last: bool = False
-    """Run the teacher in channels-last memory format."""
-    compile: bool = False
-    """Run the teacher through torch.compile."""
     batch_size: Positive = 256
     """Images per forward pass."""
     block_rows: Positive | None = None
