@@ -57,7 +57,7 @@ class Size:
     batch_size: int = 64
     rounds: int = 8
     live_rounds: int = 6
-    patience: float = 10.0
+    patience: float = 4.0
     """Seconds of additional rounds of one method and student, of which there are about 80."""
 
 
