@@ -62,6 +62,7 @@ test-slow: .venv/installed
 bench: .venv/installed
 	status=0; results=benchmarks/results; \
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $$results/$$name.json || status=1; done; \
+	$(BIN)/python benchmarks/methods.py --section cost --json $$results/methods-cost.json || status=1; \
 	$(BIN)/python examples/demo.py --json $$results/demo.json || status=1; \
 	$(BIN)/python benchmarks/render.py; exit $$status
 

@@ -192,6 +192,11 @@ def _sure(row: Row) -> str:
     return signed(row) + ("*" if row["low"] > 0 or row["high"] < 0 else "")
 
 
+def cost(row: Row) -> str:
+    """Return bytes in megabytes, and ratios with their interval."""
+    return f"{row['value'] / 1e6:,.2f}" if row["unit"] == "bytes" else compact(row, "{:.3f}".format)
+
+
 def demo_accuracy() -> list[str]:
     """Return the accuracies of the demo's students."""
     rows = {row["id"]: row for row in load("demo")["rows"]}
@@ -238,6 +243,12 @@ FORMATS = (
     r"KL (?P<line>.+?) TinyViT top-\d+ (?P<column>.+) / topk:\d+ \((?P<line_>\d+ B) each\) (?P<column_>T=\d+)"
 )
 
+COSTS = {
+    "step / plain": "step / plain", "(store - memory) / plain": "(store - memory) / plain",
+    "step - plain": "store adds, ms", "live step - plain": "live teacher adds, ms",
+    "cached / live": "store / live", "view minimal": "view, MB", "view full": "unreduced, MB",
+    "extra memory": "beside the student, MB",
+}  # fmt: skip
 HUNDREDTHS, THOUSANDTHS = (partial(compact, form=form.format) for form in ("{:.2f}", "{:.3f}"))
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -302,6 +313,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods, teachers' time": partial(listed, "methods-first", "teacher-hours-saved"),
     "peers study": peers_study,
     "peers steps": partial(listed, "peers", r"step: .*"),
+    **{
+        f"methods, cost: {student}": partial(
+            pivot, "methods-cost", rf"cost: {student}, (?P<line>[\w-]+), (?P<column>.+)", "method", COSTS,
+            cost,
+        )
+        for student in ("resnet8x4", "wrn-16-2")
+    },
     "methods, own numbers": partial(study, "methods-presets", "presets"),
     "sequences: takd": partial(study, "sequences", "takd", "direct"),
     "sequences: generations": partial(study, "sequences", "generations", "from-labels"),
