@@ -89,7 +89,8 @@ def _text(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{context['discriminator']} is missing{got}"
     if kind == COMBINED:
-        return problem["msg"].removeprefix("Value error, ") + ("" if is_combined(problem) else got)
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        return message if is_combined(problem) else message + got
     expected = _expected(kind)
     if expected is None:
         return f"is not valid{got}"

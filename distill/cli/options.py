@@ -169,7 +169,7 @@ def _option(name: str) -> Callable[..., Any]:
     return click.option(flag, variable, type=_type(described), help=shown, shell_complete=complete)
 
 
-def _type(described: dict[str, Any]) -> click.ParamType:
+def _type(described: dict[str, Any]) -> Any:
     """Return click's type of an option of the catalog."""
     if described["kind"] == "choice":
         return Choice(described["choices"])
