@@ -20,7 +20,7 @@ from coursepack.data.store.layout import block_count
 from coursepack.data.views import draw, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -62,12 +62,18 @@ def digest_of(contents: NDArray[np.uint32]) -> str:
     return f"{google_crc32c.value(contents.astype('<u4').tobytes()):08x}"
 
 
-def changed_content(manifest: Manifest, source: Source, begun: float = math.inf) -> tuple[str, ...]:
+def changed_content(
+    manifest: Manifest,
+    source: Source,
+    begun: float = math.inf,
+    *,
+    on_samples: Callable[[int], None] | None = None,
+) -> tuple[str, ...]:
     """Return one message per block whose files or pixels differ from those that the teacher saw.
 
     Reads the whole source. A store keeps one checksum per block, so the changed file itself is unknown: a
     message names the first and the last file of the block, and those modified after `begun` (seconds since
-    the epoch).
+    the epoch). `on_samples` is called after each block with its number of samples, to show progress.
     """
     recorded = manifest.view_records.get("0", {}).get("content", [])
     messages = []
@@ -79,6 +85,8 @@ def changed_content(manifest: Manifest, source: Source, begun: float = math.inf)
                 f"source {source.name!r}: samples {start} to {stop - 1} differ from what the teacher saw"
                 f"{_file_range(source, range(start, stop), begun)}"
             )
+        if on_samples is not None:
+            on_samples(stop - start)
     return tuple(messages)
 
 

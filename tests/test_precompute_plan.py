@@ -126,7 +126,7 @@ def test_a_plan_for_a_store_of_another_recipe_is_refused(tmp_path, teacher):
 
 def test_the_command_plans_and_writes_nothing(tmp_path, command, monkeypatch):
     monkeypatch.setattr(plan_module, "probe", lambda _: Probe(50e-6, 10e-6))
-    monkeypatch.setattr("coursepack.precompute.cli.jobs.probe", lambda _: Probe(50e-6, 10e-6))
+    monkeypatch.setattr("coursepack.precompute.plan.probe", lambda _: Probe(50e-6, 10e-6))
     result = command("plan", "--views=8", "--store", tmp_path / "a/b/s.zarr", "--tap=hidden1")
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == []

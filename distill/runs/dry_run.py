@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.config import write_yaml
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs.folder import check_free
 from coursepack.distill.setup.describe import describe_training, describe_work
@@ -29,8 +28,8 @@ def dry_run(
     resume: bool = False,
     ranks: Ranks = ALONE,
     trust_code: bool = False,
-) -> str:
-    """Open and check everything that a run needs, and return its recipe as YAML, with its work as comments.
+) -> list[str]:
+    """Open and check everything that a run needs, and return lines that describe its work.
 
     Args:
         recipe: the recipe.
@@ -49,5 +48,4 @@ def dry_run(
     setup = prepare(recipe, device, ranks, trust_code=trust_code)
     make_group(setup)
     lines = ["dry run: nothing was trained or written", describe_setup(setup)]
-    lines += [describe_training(recipe, setup), *describe_work(setup)]
-    return "".join(f"# {line}\n" for line in lines) + write_yaml(recipe.model_dump(mode="json"))
+    return [*lines, describe_training(recipe, setup), *describe_work(setup)]

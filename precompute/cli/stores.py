@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from coursepack.commands import Command
-from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
-from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.done import done_objects
-from coursepack.data.store.identity import check_complete
-from coursepack.data.store.locations import open_location
-from coursepack.data.store.owners import live_runs
-from coursepack.data.store.records import view_mean
-from coursepack.device import pick_device
+from coursepack.console import (
+    JSON,
+    TRUST_CODE,
+    byte_size,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    say,
+)
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
-from coursepack.precompute.inspect import agreement, describe_store
-from coursepack.precompute.numerics import describe_numerics, views_by_numerics
-from coursepack.precompute.picture import draw_grid
-from coursepack.precompute.precision import describe_precision, store_precision
-from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
 
 if TYPE_CHECKING:
     from coursepack.data.store import Manifest
+    from coursepack.data.store.check import StoreReport
 
 STORE = click.option("--store", type=STORE_PATH, required=True, help="Folder or address of the store.")
 ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command("status", cls=Command, epilog="\b\nExample:\n  precompute status --store cnn.zarr")
@@ -37,10 +33,13 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @JSON
 def status(store: str | Path, as_json: bool) -> None:
     """Show the content of a store, its missing views and the processes that write to it."""
+    from coursepack.data.store import load_manifest
+    from coursepack.data.store.identity import check_complete
+
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     if as_json:
-        click.echo(json.dumps(_status(store, manifest), indent=1))
+        print_json(store_status(store, manifest))
     else:
         print_status(store, manifest)
 
@@ -86,10 +85,20 @@ def verify_command(
 
     The exit status is 1 if there is a problem.
     """
+    from coursepack.data.store import load_manifest, verify
+    from coursepack.data.store.identity import check_complete
+    from coursepack.data.store.locations import open_location
+    from coursepack.device import pick_device
+    from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
+
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
-    with progress(f"verify {open_location(store).name}", manifest.data_bytes, "bytes") as meter:
-        report = verify(store, on_file=meter.advance)
+
+    def check() -> StoreReport:
+        with progress(f"verify {open_location(store).name}", manifest.data_bytes, "bytes") as meter:
+            return verify(store, on_file=meter.advance)
+
+    report = check()
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
         chosen = pick_device(device)
@@ -109,7 +118,7 @@ def verify_command(
             say(f"{problem}: written again")
         for key in others:
             say(f"{key}: the new content differs by rounding; the manifest has its new checksum")
-        report = verify(store)
+        report = check()
     if not report.problems:
         wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
     if deep and not report.problems:
@@ -118,7 +127,7 @@ def verify_command(
     problems = [*map(str, report.problems), *wrong]
     if as_json:
         values = {"files": report.files, "bytes": report.size, "rows": deep, "problems": problems}
-        click.echo(json.dumps(values, indent=1))
+        print_json(values)
     else:
         for line in problems:
             click.echo(printable(line))
@@ -155,9 +164,17 @@ def inspect(
 
     With --out, write a picture instead: some samples, their views, and the top class of each teacher.
     """
+    from coursepack.data.store import StoreReader
+    from coursepack.data.store.identity import check_complete
+    from coursepack.precompute.inspect import agreement, describe_store
+    from coursepack.precompute.picture import draw_grid
+
     if out is not None:
         draw_grid(stores, root, views or 4, out, trust_code=trust_code)
-        click.echo(f"{out}: {len(stores)} teachers on some samples")
+        if as_json:
+            print_json({"picture": str(out), "stores": [str(store) for store in stores]})
+        else:
+            click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
     if views is not None:
         raise click.UsageError("--views applies to the picture: give --out grid.png too")
@@ -167,7 +184,7 @@ def inspect(
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
     if as_json:
-        click.echo(json.dumps({"stores": described, "agreement": agree}, indent=1))
+        print_json({"stores": described, "agreement": agree})
         return
     for description in described:
         _print_store(description)
@@ -182,7 +199,9 @@ def inspect(
 
 def print_status(store: str | Path, manifest: Manifest) -> None:
     """Print the content of a store and its missing views."""
-    content = _status(store, manifest)
+    from coursepack.precompute.precision import describe_precision
+
+    content = store_status(store, manifest)
     rows = [
         ["teacher", f"{content['network']} from {content['weights']}"],
         ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
@@ -204,7 +223,15 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
     print_table(str(store), ["", ""], rows)
 
 
-def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+def store_status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the content of a store and the processes that write to it as plain values."""
+    from coursepack.data.store.done import done_objects
+    from coursepack.data.store.locations import open_location
+    from coursepack.data.store.owners import live_runs
+    from coursepack.data.store.records import view_mean
+    from coursepack.precompute.numerics import views_by_numerics
+    from coursepack.precompute.precision import store_precision
+
     identity = manifest.identity
     records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
     return {
@@ -236,6 +263,8 @@ def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _print_store(description: dict[str, Any]) -> None:
+    from coursepack.precompute.precision import describe_precision
+
     teacher = description["identity"]["teacher"]
     click.echo(printable(f"{description['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
     rows = [
@@ -260,6 +289,8 @@ def _print_store(description: dict[str, Any]) -> None:
 
 def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
     """Return a table row for each kind of numerics with its number of views."""
+    from coursepack.precompute.numerics import describe_numerics
+
     return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
 
 
