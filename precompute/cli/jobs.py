@@ -12,6 +12,7 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, byte_size, parse_numbers, print_table, say
 from coursepack.data import open_source, view_recipe
+from coursepack.data.encodings import parse_encoding
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part, live_runs
 from coursepack.device import rank_device
@@ -81,7 +82,7 @@ JOB_OPTIONS = (
     click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", default="float16", show_default=True,
-                 help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
+                 help="Encoding of logits: float32, float16, bfloat16, int8, topk:K or topk16:K."),
     click.option("--feature-encoding", default="float16", show_default=True,
                  help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
     click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,
@@ -318,7 +319,7 @@ def _ranks() -> int:
 
 def _say_other_encoding(job: Job) -> None:
     stored = job.plan().arrays[LOGITS][0].name
-    if stored != job.encoding and _rank() == 0:
+    if stored != parse_encoding(job.encoding).name and _rank() == 0:
         say(
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
