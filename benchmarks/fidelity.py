@@ -3,8 +3,8 @@
     python benchmarks/fidelity.py [--json FILE] [--quick]
 
 The loss is KL(float32 || decoded) in nats, the mean over all rows, at several temperatures. Rows of other
-projects are written and read as their training code does, with as many bytes. Made-up logits are low-rank with a
-heavy tail, which
+projects are written and read as their training code does, with as many bytes. Made-up logits are low-rank
+with a heavy tail, which
 sparse rows do worst at; the digits are a trained CNN's. Students are trained by `kd` from stores of one
 teacher in each form, with the same seeds; what they lose is against float32. Other projects' rows are stored
 as the float32 logits that they decode to.
