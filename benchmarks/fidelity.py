@@ -207,7 +207,8 @@ def students(folder: Path, size: Size) -> list[Row]:
 def student_rows(title: str, accuracies: np.ndarray, reference: np.ndarray) -> list[Row]:
     """Return the mean accuracy, and its difference from the reference of the same seeds."""
     rows = []
-    for name, values in ((title, accuracies), (f"{title} - float32", accuracies - reference)):
+    both = ((title, accuracies), (f"{title} - float32", accuracies - reference))
+    for name, values in both[: 1 if accuracies is reference else 2]:
         low, high = interval(values)
         config: dict[str, Any] = {"interval": "95 %"}
         if values is not accuracies and np.ptp(values) > 0:
