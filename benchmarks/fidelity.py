@@ -1,6 +1,6 @@
 """What encodings of logits lose, beside rows of other projects, and students trained from each.
 
-    python benchmarks/fidelity.py [--json FILE] [--quick]
+    python benchmarks/fidelity.py [--no-students] [--json FILE] [--quick]
 
 The loss is KL(float32 || decoded) in nats, the mean over all rows, at several temperatures. Rows of other
 projects are written and read as their training code does, with as many bytes. Made-up logits are low-rank
@@ -221,7 +221,9 @@ def student_rows(title: str, accuracies: np.ndarray, reference: np.ndarray) -> l
 
 
 def main() -> None:
-    chosen = arguments("What encodings of logits lose, and students trained from each.").parse_args()
+    parser = arguments("What encodings of logits lose, and students trained from each.")
+    parser.add_argument("--no-students", action="store_true", help="train no students")
+    chosen = parser.parse_args()
     size = QUICK if chosen.quick else FULL
     rows: list[Row] = []
     for what, (classes, scale) in MADE.items():
@@ -230,8 +232,9 @@ def main() -> None:
         rows += fidelities(values, what, made_labels(count, classes), BYTES)
     values, what, labels = digit_logits(size.digit_epochs)
     rows += fidelities(values, what, labels, DIGIT_BYTES)
-    with tempfile.TemporaryDirectory() as folder:
-        rows += students(Path(folder), size)
+    if not chosen.no_students:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += students(Path(folder), size)
     report("Encodings", rows, chosen.json)
 
 
