@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs.folder import check_free
 from coursepack.distill.setup.describe import describe_training, describe_work
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.group import make_group
 
@@ -48,4 +49,7 @@ def dry_run(
     setup = prepare(recipe, device, ranks, trust_code=trust_code)
     make_group(setup)
     lines = ["dry run: nothing was trained or written", describe_setup(setup)]
-    return [*lines, describe_training(recipe, setup), *describe_work(setup)]
+    lines += [describe_training(recipe, setup), *describe_work(setup)]
+    for warning in temperature_warnings(recipe, setup.readers):
+        lines += warning.splitlines()
+    return lines

@@ -27,6 +27,7 @@ from coursepack.distill.runs.folder import check_free, finished_metrics, is_fini
 from coursepack.distill.runs.start import start_run
 from coursepack.distill.runs.train import train_together
 from coursepack.distill.setup.checks import check_recipe
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
@@ -236,6 +237,9 @@ def _train_group(
             student_runs.append(run)
             stack.enter_context(run)
         say(describe_setup(setup))
+        warnings = [temperature_warnings(each.recipe, setup.readers) for each in group]
+        for warning in dict.fromkeys(itertools.chain(*warnings)):
+            say(warning)
         by_position: dict[tuple[int, int], list[Run]] = {}
         for run in student_runs:
             position = (run.position.epoch, run.position.batches)

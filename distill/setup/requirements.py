@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from coursepack.data import PRESETS, ViewRecipe
+from coursepack.data.encodings import drops_classes
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, FeaturePair
@@ -365,7 +366,7 @@ def check_needs(
         flsw = objective.dynamic_temperature.kind == "flsw"
         other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
         for reader in readers:
-            if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
+            if drops_classes(reader.manifest.arrays[LOGITS].encoding):
                 dense = f"{reader.address.removesuffix('.zarr')}-dense.zarr"
                 line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(

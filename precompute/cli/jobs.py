@@ -71,7 +71,7 @@ JOB_OPTIONS = (
     click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", shell_complete=name_of("encoding"), default="float16", show_default=True,
-                 help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K."),
+                 help="Encoding of logits: float32, float16, bfloat16, int8, topk:K or topk16:K."),
     click.option("--feature-encoding", default="float16", show_default=True,
                  help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
     click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,

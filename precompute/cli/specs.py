@@ -12,6 +12,7 @@ import click
 
 from coursepack.console import byte_size, duration, print_table, say
 from coursepack.data import open_source, view_recipe
+from coursepack.data.encodings import parse_encoding
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.owners import Part
 from coursepack.device import rank_device
@@ -134,7 +135,7 @@ def ranks() -> int:
 
 def _say_other_encoding(job: Job) -> None:
     stored = job.plan().arrays[LOGITS][0].name
-    if stored != job.encoding and rank() == 0:
+    if stored != parse_encoding(job.encoding).name and rank() == 0:
         say(
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
