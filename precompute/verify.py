@@ -17,6 +17,7 @@ from coursepack.data.store.layout import table_key
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import draw, render, stored_view
+from coursepack.data.views.recorded import parameters_of_store
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
@@ -105,7 +106,7 @@ def job_of_store(
     return Job(
         store=path,
         source=source,
-        recipe=stored_view(identity["view"]["recipe"], holder, trust_code=trust_code),
+        recipe=stored_view(identity["view"]["recipe"], str(path), trust_code=trust_code),
         runner=runner,
         views=manifest.views,
         batch_size=settings.get("batch_size", BATCH_SIZE),
@@ -178,7 +179,7 @@ def check_views(
     identity = manifest.identity
     try:
         name = check_trusted(identity["source"]["name"], "the store", trust_code=trust_code)
-        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code)
+        recipe = stored_view(identity["view"]["recipe"], str(path), trust_code=trust_code)
         source = open_stored(name, root, manifest.source_root)
     except UntrustedCode as error:
         if content:
@@ -194,6 +195,10 @@ def check_views(
         return (f"source {source.name!r} differs from the one that the store was written from",)
     views = [int(view) for view in manifest.view_records]
     found = drift(manifest, source, recipe, views, every_block=True)
+    if recipe.recorded is not None and len(views) == manifest.views:
+        parameters = parameters_of_store(StoreReader(path), sorted(views))
+        if parameters != recipe.recorded.parameters:
+            found += (f"the recorded views ({parameters[:12]}) are not those of the fingerprint",)
     if content and "content" not in manifest.view_records.get("0", {}):
         say("the store has no checksums of its source's content, so the content is not compared")
     return found + (changed_content(manifest, source, _begun(path, manifest)) if content else ())

@@ -32,6 +32,8 @@ def draw(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> Vie
 
 
 def _draw_unmixed(recipe: ViewRecipe, source: Source, samples: Samples, view: int) -> ViewParams:
+    if recipe.recorded is not None:
+        return recipe.recorded.params(samples, view)
     frame = Frame.full(source.sizes(samples), recipe.reference_size)
     pixel_ops = []
     for index, op in enumerate(recipe.ops):

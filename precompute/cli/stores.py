@@ -17,6 +17,7 @@ from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import live_runs
 from coursepack.data.store.records import view_mean
 from coursepack.device import pick_device
+from coursepack.precompute.caches.base import describe_use
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.inspect import agreement, describe_store
 from coursepack.precompute.numerics import describe_numerics, views_by_numerics
@@ -40,7 +41,7 @@ def status(store: str | Path, as_json: bool) -> None:
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     if as_json:
-        click.echo(json.dumps(_status(store, manifest), indent=1))
+        click.echo(json.dumps(status_values(store, manifest), indent=1))
     else:
         print_status(store, manifest)
 
@@ -182,7 +183,7 @@ def inspect(
 
 def print_status(store: str | Path, manifest: Manifest) -> None:
     """Print the content of a store and its missing views."""
-    content = _status(store, manifest)
+    content = status_values(store, manifest)
     rows = [
         ["teacher", f"{content['network']} from {content['weights']}"],
         ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
@@ -198,13 +199,16 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
     rows += _numerics_rows(content["numerics"])
     if len(content["committed_views"]) < content["views"]:
         rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
+    if content["imported"] is not None:
+        rows.append(["imported", content["imported"]])
     for writer in content["writers"]:
         part = f"part {writer['part_index']}/{writer['part_count']}"
         rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
     print_table(str(store), ["", ""], rows)
 
 
-def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+def status_values(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the content of a store and its missing views as plain values."""
     identity = manifest.identity
     records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
     return {
@@ -231,6 +235,7 @@ def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
         },
         "precision": store_precision(manifest),
         "numerics": views_by_numerics(manifest),
+        "imported": describe_use(manifest),
         "writers": live_runs(store),
     }
 
