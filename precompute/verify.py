@@ -106,7 +106,7 @@ def job_of_store(
     return Job(
         store=path,
         source=source,
-        recipe=stored_view(identity["view"]["recipe"], str(path), trust_code=trust_code),
+        recipe=stored_view(identity["view"]["recipe"], holder, trust_code=trust_code),
         runner=runner,
         views=manifest.views,
         batch_size=settings.get("batch_size", BATCH_SIZE),
@@ -179,7 +179,9 @@ def check_views(
     identity = manifest.identity
     try:
         name = check_trusted(identity["source"]["name"], "the store", trust_code=trust_code)
-        recipe = stored_view(identity["view"]["recipe"], str(path), trust_code=trust_code)
+        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code).located(
+            str(path)
+        )
         source = open_stored(name, root, manifest.source_root)
     except UntrustedCode as error:
         if content:

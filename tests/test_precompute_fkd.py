@@ -23,7 +23,7 @@ from coursepack.config import read_yaml
 from coursepack.data import ViewRecipe, open_source, view_fingerprint
 from coursepack.data.drift import drift
 from coursepack.data.store import StoreReader
-from coursepack.data.views import draw, render, stored_view
+from coursepack.data.views import draw, render
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
 from coursepack.errors import RecipeError, StoreDamaged
@@ -150,7 +150,7 @@ def test_views_are_the_crops_of_fkds_trainer(tmp_path, half, tensors):
     store = tmp_path / "s.zarr"
     call(*words(tmp_path / "fkd", tmp_path, store))
     identity = StoreReader(store).manifest.identity
-    recipe = stored_view(identity["view"]["recipe"], str(store), trust_code=False)
+    recipe = ViewRecipe.model_validate(identity["view"]["recipe"]).located(str(store))
     assert identity["view"]["fingerprint"] == view_fingerprint(recipe, source)
     samples = np.arange(len(source.labels))
     for view in range(VIEWS):
@@ -166,9 +166,8 @@ def test_views_are_the_crops_of_fkds_trainer(tmp_path, half, tensors):
 
 def test_recorded_views_do_not_depend_on_batches_and_can_be_sent_to_workers(imported, digits):
     source = open_source("folder", digits)
-    recipe = stored_view(
-        StoreReader(imported).manifest.identity["view"]["recipe"], str(imported), trust_code=False
-    )
+    stored = StoreReader(imported).manifest.identity["view"]["recipe"]
+    recipe = ViewRecipe.model_validate(stored).located(str(imported))
     sent = pickle.loads(pickle.dumps(recipe))
     whole = draw(recipe, source, np.arange(40), 1)
     part = draw(sent, source, np.array([31, 2, 2]), 1)

@@ -16,9 +16,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from view_cases import smooth
 
-from coursepack.data import open_source
+from coursepack.data import ViewRecipe, open_source
 from coursepack.data.store import StoreReader
-from coursepack.data.views import draw, render, stored_view
+from coursepack.data.views import draw, render
 from coursepack.distill.cli import main as distill
 
 K = 4
@@ -128,7 +128,7 @@ def test_seeds_are_replayed_as_crops_and_flips(tmp_path):
     shown = call(*words(tmp_path / "records", tmp_path, store), "--replay-seeds")
     assert "with recorded views" in " ".join(shown.split())
     identity = StoreReader(store).manifest.identity
-    recipe = stored_view(identity["view"]["recipe"], str(store), trust_code=False)
+    recipe = ViewRecipe.model_validate(identity["view"]["recipe"]).located(str(store))
     samples = np.arange(len(source.labels))
     for view, (_, seeds) in enumerate(written):
         pixels = render(recipe, source, samples, draw(recipe, source, samples, view), 24)

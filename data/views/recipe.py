@@ -177,23 +177,22 @@ def view_recipe(name: str, seed: int | None = None) -> ViewRecipe:
     return parse_config(ViewRecipe, recipe.model_dump() | {"seed": seed}, f"view {name!r} with --view-seed")
 
 
-def stored_view(values: Any, store: str, *, trust_code: bool) -> ViewRecipe:
+def stored_view(values: Any, holder: str, *, trust_code: bool) -> ViewRecipe:
     """Return the view recipe in a store's manifest.
 
     Args:
         values: `identity["view"]["recipe"]` of the manifest.
-        store: address of the store.
+        holder: description of the store for errors, such as `store 'cnn.zarr'`.
         trust_code: allow a pipeline named in the manifest to be imported and run.
 
     Raises:
         RecipeError: the values are not a view recipe.
         UntrustedCode: the recipe names a pipeline and `trust_code` is False.
     """
-    holder = f"store {store!r}"
     recipe = parse_config(ViewRecipe, values, f"the view recipe of {holder}")
     if recipe.pipeline is not None:
         check_trusted(f"{KIND}:{recipe.pipeline.factory}", holder, trust_code=trust_code)
-    return recipe.located(store)
+    return recipe
 
 
 def view_fingerprint(recipe: ViewRecipe, source: Source) -> str:

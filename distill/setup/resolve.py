@@ -50,7 +50,7 @@ def resolve_recipe(
         if "source" not in values:
             values["source"] = check_trusted(stored, holder, trust_code=trust_code)
         if "view" not in values:
-            values["view"] = stored_view(identity["view"]["recipe"], first.address, trust_code=trust_code)
+            values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
         if str(values["source"]).partition(":")[0] == stored.partition(":")[0]:
             stored_root = first.manifest.source_root
     if "source" not in values:

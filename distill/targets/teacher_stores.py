@@ -79,7 +79,7 @@ def open_teacher_stores(
         source = open_stored(name, None if root is None else Path(root), kept)
     source.check()
     if view is None:
-        view = stored_view(identity["view"]["recipe"], readers[0].address, trust_code=trust_code)
+        view = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     for reader in readers:
         check_store(reader, source, view)
     view = view.located(readers[0].address)

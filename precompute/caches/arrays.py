@@ -107,7 +107,11 @@ def open_arrays(options: CacheOptions) -> ArrayCache:
     if recipe is None:
         other = "Answers to random views can be stored by `precompute run`, or imported from a file that "
         recipe = given_view(options, other + "`precompute export` wrote, with the --view of its store")
-    facts = {"format": "numpy", "views": EXPORTED if is_exported else FIXED, "values": options.values}
+    facts: dict[str, Any] = {
+        "format": "numpy",
+        "views": EXPORTED if is_exported else FIXED,
+        "values": options.values,
+    }
     if options.values == "probs":
         facts["temperature"] = options.temperature
     views = 1 if len(values.shape) == 2 else values.shape[0]
@@ -122,6 +126,7 @@ def _read(path: Path) -> tuple[dict[str, _Array], Mapping[str, str]]:
         raise CacheError(f"{str(path)!r} ends in {path.suffix!r}, expected .npy, .npz or .safetensors")
     if not path.is_file():
         raise CacheError(f"there is no file at {str(path)!r}")
+    loaded: dict[str, NDArray[Any]]
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -140,14 +145,15 @@ def _read(path: Path) -> tuple[dict[str, _Array], Mapping[str, str]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, _Array], Mapping[str, str]]:
-    file = safe_open(path, framework="pt")
+    file: Any = safe_open(path, framework="pt")
     found = {}
     for name in file.keys():  # noqa: SIM118 - not a mapping: it cannot be iterated over
         part = file.get_slice(name)
 
         def read(index: tuple[slice | int, ...], part: Any = part) -> NDArray[Any]:
             tensor = part[index]
-            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            return array
 
         dtype = SAFETENSORS.get(part.get_dtype(), part.get_dtype())
         found[name] = _Array(name, tuple(part.get_shape()), dtype, read)

@@ -201,7 +201,7 @@ def _fill_in(values: dict[str, Any], first: StoreReader, *, trust_code: bool) ->
     if "source" not in values:
         values["source"] = check_trusted(stored, holder, trust_code=trust_code)
     if "view" not in values:
-        values["view"] = stored_view(identity["view"]["recipe"], first.address, trust_code=trust_code)
+        values["view"] = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     if str(values["source"]).partition(":")[0] == stored.partition(":")[0] and values.get("root") is None:
         values["root"] = first.manifest.source_root
 
