@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/report distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/caches precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/report distill/cli
 
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2

@@ -99,6 +99,10 @@ class StoreDamaged(CoursepackError, OSError):
     """The files of a store differ from the sizes and checksums in its manifest."""
 
 
+class CacheError(CoursepackError, ValueError):
+    """A cache of another program is damaged, or does not fit the source that it is imported for."""
+
+
 class StoreFull(CoursepackError, OSError):
     """There is not enough free disk space for a store."""
 

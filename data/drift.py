@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -49,6 +49,27 @@ def probe_digests(
     return {
         str(sample): f"{google_crc32c.value(image.tobytes()):08x}"
         for sample, image in zip(samples.tolist(), pixels, strict=True)
+    }
+
+
+def view_record(
+    recipe: ViewRecipe, source: Source, params: ViewParams, first: int, view: int, size: int
+) -> dict[str, Any]:
+    """Return the members of a block's record that `drift` compares.
+
+    Args:
+        recipe: view recipe of the store.
+        source: source of the samples.
+        params: view parameters of the block's samples.
+        first: the block's first sample.
+        view: view index.
+        size: side in pixels of the rendered probes.
+    """
+    probed = probe_samples(len(source.labels), view)
+    probed = probed[(probed >= first) & (probed < first + len(params))]
+    return {
+        "draws": params.digest(),
+        "probes": probe_digests(recipe, source, probed, params[probed - first], size),
     }
 
 

@@ -17,6 +17,7 @@ from coursepack.data.store.layout import table_key
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import draw, render, stored_view
+from coursepack.data.views.recorded import parameters_of_store
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
@@ -178,7 +179,9 @@ def check_views(
     identity = manifest.identity
     try:
         name = check_trusted(identity["source"]["name"], "the store", trust_code=trust_code)
-        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code)
+        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code).located(
+            str(path)
+        )
         source = open_stored(name, root, manifest.source_root)
     except UntrustedCode as error:
         if content:
@@ -198,6 +201,10 @@ def check_views(
         for view in sorted(views):
             found += drift(manifest, source, recipe, [view], every_block=True)
             meter.advance(1)
+    if recipe.recorded is not None and len(views) == manifest.views:
+        parameters = parameters_of_store(StoreReader(path), sorted(views))
+        if parameters != recipe.recorded.parameters:
+            found += (f"the recorded views ({parameters[:12]}) are not those of the fingerprint",)
     if content and "content" not in manifest.view_records.get("0", {}):
         warn("the store has no checksums of its source's content, so the content is not compared")
     if not content:

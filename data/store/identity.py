@@ -32,6 +32,7 @@ class _Teacher(_Part):
     preprocessing: _Pixels
     settings: str | None = None
     columns: list[Annotated[int, Field(ge=0, lt=1 << 48)]] | None = None
+    imported: dict[str, Any] | None = None
 
 
 class _View(_Part):

@@ -395,9 +395,19 @@ def precompute_command(
     store: str | None = None,
     encoding: str | None = None,
 ) -> str:
-    """Return the `precompute run` command that writes a store again, or adds taps to it."""
+    """Return the `precompute run` command that writes a store again, or adds taps to it.
+
+    Raises:
+        RecipeError: the store was imported, so no command can.
+    """
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
+    if "imported" in teacher:
+        raise RecipeError(
+            f"store {reader.address!r} was imported from {weights!r}: it has logits in the encoding "
+            f"{manifest.arrays[LOGITS].encoding.name} and nothing else of its teacher, and the method needs "
+            "more. Use a method that reads logits alone, such as kd, or a store that `precompute run` wrote"
+        )
     words = ["precompute", "run"]
     run = None if weights is None else spec_of_weights(weights)
     if run is not None:

@@ -13,7 +13,7 @@ from coursepack.console import JSON, TRUST_CODE, parse_numbers, print_json
 from coursepack.precompute.cli.executing import LOCAL, executor_options, make_executor
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.cli.stopping import stoppable
-from coursepack.precompute.cli.stores import print_status, store_status
+from coursepack.precompute.cli.stores import print_status, status_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,7 +202,7 @@ def run(
         if not in_ranks or (len(manifest.committed_views()) == manifest.views and not live_runs(job.store))
     ]
     if as_json and written:
-        print_json([store_status(store, manifest) for store, manifest in written])
+        print_json([status_values(store, manifest) for store, manifest in written])
     for store, manifest in () if as_json else written:
         print_status(store, manifest)
 

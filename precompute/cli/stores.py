@@ -39,7 +39,7 @@ def status(store: str | Path, as_json: bool) -> None:
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     if as_json:
-        print_json(store_status(store, manifest))
+        print_json(status_values(store, manifest))
     else:
         print_status(store, manifest)
 
@@ -201,7 +201,7 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
     """Print the content of a store and its missing views."""
     from coursepack.precompute.precision import describe_precision
 
-    content = store_status(store, manifest)
+    content = status_values(store, manifest)
     rows = [
         ["teacher", f"{content['network']} from {content['weights']}"],
         ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
@@ -217,18 +217,21 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
     rows += _numerics_rows(content["numerics"])
     if len(content["committed_views"]) < content["views"]:
         rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
+    if content["imported"] is not None:
+        rows.append(["imported", content["imported"]])
     for writer in content["writers"]:
         part = f"part {writer['part_index']}/{writer['part_count']}"
         rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
     print_table(str(store), ["", ""], rows)
 
 
-def store_status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+def status_values(store: str | Path, manifest: Manifest) -> dict[str, Any]:
     """Return the content of a store and the processes that write to it as plain values."""
     from coursepack.data.store.done import done_objects
     from coursepack.data.store.locations import open_location
     from coursepack.data.store.owners import live_runs
     from coursepack.data.store.records import view_mean
+    from coursepack.precompute.caches.base import describe_use
     from coursepack.precompute.numerics import views_by_numerics
     from coursepack.precompute.precision import store_precision
 
@@ -258,6 +261,7 @@ def store_status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
         },
         "precision": store_precision(manifest),
         "numerics": views_by_numerics(manifest),
+        "imported": describe_use(manifest),
         "writers": live_runs(store),
     }
 
