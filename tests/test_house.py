@@ -26,7 +26,7 @@ COMMON = {
             "lazy",
             "locks",
         ),
-        *("parsing", "unions"),
+        *("parsing", "ray_workers", "unions"),
     )
 }
 ALLOWED = {

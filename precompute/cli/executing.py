@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from coursepack.commands import make_chosen
 from coursepack.precompute.executors import EXECUTORS
 
 if TYPE_CHECKING:
@@ -49,14 +49,4 @@ def make_executor(name: str, **options: Any) -> Executor:
         UsageError: an option is given that the executor does not have.
         RecipeError: the executor needs a library that is not installed.
     """
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if option not in inspect.signature(EXECUTORS[name]).parameters:
-            others = " or ".join(
-                other for other in EXECUTORS if option in inspect.signature(EXECUTORS[other]).parameters
-            )
-            flag = f"--{option.replace('_', '-')}"
-            raise click.UsageError(
-                f"{flag} does not apply to --executor {name}: give --executor {others}, or leave {flag} out."
-            )
-    return EXECUTORS[name](**given)
+    return make_chosen(EXECUTORS, "--executor", name, **options)
