@@ -334,9 +334,10 @@ class Pool(Generic[Work]):
 
 
 def _reason(error: Exception) -> str:
-    """Return the last informative line of an error of Ray, without its end."""
+    """Return the last informative line of an error of Ray, without its end and its general advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:400].rstrip(". ") if lines else type(error).__name__
+    text = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    return text[:400].rstrip(". ")
 
 
 def _first_line(error: Exception) -> str:

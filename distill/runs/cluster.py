@@ -158,7 +158,8 @@ class RayExecutor:
                                 runs.finish(ended.work, *ended.result)
                             else:
                                 runs.put_back(ended.work, ended.loss)
-                            meter.advance(before - runs.left, pool.describe())
+                            if runs.left < before:
+                                meter.advance(before - runs.left, pool.describe())
             finally:
                 pool.dismiss()
         runs.check()
@@ -223,7 +224,7 @@ class _Runs:
             StudentsLost: there are some; the message names them.
         """
         if self._given_up:
-            reasons = "".join(f"\n  {name}: {loss}" for name, loss in self._given_up.items())
+            reasons = "".join(f"\n  {name}: {loss}" for name, loss in sorted(self._given_up.items()))
             diverged = f"\nDiverged: {', '.join(self.diverged)}." if self.diverged else ""
             raise StudentsLost(
                 f"not trained, because each has lost {MOST_LOSSES} workers, the last one because:{reasons}"
