@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 from builders import write_teacher
 from click.testing import CliRunner
+from clusters import MARKS
 from helpers import store_files
 
 from coursepack.data import PRESETS
@@ -72,7 +73,7 @@ def test_a_spec_is_plain_values_that_make_the_same_job_anywhere(tmp_path, spec):
 
 
 OTHERS = {"elsewhere": Elsewhere, **{name: kind for name, kind in EXECUTORS.items() if name != "local"}}
-NEEDS = {"ray": [pytest.mark.cluster]}
+NEEDS = {"ray": MARKS}
 """Marks of executors that start other programs."""
 
 
