@@ -308,6 +308,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"": "seconds", " / single runs": "/ single runs"},
     ),
     "train growth": partial(listed, "train", r"growth: .*|start-up.*"),
+    "remote": partial(listed, "remote", r".*"),
     "gpu loss": partial(listed, "gpu", r"loss .*"),
     "gpu encodings": partial(listed, "gpu", r"rows .*"),
     "gpu views": partial(listed, "gpu", r"view .*"),

@@ -24,6 +24,7 @@ from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from coursepack.data import Source
@@ -114,7 +115,7 @@ def beginning(folder: Path, size: Size) -> list[dict[str, Any]]:
     return [row("start-up to the end of the first step", seconds, "s", config, "<= 2")]
 
 
-def recipe(source: str, view: str, stores: list[Path], student: str) -> TrainRecipe:
+def recipe(source: str, view: str, stores: Sequence[Path | str], student: str) -> TrainRecipe:
     """Return a recipe for `kd` on a synthetic source."""
     opened = open_source(source)
     return TrainRecipe.model_validate(

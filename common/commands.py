@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import UserDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from click.shell_completion import CompletionItem
+
+Chosen = TypeVar("Chosen")
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: that of shells for a process ended by SIGINT."""
@@ -188,3 +191,27 @@ class Command(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+def make_chosen(table: Mapping[str, Callable[..., Chosen]], flag: str, name: str, **options: Any) -> Chosen:
+    """Call the chosen function of a table with the given options.
+
+    Args:
+        table: functions by name, whose arguments have defaults and are options.
+        flag: option that chooses among them.
+        name: name of the chosen one.
+        options: values of the options of all of them, None where an option is not given.
+
+    Raises:
+        UsageError: an option is given that the chosen one does not have.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    accepted = {each: inspect.signature(function).parameters for each, function in table.items()}
+    for option in given:
+        if option not in accepted[name]:
+            others = " or ".join(each for each in table if option in accepted[each])
+            own = f"--{option.replace('_', '-')}"
+            raise click.UsageError(
+                f"{own} does not apply to {flag} {name}: give {flag} {others}, or leave {own} out."
+            )
+    return table[name](**given)

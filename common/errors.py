@@ -8,8 +8,9 @@ wrong shapes and dtypes.
 
 from __future__ import annotations
 
+import copyreg
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,6 +54,10 @@ class UnknownName(CoursepackError, LookupError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
         super().__init__(f"unknown {kind} {name!r}.{suggestion(name, known)} Known: {', '.join(known)}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors travel between processes, and the arguments above are not kept.
+        return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]  # not in the stubs
 
 
 class RecipeError(CoursepackError, ValueError):
@@ -121,6 +126,10 @@ class RankLost(CoursepackError, ConnectionError):
 
 class WorkerLost(CoursepackError, ConnectionError):
     """A cluster or its workers cannot be reached, do not start, or end again and again."""
+
+
+class StudentsLost(WorkerLost):
+    """Students have lost several workers of a cluster each; all others are finished or have diverged."""
 
 
 class WorkerMismatch(CoursepackError, ValueError):

@@ -15,6 +15,7 @@ from coursepack.data.encodings import parse_encoding
 from coursepack.data.sources import InMemory
 from coursepack.data.store import StorePlan, StoreWriter
 from coursepack.data.store.contents import digest_of, list_key, view_of
+from coursepack.data.store.locations import open_location
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job
 
@@ -177,3 +178,13 @@ def write_rows(path: Path, rows: RowStore | None = None, part: Part | None = Non
             rows.write_block(writer, block)
         writer.commit()
     return rows
+
+
+def copy_to(bucket, store):
+    """Copy a local store into a bucket, and return its address there."""
+    address = f"s3://{bucket}/{store.name}"
+    location = open_location(address)
+    for path in store.rglob("*"):
+        if path.is_file():
+            location.put(path.relative_to(store).as_posix(), path.read_bytes())
+    return address

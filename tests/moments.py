@@ -58,6 +58,11 @@ def with_path(folder):
     os.environ["PYTHONPATH"] = str(folder)
 
 
+def with_variables(variables):
+    """Set environment variables, also for processes that this one starts."""
+    os.environ.update(variables)
+
+
 def wait_for(marker, release):
     """Make a file that says so, and wait until another exists; signals are of no use in such a thread."""
     Path(marker).touch()

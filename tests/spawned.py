@@ -167,11 +167,16 @@ def as_rank(index, count, port, work, arguments, queue):
         queue.put((index, error))
 
 
-def on_ranks(count, work, *arguments):
-    """What `work(ranks, *arguments)` tells, or raises, on each of several ranks."""
+def free_port():
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def on_ranks(count, work, *arguments):
+    """What `work(ranks, *arguments)` tells, or raises, on each of several ranks."""
+    port = free_port()
     queue = FORKED.SimpleQueue()
     processes = [
         FORKED.Process(target=as_rank, args=(index, count, port, work, arguments, queue))

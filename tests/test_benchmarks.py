@@ -22,9 +22,10 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 OTHERS = ("render", "method_bits", "structure")
 """Commands that measure nothing against a bar."""
-CLUSTER = ("scaling",)
-"""Those that `test_precompute_ray.py` runs, because they start a cluster."""
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in OTHERS + CLUSTER)
+CLUSTER, SERVER = ("scaling",), ("remote",)
+"""Those that start a cluster, which `test_precompute_ray.py` runs, and those that start an S3 server."""
+ELSEWHERE = OTHERS + CLUSTER + SERVER
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in ELSEWHERE)
 
 
 @pytest.fixture
@@ -120,9 +121,10 @@ def test_there_are_benchmarks():
 
 
 COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
+ON_SERVER = [pytest.param(name, marks=pytest.mark.integration) for name in SERVER]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost"])
+@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost", *ON_SERVER])
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])

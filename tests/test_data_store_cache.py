@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import CPU, make_recipe
 from click.testing import CliRunner
-from helpers import RowStore, write_rows
+from helpers import RowStore, copy_to, write_rows
 
 from coursepack.data.sources.cache import cache_folder
 from coursepack.data.store import StoreReader
@@ -157,16 +157,6 @@ def test_a_full_disk_is_named(address, folder, monkeypatch):
     monkeypatch.setattr("coursepack.data.store.cache.write_whole", full)
     with pytest.raises(StoreFull, match=r"the disk of the cache .* is full: set COURSEPACK_CACHE"):
         reader_of(address).components("logits", 0, EVERYTHING)
-
-
-def copy_to(bucket, store):
-    """Copy a local store into a bucket."""
-    address = f"s3://{bucket}/{store.name}"
-    location = open_location(address)
-    for path in store.rglob("*"):
-        if path.is_file():
-            location.put(path.relative_to(store).as_posix(), path.read_bytes())
-    return address
 
 
 @pytest.mark.integration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,7 +13,21 @@ import numpy as np
 import pytest
 import torch
 from builders import CPU, PAIRS, make_recipe
-from spawned import drawn, fails_on_all, fails_on_one, on_ranks, one_epoch, resumed, run, talks, vanishes
+from helpers import copy_to
+from moments import with_variables
+from spawned import (
+    drawn,
+    fails_on_all,
+    fails_on_one,
+    free_port,
+    on_ranks,
+    one_epoch,
+    resumed,
+    run,
+    running,
+    talks,
+    vanishes,
+)
 
 from coursepack.data import view_recipe
 from coursepack.data.views.mixing import Mix
@@ -303,3 +318,31 @@ def test_an_error_is_told_once(tmp_path, stores):
     assert said == ""
     assert complaints.count("\nError: ") + complaints.startswith("Error: ") == 1, complaints
     assert complaints.count("already holds a run") == 1, complaints
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_students_of_two_nodes_have_the_losses_of_one_process(tmp_path, stores, where, request):
+    addresses, variables = stores[:2], {"COURSEPACK_CACHE": str(tmp_path / "cache")}
+    if where == "bucket":
+        addresses = [copy_to(request.getfixturevalue("bucket"), store) for store in addresses]
+        variables |= request.getfixturevalue("s3_server").environment
+    words = ["train", "--student", "digits-small", "--limit", UNEVEN, "--epochs", 2]
+    words += ["--out", tmp_path / "two"]
+    words += [word for store in addresses for word in ("--store", store)]
+    node = ["torchrun", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "tests"]
+    node += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", DISTILL, *words]
+    before = partial(with_variables, variables)
+    with running(*node, before=before) as (_, first), running(*node, before=before) as (_, second):
+        done = [first(), second()]
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    assert sorted(each.stdout.count("accuracy") for each in done) == [0, 1]
+    assert any((tmp_path / "cache").rglob("*.shard")) == (where == "bucket")
+    found = load_run(tmp_path / "two")
+    assert json.loads((found.path / "provenance.json").read_text())["ranks"] == 2
+    local = found.recipe.model_copy(update={"stores": tuple(map(str, stores[:2]))})
+    train(local, tmp_path / "one", device=CPU)
+    runs = [load_run(tmp_path / name) for name in ("two", "one")]
+    lines = [[{**line, "seconds": 0} for line in run.metrics] for run in runs]
+    assert len(lines[0]) == 2
+    assert_close(*lines, (where,))

@@ -28,7 +28,7 @@ COMMON = {
             "locks",
             "problems",
         ),
-        *("parsing", "unions"),
+        *("parsing", "ray_workers", "unions"),
     )
 }
 ALLOWED = {

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 from builders import write_teacher
 from click.testing import CliRunner
+from clusters import MARKS
 from helpers import store_files
 
 from coursepack.data import PRESETS
@@ -20,10 +21,11 @@ from coursepack.errors import RecipeError, WorkerLost, WorkerMismatch
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
 from coursepack.precompute.executors import EXECUTORS
-from coursepack.precompute.executors.actors import check_report, uses_gpus
+from coursepack.precompute.executors.actors import check_report
 from coursepack.precompute.executors.worker import Report, Witness, Worker
 from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.write import write_blocks
+from coursepack.ray_workers import Share, uses_gpus
 
 
 class Elsewhere:
@@ -71,7 +73,7 @@ def test_a_spec_is_plain_values_that_make_the_same_job_anywhere(tmp_path, spec):
 
 
 OTHERS = {"elsewhere": Elsewhere, **{name: kind for name, kind in EXECUTORS.items() if name != "local"}}
-NEEDS = {"ray": [pytest.mark.cluster]}
+NEEDS = {"ray": MARKS}
 """Marks of executors that start other programs."""
 
 
@@ -174,7 +176,7 @@ def test_wrong_options_of_executors_are_refused(tmp_path, monkeypatch, options, 
      ("cuda", None, 0, True)],
 )  # fmt: skip
 def test_workers_take_gpus_where_there_are_some(device, per_gpu, gpus, expected):
-    assert uses_gpus(device, per_gpu, {"GPU": gpus}) == expected
+    assert uses_gpus(device, "--workers-per-gpu", per_gpu, {"GPU": gpus}) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,4 +185,13 @@ def test_workers_take_gpus_where_there_are_some(device, per_gpu, gpus, expected)
 )
 def test_devices_that_ray_cannot_give_are_refused(device, per_gpu, text):
     with pytest.raises(RecipeError, match=text):
-        uses_gpus(device, per_gpu, {"GPU": 2})
+        uses_gpus(device, "--workers-per-gpu", per_gpu, {"GPU": 2})
+
+
+@pytest.mark.parametrize(
+    ("share", "room"),
+    [(Share(), 6), (Share(cpus=4), 1), (Share(gpus=1), 2), (Share(gpus=0.25), 8), (Share(gpus=0.3333), 6),
+     (Share(cpus=0.1), 60), (Share(gpus=4), 0)],
+)  # fmt: skip
+def test_a_node_has_room_for_workers_by_what_they_share(share, room):
+    assert share.fits({"CPU": 6.0, "GPU": 2.0}) == room

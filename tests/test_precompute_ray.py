@@ -4,14 +4,13 @@ import contextlib
 import importlib
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cluster_teacher
 import pytest
 import torch
 from benchmark_rows import check_rows
+from clusters import MARKS, own_cluster, wait_until
 from helpers import file_identities, store_files
 from spawned import run, running
 
@@ -22,46 +21,17 @@ from coursepack.precompute import run_job
 from coursepack.precompute.executors import RayExecutor
 from coursepack.precompute.spec import PrecomputeSpec
 
-# Ray's own modules warn when they are imported and leave sockets to the garbage collector.
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-TESTS = Path(__file__).parent
-BENCHMARKS = TESTS.parent / "benchmarks"
+pytestmark = MARKS
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VIEWS, BATCH, BLOCK_ROWS = 2, 100, 500
 BLOCK_BATCHES = 5
 BATCHES = VIEWS * (1442 // BATCH + 1)
-MEMORY = 80 << 20
 
 
-class OwnCluster:
-    """A cluster of nodes with one CPU each, and the folder that governs its teachers."""
-
-    def __init__(self, folder):
-        from ray.cluster_utils import Cluster
-
-        self.folder = folder
-        head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.add() for _ in range(2)]
-
-    def add(self, **settings):
-        return self.cluster.add_node(num_cpus=1, object_store_memory=MEMORY, **settings)
-
-    def remove(self, node):
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def write(self, store):
-        """What the command does in the driver."""
-        executor = RayExecutor(self.cluster.address)
-        return run_job(make_spec(store).job(elsewhere=True), executor=executor, quiet=True)
-
-    def batches(self):
-        """Process of each batch that a teacher ran."""
-        log = self.folder / "log"
-        return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+def write(cluster, store):
+    """What the command does in the driver."""
+    executor = RayExecutor(cluster.address)
+    return run_job(make_spec(store).job(elsewhere=True), executor=executor, quiet=True)
 
 
 def make_spec(store):
@@ -79,21 +49,14 @@ def assert_same(store, expected):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("teacher")
-        patch.setenv(cluster_teacher.FOLDER, str(folder))
-        patch.setenv("PYTHONPATH", str(TESTS))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        own = OwnCluster(folder)
+    with own_cluster(tmp_path_factory.mktemp("teacher")) as own:
         yield own
-        own.cluster.shutdown()
 
 
 @pytest.fixture
 def cluster(started):
     """The cluster, whose teachers do nothing unusual."""
-    for path in started.folder.iterdir():
-        path.unlink()
+    started.calm()
     return started
 
 
@@ -108,7 +71,7 @@ def expected(started, tmp_path_factory):
 def test_the_block_of_a_killed_worker_is_computed_again_and_no_other(tmp_path, cluster, expected):
     (cluster.folder / "seconds").write_text("0.05")
     (cluster.folder / "once").touch()
-    cluster.write(tmp_path / "s.zarr")
+    write(cluster, tmp_path / "s.zarr")
     assert_same(tmp_path / "s.zarr", expected)
     assert BATCHES < len(cluster.batches()) <= BATCHES + BLOCK_BATCHES
     assert len(set(cluster.batches())) > 1
@@ -118,7 +81,7 @@ def test_a_node_dies_and_another_joins(tmp_path, cluster, expected):
     (cluster.folder / "seconds").write_text("0.7")
 
     with ThreadPoolExecutor(1) as pool:
-        written = pool.submit(cluster.write, tmp_path / "s.zarr")
+        written = pool.submit(write, cluster, tmp_path / "s.zarr")
         wait_until(lambda: written.done() or len(set(cluster.batches())) > 1)
         cluster.remove(cluster.nodes.pop())
         cluster.nodes.append(cluster.add())
@@ -126,13 +89,6 @@ def test_a_node_dies_and_another_joins(tmp_path, cluster, expected):
     assert_same(tmp_path / "s.zarr", expected)
     assert BATCHES < len(cluster.batches()) <= BATCHES + 2 * BLOCK_BATCHES
     assert len(set(cluster.batches())) == 3
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def done_blocks(store):
@@ -150,7 +106,7 @@ def test_a_driver_that_was_killed_goes_on(tmp_path, cluster, expected):
     words = ["precompute", "run", "--teacher=python:cluster_teacher:Teacher", "--weights=own"]
     words += ["--source=digits", "--view=digits", f"--views={VIEWS}", f"--store={store}", "--device=cpu"]
     words += [f"--batch-size={BATCH}", f"--block-rows={BLOCK_ROWS}"]
-    words += ["--executor=ray", f"--address={cluster.cluster.address}"]
+    words += ["--executor=ray", f"--address={cluster.address}"]
     with running(*words) as (process, finished):
         wait_until(lambda: len(done_blocks(store)) > 1)
         process.kill()
@@ -178,7 +134,7 @@ def test_a_worker_with_other_numerics_is_refused_before_the_first_block(tmp_path
     node = cluster.add(env_vars={"ATEN_CPU_CAPABILITY": other})
     try:
         with pytest.raises(WorkerMismatch, match=r"numerics(.|\n)* cpu_capability .*first: .*this one: "):
-            cluster.write(tmp_path / "s.zarr")
+            write(cluster, tmp_path / "s.zarr")
     finally:
         cluster.remove(node)
     assert not (tmp_path / "s.zarr").exists()
@@ -189,7 +145,7 @@ def test_a_block_that_kills_three_workers_is_named(tmp_path, cluster):
     (cluster.folder / "poison").touch()
     text = r"block 2 \(samples 1,000 to 1,441\) of view \d was lost with its worker 3 times"
     with pytest.raises(WorkerLost, match=text):
-        cluster.write(tmp_path / "s.zarr")
+        write(cluster, tmp_path / "s.zarr")
     assert len(set(cluster.batches())) >= 3
     assert len(done_blocks(tmp_path / "s.zarr")) >= 2
 
@@ -197,7 +153,7 @@ def test_a_block_that_kills_three_workers_is_named(tmp_path, cluster):
 def test_an_error_of_the_teacher_is_the_runs(tmp_path, cluster):
     (cluster.folder / "nan").touch()
     with pytest.raises(NonFiniteOutput, match="gives logits that are not finite"):
-        cluster.write(tmp_path / "s.zarr")
+        write(cluster, tmp_path / "s.zarr")
     assert len(set(cluster.batches())) <= 2
 
 

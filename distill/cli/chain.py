@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from coursepack.commands import Command
 from coursepack.console import JSON, TRUST_CODE, print_json, print_table
+from coursepack.distill.cli.executing import executor_options, take_executor
 from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
 
 EXAMPLES = """\b
@@ -30,6 +32,7 @@ Examples:
 @TRUST_CODE
 @JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@executor_options
 def chain_command(
     chain_file: Path,
     out: Path | None,
@@ -40,6 +43,7 @@ def chain_command(
     trust_code: bool,
     as_json: bool,
     device: str,
+    **executing: Any,
 ) -> None:
     """Run the stages of a chain in order: students that become teachers of later ones.
 
@@ -59,14 +63,17 @@ def chain_command(
     from coursepack.distill.runs.chain.run import run_chain, table_of
     from coursepack.distill.runs.chain.stages import How
 
+    executor = take_executor(executing)
     out = out or Path("runs", chain_file.stem)
+    # The nodes of a cluster may have GPUs where this machine has none.
     how = How(
-        device=pick_device(device),
+        device=pick_device("auto" if executor is not None and device == "cuda" else device),
         device_name=device,
         workers=workers,
         threads=threads,
         checkpoint_seconds=checkpoint_seconds,
         trust_code=trust_code,
+        executor=executor,
     )
     stages = plan_chain(chain_file, out, device=how.device, trust_code=trust_code)
     rows = run_chain(stages, out, how, redo=redo)

@@ -9,8 +9,9 @@ import click
 
 from coursepack.commands import Command, name_of
 from coursepack.console import JSON, TRUST_CODE, print_json, print_table, say
+from coursepack.distill.cli.executing import executor_options, take_executor
 from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
-from coursepack.errors import TrainingDiverged
+from coursepack.errors import StudentsLost, TrainingDiverged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
 @TRUST_CODE
 @JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-def sweep_command(
-    grid_file: Path, out: Path, device: str, as_json: bool, trust_code: bool, **how: Any
-) -> None:
+@executor_options
+def sweep_command(grid_file: Path, out: Path, as_json: bool, trust_code: bool, **how: Any) -> None:
     """Train one student for every combination of the values in a grid file.
 
     The file has `base`, the recipe fields that all students share, and `grid`, lists of values by
@@ -53,11 +53,15 @@ def sweep_command(
       objective.temperature: [2, 4]
       seed: [0, 1, 2]
     """
-    from coursepack.device import pick_device
     from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
 
+    executor = take_executor(how)
     students = read_grid(grid_file, trust_code=trust_code)
-    diverged = sweep(students, out, device=pick_device(device), trust_code=trust_code, **how)
+    try:
+        diverged = sweep(students, out, trust_code=trust_code, executor=executor, **how)
+    except StudentsLost:  # the others are finished
+        _show(finished_runs(students, out), as_json=as_json)
+        raise
     _show(finished_runs(students, out), as_json=as_json)
     if diverged:
         raise TrainingDiverged(f"{len(diverged)} of {len(students)} students diverged: {', '.join(diverged)}")

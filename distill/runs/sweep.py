@@ -1,7 +1,8 @@
 """Sweeps: one student per combination of values in a grid, resumable, with a table at the end.
 
 Students that use the same batches can be trained together: views are rendered and targets are read once for
-all of them. On a CPU, each student is identical, bit for bit, to one that is trained alone.
+all of them. On a CPU, each student is identical, bit for bit, to one that is trained alone. Groups are
+trained in this process, one after another, or by an executor that hands them to others.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
 from coursepack.canonical import canonical_json
 from coursepack.config import Config, parse_config, start_paths
 from coursepack.console import SHORT_SECONDS, progress, say, warn
+from coursepack.device import pick_device
+from coursepack.distill.distributed import ALONE
 from coursepack.distill.recipe import load_recipe, set_value
 from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
@@ -35,11 +38,12 @@ from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import build_network
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
 
+    from coursepack.distill.distributed import Ranks
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.runs.start import Run
 
@@ -118,11 +122,47 @@ def student_name(settings: Mapping[str, Any]) -> str:
     return f"{name[:MAX_NAME_LENGTH]}-{digest}"
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of a sweep that do not change its results."""
+
+    device: str = "auto"
+    """Name of the device, as `pick_device` takes it."""
+    together: int = 1
+    """Maximum number of students to train at the same time, if they use the same batches."""
+    resume: bool = False
+    workers: int | None = None
+    threads: int | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    tensorboard: bool = False
+    trust_code: bool = False
+
+
+class Executor(Protocol):
+    """Trains groups of students, in whatever processes and order."""
+
+    def train(
+        self,
+        groups: Sequence[Sequence[Student]],
+        out: Path,
+        how: SweepOptions,
+        describe: Callable[[Sequence[Student]], str],
+    ) -> dict[str, str]:
+        """Train groups, each with `train_group`, and return the error messages of students that diverged.
+
+        Args:
+            groups: students that are trained together, each a result of `groups_of`.
+            out: folder of the runs' folders.
+            how: options.
+            describe: function that returns the line to print before a group is trained.
+        """
+
+
 def sweep(
     students: Sequence[Student],
     out: Path,
     *,
-    device: torch.device,
+    device: torch.device | str,
     together: int = 1,
     resume: bool = False,
     workers: int | None = None,
@@ -130,13 +170,14 @@ def sweep(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tensorboard: bool = False,
     trust_code: bool = False,
+    executor: Executor | None = None,
 ) -> dict[str, str]:
     """Train the students of a sweep, each into its own folder in `out`.
 
     Args:
         students: a result of `read_grid`.
         out: folder for the runs' folders.
-        device: device to train on.
+        device: device to train on, or its name.
         together: maximum number of students to train at the same time, if they use the same batches.
         resume: skip finished runs, and continue unfinished ones.
         workers: number of processes that decode and render images.
@@ -144,16 +185,20 @@ def sweep(
         checkpoint_seconds: time between checkpoints.
         tensorboard: also write the metrics of every run for TensorBoard.
         trust_code: allow stores to name Python code for live teachers.
+        executor: trains the groups in other processes. Defaults to one after another in this one.
 
     Returns:
         The error messages of the students that diverged, by name; all others are finished.
 
     Raises:
         RunError: a folder is not empty, or holds another run.
-        Otherwise as `train`, except for divergence.
+        Otherwise as `train`, except for divergence, and as the executor.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
+    how = SweepOptions(
+        str(device), together, resume, workers, threads, checkpoint_seconds, tensorboard, trust_code
+    )
     pixels = ("student", "student_size", "student_mean", "student_std")
     for spec, size, mean, std in dict.fromkeys(
         tuple(getattr(student.recipe, name) for name in pixels) for student in students
@@ -164,65 +209,86 @@ def sweep(
     if not resume:
         for student in students:
             check_free(out / student.name, overwrite=False)
-    remaining = _unfinished(students, out) if resume else list(students)
+    remaining = unfinished(students, out) if resume else list(students)
     if len(remaining) < len(students):
         say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
-    waiting: list[list[Student]] = []
-    for same in _by_batches(remaining, out):
-        waiting += [same[start : start + together] for start in range(0, len(same), together)]
-    diverged: dict[str, str] = {}
     number = {student.name: index for index, student in enumerate(students, start=1)}
-    finished = len(students) - len(remaining)
-    title = f"sweep {out.name}"
-    with progress(title, len(students), "students", done=finished, delay=SHORT_SECONDS) as meter:
+
+    def describe(group: Sequence[Student]) -> str:
+        which = ", ".join(str(number[student.name]) for student in group)
+        return f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}"
+
+    train = _train_here if executor is None else executor.train
+    try:
+        return train(groups_of(remaining, out, together), out, how, describe)
+    except KeyboardInterrupt:
+        finished = len(finished_runs(students, out))
+        warn(
+            f"interrupted with {finished} of {len(students)} students finished: the same command with "
+            f"--resume continues {out}"
+        )
+        raise
+
+
+def _train_here(
+    groups: Sequence[Sequence[Student]],
+    out: Path,
+    how: SweepOptions,
+    describe: Callable[[Sequence[Student]], str],
+) -> dict[str, str]:
+    """Train groups one after another in this process."""
+    device, waiting = pick_device(how.device), list(groups)
+    diverged: dict[str, str] = {}
+    total = sum(map(len, groups))
+    with progress(f"sweep {out.name}", total, "students", delay=SHORT_SECONDS) as meter:
         while waiting:
             group = waiting.pop(0)
-            first = group[0].recipe
-            which = ", ".join(str(number[student.name]) for student in group)
-            say(f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}")
-            try:
-                with (
-                    algorithms(deterministic=first.deterministic),
-                    threads_of(threads),
-                    generators_of(device),
-                ):
-                    again = resume or any((out / student.name).exists() for student in group)
-                    failures = _train_group(
-                        group, out, device, again, workers, checkpoint_seconds, tensorboard, trust_code
-                    )
-            except KeyboardInterrupt:
-                finished = len(finished_runs(students, out))
-                warn(
-                    f"interrupted with {finished} of {len(students)} students finished: the same command "
-                    f"with --resume continues {out}"
-                )
-                raise
-            except TrainingDiverged as error:
-                if len(group) > 1:
-                    # It is unknown which student diverged: continue each alone from its checkpoint.
-                    waiting = [[student] for student in _unfinished(group, out)] + waiting
-                    continue
-                failures = {group[0].name: str(error)}
+            say(describe(group))
+            failures, alone = train_group(group, out, device, how)
+            waiting = [*alone, *waiting]
             for name, reason in failures.items():
                 warn(f"{name}: {reason}")
             diverged |= failures
-            meter.advance(len(group))
+            meter.advance(len(group) - sum(map(len, alone)))
     return diverged
 
 
+def train_group(
+    group: Sequence[Student], out: Path, device: torch.device, how: SweepOptions, ranks: Ranks = ALONE
+) -> tuple[dict[str, str], list[list[Student]]]:
+    """Train students together, or continue them.
+
+    Args:
+        group: students of a result of `groups_of`.
+        out: folder of the runs' folders.
+        device: device to train on.
+        how: options.
+        ranks: this process alone, with the number of processes that share the memory of its machine.
+
+    Returns:
+        The error messages of the students that diverged, by name, and groups that are to be trained yet.
+
+    Raises:
+        CoursepackError: as `train`, except for divergence.
+    """
+    first = group[0].recipe
+    try:
+        with algorithms(deterministic=first.deterministic), threads_of(how.threads), generators_of(device):
+            return _train_group(group, out, device, how, ranks), []
+    except TrainingDiverged as error:
+        if len(group) > 1:
+            # It is unknown which student diverged in this step: continue each alone from its checkpoint.
+            return {}, [[student] for student in unfinished(group, out)]
+        return {group[0].name: str(error)}, []
+
+
 def _train_group(
-    group: Sequence[Student],
-    out: Path,
-    device: torch.device,
-    resume: bool,
-    workers: int | None,
-    checkpoint_seconds: float,
-    tensorboard: bool,
-    trust_code: bool,
+    group: Sequence[Student], out: Path, device: torch.device, how: SweepOptions, ranks: Ranks
 ) -> dict[str, str]:
     """Train students together, and return the error messages of those that diverged, by name."""
+    resume = how.resume or any((out / student.name).exists() for student in group)
     first, *others = [recipe_to_resume(out / student.name, student.recipe) for student in group]
-    setup = prepare(first, device, others=others, trust_code=trust_code)
+    setup = prepare(first, device, ranks, others=others, trust_code=how.trust_code)
     with ExitStack() as stack:
         student_runs: list[Run] = []
         for each in group:
@@ -232,7 +298,7 @@ def _train_group(
                 out / each.name,
                 overwrite=False,
                 resume=resume,
-                tensorboard=tensorboard,
+                tensorboard=how.tensorboard,
             )
             student_runs.append(run)
             stack.enter_context(run)
@@ -245,7 +311,7 @@ def _train_group(
             position = (run.position.epoch, run.position.batches)
             by_position.setdefault(position, []).append(run)
         for runs in by_position.values():
-            train_together(setup, runs, workers=workers, checkpoint_seconds=checkpoint_seconds)
+            train_together(setup, runs, workers=how.workers, checkpoint_seconds=how.checkpoint_seconds)
     return {
         student.name: str(run.diverged)
         for student, run in zip(group, student_runs, strict=True)
@@ -253,17 +319,20 @@ def _train_group(
     }
 
 
-def _by_batches(students: Sequence[Student], out: Path) -> list[list[Student]]:
-    """Return the students in groups that use the same batches and read stores in the same way."""
-    groups: dict[str, list[Student]] = {}
+def groups_of(students: Sequence[Student], out: Path, together: int) -> list[list[Student]]:
+    """Return the students in groups of at most `together` that use the same batches and read stores alike."""
+    same: dict[str, list[Student]] = {}
     for student in students:
         resumed = recipe_to_resume(out / student.name, student.recipe)
         shared = resumed.model_dump(mode="json", exclude=set(FREE_FIELDS)) | {"shares": resumed.shares}
-        groups.setdefault(canonical_json(shared), []).append(student)
-    return list(groups.values())
+        same.setdefault(canonical_json(shared), []).append(student)
+    return [
+        group[start : start + together] for group in same.values() for start in range(0, len(group), together)
+    ]
 
 
-def _unfinished(students: Sequence[Student], out: Path) -> list[Student]:
+def unfinished(students: Sequence[Student], out: Path) -> list[Student]:
+    """Return the students whose runs are not finished."""
     return [each for each in students if finished_metrics(out / each.name, each.recipe) is None]
 
 

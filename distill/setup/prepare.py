@@ -309,6 +309,11 @@ def _cached_targets(
     )
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a student depends on, by name."""
+    return {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")}
+
+
 def provenance(setup: Setup) -> dict[str, Any]:
     """Return a run's provenance: fingerprints of its data, library versions and device."""
     stores = [
@@ -325,7 +330,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "stores": stores,
         "view_fingerprint": view_fingerprint(setup.recipe.view, setup.source),
         "source_fingerprint": setup.source.fingerprint,
-        "versions": {name: version(name) for name in ("coursepack", "torch", "torchvision", "numpy")},
+        "versions": library_versions(),
         "device": str(setup.device),
         "ranks": setup.ranks.count,
         "drift": list(setup.drift),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.commands import Choice
+from coursepack.commands import Choice, make_chosen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,14 +52,4 @@ def make_executor(name: str, **options: Any) -> Executor:
     """
     from coursepack.precompute.executors import EXECUTORS
 
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if option not in inspect.signature(EXECUTORS[name]).parameters:
-            others = " or ".join(
-                other for other in EXECUTORS if option in inspect.signature(EXECUTORS[other]).parameters
-            )
-            flag = f"--{option.replace('_', '-')}"
-            raise click.UsageError(
-                f"{flag} does not apply to --executor {name}: give --executor {others}, or leave {flag} out."
-            )
-    return EXECUTORS[name](**given)
+    return make_chosen(EXECUTORS, "--executor", name, **options)

@@ -3,7 +3,7 @@
 base    the interface: takes groups of blocks and yields each finished group
 local   executor that runs in this process
 ray     executor that hands out blocks to the workers of a Ray cluster
-actors  workers of a Ray cluster: starting, comparing and replacing them
+actors  workers of a Ray cluster: starting and comparing them
 worker  a worker's own process
 """
 

@@ -1,9 +1,7 @@
 """Executor that computes blocks on the workers of a Ray cluster.
 
 The driver, the process that runs the job, keeps the store's part, hands out groups of blocks and commits
-views. Workers are plain actors, one group at a time each. A group whose worker dies is queued again, and a
-new actor takes the dead one's place, on any node that has room, including nodes that joined later. Actors are
-never restarted by Ray, because calls to a restarting actor fail in a loop.
+views. A group whose worker dies is queued again.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.data.store.owners import RUNS
 from coursepack.errors import WorkerLost
-from coursepack.precompute.executors.actors import Actors, connected, import_ray
+from coursepack.precompute.executors.actors import Comparison, assemble, open_pool
 from coursepack.precompute.executors.worker import Witness
+from coursepack.ray_workers import MOST_LOSSES, connected, import_ray
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
     from coursepack.console import Meter
     from coursepack.data.store import Block, StoreWriter
     from coursepack.precompute.job import Job
-
-MOST_LOSSES = 3
-"""Number of workers that a block may lose before the run ends."""
+    from coursepack.ray_workers import Pool
 
 
 class RayExecutor:
@@ -48,7 +45,7 @@ class RayExecutor:
         """
         import_ray(address)
         self._address, self._count, self._per_gpu = address, actors, workers_per_gpu
-        self._actors: Actors | None = None
+        self._pool: Pool[list[Block]] | None = None
 
     @contextmanager
     def started(self, job: Job) -> Iterator[dict[str, Any]]:
@@ -59,12 +56,13 @@ class RayExecutor:
             WorkerMismatch: a worker has another teacher, source or view, or other numerics than the first.
         """
         with connected(self._address) as ray:
-            self._actors = Actors(ray, job, self._count, self._per_gpu)
+            comparison = Comparison(job.plan().identity)
+            pool = self._pool = open_pool(ray, job, self._count, self._per_gpu, comparison)
             try:
-                yield self._actors.assemble()
+                yield assemble(pool, comparison)
             finally:
-                self._actors.dismiss()
-                self._actors = None
+                pool.dismiss()
+                self._pool = None
 
     def run(
         self, job: Job, writer: StoreWriter, groups: Iterator[list[Block]], meter: Meter | None
@@ -77,8 +75,8 @@ class RayExecutor:
             WorkerMismatch: a worker that joined does not fit.
             CoursepackError: a worker's error that is not the loss of the worker.
         """
-        actors = self._actors
-        assert actors is not None, "run is called within started"
+        pool = self._pool
+        assert pool is not None, "run is called within started"
         queue = _Queue(writer, groups)
         # One key for a part, so that the next run removes what a killed driver leaves.
         key = f"{RUNS}/{job.part.index}of{job.part.count}.witness"
@@ -86,15 +84,15 @@ class RayExecutor:
         writer.location.put(key, witness.content)
         try:
             while True:
-                while actors.has_idle and (group := queue.take()) is not None:
-                    actors.hand_out(group, witness)
-                if not actors.is_busy and queue.is_empty:
+                while pool.has_idle and (group := queue.take()) is not None:
+                    pool.hand_out(group, "write", group, witness)
+                if not pool.is_busy and queue.is_empty:
                     return
-                for group, loss in actors.wait():
-                    done = group if loss is None else queue.put_back(group, loss)
+                for ended in pool.wait():
+                    done = ended.work if ended.loss is None else queue.put_back(ended.work, ended.loss)
                     if meter is not None and done:
                         views = f"view {done[-1].view + 1} of {writer.manifest.views}"
-                        meter.advance(sum(map(len, done)), f"{views}, {actors.describe()}")
+                        meter.advance(sum(map(len, done)), f"{views}, {pool.describe()}")
                     if done:
                         yield done
         finally:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.data.store import StoreWriter
 from coursepack.errors import CoursepackError, WorkerLost
 from coursepack.precompute.write import write_blocks
+from coursepack.ray_workers import enter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,14 +63,10 @@ class Worker:
 
         Args:
             spec: specification of the job.
-            folder: working directory, which relative paths refer to; ignored if it does not exist here.
+            folder: working directory of the driver, as for `enter`.
             sharing: number of workers that share the cores of this machine.
         """
-        if Path(folder).is_dir():
-            os.chdir(folder)
-        # The renderer divides the cores by it, as it does among the ranks of torchrun.
-        os.environ["LOCAL_WORLD_SIZE"] = str(sharing)
-        name = f"{socket.gethostname()}, process {os.getpid()}"
+        name = enter(folder, sharing)
         try:
             self._job = spec.job()
             return Report(name, self._job.plan().identity, self._job.environment())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from coursepack.distill.runs.chain.record import (
     sweep,
     write_record,
 )
-from coursepack.distill.runs.chain.stages import run_stage
+from coursepack.distill.runs.chain.stages import run_stages, stages_at_once
 from coursepack.errors import RecipeError, RunBusy, RunError, UnknownName
 from coursepack.locks import FileLock, Held
 
@@ -81,10 +82,9 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
         raise RunBusy(f"chain {str(out)!r} is being run by {holder}: wait for it, or stop it") from holder
     try:
         sweep(out)
-        again = set(redo)
-        for number, stage in enumerate(stages, start=1):
-            with naming_stage(stage.name):
-                _run_one(stage, stages, out, how, again, f"stage {number} of {len(stages)}, {stage.name}")
+        with nullcontext() if how.executor is None else how.executor.connected():
+            for group in stages_at_once(stages, how):
+                _run_group(group, stages, out, how, set(redo))
     except KeyboardInterrupt:
         warn("interrupted: the same command continues the chain")
         raise
@@ -159,21 +159,46 @@ def _may_redo(stage: Stage, stages: Sequence[Stage], redo: Collection[str]) -> b
     return stage.name in redo or any(_may_redo(each, stages, redo) for each in before)
 
 
-def _run_one(stage: Stage, stages: Sequence[Stage], out: Path, how: How, redo: set[str], title: str) -> None:
+def _run_group(
+    group: Sequence[Stage], stages: Sequence[Stage], out: Path, how: How, redo: Collection[str]
+) -> None:
+    """Run those of some stages that are not finished, at the same time."""
+    begun: list[tuple[Stage, dict[str, Any]]] = []
+    for stage in group:
+        with naming_stage(stage.name):
+            identity = _begin(stage, stages, out, redo)
+        if identity is not None:
+            begun.append((stage, identity))
+    if not begun:
+        return
+    with naming_stage(begun[0][0].name) if len(begun) == 1 else nullcontext():
+        found = run_stages([stage for stage, _ in begun], out, how)
+    for (stage, identity), metrics in zip(begun, found, strict=True):
+        output = output_of(out, stage)
+        write_record(out, StageRecord(stage=stage.name, identity=identity, output=output, metrics=metrics))
+
+
+def _begin(stage: Stage, stages: Sequence[Stage], out: Path, redo: Collection[str]) -> dict[str, Any] | None:
+    """Return the identity of a stage that is to be run, or None if it is finished.
+
+    What the stage is not to continue is removed.
+
+    Raises:
+        RunError: the stage was run with other values.
+    """
     decision, table = _decide(stage, stages, out, redo, inputs_known=True)
     if decision == "changed":
         raise RunError(_refusal(stage, table))
+    title = f"stage {1 + [each.name for each in stages].index(stage.name)} of {len(stages)}, {stage.name}"
     if decision == "skip":
         say(f"{title}: finished and unchanged, skipped")
-        return
+        return None
     say(f"{title}: {stage.kind}" + {"continue": ", continued", "again": ", again"}.get(decision, ""))
     identity = _identity(stage, stages, out)
     if decision != "continue":
         remove_output(out, stage)
         write_record(out, StageRecord(stage=stage.name, identity=identity))
-    metrics = run_stage(stage, out, how)
-    output = output_of(out, stage)
-    write_record(out, StageRecord(stage=stage.name, identity=identity, output=output, metrics=metrics))
+    return identity
 
 
 def _evaluated(stage: Stage, out: Path) -> Evaluated | None:

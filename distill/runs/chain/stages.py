@@ -14,20 +14,24 @@ from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.chain.file import referenced
 from coursepack.distill.runs.chain.plan import run_folder, store_folder
 from coursepack.distill.runs.chain.record import is_written
+from coursepack.distill.runs.folder import finished_metrics
+from coursepack.distill.runs.sweep import Student, SweepOptions, unfinished
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.evaluate import evaluate_ensemble, evaluation_view
 from coursepack.distill.training.runtime import threads_of
-from coursepack.errors import RunError
+from coursepack.errors import RunError, TrainingDiverged
 from coursepack.files import write_whole
 from coursepack.models import load_teacher
 from coursepack.models.build import RUN
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
     from coursepack.distill.runs.chain.plan import Stage
+    from coursepack.distill.runs.cluster import RayExecutor
 
 PRECOMPUTE = """
 import os, runpy, sys, threading
@@ -55,14 +59,41 @@ class How:
     threads: int | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     trust_code: bool = False
+    executor: RayExecutor | None = None
+    """Executor of stages that train, and by its name of those that precompute; None for this process."""
 
 
-def run_stage(stage: Stage, out: Path, how: How) -> dict[str, float] | None:
-    """Run a stage, or continue it, and return its evaluation.
+def stages_at_once(stages: Sequence[Stage], how: How) -> list[list[Stage]]:
+    """Return the stages in groups to run one after another, in an order in which they can be run.
+
+    A cluster trains the students of independent stages at the same time.
+    """
+    if how.executor is None:
+        return [[stage] for stage in stages]
+    depth: dict[str, int] = {}
+    for stage in stages:
+        depth[stage.name] = 1 + max((depth[name] for name in stage.reads), default=0)
+    found: list[list[Stage]] = []
+    for level in sorted(set(depth.values())):
+        same = [stage for stage in stages if depth[stage.name] == level]
+        students = [stage for stage in same if stage.kind == "train"]
+        found += [students] if students else []
+        found += [[stage] for stage in same if stage.kind != "train"]
+    return found
+
+
+def run_stages(stages: Sequence[Stage], out: Path, how: How) -> list[dict[str, float] | None]:
+    """Run one stage, or several that train, or continue them, and return their evaluations.
 
     Raises:
-        CoursepackError: the stage failed. What is finished of it is kept.
+        CoursepackError: a stage failed. What is finished of it, and of the others, is kept.
     """
+    if how.executor is not None and stages[0].kind == "train":
+        return _train_on_cluster(stages, out, how, how.executor)
+    return [_run_stage(stage, out, how) for stage in stages]
+
+
+def _run_stage(stage: Stage, out: Path, how: How) -> dict[str, float] | None:
     if stage.kind == "train":
         return _train(stage, out, how)
     if stage.kind == "precompute":
@@ -86,6 +117,32 @@ def _train(stage: Stage, out: Path, how: How) -> dict[str, float]:
     )
     evaluation: dict[str, float] = metrics["evaluation"]
     return evaluation
+
+
+def _train_on_cluster(
+    stages: Sequence[Stage], out: Path, how: How, executor: RayExecutor
+) -> list[dict[str, float] | None]:
+    """Train the students of stages on the workers of a cluster."""
+    students = []
+    for stage in stages:
+        assert stage.train is not None
+        students.append(Student(run_folder(out, stage.name).name, stage.train))
+    options = SweepOptions(
+        device=how.device_name,
+        resume=True,
+        workers=how.workers,
+        threads=how.threads,
+        checkpoint_seconds=how.checkpoint_seconds,
+        trust_code=how.trust_code,
+    )
+    left = unfinished(students, out)
+    diverged = executor.train([[student] for student in left], out, options, lambda group: group[0].name)
+    if diverged:
+        several = len(stages) > 1
+        texts = [f"stage {name!r}: {text}" if several else text for name, text in diverged.items()]
+        raise TrainingDiverged("\n".join(texts))
+    metrics = [finished_metrics(out / student.name, student.recipe) for student in students]
+    return [None if found is None else found["evaluation"] for found in metrics]
 
 
 def _evaluate(stage: Stage, out: Path, how: How) -> dict[str, float]:
@@ -116,6 +173,8 @@ def _precompute(stage: Stage, out: Path, how: How) -> None:
     words = [sys.executable, "-c", PRECOMPUTE, "run", str(file), "--device", how.device_name]
     words += [] if how.workers is None else ["--workers", str(how.workers)]
     words += ["--trust-code"] if how.trust_code else []
+    if how.executor is not None:
+        words += ["--executor", "ray", "--address", how.executor.address]
     threads = {} if how.threads is None else {"OMP_NUM_THREADS": str(how.threads)}
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**os.environ, **threads}
