@@ -22,6 +22,10 @@ SUBCOMMANDS = {
     "verify": Subcommand(
         "coursepack.precompute.cli.stores:verify_command", "Check every file of a store against its manifest."
     ),
+    "copy": Subcommand(
+        "coursepack.precompute.cli.copy:copy",
+        "Copy a store, or a part of it, to another folder or bucket.",
+    ),
     "inspect": Subcommand(
         "coursepack.precompute.cli.stores:inspect",
         "Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.",
