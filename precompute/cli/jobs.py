@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,15 @@ from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
 from coursepack.models.precision import PRECISIONS
+from coursepack.precompute.cli.budgets import GROUP as BUDGET_GROUP
+from coursepack.precompute.cli.budgets import as_json as described
+from coursepack.precompute.cli.budgets import budget_options, budgets, print_budgets, say_warm
 from coursepack.precompute.cli.executing import LOCAL, executor_options, make_executor
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.cli.stopping import stoppable
 from coursepack.precompute.cli.stores import print_status
 from coursepack.precompute.job import Job, run_job
-from coursepack.precompute.plan import check_space, costs, probe
+from coursepack.precompute.plan import Probe, check_space, costs, probe, read_seconds
 from coursepack.precompute.several import run_jobs
 from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.teachers import of_checkpoints, teacher_specs
@@ -32,7 +36,7 @@ from coursepack.precompute.teachers import of_checkpoints, teacher_specs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-from coursepack.precompute.plan import Costs, Probe
+    from coursepack.precompute.plan import Costs
 
 
 def _parse_part(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Part | None:
@@ -205,22 +209,47 @@ def run(
 
 
 EXAMPLES_PLAN = """\b
-Example:
+Examples:
   precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr
+  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr \\
+      --compare int8,topk:2 --images-per-second 2000 --gpu-hour-price 2.5 --gb-month-price 0.02
 """
 
 
-@click.command("plan", cls=Command, epilog=EXAMPLES_PLAN, groups=GROUPS)
+@click.command("plan", cls=Command, epilog=EXAMPLES_PLAN, groups=GROUPS | BUDGET_GROUP)
 @job_options
-def plan(**flags: Any) -> None:
+@budget_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    compare: list[str],
+    temperature: float | None,
+    images_per_second: float | None,
+    gpu_hour: float | None,
+    gb_month: float | None,
+    puts: float | None,
+    gets: float | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Estimate the size, duration and break-even of `precompute run` with the same options.
 
-    Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
-    not fit on the disk.
+    Runs the teacher on a few batches and writes nothing to the store. Objects and requests are those of a
+    store in a bucket; break-even is the number of student epochs from which the store takes less time, or
+    money, than teachers that run live. Money is shown for what has a price, in the currency of the prices.
+    The exit status is 1 if the store does not fit on the disk.
     """
     (job,) = _jobs_of_specs([_spec(**flags)])
-    cost, timing = costs(job), probe(job)
-    _print_plan(cost, timing, job)
+    prices = {"gpu_hour": gpu_hour, "gb_month": gb_month, "puts": puts, "gets": gets}
+    cost = costs(job)
+    timing = Probe(1 / images_per_second, read_seconds(job)) if images_per_second else probe(job)
+    found = budgets(job, compare, timing, read_seconds)
+    if as_json:
+        values = {"rows": cost.rows, "rows_left": cost.rows_left, "bytes_left": cost.bytes_left}
+        click.echo(json.dumps({**values, "encodings": described(found, prices)}, indent=1))
+    else:
+        _print_plan(cost, timing, job, "one device" if images_per_second else str(job.runner.device))
+        print_budgets(found, prices)
+    say_warm(found, temperature, len(job.source.class_names))
     check_space(job)
 
 
@@ -325,7 +354,7 @@ def _say_other_encoding(job: Job) -> None:
         )
 
 
-def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
+def _print_plan(cost: Costs, timing: Probe, job: Job, device: str) -> None:
     header = ["array", "encoding", "bytes a row", "in all", "files"]
     rows = [
         [
@@ -345,7 +374,8 @@ def _print_plan(cost: Costs, timing: Probe, job: Job) -> None:
     click.echo(
         f"{cost.rows:,} rows in {cost.blocks:,} blocks of {cost.block_rows:,}, {cost.rows_left:,} to do\n"
         f"free disk {byte_size(cost.free_bytes)}, needed {byte_size(cost.bytes_left)}\n"
-        f"about {_duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {job.runner.device}\n"
+        f"about {_duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {device}, "
+        f"{cost.rows * timing.teacher / 3600:,.1f} device-hours for the whole store\n"
         f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
         f"reading it back {timing.read * 1e6:,.1f} us)"
     )
