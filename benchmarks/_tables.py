@@ -251,6 +251,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         None, fidelity,
     ),
     "store formats": partial(pivot, "store", FORMATS, "logits, bytes a view", None, HUNDREDTHS),
+    "simulation": partial(listed, "simulation", r".*"),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),
