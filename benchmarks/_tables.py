@@ -270,6 +270,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         pivot, "fidelity", r"student from (?P<line>.+?) (?P<column>T=\d+( - float32)?)", "rows", None,
         student_cell,
     ),
+    "simulation": partial(listed, "simulation", r".*"),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),

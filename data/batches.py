@@ -190,9 +190,11 @@ def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | Non
     if window is None:
         return order
     chunks = order // window.chunk_rows
-    distinct = shuffled(np.unique(chunks), seed, epoch, Purpose.CHUNK_ORDER)
-    rank = np.empty(int(distinct.max(initial=0)) + 1, dtype=np.int64)
-    rank[distinct] = np.arange(len(distinct)) // window.chunks
+    distinct = shuffled(np.flatnonzero(np.bincount(chunks)), seed, epoch, Purpose.CHUNK_ORDER)
+    ranks = np.arange(len(distinct)) // window.chunks
+    # NumPy sorts integers of 16 bits or less in linear time.
+    rank = np.empty(int(distinct.max(initial=0)) + 1, dtype=np.min_scalar_type(len(distinct)))
+    rank[distinct] = ranks
     return order[np.argsort(rank[chunks], kind="stable")]
 
 

@@ -122,8 +122,40 @@ def _file_range(source: Source, samples: range, begun: float) -> str:
     return f": {first} to {last}{since}"
 
 
+class MadeViews:
+    """Checksums of the views that the installed version makes, each computed once for several stores."""
+
+    def __init__(self, source: Source, recipe: ViewRecipe) -> None:
+        self._source, self._recipe = source, recipe
+        self._drawn: dict[tuple[int, int, int], str] = {}
+        self._pixels: dict[tuple[int, int, tuple[int, ...]], dict[str, str]] = {}
+
+    def drawn(self, view: int, start: int, stop: int) -> str:
+        """Return the checksum of the parameters of samples `start` to `stop` in a view."""
+        place = (view, start, stop)
+        if place not in self._drawn:
+            samples = np.arange(start, stop)
+            self._drawn[place] = draw(self._recipe, self._source, samples, view).digest()
+        return self._drawn[place]
+
+    def pixels(self, view: int, size: int, chosen: tuple[int, ...]) -> dict[str, str]:
+        """Return the checksums of some samples' pixels in a view, as `probe_digests` does."""
+        place = (view, size, chosen)
+        if place not in self._pixels:
+            samples: NDArray[np.int64] = np.array(chosen, dtype=np.int64)
+            params = draw(self._recipe, self._source, samples, view)
+            self._pixels[place] = probe_digests(self._recipe, self._source, samples, params, size)
+        return self._pixels[place]
+
+
 def drift(
-    manifest: Manifest, source: Source, recipe: ViewRecipe, views: Iterable[int], *, every_block: bool = False
+    manifest: Manifest,
+    source: Source,
+    recipe: ViewRecipe,
+    views: Iterable[int],
+    *,
+    every_block: bool = False,
+    made: MadeViews | None = None,
 ) -> tuple[str, ...]:
     """Return one message per block or sample whose view parameters or pixels differ from the store's.
 
@@ -133,7 +165,9 @@ def drift(
         recipe: view recipe of the store.
         views: committed views to check; at most 64 of them unless `every_block`.
         every_block: check the view parameters of all blocks instead of one block per view.
+        made: checksums of the source and recipe that were computed for other stores.
     """
+    made = made or MadeViews(source, recipe)
     checked = sorted(views)
     if not every_block and len(checked) > MOST_VIEWS:
         checked = [checked[len(checked) * k // MOST_VIEWS] for k in range(MOST_VIEWS)]
@@ -143,22 +177,21 @@ def drift(
         record = manifest.view_records[str(view)]
         for block in range(blocks) if every_block else [view % blocks]:
             start = block * manifest.block_rows
-            samples = np.arange(start, min(start + manifest.block_rows, manifest.samples))
-            if draw(recipe, source, samples, view).digest() != record["draws"][block]:
+            stop = min(start + manifest.block_rows, manifest.samples)
+            if made.drawn(view, start, stop) != record["draws"][block]:
                 messages.append(
                     f"view {view}, block {block}: the installed version draws different view parameters"
                 )
-        messages += _changed_pixels(manifest, source, recipe, view)
+        messages += _changed_pixels(manifest, made, view)
     return tuple(messages)
 
 
-def _changed_pixels(manifest: Manifest, source: Source, recipe: ViewRecipe, view: int) -> list[str]:
+def _changed_pixels(manifest: Manifest, made: MadeViews, view: int) -> list[str]:
     probes = manifest.view_records[str(view)].get("probes", {})
-    samples: NDArray[np.int64] = np.array(sorted(map(int, probes)), dtype=np.int64)
-    if len(samples) == 0:
+    if not probes:
         return []
     size = manifest.identity["teacher"]["preprocessing"]["size"]
-    digests = probe_digests(recipe, source, samples, draw(recipe, source, samples, view), size)
+    digests = made.pixels(view, size, tuple(sorted(map(int, probes))))
     return [
         f"view {view}, sample {sample}: the installed version renders different pixels"
         for sample, digest in digests.items()

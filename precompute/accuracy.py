@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.console import warn
-from coursepack.data.store.records import view_mean
 
 if TYPE_CHECKING:
     from coursepack.data.store import Manifest
@@ -31,13 +30,11 @@ class AccuracyGuard:
     def check(self, manifest: Manifest) -> None:
         """Compare the views that are committed so far."""
         record = self._record
-        if self._silent or record is None or self._mixes or not manifest.view_records:
+        if self._silent or record is None or self._mixes or not manifest.totals["rows"]:
             return
         if _name(record.source) != _name(self._source):
             return
-        views = manifest.view_records.items()
-        means = [view_mean(values, "correct", f"view {view}") for view, values in views]
-        accuracy = sum(means) / len(means)
+        accuracy = manifest.totals["correct"] / manifest.totals["rows"]
         if record.accuracy - accuracy > MUCH_WORSE:
             self._silent = True
             warn(

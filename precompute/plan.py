@@ -145,13 +145,23 @@ def check_space(job: Job) -> None:
 
 def probe(job: Job) -> Probe:
     """Measure the teacher on a few batches, and reading its outputs from a small temporary store."""
-    samples = np.arange(min(len(job.source.labels), PROBE_BATCHES * job.batch_size))
+    return Probe(teacher_seconds(job), read_seconds(job))
+
+
+def teacher_seconds(job: Job) -> float:
+    """Measure the time per image to render a view and run the teacher, on a few batches."""
+    samples = _probed(job)
     size = job.runner.network.preprocessing.size
     _forward(job, samples[: job.batch_size], size)
     started = time.perf_counter()
     for start in range(0, len(samples), job.batch_size):
         _forward(job, samples[start : start + job.batch_size], size)
-    teacher = (time.perf_counter() - started) / len(samples)
+    return (time.perf_counter() - started) / len(samples)
+
+
+def read_seconds(job: Job) -> float:
+    """Measure the time per row to read the teacher's outputs from a small temporary store."""
+    samples = _probed(job)
     with tempfile.TemporaryDirectory() as folder:
         small = with_limit(job, Path(folder) / "probe.zarr", len(samples))
         run_job(small, quiet=True)
@@ -163,8 +173,11 @@ def probe(job: Job) -> Probe:
         for _ in range(PROBE_READS):
             for array in reader.manifest.arrays:
                 reader.rows(array, 0, order)
-        read = (time.perf_counter() - started) / PROBE_READS / len(order)
-    return Probe(teacher, read)
+        return (time.perf_counter() - started) / PROBE_READS / len(order)
+
+
+def _probed(job: Job) -> np.ndarray[Any, Any]:
+    return np.arange(min(len(job.source.labels), PROBE_BATCHES * job.batch_size))
 
 
 def _forward(job: Job, samples: np.ndarray[Any, Any], size: int) -> None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 
 def at_rename(number, act, name=None):
     """Have `act` called just before the given rename of this process, counted from 1; of files of a name."""
-    rename, count = os.replace, 0
+    rename, count, turn = os.replace, 0, threading.Lock()
 
     def counted(origin, target, **options):
         nonlocal count
-        count += name is None or Path(target).name == name
-        if count == number:
+        with turn:
+            count += name is None or Path(target).name == name
+            is_moment = count == number
+        if is_moment:
             act()
         rename(origin, target, **options)
 

@@ -38,8 +38,6 @@ LIMIT_VARIABLE = "COURSEPACK_CACHE_BYTES"
 """Environment variable with the maximum size of the cache, as `parse_bytes` reads it."""
 IN_FLIGHT = 4
 """Number of shards that are downloaded at the same time."""
-DOWNLOADS = 2
-"""Number of times that a shard is downloaded until it matches its checksum."""
 FEWEST_VIEWS = 2
 """Number of views of all stores that the cache has to hold: the current one and the next."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -57,7 +55,7 @@ class ShardCache:
             most_bytes: maximum size of all files of the cache.
             views: number of views of the store that may be open at the same time.
         """
-        self.remote, self.views = remote, views
+        self.views = views
         self._folder, self._most_bytes = folder, most_bytes
         self._local = LocalLocation(folder / hashlib.sha256(str(remote).encode()).hexdigest()[:16])
 
@@ -106,15 +104,7 @@ class ShardCache:
     def _download(self, missing: tuple[ShardFile, Path], layout: ArrayLayout) -> int:
         """Download a shard, and return its size in bytes."""
         shard, path = missing
-        for _ in range(DOWNLOADS):
-            try:
-                content = self.remote.map(shard.key).content
-            except FileNotFoundError as error:
-                raise shard.damaged("is missing") from error
-            if len(content) == shard.size and file_checksum(content, layout) == shard.crc:
-                break
-        else:
-            raise shard.damaged("does not match its checksum", "the content of ")
+        content = shard.read(layout)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_whole(path, content)

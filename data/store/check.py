@@ -124,13 +124,19 @@ def _unreadable(error: OSError) -> str:
 
 def _unvouched(manifest: Manifest) -> Iterator[Problem]:
     """Yield every shard of a table or committed view that the manifest omits; the reader refuses these."""
-    keys = [table_key(name, table.layout) for name, table in manifest.tables.items()]
-    for name, array in manifest.arrays.items():
-        for component, layout in array.components.items():
-            for view in manifest.committed.get(name, ()):
-                count = layout.shard_count(manifest.samples)
-                keys += [shard_key(f"{name}/{component}", view, shard, layout) for shard in range(count)]
-    yield from (Problem(key, "not vouched for") for key in keys if key not in manifest.files)
+    files = manifest.files
+    yield from (Problem(key, "not vouched for") for key in _expected_keys(manifest) if key not in files)
+
+
+def _expected_keys(manifest: Manifest) -> Iterator[str]:
+    """Yield the keys of all tables, then those of all shards view by view."""
+    yield from (table_key(name, table.layout) for name, table in manifest.tables.items())
+    for view in sorted({view for views in manifest.committed.values() for view in views}):
+        for name, array in manifest.arrays.items():
+            if view in manifest.committed.get(name, ()):
+                for component, layout in array.components.items():
+                    for shard in range(layout.shard_count(manifest.samples)):
+                        yield shard_key(f"{name}/{component}", view, shard, layout)
 
 
 def _metadata_problems(location: Location, manifest: Manifest) -> Iterator[Problem]:

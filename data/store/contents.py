@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 LISTS = "views"
 """Folder that contains the lists of views."""
+MOST_KEPT = 16
+"""Maximum number of entries that were read and are kept in memory."""
 FileEntry = tuple[int, int]
 """Size in bytes and `shard_checksum` of a data file."""
 _SHARD = re.compile(r"c\.([0-9]{1,15})\.")
@@ -40,29 +43,35 @@ class ViewEntry:
 
 
 class Entries(Mapping[int, ViewEntry]):
-    """Lazily loaded mapping from views to their entries."""
+    """Lazily loaded mapping from views to their entries, of which those read last are kept."""
 
     def __init__(
         self,
         digests: Mapping[int, str],
         read: Callable[[int, str], ViewEntry],
-        known: dict[tuple[int, str], ViewEntry] | None = None,
+        added: Mapping[int, ViewEntry] | None = None,
     ) -> None:
         """Create the mapping from the digests of the lists.
 
         Args:
             digests: sha256 of each view's list.
             read: function that reads and checks the list of a view.
-            known: cache of entries by view and digest; entries read later are added to it.
+            added: entries whose lists are not written yet.
         """
-        self.digests, self._read = dict(digests), read
-        self._known = {} if known is None else known
+        self.digests, self._read, self._added = dict(digests), read, dict(added or {})
+        self._kept: dict[tuple[int, str], ViewEntry] = {}
 
     def __getitem__(self, view: int) -> ViewEntry:
         place = (view, self.digests[view])
-        if place not in self._known:
-            self._known[place] = self._read(*place)
-        return self._known[place]
+        entry = self._added.get(view) or self._kept.get(place)
+        if entry is None:
+            entry = self._read(*place)
+            if len(self._kept) >= MOST_KEPT:
+                # Another thread may have done the same.
+                with suppress(StopIteration, RuntimeError):
+                    self._kept.pop(next(iter(self._kept)), None)
+            self._kept[place] = entry
+        return entry
 
     def __contains__(self, view: object) -> bool:
         return view in self.digests
@@ -81,13 +90,21 @@ class Entries(Mapping[int, ViewEntry]):
     def changed(self, entries: Mapping[int, ViewEntry]) -> Entries:
         """Return a copy in which the given entries are added or replaced."""
         digests = {view: digest_of(entry.to_bytes()) for view, entry in entries.items()}
-        self._known.update({(view, digests[view]): entry for view, entry in entries.items()})
-        return Entries({**self.digests, **digests}, self._read, self._known)
+        return self._copy({**self.digests, **digests}, {**self._added, **entries})
 
     def only(self, views: Container[int]) -> Entries:
         """Return a copy restricted to the given views."""
         digests = {view: digest for view, digest in self.digests.items() if view in views}
-        return Entries(digests, self._read, self._known)
+        return self._copy(digests, {view: entry for view, entry in self._added.items() if view in views})
+
+    def written(self, read: Callable[[int, str], ViewEntry]) -> Entries:
+        """Return a copy of which all lists are written, and are read with another function."""
+        return Entries(self.digests, read)
+
+    def _copy(self, digests: Mapping[int, str], added: Mapping[int, ViewEntry]) -> Entries:
+        copy = Entries(digests, self._read, added)
+        copy._kept = self._kept
+        return copy
 
 
 class Files(Mapping[str, FileEntry]):

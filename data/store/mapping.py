@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location, Mapped
 
 Check = Literal["files", "chunks", "nothing"]
+DOWNLOADS = 2
+"""Number of times that a shard is downloaded until it matches its checksum."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,26 @@ class ShardFile:
         if len(opened.content) != self.size:
             raise self.damaged(f"has {len(opened.content)} bytes, expected {self.size}")
         return opened
+
+    def read(self, layout: ArrayLayout) -> NDArray[np.uint8]:
+        """Read the whole file into memory and verify it.
+
+        Raises:
+            StoreDamaged: the file is missing, has another size, or does not match its checksum.
+        """
+        if not self.location.is_remote:
+            content = self.open(resident=True).content
+            if file_checksum(content, layout) == self.crc:
+                return content
+            raise self.damaged("does not match its checksum", "the content of ")
+        for _ in range(DOWNLOADS):
+            try:
+                content = self.location.map(self.key).content
+            except FileNotFoundError as error:
+                raise self.damaged("is missing") from error
+            if len(content) == self.size and file_checksum(content, layout) == self.crc:
+                return content
+        raise self.damaged("does not match its checksum", "the content of ")
 
 
 class OpenView:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MOST_BYTES = 32 << 20
 """Maximum size of a manifest, checked before it is read: parsing needs about six times its size in memory. A
 manifest of 100,000 files has a tenth of this size."""
+COPY_MARK = "copy.json"
+"""Object in the target of a copy from its first file until its manifest is written; see `copying`."""
 ADVICE = (
     "Put a copy of it back; without one, remove it and run the same `precompute run` again, which writes "
     "every row again."
@@ -98,6 +100,7 @@ def load_tagged(location: Location) -> tuple[Manifest, str]:
     except RecipeError:  # the location cannot be used at all
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
+        check_not_copied(location)
         if has_object(location, METADATA):
             raise StoreIncomplete(
                 f"{str(location)!r} has no {MANIFEST}: it is not a coursepack store, or writing it stopped "
@@ -123,8 +126,25 @@ def has_object(location: Location, key: str) -> bool:
     return True
 
 
-def check_not_foreign(location: Location) -> None:
+def check_not_copied(location: Location) -> None:
+    """Check that a location is not the target of a copy that has not finished.
+
+    Raises:
+        StoreIncomplete: it is.
+    """
+    if has_object(location, COPY_MARK):
+        raise StoreIncomplete(
+            f"{str(location)!r} is a copy that has not finished. Run the same `precompute copy` again, which "
+            f"goes on where it stopped. To give up that copy, remove {location.where(COPY_MARK)!r}."
+        )
+
+
+def check_not_foreign(location: Location, option: str = "--store") -> None:
     """Check that a location does not contain foreign data.
+
+    Args:
+        location: location of a store that is to be created.
+        option: option or argument that gives the location, for the error.
 
     Raises:
         StoreMismatch: the location is a file, or contains a Zarr group or array not written by coursepack.
@@ -135,13 +155,13 @@ def check_not_foreign(location: Location) -> None:
         return
     except NotADirectoryError as error:
         raise StoreMismatch(
-            f"{str(location)!r} is a file, expected a folder for the store: use another --store"
+            f"{str(location)!r} is a file, expected a folder for the store: use another {option}"
         ) from error
     except ValueError:
         found = b""
     if found not in (_begun(version) for version in VERSIONS):
         raise StoreMismatch(
-            f"{str(location)!r} holds Zarr data that is no coursepack store: use another --store"
+            f"{str(location)!r} holds Zarr data that is no coursepack store: use another {option}"
         )
 
 

@@ -9,7 +9,9 @@ them, or when.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +19,17 @@ import numpy as np
 
 from coursepack.canonical import canonical_json
 from coursepack.data.store.block import Block, BlockFiles
-from coursepack.data.store.contents import LISTS, list_key
+from coursepack.data.store.contents import LISTS, Entries, list_key
 from coursepack.data.store.done import BLOCKS, check_done, done_key, done_objects, read_done
 from coursepack.data.store.layout import block_count, table_key
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import MANIFEST
-from coursepack.data.store.opening import check_not_foreign, has_object, load_tagged
+from coursepack.data.store.opening import check_not_copied, check_not_foreign, has_object, load_tagged
 from coursepack.data.store.owners import Part, owning
 from coursepack.data.store.planning import StorePlan, extended_manifest, fresh_manifest
 from coursepack.data.store.records import reduce_records
 from coursepack.data.store.shards import shard_checksum, shard_pieces
+from coursepack.data.store.versions import ListReader
 from coursepack.data.store.zarr_metadata import METADATA, zarr_keys, zarr_metadata
 from coursepack.errors import RecipeError
 
@@ -89,10 +92,12 @@ class StoreWriter:
         Raises:
             StoreMismatch: the store was written by another recipe, source or teacher.
             StoreBusy: a live process owns blocks of this part.
+            StoreIncomplete: the store is being copied to, or a copy to it was interrupted.
             RecipeError: the location cannot detect other writers, and `single_writer` is false.
         """
         # Fail before anything is modified; the check is repeated under the lock.
         self.planned()
+        check_not_copied(self.location)
         if self._single_writer and self.part.count > 1:
             raise RecipeError(
                 f"part {self.part} is not the only one to be written: leave --single-writer out"
@@ -130,7 +135,7 @@ class StoreWriter:
     def blocks_left(self) -> list[Block]:
         """Return the unfinished blocks of this part without writing anything."""
         self.manifest = self.planned()
-        return list(self.pending())
+        return list(self._unfinished())
 
     @cached_property
     def blocks(self) -> int:
@@ -156,9 +161,24 @@ class StoreWriter:
             if missing := self._missing(view):
                 yield self.block(view, index, missing)
 
+    def _unfinished(self) -> Iterator[Block]:
+        """Yield the blocks of this part that are unfinished now.
+
+        Lists the done-objects and reads those, whereas `pending` makes requests for every block.
+        """
+        found = set(done_objects(self.location))
+        self._refresh()
+        for view in self.open_views():
+            arrays = self._missing(view)
+            for index in range(self.blocks):
+                if not self.part.owns(view * self.blocks + index):
+                    continue
+                if (view, index) not in found or not self._is_done(view, index, arrays):
+                    yield self.block(view, index, arrays)
+
     def done_rows(self) -> int:
         """Return the number of finished rows of this part."""
-        return self.owned_rows() - sum(len(block) for block in self.pending())
+        return self.owned_rows() - sum(len(block) for block in self._unfinished())
 
     def owned_rows(self) -> int:
         """Return the total number of rows of this part."""
@@ -176,7 +196,8 @@ class StoreWriter:
         """Commit every view whose blocks are all done, by any worker, and remove their done-objects."""
         with self.location.lock():
             self._refresh()
-            views = sorted({view for view, _ in done_objects(self.location)})
+            done = Counter(view for view, _ in done_objects(self.location))
+            views = sorted(view for view, count in done.items() if count >= self.blocks)
             self._update(lambda manifest: self._with_views(manifest, views))
             self._sweep_done_objects()
 
@@ -267,6 +288,9 @@ class StoreWriter:
     def _sweep_done_objects(self) -> None:
         """Remove the done-objects of committed blocks."""
         for view, index in done_objects(self.location):
+            if all(self._is_committed(name, view) for name in self.manifest.arrays):
+                self.location.delete(done_key(view, index))
+                continue
             entry = read_done(self.location, view, index)
             if entry and all(self._is_committed(name, view) for name in entry["arrays"]):
                 self.location.delete(done_key(view, index))
@@ -361,10 +385,18 @@ class StoreWriter:
         tag = self.location.replace(MANIFEST, manifest.to_json().encode(), self._tag)
         if tag is None:
             return False
-        self.manifest, self._tag = manifest, tag
+        self.manifest, self._tag = _written(manifest, self.location), tag
         for view, digest in _missing_in(after, before):
             self.location.delete(list_key(view, digest))
         return True
+
+
+def _written(manifest: Manifest, location: Location) -> Manifest:
+    """Return a manifest that reads its lists when they are used, not those that it was made from."""
+    if not isinstance(manifest.entries, Entries):
+        return manifest
+    reader = ListReader(replace(manifest, entries={}), location)
+    return replace(manifest, entries=manifest.entries.written(reader))
 
 
 def _missing_in(others: Mapping[int, str], digests: Mapping[int, str]) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ import torch
 
 from coursepack.canonical import difference_table
 from coursepack.data import view_fingerprint
-from coursepack.data.drift import drift
+from coursepack.data.drift import MadeViews, drift
 from coursepack.data.sources import open_stored
 from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
@@ -177,8 +177,9 @@ def check_drift(stores: TeacherStores, views: Sequence[int], *, allowed: bool) -
         StoreMismatch: there are differences, and `allowed` is false.
     """
     differences: list[str] = []
+    made = MadeViews(stores.source, stores.view)
     for reader in stores.readers:
-        lines = drift(reader.manifest, stores.source, stores.view, views)
+        lines = drift(reader.manifest, stores.source, stores.view, views, made=made)
         if lines and not allowed:
             shown = "\n".join(f"  {line}" for line in lines[:8])
             written = next(iter(reader.manifest.view_records.values()))["environments"]

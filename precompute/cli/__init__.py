@@ -29,6 +29,10 @@ SUBCOMMANDS = {
         "coursepack.precompute.cli.caches:import_command",
         "Write a store of answers that another program cached.",
     ),
+    "copy": Subcommand(
+        "coursepack.precompute.cli.copy:copy",
+        "Copy a store, or a part of it, to another folder or bucket.",
+    ),
     "inspect": Subcommand(
         "coursepack.precompute.cli.stores:inspect",
         "Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.",

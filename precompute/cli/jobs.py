@@ -10,6 +10,8 @@ import click
 from coursepack.catalog import names_of
 from coursepack.commands import Choice, Command, name_of
 from coursepack.console import JSON, TRUST_CODE, parse_numbers, print_json
+from coursepack.precompute.cli.budgets import GROUP as BUDGET_GROUP
+from coursepack.precompute.cli.budgets import budget_options
 from coursepack.precompute.cli.executing import LOCAL, executor_options, make_executor
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 from coursepack.precompute.cli.stopping import stoppable
@@ -208,26 +210,48 @@ def run(
 
 
 EXAMPLES_PLAN = """\b
-Example:
+Examples:
   precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr
+  precompute plan --teacher run:teachers/cnn --source digits --view digits --views 8 --store new.zarr \\
+      --compare int8,topk:2 --images-per-second 2000 --gpu-hour-price 2.5 --gb-month-price 0.02
 """
 
 
-@click.command("plan", cls=Command, epilog=EXAMPLES_PLAN, groups=GROUPS)
+@click.command("plan", cls=Command, epilog=EXAMPLES_PLAN, groups=GROUPS | BUDGET_GROUP)
 @job_options
-def plan(as_json: bool, **flags: Any) -> None:
+@budget_options
+def plan(
+    compare: list[str],
+    temperature: float | None,
+    images_per_second: float | None,
+    gpu_hour: float | None,
+    gb_month: float | None,
+    puts: float | None,
+    gets: float | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Estimate the size, duration and break-even of `precompute run` with the same options.
 
-    Runs the teacher on a few batches and writes nothing to the store. The exit status is 1 if the store does
-    not fit on the disk.
+    Runs the teacher on a few batches and writes nothing to the store. Objects and requests are those of a
+    store in a bucket; break-even is the number of student epochs from which the store takes less time, or
+    money, than teachers that run live. Money is shown for what has a price, in the currency of the prices.
+    The exit status is 1 if the store does not fit on the disk.
     """
+    from coursepack.precompute.cli.budgets import budget_values, budgets, print_budgets, say_warm
     from coursepack.precompute.cli.specs import jobs_of_specs, plan_values, print_plan, spec_of_options
-    from coursepack.precompute.plan import check_space, costs, probe
+    from coursepack.precompute.plan import Probe, check_space, costs, probe, read_seconds
 
     (job,) = jobs_of_specs([spec_of_options(**flags)])
-    cost, timing = costs(job), probe(job)
+    prices = {"gpu_hour": gpu_hour, "gb_month": gb_month, "puts": puts, "gets": gets}
+    cost = costs(job)
+    timing = Probe(1 / images_per_second, read_seconds(job)) if images_per_second else probe(job)
+    found = budgets(job, compare, timing, read_seconds)
+    device = "one device" if images_per_second else str(job.runner.device)
     if as_json:
-        print_json(plan_values(cost, timing, job))
+        print_json({**plan_values(cost, timing, job, device), "encodings": budget_values(found, prices)})
     else:
-        print_plan(cost, timing, job)
+        print_plan(cost, timing, job, device)
+        print_budgets(found, prices)
+    say_warm(found, temperature, len(job.source.class_names))
     check_space(job)

@@ -142,14 +142,14 @@ def _say_other_encoding(job: Job) -> None:
         )
 
 
-def plan_values(cost: Costs, timing: Probe, job: Job) -> dict[str, Any]:
+def plan_values(cost: Costs, timing: Probe, job: Job, device: str) -> dict[str, Any]:
     """Return the estimate of a job as plain values."""
     epochs = timing.break_even(job.views)
     return {
         "store": str(job.store),
         **asdict(cost),
         "total_bytes": cost.total_bytes,
-        "device": str(job.runner.device),
+        "device": device,
         "seconds": cost.rows_left * timing.teacher,
         "seconds_per_image": timing.teacher,
         "seconds_per_row_read": timing.read,
@@ -157,7 +157,7 @@ def plan_values(cost: Costs, timing: Probe, job: Job) -> dict[str, Any]:
     }
 
 
-def print_plan(cost: Costs, timing: Probe, job: Job) -> None:
+def print_plan(cost: Costs, timing: Probe, job: Job, device: str) -> None:
     """Print the estimate of a job."""
     header = ["array", "encoding", "bytes a row", "in all", "files"]
     rows = [
@@ -178,7 +178,8 @@ def print_plan(cost: Costs, timing: Probe, job: Job) -> None:
     click.echo(
         f"{cost.rows:,} rows in {cost.blocks:,} blocks of {cost.block_rows:,}, {cost.rows_left:,} to do\n"
         f"free disk {byte_size(cost.free_bytes)}, needed {byte_size(cost.bytes_left)}\n"
-        f"about {duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {job.runner.device}\n"
+        f"about {duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {device}, "
+        f"{cost.rows * timing.teacher / 3600:,.1f} device-hours for the whole store\n"
         f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
         f"reading it back {timing.read * 1e6:,.1f} us)"
     )

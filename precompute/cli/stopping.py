@@ -25,7 +25,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 @contextmanager
-def stoppable(stores: Sequence[str | Path], *, quiet: bool = False) -> Iterator[None]:
+def stoppable(stores: Sequence[str | Path], *, quiet: bool = False, step: str = "batch") -> Iterator[None]:
     """Stop in order on the first SIGINT or SIGTERM, and end the process on the second.
 
     The first raises KeyboardInterrupt, whose handlers wait for the batch that the teacher is running. The
@@ -35,6 +35,7 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False) -> Iterator[
     Args:
         stores: stores that are written, for the message.
         quiet: print nothing, as for all ranks but the first.
+        step: what the first signal waits for, for the message.
     """
     names = ", ".join(repr(str(store)) for store in stores)
     advice = f"Finished blocks are kept; run the same command again to finish {names}."
@@ -46,7 +47,7 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False) -> Iterator[
             _print_now("" if quiet else f"stopped at once. {advice}")
             os._exit(STATUS)
         stopping = True
-        _print_now("" if quiet else "stopping after the current batch; press Ctrl-C again to stop at once")
+        _print_now("" if quiet else f"stopping after the current {step}; press Ctrl-C again to stop at once")
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
