@@ -115,7 +115,7 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "epoch gpu loss memory methods peers precompute reproduce sequences store train views"
+    names = "epoch gpu loss memory methods peers precompute reproduce sequences sources store train views"
     assert names.split() == BENCHMARKS
 
 
