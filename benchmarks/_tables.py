@@ -273,6 +273,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "simulation": partial(listed, "simulation", r".*"),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
+    "sources": partial(listed, "sources", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),
     "precompute pipeline": partial(listed, "precompute", r"simulated device.*|four teachers.*"),
     "precompute memory": partial(listed, "precompute", r"memory: .*"),

@@ -63,8 +63,8 @@ class Renderer:
             workers: number of processes that decode and render. Defaults to 0 for images in memory; for image
                 files to one per core that this process may use, divided among the ranks on this machine, at
                 most 16.
-            start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to the platform's
-                method.
+            start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to `spawn` for
+                sources in buckets, whose client hangs in forks, else to the platform's method.
             pin: return pixels in pinned memory, for asynchronous copies to a GPU.
             background: render images in memory in a thread even if the view does not change pixels, instead
                 of at their first use.
@@ -94,7 +94,7 @@ class Renderer:
                 prefetch_factor=AHEAD,
                 persistent_workers=True,
                 pin_memory=pin,
-                multiprocessing_context=start_method,
+                multiprocessing_context=start_method or ("spawn" if _is_remote(source) else None),
                 generator=torch.Generator(),  # the default would draw from torch's global generator
             )
 
@@ -187,6 +187,13 @@ def device_images(source: Source, recipe: ViewRecipe, device: torch.device) -> T
 
 def _is_in_memory(source: Source) -> bool:
     return source.whole is not None
+
+
+def _is_remote(source: Any) -> bool:
+    """Return True if a source, or the one that it is a part of, reads samples over a network."""
+    while hasattr(source, "source"):
+        source = source.source
+    return bool(getattr(source, "is_remote", False))
 
 
 class _Requests:

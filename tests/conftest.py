@@ -13,6 +13,7 @@ from builders import write_store, write_teacher
 from filelock import FileLock
 from helpers import make_job
 from image_files import write_tree
+from tar_files import members_of, write_images, write_in_shards
 
 from coursepack import kernels
 from coursepack.data import PRESETS, Batch, open_source
@@ -182,6 +183,18 @@ def tree(tmp_path):
     """An ImageFolder tree `train` of 9 PNG files of one size."""
     write_tree(tmp_path / "tree" / "train", ("ant", "bee", "cat"))
     return tmp_path / "tree"
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """An ImageFolder tree `train` of 12 files of two sizes."""
+    return write_images(tmp_path / "tree")
+
+
+@pytest.fixture
+def shards(image_tree, tmp_path):
+    """A folder with the images of `image_tree` in the shards `s-0.tar` to `s-2.tar`."""
+    return write_in_shards(tmp_path / "shards", members_of(image_tree / "train"))
 
 
 @pytest.fixture

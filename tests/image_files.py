@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import struct
+import tarfile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,6 +148,39 @@ def write_arrays(folder: Path, rows: int = 30, *, channels: int = 3, names: bool
     if names:
         (folder / "classes.json").write_text(json.dumps(["a", "b", "c"]))
     return images
+
+
+def write_tar(path: Path, members, **options) -> Path:
+    """Write a tar file of pairs of a name and its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """Bytes of an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_shards(root: Path) -> Path:
+    """Two shards of train and of val, with images of three sizes that are the same with every Pillow."""
+    for split in ("train", "val"):
+        for shard in range(2):
+            members = []
+            for number in range(6 * shard, 6 * shard + 6):
+                image = random_image(len(split), number, size=(6 + number % 3, 8))
+                members += [
+                    (f"{number:03}.ppm", encoded(image, "PPM")),
+                    (f"{number:03}.cls", b"%d" % (number % 3)),
+                ]
+            write_tar(root / f"{split}-{shard}.tar", members)
+    return root
 
 
 class Numbered:

@@ -22,12 +22,22 @@ WRITERS = {
     "imagenet": image_files.write_imagenet,
     "folder": lambda root: image_files.write_imagenet(root),
     "arrays": lambda root: [image_files.write_arrays(root / split) for split in ("train", "test")],
+    "tar": image_files.write_shards,
 }
 SPECS = {
     "fake": "fake,classes=3,size=9,samples=30",
     "python": "python:image_files:Numbered",
 }
 NAMES = list(SOURCES)
+
+
+def named(name, split="train", held=""):
+    """The name of a split of a source; the split of shards is a pattern."""
+    if name == "tar":
+        return f"tar:{split}-{{0..1}}.tar{held}"
+    return f"{SPECS.get(name, name)}:{split}{held}"
+
+
 # A change of these literals makes stores of such sources unreadable.
 # JPEG files are not in it, as libjpeg may write other bytes.
 FINGERPRINTS = {
@@ -36,6 +46,7 @@ FINGERPRINTS = {
     "arrays": "7253ae6b32ec8e70383645cbc864c04e74edb9af183e56561c575ec529805f91",
     "fake": "2e07189577053b2922aae954228e091bc196c1b589a7aec5e0fbc6b9db801339",
     "python": "e87adeba3592139416b172ba56685d9330037d64b89c195952dbcb9f1c49dbf7",
+    "tar": "9f1512908d50bf8284208a3390d6053f8ff1018c569e56ff1d3bfd1cf9851fa3",
 }
 
 
@@ -49,8 +60,8 @@ def roots(tmp_path_factory):
 
 @pytest.fixture(params=NAMES)
 def opened(request, roots):
-    """A spec without a split, and its root."""
-    return SPECS.get(request.param, request.param), roots[request.param]
+    """The name of a training split, and its root."""
+    return named(request.param), roots[request.param]
 
 
 def everything(source) -> np.ndarray:
@@ -64,7 +75,9 @@ def test_every_name_is_tested():
 def test_protocol(opened):
     spec, root = opened
     source = open_source(spec, root)
-    assert source.name == f"{spec}:train"
+    assert source.name == spec
+    if SOURCES[spec.partition(":")[0].partition(",")[0]].splits:
+        assert open_source(spec.removesuffix(":train"), root).name == spec
     assert source.labels.dtype == np.int64
     assert source.labels.ndim == 1
     assert 0 <= source.labels.min() <= source.labels.max() < len(source.class_names)
@@ -93,7 +106,7 @@ def test_protocol(opened):
 
 @pytest.mark.parametrize("name", FINGERPRINTS)
 def test_fingerprints_never_change(name, roots):
-    assert open_source(SPECS.get(name, name), roots[name]).fingerprint == FINGERPRINTS[name]
+    assert open_source(named(name), roots[name]).fingerprint == FINGERPRINTS[name]
 
 
 def test_the_test_images_of_fake_never_change():
@@ -104,20 +117,21 @@ def test_the_test_images_of_fake_never_change():
 def test_a_name_opens_the_same_source_again(opened):
     spec, root = opened
     prints = set()
-    for part in ("", ":train-0.25", ":train+0.250", ":train+0.5"):
+    for part in ("", "-0.25", "+0.250", "+0.5"):
         source = open_source(spec + part, root)
         again = open_source(source.name, root)
         assert again.name == source.name
         assert again.fingerprint == source.fingerprint
         prints.add(source.fingerprint)
-    evaluation = open_source(evaluation_spec(spec), root)
+    name = spec.partition(":")[0]
+    evaluation = open_source(named(name, "val") if name == "tar" else evaluation_spec(spec), root)
     assert len(prints | {evaluation.fingerprint}) == 5
 
 
 def test_pickles_are_small_and_give_the_same(opened):
     spec, root = opened
     in_memory = isinstance(open_source(spec, root), InMemory)
-    for source in (open_source(spec, root), open_source(f"{spec}:train-0.5", root)):
+    for source in (open_source(spec, root), open_source(f"{spec}-0.5", root)):
         fresh = pickle.dumps(source)
         _ = source.whole, source.fingerprint, source.pixels(everything(source))
         used = pickle.dumps(source)
@@ -134,7 +148,7 @@ def test_first_samples(opened):
     spec, root = opened
     source = open_source(spec, root)
     first = FirstSamples(source, 6)
-    assert first.name == f"{spec}:train[:6]"
+    assert first.name == f"{spec}[:6]"
     assert first.fingerprint not in (source.fingerprint, FirstSamples(source, 5).fingerprint)
     assert (first.whole is None) == (source.whole is None)
     assert_same_rows(first, source, np.arange(6))
@@ -163,8 +177,8 @@ def assert_same_rows(part, source, chosen):
 def test_hold_outs_divide_a_split(opened):
     spec, root = opened
     source = open_source(spec, root)
-    kept, held = (open_source(f"{spec}:train{sign}0.4", root) for sign in "-+")
-    assert (kept.name, held.name) == (f"{spec}:train-0.4", f"{spec}:train+0.4")
+    kept, held = (open_source(f"{spec}{sign}0.4", root) for sign in "-+")
+    assert (kept.name, held.name) == (f"{spec}-0.4", f"{spec}+0.4")
     assert not set(kept.picked) & set(held.picked)
     assert sorted([*kept.picked, *held.picked]) == list(range(len(source.labels)))
     for part in (kept, held):
@@ -235,23 +249,23 @@ def test_refused_specs(spec, error, text):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_sources_of_files_need_a_root_that_is_there(name, tmp_path):
-    with pytest.raises(
-        RecipeError, match=f"source '{name}:train' reads files: give --root, a folder that holds"
-    ):
-        open_source(name)
+    spec = named(name)
+    with pytest.raises(RecipeError) as refused:
+        open_source(spec)
+    assert str(refused.value).startswith(f"source '{spec}' reads files: give --root, a folder that holds")
     absent = tmp_path / "absent"
     with pytest.raises(OSError, match="there is no such folder") as caught:
-        open_source(name, absent)
-    assert f"source '{name}:train' cannot be read from --root '{absent}'" in str(caught.value)
+        open_source(spec, absent)
+    assert f"source '{spec}' cannot be read from --root '{absent}'" in str(caught.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="the folder is empty") as caught:
-        open_source(name, tmp_path / "empty")
-    if name not in ("folder", "arrays"):
+        open_source(spec, tmp_path / "empty")
+    if name not in ("folder", "arrays", "tar"):
         assert "from its home page" in str(caught.value)
 
 
 def test_sources_go_to_worker_processes(roots):
-    sources = [open_source(f"{SPECS.get(name, name)}:train-0.5", roots[name]) for name in NAMES]
+    sources = [open_source(named(name, held="-0.5"), roots[name]) for name in NAMES]
     queue = spawned.FORKED.SimpleQueue()
     process = spawned.FORKED.Process(target=spawned.tell_all, args=(sources, queue))
     process.start()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from coursepack.files import write_whole
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
 VARIABLE = "COURSEPACK_CACHE"
 
@@ -55,44 +56,54 @@ def save_arrays(key: str, arrays: dict[str, NDArray[Any]]) -> None:
     _save(f"{key}.npz", buffer.getbuffer())
 
 
-def load_pixels(tree_key: str, content_key: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """Return the cached pixels of a tree, memory-mapped read-only, or None if missing or damaged.
+def load_mapped(
+    tree_key: str, content_key: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint8
+) -> NDArray[Any] | None:
+    """Return the cached array of a tree, memory-mapped read-only, or None if missing or damaged.
 
     Args:
         tree_key: key of the tree of files; at most one array is cached for it.
         content_key: key of the tree's current content.
         shape: expected shape.
+        dtype: expected dtype.
     """
+    header = _header(np.dtype(dtype), shape)
     for path in cache_folder().glob(f"{tree_key}-{content_key}-*.npy"):
-        try:
-            pixels = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError):
-            continue
-        if pixels.dtype == np.uint8 and pixels.shape == shape and path.stem.endswith(_checksum(pixels)):
-            return pixels
+        # Compared, because numpy's parser raises exceptions of any type for a damaged header.
+        with suppress(OSError, ValueError), path.open("rb") as file:
+            if file.read(len(header)) == header:
+                array = np.memmap(path, dtype, "r", len(header), shape)
+                if path.stem.endswith(_checksum(array)):
+                    return array
     return None
 
 
-def save_pixels(tree_key: str, content_key: str, pixels: NDArray[np.uint8]) -> None:
-    """Cache the pixels of a tree, replacing earlier ones; do nothing if the folder cannot be written.
+def save_mapped(tree_key: str, content_key: str, array: NDArray[Any]) -> None:
+    """Cache the array of a tree, replacing an earlier one; do nothing if the folder cannot be written.
 
     Args:
         tree_key: key of the tree of files.
         content_key: key of the tree's current content.
-        pixels: array to cache.
+        array: array to cache, in C order.
     """
     old = list(cache_folder().glob(f"{tree_key}-*.npy"))
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(pixels))
-    name = f"{tree_key}-{content_key}-{_checksum(pixels)}.npy"
-    if _save(name, header.getvalue(), pixels):
+    name = f"{tree_key}-{content_key}-{_checksum(array)}.npy"
+    if _save(name, _header(array.dtype, array.shape), array):
         for path in old:
             if path.name != name:
                 path.unlink(missing_ok=True)
 
 
-def _checksum(pixels: NDArray[np.uint8]) -> str:
-    return f"{google_crc32c.value(np.ascontiguousarray(pixels)):08x}"
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return the header of a .npy file of an array in C order."""
+    header = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
+def _checksum(array: NDArray[Any]) -> str:
+    return f"{google_crc32c.value(np.ascontiguousarray(array).view(np.uint8)):08x}"
 
 
 def _save(name: str, *pieces: Any) -> bool:

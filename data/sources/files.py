@@ -16,14 +16,15 @@ import google_crc32c
 import numpy as np
 
 from coursepack.data.sources.base import MOST_IN_MEMORY, fields_only
-from coursepack.data.sources.cache import key_of, load_pixels, save_pixels
+from coursepack.data.sources.cache import key_of, load_mapped, save_mapped
 from coursepack.data.sources.roots import MOST_NAMES
 from coursepack.data.sources.scan import Listing, Scan, in_threads
 from coursepack.errors import SourceError
 from coursepack.files import open_regular
 
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Sequence
+    from typing import IO, Any
 
     from numpy.typing import NDArray
 
@@ -66,28 +67,9 @@ class ImageFiles:
     @functools.cached_property
     def whole(self) -> NDArray[np.uint8] | None:
         """All images if they have one size and fit, decoded at most once and then mapped from the cache."""
-        from PIL import __version__ as decoder
-
-        sizes = self.found.sizes
-        if self.found.damaged or not bool((sizes == sizes[0]).all()):
-            return None
-        shape = (len(sizes), int(sizes[0, 0]), int(sizes[0, 1]), 3)
-        if int(np.prod(shape, dtype=np.int64)) > MOST_IN_MEMORY:
-            return None
         # The fingerprint covers the content of a few files only; the listing detects replaced files.
-        content_key = key_of(self.fingerprint, self.found.listing, decoder)
-        tree_key = self.found.tree_key
-        kept = load_pixels(tree_key, content_key, shape)
-        if kept is not None:
-            return kept
-        pixels = np.empty(shape, dtype=np.uint8)
-
-        def fill(sample: int) -> None:
-            pixels[sample] = self._decode(sample)
-
-        in_threads(fill, range(len(sizes)), f"decode {self.name}")
-        save_pixels(tree_key, content_key, pixels)
-        return pixels
+        keys = self.found.tree_key, self.fingerprint, self.found.listing
+        return None if self.found.damaged else decoded_once(self.name, self.found.sizes, keys, self._decode)
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
         """Return the height and width `(n, 2)` in the files' headers."""
@@ -111,36 +93,18 @@ class ImageFiles:
     def check(self) -> None:
         """Raise SourceError if the scan found files that are empty, truncated, too large or not images."""
         damaged = self.found.damaged
-        if not damaged:
-            return
-        files = [f"  {self.path(sample)} {damage}" for sample, damage in damaged[:MOST_NAMES]]
-        if len(damaged) > MOST_NAMES:
-            files.append(f"  and {len(damaged) - MOST_NAMES:,} more")
-        raise SourceError(
-            f"source {self.name!r} has {len(damaged):,} damaged files among {len(self.labels):,}:\n"
-            + "\n".join(files)
-            + "\nReplace them, or remove them; without them the source has a different fingerprint."
-        )
+        refuse_damaged(self.name, len(self.labels), [(self.path(sample), text) for sample, text in damaged])
 
     def __getstate__(self) -> dict[str, Any]:
         return fields_only(self)
 
     def _decode(self, sample: int) -> NDArray[np.uint8]:
-        from PIL import Image
-
         path = self.path(sample)
         try:
-            with open(path, "rb", opener=open_regular) as file, Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
+            with open(path, "rb", opener=open_regular) as file:
+                return decode(file, self.found.sizes[sample])
         except Exception as error:
             raise self._unreadable(sample, str(error) or type(error).__name__) from error
-        if pixels.shape[:2] != tuple(self.found.sizes[sample]):
-            height, width = self.found.sizes[sample]
-            raise self._unreadable(
-                sample,
-                f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels, but {height} x {width} when scanned",
-            )
-        return pixels
 
     def _checksum(self, sample: int) -> int:
         try:
@@ -150,10 +114,80 @@ class ImageFiles:
             raise self._unreadable(sample, error.strerror or str(error)) from error
 
     def _unreadable(self, sample: int, problem: str) -> SourceError:
-        return SourceError(
-            f"sample {sample} of source {self.name!r} cannot be read: {self.path(sample)}: {problem}. "
-            "Replace the file"
+        return unreadable(self.name, sample, self.path(sample), problem)
+
+
+def decode(file: IO[bytes], size: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Decode an image file to RGB `(H, W, 3)`.
+
+    Raises:
+        ValueError: the image does not have the height and width `size` of the scan.
+        Exception: Pillow cannot decode the file.
+    """
+    from PIL import Image
+
+    with Image.open(file) as image:
+        pixels = np.array(image.convert("RGB"))
+    if pixels.shape[:2] != tuple(size):
+        height, width = size
+        raise ValueError(
+            f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels, but {height} x {width} when scanned"
         )
+    return pixels
+
+
+def decoded_once(
+    name: str,
+    sizes: NDArray[np.int32],
+    keys: tuple[str, ...],
+    decode_sample: Callable[[int], NDArray[np.uint8]],
+) -> NDArray[np.uint8] | None:
+    """Return all images `(N, H, W, 3)`, mapped from the cache, or None if sizes differ or they are too large.
+
+    Args:
+        name: name of the source, for the display of progress.
+        sizes: height and width `(N, 2)` of each image.
+        keys: key of the tree of files in the cache, and texts that identify its content.
+        decode_sample: returns the image `(H, W, 3)` of a sample. It is called in threads.
+    """
+    from PIL import __version__ as decoder
+
+    shape = (len(sizes), int(sizes[0, 0]), int(sizes[0, 1]), 3)
+    if int(np.prod(shape, dtype=np.int64)) > MOST_IN_MEMORY or not bool((sizes == sizes[0]).all()):
+        return None
+    tree_key, content_key = keys[0], key_of(*keys[1:], decoder)
+    kept = load_mapped(tree_key, content_key, shape)
+    if kept is not None:
+        return kept
+    pixels = np.empty(shape, dtype=np.uint8)
+
+    def fill(sample: int) -> None:
+        pixels[sample] = decode_sample(sample)
+
+    in_threads(fill, range(len(sizes)), f"decode {name}")
+    save_mapped(tree_key, content_key, pixels)
+    return pixels
+
+
+def refuse_damaged(name: str, samples: int, damaged: Sequence[tuple[str, str]]) -> None:
+    """Raise SourceError if there are damaged files: pairs of a path and a description of the damage."""
+    if not damaged:
+        return
+    files = [f"  {path} {damage}" for path, damage in damaged[:MOST_NAMES]]
+    if len(damaged) > MOST_NAMES:
+        files.append(f"  and {len(damaged) - MOST_NAMES:,} more")
+    raise SourceError(
+        f"source {name!r} has {len(damaged):,} damaged files among {samples:,}:\n"
+        + "\n".join(files)
+        + "\nReplace them, or remove them; without them the source has a different fingerprint."
+    )
+
+
+def unreadable(name: str, sample: int, path: str, problem: str) -> SourceError:
+    """Return an error about the file of one sample."""
+    return SourceError(
+        f"sample {sample} of source {name!r} cannot be read: {path}: {problem}. Replace the file"
+    )
 
 
 def open_files(

@@ -14,6 +14,7 @@ from coursepack.data.sources.fake import fake
 from coursepack.data.sources.folders import cinic10, folder, imagenet, tiny_imagenet
 from coursepack.data.sources.python import python
 from coursepack.data.sources.splits import hold_out, parse_hold_out
+from coursepack.data.sources.tar import tar
 from coursepack.errors import RecipeError, SourceError, UnknownName
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ class SourceKind:
     open: Callable[[Spec, Path | None], Source]
     splits: tuple[str, ...]
     """Split names; the first is the default."""
-    evaluation_split: str
+    evaluation_split: str | None
+    """Split on which students are evaluated by default, or None if users have to name one."""
     any_split: bool = False
     """True if users choose the names of splits; `splits` then holds common names."""
+    is_located: bool = False
+    """True if a split is the location of its files, which fingerprints leave out."""
 
 
 def open_source(spec: str, root: Path | None = None) -> Source:
@@ -49,7 +53,10 @@ def open_source(spec: str, root: Path | None = None) -> Source:
     """
     parsed, held = _parse(spec)
     source = SOURCES[parsed.name].open(parsed, root)
-    return source if held is None else hold_out(source, held)
+    if held is None:
+        return source
+    kind = SOURCES[parsed.name]
+    return hold_out(source, held, f"{parsed.name}{held}" if kind.is_located else None)
 
 
 def open_stored(spec: str, root: Path | None, recorded_root: str | None) -> Source:
@@ -82,7 +89,13 @@ def evaluation_spec(spec: str) -> str:
     parsed, held = _parse(spec)
     if held is not None and held.sign == "-":
         return f"{parsed}{replace(held, sign='+')}"
-    return str(replace(parsed, split=SOURCES[parsed.name].evaluation_split))
+    split = SOURCES[parsed.name].evaluation_split
+    if split is None:
+        raise RecipeError(
+            f"source {spec!r} has no split for evaluation: name one with --set evaluation=SOURCE, or hold "
+            f"out a part of it, as in --source '{parsed}-0.1'"
+        )
+    return str(replace(parsed, split=split))
 
 
 def _parse(text: str) -> tuple[Spec, HoldOut | None]:
@@ -91,7 +104,7 @@ def _parse(text: str) -> tuple[Spec, HoldOut | None]:
     if name not in SOURCES:
         raise UnknownName("source", name, SOURCES)
     kind = SOURCES[name]
-    if comma and name != "fake":
+    if comma and name not in ("fake", "tar"):
         raise RecipeError(f"source {text!r}: {name!r} has no options, but {options!r} is given")
     options = comma + options
     if name == "python":
@@ -101,6 +114,10 @@ def _parse(text: str) -> tuple[Spec, HoldOut | None]:
             raise RecipeError(f"source {text!r} is not python:module:factory or python:module:factory:SPLIT")
         options = f":{module}:{factory}"
     split, held = parse_hold_out(rest)
+    if not split and not kind.splits:
+        raise RecipeError(
+            f"source {text!r} names no files: give a pattern, as in --source '{name}:train-{{000..099}}.tar'"
+        )
     split = split or kind.splits[0]
     if split not in kind.splits and not kind.any_split:
         raise UnknownName(f"split of source {name!r}", split, kind.splits)
@@ -118,4 +135,5 @@ SOURCES = {
     "arrays": SourceKind(arrays, splits=("train", "test"), evaluation_split="test", any_split=True),
     "fake": SourceKind(fake, splits=("train", "test"), evaluation_split="test"),
     "python": SourceKind(python, splits=("train", "test"), evaluation_split="test", any_split=True),
+    "tar": SourceKind(tar, splits=(), evaluation_split=None, any_split=True, is_located=True),
 }

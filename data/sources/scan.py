@@ -23,7 +23,7 @@ from coursepack.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import IO, Any
 
     from numpy.typing import NDArray
 
@@ -114,27 +114,35 @@ class Listing:
 
 def inspect_image(path: str) -> tuple[int, int, str]:
     """Return height, width and a description of the damage of an image file; no damage is an empty text."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return inspect_content(file)
+    except FileNotFoundError:
+        return 0, 0, "does not exist"
+    except OSError as error:
+        return 0, 0, f"cannot be decoded: {error}"
+
+
+def inspect_content(file: IO[bytes]) -> tuple[int, int, str]:
+    """Return what `inspect_image` does for an open image file."""
     from PIL import Image, UnidentifiedImageError
 
     height = width = 0
     try:
-        with open(path, "rb", opener=open_regular) as file:
-            length = file.seek(0, os.SEEK_END)
-            if length == 0:
-                return 0, 0, "is empty (0 bytes)"
+        length = file.seek(0, os.SEEK_END)
+        if length == 0:
+            return 0, 0, "is empty (0 bytes)"
+        file.seek(0)
+        with Image.open(file) as image:
+            width, height = image.size
+            marker = END_MARKERS.get(image.format or "", b"")
+        file.seek(max(0, length - TAIL))
+        if marker not in file.read():
             file.seek(0)
             with Image.open(file) as image:
-                width, height = image.size
-                marker = END_MARKERS.get(image.format or "", b"")
-            file.seek(max(0, length - TAIL))
-            if marker not in file.read():
-                file.seek(0)
-                with Image.open(file) as image:
-                    image.load()
+                image.load()
     except UnidentifiedImageError:
         return 0, 0, "has no header of an image format that Pillow reads"
-    except FileNotFoundError:
-        return 0, 0, "does not exist"
     except Exception as error:  # noqa: BLE001, RUF100 -- Pillow's plugins raise exceptions of any type
         return height, width, f"cannot be decoded: {str(error) or type(error).__name__}"
     return height, width, ""

@@ -76,6 +76,8 @@ class Picked:
     source: Source
     picked: Samples
     """Sample indices `(N,)` in the full source, ascending."""
+    identity: str
+    """Name in the fingerprint."""
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -104,7 +106,7 @@ class Picked:
     def fingerprint(self) -> str:
         """sha256 over the full source's fingerprint, the name and the selected samples."""
         return fingerprint(
-            {"whole": self.source.fingerprint, "name": self.name, "picked": sha256_of(self.picked)}
+            {"whole": self.source.fingerprint, "name": self.identity, "picked": sha256_of(self.picked)}
         )
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
@@ -133,11 +135,16 @@ class Picked:
         return fields_only(self)
 
 
-def hold_out(source: Source, held: HoldOut) -> Source:
+def hold_out(source: Source, held: HoldOut, identity: str | None = None) -> Source:
     """Return the part of a source that `held` selects.
 
     The share is taken class by class, and rounded so that the total is right: each class contributes its
     share of samples, plus or minus one.
+
+    Args:
+        source: full source.
+        held: share, and which of the two parts.
+        identity: name of the part in its fingerprint. Defaults to the name that opens it.
 
     Raises:
         RecipeError: one of the two parts would be empty.
@@ -155,7 +162,8 @@ def hold_out(source: Source, held: HoldOut) -> Source:
             f"a share of {held.text} of source {source.name!r} is {int(out.sum())} of its {len(labels)} "
             "samples: choose one that leaves samples on both sides"
         )
-    return Picked(f"{source.name}{held}", source, picked)
+    name = f"{source.name}{held}"
+    return Picked(name, source, picked, identity or name)
 
 
 def _rounded(value: Fraction) -> int:

@@ -65,7 +65,8 @@ def resolve_recipe(
             root, values["root"] = Path(stored_root), stored_root
         if "evaluation" in values:
             values["evaluation"] = open_source(values["evaluation"], root).name
-    values.setdefault("evaluation", evaluation_spec(values["source"]))
+    if "evaluation" not in values:
+        values["evaluation"] = evaluation_spec(values["source"])
     changes = values.get("objective") or {}
     values["objective"] = resolve_objective(values["method"], changes, where, classes=classes)
     if "view" not in values:

@@ -43,6 +43,19 @@ def open_location(where: str | Path | Location) -> Location:
     return LOCATIONS[scheme](rest)
 
 
+def open_bucket(scheme: str, rest: str) -> BucketLocation:
+    """Return the folder `SCHEME://REST` of a source's files, which may be a bucket itself.
+
+    Raises:
+        UnknownName: there is no such scheme.
+        RecipeError: the rest of the address does not fit the scheme.
+    """
+    buckets = [name for name in LOCATIONS if name != "file"]
+    if scheme not in buckets:
+        raise UnknownName("kind of location", scheme + SEPARATOR, [name + SEPARATOR for name in buckets])
+    return BucketLocation(scheme, rest, "source")
+
+
 def path_or_address(text: str) -> str | Path:
     """Return an address `SCHEME://...` unchanged, and anything else as a path."""
     return text if SEPARATOR in text else Path(text)

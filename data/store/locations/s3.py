@@ -30,7 +30,8 @@ from coursepack.data.store.locations.local import MOST_HELD_BYTES, Resident
 from coursepack.errors import RecipeError, StoreNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import IO
 
     from numpy.typing import NDArray
 
@@ -62,26 +63,32 @@ class BucketLocation:
     has_locks = False
     is_remote = True
 
-    def __init__(self, scheme: str, rest: str) -> None:
+    def __init__(self, scheme: str, rest: str, kind: str = "store") -> None:
         """Parse an address; nothing is opened before the first operation.
+
+        Args:
+            scheme: `s3`, `gs` or `az`.
+            rest: bucket, and the path in it.
+            kind: `store`, or `source` for the folder of a source's files, which may be the bucket itself.
 
         Raises:
             RecipeError: the address is not SCHEME://BUCKET/PATH.
         """
         segments = rest.rstrip("/").split("/")
         invalid = [part for part in segments if part in (".", "..") or not _SEGMENT.fullmatch(part)]
-        if len(segments) < 2 or invalid:
+        if len(segments) < (2 if kind == "store" else 1) or invalid:
             raise RecipeError(
-                f"address {f'{scheme}://{rest}'!r} of a store is not {scheme}://BUCKET/PATH: give the "
-                "bucket and the path of the store in it"
+                f"address {f'{scheme}://{rest}'!r} of a {kind} is not {scheme}://BUCKET/PATH: give the "
+                f"bucket and the path of the {kind} in it"
             )
+        self._kind = kind
         self._scheme, self._rest = scheme, "/".join(segments)
         self._bucket, self.name = segments[0], segments[-1]
         self._opened: Any = None
         self._is_conditional = True
 
-    def __reduce__(self) -> tuple[type[BucketLocation], tuple[str, str]]:
-        return BucketLocation, (self._scheme, self._rest)
+    def __reduce__(self) -> tuple[type[BucketLocation], tuple[str, str, str]]:
+        return BucketLocation, (self._scheme, self._rest, self._kind)
 
     def __str__(self) -> str:
         return f"{self._scheme}://{self._rest}"
@@ -153,6 +160,23 @@ class BucketLocation:
             return self.get(key, 0)[:0] if self.size(key) == 0 else b""
         with self._naming(key):
             return bytes(self._client().get_range(key, start=start, end=stop))
+
+    def get_ranges(self, key: str, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
+        """Read several ranges of bytes of an object. Ranges that are close to each other are one request."""
+        with self._naming(key):
+            return [bytes(piece) for piece in self._client().get_ranges(key, starts=starts, ends=stops)]
+
+    def download(self, key: str, file: IO[bytes]) -> None:
+        """Write the content of an object to an open file."""
+        with self._naming(key):
+            for piece in self._client().get(key).stream():
+                file.write(piece)
+
+    def entries(self) -> dict[str, tuple[int, str]]:
+        """Return the size and the tag of every object of the location, by key."""
+        with self._naming(""):
+            found = [entry for page in self._client().list() for entry in page]
+            return {str(entry["path"]): (int(entry["size"]), _tag(entry)) for entry in found}
 
     def size(self, key: str) -> int:
         """Return the size of an object in bytes."""
@@ -235,7 +259,7 @@ class BucketLocation:
             )
         _users.add(os.getpid())
         if self._opened is None:
-            self._opened = _open_client(str(self))
+            self._opened = _open_client(str(self), self._kind)
         return self._opened
 
     def _put(self, key: str, data: bytes, **options: Any) -> str:
@@ -360,7 +384,7 @@ class _Lease:
                 self.write(self._data)
 
 
-def _open_client(address: str) -> Any:
+def _open_client(address: str, kind: str) -> Any:
     """Return the library's client for an address.
 
     Raises:
@@ -371,7 +395,7 @@ def _open_client(address: str) -> Any:
         from obstore.store import from_url
     except ImportError as error:
         raise RecipeError(
-            f"store {address!r} needs obstore, which cannot be imported: {error}. "
+            f"{kind} {address!r} needs obstore, which cannot be imported: {error}. "
             "Get it with `pip install 'coursepack[s3]'`"
         ) from error
     is_plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
@@ -379,7 +403,7 @@ def _open_client(address: str) -> Any:
     try:
         return from_url(address, client_options=options, retry_config=RETRIES)
     except (BaseError, ValueError) as error:
-        raise RecipeError(f"store {address!r} cannot be opened: {_first_line(error)}") from error
+        raise RecipeError(f"{kind} {address!r} cannot be opened: {_first_line(error)}") from error
 
 
 def _tag(meta: Any) -> str:
