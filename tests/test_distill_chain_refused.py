@@ -59,8 +59,8 @@ REFUSED = {
     "two recipes": (["{name: a, train: {student: x}, ensemble: {runs: [a, b]}}"],
                     "stages.0: stage 'a' has train and ensemble, expected one of train, precompute, "
                     "ensemble"),
-    "name": ([TRAIN % "a/b"], "stages.0.name: String should match pattern"),
-    "no stages": ([], "stages: Tuple should have at least 1 item"),
+    "name": ([TRAIN % "a/b"], "stages.0.name: expected text of the form"),
+    "no stages": ([], "stages: expected 1 or more entries, got []"),
     "key": (["{name: a, trian: {}}"], "stages.0.trian: unknown key, did you mean 'train'?"),
     # Checkpoints of earlier stages.
     "no checkpoints": ([A, TARGETS % "stage:a@1"],

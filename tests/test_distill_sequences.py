@@ -228,7 +228,7 @@ def test_metrics_of_a_sequence_name_the_teacher_of_the_epoch(tmp_path, stores):
 
 def test_a_temperature_has_to_stay_above_zero_and_within_the_bounds():
     for start, end in ((0.0, 1.0), (4.0, 0.0)):
-        with pytest.raises(RecipeError, match="greater than 0"):
+        with pytest.raises(RecipeError, match="more than 0"):
             resolve_objective(
                 "kd", {"temperature": {"shape": "cosine", "start": start, "end": end, "epochs": 3}}, "test"
             )

@@ -177,7 +177,8 @@ def test_looking_at_a_network_leaves_it_as_it_was(module):
         (_with(preprocessing={**PIXELS, "size": 9}),
          r"cannot take images \(2, 1, 9, 9\): RuntimeError: .*mat1 and mat2"),
         (_with(preprocessing={**PIXELS, "sise": 9}), "(?s)preprocessing of network .*sise: unknown key, did"),
-        (_with(preprocessing={**PIXELS, "std": [0.0]}), r"(?s)preprocessing of network .*std\.0: .*greater"),
+        (_with(preprocessing={**PIXELS, "std": [0.0]}),
+             r"(?s)preprocessing of network .*std\.0: .*more than 0"),
         (_with(preprocessing="imagenet"), "(?s)preprocessing of network .*expected a mapping"),
     ],
 )  # fmt: skip

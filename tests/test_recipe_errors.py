@@ -125,7 +125,7 @@ def test_expectations_are_in_plain_words():
         ({"source": None}, "source: expected text, got null"),
         ({"compile": "perhaps"}, "compile: expected true or false, got 'perhaps'"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: is missing"),
-        ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas: expected at most 2 entries, got "),
+        ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas: expected 2 or fewer entries, got "),
         ({"seed": 1 << 63}, "seed: expected less than 9223372036854775808, got 9223372036854775808"),
         ({"epochs": 2.5}, "epochs: expected an integer, got 2.5"),
     ],
