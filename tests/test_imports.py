@@ -42,7 +42,7 @@ print(json.dumps(told))
 PACKAGES = ["kernels", "data", "models", "precompute", "distill"]
 MODULES = [f"coursepack.{name}" for name in PACKAGES] + [
     *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores")),
-    *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods")),
+    *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods", "export")),
 ]
 LATE = (
     "torchvision",
@@ -56,8 +56,12 @@ LATE = (
     "huggingface_hub",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "zarr",
     "PIL",
+    "tensorboard",
+    "wandb",
+    "mlflow",
 )
 
 

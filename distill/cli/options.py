@@ -12,6 +12,7 @@ from coursepack.config import field_at
 from coursepack.console import parse_numbers
 from coursepack.data.store.cache import LIMIT_VARIABLE, parse_bytes
 from coursepack.distill.recipe import TrainRecipe
+from coursepack.distill.runs.tracking import TRACKERS
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS
 
 if TYPE_CHECKING:
@@ -123,6 +124,12 @@ CHECKPOINTS = click.option(
     default=CHECKPOINT_SECONDS,
     show_default=True,
     help="Seconds between checkpoints; 0 means after every step.",
+)
+TRACK = click.option(
+    "--track",
+    multiple=True,
+    type=click.Choice(list(TRACKERS)),
+    help="Also show metrics in TensorBoard, Weights & Biases or MLflow. Repeatable.",
 )
 CACHE_BYTES = click.option(
     "--cache-bytes",

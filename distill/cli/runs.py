@@ -11,7 +11,7 @@ import click
 from coursepack.commands import Command
 from coursepack.console import TRUST_CODE, print_table
 from coursepack.device import pick_device
-from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
+from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, TRACK, WORKERS
 from coursepack.distill.runs.compare import compare, plot, table_rows
 from coursepack.distill.runs.evaluation import evaluate_run
 from coursepack.distill.runs.folder import load_runs
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the runs' folders."
 )
+@TRACK
 @TRUST_CODE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")

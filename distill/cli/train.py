@@ -18,6 +18,7 @@ from coursepack.distill.cli.options import (
     CHECKPOINTS,
     OPTIONS,
     THREADS,
+    TRACK,
     WORKERS,
     given_options,
     recipe_options,
@@ -48,7 +49,7 @@ GROUPS = {
     **{title: tuple(name.replace("-", "_") for name in names) for title, names in OPTIONS.items()},
     "Execution": (
         *("device", "workers", "threads", "checkpoint_seconds", "cache_bytes"),
-        *("tensorboard", "peers", "replica", "trust_code"),
+        *("tensorboard", "track", "peers", "replica", "trust_code"),
     ),
 }
 """Parameters by the title of their group in the help."""
@@ -97,6 +98,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
 @CHECKPOINTS
 @THREADS
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
+@TRACK
 @TRUST_CODE
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
@@ -105,6 +107,7 @@ def train_command(
     dry: bool,
     overwrite: bool,
     tensorboard: bool,
+    track: tuple[str, ...],
     trust_code: bool,
     smoke: bool,
     device: str,
@@ -155,6 +158,7 @@ def train_command(
             workers=workers,
             threads=threads,
             tensorboard=tensorboard,
+            track=track,
             checkpoint_seconds=checkpoint_seconds,
             **shared,
         )

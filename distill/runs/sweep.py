@@ -24,6 +24,7 @@ from coursepack.console import say
 from coursepack.distill.recipe import load_recipe, set_value
 from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import start_run
+from coursepack.distill.runs.tracking import trackers_of
 from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train_together
 from coursepack.distill.setup.checks import check_recipe
 from coursepack.distill.setup.prepare import describe_setup, prepare
@@ -126,6 +127,7 @@ def sweep(
     threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tensorboard: bool = False,
+    track: Sequence[str] = (),
     trust_code: bool = False,
 ) -> dict[str, str]:
     """Train the students of a sweep, each into its own folder in `out`.
@@ -140,6 +142,7 @@ def sweep(
         threads: number of threads of torch and the loss kernels.
         checkpoint_seconds: time between checkpoints.
         tensorboard: also write the metrics of every run for TensorBoard.
+        track: names of trackers that show the metrics, as in `train`.
         trust_code: allow stores to name Python code for live teachers.
 
     Returns:
@@ -151,6 +154,7 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
+    trackers = trackers_of(track, tensorboard=tensorboard)
     pixels = ("student", "student_size", "student_mean", "student_std")
     for spec, size, mean, std in dict.fromkeys(
         tuple(getattr(student.recipe, name) for name in pixels) for student in students
@@ -178,7 +182,7 @@ def sweep(
             with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
                 again = resume or any((out / student.name).exists() for student in group)
                 failures = _train_group(
-                    group, out, device, again, workers, checkpoint_seconds, tensorboard, trust_code
+                    group, out, device, again, workers, checkpoint_seconds, trackers, trust_code
                 )
         except KeyboardInterrupt:
             finished = len(finished_runs(students, out))
@@ -206,7 +210,7 @@ def _train_group(
     resume: bool,
     workers: int | None,
     checkpoint_seconds: float,
-    tensorboard: bool,
+    trackers: Sequence[str],
     trust_code: bool,
 ) -> dict[str, str]:
     """Train students together, and return the error messages of those that diverged, by name."""
@@ -221,7 +225,7 @@ def _train_group(
                 out / each.name,
                 overwrite=False,
                 resume=resume,
-                tensorboard=tensorboard,
+                track=trackers,
             )
             student_runs.append(run)
             stack.enter_context(run)
