@@ -69,7 +69,8 @@ def write(network: Network, card: Card, path: Path) -> None:
 
     pixels, architecture = card.preprocessing, _architecture(network)
     names, size = card.class_names, pixels.size
-    config = transformers.TimmWrapperConfig(
+    make: Any = transformers.TimmWrapperConfig  # its fields in config.json are not among its typed ones
+    config = make(
         architecture=architecture,
         model_args=_arguments(network, architecture),
         pretrained_cfg={
