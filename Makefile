@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs precompute precompute/caches precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/report distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs models/export precompute precompute/caches precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/runs/tracking distill/report distill/cli
 
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2
@@ -9,7 +9,7 @@ WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 # Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
-TEST_EXTRAS := browser,cluster,s3,s3-server
+TEST_EXTRAS := browser,cluster,s3,s3-server,wandb,mlflow
 
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store fidelity views sources precompute loss train methods sequences peers memory simulation

@@ -25,6 +25,7 @@ from coursepack.models.build import (
     finish_network,
     seeded,
 )
+from coursepack.models.card import read_card
 from coursepack.models.class_names import columns_by_name
 from coursepack.models.hubs import find_hub, has_weights, trained_loader
 from coursepack.models.networks import NETWORKS
@@ -37,6 +38,7 @@ from coursepack.models.weights import (
     class_count,
     fitting_weights,
     load_weights,
+    read_metadata,
     read_weights,
     weights_fingerprint,
     without_prefix,
@@ -76,7 +78,8 @@ def load_teacher(
             network's spec together with `weights`.
         class_names: names of the source's classes.
         weights: a .safetensors, .pt or .pth file, or a name that the network's hub knows: `IMAGENET1K_V2` for
-            torchvision, `own` for a factory that returns a trained network.
+            torchvision, `own` for a factory that returns a trained network. A file of `distill export` has
+            the size, mean and std of the run.
         size: side in pixels at which views are rendered. Defaults to the network's own.
         mean: means as in `build_network`. Default to the network's own.
         std: standard deviations as in `build_network`. Default to the network's own.
@@ -104,14 +107,7 @@ def load_teacher(
     elif weights is None:
         raise RecipeError(f"teacher {spec!r} has no weights: give --weights {_weights_help(spec)}")
     elif Path(weights).suffix in SUFFIXES:
-        state = read_weights(Path(weights))
-        network = build_network(spec, classes, size=size, mean=mean, std=std)
-        state = from_published(without_prefix(state, network.module, weights), network.module, weights)
-        if columns is not None:
-            trained_on = class_count(network.module, classes, state)
-            network = build_network(spec, trained_on, size=size, mean=mean, std=std)
-        load_weights(spec, network.module, network.classes, state, weights)
-        network = replace(network, weights_file=str(Path(weights).resolve()))
+        network = _load_file(spec, weights, classes, size, mean, std, has_map=columns is not None)
     else:
         with seeded(0):
             built = _load_named(spec, weights, classes)
@@ -120,6 +116,31 @@ def load_teacher(
         network = replace(network, columns=columns_by_name(spec, network.class_names, class_names))
     _check_classes(spec, network.classes, class_names, columns or network.columns)
     return replace(network, preprocessing=network.preprocessing.changed(size, mean, std))
+
+
+def _load_file(
+    spec: str,
+    weights: str,
+    classes: int,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    *,
+    has_map: bool,
+) -> Network:
+    """Load a network with weights from a file, for as many classes as the file has if they are mapped."""
+    path = Path(weights)
+    state = read_weights(path)
+    pixels, class_names = read_card(read_metadata(path), repr(weights)) or (None, None)
+    if pixels is not None:
+        size, mean, std = size or pixels.size, mean or pixels.mean, std or pixels.std
+    network = build_network(spec, classes, size=size, mean=mean, std=std)
+    state = from_published(without_prefix(state, network.module, weights), network.module, weights)
+    if has_map:
+        trained_on = class_count(network.module, classes, state)
+        network = build_network(spec, trained_on, size=size, mean=mean, std=std)
+    load_weights(spec, network.module, network.classes, state, weights)
+    return replace(network, weights_file=str(path.resolve()), class_names=class_names)
 
 
 def _load_named(spec: str, weights: str, classes: int) -> HubNetwork:
@@ -288,4 +309,6 @@ def _load_run(run: RunSpec, *, trust_code: bool) -> Network:
     _check_size(description, state, weights, run.folder)
     network = _build_described(description)
     load_weights(description.spec, network.module, description.classes, state, str(weights))
-    return replace(network, weights_file=str(weights.resolve()), record=read_record(run.folder, run.epoch))
+    return replace(
+        network, weights_file=str(weights.resolve()), record=read_record(run.folder, run.epoch, best=run.best)
+    )

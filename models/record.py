@@ -24,19 +24,23 @@ class Record(NamedTuple):
     """Source of the samples with its split, such as `digits:test`."""
 
 
-def read_record(folder: Path, epochs: int | None = None) -> Record | None:
+def read_record(folder: Path, epochs: int | None = None, *, best: bool = False) -> Record | None:
     """Return the result of a run's last evaluation, or of the one after a number of completed epochs.
 
-    None if the folder has none that can be read.
+    With `best`, return the evaluation with the best accuracy. None if the folder has none that can be read.
     """
     try:
         recipe = read_yaml(folder / RECIPE_FILE)
         lines = read_bounded(folder / METRICS_FILE, MOST_BYTES).splitlines()
+        evaluated: list[Record] = []
         for line in reversed(lines):
             metrics = parse_json(line)
             values = metrics.get("evaluation")
             if values is not None and epochs in (None, metrics["epoch"] + 1):
-                return Record(float(values["accuracy"]), str(recipe["evaluation"]))
+                evaluated.append(Record(float(values["accuracy"]), str(recipe["evaluation"])))
+                if not best:
+                    break
+        return max(evaluated, default=None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError):
         return None
     return None

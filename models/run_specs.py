@@ -1,7 +1,7 @@
-"""Specs of networks in run folders: `run:FOLDER`, `run:FOLDER@EPOCH` and `run:FOLDER@all`.
+"""Specs of networks in run folders: `run:FOLDER`, `run:FOLDER@best`, `run:FOLDER@EPOCH` and `run:FOLDER@all`.
 
-A run folder has the weights after the last epoch, and those of the epochs that `distill train
---keep-checkpoints` kept. EPOCH is the number of completed epochs.
+A run folder has the weights after the last epoch, those with the best accuracy, and those of the epochs that
+`distill train --keep-checkpoints` kept. EPOCH is the number of completed epochs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from coursepack.models.build import RUN, WEIGHTS_FILE
 CHECKPOINTS_FOLDER = "checkpoints"
 EVERY = "all"
 """Epoch in the spec of all kept checkpoints."""
+BEST = "best"
+"""Epoch in the spec of the weights with the best accuracy."""
+BEST_FILE = "best.safetensors"
 _FILE = re.compile(r"epoch-(\d+)\.safetensors")
 
 
@@ -28,6 +31,8 @@ class RunSpec:
     """Number of completed epochs; None means the last epoch."""
     every: bool = False
     """True if all kept checkpoints are meant."""
+    best: bool = False
+    """True if the weights after the evaluation with the best accuracy are meant."""
 
     @property
     def weights(self) -> Path:
@@ -41,6 +46,8 @@ class RunSpec:
                 f"teacher 'run:{self.folder}@{EVERY}' is all kept checkpoints of a run, which only "
                 f"`precompute run` takes: name one of them, {_choices(self.folder)}"
             )
+        if self.best:
+            return self.folder / BEST_FILE
         if self.epoch is None:
             return self.folder / WEIGHTS_FILE
         kept = kept_epochs(self.folder)
@@ -55,13 +62,15 @@ class RunSpec:
 def parse_run_spec(spec: str) -> RunSpec:
     """Return the folder and the epoch of a spec.
 
-    A folder whose own name ends in `@EPOCH` is meant itself.
+    A folder whose own name ends in `@EPOCH`, `@best` or `@all` is meant itself.
     """
     text = spec.removeprefix(f"{RUN}:")
     folder, _, epoch = text.rpartition("@")
-    if not folder or not (epoch == EVERY or epoch.isdecimal()) or Path(text).is_dir():
+    if not folder or not (epoch in (EVERY, BEST) or epoch.isdecimal()) or Path(text).is_dir():
         return RunSpec(Path(text))
-    return RunSpec(Path(folder), every=True) if epoch == EVERY else RunSpec(Path(folder), int(epoch))
+    if epoch in (EVERY, BEST):
+        return RunSpec(Path(folder), every=epoch == EVERY, best=epoch == BEST)
+    return RunSpec(Path(folder), int(epoch))
 
 
 def checkpoint_file(folder: Path, epoch: int) -> Path:
@@ -79,8 +88,8 @@ def kept_epochs(folder: Path) -> list[int]:
 def spec_of_weights(weights: str) -> str | None:
     """Return the spec of weights in a run folder; None for other files."""
     path = Path(weights)
-    if path.name == WEIGHTS_FILE:
-        return f"{RUN}:{path.parent}"
+    if path.name in (WEIGHTS_FILE, BEST_FILE):
+        return f"{RUN}:{path.parent}" + (f"@{BEST}" if path.name == BEST_FILE else "")
     match = _FILE.fullmatch(path.name)
     if match is None or path.parent.name != CHECKPOINTS_FOLDER:
         return None

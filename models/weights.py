@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from coursepack.console import say
@@ -76,6 +76,14 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         )
     say(f"{path}: using the state dict under {wrapped[0]!r}")
     return dict(state[wrapped[0]])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file that `read_weights` read; other files have none."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _is_state(value: Any) -> bool:

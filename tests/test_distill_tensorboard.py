@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coursepack.distill import train
 from coursepack.distill.cli import main as distill
-from coursepack.distill.runs.tensorboard import MetricWriter
+from coursepack.distill.runs.tracking.tensorboard import MetricWriter
 from coursepack.errors import RecipeError
 
 

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,17 @@ def test_the_loop_runs_as_a_script(tapped, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"kd: 46 steps, loss \d\.\d{4} to \d\.\d{4}\n", result.stdout)
     assert not list(tmp_path.iterdir()), "it writes nothing"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["lightning_module", "hf_trainer"])
+def test_other_peoples_trainers_run_as_scripts(tapped, name, tmp_path):
+    words = [sys.executable, ROOT / "examples" / f"{name}.py", *tapped, "--method", "amtml-hints"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^amtml-hints: 46 steps, loss \d+\.\d{4} to \d+\.\d{4}$", result.stdout, re.M), (
+        result.stdout
+    )
 
 
 def test_the_page_shows_the_loop_as_it_is():

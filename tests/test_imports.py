@@ -41,8 +41,8 @@ print(json.dumps(told))
 # In this order: a module that is loaded is the fault of the first package that shows it.
 PACKAGES = ["kernels", "data", "models", "precompute", "distill"]
 MODULES = [f"coursepack.{name}" for name in PACKAGES] + [
-    *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores", "caches")),
-    *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods")),
+    *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores", "caches", "copy")),
+    *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods", "export")),
 ]
 LATE = (
     "torchvision",
@@ -56,8 +56,12 @@ LATE = (
     "huggingface_hub",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "zarr",
     "PIL",
+    "tensorboard",
+    "wandb",
+    "mlflow",
 )
 
 

@@ -26,6 +26,7 @@ from coursepack.precompute.caches import FORMATS
 from coursepack.precompute.caches.base import CacheOptions
 from coursepack.precompute.caches.write import cache_plan, import_cache
 from coursepack.precompute.cli import main as precompute
+from coursepack.precompute.cli.caches import CACHE_FORMATS
 
 SOURCE = open_source("digits")
 N = len(SOURCE.labels)
@@ -274,3 +275,7 @@ def test_wrong_exports_are_refused(stores, tmp_path, monkeypatch, words, expecte
     monkeypatch.chdir(tmp_path)
     assert expected in call("export", stores[0], *words, status=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_knows_all_formats():
+    assert sorted(FORMATS) == sorted(CACHE_FORMATS)

@@ -1,4 +1,4 @@
-"""Command `distill`: trains, evaluates and compares students."""
+"""Command `distill`: trains, evaluates, compares and exports students."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ SUBCOMMANDS = {
     "report": Subcommand(
         "coursepack.distill.cli.report:report_command",
         "Show runs on one HTML page: results, curves, classes, teachers, cost and provenance.",
+    ),
+    "export": Subcommand(
+        "coursepack.distill.cli.export:export_command",
+        "Write the student of a finished run in a format that other programs read.",
     ),
     "methods": Subcommand(
         "coursepack.distill.cli.methods:methods_command",

@@ -127,6 +127,14 @@ CHECKPOINTS = click.option(
     show_default=True,
     help="Seconds between checkpoints; 0 means after every step.",
 )
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Names in `coursepack.distill.runs.tracking.TRACKERS`, whose modules import torch."""
+TRACK = click.option(
+    "--track",
+    multiple=True,
+    type=Choice(TRACKERS),
+    help="Also show metrics in TensorBoard, Weights & Biases or MLflow. Repeatable.",
+)
 CACHE_BYTES = click.option(
     "--cache-bytes",
     metavar="SIZE",

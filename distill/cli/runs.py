@@ -10,7 +10,7 @@ import click
 from coursepack.commands import Command, name_of
 from coursepack.console import JSON, TRUST_CODE, print_json, print_table, say
 from coursepack.distill.cli.executing import executor_options, take_executor
-from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
+from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, TRACK, WORKERS
 from coursepack.errors import StudentsLost, TrainingDiverged
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the runs' folders."
 )
+@TRACK
 @TRUST_CODE
 @JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")

@@ -17,6 +17,7 @@ from coursepack.distill.cli.options import (
     CHECKPOINTS,
     OPTIONS,
     THREADS,
+    TRACK,
     WORKERS,
     given_options,
     recipe_options,
@@ -43,7 +44,7 @@ GROUPS = {
     **{title: tuple(name.replace("-", "_") for name in names) for title, names in OPTIONS.items()},
     "Execution": (
         *("device", "workers", "threads", "checkpoint_seconds", "cache_bytes"),
-        *("tensorboard", "peers", "replica", "trust_code"),
+        *("tensorboard", "track", "peers", "replica", "trust_code"),
     ),
     "Output": ("as_json", "quiet"),
 }
@@ -93,6 +94,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
 @CHECKPOINTS
 @THREADS
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
+@TRACK
 @TRUST_CODE
 @JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
@@ -102,6 +104,7 @@ def train_command(
     dry: bool,
     overwrite: bool,
     tensorboard: bool,
+    track: tuple[str, ...],
     trust_code: bool,
     smoke: bool,
     as_json: bool,
@@ -153,6 +156,7 @@ def train_command(
             workers=workers,
             threads=threads,
             tensorboard=tensorboard,
+            track=track,
             checkpoint_seconds=checkpoint_seconds,
             **shared,
         )

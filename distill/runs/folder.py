@@ -1,7 +1,7 @@
 """Folder of a run.
 
 recipe.yaml          complete recipe; trains the same run again
-provenance.json      fingerprints of the stores, library versions, device
+provenance.json      fingerprints of the stores, class names, library versions, device
 network.yaml         description of the student, from which `run:FOLDER` builds it
 metrics.jsonl        metrics, one line per epoch
 best.safetensors     weights of the student after the evaluation with the best accuracy
@@ -10,6 +10,7 @@ checkpoints/         weights of the student after every EVERY epochs (--keep-che
 checkpoint.pt        training state; present while the run is unfinished
 lock                 lock of the process that trains the run
 student.safetensors  weights of the student after the last epoch; present if the run is finished
+tracking.json        identifiers of the run in services that track it (--track)
 
 The folder of a group of students that train together holds the run folder of each, `0` for the student and
 `1`, `2`, ... for its peers. Beside them it has recipe.yaml, provenance.json, checkpoint.pt and lock, and
@@ -33,12 +34,13 @@ from coursepack.config import parse_config, write_yaml
 from coursepack.distill.recipe import TrainRecipe, load_recipe
 from coursepack.distill.renamed import upgrade_recipe
 from coursepack.distill.runs.records import read_metrics, read_provenance
+from coursepack.distill.runs.tracking import TRACKING_FILE, TRACKING_FOLDERS
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE
 from coursepack.errors import RunBusy, RunError
 from coursepack.files import naming, open_regular, partials, write_whole
 from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
-from coursepack.models.run_specs import CHECKPOINTS_FOLDER, checkpoint_file, kept_epochs
+from coursepack.models.run_specs import BEST_FILE, CHECKPOINTS_FOLDER, checkpoint_file, kept_epochs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,11 +53,12 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
-BEST_FILE = "best.safetensors"
 LOCK_FILE = "lock"
-TENSORBOARD_FOLDER = "tensorboard"
 EXCHANGE_FILE = "exchange.safetensors"
-RUN_FILES = (RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE)
+RUN_FILES = (
+    *(RECIPE_FILE, PROVENANCE_FILE, NETWORK_FILE, METRICS_FILE, BEST_FILE, CHECKPOINT_FILE),
+    TRACKING_FILE,
+)
 """Files of an unfinished run."""
 
 FIXED_PROVENANCE = ("stores", "view_fingerprint", "source_fingerprint", "views", "window")
@@ -158,7 +161,8 @@ class RunFolder:
     def close(self, *, keep: bool = True) -> None:
         """Unlock the folder; if `keep` is false, remove it if it was created for this run."""
         if not keep and self._made is not None:
-            shutil.rmtree(self.path / TENSORBOARD_FOLDER, ignore_errors=True)
+            for name in TRACKING_FOLDERS:
+                shutil.rmtree(self.path / name, ignore_errors=True)
             for file in (*(self.path / name for name in RUN_FILES), *partials(self.path)):
                 file.unlink(missing_ok=True)
         self._lock.release()

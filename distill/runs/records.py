@@ -57,6 +57,8 @@ class _Store(_Record):
 
 class _Provenance(_Record):
     stores: list[_Store]
+    class_names: list[str] | None = None
+    whole_images: bool | None = None
 
 
 P = TypeVar("P", bound=_Record)
@@ -83,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Return the provenance of an unfinished run.
+    """Return the provenance of a run.
 
     Raises:
         RunError: the file cannot be read, or is damaged.

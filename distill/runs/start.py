@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.distill.losses.base import Step
 from coursepack.distill.runs.folder import (
-    TENSORBOARD_FOLDER,
     ReadOnlyRunFolder,
     RunFolder,
     check_provenance,
@@ -15,7 +14,7 @@ from coursepack.distill.runs.folder import (
 )
 from coursepack.distill.runs.group import GroupRun
 from coursepack.distill.runs.student import StudentRun
-from coursepack.distill.runs.tensorboard import MetricWriter, NoMetricWriter, check_tensorboard
+from coursepack.distill.runs.tracking import start_tracking
 from coursepack.distill.setup.prepare import provenance
 from coursepack.distill.training.checkpoint import (
     CHECKPOINT_FILE,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def start_run(
-    setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, tensorboard: bool
+    setup: Setup, recipe: TrainRecipe, out: Path, *, overwrite: bool, resume: bool, track: Sequence[str]
 ) -> Run:
     """Start the run of a student, or of a student and its peers, in a new folder or from its checkpoint.
 
@@ -55,8 +54,6 @@ def start_run(
         RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
     """
     states = make_group(setup, recipe)
-    if tensorboard:
-        check_tensorboard()
     if setup.targets is not None and not (resume and (out / CHECKPOINT_FILE).is_file()):
         for view in setup.views_of_epoch(0):
             setup.targets.open(view, teachers_read(states, Step()))
@@ -65,7 +62,7 @@ def start_run(
     opened: list[Folder] = [folder]
     try:
         return _start_in_folder(
-            setup, recipe, opened, states, overwrite=overwrite, resume=resume, tensorboard=tensorboard
+            setup, recipe, opened, states, overwrite=overwrite, resume=resume, track=track
         )
     except BaseException:
         for each in reversed(opened):
@@ -81,7 +78,7 @@ def _start_in_folder(
     *,
     overwrite: bool,
     resume: bool,
-    tensorboard: bool,
+    track: Sequence[str],
 ) -> Run:
     """Start or restore a run in a folder that is already locked; adds its students' folders to `opened`."""
     folder, origin = opened[0], provenance(setup)
@@ -101,12 +98,14 @@ def _start_in_folder(
             opened.append(own)
         _open(own, member, origin, state, position, is_restored=is_restored, overwrite=overwrite)
         state.broadcast_weights()
-        writer = (
-            MetricWriter(path / TENSORBOARD_FOLDER, first=position.epoch if resume else None)
-            if tensorboard and setup.ranks.is_first
-            else NoMetricWriter()
+        tracking = start_tracking(
+            track if setup.ranks.is_first else (),
+            path,
+            str(path.relative_to(folder.path.parent)),
+            member.model_dump(mode="json"),
+            first=position.epoch if resume else None,
         )
-        students.append(StudentRun(member, own, state, writer, position, log, identity))
+        students.append(StudentRun(member, own, state, tracking, position, log, identity))
     return GroupRun(recipe, folder, students, identity) if recipe.peers else students[0]
 
 

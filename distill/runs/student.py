@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coursepack.data.loading import Renderer
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.runs.folder import ReadOnlyRunFolder, RunFolder
-    from coursepack.distill.runs.tensorboard import MetricWriter, NoMetricWriter
+    from coursepack.distill.runs.tracking import Tracking
     from coursepack.distill.setup.prepare import Setup
     from coursepack.distill.training.metrics import EpochMetrics
     from coursepack.distill.training.state import TrainState
@@ -33,7 +33,7 @@ class StudentRun:
     recipe: TrainRecipe
     folder: RunFolder | ReadOnlyRunFolder
     state: TrainState
-    writer: MetricWriter | NoMetricWriter
+    tracking: Tracking
     position: Position
     log: EpochMetrics
     """Metrics of the current epoch."""
@@ -101,7 +101,7 @@ class StudentRun:
         if self.recipe.replicas:
             self.metrics["exchange"] = self.state.learner.exchange.epoch_metrics()
         self.folder.log(self.metrics)
-        self.writer.log(self.metrics)
+        self.tracking.log(self.metrics)
         best, stale = self.position.best, self.position.stale
         if evaluation is not None:
             if best is None or evaluation["accuracy"] > best:

@@ -28,6 +28,7 @@ from coursepack.distill.recipe import load_recipe, set_value
 from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import start_run
+from coursepack.distill.runs.tracking import trackers_of
 from coursepack.distill.runs.train import train_together
 from coursepack.distill.setup.checks import check_recipe
 from coursepack.distill.setup.fidelity import temperature_warnings
@@ -134,7 +135,8 @@ class SweepOptions:
     workers: int | None = None
     threads: int | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
-    tensorboard: bool = False
+    track: tuple[str, ...] = ()
+    """Names of trackers."""
     trust_code: bool = False
 
 
@@ -169,6 +171,7 @@ def sweep(
     threads: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tensorboard: bool = False,
+    track: Sequence[str] = (),
     trust_code: bool = False,
     executor: Executor | None = None,
 ) -> dict[str, str]:
@@ -184,6 +187,7 @@ def sweep(
         threads: number of threads of torch and the loss kernels.
         checkpoint_seconds: time between checkpoints.
         tensorboard: also write the metrics of every run for TensorBoard.
+        track: names of trackers that show the metrics, as in `train`.
         trust_code: allow stores to name Python code for live teachers.
         executor: trains the groups in other processes. Defaults to one after another in this one.
 
@@ -196,8 +200,9 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep runs in one process: leave torchrun out, or train its students one by one")
+    trackers = trackers_of(track, tensorboard=tensorboard)
     how = SweepOptions(
-        str(device), together, resume, workers, threads, checkpoint_seconds, tensorboard, trust_code
+        str(device), together, resume, workers, threads, checkpoint_seconds, trackers, trust_code
     )
     pixels = ("student", "student_size", "student_mean", "student_std")
     for spec, size, mean, std in dict.fromkeys(
@@ -298,7 +303,7 @@ def _train_group(
                 out / each.name,
                 overwrite=False,
                 resume=resume,
-                tensorboard=how.tensorboard,
+                track=how.track,
             )
             student_runs.append(run)
             stack.enter_context(run)

@@ -12,6 +12,7 @@ from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import check_same_on_all_ranks, start_run
+from coursepack.distill.runs.tracking import trackers_of
 from coursepack.distill.setup.describe import describe_training
 from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
@@ -43,6 +44,7 @@ def train(
     workers: int | None = None,
     threads: int | None = None,
     tensorboard: bool = False,
+    track: Sequence[str] = (),
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ranks: Ranks = ALONE,
     trust_code: bool = False,
@@ -61,7 +63,8 @@ def train(
         resume: continue an interrupted run from its checkpoint, or start a new one if there is none.
         workers: number of processes that decode and render images, see `Renderer`.
         threads: number of threads of torch and the loss kernels; defaults to torch's current number.
-        tensorboard: also write the metrics for TensorBoard.
+        tensorboard: also write the metrics for TensorBoard; the same as "tensorboard" in `track`.
+        track: names of trackers that show the metrics, see `TRACKERS`.
         checkpoint_seconds: time between checkpoints; 0 means after every step.
         ranks: rank of this process.
         trust_code: allow stores to name Python code for live teachers.
@@ -81,12 +84,11 @@ def train(
     if resume and (metrics := finished_metrics(out, recipe)) is not None:
         ranks.log_once(f"{out} is finished: there is nothing to resume")
         return metrics
+    trackers = trackers_of(track, tensorboard=tensorboard)
     resumed = recipe_to_resume(out, recipe) if resume else recipe
     with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
         setup = prepare(resumed, device, ranks, trust_code=trust_code)
-        with start_run(
-            setup, recipe, out, overwrite=overwrite, resume=resume, tensorboard=tensorboard
-        ) as run:
+        with start_run(setup, recipe, out, overwrite=overwrite, resume=resume, track=trackers) as run:
             ranks.log_once(describe_setup(setup))
             ranks.log_once(describe_training(recipe, setup))
             for warning in temperature_warnings(recipe, setup.readers):
@@ -138,7 +140,7 @@ def train_together(
             )
         )
         for student in students:
-            stack.enter_context(student.writer)
+            stack.enter_context(student.tracking)
         checkpoints = _Interval(checkpoint_seconds)
         while active := [run for run in runs if not run.is_over]:
             rows = len(setup.samples) - _rows_before(setup, active[0].position)
@@ -188,6 +190,8 @@ def _evaluate(setup: Setup, active: Sequence[Run], renderer: Renderer) -> None:
         except TrainingDiverged as error:
             check_targets(setup.targets, setup.views_of_epoch(epoch))
             run.diverged = error
+            for student in run.students:
+                student.tracking.end(error)
 
 
 def _rows_before(setup: Setup, position: Position) -> int:

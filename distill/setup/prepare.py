@@ -315,7 +315,7 @@ def library_versions() -> dict[str, str]:
 
 
 def provenance(setup: Setup) -> dict[str, Any]:
-    """Return a run's provenance: fingerprints of its data, library versions and device."""
+    """Return a run's provenance: fingerprints of its data, class names, library versions and device."""
     stores = [
         {
             "path": absolute_address(reader.address),
@@ -330,6 +330,8 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "stores": stores,
         "view_fingerprint": view_fingerprint(setup.recipe.view, setup.source),
         "source_fingerprint": setup.source.fingerprint,
+        "class_names": list(setup.source.class_names),
+        "whole_images": setup.evaluation.whole is not None,
         "versions": library_versions(),
         "device": str(setup.device),
         "ranks": setup.ranks.count,

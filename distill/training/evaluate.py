@@ -216,6 +216,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+EVALUATION_VIEWS = {True: PRESETS["none"], False: PRESETS["eval"]}
+"""View recipe for evaluation, by whether the images are whole in memory."""
+
+
 def evaluation_view(source: Source) -> ViewRecipe:
     """Return the view recipe for evaluation: whole images for small ones, a center crop for image files."""
-    return PRESETS["none"] if source.whole is not None else PRESETS["eval"]
+    return EVALUATION_VIEWS[source.whole is not None]

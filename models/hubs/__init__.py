@@ -38,7 +38,7 @@ HUBS = {
         load_trained=huggingface.load_trained,
         class_names=huggingface.class_names,
     ),
-    "onnx": Hub(form="onnx:FILE", load_trained=onnx.load_trained),
+    "onnx": Hub(form="onnx:FILE", load_trained=onnx.load_trained, class_names=onnx.class_names),
     "exported": Hub(form="exported:FILE.pt2", load_trained=exported.load_trained),
     "python": Hub(
         form="python:MODULE:FACTORY",

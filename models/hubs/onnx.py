@@ -2,7 +2,8 @@
 
 The file has to have one input of float images `(N, 1 or 3, H, W)` or `(N, H, W, 1 or 3)` with a free number
 of images N, and logits `(N, C)` as the output `logits` or the only one. Size, mean and standard deviation of
-the images are the caller's. Libraries of custom operators are never loaded. The network has no layers to tap.
+the images are the caller's, unless `distill export` wrote the file with them. Libraries of custom operators
+are never loaded. The network has no layers to tap.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from coursepack.errors import RecipeError, TeacherMismatch
+from coursepack.models.card import read_card
 from coursepack.models.hubs.base import HubNetwork
 from coursepack.models.hubs.files import first_line, missing_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from coursepack.models.preprocessing import Preprocessing
 
 SPEC = "onnx"
 """Spec in fingerprints: the file's content says the rest."""
@@ -88,30 +92,67 @@ def load_trained(name: str, _size: int | None, _trust_code: bool) -> HubNetwork:
         RecipeError: onnxruntime or onnx is not installed, or there is no such file.
         TeacherMismatch: the file is damaged, has other inputs or outputs, or refers to files elsewhere.
     """
-    spec, path = f"onnx:{name}", Path(name).expanduser()
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise missing_library(spec, "onnxruntime and onnx", error) from error
-    if not path.is_file():
-        raise RecipeError(f"network {spec!r}: there is no file {name!r}")
-    path = path.resolve()
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise TeacherMismatch(f"network {spec!r} cannot be read as ONNX: {first_line(error)}") from error
+    spec, path = f"onnx:{name}", Path(name).expanduser().resolve()
+    model = _read(name, path)
+    import onnxruntime
+
     _check_last(model, spec)
     module = OnnxNetwork(path, spec, _fingerprint(path, _external_files(model, path, spec)))
+    preprocessing, class_names = _card(model, spec) or (None, None)
+    if preprocessing is not None and class_names is not None:
+        _check_card(preprocessing, class_names, module)
     return HubNetwork(
         module,
-        None,
+        preprocessing,
         module.classes,
+        class_names=class_names,
         spec=SPEC,
         origin=f"onnx:{path}",
         library=f"onnxruntime {onnxruntime.__version__}",
         size=module.pixels.size,
     )
+
+
+def class_names(name: str, _weights: str | None = None) -> tuple[str, ...] | None:
+    """Return the names of the classes in a file that `distill export` wrote; None for other files."""
+    card = _card(_read(name, Path(name).expanduser().resolve()), f"onnx:{name}")
+    return None if card is None else card[1]
+
+
+def _read(name: str, path: Path) -> Any:
+    """Return the protocol buffer of a file, without external data."""
+    spec = f"onnx:{name}"
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 - runs what is read here
+    except ImportError as error:
+        raise missing_library(spec, "onnxruntime and onnx", error) from error
+    if not path.is_file():
+        raise RecipeError(f"network {spec!r}: there is no file {name!r}")
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise TeacherMismatch(f"network {spec!r} cannot be read as ONNX: {first_line(error)}") from error
+
+
+def _card(model: Any, spec: str) -> tuple[Preprocessing, tuple[str, ...]] | None:
+    """Return preprocessing and class names that `distill export` wrote into a file."""
+    return read_card({entry.key: entry.value for entry in model.metadata_props}, f"network {spec!r}")
+
+
+def _check_card(preprocessing: Preprocessing, class_names: tuple[str, ...], module: OnnxNetwork) -> None:
+    """Check that a file's card describes the inputs and outputs that the file has."""
+    pixels = module.pixels
+    said = (preprocessing.channels, preprocessing.size, len(class_names))
+    found = (pixels.channels, pixels.size or preprocessing.size, module.classes)
+    if said != found:
+        names = ("channels", "pixels", "classes")
+        texts = [
+            ", ".join(f"{n} {name}" for n, name in zip(each, names, strict=True)) for each in (said, found)
+        ]
+        raise TeacherMismatch(
+            f"the metadata of network {module.spec!r} say {texts[0]}, but it has {texts[1]}: export it again"
+        )
 
 
 def _check_last(model: Any, spec: str) -> None:

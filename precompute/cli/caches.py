@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from coursepack.commands import Command
+from coursepack.commands import Choice, Command
 from coursepack.console import JSON, byte_size, print_json, print_table
 from coursepack.errors import RecipeError
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
@@ -44,7 +44,7 @@ ONLY_FOR = {
 @click.option(
     "--format",
     "cache_format",
-    type=click.Choice(CACHE_FORMATS),
+    type=Choice(CACHE_FORMATS),
     required=True,
     help="numpy: arrays in .npy, .npz or .safetensors; tinyvit: folder of logits_topK_epochE; "
     "fkd: folder of one file per image.",

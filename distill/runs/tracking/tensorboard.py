@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.errors import RecipeError
+from coursepack.distill.runs.tracking.base import missing_tracker, scalars
 from coursepack.files import naming
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
     from typing import Self
 
+    from coursepack.distill.runs.tracking.base import TrackedRun
 
-def check_tensorboard() -> None:
+FOLDER = "tensorboard"
+"""Folder of the event files within a run's folder."""
+
+
+def check() -> None:
     """Check that TensorBoard is installed.
 
     Raises:
@@ -22,10 +27,12 @@ def check_tensorboard() -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401 - only to see whether it is installed
     except ImportError as error:
-        raise RecipeError(
-            "--tensorboard needs a library that is not installed: pip install 'coursepack[tensorboard]'. "
-            "The same numbers are in the run's metrics.jsonl."
-        ) from error
+        raise missing_tracker("tensorboard", error) from error
+
+
+def start(run: TrackedRun) -> MetricWriter:
+    """Open event files in the run's folder."""
+    return MetricWriter(run.folder / FOLDER, first=run.first)
 
 
 class MetricWriter:
@@ -35,6 +42,7 @@ class MetricWriter:
         """Initialize a writer to a folder; events of epoch `first` and later ones are purged."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self.state: Mapping[str, str] = {}
         self._path = path
         self._writer: Any = SummaryWriter(str(path), purge_step=first)  # type: ignore[no-untyped-call, unused-ignore]  # optional, untyped
 
@@ -42,7 +50,7 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.close()
+        self.end(None)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of one epoch, and flush them to disk."""
@@ -51,31 +59,6 @@ class MetricWriter:
                 self._writer.add_scalar(name, value, metrics["epoch"])
             self._writer.flush()
 
-
-class NoMetricWriter:
-    """Writer that discards metrics."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-
-def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the path and value of every number in nested metrics; list items are named by index.
-
-    >>> list(scalars({"train": {"loss": 1.5}, "teachers": {"weight": [0.25, 0.75]}}))
-    [('train/loss', 1.5), ('teachers/weight/0', 0.25), ('teachers/weight/1', 0.75)]
-    """
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from scalars(inner, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from scalars(inner, f"{name}/{index}")
-    elif isinstance(value, (int, float)):
-        yield name, float(value)
+    def end(self, error: BaseException | None) -> None:
+        """Close the event files."""
+        self._writer.close()
