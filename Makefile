@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs pages precompute precompute/cli precompute/page precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/report distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs pages precompute precompute/caches precompute/cli precompute/page precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/report distill/cli
 
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2
@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_EXTRAS := browser,cluster,docs,s3,s3-server
 
 # The demo runs the benchmark of an epoch.
-BENCHMARKS := store views precompute loss train methods sequences peers memory
+BENCHMARKS := store fidelity views precompute loss train methods sequences peers memory
 
 .PHONY: help demo test pytest check test-all test-slow lint docs bench clean
 
@@ -71,6 +71,7 @@ docs: .venv/installed-docs
 bench: .venv/installed
 	status=0; results=benchmarks/results; \
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $$results/$$name.json || status=1; done; \
+	$(BIN)/python benchmarks/methods.py --section cost --json $$results/methods-cost.json || status=1; \
 	$(BIN)/python examples/demo.py --json $$results/demo.json || status=1; \
 	$(BIN)/python benchmarks/render.py; exit $$status
 

@@ -23,6 +23,7 @@ from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.live import OnlineTargets
 from coursepack.distill.targets.stores import CachedTargets
+from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.kernels.rows import decode
 from coursepack.models import build_network
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import torch
     from _harness import Row, Seconds
 
     from coursepack.data import Batch
@@ -50,14 +52,17 @@ BARS = {"logits": "<= 0.03", "vectors": "<= 0.05", "maps": "<= 0.10"}
 class Size:
     """Sizes of the measurement."""
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(
+        name for name, method in METHODS.items() if not method.objective.needs().peers
+    )
+    """Methods of one student; `benchmarks/peers.py` has the others."""
     teacher: str = "resnet32x4"
     students: tuple[str, ...] = ("resnet8x4", "wrn-16-2")
     samples: int = 512
     batch_size: int = 64
     rounds: int = 8
     live_rounds: int = 6
-    patience: float = 10.0
+    patience: float = 4.0
     """Seconds of additional rounds of one method and student, of which there are about 80."""
 
 
@@ -130,6 +135,7 @@ def _method(
         variants, size.rounds, lambda seconds: _step_rows(title, seconds, config, bar), patience=size.patience
     )
     say(f"{title}: {rows[0]['value']:.3f} times a plain step")
+    rows.append(memory_row(title, setup, config))
     if stores:
         live = variants | {"live": _steps(prepared(stores=stores, online=True))}
         del live["memory"]
@@ -184,6 +190,20 @@ def _live_rows(title: str, seconds: Seconds, config: dict[str, Any]) -> list[Row
 def _added(seconds: Seconds, variant: str) -> list[float]:
     """Return the milliseconds that a variant's step takes more than a plain step, round by round."""
     return [1e3 * (step - plain) for step, plain in zip(seconds[variant], seconds["plain"], strict=True)]
+
+
+def memory_row(title: str, setup: Setup, config: dict[str, Any]) -> Row:
+    """Return the bytes of adapters, memories and other tensors that a method keeps beside the student.
+
+    Gradients and momentum of those that are trained come on top.
+    """
+    learner = make_state(setup).learner
+    kept = _tensor_bytes(learner) - _tensor_bytes(learner.network.module)
+    return exact(f"cost: {title}, extra memory", kept, "bytes", config)
+
+
+def _tensor_bytes(module: torch.nn.Module) -> int:
+    return sum(value.nbytes for value in itertools.chain(module.parameters(), module.buffers()))
 
 
 def _view_rows(title: str, cost: ViewCost, config: dict[str, Any]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Comparison with the formats of other projects: speed, size and fidelity of encodings."""
+"""Formats of other projects: the speed and size of reading them, and the logits that their rows mean."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from _content import BATCH, LOGITS, Shuffle, write_store
 from _harness import exact, measure, ratios, row
 
-from coursepack.data.encodings import parse_encoding
-from coursepack.data.store.records import fidelity, fidelity_summary
 from coursepack.kernels import DenseRows
 
 if TYPE_CHECKING:
@@ -112,45 +110,6 @@ def litdata_reader(
     return lambda samples: [next(endless) for _ in samples], total
 
 
-def fidelities(values: np.ndarray, what: str, labels: np.ndarray) -> list[Row]:
-    """Measure the KL to float32 logits of every encoding and of other projects' top-k rows."""
-    rows, classes = [], values.shape[1]
-    sparse = [k for k in (2, 10, 50, 100) if k >= classes // 100 and 4 * k + 8 < 2 * classes]
-    for name in ("float16", "bfloat16", "int8", *(f"topk:{k}" for k in sparse)):
-        encoding = parse_encoding(name)
-        parts = encoding.encode(values, np.arange(len(values)), labels)
-        decoded = encoding.rows(
-            {key: torch.from_numpy(part) for key, part in parts.items()}, values.shape[1:]
-        )
-        size = sum(part.row_bytes for part in encoding.components(values.shape[1:]).values())
-        ours = fidelity_summary(fidelity(torch.from_numpy(values), decoded))
-        rows += [fidelity_row(f"{what} {name}", size, at, entry) for at, entry in ours.items()]
-        if name.startswith("topk"):
-            rows += beside_probs(values, what, encoding.k, size, ours)
-    return rows
-
-
-def fidelity_row(what: str, size: int, temperature: str, entry: dict[str, float]) -> Row:
-    config = {"bytes a view": size, "p99": entry["p99"]}
-    return exact(f"KL {what} ({size} B) {temperature}", entry["mean"], "nats", config)
-
-
-def beside_probs(values: np.ndarray, what: str, k: int, size: int, ours: dict[str, Any]) -> list[Row]:
-    """Measure TinyViT's rows of as many bytes: k + 1 entries with a four-byte seed, or k + 2 without."""
-    rows = []
-    for entries, named in ((k + 1, "with its seed"), (k + 2, "without seed")):
-        decoded, empty = top_probs_rows(values, entries)
-        theirs = fidelity_summary(fidelity(torch.from_numpy(values), decoded))
-        for at, entry in theirs.items():
-            title = f"{what} TinyViT top-{entries} {named}"
-            rows.append(fidelity_row(title, size, at, entry))
-            rows[-1]["config"]["rows without a tail"] = empty
-            ratio = entry["mean"] / ours[at]["mean"]
-            title = f"KL {what} TinyViT top-{entries} {named} / topk:{k} ({size} B each) {at}"
-            rows.append(exact(title, ratio, "ratio", {"bytes a view": size}, ">= 1.0"))
-    return rows
-
-
 def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
     """Return the logits of TinyViT's targets: float16 top-k probabilities, with the rest to 1 spread evenly.
 
@@ -164,6 +123,17 @@ def top_probs_rows(values: np.ndarray, k: int) -> tuple[DenseRows, float]:
     tail = left.clamp_min(2.0**-24) / (values.shape[1] - k)
     targets = tail.expand(values.shape).scatter(1, ids, probs.clamp_min(2.0**-24))
     return DenseRows(targets.log()), float((left <= 0).float().mean())
+
+
+def renormalized_rows(values: np.ndarray, k: int) -> DenseRows:
+    """Return the logits of FKD's marginal re-norm: float16 top-k probabilities, divided by their sum.
+
+    Source: Shen and Xing 2022, arXiv 2112.01528, section 3.2. Its marginal smoothing is TinyViT's form. The
+    other classes have no probability; they use float16's smallest number here.
+    """
+    probs, ids = torch.softmax(torch.from_numpy(values), dim=1).topk(k, dim=1)
+    kept = (probs / probs.sum(1, keepdim=True)).half().float().clamp_min(2.0**-24)
+    return DenseRows(torch.full(values.shape, 2.0**-24).scatter(1, ids, kept).log())
 
 
 def digit_logits(epochs: int) -> tuple[np.ndarray, str, np.ndarray]:

@@ -133,8 +133,8 @@ class Parts:
 
 
 def slow_add(self: BlockFiles, values: Mapping[str, NDArray[np.float32]]) -> None:
-    """Add rows of a block after twice the time of a forward pass."""
-    time.sleep(2 * SLEEP)
+    """Add rows of a block after one and a half times the time of a forward pass."""
+    time.sleep(1.5 * SLEEP)
     ADD(self, values)
 
 

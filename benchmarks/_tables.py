@@ -125,9 +125,14 @@ def compact(row: Row, form: Callable[[float], str] = number) -> str:
     return {"no": f"**{text}**", "undecided": f"{text} ?"}.get(row["holds"], text)
 
 
-def fidelity(row: Row) -> str:
-    """Return a mean and a 99th percentile with two digits."""
-    return f"{row['value']:.2g}, {row['config']['p99']:.2g}"
+def two_digits(row: Row) -> str:
+    """Return a value with two digits."""
+    return f"{row['value']:.2g}"
+
+
+def student_cell(row: Row) -> str:
+    """Return an accuracy, or a difference with a `*` if its interval leaves out zero."""
+    return percent(row) if row["unit"] == "%" else _sure(row)
 
 
 def signed(row: Row) -> str:
@@ -192,6 +197,11 @@ def _sure(row: Row) -> str:
     return signed(row) + ("*" if row["low"] > 0 or row["high"] < 0 else "")
 
 
+def cost(row: Row) -> str:
+    """Return bytes in megabytes, and ratios with their interval."""
+    return f"{row['value'] / 1e6:,.2f}" if row["unit"] == "bytes" else compact(row, "{:.3f}".format)
+
+
 def demo_accuracy() -> list[str]:
     """Return the accuracies of the demo's students."""
     rows = {row["id"]: row for row in load("demo")["rows"]}
@@ -234,10 +244,13 @@ EPOCHS = {
     for over, under in [*((name, "plain") for name in ("kd float16", "kd int8", "amtml", "amtml-hints")),
                         ("plain", "minimal")]
 }  # fmt: skip
-FORMATS = (
-    r"KL (?P<line>.+?) TinyViT top-\d+ (?P<column>.+) / topk:\d+ \((?P<line_>\d+ B) each\) (?P<column_>T=\d+)"
-)
 
+COSTS = {
+    "step / plain": "step / plain", "(store - memory) / plain": "(store - memory) / plain",
+    "step - plain": "store adds, ms", "live step - plain": "live teacher adds, ms",
+    "cached / live": "store / live", "view minimal": "view, MB", "view full": "unreduced, MB",
+    "extra memory": "beside the student, MB",
+}  # fmt: skip
 HUNDREDTHS, THOUSANDTHS = (partial(compact, form=form.format) for form in ("{:.2f}", "{:.3f}"))
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -246,11 +259,17 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo accuracy rows": partial(listed, "demo", r"teacher .*|.*, lr .*"),
     "demo time rows": partial(listed, "demo", r".*epoch.*|teachers, once.*"),
     "store": partial(listed, "store", r"(?!KL ).*"),
-    "store fidelity": partial(
-        pivot, "store", r"KL (?P<line>.+ \(\d+ B\)) (?P<column>T=\d+)", "logits and encoding (bytes a view)",
-        None, fidelity,
+    "fidelity": partial(
+        pivot, "fidelity", r"KL (?P<line>.+) (?P<column>T=\d+)", "logits and rows", None, two_digits
     ),
-    "store formats": partial(pivot, "store", FORMATS, "logits, bytes a view", None, HUNDREDTHS),
+    "fidelity, nearest": partial(
+        pivot, "fidelity", r"nearest of others / ours: (?P<line>.+) (?P<column>T=\d+)",
+        "logits, bytes a view", None, HUNDREDTHS,
+    ),
+    "fidelity, students": partial(
+        pivot, "fidelity", r"student from (?P<line>.+?) (?P<column>T=\d+( - float32)?)", "rows", None,
+        student_cell,
+    ),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "views": partial(listed, "views", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),
@@ -302,6 +321,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods, teachers' time": partial(listed, "methods-first", "teacher-hours-saved"),
     "peers study": peers_study,
     "peers steps": partial(listed, "peers", r"step: .*"),
+    **{
+        f"methods, cost: {student}": partial(
+            pivot, "methods-cost", rf"cost: {student}, (?P<line>[\w-]+), (?P<column>.+)", "method", COSTS,
+            cost,
+        )
+        for student in ("resnet8x4", "wrn-16-2")
+    },
     "methods, own numbers": partial(study, "methods-presets", "presets"),
     "sequences: takd": partial(study, "sequences", "takd", "direct"),
     "sequences: generations": partial(study, "sequences", "generations", "from-labels"),

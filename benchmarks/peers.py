@@ -137,6 +137,7 @@ ENTRIES = (
     Entry("okddip, 4", "okddip", 4),
     Entry("one, 3", "one", 3),
     Entry("ffl, 2", "ffl", 2),
+    Entry("codistillation, 2", "codistillation", 2),
     Entry("afd, 2", "afd", 2),
     Entry("let", "let", 2, peer="run"),
     Entry("dml and kd, 2", "dml", 2, KD, taught=True),

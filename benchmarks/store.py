@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import zarr
-from _content import BATCH, LOGITS, Shuffle, logits, made_labels, write_store
+from _content import BATCH, LOGITS, Shuffle, logits, write_store
 from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
-from _peers import digit_logits, fidelities, peers
+from _peers import peers
 from _store_growth import FULL_GROWTH, QUICK_GROWTH, view_growth
 from torch import nn
 
@@ -46,7 +46,6 @@ class Size:
     batches: int = 32
     rounds: int = 15
     step_rounds: int = 60
-    digit_epochs: int = 8
     patience: float = PATIENCE
 
     @property
@@ -56,7 +55,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(rows=1_024, peer_rows=256, batches=2, rounds=1, step_rounds=1, digit_epochs=1, patience=0)
+QUICK = Size(rows=1_024, peer_rows=256, batches=2, rounds=1, step_rounds=1, patience=0)
 
 
 def reading(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
@@ -318,10 +317,6 @@ def main() -> None:
         rows += writing(folder, values, size)
         rows += sizes()
         rows += peers(folder, values[: size.peer_rows], size.few_rounds, size.patience)
-        rows += fidelities(
-            values[: size.peer_rows], "made up C=1000", made_labels(size.rows, 1000)[: size.peer_rows]
-        )
-        rows += fidelities(*digit_logits(size.digit_epochs))
         rows += view_growth(folder / "growth", QUICK_GROWTH if chosen.quick else FULL_GROWTH)
     report("Stores", rows, chosen.json)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import printable
-from coursepack.errors import CoursepackError
+from coursepack.catalog import names_of
+from coursepack.console import QUIET, printable
+from coursepack.errors import CoursepackError, nearest, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from click.shell_completion import CompletionItem
 
@@ -77,6 +78,15 @@ class Commands(click.Group):
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(printable(f"{error.strerror or error}{where}")) from error
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the subcommand that the arguments name, or raise an error with the nearest one."""
+        name = args[0]
+        if name not in self._table and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {name!r}.{suggestion(name, self._table)}", ctx)
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the subcommands."""
         return list(self._table)
@@ -98,8 +108,41 @@ class Commands(click.Group):
         ]
 
 
+class Choice(click.Choice[str]):
+    """Choice of names, which suggests the nearest one for a mistyped name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message}{suggestion(str(value), self.choices)}", param, ctx)
+
+
+def name_of(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return a function that completes the names of a kind in the catalog, and file names where none fits."""
+
+    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name) for name in names_of(kind) if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+def complete_folder(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a folder, for options that take addresses too."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
 class Command(click.Command):
-    """A click command with its options in groups, which shows its examples if called without arguments."""
+    """A click command with `--quiet` and its options in groups.
+
+    A call without arguments shows its examples.
+    """
 
     def __init__(
         self, *arguments: Any, groups: Mapping[str, Sequence[str]] | None = None, **settings: Any
@@ -113,6 +156,7 @@ class Command(click.Command):
         """
         super().__init__(*arguments, **{"context_settings": HELP_OPTIONS, **settings})
         self.groups = dict(groups or {})
+        self.params.append(QUIET)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, and add the examples to the error of a call without any."""
@@ -124,6 +168,11 @@ class Command(click.Command):
                 raise
             examples = self.epilog.removeprefix("\b\n").rstrip()
             raise click.UsageError(f"{error.format_message()}\n\n{examples}", ctx) from error
+        except click.NoSuchOption as error:
+            known = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("--")]
+            near = nearest(error.option_name.lstrip("-"), [name[2:] for name in known])
+            hint = f" Did you mean '--{near}'?" if near else ""
+            raise click.UsageError(f"No such option {error.option_name!r}.{hint}", ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their groups."""

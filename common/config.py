@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coursepack.canonical import cut
-from coursepack.errors import RecipeError, nearest
+from coursepack.errors import RecipeError
 from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
+from coursepack.problems import is_combined, lines_of_problems
 from coursepack.unions import OneOf as OneOf
-from coursepack.unions import merge_errors
+from coursepack.unions import models_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -65,7 +65,7 @@ def check_given(model: type[Config], values: Any, where: str) -> None:
         problems = [
             problem
             for problem in error.errors()
-            if not _is_combined(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
+            if not is_combined(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
         ]
         if problems:
             raise _refusal(model, problems, where) from error
@@ -77,7 +77,7 @@ def field_at(model: type[BaseModel], path: str) -> FieldInfo:
     field = model.model_fields[first]
     if not rest:
         return field
-    inner = next(each for each in _models_of(field) if rest.partition(".")[0] in each.model_fields)
+    inner = next(each for each in models_of(field) if rest.partition(".")[0] in each.model_fields)
     return field_at(inner, rest)
 
 
@@ -95,84 +95,50 @@ def read_yaml(path: Path) -> Any:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
+PATHS: dict[str, Callable[[Path], bool]] = {
+    "stores": Path.exists,
+    "root": Path.is_dir,
+    "view": Path.is_file,
+    "weights": Path.is_file,
+    "classes": Path.is_file,
+}
+"""Fields of files that may hold paths, and whether a path is one of the field's."""
+
+
+def start_paths(values: Any, folder: Path) -> None:
+    """Make relative paths in a file's values start from the file's folder, in place.
+
+    A path at which there is nothing in that folder is left as it is, and starts from the current one.
+    """
+    for each in values if isinstance(values, list) else ():
+        start_paths(each, folder)
+    if isinstance(values, dict):
+        for name, value in values.items():
+            values[name] = _started(value, folder, PATHS[name]) if name in PATHS else value
+            start_paths(values[name], folder)
+
+
+def _started(value: Any, folder: Path, is_there: Callable[[Path], bool]) -> Any:
+    if isinstance(value, list):
+        return [_started(each, folder, is_there) for each in value]
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return str(folder / value) if is_there(folder / value) else value
+    except (OSError, ValueError):  # no name of a file
+        return value
+
+
 def write_yaml(values: Any) -> str:
     """Return plain values as YAML text, with keys in their order."""
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
-    problems = merge_errors(model, problems)
-    lines = [_line(model, problem) for problem in problems[:MOST_LINES]]
-    if len(problems) > MOST_LINES:
-        lines.append(f"  and {len(problems) - MOST_LINES:,} more")
-    return RecipeError(f"{where} is not valid:\n" + "\n".join(lines))
-
-
-_EXPECTED = {
-    "tuple_type": "Input should be a list",
-    "model_type": "Input should be a mapping",
-    "model_attributes_type": "Input should be a mapping",
-}
-"""Messages for errors of pydantic that would name Python types instead of YAML's."""
-
-
-def _line(model: type[Config], problem: Any) -> str:
-    path = ".".join(cut(str(part)) for part in problem["loc"]) or "it"
-    if problem["type"] == "extra_forbidden":
-        known = [name for inner in _models_at(model, problem["loc"][:-1]) for name in inner.model_fields]
-        return f"  {path}: unknown key{_near(str(problem['loc'][-1]), known)}"
-    if problem["type"] == "union_tag_invalid":
-        key, tag, tags = (str(problem["ctx"][part]) for part in ("discriminator", "tag", "expected_tags"))
-        near = _near(tag, tags.replace("'", "").split(", "))
-        return f"  {path}: unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
-    if problem["type"] == "union_tag_not_found":
-        return f"  {path}: {problem['ctx']['discriminator']} is missing, got {cut(repr(problem['input']))}"
-    no_value = problem["type"] == "missing" or _is_combined(problem)
-    given = "" if no_value else f", got {cut(repr(problem['input']))}"
-    text = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    return f"  {path}: {text}{given}"
-
-
-def _is_combined(problem: Any) -> bool:
-    """Return True if an error concerns a combination of fields instead of one field."""
-    return problem["type"] == "value_error" and isinstance(problem["input"], dict)
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = nearest(word, known)
-    return f", did you mean {near!r}?" if near else ""
-
-
-def _models_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
-    """Return the configs that may be at a path of pydantic's: keys, list indices and tags of a union."""
-    found: list[type[BaseModel]] = [model]
-    for part in path:
-        if isinstance(part, int):
-            continue
-        held = [each.model_fields[part] for each in found if part in each.model_fields]
-        if held:
-            found = [inner for field in held for inner in _models_of(field)]
-        else:
-            found = [
-                each for each in found if any(part == f.default for f in each.model_fields.values())
-            ] or found
-    return found
-
-
-def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """Return the configs that a field may hold."""
-    families = [part for part in field.metadata if isinstance(part, OneOf)]
-    return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the configs in an annotation, such as a tuple of a union of configs."""
-    if isinstance(annotation, OneOf):
-        return list(annotation.members.values())
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
-    return [inner for part in parts for inner in _models(part)]
+    lines = lines_of_problems(model, problems)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES:,} more"]
+    return RecipeError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def merge_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:

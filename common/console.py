@@ -6,16 +6,17 @@ On a terminal, progress is a bar with rate and remaining time. Elsewhere it is a
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import Progress
 
@@ -25,6 +26,10 @@ LOG_WIDTH = 200
 """Maximum width of tables when stdout is not a terminal."""
 LABEL_WIDTH = 20
 """Minimum width of a table's first column on a terminal, if its entries are longer."""
+SHORT_SECONDS = 2.0
+"""Tasks that take less show no progress, if they are given this delay."""
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+"""Option of every command."""
 TRUST_CODE = click.option(
     "--trust-code", is_flag=True, help="Run code that a store, a run folder or an exported: file contains."
 )
@@ -56,9 +61,42 @@ def _escaped(character: str) -> str:
     return character if character == "\n" else character.encode("unicode_escape").decode()
 
 
+class _Output:
+    is_quiet = False
+    bars: Progress | None = None
+
+
+def be_quiet(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Print neither progress nor messages until the command ends; a callback for click."""
+    if value:
+        before, _Output.is_quiet = _Output.is_quiet, True
+        ctx.call_on_close(lambda: setattr(_Output, "is_quiet", before))
+
+
+QUIET = click.Option(
+    ["--quiet"],
+    is_flag=True,
+    expose_value=False,
+    callback=be_quiet,
+    help="Print no progress and no messages, only results, warnings and errors.",
+)
+"""Option that `Command` adds to every command."""
+
+
 def say(text: str) -> None:
-    """Print a message on stderr."""
+    """Print a message on stderr, unless `--quiet` is given."""
+    if not _Output.is_quiet:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
     click.echo(printable(text), err=True)
+
+
+def print_json(values: Any) -> None:
+    """Print plain values on stdout as one JSON document."""
+    click.echo(json.dumps(values, indent=1))
 
 
 class Meter(Protocol):
@@ -69,8 +107,10 @@ class Meter(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> Iterator[Meter]:
-    """Show the progress of a task on stderr.
+def progress(
+    title: str, total: int, unit: str, *, done: int = 0, shown: bool = True, delay: float = 0.0
+) -> Iterator[Meter]:
+    """Show the progress of a task on stderr, unless `--quiet` is given.
 
     Args:
         title: name of the task.
@@ -78,42 +118,89 @@ def progress(title: str, total: int, unit: str, *, done: int = 0, shown: bool = 
         unit: plural name of a unit, such as `images`.
         done: units that were finished before; they do not count in the rate.
         shown: false counts the work without output.
+        delay: seconds until the first output; a task that ends before shows nothing.
     """
-    if not shown:
+    if not shown or _Output.is_quiet:
         yield _Hidden()
-    elif sys.stderr.isatty():
-        with _bar() as bar:
-            yield _Bar(bar, title, total, unit, done)
+        return
+    with ExitStack() as stack:
+        started = time.monotonic()
+
+        def meter() -> Meter:
+            return stack.enter_context(_shown(title, total, unit, done, started))
+
+        yield _Late(meter, started + delay) if delay else meter()
+
+
+@contextmanager
+def _shown(title: str, total: int, unit: str, done: int, started: float) -> Iterator[Meter]:
+    if sys.stderr.isatty():
+        with _bars() as bars:
+            meter = _Bar(bars, title, total, unit, done, started)
+            yield meter
+            meter.close()
     else:
-        lines = _Lines(title, total, unit, done)
+        lines = _Lines(title, total, unit, done, started)
         yield lines
         lines.close()
 
 
-def _bar() -> Progress:
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Yield the bars on the terminal: those of the task around this one, if there is one."""
+    if _Output.bars is not None:
+        yield _Output.bars
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
     )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        _Output.bars = bars
+        try:
+            yield bars
+        finally:
+            _Output.bars = None
 
 
 class _Bar:
-    def __init__(self, bar: Progress, title: str, total: int, unit: str, done: int) -> None:
-        self._bar, self._unit, self._started, self._fresh = bar, unit, time.monotonic(), 0
-        self._task = bar.add_task(title, total=total, completed=done, rate="", note="")
+    def __init__(self, bars: Progress, title: str, total: int, unit: str, done: int, started: float) -> None:
+        self._bars, self._unit, self._started, self._fresh = bars, unit, started, 0
+        self._is_inner = bool(bars.tasks)
+        self._task = bars.add_task(title, total=total, completed=done, rate="", note="")
 
     def advance(self, amount: int, note: str = "") -> None:
         self._fresh += amount
         rate = self._fresh / max(time.monotonic() - self._started, 1e-9)
-        self._bar.update(self._task, advance=amount, rate=f"{rate:,.0f} {self._unit}/s", note=note)
+        self._bars.update(self._task, advance=amount, rate=_pace(rate, self._unit), note=note)
+
+    def close(self) -> None:
+        if self._is_inner:
+            self._bars.refresh()
+            self._bars.remove_task(self._task)
+
+
+class _Late:
+    """Meter of a task that may end before its progress is worth showing."""
+
+    def __init__(self, start: Callable[[], Meter], due: float) -> None:
+        self._start, self._due, self._held = start, due, 0
+        self._meter: Meter | None = None
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._held += amount
+        if self._meter is None and time.monotonic() >= self._due:
+            self._meter = self._start()
+        if self._meter is not None:
+            self._meter.advance(self._held, note)
+            self._held = 0
 
 
 class _Hidden:
@@ -122,10 +209,10 @@ class _Hidden:
 
 
 class _Lines:
-    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int, started: float) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._fresh, self._note = done, 0, ""
-        self._started = self._printed = time.monotonic()
+        self._started = self._printed = started
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done, self._fresh, self._note = self._done + amount, self._fresh + amount, note
@@ -143,7 +230,7 @@ class _Lines:
         note = f", {self._note}" if self._note else ""
         say(
             f"{self._title}: {self._done:,} of {self._total:,} {self._unit}, "
-            f"{rate:,.0f} {self._unit}/s, {left:.0f} s left{note}"
+            f"{_pace(rate, self._unit)}, {left:.0f} s left{note}"
         )
 
 
@@ -190,3 +277,19 @@ def byte_size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Format a time in the largest unit of which there are two.
+
+    >>> duration(200)
+    '3 min'
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _pace(rate: float, unit: str) -> str:
+    """Format a rate per second, in minutes if it is slow."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 1 else f"{60 * rate:.2g} {unit}/min"

@@ -15,15 +15,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+NEAR = 0.65
+"""Minimum similarity of a suggestion, from 0 to 1: one typing error in three letters, or three in nine."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that a mistyped one probably stands for, or None if none is similar.
+
+    Case, and the difference of `-` and `_`, do not matter.
 
     >>> nearest("unifrom", ["uniform", "fixed"])
     'uniform'
     >>> nearest("foo", ["uniform", "fixed"])
     """
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return matches[0] if matches else None
+    spellings = {_plain(each): each for each in known}
+    matches = difflib.get_close_matches(_plain(name), spellings, n=1, cutoff=NEAR)
+    return spellings[matches[0]] if matches else None
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the question ` Did you mean ...?` with the nearest known name, or nothing if none is similar."""
+    near = nearest(name, known)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 class CoursepackError(Exception):
@@ -35,9 +52,7 @@ class UnknownName(CoursepackError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        near = nearest(name, known)
-        hint = f" Did you mean {near!r}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+        super().__init__(f"unknown {kind} {name!r}.{suggestion(name, known)} Known: {', '.join(known)}.")
 
 
 class RecipeError(CoursepackError, ValueError):
@@ -82,6 +97,10 @@ class StoreMismatch(CoursepackError, ValueError):
 
 class StoreDamaged(CoursepackError, OSError):
     """The files of a store differ from the sizes and checksums in its manifest."""
+
+
+class CacheError(CoursepackError, ValueError):
+    """A cache of another program is damaged, or does not fit the source that it is imported for."""
 
 
 class StoreFull(CoursepackError, OSError):

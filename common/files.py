@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -48,6 +48,19 @@ def write_whole(path: Path, *pieces: bytes | NDArray[Any]) -> None:
     flush_folder(path.parent)
 
 
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> int:
+    """Replace the content of a file as `write_whole` does, with pieces that are made while it is written.
+
+    Returns:
+        The size of the file in bytes.
+    """
+    with _partial_file(path, pieces) as partial:
+        size = partial.stat().st_size
+        partial.replace(path)
+    flush_folder(path.parent)
+    return size
+
+
 def create_whole(path: Path, *pieces: bytes | NDArray[Any]) -> bool:
     """Write a file as `write_whole` does, but only if there is none of the name; returns whether it did.
 
@@ -73,7 +86,7 @@ def create_whole(path: Path, *pieces: bytes | NDArray[Any]) -> bool:
 
 
 @contextmanager
-def _partial_file(path: Path, pieces: tuple[bytes | NDArray[Any], ...]) -> Iterator[Path]:
+def _partial_file(path: Path, pieces: Iterable[bytes | NDArray[Any]]) -> Iterator[Path]:
     """A flushed file of these pieces beside `path`, gone afterwards unless it was renamed."""
     partial = path.with_name(_partial_name(path.name))
     try:

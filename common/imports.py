@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from coursepack.errors import RecipeError, UntrustedCode
+from coursepack.errors import RecipeError, UntrustedCode, suggestion
 
 KIND = "python"
 """Prefix of the specs of the user's own networks, sources and views: `python:module:name`."""
@@ -69,5 +69,6 @@ def import_object(module_name: str, path: str, owner: str) -> Any:
             "add their folder to PYTHONPATH"
         ) from error
     except AttributeError as error:
-        raise RecipeError(f"{owner}: module {module_name!r} has no {path!r}") from error
+        near = suggestion(path, dir(found))
+        raise RecipeError(f"{owner}: module {module_name!r} has no {path!r}.{near}") from error
     return found

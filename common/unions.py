@@ -17,9 +17,13 @@ from pydantic_core import core_schema
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pydantic.fields import FieldInfo
+
     Path = tuple[str | int, ...]
 
 NAMES = {float: "a number", int: "an integer", str: "text", bool: "true or false"}
+KEY = "[key]"
+"""Last part of the path of an error about a key of a mapping."""
 OTHER_TYPE = ("_type", "_parsing", "literal_error")
 """Ends of pydantic's names of errors about a value of another type, rather than one out of range."""
 
@@ -69,8 +73,8 @@ def _merge(path: Path, choices: Sequence[Any], group: Sequence[dict[str, Any]]) 
     for problem in group:
         if not problem["type"].endswith(OTHER_TYPE):
             return [{**problem, "loc": path}]
-    text = f"Input should be {' or '.join(map(_name, choices))}"
-    return [{"type": "union", "loc": path, "msg": text, "input": group[0]["input"]}]
+    expected = " or ".join(map(_name, choices))
+    return [{"type": "union", "loc": path, "ctx": {"expected": expected}, "input": group[0]["input"]}]
 
 
 def _first_union(model: type[BaseModel], path: Path) -> tuple[int, list[Any]]:
@@ -128,3 +132,50 @@ def _name(kind: Any) -> str:
     if isinstance(kind, OneOf):
         return f"a mapping with {kind.key}"
     return NAMES.get(kind, "a list" if get_origin(kind) in (tuple, list) else "a mapping")
+
+
+def without_tags(model: type[BaseModel], path: Path) -> Path:
+    """Return a path of `merge_errors` without the tags of families and pydantic's mark of keys."""
+    shown: list[str | int] = []
+    annotation: Any = model
+    for part in path:
+        if part == KEY:
+            continue
+        choices = _choices(annotation)
+        below = [(each, inner) for each in choices if (inner := _below(each, part)) is not None]
+        chosen, annotation = below[0] if below else (None, None)
+        if not isinstance(chosen, OneOf) and get_origin(chosen) is not Annotated:
+            shown.append(part)
+    return tuple(shown)
+
+
+def keys_at(model: type[BaseModel], path: Path) -> list[str]:
+    """Return the keys that a config may have at a path of pydantic's: keys, list indices and tags."""
+    found: list[type[BaseModel]] = [model]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        held = [each.model_fields[part] for each in found if part in each.model_fields]
+        if held:
+            found = [inner for field in held for inner in models_of(field)]
+        else:
+            found = [
+                each for each in found if any(part == f.default for f in each.model_fields.values())
+            ] or found
+    return [name for each in found for name in each.model_fields]
+
+
+def models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the configs that a field may hold."""
+    families = [part for part in field.metadata if isinstance(part, OneOf)]
+    return [*(inner for family in families for inner in family.members.values()), *_models(field.annotation)]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the configs in an annotation, such as a tuple of a union of configs."""
+    if isinstance(annotation, OneOf):
+        return list(annotation.members.values())
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
+    return [inner for part in parts for inner in _models(part)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -20,7 +20,7 @@ from coursepack.data.store.layout import block_count
 from coursepack.data.views import draw, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -52,6 +52,27 @@ def probe_digests(
     }
 
 
+def view_record(
+    recipe: ViewRecipe, source: Source, params: ViewParams, first: int, view: int, size: int
+) -> dict[str, Any]:
+    """Return the members of a block's record that `drift` compares.
+
+    Args:
+        recipe: view recipe of the store.
+        source: source of the samples.
+        params: view parameters of the block's samples.
+        first: the block's first sample.
+        view: view index.
+        size: side in pixels of the rendered probes.
+    """
+    probed = probe_samples(len(source.labels), view)
+    probed = probed[(probed >= first) & (probed < first + len(params))]
+    return {
+        "draws": params.digest(),
+        "probes": probe_digests(recipe, source, probed, params[probed - first], size),
+    }
+
+
 def content_digest(source: Source, samples: Samples) -> str:
     """Return the crc32c of the samples' raw content: the bytes of their files, or their pixels in memory."""
     return digest_of(source.contents(samples))
@@ -62,12 +83,18 @@ def digest_of(contents: NDArray[np.uint32]) -> str:
     return f"{google_crc32c.value(contents.astype('<u4').tobytes()):08x}"
 
 
-def changed_content(manifest: Manifest, source: Source, begun: float = math.inf) -> tuple[str, ...]:
+def changed_content(
+    manifest: Manifest,
+    source: Source,
+    begun: float = math.inf,
+    *,
+    on_samples: Callable[[int], None] | None = None,
+) -> tuple[str, ...]:
     """Return one message per block whose files or pixels differ from those that the teacher saw.
 
     Reads the whole source. A store keeps one checksum per block, so the changed file itself is unknown: a
     message names the first and the last file of the block, and those modified after `begun` (seconds since
-    the epoch).
+    the epoch). `on_samples` is called after each block with its number of samples, to show progress.
     """
     recorded = manifest.view_records.get("0", {}).get("content", [])
     messages = []
@@ -79,6 +106,8 @@ def changed_content(manifest: Manifest, source: Source, begun: float = math.inf)
                 f"source {source.name!r}: samples {start} to {stop - 1} differ from what the teacher saw"
                 f"{_file_range(source, range(start, stop), begun)}"
             )
+        if on_samples is not None:
+            on_samples(stop - start)
     return tuple(messages)
 
 

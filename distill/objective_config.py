@@ -33,7 +33,7 @@ from coursepack.distill.schedule import (
     is_used,
     range_of,
 )
-from coursepack.unions import merge_errors
+from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -190,8 +190,7 @@ class ObjectiveConfig(Config):
         try:
             self.for_peers()
         except ValidationError as error:
-            first = merge_errors(ObjectiveConfig, error.errors())[0]
-            raise ValueError(f"peers.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise ValueError(f"peers.{lines_of(ObjectiveConfig, error)[0]}") from error
         if FUSIONS[self.fusion.name].choose is not None and needs.every_teacher:
             raise ValueError(
                 f"{needs.every_teacher} need every teacher, "

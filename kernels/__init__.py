@@ -5,6 +5,7 @@ from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
 from coursepack.kernels.loss import soft_targets as soft_targets
+from coursepack.kernels.packed import PackedTopKRows as PackedTopKRows
 from coursepack.kernels.pixels.normalize import normalize as normalize
 from coursepack.kernels.reference import shift_logits as shift_logits
 from coursepack.kernels.rows import BitRows as BitRows
@@ -22,6 +23,7 @@ __all__ = [
     "DenseRows",
     "Int8Rows",
     "MixedLabels",
+    "PackedTopKRows",
     "Rows",
     "TeacherStats",
     "TopKRows",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coursepack.kernels.cpu import native
 from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
 from coursepack.kernels.spec import LossCall, LossSpec
 
@@ -63,7 +64,7 @@ def _compute(
             row_weight=row_weight,
             ignore_index=ignore_index,
         ),
-        teachers=_rows(parts, marks),
+        teachers=_rows(parts, marks, student_logits.shape[1]),
         labels=own_labels,
         weights=weights,
         teacher_temperatures=own or None,
@@ -155,7 +156,8 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
     """Flatten teachers to tensors and a mark for each tensor.
 
     The mark is -1 for a dense teacher, -2 for the first tensor of int8 rows, C for the first of top-k rows,
-    and 0 for a tensor that belongs to the teacher before it.
+    -2 - k for the first of packed rows of k entries, and 0 for a tensor that belongs to the teacher before
+    it.
     """
     parts: list[Tensor] = []
     marks: list[int] = []
@@ -166,6 +168,9 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
         elif isinstance(teacher, TopKRows):
             parts += [teacher.ids, teacher.values, teacher.tail]
             marks += [teacher.classes, 0, 0]
+        elif isinstance(teacher, PackedTopKRows):
+            parts += [teacher.entries, teacher.scale]
+            marks += [-2 - teacher.kept, 0]
         else:
             values = teacher.values if isinstance(teacher, DenseRows) else teacher
             assert isinstance(values, Tensor)
@@ -174,14 +179,16 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
     return parts, marks
 
 
-def _rows(parts: list[Tensor], marks: list[int]) -> list[Tensor | Rows]:
-    """Rebuild the teachers that `_parts` flattened."""
+def _rows(parts: list[Tensor], marks: list[int], classes: int) -> list[Tensor | Rows]:
+    """Rebuild the teachers that `_parts` flattened, of so many classes."""
     teachers: list[Tensor | Rows] = []
     for index, mark in enumerate(marks):
         if mark == -1:
             teachers.append(parts[index])
         elif mark == -2:
             teachers.append(Int8Rows(parts[index], parts[index + 1]))
+        elif mark < 0:
+            teachers.append(PackedTopKRows(parts[index], parts[index + 1], -2 - mark, classes))
         elif mark > 0:
             teachers.append(TopKRows(parts[index], parts[index + 1], parts[index + 2], mark))
     return teachers

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
+
+    from coursepack.kernels.packed import PackedTopKRows
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,7 +55,7 @@ def is_eager_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | BitRows")
+R = TypeVar("R", bound="DenseRows | Int8Rows | TopKRows | PackedTopKRows | BitRows")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ class DenseRows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DenseRows:
         """Copy the rows to another device."""
-        return _moved(self, device, non_blocking)
+        return moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Decode to float32; returns the stored tensor itself if it is float32 already."""
-        return self.values.float() if out is None else _target(self, out).copy_(self.values)
+        return self.values.float() if out is None else target(self, out).copy_(self.values)
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ class Int8Rows:
     """Scale and minimum of each row `(N, 2)` float16."""
 
     def __post_init__(self) -> None:
-        _check_dtype("q", self.q, torch.uint8)
-        _check_dtype("affine", self.affine, torch.float16)
-        _check_shape("affine", self.affine, (len(self.q), 2))
+        check_dtype("q", self.q, torch.uint8)
+        check_dtype("affine", self.affine, torch.float16)
+        check_shape("affine", self.affine, (len(self.q), 2))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +117,7 @@ class Int8Rows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Int8Rows:
         """Copy the rows to another device."""
-        return _moved(self, device, non_blocking)
+        return moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Decode to float32."""
@@ -122,11 +125,11 @@ class Int8Rows:
         if is_eager_cpu(self.device):
             from coursepack.kernels.cpu.jit_decode import int8_decode
 
-            out, flat = _target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
+            out, flat = target(self, out), (len(self.q), math.prod(self.q.shape[1:]))
             int8_decode(self.q.reshape(flat).numpy(), affine.numpy(), out.view(flat).numpy())
             return out
         scale, minimum = (affine[:, column].reshape(-1, *[1] * (self.q.ndim - 1)) for column in (0, 1))
-        return _target(self, out).copy_(self.q).mul_(scale).add_(minimum)
+        return target(self, out).copy_(self.q).mul_(scale).add_(minimum)
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,10 @@ class TopKRows:
     def __post_init__(self) -> None:
         if self.ids.dtype not in (torch.uint16, torch.uint32):
             raise TypeError(f"ids have dtype {self.ids.dtype}, expected uint16 or uint32")
-        _check_dtype("values", self.values, torch.float16)
-        _check_dtype("tail", self.tail, torch.float16)
-        _check_shape("values", self.values, tuple(self.ids.shape))
-        _check_shape("tail", self.tail, (len(self.ids), len(TAIL_TEMPERATURES)))
+        check_dtype("values", self.values, torch.float16)
+        check_dtype("tail", self.tail, torch.float16)
+        check_shape("values", self.values, tuple(self.ids.shape))
+        check_shape("tail", self.tail, (len(self.ids), len(TAIL_TEMPERATURES)))
         if self.ids.shape[1] > self.classes:
             raise ValueError(f"ids has {self.ids.shape[1]} columns, expected at most {self.classes} classes")
 
@@ -168,13 +171,13 @@ class TopKRows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TopKRows:
         """Copy the rows to another device."""
-        return _moved(self, device, non_blocking)
+        return moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Decode to float32; the dropped classes have the right mass at each row's temperature."""
         if is_eager_cpu(self.device):
-            return self._decode_cpu(temperature, _target(self, out))
-        return self._decode_unseen(temperature, _target(self, out))
+            return self._decode_cpu(temperature, target(self, out))
+        return self._decode_unseen(temperature, target(self, out))
 
     def _decode_unseen(self, temperature: Tensor | None, out: Tensor) -> Tensor:
         # Refusing an invalid id would wait for the device, so its row becomes NaN.
@@ -205,28 +208,8 @@ class TopKRows:
 
     def tail_logit(self, values: Tensor, temperature: Tensor | None) -> Tensor:
         """Logit `(N,)` float32 of every dropped class: `max z + T (log mass(T) - log count)`."""
-        top = values.amax(1)
         dropped = self.classes - self.ids.shape[1]
-        if dropped == 0:
-            return top
-        tail = self.tail.float()
-        limit = math.log(dropped)
-        if temperature is None:
-            return top + (tail[:, 0] - limit).clamp_(max=0)
-        temperature = temperature.to(torch.float32)
-        # Knots in 1/T, from the limit at 0; beyond T = 1 the last segment goes on.
-        # Filled one by one: a copy from the host would wait for the device.
-        knots = torch.cat(
-            [tail.new_full((1,), knot) for knot in (0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES)))]
-        )
-        masses = torch.cat([torch.full_like(tail[:, :1], limit), tail.flip(1)], dim=1)
-        inverse = 1 / temperature
-        segment = torch.bucketize(inverse, knots[1:-1])[:, None]
-        low, high = masses.gather(1, segment)[:, 0], masses.gather(1, segment + 1)[:, 0]
-        start, stop = knots[segment[:, 0]], knots[segment[:, 0] + 1]
-        mass = low + (high - low) * (inverse - start) / (stop - start)
-        # No dropped class scores above the top one, so neither may their common logit.
-        return top + (temperature * (mass - limit)).clamp_(max=0)
+        return tail_logit(values.amax(1), self.tail.float(), TAIL_TEMPERATURES, dropped, temperature)
 
 
 @dataclass(frozen=True)
@@ -239,8 +222,8 @@ class BitRows:
     """Shape of a decoded row, of D values."""
 
     def __post_init__(self) -> None:
-        _check_dtype("bits", self.bits, torch.uint8)
-        _check_shape("bits", self.bits, (len(self.bits), -(-math.prod(self.row_shape) // 8)))
+        check_dtype("bits", self.bits, torch.uint8)
+        check_shape("bits", self.bits, (len(self.bits), -(-math.prod(self.row_shape) // 8)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -254,7 +237,7 @@ class BitRows:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BitRows:
         """Copy the rows to another device."""
-        return _moved(self, device, non_blocking)
+        return moved(self, device, non_blocking)
 
     def decode(self, temperature: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Decode to +1 where the value was positive and -1 elsewhere, float32."""
@@ -262,12 +245,12 @@ class BitRows:
         if is_eager_cpu(self.device):
             from coursepack.kernels.cpu.jit_decode import bit_decode
 
-            out = _target(self, out)
+            out = target(self, out)
             bit_decode(self.bits.numpy(), out.view(len(self.bits), count).numpy())
             return out
         shifts = torch.arange(7, -1, -1, device=self.device, dtype=torch.uint8)
         ones = (self.bits[:, :, None] >> shifts & 1).flatten(1)[:, :count]
-        return _target(self, out).copy_(ones.reshape(self.shape)).mul_(2).sub_(1)
+        return target(self, out).copy_(ones.reshape(self.shape)).mul_(2).sub_(1)
 
 
 def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
@@ -280,7 +263,39 @@ def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
     return rows.float() if isinstance(rows, Tensor) else rows.decode(temperature)
 
 
-def _moved(rows: R, device: torch.device | str, non_blocking: bool) -> R:
+def tail_logit(
+    top: Tensor, tail: Tensor, temperatures: Sequence[float], dropped: int, temperature: Tensor | None
+) -> Tensor:
+    """Return the logit `(N,)` float32 of every dropped class: `top + T (log mass(T) - log dropped)`.
+
+    Args:
+        top: the largest logit of each row `(N,)` float32.
+        tail: log masses of the dropped classes `(N, J)` float32 at J ascending temperatures, the first 1.
+        temperatures: these temperatures.
+        dropped: number of dropped classes.
+        temperature: the temperature `(N,)` the rows are used at; None means 1.
+    """
+    if dropped == 0:
+        return top
+    limit = math.log(dropped)
+    if temperature is None:
+        return top + (tail[:, 0] - limit).clamp_(max=0)
+    temperature = temperature.to(torch.float32)
+    # Knots in 1/T, from the limit at 0; beyond T = 1 the last segment goes on.
+    # Filled one by one: a copy from the host would wait for the device.
+    knots = torch.cat([tail.new_full((1,), knot) for knot in (0.0, *(1 / t for t in reversed(temperatures)))])
+    masses = torch.cat([torch.full_like(tail[:, :1], limit), tail.flip(1)], dim=1)
+    inverse = 1 / temperature
+    segment = torch.bucketize(inverse, knots[1:-1])[:, None]
+    low, high = masses.gather(1, segment)[:, 0], masses.gather(1, segment + 1)[:, 0]
+    start, stop = knots[segment[:, 0]], knots[segment[:, 0] + 1]
+    mass = low + (high - low) * (inverse - start) / (stop - start)
+    # No dropped class scores above the top one, so neither may their common logit.
+    return top + (temperature * (mass - limit)).clamp_(max=0)
+
+
+def moved(rows: R, device: torch.device | str, non_blocking: bool) -> R:
+    """Copy the tensors of rows to another device."""
     tensors = {
         field.name: getattr(rows, field.name).to(device, non_blocking=non_blocking)
         for field in fields(rows)
@@ -289,11 +304,12 @@ def _moved(rows: R, device: torch.device | str, non_blocking: bool) -> R:
     return replace(rows, **tensors)
 
 
-def _target(rows: Rows, out: Tensor | None) -> Tensor:
+def target(rows: Rows, out: Tensor | None) -> Tensor:
+    """Return `out` after checks, or a new tensor for the decoded rows."""
     if out is None:
         return torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    _check_dtype("out", out, torch.float32)
-    _check_shape("out", out, tuple(rows.shape))
+    check_dtype("out", out, torch.float32)
+    check_shape("out", out, tuple(rows.shape))
     if not out.is_contiguous() or out.device != rows.device:
         raise ValueError(
             f"out is on {out.device} or not contiguous, expected a contiguous tensor on {rows.device}"
@@ -301,11 +317,13 @@ def _target(rows: Rows, out: Tensor | None) -> Tensor:
     return out
 
 
-def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError if a tensor has another dtype."""
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype}")
 
 
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError if a tensor has another shape."""
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")

@@ -176,6 +176,13 @@ def reload_teacher(
         TeacherMismatch: the weights are not the ones that wrote the store.
         CoursepackError: any other error of `load_teacher`.
     """
+    if "imported" in identity:
+        raise RecipeError(
+            f"{holder} was imported from a cache of another program: there is no teacher to run, "
+            "so it cannot be run live, trained further or used to repair the store. Import the cache "
+            "again, or "
+            "write a store of the teacher with `precompute run`"
+        )
     stored = parse_config(Preprocessing, identity["preprocessing"], f"the preprocessing in {holder}")
     spec = check_trusted(identity["network"], holder, trust_code=trust_code)
     if has_weights(weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.console import say
+from coursepack.console import warn
 from coursepack.data.store.records import view_mean
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class AccuracyGuard:
         accuracy = sum(means) / len(means)
         if record.accuracy - accuracy > MUCH_WORSE:
             self._silent = True
-            say(
+            warn(
                 f"teacher {self._network!r} classifies {accuracy:.1%} of the views of {self._source!r} "
                 f"correctly, but its run recorded {record.accuracy:.1%} on {record.source!r}. The view "
                 f"recipe may not suit it: draw the views with `precompute inspect {self._store} --out "

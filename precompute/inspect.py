@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from coursepack.console import SHORT_SECONDS, progress
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity_summary, view_mean
 from coursepack.precompute.numerics import views_by_numerics
@@ -31,16 +32,19 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
     manifest = reader.manifest
     labels = torch.from_numpy(reader.labels())
     views = {}
-    for view in reader.views:
-        record = manifest.view_records[str(view)]
-        where = f"view {view} of store {reader.address!r}"
-        views[str(view)] = {
-            "accuracy": view_mean(record, "correct", where),
-            "cross_entropy": view_mean(record, "cross_entropy", where),
-            "entropy": view_mean(record, "entropy", where),
-            "calibration_error": _calibration_error(reader, view, labels),
-            "fidelity": fidelity_summary(record["fidelity"]),
-        }
+    title = f"inspect {reader.name}"
+    with progress(title, len(reader.views), "views", delay=SHORT_SECONDS) as meter:
+        for view in reader.views:
+            record = manifest.view_records[str(view)]
+            where = f"view {view} of store {reader.address!r}"
+            views[str(view)] = {
+                "accuracy": view_mean(record, "correct", where),
+                "cross_entropy": view_mean(record, "cross_entropy", where),
+                "entropy": view_mean(record, "entropy", where),
+                "calibration_error": _calibration_error(reader, view, labels),
+                "fidelity": fidelity_summary(record["fidelity"]),
+            }
+            meter.advance(1)
     return {
         "store": reader.address,
         "fingerprint": manifest.fingerprint,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coursepack.canonical import difference_table, fingerprint
-from coursepack.console import say
+from coursepack.console import warn
 from coursepack.data.store.done import done_objects, read_done
 from coursepack.data.store.locations import open_location
 from coursepack.errors import StoreMismatch
@@ -120,7 +120,7 @@ class NumericsGuard:
                 f"{found}.\n{table}\nRun on a machine of the same kind with the same settings, use another "
                 "--store, or leave --same-numerics out."
             )
-        say(
+        warn(
             f"warning: {found}: the last bits of its rows depend on which run wrote them.\n{table}\n"
             "--same-numerics refuses this."
         )

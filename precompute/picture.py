@@ -72,6 +72,7 @@ def draw_grid(
         check_complete(reader.manifest, reader.address)
     holder, manifests = f"store {str(stores[0])!r}", [reader.manifest for reader in readers]
     recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
+    recipe = recipe.located(str(stores[0]))
     source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
     if not common:

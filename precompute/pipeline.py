@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from coursepack.data import batches
-from coursepack.data.drift import digest_of, probe_digests, probe_samples
+from coursepack.data.drift import digest_of, view_record
 from coursepack.data.views import draw
 from coursepack.models.teacher import advice_for, check_finite_rows
 from coursepack.precompute.ahead import Ahead
@@ -250,11 +250,6 @@ def _records(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[dict[str, Any]]
 def block_record(job: Job, block: Block) -> dict[str, Any]:
     """Return the record of a block's done-object, used to detect drift of views, without source content."""
     params = draw(job.recipe, job.source, block.samples, block.view)
-    probed = probe_samples(len(job.source.labels), block.view)
-    probed = probed[(probed >= block.start) & (probed < block.stop)]
     size = job.runner.network.preprocessing.size
-    return {
-        "draws": params.digest(),
-        "probes": probe_digests(job.recipe, job.source, probed, params[probed - block.start], size),
-        "environment": job.environment(),
-    }
+    record = view_record(job.recipe, job.source, params, block.start, block.view, size)
+    return {**record, "environment": job.environment()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coursepack.console import say
+from coursepack.console import warn
 from coursepack.data import Batch
 from coursepack.kernels import soft_target_loss
 from coursepack.models.teacher import advice_for, check_finite_rows, finite_rows
@@ -69,7 +69,7 @@ def precision_error(job: Job, first: Batch) -> dict[str, float]:
         total += float(soft_target_loss(reduced, [exact], temperature=1.0).double().sum())
     kl = total / len(samples)
     if kl > LARGE_KL:
-        say(
+        warn(
             f"warning: in {runner.precision}, the outputs of teacher {runner.network.spec!r} differ from "
             f"those in float32 by a mean KL of {kl:.2g} nats at T = 1 over the first {len(samples)} samples, "
             f"more than {LARGE_KL:g}. Another --precision needs another --store."

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from coursepack.config import Config, parse_config, read_yaml
+from coursepack.config import Config, parse_config, read_yaml, start_paths
 from coursepack.data import open_source, view_recipe
 from coursepack.models.build import RUN
 from coursepack.models.classes import load_columns
@@ -64,7 +64,9 @@ def teacher_specs(path: Path, **common: Any) -> list[PrecomputeSpec]:
     Raises:
         RecipeError: the file is not valid; all its errors are shown.
     """
-    file = parse_config(TeachersFile, read_yaml(path), str(path))
+    values = read_yaml(path)
+    start_paths(values, path.parent)
+    file = parse_config(TeachersFile, values, str(path))
     root = None if file.root is None else Path(file.root)
     recipe = view_recipe(file.view, file.view_seed).model_dump(mode="json")
     shared: dict[str, Any] = {

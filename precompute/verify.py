@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from coursepack.console import say
+from coursepack.console import SHORT_SECONDS, progress, warn
 from coursepack.data.drift import changed_content, drift
 from coursepack.data.randomness import below, random_words
 from coursepack.data.sources import open_stored
@@ -17,6 +17,7 @@ from coursepack.data.store.layout import table_key
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import draw, render, stored_view
+from coursepack.data.views.recorded import parameters_of_store
 from coursepack.errors import CoursepackError, StoreMismatch, UntrustedCode
 from coursepack.imports import check_trusted
 from coursepack.models import TeacherRunner
@@ -187,25 +188,38 @@ def check_views(
     identity = manifest.identity
     try:
         name = check_trusted(identity["source"]["name"], "the store", trust_code=trust_code)
-        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code)
+        recipe = stored_view(identity["view"]["recipe"], "the store", trust_code=trust_code).located(
+            str(path)
+        )
         source = open_stored(name, root, manifest.source_root)
     except UntrustedCode as error:
         if content:
             raise
-        say(f"the views are not checked: {error}")
+        warn(f"the views are not checked: {error}")
         return ()
     except CoursepackError as error:
         if content:
             raise
-        say(f"the views are not checked, because their source cannot be opened: {error}")
+        warn(f"the views are not checked, because their source cannot be opened: {error}")
         return ()
     if source.fingerprint != identity["source"]["fingerprint"]:
         return (f"source {source.name!r} differs from the one that the store was written from",)
     views = [int(view) for view in manifest.view_records]
-    found = drift(manifest, source, recipe, views, every_block=True)
+    found: tuple[str, ...] = ()
+    with progress("check the views", len(views), "views", delay=SHORT_SECONDS) as meter:
+        for view in sorted(views):
+            found += drift(manifest, source, recipe, [view], every_block=True)
+            meter.advance(1)
+    if recipe.recorded is not None and len(views) == manifest.views:
+        parameters = parameters_of_store(StoreReader(path), sorted(views))
+        if parameters != recipe.recorded.parameters:
+            found += (f"the recorded views ({parameters[:12]}) are not those of the fingerprint",)
     if content and "content" not in manifest.view_records.get("0", {}):
-        say("the store has no checksums of its source's content, so the content is not compared")
-    return found + (changed_content(manifest, source, _begun(path, manifest)) if content else ())
+        warn("the store has no checksums of its source's content, so the content is not compared")
+    if not content:
+        return found
+    with progress("compare the source", manifest.samples, "samples", delay=SHORT_SECONDS) as meter:
+        return found + changed_content(manifest, source, _begun(path, manifest), on_samples=meter.advance)
 
 
 def _begun(path: str | Path, manifest: Manifest) -> float:

@@ -86,7 +86,8 @@ def check_description(spec: str) -> None:
     encoding = parse_encoding(spec)
     values = json.loads(json.dumps(encoding.to_dict()))
     assert encoding.name == spec
-    assert values["name"] == spec.partition(":")[0]
+    name = spec.partition(":")[0]
+    assert values["name"] == STORED_NAMES.get(name, name)
     assert encoding_from_dict(values) == encoding == parse_encoding(encoding.name)
     assert len({encoding, encoding_from_dict(values)}) == 1
     assert encoding.exact == (spec == "float32")
@@ -168,10 +169,17 @@ def check_topk(spec: str, values: NDArray[np.float32], labels: NDArray[np.int64]
         check_topk_decoded(decoded.numpy(), stored, 1.0 if temperature is None else temperature)
 
 
-def tail_logit(values: NDArray[Any], tail: NDArray[Any], dropped: int, temperature: float) -> float:
+def tail_logit(
+    values: NDArray[Any],
+    tail: NDArray[Any],
+    dropped: int,
+    temperature: float,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+) -> float:
     """The logit of each class that was dropped: its mass is linear in 1/T from knot to knot, and beyond."""
     inverse = 1 / temperature
-    knots, masses = [0.0, *(1 / t for t in TEMPERATURES[::-1])], [math.log(dropped), *tail[::-1].tolist()]
+    knots = [0.0, *(1 / t for t in temperatures[::-1])]
+    masses = [math.log(dropped), *tail[::-1].tolist()]
     place = max(i for i in range(len(knots) - 1) if i == 0 or knots[i] < inverse)
     slope = (masses[place + 1] - masses[place]) / (knots[place + 1] - knots[place])
     mass = masses[place] + slope * (inverse - knots[place])
@@ -201,6 +209,91 @@ def check_topk_decoded(decoded: NDArray[np.float32], stored: dict[str, Any], tem
             assert abs(mass - known) <= 1e-6 * size + 1e-6
 
 
+def entries_of(spec: str) -> int:
+    """The number of entries of a sparse encoding."""
+    return int(spec.partition(":")[2].partition(",")[0])
+
+
+def unpacked(row: NDArray[np.uint8], k: int, classes: int) -> tuple[list[int], list[int]]:
+    """Class ids and codes of a packed row, read bit by bit from its definition."""
+    bits = int.from_bytes(row.tobytes(), "little")
+    sizes = [k * low + k + ((classes - 1) >> low) for low in range(32)]
+    low = sizes.index(min(sizes))
+    high = sizes[low] - k * low
+    ones = [place for place in range(high) if bits >> place & 1]
+    assert len(ones) == k
+    rest = bits >> high
+    ids = [(place - i) << low | rest >> low * i & ((1 << low) - 1) for i, place in enumerate(ones)]
+    codes = [rest >> (low * k + 6 * i) & 63 for i in range(k)]
+    assert rest >> (low + 6) * k == 0
+    assert len(row) == -(-(sizes[low] + 6 * k) // 8)
+    return ids, codes
+
+
+def packed(ids: NDArray[Any], codes: NDArray[Any], classes: int) -> NDArray[np.uint8]:
+    """Packed rows of sorted class ids and codes `(n, k)`, written bit by bit from their definition."""
+    k = ids.shape[1]
+    sizes = [k * low + k + ((classes - 1) >> low) for low in range(32)]
+    low = sizes.index(min(sizes))
+    high, size = sizes[low] - k * low, -(-(sizes[low] + 6 * k) // 8)
+    rows = []
+    for row, own in zip(ids.tolist(), codes.tolist(), strict=True):
+        bits = 0
+        for i, (one, code) in enumerate(zip(row, own, strict=True)):
+            bits |= 1 << (one >> low) + i
+            bits |= (one & ((1 << low) - 1)) << high + low * i
+            bits |= code << high + low * k + 6 * i
+        rows.append(np.frombuffer(bits.to_bytes(size, "little"), dtype=np.uint8))
+    return np.stack(rows)
+
+
+def check_packed(spec: str, values: NDArray[np.float32], labels: NDArray[np.int64] | None = None) -> None:
+    """The largest logits are kept to half a step, the label's too if asked for, and the mass of the rest."""
+    k, keeps_label = entries_of(spec), not spec.endswith("label=no")
+    labels = some_labels(values) if labels is None else labels
+    stored = encode(spec, values, labels)
+    classes = values.shape[1]
+    made = []
+    for n, row in enumerate(values.astype(np.float64)):
+        ids, codes = unpacked(stored["entries"][n], k, classes)
+        assert ids == sorted(set(ids))
+        assert 0 <= ids[0] <= ids[-1] < classes
+        largest = np.sort(row)[::-1][:k]
+        if keeps_label:
+            assert labels[n] in ids
+            largest[-1] = min(largest[-1], row[labels[n]])
+        assert np.array_equal(np.sort(row[ids])[::-1], largest)
+        top, span, *tail = stored["scale"][n].astype(np.float64)
+        assert top == np.float16(row.max())
+        reach = row.max() - row[ids].min()
+        assert span == FLOAT16[np.searchsorted(FLOAT16, reach)]
+        gaps = span * (np.array(codes) / 63) ** 2
+        half_step = span * (np.array(codes) + 0.25) / 63**2
+        assert (np.abs(gaps - (row.max() - row[ids])) <= 1.0001 * half_step + 1e-12).all()
+        dropped = np.delete(row, ids) - row.max()
+        masses = np.array([log_sum_exp(dropped / t) for t in (1.0, 4.0)]).clip(-65504, None)
+        assert (np.abs(tail - masses) <= 0.5001 * float16_ulp(masses)).all()
+        made.append((ids, top - gaps, top, tail))
+    for temperature in (None, 1.0, 4.0, 0.05, 0.7, 1.3, 3.0, 6.0, 20.0, 100.0):
+        rows = read(spec, stored, (classes,))
+        at = None if temperature is None else torch.full((len(values),), temperature)
+        check_packed_decoded(rows.decode(at).numpy(), made, temperature or 1.0)
+
+
+def check_packed_decoded(decoded: NDArray[np.float32], made: list[Any], temperature: float) -> None:
+    """Kept logits as their codes say, and one logit for all others."""
+    for row, (ids, logits, top, tail) in zip(decoded, made, strict=True):
+        size = np.abs(logits).max() + abs(top)
+        assert (np.abs(row[ids] - logits) <= 1e-6 * size).all()
+        others = np.delete(row, ids)
+        if len(others) == 0:
+            continue
+        assert (others == others[0]).all()
+        expected = tail_logit(np.array([top]), np.array(tail), len(others), temperature, (1.0, 4.0))
+        scale = temperature * (np.log(len(others)) + np.abs(tail).max() * (1 + 1 / temperature))
+        assert abs(others[0] - expected) <= 1e-6 * (size + scale) + 1e-6
+
+
 @dataclass(frozen=True)
 class Member:
     """One encoding of the family."""
@@ -218,17 +311,20 @@ FAMILY = {
     "float16": Member(65504, within(lambda values: float16_ulp(values) / 2)),
     "bfloat16": Member(3e38, within(lambda values: ulp(values, 8, -126) / 2)),
     "int8": Member(32752, within(lambda v: 0.5001 * affine_step(v, 255) + 2.0**-22 * np.abs(v))),
-    "topk": Member(65504, check_topk, (":3", ":10", ":100")),
+    "topk": Member(32752, check_packed, (":3", ":10", ":100", ":10,label=no")),
+    "topk16": Member(65504, check_topk, (":3", ":10", ":100")),
     "bits": Member(3e38, check_signs),
 }
-"""Every encoding by its name in `ENCODINGS`: a row here, and all of it is tested."""
+"""Every encoding by its name in an option: a row here, and all of it is tested."""
+STORED_NAMES = {"topk": "packed_topk", "topk16": "topk"}
+"""Names in a manifest that differ from those in an option."""
 SPECS = tuple(name + parameter for name, member in FAMILY.items() for parameter in member.parameters)
 """Every member of the family, as a flag names it."""
 
 
 def takes(spec: str, shape: tuple[int, ...]) -> bool:
     """Whether an encoding is for such rows."""
-    return not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= int(spec[5:]))
+    return not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= entries_of(spec))
 
 
 CASES = [(spec, shape) for spec in SPECS for shape in ROW_SHAPES if takes(spec, shape)]

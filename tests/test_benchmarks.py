@@ -115,7 +115,7 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "epoch gpu loss memory methods peers precompute reproduce sequences store train views"
+    names = "epoch fidelity gpu loss memory methods peers precompute reproduce sequences store train views"
     assert names.split() == BENCHMARKS
 
 
@@ -291,7 +291,7 @@ def test_pages_show_the_stored_rows():
 def test_a_benchmark_that_was_not_run_has_a_note_in_the_place_of_its_tables(harness, tmp_path, monkeypatch):
     tables, render = (importlib.import_module(name) for name in ("_tables", "render"))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for name in ("precompute memory", "machine of precompute", "store fidelity"):
+    for name in ("precompute memory", "machine of precompute", "fidelity"):
         assert "Not run yet: there is no `benchmarks/results/" in render.block(name)
 
 

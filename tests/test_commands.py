@@ -1,9 +1,12 @@
 """Both commands as a whole: imports and texts of help, completion, dry runs, interruptions, tables."""
 
+import copy
+import json
 import os
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 import click
@@ -13,13 +16,21 @@ from click.shell_completion import BashComplete
 from click.testing import CliRunner
 from terminals import on_terminal
 
+from coursepack.catalog import names_of, read_catalog
+from coursepack.config import start_paths
 from coursepack.console import print_table
+from coursepack.data.store import load_manifest
 from coursepack.distill.cli import SUBCOMMANDS as OF_DISTILL
 from coursepack.distill.cli import main as distill
+from coursepack.distill.cli.catalog import make_catalog
+from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import TrainRecipe
 from coursepack.distill.runs.compare import EXTRAS, Group, table_rows
+from coursepack.errors import nearest
 from coursepack.precompute.cli import SUBCOMMANDS as OF_PRECOMPUTE
+from coursepack.precompute.cli import executing
 from coursepack.precompute.cli import main as precompute
+from coursepack.precompute.executors import EXECUTORS
 
 GROUPS = {"distill": distill, "precompute": precompute}
 ROWS = [(distill, *row) for row in OF_DISTILL.items()] + [(precompute, *row) for row in OF_PRECOMPUTE.items()]
@@ -51,6 +62,35 @@ def test_help_imports_no_heavy_library(name, words):
     modules = set(result.stderr.split())
     assert {"click", f"coursepack.{name}.cli"} <= modules
     assert not modules & HEAVY
+
+
+HELP_OF_ALL = """
+import sys
+from importlib import import_module
+
+heavy = set(sys.argv[1].split(","))
+for name in ("distill", "precompute"):
+    cli = import_module(f"coursepack.{name}.cli")
+    for command in cli.SUBCOMMANDS:
+        try:
+            cli.main([command, "--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        assert not heavy & set(sys.modules), (name, command, heavy & set(sys.modules))
+"""
+
+
+def test_help_of_every_subcommand_imports_no_heavy_library():
+    command = [sys.executable, "-c", HELP_OF_ALL, ",".join(HEAVY)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage: ") == len(ROWS)
+
+
+def test_the_catalog_has_the_names_and_the_options_of_the_tables():
+    assert read_catalog() == make_catalog(), "run `python -m coursepack.distill.cli.catalog`"
+    assert tuple(METHODS) == names_of("method")
+    assert tuple(EXECUTORS) == executing.NAMES
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
@@ -137,6 +177,115 @@ def test_help_of_compare_explains_every_column():
     assert max(map(len, shown.splitlines())) <= 80
 
 
+# JSON and quiet
+
+
+@pytest.mark.parametrize(("group", "name", "row"), ROWS, ids=[name for _, name, _ in ROWS])
+def test_every_subcommand_prints_json_and_is_quiet(group, name, row):
+    options = {option for param in group.commands[name].params for option in param.opts}
+    assert {"--json", "--quiet"} <= options
+
+
+def test_results_of_training_as_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (*TRAIN, "--limit", 50, "--json", "--quiet")
+    dry = call(distill, *words, "--dry-run")
+    assert dry.stderr == ""
+    assert json.loads(dry.stdout)["recipe"]["limit"] == 50
+    assert "3 epochs of 1 steps, 3 steps in all" in json.loads(dry.stdout)["notes"]
+    done = call(distill, *words, "--out", "run")
+    assert (done.exit_code, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert (result["run"], result["epochs"], result["source"]) == ("run", 3, "digits:test")
+    assert result["accuracy"] == json.loads(call(distill, "eval", "run", "--json").stdout)["accuracy"]
+    shown = call(distill, "report", "run", "--json", "--no-evaluate")
+    assert shown.exit_code == 0, shown.output
+    page = json.loads(shown.stdout)
+    assert (page["page"], page["bytes"]) == ("report.html", (tmp_path / "report.html").stat().st_size)
+
+
+def test_only_a_quiet_command_prints_no_messages(tmp_path):
+    words = (*TRAIN, "--limit", 50, "--out")
+    assert call(distill, *words, tmp_path / "a", "--quiet").stderr == ""
+    said = call(distill, *words, tmp_path / "b").stderr
+    assert "sgd with learning rate 0.05 (constant), batch size 64, evaluated on digits:test" in said
+    assert "train b: 150 of 150 samples" in said
+    refused = call(distill, *words, tmp_path / "a", "--quiet")
+    assert refused.stderr.startswith("Error: ")
+
+
+def test_results_of_stage_one_as_json(tmp_path, teachers, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--teacher", f"run:{teachers[0]}", "--source", "digits:test", "--view", "digits", "--views", 2)
+    plan = json.loads(call(precompute, "plan", *words, "--store", "s.zarr", "--json").stdout)
+    assert (plan["rows"], plan["arrays"][0]["name"]) == (710, "logits")
+    written = call(precompute, "run", *words, "--store", "s.zarr", "--json", "--quiet")
+    assert (written.exit_code, written.stderr) == (0, "")
+    (store,) = json.loads(written.stdout)
+    assert store == json.loads(call(precompute, "status", "--store", "s.zarr", "--json").stdout)
+    assert store["committed_views"] == [0, 1]
+    drawn = call(precompute, "inspect", "s.zarr", "--out", "grid.png", "--json")
+    assert json.loads(drawn.stdout) == {"picture": "grid.png", "stores": ["s.zarr"]}
+
+
+def test_compare_shows_the_accuracy_of_teachers(tmp_path, stores):
+    words = ("train", "--student", "digits-small", "--store", stores[0], "--epochs", 1, "--limit", 50)
+    assert call(distill, *words, "--out", tmp_path / "kd").exit_code == 0
+    shown = call(distill, "compare", tmp_path / "kd")
+    accuracy = load_manifest(stores[0]).totals["correct"] / (3 * 1442)
+    assert f"{accuracy:.2%}" in shown.stdout
+    assert "3 views of digits:train" in shown.stdout
+    assert shown.stderr == "columns: see distill compare --help\n"
+    (group,) = json.loads(call(distill, "compare", tmp_path / "kd", "--json").stdout)
+    assert group["teachers"] == {str(stores[0].resolve()): pytest.approx(accuracy)}
+    provenance = tmp_path / "kd" / "provenance.json"
+    fingerprint = load_manifest(stores[0]).fingerprint
+    provenance.write_text(provenance.read_text().replace(fingerprint, "0" * 64))
+    assert "views of" not in call(distill, "compare", tmp_path / "kd").stdout, "the store is another one"
+
+
+# Suggestions
+
+
+@pytest.mark.parametrize(
+    ("group", "words", "text"),
+    [
+        (distill, ("trian",), "No such command 'trian'. Did you mean 'train'?\n"),
+        (distill, ("foo",), "No such command 'foo'.\n"),
+        (distill, ("train", "--optimiser", "sgd"),
+         "No such option '--optimiser'. Did you mean '--optimizer'?\n"),
+        (distill, ("train", "--foo"), "No such option '--foo'.\n"),
+        (distill, ("train", "--no-smoke"), "No such option '--no-smoke'. Did you mean '--smoke'?\n"),
+        (distill, ("train", "--optimizer", "adm"),
+         "'adm' is not one of 'sgd', 'adamw'. Did you mean 'adamw'?"),
+        (distill, ("train", "--optimizer", "foo"), "'foo' is not one of 'sgd', 'adamw'.\n"),
+        (distill, ("methods", "--needs", "featuers"), "Did you mean 'features'?"),
+        (precompute, ("run", "--precision", "bfloat"), "Did you mean 'bfloat16'?"),
+        (precompute, ("run", "--executor", "rya"), "Did you mean 'ray'?"),
+    ],
+)  # fmt: skip
+def test_mistyped_words_of_a_command_line(group, words, text):
+    result = call(group, *words)
+    assert result.exit_code == 2
+    assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "near"),
+    [
+        ("foo", ["uniform"], None),
+        ("mean", ["map", "margin", "gram"], None),
+        ("KD", ["kd", "ka-ps"], "kd"),
+        ("label_refinery", ["label-refinery"], "label-refinery"),
+        ("dlm", ["dml", "kd"], "dml"),
+        ("wieghts", ["weights"], "weights"),
+        ("rotation", ["reduction"], None),
+    ],
+)
+def test_suggestions_are_near(name, known, near):
+    assert nearest(name, known) == near
+
+
 # Dry runs and interruptions
 
 
@@ -186,7 +335,8 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch):
         "base: {student: digits-small, source: digits, view: digits, epochs: 1, limit: 50}\n"
         "grid: {seed: [0, 1, 2]}\n"
     )
-    module = sys.modules["coursepack.distill.runs.sweep"]
+    module = import_module("coursepack.distill.runs.sweep")
+    monkeypatch.setattr(module, "SHORT_SECONDS", 0)
     train_group, calls = module._train_group, []
 
     def second_is_interrupted(*arguments):
@@ -208,6 +358,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch):
     done = call(distill, *words, "--resume")
     assert done.exit_code == 0, done.output
     assert "student 3 of 3: seed=2" in done.stderr
+    assert "sweep runs: 3 of 3 students" in done.stderr
     assert len(list(tmp_path.glob("runs/*/tensorboard/*"))) == 3
 
 
@@ -258,18 +409,53 @@ def test_no_colors_where_there_is_no_terminal(capsys):
 # Paths
 
 
-def test_relative_paths_of_a_recipe_start_from_the_current_folder(tmp_path, stores, monkeypatch):
+def test_relative_paths_of_a_recipe_start_from_its_folder(tmp_path, stores, monkeypatch):
     folder = tmp_path / "lab"
     folder.mkdir()
     (folder / "mlp.zarr").symlink_to(stores[0])
-    (folder / "kd.yaml").write_text("student: digits-small\nstores: [mlp.zarr]\nepochs: 1\n")
-    monkeypatch.chdir(folder)
-    assert call(distill, "train", "kd.yaml", "--dry-run").exit_code == 0
+    (folder / "kd.yaml").write_text("student: digits-small\nstores: [mlp.zarr]\nview: v.yaml\nepochs: 1\n")
+    (folder / "v.yaml").write_text("ops: [{op: pad_crop, padding: 1}]\nreference_size: 8\n")
+    for where, shown in ((folder, "mlp.zarr"), (tmp_path, "lab/mlp.zarr")):
+        monkeypatch.chdir(where)
+        result = call(distill, "train", folder.relative_to(where) / "kd.yaml", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert yaml.safe_load(result.stdout)["stores"] == [shown]
+
+
+def test_relative_paths_that_a_recipes_folder_lacks_start_from_the_current_one(tmp_path, stores, monkeypatch):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "mlp.zarr").symlink_to(stores[0])
+    (tmp_path / "lab" / "kd.yaml").write_text("student: digits-small\nstores: [mlp.zarr]\nepochs: 1\n")
     monkeypatch.chdir(tmp_path)
     result = call(distill, "train", "lab/kd.yaml", "--dry-run")
+    assert yaml.safe_load(result.stdout)["stores"] == ["mlp.zarr"]
+    (tmp_path / "mlp.zarr").unlink()
+    result = call(distill, "train", "lab/kd.yaml", "--dry-run")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (
-        "Error: there is no store at 'mlp.zarr': relative paths start from the current folder, but this "
-        "one is beside the recipe file. Give --store lab/mlp.zarr, or run the command in 'lab'\n"
-    )
-    assert call(distill, "train", "lab/kd.yaml", "--store", "lab/mlp.zarr", "--dry-run").exit_code == 0
+    assert "there is no store at 'mlp.zarr'" in result.stderr
+
+
+def test_paths_of_files_start_from_their_folder(tmp_path):
+    (tmp_path / "digits").mkdir()
+    for name in ("a.zarr", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "w.pt").write_text("")
+    values = {
+        "base": {
+            "stores": ["a.zarr", "b.zarr", "s3://b/a.zarr", "stage:a"],
+            "root": "data",
+            "view": "digits",
+        },
+        "stages": [{"precompute": {"weights": "w.pt", "root": "digits/x", "view": {"ops": []}}}],
+        "grid": {"stores": [["a.zarr"], []], "seed": [0]},
+        "odd": [{"root": None}, {"view": 3}, {"weights": "x" * 9999}, {"classes": "\0"}, "a.zarr"],
+    }
+    expected = copy.deepcopy(values)
+    expected["base"] |= {
+        "stores": [f"{tmp_path}/a.zarr", *values["base"]["stores"][1:]],
+        "root": f"{tmp_path}/data",
+    }
+    expected["stages"][0]["precompute"]["weights"] = f"{tmp_path}/w.pt"
+    expected["grid"]["stores"][0] = [f"{tmp_path}/a.zarr"]
+    start_paths(values, tmp_path)
+    assert values == expected

@@ -85,10 +85,10 @@ class Outer(Config):
 def test_configs_show_everything_wrong_at_once():
     values = {"inner": {"pading": 2, "padding": 0}, "sedes": 1, "seeds": 3, "zzz": 1}
     lines = [
-        "  name: Field required",
-        "  inner.padding: Input should be greater than or equal to 1, got 0",
+        "  name: is missing",
+        "  inner.padding: expected at least 1, got 0",
         "  inner.pading: unknown key, did you mean 'padding'?",
-        "  seeds: Input should be a list, got 3",
+        "  seeds: expected a list, got 3",
         "  sedes: unknown key, did you mean 'seeds'?",
         "  zzz: unknown key",
     ]
@@ -99,7 +99,7 @@ def test_configs_show_everything_wrong_at_once():
         check_given(Outer, values, "file.yaml")
     assert str(caught.value) == "\n".join(["file.yaml is not valid:", *lines[1:]])
     check_given(Outer, {"inner": {}}, "what is missing may still come")
-    with pytest.raises(RecipeError, match=r"inner: Input should be a mapping, got \[1\]"):
+    with pytest.raises(RecipeError, match=r"inner: expected a mapping, got \[1\]"):
         parse_config(Outer, {"name": "x", "inner": [1]}, "file.yaml")
     with pytest.raises(RecipeError, match="is not valid"):
         parse_config(Outer, {"name": "x", "inner": {"padding": math.inf}}, "file.yaml")
@@ -263,6 +263,34 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
 
     text = on_terminal(monkeypatch, 120, train, "stderr")
     for part in ("train", "━", "40/40", "samples/s", "0:00:00", "accuracy 90 %"):
+        assert part in text
+
+
+def test_a_task_shows_progress_after_its_delay(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 3.0, 3.0, 4.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with progress("scan", 10, "files", delay=2.0) as meter:
+        meter.advance(1)
+        meter.advance(1)
+    assert capsys.readouterr() == ("", "scan: 2 of 10 files, 30 files/min, 16 s left\n")
+
+
+def test_a_short_task_shows_no_progress(capsys):
+    with progress("scan", 10, "files", delay=60.0) as meter:
+        meter.advance(10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_within_progress_is_a_second_bar(monkeypatch):
+    def sweep():
+        with progress("sweep", 2, "students") as outer:
+            for name in ("one", "two"):
+                with progress(f"train {name}", 5, "samples") as meter:
+                    meter.advance(5)
+                outer.advance(1)
+
+    text = on_terminal(monkeypatch, 120, sweep, "stderr")
+    for part in ("sweep", "train one", "train two", "5/5", "2/2"):
         assert part in text
 
 

@@ -13,6 +13,7 @@ from coursepack.data.encodings import (
     ENCODINGS,
     FOR_FEATURES,
     FOR_LOGITS,
+    NAMES,
     encoding_from_dict,
     parse_encoding,
     smaller_encoding,
@@ -28,8 +29,9 @@ def normal(shape, *, seed=0, scale=5.0):
 
 
 def test_every_encoding_is_tested_and_for_something():
-    assert contract.FAMILY.keys() == ENCODINGS.keys()
-    assert {*FOR_LOGITS, *FOR_FEATURES} == ENCODINGS.keys()
+    assert contract.FAMILY.keys() == set(NAMES)
+    assert {contract.STORED_NAMES.get(name, name) for name in NAMES} == ENCODINGS.keys()
+    assert {*FOR_LOGITS, *FOR_FEATURES} == set(NAMES)
 
 
 @EACH
@@ -120,7 +122,7 @@ def test_bits_are_packed_from_the_highest():
 def test_topk_keeps_the_label_wherever_it_ranks(k, label):
     values = normal((20, 30))
     rank = {"best": 0, "worst": 29, "kept last": k - 1, "dropped first": k}[label]
-    contract.check_topk(f"topk:{k}", values, np.argsort(-values, axis=1)[:, rank])
+    contract.check_topk(f"topk16:{k}", values, np.argsort(-values, axis=1)[:, rank])
 
 
 TOPK_ROWS = {
@@ -137,14 +139,14 @@ TOPK_ROWS = {
 @pytest.mark.parametrize("k", [2, 5, 11, 12])
 def test_topk_extremes(k, row):
     values = np.array([row] * 12, dtype=np.float32)
-    contract.check_topk(f"topk:{k}", values, np.arange(12))
+    contract.check_topk(f"topk16:{k}", values, np.arange(12))
 
 
 def test_topk_of_all_classes_drops_nothing():
     values = normal((6, 10))
-    stored = contract.encode("topk:10", values)
+    stored = contract.encode("topk16:10", values)
     assert (stored["tail"] == -65504).all()
-    assert np.array_equal(contract.roundtrip("topk:10", values), values.astype(np.float16))
+    assert np.array_equal(contract.roundtrip("topk16:10", values), values.astype(np.float16))
 
 
 @pytest.mark.parametrize(
@@ -153,15 +155,16 @@ def test_topk_of_all_classes_drops_nothing():
 def test_topk_of_many_classes(classes, dtype):
     values = normal((3, classes))
     values[0, -1] = 40
-    assert parse_encoding("topk:10").components((classes,))["ids"].dtype == dtype
-    contract.check_topk("topk:10", values, np.array([0, classes - 1, classes // 2]))
+    assert parse_encoding("topk16:10").components((classes,))["ids"].dtype == dtype
+    contract.check_topk("topk16:10", values, np.array([0, classes - 1, classes // 2]))
 
 
 RANGES = {
     "float16": ("65504", "float32 or bfloat16", [65520.0, -65520.0, 1e30, -3.4e38]),
     "bfloat16": ("3.38953e+38", "float32", [3.4e38, -3.4e38]),
     "int8": ("32752", "float32 or bfloat16", [32753.0, -32753.0, 65504.0, 1e30]),
-    "topk:3": ("65504", "float32 or bfloat16", [65505.0, -65520.0, 1e30]),
+    "topk:3": ("32752", "float32 or bfloat16", [32753.0, -65504.0, 1e30]),
+    "topk16:3": ("65504", "float32 or bfloat16", [65505.0, -65520.0, 1e30]),
 }
 
 
@@ -171,7 +174,7 @@ RANGES = {
 )
 def test_out_of_range_names_the_sample_and_the_way_out(spec, value, row_shape):
     limit, others, _ = RANGES[spec]
-    values = np.zeros((5, *(row_shape if spec != "topk:3" else (24,))), dtype=np.float32)
+    values = np.zeros((5, *(row_shape if not spec.startswith("topk") else (24,))), dtype=np.float32)
     values[3].reshape(-1)[4] = value
     values[4].reshape(-1)[0] = 2 * value if abs(value) < 1e38 else value
     with pytest.raises(EncodingRange) as refusal:
@@ -186,7 +189,7 @@ def test_float16_holds_what_rounds_to_its_largest_value():
     assert contract.roundtrip("float16", values).tolist() == [[65504, -65504]]
 
 
-@pytest.mark.parametrize("spec", ["int8", "topk:3", "bits"])
+@pytest.mark.parametrize("spec", ["int8", "topk:3", "topk16:3", "bits"])
 def test_the_largest_values_are_held(spec):
     limit = contract.FAMILY[spec.partition(":")[0]].limit
     contract.check_values(spec, np.array([[limit, -limit, 0, 1, limit / 2]] * 3, dtype=np.float32))
@@ -200,7 +203,7 @@ def quanta(stored, part, place, count):
     return changed
 
 
-@pytest.mark.parametrize("spec", ["float32", "float16", "bfloat16", "int8", "topk:3"])
+@pytest.mark.parametrize("spec", ["float32", "float16", "bfloat16", "int8", "topk16:3"])
 @pytest.mark.parametrize("row", [0, 7])
 def test_a_value_that_is_off_does_not_agree(spec, row):
     values = normal((8, 25), seed=row)
@@ -224,8 +227,8 @@ def test_an_int8_row_of_another_scale_or_minimum_does_not_agree(column, quanta_o
 @pytest.mark.parametrize("column", range(4))
 def test_a_topk_tail_that_is_off_does_not_agree(column):
     values = normal((8, 25))
-    stored = contract.encode("topk:3", values)
-    agrees = parse_encoding("topk:3").agrees
+    stored = contract.encode("topk16:3", values)
+    agrees = parse_encoding("topk16:3").agrees
     assert agrees(values, quanta(stored, "tail", (5, column), 4), 0.0).tolist() == [n != 5 for n in range(8)]
 
 
@@ -287,18 +290,18 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_other_topk_ids_do_not_agree(change):
     values = normal((8, 25))
-    stored = contract.encode("topk:3", values, values.argmax(1))
+    stored = contract.encode("topk16:3", values, values.argmax(1))
     change(stored, values)
-    assert parse_encoding("topk:3").agrees(values, stored, 0.0).tolist() == [n != 5 for n in range(8)]
+    assert parse_encoding("topk16:3").agrees(values, stored, 0.0).tolist() == [n != 5 for n in range(8)]
 
 
 @pytest.mark.parametrize("change", [no_class, far_from_a_class], ids=lambda change: change.__name__)
 def test_topk_ids_that_are_no_class_make_no_rows(change):
     values = normal((8, 25))
-    stored = contract.encode("topk:3", values)
+    stored = contract.encode("topk16:3", values)
     change(stored, values)
     with pytest.raises(ValueError, match=rf"ids holds {stored['ids'][5, 1]}, expected class ids 0\.\.24"):
-        contract.read("topk:3", stored, (25,))
+        contract.read("topk16:3", stored, (25,))
 
 
 def test_a_flipped_bit_does_not_agree():
@@ -338,6 +341,7 @@ def test_unknown_encoding_is_refused(values):
         ("", FOR_LOGITS, UnknownName, "unknown encoding ''"),
         ("bits", FOR_LOGITS, UnknownName, "unknown encoding 'bits'.* Known: float32, .*, topk"),
         ("topk:3", FOR_FEATURES, UnknownName, "unknown encoding 'topk'.* Known: float32, .*, bits"),
+        ("topk16:3", FOR_FEATURES, UnknownName, "unknown encoding 'topk16'.* Known: float32, .*, bits"),
         (
             "topk",
             FOR_LOGITS,
@@ -349,6 +353,15 @@ def test_unknown_encoding_is_refused(values):
         ("topk:1.5", FOR_LOGITS, RecipeError, "'topk:1.5' has no number of entries"),
         ("topk:²", FOR_LOGITS, RecipeError, "'topk:²' has no number of entries"),
         ("topk:3:4", FOR_LOGITS, RecipeError, "'topk:3:4' has no number of entries"),
+        ("topk16", FOR_LOGITS, RecipeError, "'topk16' has no number of entries to keep, expected topk16:K"),
+        ("topk:3,", FOR_LOGITS, RecipeError, "has the unknown option '', expected topk:K or topk:K,label=no"),
+        (
+            "topk:3,label=none",
+            FOR_LOGITS,
+            RecipeError,
+            "has the unknown option 'label=none', expected topk:K",
+        ),
+        ("topk16:3,label=no", FOR_LOGITS, RecipeError, "unknown option 'label=no', expected topk16:K$"),
         ("topk:1", FOR_LOGITS, RecipeError, "topk keeps 1 entries, expected at least 2: the top class and"),
         ("int8:4", FOR_LOGITS, RecipeError, "encoding 'int8' takes no parameter, got 'int8:4'"),
         ("bits:8", FOR_FEATURES, RecipeError, "encoding 'bits' takes no parameter, got 'bits:8'"),
@@ -359,27 +372,37 @@ def test_wrong_flags_are_refused(text, known, error, message):
         parse_encoding(text, known)
 
 
+@pytest.mark.parametrize("spec", ["topk:10", "topk16:10"])
 @pytest.mark.parametrize("row_shape", [(9,), (10, 2), ()], ids=str)
-def test_topk_is_for_logits_of_enough_classes(row_shape):
-    with pytest.raises(RecipeError, match=r"topk:10 is for logits of at least 10 classes, got rows \("):
-        parse_encoding("topk:10").components(row_shape)
+def test_topk_is_for_logits_of_enough_classes(row_shape, spec):
+    with pytest.raises(RecipeError, match=rf"{spec} is for logits of at least 10 classes, got rows \("):
+        parse_encoding(spec).components(row_shape)
 
 
 @pytest.mark.parametrize(
     ("spec", "classes", "stored"),
     [
-        # Four bytes an entry and eight of tail, against two a class.
-        ("topk:3", 10, "float16"),
-        ("topk:3", 11, "topk:3"),
-        ("topk:10", 5, "float16"),
-        ("topk:10", 24, "float16"),
-        ("topk:10", 25, "topk:10"),
-        ("topk:100", 204, "float16"),
+        # Eight bytes of scale and some eight bits an entry, against one byte a class and four of scale.
+        ("topk:3", 10, "topk:3"),
+        ("topk:5", 10, "int8"),
+        ("topk:5,label=no", 11, "topk:5,label=no"),
+        ("topk:10", 5, "int8"),
+        ("topk:94", 100, "topk:94"),
+        ("topk:95", 100, "int8"),
         ("topk:100", 1000, "topk:100"),
         ("topk:100", 21841, "topk:100"),
+        # Four bytes an entry and eight of tail, against two a class.
+        ("topk16:3", 10, "float16"),
+        ("topk16:3", 11, "topk16:3"),
+        ("topk16:10", 5, "float16"),
+        ("topk16:10", 24, "float16"),
+        ("topk16:10", 25, "topk16:10"),
+        ("topk16:100", 204, "float16"),
+        ("topk16:100", 1000, "topk16:100"),
+        ("topk16:100", 21841, "topk16:100"),
         # Six an entry, where ids are wide.
-        ("topk:30000", 70000, "float16"),
-        ("topk:20000", 70000, "topk:20000"),
+        ("topk16:30000", 70000, "float16"),
+        ("topk16:20000", 70000, "topk16:20000"),
         ("float32", 10, "float32"),
         ("int8", 2, "int8"),
     ],

@@ -21,7 +21,7 @@ from coursepack.data.store.opening import parse_manifest
 from coursepack.errors import StoreDamaged, StoreIncomplete, StoreMismatch
 
 SHAPES = {"logits": (10,), "features/a": (3, 7), "features/b@sign": (9,)}
-CODES = {"logits": "topk:3", "features/a": "int8", "features/b@sign": "bits"}
+CODES = {"logits": "topk16:3", "features/a": "int8", "features/b@sign": "bits"}
 ROWS = EncodedRows(
     shapes=SHAPES, encodings=CODES, static={"head_weight": np.ones((10, 4), np.float32)}, format_version=1
 )

@@ -179,7 +179,7 @@ def test_recipe_from_yaml_is_the_preset(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ops: [{op: pad_crop, padding: 0}]", r"ops\.0\.pad_crop\.padding: .*or equal to 1, got 0"),
+        ("ops: [{op: pad_crop, padding: 0}]", r"ops\.0\.padding: expected at least 1, got 0"),
         ("sede: 3", "sede: unknown key, did you mean 'seed'"),
         ("seed: -1", r"seed: .*got -1"),
         ("[1, 2]", "is not valid"),
@@ -202,11 +202,11 @@ def test_missing_recipe_file_and_unknown_preset(tmp_path):
 
 
 PLACES = [
-    ("pad_crop", {"paddng": 1, "padding": 1}, "ops.0.pad_crop.paddng: unknown key, did you mean 'padding'?"),
-    ("random_erasing", {"vale": 1}, "ops.0.random_erasing.vale: unknown key, did you mean 'value'?"),
-    ("auto_augment", {"fil": 1}, "ops.0.auto_augment.fil: unknown key, did you mean 'fill'?"),
+    ("pad_crop", {"paddng": 1, "padding": 1}, "ops.0.paddng: unknown key, did you mean 'padding'?"),
+    ("random_erasing", {"vale": 1}, "ops.0.vale: unknown key, did you mean 'value'?"),
+    ("auto_augment", {"fil": 1}, "ops.0.fil: unknown key, did you mean 'fill'?"),
     # Of this op's keys only, not of another's.
-    ("center_crop", {"size": 3, "shorter": 3}, "ops.0.center_crop.shorter: unknown key\n"),
+    ("center_crop", {"size": 3, "shorter": 3}, "ops.0.shorter: unknown key of 'center_crop'\n"),
     ("blurr", {}, "ops.0: unknown op 'blurr', did you mean 'blur'?"),
     ("zzz", {}, "ops.0: unknown op 'zzz', expected one of 'pad_crop', 'resized_crop', "),
     ("resized_crop", {"scale": (0.5, 0.2)}, "scale is (0.5, 0.2), expected 0 < smallest <= largest <= 1"),
@@ -214,24 +214,24 @@ PLACES = [
     ("resized_crop", {"ratio": (0, 1)}, "ratio is (0.0, 1.0), expected 0 < smallest <= largest"),
     ("random_erasing", {"scale": (0.1, 1.5)}, "scale is (0.1, 1.5), expected 0 <= smallest <= largest <= 1"),
     ("random_erasing", {"ratio": (3, 1)}, "ratio is (3.0, 1.0), expected 0 < smallest <= largest"),
-    ("random_erasing", {"value": 256}, "less than or equal to 255"),
+    ("random_erasing", {"value": 256}, "at most 255"),
     ("random_erasing", {"value": "nois"}, "'noise'"),
     ("blur", {"kernel_size": 4}, "kernel_size is 4, expected an odd number"),
     ("blur", {"sigma": (0, 1)}, "sigma is (0.0, 1.0), expected 0 < smallest <= largest <= 1024"),
     # Beyond what 32 bits hold in steps of 2**-16.
     ("blur", {"sigma": (1, 40000)}, "sigma is (1.0, 40000.0), expected 0 < smallest <= largest <= 1024"),
-    ("color_jitter", {"brightness": 40000}, "less than or equal to 1024, got 40000"),
+    ("color_jitter", {"brightness": 40000}, "at most 1024, got 40000"),
     ("affine", {"scale": (0, 1)}, "scale is (0.0, 1.0), expected 0.000976562 <= smallest <= largest <= 1024"),
     ("affine", {"shear": (90, 0)}, "less than 90"),
-    ("affine", {"translate": (0, 1.5)}, "less than or equal to 1, got 1.5"),
-    ("rotation", {}, "ops.0.rotation.degrees: Field required"),
+    ("affine", {"translate": (0, 1.5)}, "at most 1, got 1.5"),
+    ("rotation", {}, "ops.0.degrees: is missing"),
     ("rand_augment", {"magnitude": 31}, "magnitude is 31, expected less than num_magnitude_bins (31)"),
     ("aug_mix", {"chain_depth": 0}, "chain_depth is 0, expected at least 1, or -1"),
     ("auto_augment", {"policy": "cifar"}, "'imagenet', 'cifar10' or 'svhn'"),
-    ("horizontal_flip", {"probability": 1.1}, "less than or equal to 1, got 1.1"),
-    ("posterize", {"bits": 9}, "less than or equal to 8, got 9"),
-    ("color_jitter", {"hue": 0.6}, "less than or equal to 0.5, got 0.6"),
-    ("pipeline", {"factory": "module"}, "ops.0.pipeline.factory: expected module:function, got 'module'"),
+    ("horizontal_flip", {"probability": 1.1}, "at most 1, got 1.1"),
+    ("posterize", {"bits": 9}, "at most 8, got 9"),
+    ("color_jitter", {"hue": 0.6}, "at most 0.5, got 0.6"),
+    ("pipeline", {"factory": "module"}, "ops.0.factory: expected module:function, got 'module'"),
 ]
 
 
@@ -246,7 +246,7 @@ def test_ops_that_are_none_and_mixes_that_mix_nothing():
         parse_config(ViewRecipe, {"ops": [3, {"padding": 3}], "mix": {"mixup_alfa": 1}}, "here")
     assert str(refusal.value).splitlines() == [
         "here is not valid:",
-        "  ops.0: Input should be a mapping, got 3",
+        "  ops.0: expected a mapping, got 3",
         "  ops.1: 'op' is missing, got {'padding': 3}",
         "  mix.mixup_alfa: unknown key, did you mean 'mixup_alpha'?",
     ]

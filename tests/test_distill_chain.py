@@ -255,7 +255,7 @@ def test_a_folder_of_something_else_is_refused(work):
 def test_a_damaged_record_is_refused(work):
     Path("out/student.json").write_text('{"stage": "student"}')
     assert re.search(
-        r"stage 'student': out/student.json is not valid:\n  identity: Field required\n", chain().stderr
+        r"stage 'student': out/student.json is not valid:\n  identity: is missing\n", chain().stderr
     )
 
 

@@ -93,7 +93,7 @@ REFUSED = {
     "source": ([student("source: digitz, view: digits")],
                "stage 'b': unknown source 'digitz'. Did you mean 'digits'?"),
     "stores": ([student("stores: stage:a")],
-               "stage 'b': its recipe is not valid:\n  stores: Input should be a list"),
+               "stage 'b': its recipe is not valid:\n  stores: expected a list"),
     "peers": ([student("source: digits, view: digits, method: dml, peers: [digits-small]")],
               "stage 'b': it trains 2 students together, expected one: train groups with `distill train`"),
     "no teacher": ([student("source: digits, view: digits, method: kd")],

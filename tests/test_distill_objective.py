@@ -409,16 +409,16 @@ def test_weights_follow_their_schedule(batch):
     ("changes", "text"),
     [
         ({"fusion": {"name": "confidnce"}}, "fusion: unknown name 'confidnce', did you mean 'confidence'?"),
-        ({"fusion": {"name": "entropy", "weights": [1, 2]}}, "fusion.entropy.weights: unknown key"),
+        ({"fusion": {"name": "entropy", "weights": [1, 2]}}, "fusion.weights: unknown key of 'entropy'"),
         ({"fusion": {"weights": [0, 0]}}, "weights are all zero: give at least one teacher a weight"),
-        ({"fusion": {"teacher": 1}}, "fusion.fixed.teacher: unknown key"),
+        ({"fusion": {"teacher": 1}}, "fusion.teacher: unknown key of 'fixed'"),
         ({"terms": {"hnt": {}}}, "terms.hnt: unknown term 'hnt', did you mean 'hint'?"),
         ({"terms": {"hint": {"weigth": 1}}}, "weigth: unknown key, did you mean 'weight'?"),
         ({"fusion": {"name": "random"}, "terms": {"hint": {"weight": 1}}},
          "hints need every teacher, but fusion 'random' reads one at a time"),
         ({"dynamic_temperature": {"lowest": 30}}, "dynamic_temperature.lowest is 30, above highest (20)"),
-        ({"dynamic_temperature": {"kind": "dtd"}}, "kind: Input should be 'none', 'flsw'"),
-        ({"soft_weight": {"shape": "steps", "epochs": 3}}, "soft_weight.shape: Input should be 'warmup'"),
+        ({"dynamic_temperature": {"kind": "dtd"}}, "kind: expected 'none', 'flsw'"),
+        ({"soft_weight": {"shape": "steps", "epochs": 3}}, "soft_weight.shape: expected 'warmup'"),
     ],
 )  # fmt: skip
 def test_refusals(changes, text):

@@ -263,7 +263,7 @@ def test_a_run_before_its_first_epoch(tmp_path):
     [
         ("not json\n", "is not JSON"),
         ('{"epoch": 1, "seconds": NaN}\n', "holds NaN, which JSON cannot represent"),
-        ('{"epoch": 1, "seconds": "x"}\n', "is damaged: seconds: Input should be a valid number"),
+        ('{"epoch": 1, "seconds": "x"}\n', "is damaged: seconds: expected a number"),
         ("[]\n", "is damaged: it is not a mapping"),
         ("\n", "is not JSON"),
         ("\x00\x80\n", "is not JSON"),

@@ -72,7 +72,7 @@ def test_a_sweep_goes_on_once_the_cause_is_mended(tmp_path, damaged):
 
     grid = {"objective.temperature": [1, 4]}
     wrong = swept(**grid, **{"objective.divergence": ["klx"]})
-    assert (wrong.exit_code, "divergence: Input should be 'kl', " in wrong.stderr) == (1, True)
+    assert (wrong.exit_code, "divergence: expected 'kl', " in wrong.stderr) == (1, True)
     assert swept(**grid).exit_code == 1
     assert not (tmp_path / "sweep").exists()
     mend()

@@ -272,8 +272,8 @@ def test_each_flag_lands_in_the_recipe(tmp_path, monkeypatch):
     def spied(recipe, out, **how):
         given.append((recipe, how))
 
-    monkeypatch.setattr("coursepack.distill.cli.train.train", spied)
-    monkeypatch.setattr("coursepack.distill.cli.train.load_runs", lambda _: [])
+    monkeypatch.setattr("coursepack.distill.runs.train.train", spied)
+    monkeypatch.setattr("coursepack.distill.runs.folder.load_runs", lambda _: [])
     words = ("train", "--student", "digits-small", "--source", "digits", "--view", "digits", "--out", "new")
     call(*words)
     plain, how = given.pop()

@@ -84,7 +84,7 @@ def test_students_of_different_pixels_share_batches(tmp_path, stores):
 def test_pixels_that_no_student_can_take_are_refused_before_the_first(tmp_path, stores):
     grid = {"student_std": [[0.3], [0.0]]}
     path = write_grid(tmp_path, grid, student="digits-small", stores=[str(stores[0])])
-    with pytest.raises(RecipeError, match=r"std\.0: Input should be greater than 0, got 0\.0"):
+    with pytest.raises(RecipeError, match=r"std\.0: expected more than 0, got 0\.0"):
         sweep(read_grid(path), tmp_path / "swept", device=CPU)
     assert not (tmp_path / "swept").exists()
 
@@ -245,8 +245,8 @@ def test_names_of_paths_and_long_ones_stay_apart():
     [
         ("grid: {}", "has no values for grid"),
         ("grid: {seed: []}", "has no values for seed"),
-        ("grid: {seed: 3}", "grid.seed: Input should be a valid list, got 3"),
-        ("base: {student: digits-small}", "grid: Field required"),
+        ("grid: {seed: 3}", "grid.seed: expected a list, got 3"),
+        ("base: {student: digits-small}", "grid: is missing"),
         ("grid: {seed: [1, 1]}\nbase: {student: digits-small, source: digits, view: digits}",
          "gives 'seed=1' more than once"),
         ("grid: {sead: [1]}\nbase: {student: digits-small, source: digits, view: digits}",

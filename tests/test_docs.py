@@ -17,8 +17,8 @@ from coursepack.precompute.teachers import TeachersFile
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.M | re.S)
-OTHER_LANGUAGES = {"{toctree}", "{eval-rst}", "bash"}
-"""Directives of the site, and lines for startup files of shells."""
+OTHER_LANGUAGES = {"{toctree}", "{eval-rst}", "bash", "text"}
+"""Directives of the site, lines for startup files of shells, and output."""
 OWN_TESTS = {
     "extending.md": "test_extending.py",
     "library.md": "test_examples_loops.py",

@@ -17,6 +17,7 @@ COMMON = {
         *(
             "errors",
             "canonical",
+            "catalog",
             "commands",
             "config",
             "console",
@@ -25,6 +26,7 @@ COMMON = {
             "imports",
             "lazy",
             "locks",
+            "problems",
         ),
         *("parsing", "unions"),
     )

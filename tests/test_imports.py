@@ -41,7 +41,7 @@ print(json.dumps(told))
 # In this order: a module that is loaded is the fault of the first package that shows it.
 PACKAGES = ["kernels", "data", "models", "pages", "precompute", "distill"]
 MODULES = [f"coursepack.{name}" for name in PACKAGES] + [
-    *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores")),
+    *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores", "caches")),
     *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods")),
 ]
 LATE = (

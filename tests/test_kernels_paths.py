@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
-from test_kernels_rows import bit_rows, int8_rows, topk_rows
+from test_kernels_rows import bit_rows, int8_rows, packed_rows, topk_rows
 
 from coursepack.kernels import (
     DenseRows,
@@ -126,6 +126,8 @@ KINDS = {
     "int8": lambda n, c: int8_rows((n, c), seed=c),
     "topk": lambda n, c: topk_rows(n, min(5, c), c, seed=c),
     "topk of 32 bits": lambda n, c: topk_rows(n, min(3, c), c, seed=c, dtype="uint32"),
+    "packed": lambda n, c: packed_rows(n, min(5, c), c, seed=c),
+    "packed, most classes": lambda n, c: packed_rows(n, -(-9 * c // 10), c, seed=c),
 }
 
 
@@ -133,7 +135,7 @@ KINDS = {
 @pytest.mark.parametrize("combine", ["mixture", "sum"])
 def test_every_kind_of_rows_at_every_length(classes, combine):
     """Lengths around whole lots of vectors, beside the analytic path on the same rows."""
-    case = everything_at_once(classes, 5, combine, torch.float32, rows=6)
+    case = everything_at_once(classes, len(KINDS), combine, torch.float32, rows=6)
     case = dataclasses.replace(case, teachers=[make(6, classes) for make in KINDS.values()])
     assert describe(case.student, case.teachers, case.labels, **case.options).path == "kernel"
     double = dataclasses.replace(case, student=case.student.double())
@@ -203,7 +205,7 @@ COMPILED = {
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
     "encoded": lambda: dataclasses.replace(
-        make_case(6, 37, 2, 8, torch.float32), teachers=[int8_rows((8, 37)), topk_rows()]
+        make_case(6, 37, 2, 8, torch.float32), teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()]
     ),
 }
 
@@ -250,7 +252,7 @@ IN_TORCH = {
     "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
     "js of rows": lambda: dataclasses.replace(
         make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
-        teachers=[int8_rows((8, 37)), topk_rows()],
+        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()],
     ),
     "reverse_kl": lambda: make_case(
         8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
@@ -276,8 +278,8 @@ def test_what_no_kernel_does_is_one_graph_too(make):
 
 
 def test_soft_targets_are_one_graph():
-    rows = [int8_rows((8, 37)), topk_rows()]
-    options = {"labels": torch.arange(8), "weights": torch.rand(8, 2), "adjustment": "shift"}
+    rows = [int8_rows((8, 37)), topk_rows(), packed_rows()]
+    options = {"labels": torch.arange(8), "weights": torch.rand(8, 3), "adjustment": "shift"}
     torch._dynamo.reset()
     compiled = torch.compile(soft_targets, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rows, **options), soft_targets(rows, **options))
@@ -400,8 +402,10 @@ def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
     case = everything_at_once(classes, 3, "mixture", torch.float32)
     names = ("weights", "temperature", "teacher_temperature", "smoothing")
     options = {name: case.options[name] for name in names} | {"adjustment": adjustment}
-    rows = [case.teachers[0].half(), int8_rows((4, classes)), topk_rows(4, min(5, classes), classes)]
-    for teachers in (case.teachers, rows):
+    half, kept = case.teachers[0].half(), min(5, classes)
+    rows = [half, int8_rows((4, classes)), topk_rows(4, kept, classes)]
+    others = [half, packed_rows(4, kept, classes), packed_rows(4, classes, classes)]
+    for teachers in (case.teachers, rows, others):
         got = soft_targets(teachers, case.labels, **options)
         with_gradient = {**options, "weights": options["weights"].clone().requires_grad_(True)}
         want = soft_targets(teachers, case.labels, **with_gradient)

@@ -8,10 +8,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from contracts_encodings import check_topk_decoded, tail_logit
+from contracts_encodings import check_topk_decoded, packed, tail_logit, unpacked
 from reference.loss import soft_target_loss as reference_loss
 
-from coursepack.kernels import BitRows, DenseRows, Int8Rows, Rows, TopKRows, decode, soft_target_loss
+from coursepack.kernels import (
+    BitRows,
+    DenseRows,
+    Int8Rows,
+    PackedTopKRows,
+    Rows,
+    TopKRows,
+    decode,
+    soft_target_loss,
+)
 from coursepack.kernels.cpu.jit_decode import topk_decode
 from coursepack.kernels.rows import TAIL_TEMPERATURES
 
@@ -92,10 +101,36 @@ def topk_rows(rows=8, k=5, classes=37, seed=0, dtype=np.uint16):
     return TopKRows(*map(torch.from_numpy, parts), classes)
 
 
+def packed_rows(rows=8, k=5, classes=37, seed=0):
+    """Packed rows with one code of 0 each, and log masses that fall with 1/T."""
+    rng = np.random.default_rng(seed)
+    ids = np.sort(np.stack([rng.permutation(classes)[:k] for _ in range(rows)]), axis=1)
+    codes = rng.integers(0, 64, (rows, k))
+    codes[np.arange(rows), rng.integers(0, k, rows)] = 0
+    limit = math.log(classes - k) if k < classes else -65000
+    fall = rng.uniform(0.2, 1.5, rows)
+    top, span = rng.normal(6, 2, rows), rng.uniform(2, 12, rows)
+    scale = np.stack([top, span, limit - 3 * fall, limit - fall], axis=1).astype(np.float16)
+    entries = packed(ids, codes, classes)
+    return PackedTopKRows(torch.from_numpy(entries), torch.from_numpy(scale), k, classes)
+
+
 def bit_rows(rows=4, row_shape=(3, 7), seed=0):
     width = -(-math.prod(row_shape) // 8)
     bits = np.random.default_rng(seed).integers(0, 256, (rows, width), dtype=np.uint8)
     return BitRows(torch.from_numpy(bits), row_shape)
+
+
+def plain_packed(rows, out, temperature):
+    """Logits of packed rows, written to `out`."""
+    for n, row in enumerate(out):
+        ids, codes = unpacked(rows.entries[n].numpy(), rows.kept, rows.classes)
+        top, span, *tail = rows.scale[n].double().tolist()
+        dropped = len(row) - len(ids)
+        if dropped:
+            row[:] = tail_logit(np.array([top]), np.array(tail), dropped, float(temperature[n]), (1.0, 4.0))
+        row[ids] = top - span * (np.array(codes) / 63) ** 2
+    return out
 
 
 def plain(rows, temperature):
@@ -104,6 +139,8 @@ def plain(rows, temperature):
         scale, minimum = rows.affine.numpy().astype(np.float64).T
         return minimum[:, None] + scale[:, None] * rows.q.numpy()
     out = np.empty(rows.shape)
+    if isinstance(rows, PackedTopKRows):
+        return plain_packed(rows, out, temperature)
     for n, row in enumerate(out):
         values, tail = (part[n].numpy().astype(np.float64) for part in (rows.values, rows.tail))
         row[:] = tail_logit(values, tail, len(row) - len(values), float(temperature[n]))
@@ -115,6 +152,7 @@ EVERY_KIND = {
     "dense": lambda rows: DenseRows(torch.randn(rows, 10, generator=torch.Generator().manual_seed(0))),
     "int8": lambda rows: int8_rows((rows, 10)),
     "topk": topk_rows,
+    "packed": packed_rows,
     "bits": bit_rows,
 }
 
@@ -175,6 +213,45 @@ def test_topk_rows_at_any_temperature(k, dtype):
     together = rows.decode(each)
     for n, temperature in enumerate(each):
         assert torch.equal(together[n], rows.decode(temperature.expand(8))[n])
+
+
+@pytest.mark.parametrize(
+    ("k", "classes"), [(2, 37), (5, 37), (36, 37), (37, 37), (1, 1), (3, 1000), (90, 300)]
+)
+def test_packed_rows_at_any_temperature(k, classes):
+    rows = packed_rows(k=k, classes=classes)
+    ids, codes, valid = rows.unpack()
+    assert valid.all()
+    for n in range(8):
+        assert (ids[n].tolist(), codes[n].tolist()) == unpacked(rows.entries[n].numpy(), k, classes)
+    for temperature in (0.02, 0.5, 1.0, 1.5, 4.0, 5.0, 30.0, 100.0):
+        each = torch.full((8,), temperature)
+        expected = plain(rows, each)
+        size = np.abs(expected).max() + temperature * 10
+        assert np.abs(rows.decode(each).numpy() - expected).max() <= 2e-6 * size
+        by_torch = rows._decode_unseen(each, torch.empty(rows.shape))
+        assert np.abs(by_torch.numpy() - expected).max() <= 2e-6 * size
+    assert torch.equal(rows.decode(), rows.decode(torch.ones(8)))
+
+
+def test_an_unsound_packed_row_is_refused_and_turns_to_nan_in_the_loss():
+    rows = packed_rows()
+    entries = rows.entries.clone()
+    entries[6] = 0xFF
+    wrong = dataclasses.replace(rows, entries=entries)
+    text = r"entries hold no 5 ascending class ids in row 6, expected ids 0\.\.36"
+    for refuse in (wrong.decode, wrong.check):
+        with pytest.raises(ValueError, match=text):
+            refuse()
+    others = torch.arange(8) != 6
+    for adjustment in ("none", "shift"):
+        loss = soft_target_loss(torch.zeros(8, 37), [wrong], torch.arange(8), adjustment=adjustment)
+        assert torch.equal(loss.isfinite(), others)
+    loss = soft_target_loss(torch.zeros(8, 37), [wrong], row_weight=others.float())
+    assert loss.isfinite().all()
+    found = wrong._decode_unseen(torch.ones(8), torch.empty(rows.shape))
+    assert found[6].isnan().any()
+    torch.testing.assert_close(found[others], rows.decode()[others])
 
 
 @pytest.mark.parametrize("k", [2, 36, 37])
@@ -257,6 +334,18 @@ BROKEN = {
         lambda: dataclasses.replace(topk_rows(), classes=4),
         ValueError, "ids has 5 columns, expected at most 4 classes",
     ),
+    "too few entries": (
+        lambda: dataclasses.replace(packed_rows(), entries=torch.zeros(8, 6).byte()),
+        ValueError, r"entries has shape \(8, 6\), expected \(8, 7\)",
+    ),
+    "more kept than classes": (
+        lambda: dataclasses.replace(packed_rows(), classes=4),
+        ValueError, "kept is 5, expected 1 to 4 classes",
+    ),
+    "scale of three": (
+        lambda: dataclasses.replace(packed_rows(), scale=torch.zeros(8, 3).half()),
+        ValueError, r"scale has shape \(8, 3\), expected \(8, 4\)",
+    ),
     "signed bits": (lambda: BitRows(torch.zeros(2, 1).char(), (8,)), TypeError, "bits has dtype torch.int8"),
     "too few bits": (
         lambda: BitRows(torch.zeros(2, 1).byte(), (9,)),
@@ -283,11 +372,14 @@ LOSS_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS)
-@pytest.mark.parametrize("kinds", [("int8", "topk"), ("topk", "topk"), ("int8", "dense")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds", [("int8", "topk"), ("topk", "topk"), ("int8", "dense"), ("packed", "topk")], ids="-".join
+)
 def test_loss_of_encoded_rows_is_that_of_what_they_mean(kinds, options):
     made = {
         "int8": int8_rows((8, 37)),
         "topk": topk_rows(),
+        "packed": packed_rows(),
         "dense": DenseRows(torch.randn(8, 37, generator=torch.Generator().manual_seed(2)).half()),
     }
     teachers = [made[kind] for kind in kinds]

@@ -178,7 +178,7 @@ def test_looking_at_a_network_leaves_it_as_it_was(module):
          r"cannot take images \(2, 1, 9, 9\): RuntimeError: .*mat1 and mat2"),
         (_with(preprocessing={**PIXELS, "sise": 9}), "(?s)preprocessing of network .*sise: unknown key, did"),
         (_with(preprocessing={**PIXELS, "std": [0.0]}), r"(?s)preprocessing of network .*std\.0: .*greater"),
-        (_with(preprocessing="imagenet"), "(?s)preprocessing of network .*Input should be a mapping"),
+        (_with(preprocessing="imagenet"), "(?s)preprocessing of network .*expected a mapping"),
     ],
 )  # fmt: skip
 def test_networks_that_are_refused(module, make, text):
@@ -243,7 +243,7 @@ def test_another_normalisation_and_size(tmp_path):
         build_network("resnet20", 10, mean=(0.5,), std=(0.5,))
     with pytest.raises(RecipeError, match="mean has 1 values and std 3, expected 1 or 3 of each"):
         load_teacher(f"run:{folder}", TEN, mean=(0.5,))
-    with pytest.raises(RecipeError, match=r"std\.1: Input should be greater than 0, got 0"):
+    with pytest.raises(RecipeError, match=r"std\.1: expected more than 0, got 0"):
         build_network("resnet20", 10, std=(0.5, 0, 0.5))
 
 

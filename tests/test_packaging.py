@@ -55,7 +55,8 @@ def test_the_wheel_holds_the_sources_and_nothing_else(checkout, wheel):
     for folder, package in FOLDERS.items():
         for path in (checkout / folder).rglob("*.py"):
             expected[f"{package}/{path.relative_to(checkout / folder).as_posix()}"] = path
-    expected["coursepack/py.typed"] = checkout / "common" / "py.typed"
+    for name in ("py.typed", "catalog.json"):
+        expected[f"coursepack/{name}"] = checkout / "common" / name
     assert len(expected) > 45
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == set(expected)

@@ -29,7 +29,7 @@ from coursepack.precompute.verify import job_of_store, verify_deep
 
 CPU = torch.device("cpu")
 SAMPLES = 1442
-ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3")
+ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3", "topk16:2")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def alter(path, array, component, view, sample, change):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_sound_store_agrees_with_its_teacher(tmp_path, teacher, encoding):
     path = tmp_path / "s.zarr"
-    feature = "bits" if encoding == "topk:3" else encoding
+    feature = "bits" if encoding.startswith("topk") else encoding
     run_job(
         make_job(
             path,
@@ -132,7 +132,7 @@ def test_one_altered_row_is_found_and_named(store, command, array, component, ch
 def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher, command):
     """The files are what the manifest vouches for, so only who looks at the rows can tell."""
     path = tmp_path / "s.zarr"
-    run_job(make_job(path, teacher, encoding="topk:2", block_rows=500))
+    run_job(make_job(path, teacher, encoding="topk16:2", block_rows=500))
 
     def no_class(ids):
         ids[0] = 10
@@ -145,7 +145,7 @@ def test_a_stored_id_that_is_no_class_is_found_and_never_read(tmp_path, teacher,
     reader = StoreReader(path)
     assert reader.rows("logits", 1, np.array([700, 702])).shape == (2, 10)
     for views in (1, np.array([0, 1])):
-        with pytest.raises(StoreDamaged, match=r"are not topk:2: ids holds 10, expected class ids 0\.\.9"):
+        with pytest.raises(StoreDamaged, match=r"are not topk16:2: ids holds 10, expected class ids 0\.\.9"):
             reader.rows("logits", views, np.array([700, 701]))
     shown = CliRunner().invoke(main, ["inspect", str(path)])
     assert (shown.exit_code, "ids holds 10" in shown.stderr) == (1, True)

@@ -126,7 +126,7 @@ def test_a_plan_for_a_store_of_another_recipe_is_refused(tmp_path, teacher):
 
 def test_the_command_plans_and_writes_nothing(tmp_path, command, monkeypatch):
     monkeypatch.setattr(plan_module, "probe", lambda _: Probe(50e-6, 10e-6))
-    monkeypatch.setattr("coursepack.precompute.cli.jobs.probe", lambda _: Probe(50e-6, 10e-6))
+    monkeypatch.setattr("coursepack.precompute.plan.probe", lambda _: Probe(50e-6, 10e-6))
     result = command("plan", "--views=8", "--store", tmp_path / "a/b/s.zarr", "--tap=hidden1")
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == []
@@ -209,10 +209,10 @@ def test_topk_that_would_not_be_smaller_falls_back_and_says_so(tmp_path, command
     path = tmp_path / "s.zarr"
     result = command(name, "--views=1", "--encoding=topk:5", "--store", path)
     assert result.exit_code == 0, result.output
-    warning = "encoding topk:5 would not be smaller than float16 for 10 classes: logits are stored as float16"
+    warning = "encoding topk:5 would not be smaller than int8 for 10 classes: logits are stored as int8"
     assert warning in result.stderr
     if name == "run":
-        assert load_manifest(path).arrays["logits"].encoding.name == "float16"
+        assert load_manifest(path).arrays["logits"].encoding.name == "int8"
     small = command(name, "--views=1", "--encoding=topk:2", "--store", tmp_path / "k.zarr")
     assert small.exit_code == 0
     assert "would not be smaller" not in small.stderr

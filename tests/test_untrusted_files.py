@@ -40,7 +40,7 @@ FAULTS = [
     (distill, "train bomb.yaml --out new", "Error: 'bomb.yaml' repeats more than 10,000 values by aliases\n"),
     (distill, f"{ALONE} --view view.yaml", "Error: 'view.yaml' gives the key 'seed' twice\n"),
     (distill, f"{ALONE} --view string.yaml",
-     "Error: view recipe 'string.yaml' is not valid:\n  it: Input should be a mapping, got 'cifar'\n"),
+     "Error: view recipe 'string.yaml' is not valid:\n  it: expected a mapping, got 'cifar'\n"),
     (distill, f"{ALONE} --set optimizer={{lr,lr}}",
      "Error: --set 'optimizer={lr,lr}': the value gives the key 'lr' twice\n"),
     (distill, "sweep grid.yaml --out new", "Error: 'grid.yaml' gives the key 'seed' twice\n"),
@@ -48,7 +48,7 @@ FAULTS = [
      "Error: 'many.yaml' combines to 1,000,000,000 students, expected at most 10,000\n"),
     (precompute, f"{WRITE} --classes classes.yaml", "Error: 'classes.yaml' gives the key '0' twice\n"),
     (precompute, f"{WRITE} --view-seed {1 << 64}",
-     "Error: view 'digits' with --view-seed is not valid:\n  seed: Input should be less than "
+     "Error: view 'digits' with --view-seed is not valid:\n  seed: expected less than "
      "18446744073709551616, got 18446744073709551616\n"),
 ]  # fmt: skip
 
@@ -92,11 +92,11 @@ def test_a_file_with_many_faults_shows_the_first(workplace, monkeypatch):
          "line 2 of 'r/metrics.jsonl' is not JSON: it is not text (byte 0 is not UTF-8)"),
         (lambda lines: [lines[0], b"{"], "line 2 of 'r/metrics.jsonl' is not JSON: Expecting property name"),
         (lambda lines: [lines[0], b'{"epoch": 1, "seconds": 1.0}'],
-         "line 2 of 'r/metrics.jsonl' is damaged: evaluation: Field required"),
+         "line 2 of 'r/metrics.jsonl' is damaged: evaluation: is missing"),
         (lambda lines: [lines[0].replace(b'"epoch":0', b'"epoch":0,"epoch":1'), lines[1]],
          "line 1 of 'r/metrics.jsonl' gives the key 'epoch' twice"),
         (lambda lines: [b"[]", lines[1]],
-         "line 1 of 'r/metrics.jsonl' is damaged: it: Input should be a mapping"),
+         "line 1 of 'r/metrics.jsonl' is damaged: it: expected a mapping"),
         (lambda lines: lines[2:], "'r/metrics.jsonl' holds no epoch, but the run is finished"),
     ],
 )  # fmt: skip
@@ -116,7 +116,7 @@ def test_metrics(workplace, tmp_path, monkeypatch, change, text):
             "classes: 1000000000",
             "describes 1000000000 classes, but no tensor of student.safetensors",
         ),
-        ("size: 8", "size: 2147483648", "preprocessing.size: Input should be less than or equal to 4096"),
+        ("size: 8", "size: 2147483648", "preprocessing.size: expected at most 4096"),
         ("classes: 10", "classes: 10\nclasses: 7", "gives the key 'classes' twice"),
         ("spec: digits-mlp", "spec: torchvision:vit_h_14", "size"),
     ],
@@ -171,7 +171,7 @@ DONE = [
     (lambda entry: entry.update(arrays="logits"), "arrays: "),
     (lambda entry: entry["files"].update({"../../x": [5, 5]}), "it gives '../../x' 5 bytes, not None"),
     (lambda entry: entry["files"].clear(), "bytes"),
-    (lambda entry: entry["record"].pop("sums"), "record.sums: Field required"),
+    (lambda entry: entry["record"].pop("sums"), "record.sums: is missing"),
     (
         lambda entry: entry["record"].update(probes={"50": "0"}),
         "a probe of a sample that is not in the source",

@@ -5,11 +5,13 @@ float16     within half a unit in the last place; the default
 bfloat16    float32's range, 8 bits of precision
 int8        one byte per value, affine per row; the compact setting
 topk:K      the K largest logits, the label's logit, and the mass of the rest; for many classes
+topk16:K    the same in two to three times the bytes, as stores before `topk` was packed have it
 bits        signs only, for features
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from coursepack.data.encodings.base import Component as Component
@@ -17,13 +19,22 @@ from coursepack.data.encodings.base import Encoding as Encoding
 from coursepack.data.encodings.bits import Bits
 from coursepack.data.encodings.dense import Dense
 from coursepack.data.encodings.int8 import Int8
+from coursepack.data.encodings.packed_topk import PackedTopK
 from coursepack.data.encodings.topk import TopK
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ENCODINGS", "Component", "Encoding", "encoding_from_dict", "parse_encoding"]
+__all__ = [
+    "ENCODINGS",
+    "Component",
+    "Encoding",
+    "drops_classes",
+    "encoding_from_dict",
+    "parse_encoding",
+    "row_bytes",
+]
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
     "float32": lambda: Dense("float32"),
@@ -31,14 +42,20 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
     "bfloat16": lambda: Dense("bfloat16"),
     "int8": Int8,
     "topk": TopK,
+    "packed_topk": PackedTopK,
     "bits": Bits,
 }
-FOR_LOGITS = tuple(name for name in ENCODINGS if name != "bits")
-FOR_FEATURES = tuple(name for name in ENCODINGS if name != "topk")
+"""Encodings by their name in a store's manifest."""
+SPARSE: dict[str, Callable[..., Encoding]] = {"topk": PackedTopK, "topk16": TopK}
+"""Sparse encodings by their name in an option, which differs from that in a manifest."""
+_STORED_ONLY = ("packed_topk",)
+NAMES = (*(name for name in ENCODINGS if name not in _STORED_ONLY), "topk16")
+FOR_LOGITS = tuple(name for name in NAMES if name != "bits")
+FOR_FEATURES = tuple(name for name in NAMES if name not in SPARSE)
 
 
-def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Encoding:
-    """Return the encoding that an option names, such as `float16` or `topk:100`.
+def parse_encoding(text: str, known: tuple[str, ...] = NAMES) -> Encoding:
+    """Return the encoding that an option names, such as `float16`, `topk:100` or `topk:100,label=no`.
 
     Raises:
         UnknownName: `known` has no encoding of that name.
@@ -47,15 +64,25 @@ def parse_encoding(text: str, known: tuple[str, ...] = tuple(ENCODINGS)) -> Enco
     name, _, parameter = text.partition(":")
     if name not in known:
         raise UnknownName("encoding", name, known)
-    if name == "topk":
-        if not parameter.isdecimal():
-            raise RecipeError(
-                f"encoding {text!r} has no number of entries to keep, expected topk:K such as topk:10"
-            )
-        return TopK(int(parameter))
+    if name in SPARSE:
+        return _sparse(text, name, parameter)
     if parameter:
         raise RecipeError(f"encoding {name!r} takes no parameter, got {text!r}")
     return ENCODINGS[name]()
+
+
+def _sparse(text: str, name: str, parameter: str) -> Encoding:
+    number, comma, option = parameter.partition(",")
+    if not re.fullmatch("[0-9]{1,9}", number):
+        raise RecipeError(
+            f"encoding {text!r} has no number of entries to keep, expected {name}:K such as {name}:10"
+        )
+    if not comma:
+        return SPARSE[name](int(number))
+    if name != "topk" or option not in ("label=yes", "label=no"):
+        forms = "topk:K or topk:K,label=no" if name == "topk" else f"{name}:K"
+        raise RecipeError(f"encoding {text!r} has the unknown option {option!r}, expected {forms}")
+    return PackedTopK(int(number), label=option == "label=yes")
 
 
 def encoding_from_dict(values: Mapping[str, Any]) -> Encoding:
@@ -71,14 +98,23 @@ def encoding_from_dict(values: Mapping[str, Any]) -> Encoding:
     return ENCODINGS[name](**parameters)
 
 
+def drops_classes(encoding: Encoding) -> bool:
+    """Return True if an encoding keeps some of the logits only."""
+    return isinstance(encoding, (TopK, PackedTopK))
+
+
+def row_bytes(encoding: Encoding, row_shape: tuple[int, ...]) -> int:
+    """Return the size of one encoded row."""
+    return sum(component.row_bytes for component in encoding.components(row_shape).values())
+
+
 def smaller_encoding(encoding: Encoding, row_shape: tuple[int, ...]) -> Encoding:
-    """Return `encoding`, or float16 if a sparse encoding would not be smaller than that."""
-    if not isinstance(encoding, TopK):
+    """Return `encoding`, or a dense one if a sparse encoding would not be smaller than that.
+
+    That is int8, which loses less than any sparse encoding of its size, and float16 for `topk16`.
+    """
+    if not isinstance(encoding, (TopK, PackedTopK)):
         return encoding
-    dense = Dense("float16")
-    fits = row_shape[0] >= encoding.k
-    sparse_bytes = (
-        sum(component.row_bytes for component in encoding.components(row_shape).values()) if fits else 0
-    )
-    dense_bytes = sum(component.row_bytes for component in dense.components(row_shape).values())
-    return encoding if fits and sparse_bytes < dense_bytes else dense
+    dense: Encoding = Dense("float16") if isinstance(encoding, TopK) else Int8()
+    fits = row_shape[0] >= encoding.k and row_bytes(encoding, row_shape) < row_bytes(dense, row_shape)
+    return encoding if fits else dense

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
 
 LEVELS = 255
-_LIMIT = float(np.finfo(np.float16).max)
+LIMIT = float(np.finfo(np.float16).max) / 2
+"""Largest magnitude, so that the range of a row fits a float16."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,18 @@ def quantized(
     Raises:
         EncodingRange: a value whose row would not fit the float16 of scale and minimum.
     """
-    check_range(values, np.abs(values) > _LIMIT / 2, samples, name, _LIMIT / 2)
+    check_range(values, np.abs(values) > LIMIT, samples, name, LIMIT)
     flat = flat_rows(values).astype(np.float32)
-    minimum = _rounded(flat.min(1), -np.inf)
-    scale = _rounded((flat.max(1).astype(np.float64) - minimum) / levels, np.inf)
+    minimum = rounded(flat.min(1), -np.inf)
+    scale = rounded((flat.max(1).astype(np.float64) - minimum) / levels, np.inf)
     width = np.where(scale == 0, 1, scale).astype(np.float32)
     q = np.rint((flat - minimum.astype(np.float32)[:, None]) / width[:, None])
     return np.clip(q, 0, levels).astype(np.uint8).reshape(values.shape), np.stack([scale, minimum], axis=1)
 
 
-def _rounded(values: NDArray[np.floating[Any]], toward: float) -> NDArray[np.float16]:
+def rounded(values: NDArray[np.floating[Any]], toward: float) -> NDArray[np.float16]:
     """Round to float16 toward -inf or inf."""
     stored = values.astype(np.float16)
     beyond = stored > values if toward < 0 else stored < values
-    return np.where(beyond, np.nextafter(stored, np.float16(toward)), stored)
+    with np.errstate(over="ignore"):  # beside the largest float16, which is not used
+        return np.where(beyond, np.nextafter(stored, np.float16(toward)), stored)

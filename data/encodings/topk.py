@@ -14,7 +14,7 @@ from coursepack.kernels import TopKRows
 from coursepack.kernels.rows import TAIL_TEMPERATURES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -25,7 +25,7 @@ _LIMIT = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class TopK:
-    """Sparse encoding for many classes.
+    """Sparse encoding with float16 logits and whole class ids, which stores before `PackedTopK` have.
 
     It loses the shape of the tail: measure the effect before use (`precompute inspect`).
     """
@@ -33,15 +33,12 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 2:
-            raise RecipeError(
-                f"encoding topk keeps {self.k} entries, expected at least 2: the top class and the label"
-            )
+        check_topk("topk16", self.k)
 
     @property
     def name(self) -> str:
-        """`topk:K`."""
-        return f"topk:{self.k}"
+        """`topk16:K`."""
+        return f"topk16:{self.k}"
 
     @property
     def exact(self) -> bool:
@@ -58,10 +55,7 @@ class TopK:
         Raises:
             RecipeError: the rows are not logits, or have fewer than k classes.
         """
-        if len(row_shape) != 1 or row_shape[0] < self.k:
-            raise RecipeError(
-                f"encoding {self.name} is for logits of at least {self.k} classes, got rows {row_shape}"
-            )
+        check_topk(self.name, self.k, row_shape)
         ids = "uint16" if row_shape[0] <= 1 << 16 else "uint32"
         return {
             "ids": Component(ids, (self.k,)),
@@ -76,16 +70,12 @@ class TopK:
         lost = np.abs(values) > _LIMIT
         check_range(values, lost, samples, self.name, _LIMIT)
         logits = torch.from_numpy(np.ascontiguousarray(values))
-        label = torch.from_numpy(labels)[:, None]
-        kept, ids = logits.topk(self.k, dim=1)
-        absent = ~(ids == label).any(1)
-        ids[absent, -1] = label[absent, 0]
-        kept[absent, -1] = logits.gather(1, label)[absent, 0]
+        ids = kept_classes(logits, self.k, labels)
         dtype = self.components(values.shape[1:])["ids"].dtype
         return {
             "ids": ids.numpy().astype(dtype),
-            "values": kept.numpy().astype(np.float16),
-            "tail": _log_masses(logits, ids).numpy().astype(np.float16),
+            "values": logits.gather(1, ids).numpy().astype(np.float16),
+            "tail": log_masses(logits, ids, TAIL_TEMPERATURES).numpy().astype(np.float16),
         }
 
     def agrees(
@@ -108,7 +98,8 @@ class TopK:
         second_lowest = np.sort(kept, axis=1)[:, 1]
         chosen: NDArray[np.bool_] = second_lowest >= least - 2 * tolerance[:, 0]
         distinct: NDArray[np.bool_] = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
-        masses = _log_masses(torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(ids)).numpy()
+        logits = torch.from_numpy(np.ascontiguousarray(values))
+        masses = log_masses(logits, torch.from_numpy(ids), TAIL_TEMPERATURES).numpy()
         # The mass changes with the dropped logits and with the row's maximum.
         bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * tolerance
         same_mass: NDArray[np.bool_] = np.all(np.abs(stored["tail"] - masses) <= bound, axis=1)
@@ -127,9 +118,38 @@ class TopK:
         return TopKRows(components["ids"], components["values"], components["tail"], row_shape[0])
 
 
-def _log_masses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the log of `sum exp((z - max z) / T)` over the classes that are not kept, `(N, 4)` float64."""
+def check_topk(name: str, k: int, row_shape: tuple[int, ...] | None = None) -> None:
+    """Check the number of entries of a sparse encoding, and the rows that it is for.
+
+    Raises:
+        RecipeError: the number is not whole or too small, or the rows are not logits of at least k classes.
+    """
+    if type(k) is not int:
+        raise RecipeError(f"encoding {name} keeps {k!r:.40} entries, expected a whole number")
+    if k < 2:
+        raise RecipeError(
+            f"encoding {name} keeps {k} entries, expected at least 2: the top class and the label"
+        )
+    if row_shape is not None and (len(row_shape) != 1 or row_shape[0] < k):
+        raise RecipeError(f"encoding {name} is for logits of at least {k} classes, got rows {row_shape}")
+
+
+def kept_classes(logits: torch.Tensor, k: int, labels: NDArray[np.int64] | None) -> torch.Tensor:
+    """Return the classes of the k largest logits `(N, k)`, largest first.
+
+    A label that is not among them replaces the last; None means that labels are not kept.
+    """
+    ids = logits.topk(k, dim=1).indices
+    if labels is not None:
+        label = torch.from_numpy(labels)[:, None]
+        absent = ~(ids == label).any(1)
+        ids[absent, -1] = label[absent, 0]
+    return ids
+
+
+def log_masses(logits: torch.Tensor, ids: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """Return the log of `sum exp((z - max z) / T)` over the classes that are not kept, `(N, J)` float64."""
     dropped = logits.scatter(1, ids, float("-inf")).double() - logits.amax(1, keepdim=True)
-    masses = torch.stack([torch.logsumexp(dropped / t, dim=1) for t in TAIL_TEMPERATURES], dim=1)
+    masses = torch.stack([torch.logsumexp(dropped / t, dim=1) for t in temperatures], dim=1)
     # Clamped for rows with no mass left, so that float16 holds a finite value.
     return masses.clamp(-_LIMIT, _LIMIT)

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 
 from coursepack.canonical import fingerprint
-from coursepack.console import progress
+from coursepack.console import SHORT_SECONDS, progress
 from coursepack.data.sources.base import sampled, sha256_of
 from coursepack.data.sources.cache import key_of, load_arrays, save_arrays
 from coursepack.files import open_regular
@@ -75,7 +75,10 @@ class Listing:
     def scan(self) -> Scan:
         """Scan all files, or return the cached result of an earlier scan."""
         samples = range(len(self.files))
-        stats = np.array(in_threads(lambda i: _stat(self.path(i)), samples), dtype=np.int64)
+        stats = np.array(
+            in_threads(lambda i: _stat(self.path(i)), samples, f"list {self.name}", delay=SHORT_SECONDS),
+            dtype=np.int64,
+        )
         names = sha256_of(self.files)
         labels = {"labels": sha256_of(self.labels), "classes": self.class_names}
         listing = fingerprint(
@@ -137,14 +140,15 @@ def inspect_image(path: str) -> tuple[int, int, str]:
     return height, width, ""
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T], title: str = "") -> list[R]:
+def in_threads(work: Callable[[T], R], items: Sequence[T], title: str = "", *, delay: float = 0.0) -> list[R]:
     """Apply `work` to every item in threads and return the results in order.
 
-    With a title, progress is shown if there are many items.
+    With a title, progress is shown after `delay` seconds if there are many items.
     """
     pieces = [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
     results: list[R] = []
-    meters: Any = progress(title, len(items), "files") if title and len(items) >= MANY else nullcontext()
+    is_long = bool(title) and len(items) >= MANY
+    meters: Any = progress(title, len(items), "files", delay=delay) if is_long else nullcontext()
     with meters as meter, ThreadPoolExecutor(THREADS) as pool:
         for piece_results in pool.map(lambda piece: [work(item) for item in piece], pieces):
             results += piece_results

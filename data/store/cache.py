@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coursepack.console import byte_size
+from coursepack.console import SHORT_SECONDS, byte_size, progress
 from coursepack.data.sources.cache import VARIABLE, cache_folder
 from coursepack.data.store.locations.local import LocalLocation
 from coursepack.data.store.mapping import ShardFile
@@ -78,9 +78,14 @@ class ShardCache:
                     os.utime(path)
                 else:
                     missing.append((shard, path))
-            self._make_room(sum(shard.size for shard, _ in missing))
-            with ThreadPoolExecutor(IN_FLIGHT) as pool:
-                list(pool.map(partial(self._download, layout=layout), missing))
+            needed = sum(shard.size for shard, _ in missing)
+            self._make_room(needed)
+            with (
+                progress(f"copy from {self.remote.name}", needed, "bytes", delay=SHORT_SECONDS) as meter,
+                ThreadPoolExecutor(IN_FLIGHT) as pool,
+            ):
+                for size in pool.map(partial(self._download, layout=layout), missing):
+                    meter.advance(size)
         return cached
 
     def discard_damaged(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> bool:
@@ -98,7 +103,8 @@ class ShardCache:
                     self._local.delete(key)
         return bool(damaged)
 
-    def _download(self, missing: tuple[ShardFile, Path], layout: ArrayLayout) -> None:
+    def _download(self, missing: tuple[ShardFile, Path], layout: ArrayLayout) -> int:
+        """Download a shard, and return its size in bytes."""
         shard, path = missing
         for _ in range(DOWNLOADS):
             try:
@@ -119,6 +125,7 @@ class ShardCache:
                 f"the disk of the cache {str(self._folder)!r} is full: set {VARIABLE} to a folder on another "
                 "disk, or give a smaller --cache-bytes"
             ) from error
+        return shard.size
 
     def _make_room(self, needed: int) -> None:
         """Remove the files that were used least recently, until `needed` bytes more fit."""

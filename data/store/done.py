@@ -12,6 +12,7 @@ from coursepack.data.store.layout import shard_key
 from coursepack.data.store.shards import shard_size
 from coursepack.errors import StoreDamaged
 from coursepack.parsing import MOST_JSON_BYTES, parse_json
+from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
     from typing import Self
@@ -84,9 +85,7 @@ def read_done(location: Location, view: int, index: int) -> dict[str, Any] | Non
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise _damaged(location, key, f"{place:.80}: {problem['msg']:.200}") from error
+        raise _damaged(location, key, lines_of(_Done, error)[0]) from error
     except ValueError as error:
         raise _damaged(location, key, f"it {error}") from error
     except OSError as error:

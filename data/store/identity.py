@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coursepack.data.views.recipe import ViewRecipe
 from coursepack.errors import StoreDamaged
+from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
     from coursepack.data.store.manifest import Manifest
@@ -31,6 +32,7 @@ class _Teacher(_Part):
     preprocessing: _Pixels
     settings: str | None = None
     columns: list[Annotated[int, Field(ge=0, lt=1 << 48)]] | None = None
+    imported: dict[str, Any] | None = None
 
 
 class _View(_Part):
@@ -62,9 +64,7 @@ def check_identity(identity: dict[str, Any], origin: dict[str, Any]) -> None:
         try:
             part.model_validate(identity[name])
         except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, (name, *problem["loc"])))
-            raise ValueError(f"{place:.200}: {problem['msg']:.200}, got {problem['input']!r:.80}") from None
+            raise ValueError(f"{name}.{lines_of(part, error)[0]}") from None
 
 
 def check_complete(manifest: Manifest, where: str) -> None:

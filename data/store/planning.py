@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from coursepack.canonical import difference_table, fingerprint
 from coursepack.data.store.contents import Entries
 from coursepack.data.store.layout import plan_array, plan_block_rows, plan_table
-from coursepack.data.store.manifest import FORMAT_VERSION, LABELS, STATIC, Manifest, StoredArray, Table
+from coursepack.data.store.manifest import (
+    FORMAT_VERSION,
+    LABELS,
+    LOGITS,
+    STATIC,
+    Manifest,
+    StoredArray,
+    Table,
+)
 from coursepack.data.store.versions import ListReader
 from coursepack.errors import RecipeError, StoreMismatch
 
@@ -90,9 +98,12 @@ def extended_manifest(plan: StorePlan, stored: Manifest, where: str) -> Manifest
             for array in (stored.arrays[name], planned[name])
         )
         if held != wanted:
+            flag = "--encoding" if name == LOGITS else "--feature-encoding"
+            same_shape = held["row_shape"] == wanted["row_shape"]
+            hint = f", or {flag} {stored.arrays[name].encoding.name}" if same_shape else ""
             raise StoreMismatch(
                 f"store {where!r} holds {name!r} in another form.\n"
-                f"{difference_table(held, wanted, 'store', 'recipe')}\nUse another --store."
+                f"{difference_table(held, wanted, 'store', 'recipe')}\nUse another --store{hint}."
             )
     return replace(
         stored,

@@ -10,6 +10,7 @@ import numpy as np
 from coursepack.data.randomness import Draws, Purpose
 from coursepack.data.views.geometry import GEOMETRY_OPS, Frame, HorizontalFlip, VerticalFlip
 from coursepack.data.views.params import Mixing, ViewParams
+from coursepack.data.views.recorded import Recorded
 
 if TYPE_CHECKING:
     from coursepack.data.randomness import Samples
@@ -35,6 +36,8 @@ def _draw_unmixed(recipe: ViewRecipe, source: Source, samples: Samples, view: in
     frame = Frame.full(source.sizes(samples), recipe.reference_size)
     pixel_ops = []
     for index, op in enumerate(recipe.ops):
+        if isinstance(op, Recorded):  # the only op
+            return op.params(samples, view)
         draws = Draws(recipe.seed, samples, view, Purpose.VIEW + index)
         if isinstance(op, GEOMETRY_OPS):
             op.draw(draws, frame)

@@ -31,6 +31,7 @@ from coursepack.data.views.pixel_ops import (
     Solarize,
 )
 from coursepack.data.views.policies import AugMix, AutoAugment, RandAugment, TrivialAugmentWide
+from coursepack.data.views.recorded import Recorded
 from coursepack.errors import UnknownName
 from coursepack.imports import KIND, check_trusted
 
@@ -52,7 +53,7 @@ PixelOp = (
     | AugMix
     | RandomErasing
 )
-Op = Annotated[GeometryOp | PixelOp | Pipeline, Field(discriminator="op")]
+Op = Annotated[GeometryOp | PixelOp | Pipeline | Recorded, Field(discriminator="op")]
 
 
 class ViewRecipe(Config):
@@ -73,6 +74,11 @@ class ViewRecipe(Config):
         if "pipeline" in names and len(names) > 1:
             raise ValueError(
                 f"ops are {names}: a pipeline must be the only op; include the other ops in the pipeline"
+            )
+        if "recorded" in names and (len(names) > 1 or self.mix is not None):
+            raise ValueError(
+                f"ops are {names}: recorded views must be the only op, without mix, because the teacher's "
+                "answers were recorded with them"
             )
         is_geometry = [isinstance(op, GEOMETRY_OPS) for op in self.ops]
         if sorted(is_geometry, reverse=True) != is_geometry:
@@ -100,12 +106,32 @@ class ViewRecipe(Config):
     @property
     def pixel_ops(self) -> tuple[PixelOp, ...]:
         """Ops on rendered pixels."""
-        return tuple(op for op in self.ops if not isinstance(op, (*GEOMETRY_OPS, Pipeline)))
+        return tuple(op for op in self.ops if not isinstance(op, (*GEOMETRY_OPS, Pipeline, Recorded)))
 
     @property
     def pipeline(self) -> Pipeline | None:
         """The user's own pipeline, if the view is one."""
         return self.ops[0] if self.ops and isinstance(self.ops[0], Pipeline) else None
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """The op that replays recorded crops and flips, if the view is one."""
+        return self.ops[0] if self.ops and isinstance(self.ops[0], Recorded) else None
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if nothing is drawn at random, so that all views of a sample have the same pixels."""
+        return self.mix is None and all(
+            isinstance(op, (Resize, CenterCrop))
+            or (isinstance(op, (HorizontalFlip, VerticalFlip)) and op.probability in (0, 1))
+            for op in self.ops
+        )
+
+    def located(self, store: str) -> ViewRecipe:
+        """Return the recipe with recorded parameters, if it has any, read from a store."""
+        if self.recorded is None:
+            return self
+        return self.model_copy(update={"ops": (self.recorded.model_copy(update={"store": store}),)})
 
 
 _CIFAR = (PadCrop(padding=4), HorizontalFlip())

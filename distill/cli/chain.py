@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from coursepack.commands import Command
-from coursepack.console import TRUST_CODE, print_table
-from coursepack.device import pick_device
+from coursepack.console import JSON, TRUST_CODE, print_json, print_table
 from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
-from coursepack.distill.runs.chain.plan import plan_chain
-from coursepack.distill.runs.chain.run import run_chain, table_of
-from coursepack.distill.runs.chain.stages import How
 
 EXAMPLES = """\b
 Examples:
@@ -33,7 +28,7 @@ Examples:
 @THREADS
 @CHECKPOINTS
 @TRUST_CODE
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def chain_command(
     chain_file: Path,
@@ -59,6 +54,11 @@ def chain_command(
       - {name: targets, precompute: {teacher: stage:teacher, views: 30}}
       - {name: student, train: {student: digits-small, stores: [stage:targets]}}
     """
+    from coursepack.device import pick_device
+    from coursepack.distill.runs.chain.plan import plan_chain
+    from coursepack.distill.runs.chain.run import run_chain, table_of
+    from coursepack.distill.runs.chain.stages import How
+
     out = out or Path("runs", chain_file.stem)
     how = How(
         device=pick_device(device),
@@ -71,6 +71,6 @@ def chain_command(
     stages = plan_chain(chain_file, out, device=how.device, trust_code=trust_code)
     rows = run_chain(stages, out, how, redo=redo)
     if as_json:
-        click.echo(json.dumps([row.to_dict() for row in rows], indent=1))
+        print_json([row.to_dict() for row in rows])
     else:
         print_table("", *table_of(rows))

@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.commands import Command
-from coursepack.console import byte_size, print_table
-from coursepack.data.store import load_manifest
-from coursepack.distill.methods import METHODS
-from coursepack.distill.methods.description import NEEDS, describe, markdown_table, methods_table, needs_of
-from coursepack.distill.recipe import changed_method, set_values
-from coursepack.distill.renamed import check_renamed
-from coursepack.distill.setup.costs import ViewCost, planned_store, view_costs
+from coursepack.catalog import names_of
+from coursepack.commands import Choice, Command, complete_folder, name_of
+from coursepack.console import JSON, byte_size, print_json, print_table
 from coursepack.errors import RecipeError, UnknownName
-from coursepack.models import build_network
 
 if TYPE_CHECKING:
     from coursepack.distill.methods.base import Method
+    from coursepack.distill.setup.costs import ViewCost
 
 EXAMPLES = """\b
 Examples:
@@ -34,19 +29,20 @@ PAGE_TEACHER, PAGE_STUDENT, PAGE_CLASSES, PAGE_SAMPLES = "resnet32x4", "resnet8x
 
 
 @click.command("methods", cls=Command, epilog=EXAMPLES)
-@click.argument("name", required=False)
-@click.option("--needs", "needed", multiple=True, type=click.Choice(tuple(NEEDS)),
+@click.argument("name", required=False, shell_complete=name_of("method"))
+@click.option("--needs", "needed", multiple=True, type=Choice(names_of("need")),
               help="List only methods with this need. Repeatable.")  # fmt: skip
-@click.option("--store", "stores", multiple=True,
+@click.option("--store", "stores", multiple=True, shell_complete=complete_folder,
               help="A store: also print the bytes that NAME reads of a view. Repeatable.")  # fmt: skip
 @click.option(
-    "--student", help="Student for --store, which layers are paired with.  [default: the teacher's network]"
-)
+    "--student", shell_complete=name_of("network"),
+    help="Student for --store, which layers are paired with.  [default: the teacher's network]",
+)  # fmt: skip
 @click.option(
     "--set", "assignments", multiple=True,
     help="Field of NAME's objective to set, as objective.FIELD=VALUE. Repeatable.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/methods.md.")
 def methods_command(
     name: str | None,
@@ -62,6 +58,10 @@ def methods_command(
     Replace any default with `distill train --set objective.FIELD=VALUE`; here, the same option shows what
     the changed method needs and reads.
     """
+    from coursepack.distill.methods import METHODS
+    from coursepack.distill.methods.description import describe, needs_of
+    from coursepack.distill.recipe import changed_method
+
     if name is not None and name not in METHODS:
         raise UnknownName("method", name, METHODS)
     if (stores or student or assignments) and name is None:
@@ -78,7 +78,7 @@ def methods_command(
     if as_json:
         for method in methods if stores else []:
             method["bytes"] = {store: _as_values(cost) for store, cost in costs.items()}
-        click.echo(json.dumps(methods, indent=1))
+        print_json(methods)
     elif name is None:
         for method in methods:
             needs = ", ".join(method["need_names"])
@@ -106,6 +106,9 @@ def _described(method: dict[str, Any], label: str) -> list[str]:
 
 def _changes(assignments: tuple[str, ...]) -> dict[str, Any]:
     """Return the changed fields of an objective as nested plain values."""
+    from coursepack.distill.recipe import set_values
+    from coursepack.distill.renamed import check_renamed
+
     values: dict[str, Any] = {}
     set_values(values, assignments)
     check_renamed(values, "--set")
@@ -119,6 +122,10 @@ def _changes(assignments: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _costs(method: Method, stores: tuple[str, ...], student: str | None) -> list[ViewCost]:
+    from coursepack.data.store import load_manifest
+    from coursepack.distill.setup.costs import view_costs
+    from coursepack.models import build_network
+
     if not stores:
         return []
     teachers = [load_manifest(store) for store in stores]
@@ -148,6 +155,11 @@ def _cells(cost: ViewCost) -> list[str]:
 
 def page_tables() -> str:
     """Return the tables of docs/methods.md: all methods, and bytes of a view for a pair on CIFAR-100."""
+    from coursepack.distill.methods import METHODS
+    from coursepack.distill.methods.description import markdown_table, methods_table
+    from coursepack.distill.setup.costs import planned_store, view_costs
+    from coursepack.models import build_network
+
     teacher = planned_store(PAGE_TEACHER, PAGE_CLASSES, PAGE_SAMPLES)
     student = build_network(PAGE_STUDENT, PAGE_CLASSES)
     methods_by_cells: dict[tuple[str, ...], list[str]] = {}

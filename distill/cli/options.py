@@ -1,21 +1,22 @@
-"""Options of `distill train` that set recipe fields; type, choices, default and help come from the field."""
+"""Options of `distill train` that set recipe fields; type, choices, default and help come from the field.
+
+They are read from the catalog, which is written from the recipe's fields, so that help does not import torch.
+"""
 
 from __future__ import annotations
 
 import os
-import types
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.config import field_at
+from coursepack.catalog import read_catalog
+from coursepack.commands import Choice, complete_folder, name_of
 from coursepack.console import parse_numbers
-from coursepack.data.store.cache import LIMIT_VARIABLE, parse_bytes
-from coursepack.distill.recipe import TrainRecipe
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS
+from coursepack.distill.runs import CHECKPOINT_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 OPTIONS = {
     "Student": {
@@ -81,19 +82,21 @@ REPEATABLE = {
 }
 """Help text of options that may be given several times."""
 
-DEFAULTS = {
-    "method": "kd with stores, else supervised",
-    "source": "the stores'",
-    "view": "the stores'",
-    "root": "the stores'",
+NAMED = {"method": "method", "student": "network", "source": "source", "view": "view"}
+"""Kind of the names in the catalog that an option takes."""
+COMPLETED = {
+    **{name: name_of(kind) for name, kind in NAMED.items()},
+    **dict.fromkeys(("store", "root", "group"), complete_folder),
 }
-"""Help text for defaults that are not constants."""
+"""Functions that complete values in the shell, by option."""
 
 
 def _limit_cache(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
     """Set the environment variable of the limit until the command ends, for its child processes too."""
     if value is None:
         return
+    from coursepack.data.store.cache import LIMIT_VARIABLE, parse_bytes
+
     parse_bytes(value, "--cache-bytes")
     before = os.environ.get(LIMIT_VARIABLE)
     os.environ[LIMIT_VARIABLE] = value
@@ -137,7 +140,7 @@ CACHE_BYTES = click.option(
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every entry of `FIELDS` to a command."""
     for name in reversed(FIELDS):
-        command = _option(name, FIELDS[name])(command)
+        command = _option(name)(command)
     return command
 
 
@@ -151,49 +154,26 @@ def given_options(options: dict[str, Any]) -> list[tuple[str, str, Any]]:
     ]
 
 
-def _option(name: str, path: str) -> Callable[..., Any]:
-    field = field_at(TrainRecipe, path)
-    kind = _kind(field.annotation, field.metadata)
-    text = " ".join((field.description or "").split())
-    default = DEFAULTS.get(name)
-    if default is None and path.startswith("objective."):
-        default = "the method's"
-    elif default is None and not field.is_required():
-        default = None if field.default in (None, False, ()) else str(field.default)
-    shown = text + (f"  [default: {default}]" if default else "")
-    flag, variable = f"--{name}", name.replace("-", "_")
-    if kind is bool:
-        return click.option(flag, variable, is_flag=True, default=None, help=shown)
+def _option(name: str) -> Callable[..., Any]:
+    described = read_catalog()["options"][name]
+    flag, variable, shown = f"--{name}", name.replace("-", "_"), described["help"]
+    kind = described["kind"]
+    complete = COMPLETED.get(name)
     if name in REPEATABLE:
-        return click.option(flag, variable, multiple=True, help=f"{shown} {REPEATABLE[name]}")
-    if kind is tuple:
+        shown = f"{shown} {REPEATABLE[name]}"
+        return click.option(flag, variable, multiple=True, help=shown, shell_complete=complete)
+    if kind == "flag":
+        return click.option(flag, variable, is_flag=True, default=None, help=shown)
+    if kind == "numbers":
         return click.option(flag, variable, callback=parse_numbers, metavar="X,X,...", help=shown)
-    return click.option(flag, variable, type=kind, help=shown)
+    return click.option(flag, variable, type=_type(described), help=shown, shell_complete=complete)
 
 
-def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> Any:
-    """Return click's type for a field; `bool` means a flag and `tuple` a list of numbers."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *marks = get_args(annotation)
-        more = (bound for mark in marks for bound in getattr(mark, "metadata", [mark]))
-        return _kind(inner, [*bounds, *more])
-    if origin in (Union, types.UnionType):
-        return _kind(get_args(annotation)[0], bounds)
-    if origin is Literal:
-        return click.Choice(get_args(annotation))
-    if origin is tuple:
-        return tuple
-    if annotation in (int, float):
-        return _range(annotation, bounds)
-    return bool if annotation is bool else str
-
-
-def _range(number: type, bounds: Sequence[Any]) -> click.IntRange | click.FloatRange:
-    """Return click's range of numbers within pydantic's bounds."""
-    limits: dict[str, Any] = {}
-    for bound in bounds:
-        for name, side in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
-            if hasattr(bound, name):
-                limits |= {side: getattr(bound, name), f"{side}_open": name in ("gt", "lt")}
-    return (click.IntRange if number is int else click.FloatRange)(**limits)
+def _type(described: dict[str, Any]) -> Any:
+    """Return click's type of an option of the catalog."""
+    if described["kind"] == "choice":
+        return Choice(described["choices"])
+    ranges = {"integer": click.IntRange, "number": click.FloatRange}
+    if described["kind"] in ranges:
+        return ranges[described["kind"]](**described["limits"])
+    return click.STRING

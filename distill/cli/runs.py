@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.commands import Command
-from coursepack.console import TRUST_CODE, print_table
-from coursepack.device import pick_device
+from coursepack.commands import Command, name_of
+from coursepack.console import JSON, TRUST_CODE, print_json, print_table, say
 from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, WORKERS
-from coursepack.distill.runs.compare import compare, plot, table_rows
-from coursepack.distill.runs.evaluation import evaluate_run
-from coursepack.distill.runs.folder import load_runs
-from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
 from coursepack.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -42,7 +36,7 @@ if TYPE_CHECKING:
     "--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the runs' folders."
 )
 @TRUST_CODE
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def sweep_command(
     grid_file: Path, out: Path, device: str, as_json: bool, trust_code: bool, **how: Any
@@ -59,6 +53,9 @@ def sweep_command(
       objective.temperature: [2, 4]
       seed: [0, 1, 2]
     """
+    from coursepack.device import pick_device
+    from coursepack.distill.runs.sweep import finished_runs, read_grid, sweep
+
     students = read_grid(grid_file, trust_code=trust_code)
     diverged = sweep(students, out, device=pick_device(device), trust_code=trust_code, **how)
     _show(finished_runs(students, out), as_json=as_json)
@@ -68,15 +65,19 @@ def sweep_command(
 
 @click.command("eval", cls=Command, epilog="\b\nExample:\n  distill eval runs/kd")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--source", help="Evaluation data, NAME:SPLIT.  [default: the run's evaluation data]")
+@click.option("--source", shell_complete=name_of("source"),
+              help="Evaluation data, NAME:SPLIT.  [default: the run's evaluation data]")  # fmt: skip
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files.")
 @TRUST_CODE
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def eval_command(
     run: Path, source: str | None, root: Path | None, trust_code: bool, as_json: bool, device: str
 ) -> None:
     """Evaluate the student of a finished run, or every student of a group and their ensembles."""
+    from coursepack.device import pick_device
+    from coursepack.distill.runs.evaluation import evaluate_run
+
     chosen = pick_device(device)
     data, found = evaluate_run(run, device=chosen, source=source, root=root, trust_code=trust_code)
     if as_json:
@@ -85,7 +86,7 @@ def eval_command(
              "source": data.name, **each.metrics}
             for each in found
         ]  # fmt: skip
-        click.echo(json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
+        print_json(rows if len(rows) > 1 else rows[0])
         return
     for each in found:
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in each.metrics.items())
@@ -95,7 +96,7 @@ def eval_command(
 
 @click.command("compare", cls=Command, epilog="\b\nExample:\n  distill compare runs/alone-* runs/kd-*")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.option(
     "--plot",
     "plot_file",
@@ -118,16 +119,34 @@ def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | Non
       agrees          share of training rows with the teachers' top class
       kl to teachers  mean divergence from the teachers on training rows, in nats
       T clamped       share of training rows whose temperature was clamped
+
+    A second table has the accuracy of each teacher on the views in its store, which are of the training
+    data, and not of the evaluation data.
     """
     groups = _show(runs, as_json=as_json)
+    say("columns: see distill compare --help")
     if plot_file is not None:
+        from coursepack.distill.runs.compare import plot
+
         plot(groups, plot_file)
 
 
 def _show(runs: Sequence[Path], *, as_json: bool) -> list[Group]:
-    groups = compare([run for path in runs for run in load_runs(path)])
+    from coursepack.distill.runs.compare import compare, group_runs, table_rows
+    from coursepack.distill.runs.folder import load_runs
+    from coursepack.distill.runs.teachers import teachers_of, teachers_table
+
+    finished = [run for path in runs for run in load_runs(path)]
+    groups, members = compare(finished), group_runs(finished)
     if as_json:
-        click.echo(json.dumps([group.to_dict() for group in groups], indent=1))
-    else:
-        print_table("", *table_rows(groups))
+        print_json(
+            [
+                {**group.to_dict(), "teachers": {each.store: each.accuracy for each in teachers_of(of_group)}}
+                for group, of_group in zip(groups, members, strict=True)
+            ]
+        )
+        return groups
+    print_table("", *table_rows(groups))
+    if teachers := teachers_of(finished):
+        print_table("", *teachers_table(teachers))
     return groups

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coursepack.commands import Command
-from coursepack.console import TRUST_CODE
-from coursepack.data import view_recipe
+from coursepack.console import JSON, TRUST_CODE, print_json
 from coursepack.distill.cli.options import (
     CACHE_BYTES,
     CHECKPOINTS,
@@ -22,17 +21,13 @@ from coursepack.distill.cli.options import (
     given_options,
     recipe_options,
 )
-from coursepack.distill.distributed import process_group
-from coursepack.distill.recipe import load_recipe, set_value, set_values
-from coursepack.distill.runs.dry_run import dry_run
-from coursepack.distill.runs.folder import load_runs
-from coursepack.distill.runs.smoke import smoke_recipe
-from coursepack.distill.runs.train import train
-from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from coursepack.distill.recipe import TrainRecipe
+    from coursepack.distill.runs.folder import FinishedRun
 
 EXAMPLES_TRAIN = """\b
 Examples:
@@ -50,6 +45,7 @@ GROUPS = {
         *("device", "workers", "threads", "checkpoint_seconds", "cache_bytes"),
         *("tensorboard", "peers", "replica", "trust_code"),
     ),
+    "Output": ("as_json", "quiet"),
 }
 """Parameters by the title of their group in the help."""
 
@@ -98,6 +94,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
 @THREADS
 @click.option("--tensorboard", is_flag=True, help="Also write metrics for TensorBoard into the run's folder.")
 @TRUST_CODE
+@JSON
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 def train_command(
     recipe_file: Path | None,
@@ -107,6 +104,7 @@ def train_command(
     tensorboard: bool,
     trust_code: bool,
     smoke: bool,
+    as_json: bool,
     device: str,
     workers: int | None,
     resume: bool,
@@ -124,28 +122,28 @@ def train_command(
 
     Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """
+    from coursepack.distill.distributed import process_group
+    from coursepack.distill.runs.dry_run import dry_run
+    from coursepack.distill.runs.folder import load_runs
+    from coursepack.distill.runs.smoke import smoke_recipe
+    from coursepack.distill.runs.train import train
+    from coursepack.distill.setup.resolve import resolve_recipe
+
     with process_group(device) as (ranks, own), ExitStack() as stack:
-        values = {} if recipe_file is None else load_recipe(recipe_file)
-        changes: dict[str, Any] = {}
-        _apply(changes, options, assignments)
-        if "method" in values and changes.get("method", values["method"]) != values["method"]:
-            values.pop("objective", None)  # its fields belong to the file's method
-        _apply(values, options, assignments)
+        values = _read_values(recipe_file, options, assignments)
         if peers is not None:
             _set_peers(values, peers)
         if replica is not None:
             values["member"], values["replicas"] = replica
         where = "the recipe" if recipe_file is None else str(recipe_file)
-        if recipe_file is not None:
-            _check_beside(values, recipe_file)
         recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         shared = {"overwrite": overwrite, "resume": resume, "trust_code": trust_code}
         if smoke:
             recipe = smoke_recipe(recipe, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         if dry or out is None:
-            text = dry_run(recipe, out, device=own, ranks=ranks, **shared)
+            notes = dry_run(recipe, out, device=own, ranks=ranks, **shared)
             if ranks.is_first:
-                click.echo(text, nl=False)
+                _print_dry(notes, recipe, as_json=as_json)
             return
         train(
             recipe,
@@ -159,30 +157,56 @@ def train_command(
             **shared,
         )
         if ranks.is_first:
-            for run in load_runs(out):
-                evaluation = run.metrics[-1]["evaluation"]
-                what = f"{run.path} {run.ensemble}".strip()
-                click.echo(
-                    f"{what}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
-                    f"{recipe.evaluation} after {run.metrics[-1]['epoch'] + 1} epochs"
-                )
+            _print_runs(load_runs(out), recipe, as_json=as_json)
 
 
-def _check_beside(values: dict[str, Any], recipe_file: Path) -> None:
-    """Refuse stores that are beside the recipe file instead of in the current folder, from which paths start.
+def _read_values(
+    recipe_file: Path | None, options: dict[str, Any], assignments: Sequence[str]
+) -> dict[str, Any]:
+    """Return the plain values of a recipe file with those of the command line in their place."""
+    from coursepack.config import start_paths
+    from coursepack.distill.recipe import load_recipe
 
-    Raises:
-        RecipeError: there is such a store.
-    """
-    stores = values.get("stores")
-    for store in stores if isinstance(stores, list | tuple) else ():
-        beside = recipe_file.parent / str(store)
-        if not Path(str(store)).exists() and beside.exists():
-            raise RecipeError(
-                f"there is no store at {str(store)!r}: relative paths start from the current folder, but "
-                f"this one is beside the recipe file. Give --store {beside}, or run the command in "
-                f"{str(recipe_file.parent)!r}"
-            )
+    values: dict[str, Any] = {}
+    if recipe_file is not None:
+        values = load_recipe(recipe_file)
+        start_paths(values, recipe_file.parent)
+    changes: dict[str, Any] = {}
+    _apply(changes, options, assignments)
+    if "method" in values and changes.get("method", values["method"]) != values["method"]:
+        values.pop("objective", None)  # its fields belong to the file's method
+    _apply(values, options, assignments)
+    return values
+
+
+def _print_dry(notes: Sequence[str], recipe: TrainRecipe, *, as_json: bool) -> None:
+    from coursepack.config import write_yaml
+
+    values = recipe.model_dump(mode="json")
+    if as_json:
+        print_json({"notes": list(notes), "recipe": values})
+    else:
+        click.echo("".join(f"# {note}\n" for note in notes) + write_yaml(values), nl=False)
+
+
+def _print_runs(runs: Sequence[FinishedRun], recipe: TrainRecipe, *, as_json: bool) -> None:
+    """Print the results of a student, or of each of a group and of their ensemble."""
+    if as_json:
+        rows = [
+            {"run": str(run.path), **({"ensemble": run.ensemble} if run.ensemble else {}),
+             "source": recipe.evaluation, "epochs": run.metrics[-1]["epoch"] + 1,
+             **run.metrics[-1]["evaluation"]}
+            for run in runs
+        ]  # fmt: skip
+        print_json(rows if len(rows) > 1 else rows[0])
+        return
+    for run in runs:
+        evaluation = run.metrics[-1]["evaluation"]
+        what = f"{run.path} {run.ensemble}".strip()
+        click.echo(
+            f"{what}: accuracy {evaluation['accuracy']:.2%}, NLL {evaluation['nll']:.3f} on "
+            f"{recipe.evaluation} after {run.metrics[-1]['epoch'] + 1} epochs"
+        )
 
 
 def _set_peers(values: dict[str, Any], count: int) -> None:
@@ -206,6 +230,9 @@ def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequenc
     Raises:
         UnknownName, RecipeError: a view does not exist, or an option does not fit the recipe.
     """
+    from coursepack.data import view_recipe
+    from coursepack.distill.recipe import set_value, set_values
+
     for flag, field, value in given_options(options):
         plain = view_recipe(value).model_dump(mode="json") if field == "view" else value
         if field == "student":

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from coursepack.canonical import canonical_json, difference_table
-from coursepack.console import say
+from coursepack.console import warn
 from coursepack.distill.exchange.base import (
     Exchange,
     Exchanged,
@@ -110,7 +110,7 @@ class Replicas(Recorded):
             try:
                 self._read(index)
             except (OSError, ValueError, SafetensorError) as error:
-                say(
+                warn(
                     f"weights of replica {index + 1} are not used, since {context.location.where(key)!r} "
                     f"cannot be read: {' '.join(str(error).split())[:300]}"
                 )

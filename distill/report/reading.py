@@ -22,6 +22,7 @@ from coursepack.distill.runs.records import MAX_METRICS_BYTES
 from coursepack.errors import CoursepackError, RunError
 from coursepack.models.build import WEIGHTS_FILE
 from coursepack.parsing import parse_json, read_bounded, read_json
+from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -267,9 +268,7 @@ def _why(model: type[BaseModel], values: Any) -> str | None:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        return f"{key}: {first['msg']}" if key else "it is not a mapping"
+        return lines_of(model, error)[0] if isinstance(values, dict) else "it is not a mapping"
     return None
 
 

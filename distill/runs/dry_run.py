@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.config import write_yaml
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs.folder import check_free
 from coursepack.distill.setup.describe import describe_training, describe_work
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.group import make_group
 
@@ -29,8 +29,8 @@ def dry_run(
     resume: bool = False,
     ranks: Ranks = ALONE,
     trust_code: bool = False,
-) -> str:
-    """Open and check everything that a run needs, and return its recipe as YAML, with its work as comments.
+) -> list[str]:
+    """Open and check everything that a run needs, and return lines that describe its work.
 
     Args:
         recipe: the recipe.
@@ -50,4 +50,6 @@ def dry_run(
     make_group(setup)
     lines = ["dry run: nothing was trained or written", describe_setup(setup)]
     lines += [describe_training(recipe, setup), *describe_work(setup)]
-    return "".join(f"# {line}\n" for line in lines) + write_yaml(recipe.model_dump(mode="json"))
+    for warning in temperature_warnings(recipe, setup.readers):
+        lines += warning.splitlines()
+    return lines

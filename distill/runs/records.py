@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coursepack.errors import RunError
 from coursepack.parsing import parse_json, read_bounded, read_json
+from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,7 +106,4 @@ def _check(model: type[P], values: Any, where: str) -> None:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"])) or "it"
-        text = problem["msg"] if problem["loc"] else "Input should be a mapping"
-        raise RunError(f"{where} is damaged: {key}: {text}") from error
+        raise RunError(f"{where} is damaged: {lines_of(model, error)[0]}") from error

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from coursepack.canonical import canonical_json
-from coursepack.config import Config, parse_config
-from coursepack.console import say
+from coursepack.config import Config, parse_config, start_paths
+from coursepack.console import SHORT_SECONDS, progress, say, warn
 from coursepack.distill.recipe import load_recipe, set_value
+from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import start_run
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train_together
+from coursepack.distill.runs.train import train_together
 from coursepack.distill.setup.checks import check_recipe
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
@@ -90,6 +92,7 @@ def read_grid(path: Path, *, trust_code: bool = False) -> list[Student]:
         values = copy.deepcopy(grid.base)
         for key, value in settings.items():
             set_value(values, key, copy.deepcopy(value), f"grid of {str(path)!r}")
+        start_paths(values, path.parent)
         recipe = resolve_recipe(values, str(path), trust_code=trust_code)
         students.append(Student(student_name(settings), recipe))
     names = [student.name for student in students]
@@ -169,33 +172,41 @@ def sweep(
         waiting += [same[start : start + together] for start in range(0, len(same), together)]
     diverged: dict[str, str] = {}
     number = {student.name: index for index, student in enumerate(students, start=1)}
-    while waiting:
-        group = waiting.pop(0)
-        first = group[0].recipe
-        which = ", ".join(str(number[student.name]) for student in group)
-        say(f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}")
-        try:
-            with algorithms(deterministic=first.deterministic), threads_of(threads), generators_of(device):
-                again = resume or any((out / student.name).exists() for student in group)
-                failures = _train_group(
-                    group, out, device, again, workers, checkpoint_seconds, tensorboard, trust_code
+    finished = len(students) - len(remaining)
+    title = f"sweep {out.name}"
+    with progress(title, len(students), "students", done=finished, delay=SHORT_SECONDS) as meter:
+        while waiting:
+            group = waiting.pop(0)
+            first = group[0].recipe
+            which = ", ".join(str(number[student.name]) for student in group)
+            say(f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}")
+            try:
+                with (
+                    algorithms(deterministic=first.deterministic),
+                    threads_of(threads),
+                    generators_of(device),
+                ):
+                    again = resume or any((out / student.name).exists() for student in group)
+                    failures = _train_group(
+                        group, out, device, again, workers, checkpoint_seconds, tensorboard, trust_code
+                    )
+            except KeyboardInterrupt:
+                finished = len(finished_runs(students, out))
+                warn(
+                    f"interrupted with {finished} of {len(students)} students finished: the same command "
+                    f"with --resume continues {out}"
                 )
-        except KeyboardInterrupt:
-            finished = len(finished_runs(students, out))
-            say(
-                f"interrupted with {finished} of {len(students)} students finished: the same command with "
-                f"--resume continues {out}"
-            )
-            raise
-        except TrainingDiverged as error:
-            if len(group) > 1:
-                # It is unknown which student diverged in this step: continue each alone from its checkpoint.
-                waiting = [[student] for student in _unfinished(group, out)] + waiting
-                continue
-            failures = {group[0].name: str(error)}
-        for name, reason in failures.items():
-            say(f"{name}: {reason}")
-        diverged |= failures
+                raise
+            except TrainingDiverged as error:
+                if len(group) > 1:
+                    # It is unknown which student diverged: continue each alone from its checkpoint.
+                    waiting = [[student] for student in _unfinished(group, out)] + waiting
+                    continue
+                failures = {group[0].name: str(error)}
+            for name, reason in failures.items():
+                warn(f"{name}: {reason}")
+            diverged |= failures
+            meter.advance(len(group))
     return diverged
 
 
@@ -226,6 +237,9 @@ def _train_group(
             student_runs.append(run)
             stack.enter_context(run)
         say(describe_setup(setup))
+        warnings = [temperature_warnings(each.recipe, setup.readers) for each in group]
+        for warning in dict.fromkeys(itertools.chain(*warnings)):
+            say(warning)
         by_position: dict[tuple[int, int], list[Run]] = {}
         for run in student_runs:
             position = (run.position.epoch, run.position.batches)

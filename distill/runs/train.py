@@ -6,12 +6,14 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import progress
+from coursepack.console import progress, warn
 from coursepack.data.loading import Renderer
 from coursepack.distill.distributed import ALONE
+from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import check_same_on_all_ranks, start_run
 from coursepack.distill.setup.describe import describe_training
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position
 from coursepack.distill.training.evaluate import evaluation_view
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.runs.start import Run
     from coursepack.distill.setup.prepare import Setup
-
-CHECKPOINT_SECONDS = 60.0
-"""Default time between checkpoints."""
 
 
 def train(
@@ -90,10 +89,13 @@ def train(
         ) as run:
             ranks.log_once(describe_setup(setup))
             ranks.log_once(describe_training(recipe, setup))
+            for warning in temperature_warnings(recipe, setup.readers):
+                ranks.log_once(warning)
             try:
                 train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)
             except KeyboardInterrupt:
-                ranks.log_once(f"interrupted: the same command with --resume continues {out}")
+                if ranks.is_first:
+                    warn(f"interrupted: the same command with --resume continues {out}")
                 raise
     if run.diverged is not None:
         raise run.diverged

@@ -222,6 +222,8 @@ def prepare(
         SourceError: files of a source are missing or damaged.
         RecipeError, UnknownName: fields do not fit together, or a name is unknown.
     """
+    if recipe.stores:
+        recipe = recipe.model_copy(update={"view": recipe.view.located(recipe.stores[0])})
     root = None if recipe.root is None else Path(recipe.root)
     source, evaluation = open_source(recipe.source, root), open_source(recipe.evaluation, root)
     source.check()

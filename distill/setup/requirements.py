@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from coursepack.data import PRESETS, ViewRecipe
+from coursepack.data.encodings import drops_classes
 from coursepack.data.store.manifest import LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, FeaturePair
@@ -365,7 +366,7 @@ def check_needs(
         flsw = objective.dynamic_temperature.kind == "flsw"
         other = "\nor use CWSM, which reads only the student: --method dtd-cwsm" if flsw else ""
         for reader in readers:
-            if reader.manifest.arrays[LOGITS].encoding.to_dict()["name"] == "topk":
+            if drops_classes(reader.manifest.arrays[LOGITS].encoding):
                 dense = f"{reader.address.removesuffix('.zarr')}-dense.zarr"
                 line = precompute_command(reader, root, store=dense, encoding="float16")
                 raise RecipeError(
@@ -394,9 +395,19 @@ def precompute_command(
     store: str | None = None,
     encoding: str | None = None,
 ) -> str:
-    """Return the `precompute run` command that writes a store again, or adds taps to it."""
+    """Return the `precompute run` command that writes a store again, or adds taps to it.
+
+    Raises:
+        RecipeError: the store was imported, so no command can.
+    """
     manifest = reader.manifest
     teacher, weights = manifest.identity["teacher"], manifest.origin.get("weights_file")
+    if "imported" in teacher:
+        raise RecipeError(
+            f"store {reader.address!r} was imported from {weights!r}: it has logits in the encoding "
+            f"{manifest.arrays[LOGITS].encoding.name} and nothing else of its teacher, and the method needs "
+            "more. Use a method that reads logits alone, such as kd, or a store that `precompute run` wrote"
+        )
     words = ["precompute", "run"]
     run = None if weights is None else spec_of_weights(weights)
     if run is not None:

@@ -82,6 +82,7 @@ def open_teacher_stores(
         view = stored_view(identity["view"]["recipe"], holder, trust_code=trust_code)
     for reader in readers:
         check_store(reader, source, view)
+    view = view.located(readers[0].address)
     return TeacherStores(source, view, tuple(readers), kept if root is None else root)
 
 

@@ -49,7 +49,7 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     label = label_at(call.labels, n, call.ignore_index)
     for k in range(count):
         index, each = k * call.rows + n, count * call.rows
-        top = read_row(teachers[k], n, classes, length, 1.0, logits)
+        top = read_row(teachers[k], n, classes, length, 1.0, probs, logits)
         total = exponentials(logits, top, float32(LOG2_E), probs, length)
         store_int64(call.grad_weights, index, first_top(logits, top, classes))
         entropy = math.log(total) - moment(probs, logits, top, length) / total

@@ -20,8 +20,9 @@ from coursepack.kernels.cpu.jit_convert import (
     write_float32,
 )
 from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
+from coursepack.kernels.cpu.jit_packed import packed_exponentials, read_packed
 from coursepack.kernels.cpu.jit_softmax import exponentials
-from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, SHIFT, SMOOTH, TOPK
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, PACKED, SHIFT, SMOOTH, TOPK
 
 LARGEST = 1.0e30
 """Upper bound of 1/T, which keeps products finite. The loss T² D is zero in float32 at such temperatures."""
@@ -62,7 +63,7 @@ def prefetch_row(kind: int, values: int, index: int, classes: int) -> None:
 
     Rows are far apart, and the CPU detects a sequential read only after a few cache lines.
     """
-    size = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+    size = 4 if kind == FLOAT32 else 1 if kind in (INT8, PACKED) else 2
     start = values + size * index
     for line in range(0, size * classes if size * classes < FETCHED else FETCHED, 64):
         prefetch(start + line)
@@ -121,8 +122,10 @@ def ids_are_classes(teacher: Any, n: int, classes: int) -> bool:
 
 
 @njit(inline="always")
-def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float, out: int) -> float:
-    """Decode a row of any kind and return its largest value."""
+def read_row(
+    teacher: Any, n: int, classes: int, length: int, temperature: float, spare: int, out: int
+) -> float:
+    """Decode a row of any kind and return its largest value. `spare` is a row of scratch."""
     if teacher.kind == INT8:
         affine = n * teacher.affine_stride
         scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
@@ -135,6 +138,8 @@ def read_row(teacher: Any, n: int, classes: int, length: int, temperature: float
         for i in range(teacher.kept):
             store(out, class_id(teacher, n, i), half_at(teacher.values, n * teacher.stride + i))
         return top
+    if teacher.kind == PACKED:
+        return read_packed(teacher, n, classes, length, temperature, spare, out)
     return read_dense(teacher.kind, teacher.values, n * teacher.stride, classes, out)
 
 
@@ -186,7 +191,9 @@ def teacher_exponentials(
     adjusts = teacher.adjustment != NONE and label >= 0
     if teacher.kind == TOPK and not adjusts:
         return topk_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
-    top = read_row(teacher, n, classes, length, temperature, logits)
+    if teacher.kind == PACKED and not adjusts:
+        return packed_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
+    top = read_row(teacher, n, classes, length, temperature, out, logits)
     wrong = adjusts and load(logits, label) < top
     if wrong and teacher.adjustment == SHIFT:
         # Swapping two logits swaps their probabilities. Ties for the top go to the lowest class.

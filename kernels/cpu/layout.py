@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK = range(5)
+FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK, PACKED = range(6)
 """Storage kinds of a row."""
 NONE, SHIFT, SMOOTH = range(3)
 """Adjustments of a wrong teacher, in the order of `spec.ADJUSTMENTS`."""
@@ -51,7 +51,7 @@ _TEACHER = {
     "kind": "q",
     "values": "q",
     "stride": "q",
-    "affine": "q",  # (N, 2) float16
+    "affine": "q",  # (N, 2) float16; the scale (N, 4) of packed rows
     "affine_stride": "q",
     "ids": "q",  # (N, k) uint16 or uint32
     "ids_stride": "q",
@@ -59,6 +59,7 @@ _TEACHER = {
     "kept": "q",  # k
     "tail": "q",  # (N, 4) float16
     "tail_stride": "q",
+    "low_bits": "q",  # of packed rows
     "temperature": "q",
     "temperature_stride": "q",
     "fixed_temperature": "d",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coursepack.kernels.cpu import layout
 from coursepack.kernels.labels import MixedLabels
+from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
 from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
 
@@ -129,7 +130,7 @@ def _temperature_fields(temperature: float | Tensor) -> tuple[int, int, float]:
 
 
 Fields = tuple[int, ...]
-"""Fields of a TEACHER record, from `kind` to `tail_stride`."""
+"""Fields of a TEACHER record, from `kind` to `low_bits`."""
 
 
 def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
@@ -140,7 +141,7 @@ def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
         values = values.contiguous()
         step, row, _ = values.stride()
     kind, start, step = KINDS[values.dtype], values.data_ptr(), step * values.element_size()
-    rest = (row, 0, 0, 0, 0, 0, 0, 0, 0)
+    rest = (row, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     return values, [(kind, start + k * step, *rest) for k in range(values.shape[0])]
 
 
@@ -154,7 +155,7 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
     """Return the tensors of a teacher and its fields."""
     if isinstance(teacher, Int8Rows):
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
-        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0)
+        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
         return [q, affine], fields
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
@@ -171,8 +172,13 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
             kept,
             tail.data_ptr(),
             tail.shape[1],
+            0,
         )
+    if isinstance(teacher, PackedTopKRows):
+        entries, scale = teacher.entries.contiguous(), teacher.scale.contiguous()
+        places = (entries.data_ptr(), entries.shape[1], scale.data_ptr(), scale.shape[1])
+        return [entries, scale], (layout.PACKED, *places, 0, 0, 0, teacher.kept, 0, 0, teacher.low_bits)
     dense = teacher.values if isinstance(teacher, DenseRows) else teacher
     assert isinstance(dense, Tensor)
     dense = row_major(dense)
-    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0)
+    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0, 0)

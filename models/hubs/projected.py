@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, suggestion
 from coursepack.imports import PROJECTED
 from coursepack.models.networks.layers import conv_bn
 from coursepack.models.taps import tapped
@@ -133,7 +133,8 @@ def build(name: str, classes: int, size: int | None) -> HubNetwork:
     built = build_fresh(inner, classes, size)
     layers = [layer for layer, _ in built.module.named_modules()]
     if projection.layer not in layers:
-        raise RecipeError(f"network {inner!r} has no layer {projection.layer!r} to project")
+        near = suggestion(projection.layer, layers)
+        raise RecipeError(f"network {inner!r} has no layer {projection.layer!r} to project.{near}")
     return built._replace(module=Projected(built.module, projection, classes))
 
 

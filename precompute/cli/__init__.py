@@ -22,6 +22,13 @@ SUBCOMMANDS = {
     "verify": Subcommand(
         "coursepack.precompute.cli.stores:verify_command", "Check every file of a store against its manifest."
     ),
+    "export": Subcommand(
+        "coursepack.precompute.cli.caches:export", "Write the decoded rows of a store to one file."
+    ),
+    "import": Subcommand(
+        "coursepack.precompute.cli.caches:import_command",
+        "Write a store of answers that another program cached.",
+    ),
     "inspect": Subcommand(
         "coursepack.precompute.cli.stores:inspect",
         "Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.precompute.executors import EXECUTORS
+from coursepack.commands import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 """Executor of this process."""
+NAMES = (LOCAL, "ray")
+"""Names of the executors, so that help does not import them."""
 
 # fmt: off
 OPTIONS = (
-    click.option("--executor", type=click.Choice(list(EXECUTORS)), default=LOCAL, show_default=True,
+    click.option("--executor", type=Choice(NAMES), default=LOCAL, show_default=True,
                  help="Processes that run the teacher: this one, or the workers of a Ray cluster."),
     click.option("--address",
                  help="Address of the Ray cluster, or auto.  [default: RAY_ADDRESS, or this machine alone]"),
@@ -49,6 +51,8 @@ def make_executor(name: str, **options: Any) -> Executor:
         UsageError: an option is given that the executor does not have.
         RecipeError: the executor needs a library that is not installed.
     """
+    from coursepack.precompute.executors import EXECUTORS
+
     given = {option: value for option, value in options.items() if value is not None}
     for option in given:
         if option not in inspect.signature(EXECUTORS[name]).parameters:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.data.store.locations import path_or_address
-
 if TYPE_CHECKING:
     import os
 
@@ -20,6 +18,8 @@ class StorePath(click.Path):
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
         """Return an address as text, and the path of a folder as a `Path`."""
+        from coursepack.data.store.locations import path_or_address
+
         where = path_or_address(str(value))
         return where if isinstance(where, str) else super().convert(value, param, ctx)
 

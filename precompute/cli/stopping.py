@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coursepack.console import printable, say
+from coursepack.console import printable, warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False) -> Iterator[
         yield
     except KeyboardInterrupt:
         if not quiet:
-            say(f"stopped. {advice}")
+            warn(f"stopped. {advice}")
         raise click.exceptions.Exit(STATUS) from None
     finally:
         for number, handler in before.items():

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from coursepack.commands import Command
-from coursepack.console import TRUST_CODE, byte_size, print_table, printable, progress, say
-from coursepack.data.store import StoreReader, load_manifest, verify
-from coursepack.data.store.done import done_objects
-from coursepack.data.store.identity import check_complete
-from coursepack.data.store.locations import open_location
-from coursepack.data.store.owners import live_runs
-from coursepack.data.store.records import view_mean
-from coursepack.device import pick_device
+from coursepack.console import (
+    JSON,
+    TRUST_CODE,
+    byte_size,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    say,
+)
 from coursepack.errors import RecipeError
 from coursepack.files import write_whole
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
-from coursepack.precompute.inspect import agreement, describe_store
-from coursepack.precompute.numerics import describe_numerics, views_by_numerics
-from coursepack.precompute.page.build import build_page
-from coursepack.precompute.picture import draw_grid
-from coursepack.precompute.precision import describe_precision, store_precision
-from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
 
 if TYPE_CHECKING:
     from coursepack.data.store import Manifest
+    from coursepack.data.store.check import StoreReport
 
 STORE = click.option("--store", type=STORE_PATH, required=True, help="Folder or address of the store.")
 ROOT_HELP = "Folder of the source's files.  [default: the recorded one]"
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command("status", cls=Command, epilog="\b\nExample:\n  precompute status --store cnn.zarr")
@@ -40,10 +35,13 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @JSON
 def status(store: str | Path, as_json: bool) -> None:
     """Show the content of a store, its missing views and the processes that write to it."""
+    from coursepack.data.store import load_manifest
+    from coursepack.data.store.identity import check_complete
+
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
     if as_json:
-        click.echo(json.dumps(_status(store, manifest), indent=1))
+        print_json(status_values(store, manifest))
     else:
         print_status(store, manifest)
 
@@ -89,10 +87,20 @@ def verify_command(
 
     The exit status is 1 if there is a problem.
     """
+    from coursepack.data.store import load_manifest, verify
+    from coursepack.data.store.identity import check_complete
+    from coursepack.data.store.locations import open_location
+    from coursepack.device import pick_device
+    from coursepack.precompute.verify import check_views, job_of_store, repair, verify_deep
+
     manifest = load_manifest(store)
     check_complete(manifest, str(store))
-    with progress(f"verify {open_location(store).name}", manifest.data_bytes, "bytes") as meter:
-        report = verify(store, on_file=meter.advance)
+
+    def check() -> StoreReport:
+        with progress(f"verify {open_location(store).name}", manifest.data_bytes, "bytes") as meter:
+            return verify(store, on_file=meter.advance)
+
+    report = check()
     wrong: tuple[str, ...] = ()
     if (report.problems and mend) or (deep and not report.problems):
         chosen = pick_device(device)
@@ -112,7 +120,7 @@ def verify_command(
             say(f"{problem}: written again")
         for key in others:
             say(f"{key}: the new content differs by rounding; the manifest has its new checksum")
-        report = verify(store)
+        report = check()
     if not report.problems:
         wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)
     if deep and not report.problems:
@@ -121,7 +129,7 @@ def verify_command(
     problems = [*map(str, report.problems), *wrong]
     if as_json:
         values = {"files": report.files, "bytes": report.size, "rows": deep, "problems": problems}
-        click.echo(json.dumps(values, indent=1))
+        print_json(values)
     else:
         for line in problems:
             click.echo(printable(line))
@@ -174,14 +182,24 @@ def inspect(
     With --html, write all of this and more on one page that needs no network: samples, where the teachers
     disagree, missing views, damaged files.
     """
+    from coursepack.data.store import StoreReader
+    from coursepack.data.store.identity import check_complete
+    from coursepack.precompute.inspect import agreement, describe_store
+    from coursepack.precompute.picture import draw_grid
+
     if out is not None and html is not None:
         raise click.UsageError("--out writes a picture and --html a page: give one of them")
     if out is not None:
         draw_grid(stores, root, views or 4, out, trust_code=trust_code)
-        click.echo(f"{out}: {len(stores)} teachers on some samples")
+        if as_json:
+            print_json({"picture": str(out), "stores": [str(store) for store in stores]})
+        else:
+            click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
     if html is not None:
-        _write_page(html, stores, root, views=views or 4, verify=check_files, trust_code=trust_code)
+        _write_page(
+            html, stores, root, views=views or 4, verify=check_files, trust_code=trust_code, as_json=as_json
+        )
         return
     if views is not None:
         raise click.UsageError("--views applies to the picture: give --out grid.png too, or --html page.html")
@@ -191,7 +209,7 @@ def inspect(
     described = [describe_store(reader) for reader in readers]
     agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
     if as_json:
-        click.echo(json.dumps({"stores": described, "agreement": agree}, indent=1))
+        print_json({"stores": described, "agreement": agree})
         return
     for description in described:
         _print_store(description)
@@ -204,8 +222,12 @@ def inspect(
         print_table("", header, rows)
 
 
-def _write_page(path: Path, stores: tuple[str | Path, ...], root: Path | None, **options: Any) -> None:
+def _write_page(
+    path: Path, stores: tuple[str | Path, ...], root: Path | None, *, as_json: bool, **options: Any
+) -> None:
     """Write the page of `inspect --html`."""
+    from coursepack.precompute.page.build import build_page
+
     if path.is_dir() or not path.parent.is_dir():
         problem = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
         raise RecipeError(f"cannot write the page {str(path)!r}: {problem}. Choose another --html")
@@ -214,12 +236,17 @@ def _write_page(path: Path, stores: tuple[str | Path, ...], root: Path | None, *
         say(f"warning: {problem}")
     content = page.encode(errors="backslashreplace")  # a path may hold bytes that are not text
     write_whole(path, content)
-    click.echo(printable(f"{path}: {byte_size(len(content))}"))
+    if as_json:
+        print_json({"page": str(path), "stores": [str(store) for store in stores], "problems": problems})
+    else:
+        click.echo(printable(f"{path}: {byte_size(len(content))}"))
 
 
 def print_status(store: str | Path, manifest: Manifest) -> None:
     """Print the content of a store and its missing views."""
-    content = _status(store, manifest)
+    from coursepack.precompute.precision import describe_precision
+
+    content = status_values(store, manifest)
     rows = [
         ["teacher", f"{content['network']} from {content['weights']}"],
         ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
@@ -235,13 +262,24 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
     rows += _numerics_rows(content["numerics"])
     if len(content["committed_views"]) < content["views"]:
         rows.append(["finished blocks of uncommitted views", str(content["blocks_done_besides"])])
+    if content["imported"] is not None:
+        rows.append(["imported", content["imported"]])
     for writer in content["writers"]:
         part = f"part {writer['part_index']}/{writer['part_count']}"
         rows.append(["being written by", f"process {writer['pid']} on {writer['host']}, {part}"])
     print_table(str(store), ["", ""], rows)
 
 
-def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+def status_values(store: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the content of a store and the processes that write to it as plain values."""
+    from coursepack.data.store.done import done_objects
+    from coursepack.data.store.locations import open_location
+    from coursepack.data.store.owners import live_runs
+    from coursepack.data.store.records import view_mean
+    from coursepack.precompute.caches.base import describe_use
+    from coursepack.precompute.numerics import views_by_numerics
+    from coursepack.precompute.precision import store_precision
+
     identity = manifest.identity
     records = sorted(manifest.view_records.items(), key=lambda item: int(item[0]))
     return {
@@ -268,11 +306,14 @@ def _status(store: str | Path, manifest: Manifest) -> dict[str, Any]:
         },
         "precision": store_precision(manifest),
         "numerics": views_by_numerics(manifest),
+        "imported": describe_use(manifest),
         "writers": live_runs(store),
     }
 
 
 def _print_store(description: dict[str, Any]) -> None:
+    from coursepack.precompute.precision import describe_precision
+
     teacher = description["identity"]["teacher"]
     click.echo(printable(f"{description['store']}: {teacher['network']}, weights {teacher['weights'][:12]}"))
     rows = [
@@ -297,6 +338,8 @@ def _print_store(description: dict[str, Any]) -> None:
 
 def _numerics_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
     """Return a table row for each kind of numerics with its number of views."""
+    from coursepack.precompute.numerics import describe_numerics
+
     return [["numerics", f"{describe_numerics(group)}, views: {len(group['views'])}"] for group in groups]
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from coursepack.config import Config, parse_config
+from coursepack.config import Config, parse_config, start_paths
 from coursepack.distill.recipe import load_recipe
-from coursepack.errors import RecipeError, nearest
+from coursepack.errors import RecipeError, suggestion
 from coursepack.models.teacher_options import TeacherOptions
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def read_chain(path: Path) -> ChainConfig:
         RecipeError: the file is not a chain, two stages have the same name, or a reference does not name an
             earlier stage of the right kind.
     """
-    chain = parse_config(ChainConfig, load_recipe(path), str(path))
+    values = load_recipe(path)
+    start_paths(values, path.parent)
+    chain = parse_config(ChainConfig, values, str(path))
     names = [stage.name for stage in chain.stages]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -162,9 +164,7 @@ def _check_reference(chain: ChainConfig, index: int, field: str, text: str, wher
         return
     earlier = [each.name for each in chain.stages[:index]]
     if name not in kinds:
-        near = nearest(name, earlier)
-        hint = f" Did you mean {near!r}?" if near else ""
-        known = ", ".join(earlier) or "none"
+        hint, known = suggestion(name, earlier), ", ".join(earlier) or "none"
         raise RecipeError(f"{who} the unknown stage {name!r}.{hint} Earlier stages: {known}.")
     if name == stage.name:
         raise RecipeError(f"{who} the stage itself, expected an earlier one")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coursepack.console import say
+from coursepack.console import say, warn
 from coursepack.distill.runs.chain.plan import naming_stage
 from coursepack.distill.runs.chain.record import (
     LOCK,
@@ -86,7 +86,7 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
             with naming_stage(stage.name):
                 _run_one(stage, stages, out, how, again, f"stage {number} of {len(stages)}, {stage.name}")
     except KeyboardInterrupt:
-        say("interrupted: the same command continues the chain")
+        warn("interrupted: the same command continues the chain")
         raise
     finally:
         lock.release()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.config import write_yaml
 from coursepack.data.loading import Renderer
+from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.chain.file import referenced
 from coursepack.distill.runs.chain.plan import run_folder, store_folder
 from coursepack.distill.runs.chain.record import is_written
-from coursepack.distill.runs.train import CHECKPOINT_SECONDS, train
+from coursepack.distill.runs.train import train
 from coursepack.distill.training.evaluate import evaluate_ensemble, evaluation_view
 from coursepack.distill.training.runtime import threads_of
 from coursepack.errors import RunError

@@ -1,0 +1,185 @@
+"""Reading of packed top-k rows, compiled. Imported at first use: numba is slow to import.
+
+A code of six bits has 64 values, so a row needs one lot of exponentials however many classes it keeps. Rows
+are addresses, as in `jit_convert`. Nothing is written outside a row of C values whatever the bits say: a row
+whose class ids are not ascending and below C gives NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+
+from coursepack.kernels.cpu.jit_base import float32, float64, int64, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_convert import LOT, fill, from_half, write_float32
+from coursepack.kernels.cpu.jit_math import exp2, load, load_int64, load_uint8, load_uint16, store
+from coursepack.kernels.cpu.jit_softmax import exponentials
+
+CODE_BITS = 6
+CODES = 64
+SQUARES = 63.0**2
+WORD = 8
+"""Bytes that are read together."""
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """Return the position of the lowest bit of an int64 that is set; the word must not be 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@njit(forceinline=True)
+def field(start: int, size: int, position: int, width: int) -> int:
+    """Return `width` bits, 32 at most, at a bit position of a row of `size` bytes."""
+    byte = position >> 3
+    if size >= WORD:
+        byte = byte if byte < size - WORD else size - WORD
+        word = load_int64(start + byte, 0)
+    else:
+        word = int64(0)
+        for i in range(size - byte):
+            word |= int64(load_uint8(start, byte + i)) << (8 * i)
+    return (word >> (position - 8 * byte)) & ((int64(1) << width) - 1)
+
+
+@njit
+def place(start: int, size: int, kept: int, classes: int, low: int, table: int, out: int) -> float:
+    """Write `table[code]` to `out` at every kept class; return the sum, or NaN if the ids are not sound."""
+    high = kept + ((classes - 1) >> low)
+    lows, codes = high, high + kept * low
+    total, found, previous = 0.0, 0, -1
+    for first in range(0, high, 32):
+        word = field(start, size, first, 32 if high - first > 32 else high - first)
+        while word != 0:
+            index = (first + trailing_zeros(word) - found) << low
+            index |= field(start, size, lows, low)
+            if found == kept or index <= previous or index >= classes:
+                return np.nan
+            value = load(table, field(start, size, codes, CODE_BITS))
+            store(out, index, value)
+            total += float64(value)
+            previous = index
+            found += 1
+            lows += low
+            codes += CODE_BITS
+            word &= word - 1
+    return total if found == kept else np.nan
+
+
+@njit
+def write_table(top: float, span: float, table: int) -> None:
+    """Write the logits of all codes, for a row's top logit and range."""
+    step = span * float32(1 / SQUARES)
+    for code in range(CODES):
+        store(table, code, top - float32(code * code) * step)
+
+
+@njit
+def excess(dropped: int, first: float, second: float, temperature: float) -> float:
+    """Return how far the logit of dropped classes is above the top one, never positive.
+
+    `first` and `second` are their log masses at T = 1 and 4.
+    """
+    if dropped == 0:
+        return float32(0)
+    inverse, limit = float32(1 / temperature), float32(math.log(dropped))
+    if inverse <= float32(0.25):
+        mass = limit + (second - limit) * (inverse / float32(0.25))
+    else:
+        mass = second + (first - second) * ((inverse - float32(0.25)) / float32(0.75))
+    result = (mass - limit) / inverse
+    return float32(0) if result > 0 else result
+
+
+@njit
+def scale_at(teacher: Any, n: int, column: int) -> float:
+    """Return a number of the scale of a row."""
+    return from_half(load_uint16(teacher.affine, n * teacher.affine_stride + column))
+
+
+@njit
+def excess_at(teacher: Any, n: int, dropped: int, temperature: float) -> float:
+    """Return how far the logit of the dropped classes of a row is above its top one."""
+    return excess(dropped, scale_at(teacher, n, 2), scale_at(teacher, n, 3), temperature)
+
+
+@njit
+def read_packed(
+    teacher: Any, n: int, classes: int, length: int, temperature: float, table: int, out: int
+) -> float:
+    """Decode a row, padded with -inf, and return its largest value. `table` is a row of scratch."""
+    size, kept, top = teacher.stride, teacher.kept, scale_at(teacher, n, 0)
+    write_table(top, scale_at(teacher, n, 1), table)
+    fill(out, 0, classes, float32(top + excess_at(teacher, n, classes - kept, temperature)))
+    fill(out, classes, length, float32(-np.inf))
+    total = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, table, out)
+    return top if total == total else float32(np.nan)
+
+
+@njit
+def packed_exponentials(
+    teacher: Any, n: int, classes: int, length: int, temperature: float, factor: float, spare: int, out: int
+) -> float:
+    """Compute `exponentials` of a row, evaluating only those of the codes."""
+    size, kept = teacher.stride, teacher.kept
+    dropped = classes - kept
+    write_table(float32(0), scale_at(teacher, n, 1), spare)
+    exponentials(spare, float32(0), factor, out, LOT)
+    write_float32(out, spare, CODES)
+    rest = exp2(float32(excess_at(teacher, n, dropped, temperature) * factor))
+    fill(out, 0, classes, rest)
+    fill(out, classes, length, float32(0))
+    total = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, spare, out)
+    return total + dropped * float64(rest)
+
+
+@numba.njit(cache=True, nogil=True)
+def packed_bad_row(entries: np.ndarray, kept: int, classes: int, low: int) -> int:
+    """Return the first row of `entries (N, B)` uint8, contiguous, whose class ids are not sound, or -1."""
+    size, start = entries.shape[1], int64(entries.ctypes.data)
+    table, out = np.zeros(CODES, np.float32), np.empty(classes, np.float32)
+    for n in range(entries.shape[0]):
+        total = place(
+            start + n * size, size, kept, classes, low, int64(table.ctypes.data), int64(out.ctypes.data)
+        )
+        if total != total:
+            return n
+    return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def packed_decode(
+    entries: np.ndarray, scale: np.ndarray, kept: int, low: int, inverse: np.ndarray, out: np.ndarray
+) -> bool:
+    """Decode packed top-k rows on the CPU.
+
+    Args:
+        entries: `(N, B)` uint8, contiguous.
+        scale: `(N, 4)` float32: top logit, range, log masses of the dropped classes at T = 1 and 4.
+        kept: k.
+        low: `packed.low_bits`.
+        inverse: 1/T of each row `(N,)` float32.
+        out: `(N, C)` float32, contiguous.
+
+    Returns:
+        False if a row may have no sound class ids.
+    """
+    classes, size = out.shape[1], entries.shape[1]
+    table = np.empty(CODES, np.float32)
+    source, target, values = int64(entries.ctypes.data), int64(out.ctypes.data), int64(table.ctypes.data)
+    sound = True
+    for n in range(out.shape[0]):
+        write_table(scale[n, 0], scale[n, 1], values)
+        rest = excess(classes - kept, scale[n, 2], scale[n, 3], float64(1) / inverse[n])
+        out[n, :] = scale[n, 0] + rest
+        total = place(source + n * size, size, kept, classes, low, values, target + 4 * n * classes)
+        sound = sound and total == total
+    return sound

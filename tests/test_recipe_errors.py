@@ -1,0 +1,136 @@
+"""Wrong values of every field of a recipe: texts name the field, in words of neither pydantic nor Python."""
+
+import json
+import re
+from typing import Annotated, get_args, get_origin
+
+import pytest
+from click.testing import CliRunner
+
+from coursepack.config import check_given
+from coursepack.distill.cli import main as distill
+from coursepack.distill.recipe import TrainRecipe
+from coursepack.errors import RecipeError
+from coursepack.problems import EXPECTED
+from coursepack.unions import OneOf, models_of
+
+WRONG = ["zzz", -3, 0.5, 1e400, None, True, [[]], ["zzz", -1], {"zzz": 1}, {"name": "zzz"}]
+FOREIGN = re.compile(
+    r"constrained|function-|\[key\]|should|unable to parse|Field required|tagged|union|instance of|type=|"
+    r"https?://|NoneType|<class|Value error|valid (string|integer|number)|tuple|dict\b|pydantic"
+)
+
+
+def families_of(annotation):
+    """Families of configs and unions with tags in an annotation: the tag's key, and configs by tag."""
+    if isinstance(annotation, OneOf):
+        return [(annotation.key, annotation.members)]
+    found = [family for inner in get_args(annotation) for family in families_of(inner)]
+    for mark in getattr(annotation, "__metadata__", ()):
+        if isinstance(mark, OneOf):
+            found.append((mark.key, mark.members))
+        elif key := getattr(mark, "discriminator", None):
+            members = get_args(get_args(annotation)[0])
+            found.append((key, {each.model_fields[key].default: each for each in members}))
+    return found
+
+
+def places(model):
+    """Functions that put a value into one field of a config, for all fields at any depth."""
+    for name, field in model.model_fields.items():
+        yield name, lambda value, name=name: {name: value}
+        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        kinds = [field.annotation, *get_args(field.annotation)]
+        in_mapping = any(get_origin(each) is dict for each in kinds)
+        in_list = any(get_origin(each) is tuple for each in kinds)
+        families = families_of(annotation)
+
+        def inside(value, name=name, in_mapping=in_mapping, in_list=in_list):
+            return {name: {"one": value} if in_mapping else [value] if in_list else value}
+
+        for key, members in families:
+            for tag, member in members.items():
+                for path, put in places(member):
+                    if path.split(".")[0] != key:
+                        yield (
+                            f"{name}.{path}",
+                            lambda value, put=put, key=key, tag=tag, inside=inside: inside(
+                                {key: tag, **put(value)}
+                            ),
+                        )
+        if not families:
+            for inner in models_of(field):
+                for path, put in places(inner):
+                    yield f"{name}.{path}", lambda value, put=put, inside=inside: inside(put(value))
+
+
+PLACES = list(places(TrainRecipe))
+
+
+def test_all_fields_are_found():
+    found = {path for path, _ in PLACES}
+    expected = {
+        "epochs",
+        "optimizer.schedule.shape",
+        "objective.soft_weight.shape",
+        "objective.fusion.weights",
+    }
+    assert expected | {"objective.terms.weight", "view.ops.padding", "view.seed"} <= found
+    assert len(PLACES) > 300
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=json.dumps)
+def test_wrong_values_are_refused_in_plain_words(wrong):
+    refused = 0
+    for path, put in PLACES:
+        try:
+            check_given(TrainRecipe, put(wrong), "here")
+        except RecipeError as error:
+            refused += 1
+            text = str(error).replace("text of the form", "")
+            said = re.sub(r"got .*", "", text)
+            assert not FOREIGN.search(said), (path, text)
+            assert path.partition(".")[0] in text, (path, text)
+    assert refused > len(PLACES) / 4
+
+
+@pytest.mark.parametrize("wrong", ["zzz", "-3", "[[]]", "{zzz: 1}"])
+def test_wrong_values_on_the_command_line(tmp_path, wrong):
+    fields = [
+        path for path, _ in PLACES if not path.startswith(("objective.terms", "view", "student", "root"))
+    ]
+    plain = [path for path in fields if path.partition(".")[0] in ("epochs", "optimizer", "seed", "patience")]
+    for path in plain:
+        words = ["train", "--student", "digits-small", "--source", "nothing", "--out", str(tmp_path / "new")]
+        result = CliRunner().invoke(distill, [*words, "--set", f"{path}={wrong}"])
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert not FOREIGN.search(re.sub(r"got .*", "", result.stderr)), result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_expectations_are_in_plain_words():
+    assert not any(FOREIGN.search(text) for text in EXPECTED.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"optimizer": {"name": "adam"}},
+         "optimizer.name: expected 'sgd' or 'adamw', got 'adam', did you mean 'adamw'?"),
+        ({"objective": {"terms": {"Hint": {"weight": 1}}}}, "objective.terms.Hint: "),
+        ({"objective": {"fusion": {"layer": "a"}}}, "objective.fusion.layer: unknown key of 'fixed'"),
+        ({"objective": {"hard_weight": "foo"}},
+         "objective.hard_weight: expected a number or a mapping with shape, "),
+        ({"source": None}, "source: expected text, got null"),
+        ({"compile": "perhaps"}, "compile: expected true or false, got 'perhaps'"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: is missing"),
+        ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas: expected at most 2 entries, got "),
+        ({"seed": 1 << 63}, "seed: expected less than 9223372036854775808, got 9223372036854775808"),
+        ({"epochs": 2.5}, "epochs: expected an integer, got 2.5"),
+    ],
+)  # fmt: skip
+def test_texts(values, text):
+    with pytest.raises(RecipeError) as caught:
+        check_given(TrainRecipe, values, "here")
+    assert f"\n  {text}" in str(caught.value)
