@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs models/export precompute precompute/caches precompute/cli precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/runs/tracking distill/report distill/cli
+FOLDERS := common kernels kernels/cpu kernels/pixels data data/encodings data/sources data/store data/store/locations data/views models models/networks models/hubs models/export pages precompute precompute/caches precompute/cli precompute/page precompute/executors distill distill/losses distill/methods distill/fusion distill/exchange distill/targets distill/setup distill/training distill/runs distill/runs/chain distill/runs/tracking distill/report distill/cli
 
 # Processes that run tests side by side; each computes on one thread.
 WORKERS ?= 2
@@ -9,18 +9,19 @@ WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 # Extras of setup.cfg that the tests marked browser, cluster or integration need beyond `dev`, comma-separated.
-TEST_EXTRAS := browser,cluster,s3,s3-server,wandb,mlflow
+TEST_EXTRAS := browser,cluster,docs,s3,s3-server,wandb,mlflow
 
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store fidelity views sources precompute loss train methods sequences peers memory simulation
 
-.PHONY: help demo test pytest check test-all test-slow lint bench clean
+.PHONY: help demo test pytest check test-all test-slow lint docs bench clean
 
 help:
 	@echo "make demo       train teachers, precompute them, distil students, print two tables (about 2 minutes)"
 	@echo "make test       lint, types and tests, on two cores (WORKERS=8: on eight)"
 	@echo "make test-all   the same, and the tests that drive browsers, clusters and other programs"
 	@echo "make lint       ruff and mypy only"
+	@echo "make docs       the docs as a site in site/; warnings are errors"
 	@echo "make bench      every benchmark at full size, and the tables of README and docs"
 
 # Folders are prerequisites because the strict install links file by file: a new file needs a new install.
@@ -58,6 +59,14 @@ test-all: test .venv/installed-all
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -C editable_mode=strict
+	@touch $@
+
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs site
+	@echo "open site/index.html"
+
 # A bar that does not hold is reported, and the others are measured all the same.
 bench: .venv/installed
 	status=0; results=benchmarks/results; \
@@ -67,4 +76,4 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/render.py; exit $$status
 
 clean:
-	rm -rf .venv build demo *.egg-info
+	rm -rf .venv build demo site *.egg-info

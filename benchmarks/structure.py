@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("common", "kernels", "data", "models", "precompute", "distill")
+PACKAGES = ("common", "kernels", "data", "models", "pages", "precompute", "distill")
 SCRIPTS = ("benchmarks", "examples")
 DRAWN = ("distill", "kernels")
 """Packages whose import graph is measured."""

@@ -77,7 +77,7 @@ def draw_grid(
     common = sorted(set.intersection(*(set(reader.views) for reader in readers)))[:views]
     if not common:
         raise StoreMismatch("the stores have no committed view in common: finish them with `precompute run`")
-    samples = _random_samples(len(source.labels))
+    samples = random_samples(len(source.labels))
     size = max(reader.manifest.identity["teacher"]["preprocessing"]["size"] for reader in readers)
     shape = (len(samples), 1 + len(common))
     figure = Figure()
@@ -124,7 +124,8 @@ def _short(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _random_samples(count: int) -> np.ndarray:
+def random_samples(count: int) -> np.ndarray:
+    """Return the samples that pictures of a source with `count` samples show: the same each time, sorted."""
     words = random_words(0, np.arange(min(SAMPLES, count)), 0, 0)
     return np.unique(below(words[:, 0], count))
 

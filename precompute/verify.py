@@ -114,6 +114,18 @@ def job_of_store(
     )
 
 
+def check_same_pixels(manifests: Sequence[Manifest]) -> None:
+    """Check that stores were written from the same source under the same view recipe.
+
+    Raises:
+        StoreMismatch: they were not.
+    """
+    if len({manifest.view_fingerprint for manifest in manifests}) > 1:
+        raise StoreMismatch(
+            "the stores were written from different pixels: give stores of one source and view recipe"
+        )
+
+
 def source_of_stores(
     manifests: Sequence[Manifest],
     root: Path | None,
@@ -134,11 +146,8 @@ def source_of_stores(
         StoreMismatch: the stores were written from different pixels, or from another source.
         SourceError, RecipeError: the source cannot be opened.
     """
+    check_same_pixels(manifests)
     first = manifests[0].identity
-    if len({manifest.view_fingerprint for manifest in manifests}) > 1:
-        raise StoreMismatch(
-            "the stores were written from different pixels: give stores of one source and view recipe"
-        )
     name = check_trusted(first["source"]["name"], holder, trust_code=trust_code)
     source = open_stored(name, root, manifests[0].source_root)
     if source.fingerprint != first["source"]["fingerprint"]:

@@ -1,4 +1,4 @@
-"""Runs for tests of the report, and a reader of its page."""
+"""Runs for tests of the report, and a reader of pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from coursepack.config import write_yaml
 from coursepack.models import build_network
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 
+TEXTS = ("p", "title", "li", "pre", "summary", "figcaption", "h3", "dt", "dd")
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 
@@ -101,7 +102,7 @@ class Page(HTMLParser):
             self._rows, self._caption = [], ""
         if tag == "tr":
             self._rows.append([])
-        if tag in ("td", "th", "caption", "p", "title", "li", "pre", "summary", "figcaption"):
+        if tag in ("td", "th", "caption", *TEXTS):
             self._text = ""
         if tag not in VOID:
             self.open.append(tag)
@@ -123,5 +124,5 @@ class Page(HTMLParser):
             self._caption = text
         elif tag == "table":
             self.tables.setdefault(self._caption, self._rows)
-        if tag in ("p", "title", "li", "pre", "summary", "figcaption"):
+        if tag in TEXTS:
             self.texts.append(text)

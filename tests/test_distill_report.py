@@ -14,17 +14,17 @@ from scipy import stats
 
 from coursepack.data import open_source
 from coursepack.distill.cli import main as distill
-from coursepack.distill.report.blocks import Plot, Series
 from coursepack.distill.report.build import build_report
-from coursepack.distill.report.draw import COLORS, draw, style_of
 from coursepack.distill.report.outcome import paired_interval
-from coursepack.distill.report.page import MOST_NUMBERS, numbers
 from coursepack.distill.report.reading import Problems, mean_by_epoch, read_groups
 from coursepack.distill.runs.compare import compare, table_rows
 from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.evaluate import evaluate
 from coursepack.models import load_teacher
+from coursepack.pages.blocks import Plot, Series
+from coursepack.pages.draw import COLORS, draw, style_of
+from coursepack.pages.render import MOST_NUMBERS, numbers
 
 ALL = [
     *("results", "accuracy", "classes", "confusion", "calibration", "teachers", "agreement"),
@@ -208,7 +208,7 @@ def test_contrast_in_the_light_and_in_the_dark(page):
     )
     assert light["paper"] != dark["paper"]
     for colors in (light, dark):
-        for name in ("ink", "quiet", "accent", "problem"):
+        for name in ("ink", "quiet", "accent", "problem", "right", "wrong"):
             assert contrast(colors[name], colors["paper"]) >= 4.5, name
         for color in COLORS:
             assert contrast(color, colors["paper"]) >= 3, color

@@ -1,8 +1,7 @@
 """The report in a real browser: no error, every filter, column and section clicked, light and dark."""
 
-import shutil
-
 import pytest
+from browsing import SCHEMES, click_everything, watched
 from builders import CPU, make_recipe
 from reported import metrics_line, taught, write_run
 
@@ -10,7 +9,6 @@ from coursepack.distill.report.build import build_report
 from coursepack.distill.runs.train import train
 
 pytestmark = pytest.mark.browser
-SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
 
 
 @pytest.fixture(scope="module")
@@ -29,48 +27,15 @@ def report(tmp_path_factory, stores):
     return file
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """The system's Chromium, headless."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(params=[(size, scheme) for size in SIZES for scheme in ("light", "dark")], ids="-".join)
+@pytest.fixture(params=SCHEMES, ids="-".join)
 def page(request, chromium, report):
-    """The report, opened at a size and in a color scheme; fails if the browser complains."""
-    size, scheme = request.param
-    page = chromium.new_page(viewport=SIZES[size], color_scheme=scheme)
-    page.set_default_timeout(10_000)
-    complaints, requests = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda each: requests.append(each.url))
-    page.goto(report.as_uri())
-    yield page
-    page.close()
-    assert complaints == []
-    assert requests == [report.as_uri()], "it loads nothing else"
+    """The report, opened at a size and in a color scheme."""
+    with watched(chromium, report, *request.param) as page:
+        yield page
 
 
 def test_everything_can_be_clicked(page):
-    for link in page.locator("nav a").all():
-        link.click()
-        assert page.locator(link.get_attribute("href")).is_visible()
-    for summary in page.locator("summary").all():
-        summary.click()
-    for table in page.locator("table").all():
-        for button in table.locator("thead button").all():
-            for order in ("ascending", "descending"):
-                button.click()
-                assert button.locator("..").get_attribute("aria-sort") == order
+    click_everything(page)
     table = page.get_by_role("region", name="Cost", exact=True)
     table.get_by_role("button", name="seconds per run").click()
     seconds = [float(row.locator("td").nth(3).inner_text()) for row in table.locator("tbody tr").all()]

@@ -31,7 +31,7 @@ FILE = re.compile(
     re.M | re.S,
 )
 """A file of an example: its path, what is done to it, and the text that is added."""
-CODE = ("common", "kernels", "data", "models", "precompute", "distill")
+CODE = ("common", "kernels", "data", "models", "pages", "precompute", "distill")
 
 
 @dataclass(frozen=True)

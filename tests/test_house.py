@@ -36,8 +36,10 @@ ALLOWED = {
     "kernels": {"coursepack.kernels"},
     "data": COMMON | {"coursepack.kernels", "coursepack.data"},
     "models": COMMON | {"coursepack.kernels", "coursepack.models"},
-    "precompute": COMMON | {f"coursepack.{name}" for name in ("kernels", "data", "models", "precompute")},
-    "distill": COMMON | {f"coursepack.{name}" for name in ("kernels", "data", "models", "distill")},
+    "pages": {"coursepack.pages"},
+    "precompute": COMMON
+    | {f"coursepack.{name}" for name in ("kernels", "data", "models", "pages", "precompute")},
+    "distill": COMMON | {f"coursepack.{name}" for name in ("kernels", "data", "models", "pages", "distill")},
 }
 """What the modules of each folder may import of coursepack."""
 FLOORS = (

@@ -39,7 +39,7 @@ for name in sys.argv[1:]:
 print(json.dumps(told))
 """
 # In this order: a module that is loaded is the fault of the first package that shows it.
-PACKAGES = ["kernels", "data", "models", "precompute", "distill"]
+PACKAGES = ["kernels", "data", "models", "pages", "precompute", "distill"]
 MODULES = [f"coursepack.{name}" for name in PACKAGES] + [
     *(f"coursepack.precompute.cli.{name}" for name in ("jobs", "stores", "caches", "copy")),
     *(f"coursepack.distill.cli.{name}" for name in ("train", "chain", "runs", "methods", "export")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.distill.report.agreement import agreement_of_groups
-from coursepack.distill.report.blocks import Section, Text
 from coursepack.distill.report.history import (
     accuracy_section,
     agreement_section,
@@ -20,9 +19,10 @@ from coursepack.distill.report.outcome import (
     confusion_section,
     results_section,
 )
-from coursepack.distill.report.page import render_page
 from coursepack.distill.report.predictions import predict_groups
 from coursepack.distill.report.reading import Problems, read_groups
+from coursepack.pages.blocks import Section, Text
+from coursepack.pages.render import render_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +73,9 @@ def build_report(
     if not evaluate:
         summary += " Students were not evaluated: what needs their predictions is left out."
     shown = Section("problems", "Problems", tuple(Text(text, is_problem=True) for text in problems.texts))
-    return render_page(TITLE, summary, (shown, *sections), groups), problems.texts
+    labels = {group.index: group.label for group in groups}
+    page = render_page(TITLE, summary, (shown, *sections), labels, "distill report")
+    return page, problems.texts
 
 
 def _counted(count: int, noun: str) -> str:

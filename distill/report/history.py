@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.distill.report.blocks import (
+from coursepack.distill.report.reading import mean_by_epoch
+from coursepack.pages.blocks import (
     Cell,
     Plot,
     Row,
@@ -17,14 +18,13 @@ from coursepack.distill.report.blocks import (
     percent,
     text,
 )
-from coursepack.distill.report.reading import mean_by_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from coursepack.distill.report.agreement import Agreement
-    from coursepack.distill.report.blocks import Block
     from coursepack.distill.report.reading import Epoch, RunGroup
+    from coursepack.pages.blocks import Block
 
 NOT_TERMS = {"accuracy", "accuracy_top5", "nll", "calibration_error"}
 """Training metrics that are no part of the loss."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from coursepack.canonical import cut, differences
 from coursepack.config import write_yaml
-from coursepack.distill.report.blocks import Code, Row, Section, Table, Text, count, number, text
+from coursepack.pages.blocks import Code, Row, Section, Table, Text, count, number, text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coursepack.distill.report.blocks import Block, Cell
     from coursepack.distill.report.reading import RunGroup, RunLog
+    from coursepack.pages.blocks import Block, Cell
 
 MOST_DIFFERENCES = 100
 """Maximum number of fields in the table of differences."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coursepack.distill.report.blocks import (
+from coursepack.distill.runs.compare import EXTRAS
+from coursepack.pages.blocks import (
     Cell,
     Plot,
     Row,
@@ -22,7 +23,6 @@ from coursepack.distill.report.blocks import (
     points,
     text,
 )
-from coursepack.distill.runs.compare import EXTRAS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

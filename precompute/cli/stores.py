@@ -18,6 +18,8 @@ from coursepack.console import (
     progress,
     say,
 )
+from coursepack.errors import RecipeError
+from coursepack.files import write_whole
 from coursepack.precompute.cli.options import SINGLE_WRITER, STORE_PATH
 
 if TYPE_CHECKING:
@@ -141,14 +143,25 @@ def verify_command(
 EXAMPLES_INSPECT = """\b
 Examples:
   precompute inspect cnn.zarr resnet.zarr
+  precompute inspect cnn.zarr resnet.zarr --html stores.html
   precompute inspect cnn.zarr resnet.zarr --views 4 --out grid.png
 """
 
 
 @click.command("inspect", cls=Command, epilog=EXAMPLES_INSPECT)
 @click.argument("stores", nargs=-1, required=True, type=STORE_PATH)
-@click.option("--views", type=click.IntRange(1), help="Number of views in the picture.  [default: 4]")
+@click.option("--views", type=click.IntRange(1), help="Number of views that are shown.  [default: 4]")
 @click.option("--out", type=click.Path(path_type=Path), help="Picture of some samples and views to write.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="HTML page to write; an existing one is replaced."
+)
+@click.option(
+    "--verify/--no-verify",
+    "check_files",
+    default=True,
+    show_default=True,
+    help="Check every file against its checksum, for the page.",
+)
 @click.option("--root", type=click.Path(path_type=Path), help=ROOT_HELP)
 @TRUST_CODE
 @JSON
@@ -156,6 +169,8 @@ def inspect(
     stores: tuple[str | Path, ...],
     views: int | None,
     out: Path | None,
+    html: Path | None,
+    check_files: bool,
     root: Path | None,
     trust_code: bool,
     as_json: bool,
@@ -163,12 +178,17 @@ def inspect(
     """Show statistics of stores: accuracy per view, fidelity of encodings, agreement of teachers.
 
     With --out, write a picture instead: some samples, their views, and the top class of each teacher.
+
+    With --html, write all of this and more on one page that needs no network: samples, where the teachers
+    disagree, missing views, damaged files.
     """
     from coursepack.data.store import StoreReader
     from coursepack.data.store.identity import check_complete
     from coursepack.precompute.inspect import agreement, describe_store
     from coursepack.precompute.picture import draw_grid
 
+    if out is not None and html is not None:
+        raise click.UsageError("--out writes a picture and --html a page: give one of them")
     if out is not None:
         draw_grid(stores, root, views or 4, out, trust_code=trust_code)
         if as_json:
@@ -176,8 +196,13 @@ def inspect(
         else:
             click.echo(f"{out}: {len(stores)} teachers on some samples")
         return
+    if html is not None:
+        _write_page(
+            html, stores, root, views=views or 4, verify=check_files, trust_code=trust_code, as_json=as_json
+        )
+        return
     if views is not None:
-        raise click.UsageError("--views applies to the picture: give --out grid.png too")
+        raise click.UsageError("--views applies to the picture: give --out grid.png too, or --html page.html")
     readers = [StoreReader(path) for path in stores]
     for reader in readers:
         check_complete(reader.manifest, reader.address)
@@ -195,6 +220,26 @@ def inspect(
             for reader, row in zip(readers, agree, strict=True)
         ]
         print_table("", header, rows)
+
+
+def _write_page(
+    path: Path, stores: tuple[str | Path, ...], root: Path | None, *, as_json: bool, **options: Any
+) -> None:
+    """Write the page of `inspect --html`."""
+    from coursepack.precompute.page.build import build_page
+
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        raise RecipeError(f"cannot write the page {str(path)!r}: {problem}. Choose another --html")
+    page, problems = build_page(stores, root, **options)
+    for problem in problems:
+        say(f"warning: {problem}")
+    content = page.encode(errors="backslashreplace")  # a path may hold bytes that are not text
+    write_whole(path, content)
+    if as_json:
+        print_json({"page": str(path), "stores": [str(store) for store in stores], "problems": problems})
+    else:
+        click.echo(printable(f"{path}: {byte_size(len(content))}"))
 
 
 def print_status(store: str | Path, manifest: Manifest) -> None:

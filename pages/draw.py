@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coursepack.distill.report.blocks import Plot
+    from coursepack.pages.blocks import Plot
 
 COLORS = ("#2f7fc1", "#c2620e", "#2e8b57", "#8e5fc9", "#d1495b", "#1f8a91", "#b8509a", "#8a7a1f")
 """Colors of lines, with a contrast of at least 3 to the light and the dark background."""
@@ -44,7 +44,7 @@ def style_of(index: int) -> tuple[str, tuple[float, ...]]:
 
 
 def draw(plot: Plot, name: str) -> str:
-    """Return a plot as an SVG element without a title, names of lines or any other text from runs.
+    """Return a plot as an SVG element without a title, names of lines or any other text from outside.
 
     Lines of a group have identifiers that end in `-group-INDEX`.
 

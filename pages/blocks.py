@@ -1,4 +1,4 @@
-"""Content of a report, independent of HTML: sections of texts, tables and plots."""
+"""Content of a page, independent of HTML: sections of texts, tables, plots and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
 
     cells: tuple[Cell, ...]
     group: int | None = None
-    """Index of the group of runs that the row is about; hidden together with it."""
+    """Index of the group, of runs or a store, that the row is about; hidden together with it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,36 @@ class Code:
     group: int | None = None
 
 
-Block = Text | Table | Plot | Code
+@dataclass(frozen=True)
+class Caption:
+    """Lines below a picture, under a name."""
+
+    name: str
+    lines: tuple[str, ...]
+    is_right: bool
+    """True for lines in the color for right answers, False for those in the color for wrong ones."""
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Image with captions."""
+
+    title: str
+    png: bytes | None
+    """Content of a PNG file; None shows the captions alone."""
+    captions: tuple[Caption, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side."""
+
+    title: str
+    pictures: tuple[Picture, ...]
+
+
+Block = Text | Table | Plot | Code | Gallery
 
 
 @dataclass(frozen=True)

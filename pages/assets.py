@@ -51,6 +51,28 @@ TEMPLATE = """\
 </figure>
 {% endmacro -%}
 
+{%- macro show_gallery(gallery) %}
+<h3>{{ gallery.title }}</h3>
+<ul class="gallery">
+{% for picture in gallery.pictures %}
+<li>
+{% if picture.png is not none %}
+<img src="{{ address(picture.png) }}" alt="{{ gallery.title }}, {{ picture.title }}">
+{% endif %}
+<p>{{ picture.title }}</p>
+{% for caption in picture.captions %}
+<dl class="{{ "right" if caption.is_right else "wrong" }}"{{ group_of(caption) }}>
+<dt>{{ caption.name }}</dt>
+{% for line in caption.lines %}
+<dd>{{ line }}</dd>
+{% endfor %}
+</dl>
+{% endfor %}
+</li>
+{% endfor %}
+</ul>
+{% endmacro -%}
+
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -73,8 +95,8 @@ TEMPLATE = """\
 </ul></nav>
 <fieldset id="filter" hidden>
 <legend>Show</legend>
-{% for group in groups %}
-<label><input type="checkbox" value="{{ group.index }}" checked> {{ group.label }}</label>
+{% for index, label in groups.items() %}
+<label><input type="checkbox" value="{{ index }}" checked> {{ label }}</label>
 {% endfor %}
 </fieldset>
 </header>
@@ -89,6 +111,8 @@ TEMPLATE = """\
 {{ show_table(block) }}
 {% elif kind(block) == "Plot" %}
 {{ show_plot(block) }}
+{% elif kind(block) == "Gallery" %}
+{{ show_gallery(block) }}
 {% else %}
 <details{{ group_of(block) }}>
 <summary>{{ block.title }}</summary>
@@ -107,10 +131,10 @@ TEMPLATE = """\
 
 STYLE = """
 :root { --ink: #1b1f24; --paper: #ffffff; --quiet: #57606a; --line: #d0d7de; --accent: #1f6fb2;
-  --problem: #9a3412; --wash: #f6f8fa; color-scheme: light dark; }
+  --problem: #9a3412; --right: #1a6b34; --wrong: #b42318; --wash: #f6f8fa; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --paper: #14171a; --quiet: #a3abb5; --line: #3a4149; --accent: #6cb3f0;
-    --problem: #ffa775; --wash: #1c2126; }
+    --problem: #ffa775; --right: #6fd08c; --wrong: #ff9d94; --wash: #1c2126; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 3rem; background: var(--paper); color: var(--ink);
@@ -133,6 +157,15 @@ figcaption, caption { font-weight: 600; text-align: left; padding: .2rem 0; over
 figure > svg { width: 100%; height: auto; display: block; }
 figure > svg text { font-family: system-ui, sans-serif !important; }
 figure > svg text { fill: currentColor; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
+.gallery { display: flex; flex-wrap: wrap; gap: .8rem; list-style: none; padding: 0; margin: 0; }
+.gallery li { width: 9.5rem; }
+.gallery img { width: 100%; display: block; image-rendering: pixelated; }
+.gallery p, .gallery dl { margin: .2rem 0; font-size: .85rem; overflow-wrap: anywhere; }
+.gallery dt { color: var(--quiet); }
+.gallery dd { margin: 0; }
+.right dd:nth-of-type(1) { color: var(--right); font-weight: 600; }
+.wrong dd:nth-of-type(1) { color: var(--wrong); font-weight: 600; }
 .legend { list-style: none; padding: 0; margin: .3rem 0; font-size: .9rem; }
 .legend li { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; max-height: 34rem; margin: .4rem 0 1rem; }

@@ -1,0 +1,1 @@
+"""Page about stores: one HTML file with samples, answers of teachers, statistics, checksums and gaps."""

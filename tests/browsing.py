@@ -1,0 +1,36 @@
+"""Pages of reports in a real browser."""
+
+from contextlib import contextmanager
+
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
+SCHEMES = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
+
+
+@contextmanager
+def watched(chromium, file, size, scheme):
+    """A file opened at a size and in a color scheme; fails if it complains or loads more."""
+    page = chromium.new_page(viewport=SIZES[size], color_scheme=scheme)
+    page.set_default_timeout(10_000)
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda each: requests.append(each.url))
+    page.goto(file.as_uri())
+    yield page
+    page.close()
+    assert complaints == []
+    assert {url for url in requests if not url.startswith("data:image/png;")} == {file.as_uri()}
+
+
+def click_everything(page):
+    """Follow every link to a section, open everything folded, and sort every table by every column."""
+    for link in page.locator("nav a").all():
+        link.click()
+        assert page.locator(link.get_attribute("href")).is_visible()
+    for summary in page.locator("summary").all():
+        summary.click()
+    for table in page.locator("table").all():
+        for button in table.locator("thead button").all():
+            for order in ("ascending", "descending"):
+                button.click()
+                assert button.locator("..").get_attribute("aria-sort") == order
