@@ -55,7 +55,7 @@ class ShardCache:
             most_bytes: maximum size of all files of the cache.
             views: number of views of the store that may be open at the same time.
         """
-        self.views = views
+        self.views, self._name = views, remote.name
         self._folder, self._most_bytes = folder, most_bytes
         self._local = LocalLocation(folder / hashlib.sha256(str(remote).encode()).hexdigest()[:16])
 
@@ -79,7 +79,7 @@ class ShardCache:
             needed = sum(shard.size for shard, _ in missing)
             self._make_room(needed)
             with (
-                progress(f"copy from {self.remote.name}", needed, "bytes", delay=SHORT_SECONDS) as meter,
+                progress(f"copy from {self._name}", needed, "bytes", delay=SHORT_SECONDS) as meter,
                 ThreadPoolExecutor(IN_FLIGHT) as pool,
             ):
                 for size in pool.map(partial(self._download, layout=layout), missing):

@@ -310,7 +310,7 @@ def _train_group(
         say(describe_setup(setup))
         warnings = [temperature_warnings(each.recipe, setup.readers) for each in group]
         for warning in dict.fromkeys(itertools.chain(*warnings)):
-            say(warning)
+            warn(warning)
         by_position: dict[tuple[int, int], list[Run]] = {}
         for run in student_runs:
             position = (run.position.epoch, run.position.batches)

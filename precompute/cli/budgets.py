@@ -45,7 +45,7 @@ GROUP = {
         *("compare", "temperature", "images_per_second"),
         *("gpu_hour", "gb_month", "puts", "gets"),
     ),
-    "Output": ("as_json",),
+    "Output": ("as_json", "quiet"),
 }
 """Parameters of these options by the title of their group in the help."""
 
