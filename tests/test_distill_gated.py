@@ -209,3 +209,11 @@ def test_a_gate_is_trained_with_a_student_from_stores(stores):
     assert metrics["gate"] > 0
     assert not torch.equal(fusion.latents, before)
     assert "objective.fusion.latents" in state.state()["learner"], "a checkpoint has it"
+
+
+def test_angles_and_hints_are_options(tapped):
+    objective = {"terms": {"angle": {}, "hint": {"weight": 0.01}}}
+    recipe = make_recipe(tapped, method="amtml-gated", objective=objective, student="digits-cnn", limit=64)
+    run = prepare(recipe, CPU)
+    metrics = train_epoch([make_state(run)], run.batches(0), run.targets)[0]
+    assert {"soft_target", "latents", "angle", "hint", "gate"} <= metrics.keys()
