@@ -213,25 +213,28 @@ class _Lines:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._fresh, self._note = done, 0, ""
         self._started = self._printed = started
+        self._printed_done = done
 
     def advance(self, amount: int, note: str = "") -> None:
+        is_first = not self._fresh
         self._done, self._fresh, self._note = self._done + amount, self._fresh + amount, note
-        if time.monotonic() - self._printed >= LOG_SECONDS:
-            self._print()
+        if time.monotonic() - self._printed < LOG_SECONDS:
+            return
+        # Much of the time until the first may be start-up, such as compiling kernels.
+        self._print(paced=not is_first or self._done == self._total)
 
     def close(self) -> None:
-        if self._fresh:
+        if self._done != self._printed_done:
             self._print()
 
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        rate = self._fresh / max(self._printed - self._started, 1e-9)
-        left = (self._total - self._done) / max(rate, 1e-9)
-        note = f", {self._note}" if self._note else ""
-        say(
-            f"{self._title}: {self._done:,} of {self._total:,} {self._unit}, "
-            f"{_pace(rate, self._unit)}, {left:.0f} s left{note}"
-        )
+    def _print(self, *, paced: bool = True) -> None:
+        self._printed, self._printed_done = time.monotonic(), self._done
+        parts = [f"{self._title}: {self._done:,} of {self._total:,} {self._unit}"]
+        if paced:
+            rate = self._fresh / max(self._printed - self._started, 1e-9)
+            left = (self._total - self._done) / max(rate, 1e-9)
+            parts += [_pace(rate, self._unit), f"{left:.0f} s left"]
+        say(", ".join([*parts, self._note] if self._note else parts))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -64,6 +64,14 @@ def test_help_imports_no_heavy_library(name, words):
     assert not modules & HEAVY
 
 
+def test_a_mistyped_method_imports_no_heavy_library():
+    command = [sys.executable, "-c", LIGHT, "distill", "train", "--method", "kdd", "--out", "run"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "unknown method 'kdd'. Did you mean 'kd'?" in result.stderr
+    assert not set(result.stderr.split()) & HEAVY
+
+
 HELP_OF_ALL = """
 import sys
 from importlib import import_module

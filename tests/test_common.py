@@ -250,6 +250,19 @@ def test_progress_in_a_log_is_plain_lines(monkeypatch, capsys):
     )
 
 
+def test_progress_in_a_log_has_no_pace_before_the_second_step_and_no_line_twice(monkeypatch, capsys):
+    clock = iter([0.0, 25.0, 25.0, 36.0, 36.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with progress("precompute", 1000, "images") as meter:
+        meter.advance(256, "view 1 of 8")
+        meter.advance(744, "view 8 of 8")
+    assert capsys.readouterr() == (
+        "",
+        "precompute: 256 of 1,000 images, view 1 of 8\n"
+        "precompute: 1,000 of 1,000 images, 28 images/s, 0 s left, view 8 of 8\n",
+    )
+
+
 def test_progress_over_nothing_says_nothing(capsys):
     with progress("train", 10, "samples", done=10):
         pass

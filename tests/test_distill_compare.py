@@ -113,6 +113,15 @@ def test_labels_of_distilled_groups():
     assert len(set(found)) == 6
 
 
+def test_a_root_is_named_only_if_it_is_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kd = {"method": "kd", "stores": ["cnn.zarr"]}
+    same = labels(make_run(root="images"), make_run(**kd, root=str(tmp_path / "images")))
+    assert same == [f"supervised {STUDENT}", f"kd {STUDENT} from cnn"]
+    moved = labels(make_run(root="images"), make_run(root="others"))
+    assert moved == [f"supervised {STUDENT} root=images", f"supervised {STUDENT} root=others"]
+
+
 def test_stores_of_one_name_are_told_apart_by_their_paths():
     found = labels(make_run(method="kd", stores=["a/cnn.zarr"]), make_run(method="kd", stores=["b/cnn.zarr"]))
     assert found == [f"kd {STUDENT} from a/cnn.zarr", f"kd {STUDENT} from b/cnn.zarr"]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.catalog import read_catalog
+from coursepack.catalog import names_of, read_catalog
 from coursepack.commands import Choice, complete_folder, name_of
 from coursepack.console import parse_numbers
 from coursepack.distill.runs import CHECKPOINT_SECONDS
+from coursepack.errors import UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +175,17 @@ def _option(name: str) -> Callable[..., Any]:
         return click.option(flag, variable, is_flag=True, default=None, help=shown)
     if kind == "numbers":
         return click.option(flag, variable, callback=parse_numbers, metavar="X,X,...", help=shown)
-    return click.option(flag, variable, type=_type(described), help=shown, shell_complete=complete)
+    check = _check_method if name == "method" else None
+    return click.option(
+        flag, variable, type=_type(described), help=shown, shell_complete=complete, callback=check
+    )
+
+
+def _check_method(_ctx: click.Context, _param: click.Parameter, name: str | None) -> str | None:
+    """Return a method's name, or raise `UnknownName` before torch is imported."""
+    if name is not None and name not in names_of("method"):
+        raise UnknownName("method", name, names_of("method"))
+    return name
 
 
 def _type(described: dict[str, Any]) -> Any:

@@ -211,17 +211,23 @@ def _label(recipe: dict[str, Any], recipes: list[dict[str, Any]]) -> str:
     for other in recipes:
         for path, mine, _ in differences(recipe, other):
             top = path.partition(".")[0].partition("[")[0]
-            # Methods imply their objectives, and stores imply their views.
+            # Methods imply their objectives, and stores imply their views. A store records its root as an
+            # absolute path, which may be the folder that another recipe names with a relative one.
             implied = {
                 "stores": True,
                 "view": bool(recipe["stores"] or other["stores"]),
                 "objective": other["method"] != recipe["method"],
+                "root": _folder(recipe["root"]) == _folder(other["root"]),
                 **dict.fromkeys(("peers", "member", "replicas", "group", "ensemble"), True),
             }.get(top, False)
             if path not in compared and not implied:
                 compared.add(path)
                 words.append(f"{path}={mine}")
     return " ".join(words)
+
+
+def _folder(root: str | None) -> Path | None:
+    return None if root is None else Path(root).resolve()
 
 
 def _student(recipe: dict[str, Any]) -> str:
