@@ -21,6 +21,7 @@ OTHER_LANGUAGES = {"{toctree}", "{eval-rst}", "bash", "text"}
 """Directives of the site, lines for startup files of shells, and output."""
 OWN_TESTS = {
     "extending.md": "test_extending.py",
+    "export.md": "test_distill_export.py",
     "library.md": "test_examples_loops.py",
     "training.md": "test_examples.py",
     "tutorial.md": "test_examples.py",
@@ -58,6 +59,13 @@ def test_languages_of_blocks_are_known():
             assert page.stem in own
         else:
             assert languages <= {"python", "yaml"} | OTHER_LANGUAGES, page
+
+
+def test_every_page_is_in_the_contents():
+    trees = re.findall(r"^```{toctree}\n(.*?)^```$", (ROOT / "docs" / "index.md").read_text(), re.M | re.S)
+    listed = {line for tree in trees for line in tree.splitlines() if line and line[0] != ":"}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    assert listed == pages - {"index"} | {"decisions/README"}
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
