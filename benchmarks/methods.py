@@ -97,6 +97,7 @@ def entries(setting: str, names: tuple[str, ...] | None = None) -> list[Entry]:
         Entry("amtml-small", "amtml", {**KD, "fusion": {"init": 0.1}}),
         Entry("amtml-hints", "amtml-hints", {**KD, "terms": {"hint": {"weight": 0.01}}}),
         Entry("amtml-preset", "amtml", {}),
+        Entry("amtml-gated", "amtml-gated", KD),
     ]
     return made if names is None else [entry for entry in made if entry.name in names]
 
@@ -165,9 +166,11 @@ FIELDS: dict[str, dict[str, Any]] = {
 ROWS: dict[str, tuple[str, ...] | None] = {
     "plain": None,
     "noisy": ("plain", "kd", "random", "avg", "ka-ps", "ka-lsr", "ka-dtd", "ca-mkd", "ebkd",
-              "adaptive", "adaptive-small", "amtml"),
-    "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "adaptive", "adaptive-small", "amtml"),
-    "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset"),
+              "adaptive", "adaptive-small", "amtml", "amtml-gated"),
+    "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "adaptive", "adaptive-small", "amtml",
+                "amtml-gated"),
+    "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset",
+             "amtml-gated"),
     "presets": None,
 }  # fmt: skip
 QUICK_ROWS: dict[str, tuple[str, ...]] = {

@@ -186,16 +186,25 @@ def epoch_order(samples: Samples, *, seed: int, epoch: int, window: Window | Non
     With a window, chunks come in random order and samples are shuffled within a window of several chunks, so
     that only one window has to be in memory. All teachers share the same order.
     """
-    order = shuffled(samples, seed, epoch, Purpose.ORDER)
     if window is None:
-        return order
-    chunks = order // window.chunk_rows
+        return shuffled(samples, seed, epoch, Purpose.ORDER)
+    number = _window_numbers(samples // window.chunk_rows, window, seed, epoch)
+    order = samples[np.argsort(number, kind="stable")]
+    ends = np.cumsum(np.bincount(number))
+    # The keys of a window fit into the processor's cache; those of all samples do not.
+    for rows in np.split(order, ends[:-1]):
+        rows[:] = shuffled(rows, seed, epoch, Purpose.ORDER)
+    return order
+
+
+def _window_numbers(chunks: Samples, window: Window, seed: int, epoch: int) -> NDArray[np.unsignedinteger]:
+    """Return the number of each sample's window `(N,)` from the samples' chunks."""
     distinct = shuffled(np.flatnonzero(np.bincount(chunks)), seed, epoch, Purpose.CHUNK_ORDER)
-    ranks = np.arange(len(distinct)) // window.chunks
+    numbers = np.arange(len(distinct)) // window.chunks
     # NumPy sorts integers of 16 bits or less in linear time.
-    rank = np.empty(int(distinct.max(initial=0)) + 1, dtype=np.min_scalar_type(len(distinct)))
-    rank[distinct] = ranks
-    return order[np.argsort(rank[chunks], kind="stable")]
+    by_chunk = np.empty(int(distinct.max(initial=0)) + 1, dtype=np.min_scalar_type(numbers.max(initial=0)))
+    by_chunk[distinct] = numbers
+    return by_chunk[chunks]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ _WEYL_0 = np.uint64(0x9E3779B9)
 _WEYL_1 = np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_BLOCK = 512
+"""Number of samples encrypted before their words are written."""
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -53,12 +55,19 @@ def philox_draw(
     smallest = 0
     key_0, key_1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _SHIFT
     third = np.uint64(view)
-    for n in range(samples.shape[0]):
-        smallest = min(smallest, samples[n])
-        sample = np.uint64(samples[n])
+    # Word by word, LLVM encrypts several samples per instruction; writing four words at a time prevents that.
+    block = np.empty((4, _BLOCK), dtype=np.uint32)
+    for start in range(0, samples.shape[0], _BLOCK):
+        count = min(_BLOCK, samples.shape[0] - start)
         for k in range(0, out.shape[1], 4):
             fourth = np.uint64(purpose + k // 4 * step)
-            out[n, k], out[n, k + 1], out[n, k + 2], out[n, k + 3] = _encrypt(
-                sample & _LOW, sample >> _SHIFT, third, fourth, key_0, key_1
-            )
+            for n in range(count):
+                smallest = min(smallest, samples[start + n])
+                sample = np.uint64(samples[start + n])
+                block[0, n], block[1, n], block[2, n], block[3, n] = _encrypt(
+                    sample & _LOW, sample >> _SHIFT, third, fourth, key_0, key_1
+                )
+            for n in range(count):
+                for word in range(4):
+                    out[start + n, k + word] = block[word, n]
     return smallest

@@ -92,7 +92,7 @@ class ObjectiveConfig(Config):
         return ObjectiveConfig.model_validate(values)
 
     def all_terms(self) -> dict[str, TermConfig]:
-        """Return all terms with a nonzero weight by key, starting with soft targets and labels."""
+        """Return all terms with a nonzero weight by key: soft targets and labels first, the fusion's last."""
         terms: dict[str, TermConfig] = {}
         hard = self._scaled(self.hard_weight, 1 - self.label_smoothing)
         if is_used(self.soft_weight):
@@ -104,7 +104,12 @@ class ObjectiveConfig(Config):
         if self.label_smoothing:
             weight = self._scaled(self.hard_weight, self.label_smoothing)
             terms[LABEL_SMOOTHING] = LabelConfig(weight=weight, target="uniform")
-        return terms | {key: term for key, term in self.terms.items() if is_used(term.weight)}
+        terms |= {key: term for key, term in self.terms.items() if is_used(term.weight)}
+        trains = FUSIONS[self.fusion.name].trained_by
+        fuses = any(LOSSES[term.term].needs(term).fused for term in terms.values())
+        if trains and fuses and trains not in self.terms:
+            terms[trains] = LOSSES[trains].config(term=trains)
+        return terms
 
     @staticmethod
     def _scaled(weight: float | Schedule, factor: float) -> float | Schedule:

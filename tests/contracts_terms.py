@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 N, C, K, D = 6, 5, 3, 4
 """Samples, classes, teachers, width of the student's embedding."""
 TAP, LAYER = "tap", "layer"
-BESIDE: dict[str, dict[str, Any]] = {"latents": {"fusion": {"name": "adaptive"}}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "latents": {"fusion": {"name": "adaptive"}},
+    "gate": {"fusion": {"name": "gated"}},
+}
 """Numbers of the objective that a term needs beside its own."""
 
 

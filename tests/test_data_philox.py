@@ -129,6 +129,17 @@ def test_below_is_roughly_uniform_in_every_word(bound):
         assert chi_squared < bound - 1 + 5 * np.sqrt(2 * bound)
 
 
+@pytest.mark.parametrize("count", [511, 512, 513, 1300])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_words_of_a_sample_do_not_depend_on_the_others(count, streams):
+    samples = np.random.default_rng(count).integers(0, 1 << 40, count)
+    words = random_words(1 << 40, samples, 7, Purpose.VIEW, streams)
+    for index in (0, 1, 255, 510, count - 2, count - 1):
+        for stream in range(streams):
+            alone = random_words(1 << 40, samples[index : index + 1], 7, Purpose.VIEW + (stream << 16))
+            assert np.array_equal(words[index, 4 * stream : 4 * stream + 4], alone[0])
+
+
 def test_shuffled_is_a_permutation_that_subsets_share():
     samples = np.arange(500)
     order = shuffled(samples, 4, 1, Purpose.ORDER)

@@ -81,12 +81,16 @@ def recipes(stores, tapped, mapped):
             objective={"soft_weight": 0.5}, **STUDENT,
         ),
         "afd": make_recipe(method="afd", student="digits-cnn", **STUDENT),
+        "gated": make_recipe(
+            stores[:2], method="amtml-gated", objective={"fusion": {"student_gradient": True}}, accumulate=2,
+            **STUDENT,
+        ),
     }  # fmt: skip
 
 
 NAMES = (
     *("dropout", "hints", "adapters", "reviewkd", "simkd", "windowed", "random", "sequence", "dtd"),
-    *("peers", "afd"),
+    *("peers", "afd", "gated"),
 )
 
 

@@ -22,6 +22,7 @@ FOLDERS = {
     "kernels": "coursepack/kernels",
     "data": "coursepack/data",
     "models": "coursepack/models",
+    "pages": "coursepack/pages",
     "precompute": "coursepack/precompute",
     "distill": "coursepack/distill",
 }

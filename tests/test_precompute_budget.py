@@ -62,9 +62,9 @@ def test_encodings_side_by_side_by_hand(job):
     assert (wide.row_bytes, wide.gets) == (40, 2 * (3 + 1))
     assert wide.total_bytes == 2 * 3 * (500 * 40 + 24) + TABLES
     # ids and values of two classes, and the tail: three components.
-    sparse = budget(job, "topk:2", timing)
+    sparse = budget(job, "topk16:2", timing)
     assert (sparse.row_bytes, sparse.gets) == (2 * 2 + 2 * 2 + 4 * 2, 2 * (9 + 1))
-    assert budget(job, "topk:9", timing).encoding == "float16"
+    assert budget(job, "topk16:9", timing).encoding == "float16"
     with pytest.raises(UnknownName, match="int9"):
         budget(job, "int9", timing)
     assert not open_location(job.store).names("")
@@ -90,7 +90,7 @@ def test_requests_are_those_that_a_bucket_counts(bucket, s3_server, teacher):
 
 @pytest.mark.parametrize(
     ("encoding", "temperature", "warned"),
-    [("topk:100", 4, True), ("topk:100", 2.1, True), ("topk:100", 2, False), ("topk:100", None, False),
+    [("topk16:100", 4, True), ("topk16:100", 2.1, True), ("topk:100", 2, False), ("topk:100", None, False),
      ("int8", 4, False), ("float16", 20, False)],
 )  # fmt: skip
 def test_top_k_rows_are_for_low_temperatures(encoding, temperature, warned):
@@ -103,8 +103,8 @@ def test_top_k_rows_are_for_low_temperatures(encoding, temperature, warned):
 @pytest.fixture
 def plan(tmp_path, teacher, monkeypatch):
     """Run `precompute plan` with made-up times."""
-    monkeypatch.setattr("coursepack.precompute.cli.jobs.probe", lambda _: Probe(0.5, 0.1))
-    monkeypatch.setattr("coursepack.precompute.cli.jobs.read_seconds", lambda _: 0.25)
+    monkeypatch.setattr("coursepack.precompute.plan.probe", lambda _: Probe(0.5, 0.1))
+    monkeypatch.setattr("coursepack.precompute.plan.read_seconds", lambda _: 0.25)
     job = [f"--teacher=run:{teacher}", "--source=digits", "--view=digits", "--device=cpu", "--views=2"]
     job += ["--block-rows=500", "--encoding=int8", f"--store={tmp_path / 's.zarr'}"]
     return lambda *words: CliRunner().invoke(main, ["plan", *job, *words])
@@ -125,7 +125,7 @@ def test_the_table_has_a_row_per_encoding_and_a_column_per_price(plan, tmp_path)
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if "epochs" in line and "│" in line]
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
-    assert [row[0] for row in cells] == ["int8", "float32", "topk:2", "topk:9, stored as float16"]
+    assert [row[0] for row in cells] == ["int8", "float32", "topk:2", "topk:9, stored as int8"]
     month = (2 * INT8_VIEW + TABLES) / 1000
     money = ["1,476.00", f"{month:,.2f}", "28.00", f"{(1476 + month) / 707:,.1f} epochs"]
     assert cells[0][1:] == ["14", "59.1 kB", "26", "34", "7", "2.5 epochs", *money]

@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from coursepack.canonical import fingerprint
-from coursepack.data.randomness import Purpose, shuffled
+from coursepack.data.randomness import Purpose, first_shuffled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -225,8 +225,7 @@ def checksums(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint32]:
 
 def sampled(count: int) -> Samples:
     """Return the samples, out of `count`, whose content enters a fingerprint, in ascending order."""
-    order = shuffled(np.arange(count), seed=0, view=0, purpose=Purpose.CONTENT)
-    return np.sort(order[:SAMPLED])
+    return np.sort(first_shuffled(np.arange(count), SAMPLED, seed=0, view=0, purpose=Purpose.CONTENT))
 
 
 def sha256_of(array: NDArray[Any]) -> str:

@@ -25,7 +25,7 @@ from coursepack.data.store.opening import load_manifest
 from coursepack.errors import StoreDamaged, StoreIncomplete, UnknownName
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -124,12 +124,20 @@ class StoreReader:
             UnknownName: the store has no such table.
             StoreDamaged: the file does not match the manifest.
         """
+        return np.concatenate(list(self.table_pieces(name)))
+
+    def table_pieces(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yield the rows of an array without views chunk by chunk, to read a large one without a copy.
+
+        Raises:
+            UnknownName, StoreDamaged: as `table`.
+        """
         if name not in self.manifest.tables:
             raise UnknownName(f"table of store {self.address!r}", name, self.manifest.tables)
         table = self.manifest.tables[name]
         shards = [self._vouched(table_key(name, table.layout))]
         opened = OpenView({name: (table.layout, shards)}, table.rows, resident=True, check="files")
-        return opened.gather(np.arange(table.rows))[name]
+        yield from opened.pieces()
 
     def components(self, array: str, view: int, samples: Samples) -> dict[str, NDArray[Any]]:
         """Return the stored components `(n, *row_shape)` of one array for the given samples of one view.

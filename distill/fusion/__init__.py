@@ -1,6 +1,6 @@
 """Fusion of several teachers: their weights, and the temperature of the fused targets."""
 
-from coursepack.distill.fusion import adaptive, min_norm, monitored, sequence, weights
+from coursepack.distill.fusion import adaptive, gated, min_norm, monitored, sequence, weights
 from coursepack.distill.fusion.base import Fusion
 
 FUSIONS: dict[str, Fusion] = {
@@ -11,6 +11,7 @@ FUSIONS: dict[str, Fusion] = {
     "confidence": weights.CONFIDENCE,
     "entropy": weights.ENTROPY,
     "adaptive": adaptive.ADAPTIVE,
+    "gated": gated.GATED,
     "min_norm": min_norm.MIN_NORM,
     "sequence": sequence.SEQUENCE,
     "monitored": monitored.MONITORED,

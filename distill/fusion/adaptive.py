@@ -52,7 +52,11 @@ class Adaptive(nn.Module):
         """Return weights `(N, K)`."""
         embedding = inputs.student.embedding
         assert embedding is not None
-        return ((embedding.float() * self.shared) @ self.latents.T).softmax(1)
+        return self.scores_of(embedding).softmax(1)
+
+    def scores_of(self, embedding: Tensor) -> Tensor:
+        """Return the scores `a` `(N, K)`, whose softmax is the weights, for an embedding `(N, D)`."""
+        return (embedding.float() * self.shared) @ self.latents.T
 
     def begin_epoch(self, epoch: int) -> None:
         """Freeze the latents from epoch `joint_epochs` on."""

@@ -77,5 +77,7 @@ class Fusion:
     """True if `choose` may return another teacher for every batch of an epoch."""
     constant: bool = False
     """True if `choose` returns the same teacher for all batches, so that the other stores are never read."""
+    trained_by: str = ""
+    """Term that trains the fusion's parameters; it is part of every objective that fuses with them."""
     abstains: bool = False
     """True if the weights of a sample may all be zero, so that it has no soft targets."""

@@ -1,4 +1,4 @@
-"""L2 penalty on the latent vectors of the adaptive fusion while they are trained.
+"""L2 penalty on the latent vectors of the fusions `adaptive` and `gated` while they are trained.
 
 Liu, Zhang and Wang 2020 (AMTML-KD), arXiv 2103.04062; the penalty is in its release.
 """
@@ -33,8 +33,8 @@ class Latents(nn.Module):
         latents = None if inputs.fusion is None else dict(inputs.fusion.named_parameters())
         if not latents:
             raise RecipeError(
-                "the term 'latents' needs fusion 'adaptive', but this objective's fusion has no latents: set "
-                "fusion.name=adaptive, or leave the term out"
+                "the term 'latents' needs fusion 'adaptive' or 'gated', but this objective's fusion has no "
+                "latents: set fusion.name=adaptive, or leave the term out"
             )
         trained = [value for value in latents.values() if value.requires_grad]
         return (

@@ -100,6 +100,18 @@ TEAMS: dict[str, Method] = {
         note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
         "compared as they are (the release divides both by their norm over channels)",
     ),
+    "amtml-gated": Method(
+        formula="0.9 T² KL(sum_k w_k P_k || q) + 0.1 CE - log sum_k w_k p_k(y) + "
+        "0.01 (||v||² + sum_k ||theta_k||²), T = 4, p_k = softmax(z_k), w = softmax_k(v . (theta_k * beta)), "
+        "constant in the divergence",
+        source="ours: the weights of amtml, trained by the labels, with the weights and T of kd",
+        objective=objective(**KD, fusion={"name": "gated"}, terms={"latents": {"weight": 0.01}}),
+        note="in amtml the divergence trains the weights, and prefers the teacher that is easiest to "
+        "imitate. Here only the labels do; latents begin at 0.1 instead of 1 and are penalized by 0.01 "
+        "instead of 0.1. terms.gate.weight is the weight of the mixture's cross-entropy. terms.angle={} and "
+        "terms.hint={} add the angles and hints of amtml; fusion.student_gradient=true passes the gradient "
+        "of the weights on to the student, and fusion.divergence_gradient=true adds the divergence's",
+    ),
     "ca-mkd": Method(
         formula="T² sum_k w_k KL(P_k || q) + CE, w_k = (1 - softmax_k CE(z_k, y)) / (K - 1), T = 4",
         source="Zhang, Chen and Wang 2022, arXiv 2201.00007, equations 2 and 3, without its feature term",

@@ -15,6 +15,7 @@ import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
@@ -223,7 +224,7 @@ def sweep(
         which = ", ".join(str(number[student.name]) for student in group)
         return f"student {which} of {len(students)}: {'; '.join(student.name for student in group)}"
 
-    train = _train_here if executor is None else executor.train
+    train = partial(_train_here, total=len(students)) if executor is None else executor.train
     try:
         return train(groups_of(remaining, out, together), out, how, describe)
     except KeyboardInterrupt:
@@ -240,12 +241,13 @@ def _train_here(
     out: Path,
     how: SweepOptions,
     describe: Callable[[Sequence[Student]], str],
+    total: int,
 ) -> dict[str, str]:
-    """Train groups one after another in this process."""
+    """Train groups of a sweep of `total` students one after another in this process."""
     device, waiting = pick_device(how.device), list(groups)
     diverged: dict[str, str] = {}
-    total = sum(map(len, groups))
-    with progress(f"sweep {out.name}", total, "students", delay=SHORT_SECONDS) as meter:
+    done = total - sum(map(len, groups))
+    with progress(f"sweep {out.name}", total, "students", done=done, delay=SHORT_SECONDS) as meter:
         while waiting:
             group = waiting.pop(0)
             say(describe(group))

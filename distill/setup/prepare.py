@@ -123,7 +123,7 @@ class Setup:
             epoch_order(samples, seed=self.recipe.seed, epoch=epoch, window=self.window)
             for samples in self.divided or (self.samples,)
         ]
-        order = np.stack(orders, 1).ravel()
+        order = orders[0] if len(orders) == 1 else np.stack(orders, 1).ravel()
         begin = done = announced = first * self.samples_per_step
         by_share = (
             batches(

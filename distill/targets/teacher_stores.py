@@ -16,7 +16,7 @@ from coursepack.data.sources import open_stored
 from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
 from coursepack.data.store.cache import open_caches
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import LABELS, LOGITS
 from coursepack.data.views import stored_view
 from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.reading import choose_reading, free_memory
@@ -26,6 +26,8 @@ from coursepack.imports import check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from coursepack.data import Source, ViewRecipe
     from coursepack.data.store.reader import Reading
@@ -218,16 +220,25 @@ def check_store(reader: StoreReader, source: Source, view: ViewRecipe) -> None:
             f"store {reader.address!r} has {len(reader.manifest.class_names)} classes, but source "
             f"{source.name!r} has {len(source.class_names)}"
         )
-    labels = reader.labels()
-    if len(labels) != len(source.labels):
+    count = reader.manifest.samples
+    if count != len(source.labels):
         raise StoreMismatch(
-            f"store {reader.address!r} has {len(labels):,} samples, but source {source.name!r} has "
+            f"store {reader.address!r} has {count:,} samples, but source {source.name!r} has "
             f"{len(source.labels):,}: train on the source that the teachers saw"
         )
-    others = np.flatnonzero(labels != source.labels)
+    others = _other_labels(reader, source.labels)
     if len(others):
         raise StoreMismatch(
             f"store {reader.address!r} has other labels than source {source.name!r} for {len(others):,} of "
-            f"{len(labels):,} samples ({summarize_names(map(str, others))}), although their checksum is "
+            f"{count:,} samples ({summarize_names(map(str, others))}), although their checksum is "
             "right, so other data may have changed too: run `precompute run` again into a new store"
         )
+
+
+def _other_labels(reader: StoreReader, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the samples whose label in a store differs from the given one."""
+    found, start = [], 0
+    for stored in reader.table_pieces(LABELS):
+        found.append(start + np.flatnonzero(stored != labels[start : start + len(stored)]))
+        start += len(stored)
+    return np.concatenate(found)

@@ -34,18 +34,24 @@ ignores the files of called functions, so entry points hold this number as a clo
 
 
 def compiled(signature: Any) -> Any:
-    """Compile to a C function and cache it on disk if possible.
+    """Compile to a C function and cache it on disk if possible."""
+    return lambda function: _cached(functools.partial(numba.cfunc, signature), function)
 
-    numba refuses to cache if neither the source folder nor the user's cache folder is writable. The function
-    is then compiled again in every process.
+
+def jit(function: Any) -> Any:
+    """Compile, at its first call, a function that Python calls, without holding the interpreter."""
+    return _cached(functools.partial(numba.njit, nogil=True), function)
+
+
+def _cached(decorator: Any, function: Any) -> Any:
+    """Decorate with a cache on disk, or without one where numba refuses it.
+
+    It does if neither the source folder nor the user's cache folder is writable. The function is then
+    compiled again in every process.
     """
-
-    def wrap(function: Any) -> Any:
-        try:
-            return numba.cfunc(signature, cache=True)(function)
-        except RuntimeError as err:
-            if "no locator available" not in str(err):
-                raise
-            return numba.cfunc(signature)(function)
-
-    return wrap
+    try:
+        return decorator(cache=True)(function)
+    except RuntimeError as err:
+        if "no locator available" not in str(err):
+            raise
+        return decorator()(function)

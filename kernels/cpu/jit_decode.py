@@ -6,10 +6,11 @@ Decoding a batch takes tens of microseconds; a parallel region would compete wit
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from coursepack.kernels.cpu.jit_base import jit
 
 
-@njit(cache=True, nogil=True)
+@jit
 def int8_decode(q: np.ndarray, affine: np.ndarray, out: np.ndarray) -> None:
     """Write `affine[n, 1] + affine[n, 0] * q` to `out (N, D)` float32; `q (N, D)` uint8, `affine (N, 2)`."""
     for n in range(q.shape[0]):
@@ -18,7 +19,7 @@ def int8_decode(q: np.ndarray, affine: np.ndarray, out: np.ndarray) -> None:
             out[n, d] = minimum + scale * np.float32(q[n, d])
 
 
-@njit(cache=True, nogil=True)
+@jit
 def topk_decode(
     ids: np.ndarray,
     values: np.ndarray,
@@ -63,7 +64,7 @@ def topk_decode(
     return -1
 
 
-@njit(cache=True, nogil=True)
+@jit
 def bit_decode(bits: np.ndarray, out: np.ndarray) -> None:
     """Write +1 or -1 for every bit of `bits (N, B)` uint8, highest bit first, into `out (N, D)` float32."""
     for n in range(out.shape[0]):

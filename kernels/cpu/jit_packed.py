@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 
-from coursepack.kernels.cpu.jit_base import float32, float64, int64, intrinsic, njit, types
+from coursepack.kernels.cpu.jit_base import float32, float64, int64, intrinsic, jit, njit, types
 from coursepack.kernels.cpu.jit_convert import LOT, fill, from_half, write_float32
 from coursepack.kernels.cpu.jit_math import exp2, load, load_int64, load_uint8, load_uint16, store
 from coursepack.kernels.cpu.jit_softmax import exponentials
@@ -141,7 +140,7 @@ def packed_exponentials(
     return total + dropped * float64(rest)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def packed_bad_row(entries: np.ndarray, kept: int, classes: int, low: int) -> int:
     """Return the first row of `entries (N, B)` uint8, contiguous, whose class ids are not sound, or -1."""
     size, start = entries.shape[1], int64(entries.ctypes.data)
@@ -155,7 +154,7 @@ def packed_bad_row(entries: np.ndarray, kept: int, classes: int, low: int) -> in
     return -1
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def packed_decode(
     entries: np.ndarray, scale: np.ndarray, kept: int, low: int, inverse: np.ndarray, out: np.ndarray
 ) -> bool:
