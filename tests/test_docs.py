@@ -21,7 +21,6 @@ OTHER_LANGUAGES = {"{toctree}", "{eval-rst}", "bash", "text"}
 """Directives of the site, lines for startup files of shells, and output."""
 OWN_TESTS = {
     "extending.md": "test_extending.py",
-    "export.md": "test_distill_export.py",
     "library.md": "test_examples_loops.py",
     "training.md": "test_examples.py",
     "tutorial.md": "test_examples.py",
