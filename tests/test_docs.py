@@ -60,6 +60,13 @@ def test_languages_of_blocks_are_known():
             assert languages <= {"python", "yaml"} | OTHER_LANGUAGES, page
 
 
+def test_every_page_is_in_the_contents():
+    trees = re.findall(r"^```{toctree}\n(.*?)^```$", (ROOT / "docs" / "index.md").read_text(), re.M | re.S)
+    listed = {line for tree in trees for line in tree.splitlines() if line and line[0] != ":"}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    assert listed == pages - {"index"} | {"decisions/README"}
+
+
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_of_pages_runs(page, text, stores, tmp_path, monkeypatch):
     if NEEDS.search(text):
