@@ -25,7 +25,7 @@ from coursepack.models import TeacherRunner
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import torch
@@ -58,9 +58,9 @@ class PlannedStore:
         """Name of the stage."""
         return str(self.path).removeprefix(STAGE)
 
-    def labels(self) -> NDArray[np.int64]:
-        """Return the labels of all samples `(N,)`."""
-        return self.class_ids
+    def table_pieces(self, _name: str) -> Iterator[NDArray[Any]]:
+        """Yield the labels of all samples `(N,)`, the only table that is read before there is a store."""
+        yield self.class_ids
 
 
 def stored_output(manifest: Manifest) -> dict[str, Any]:
