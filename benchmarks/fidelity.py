@@ -1,13 +1,12 @@
-"""What encodings of logits lose, beside rows of other projects, and students trained from each.
+"""Loss of encodings of logits, beside rows of other projects, and students trained from each.
 
     python benchmarks/fidelity.py [--no-students] [--json FILE] [--quick]
 
 The loss is KL(float32 || decoded) in nats, the mean over all rows, at several temperatures. Rows of other
 projects are written and read as their training code does, with as many bytes. Made-up logits are low-rank
-with a heavy tail, which
-sparse rows do worst at; the digits are a trained CNN's. Students are trained by `kd` from stores of one
-teacher in each form, with the same seeds; what they lose is against float32. Other projects' rows are stored
-as the float32 logits that they decode to.
+with a heavy tail, which sparse rows do worst at; the digits are a trained CNN's. Students are trained by `kd`
+from stores of one teacher in each form, with the same seeds; what they lose is against float32. Other
+projects' rows are stored as the float32 logits that they decode to.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a whole store takes in one encoding of its logits."""
+    """Bytes, objects, requests and times of a whole store in one encoding of its logits."""
 
     encoding: str
     """Encoding in which logits are stored."""

@@ -121,8 +121,7 @@ class LocalShards:
     def _matches(self, name: str) -> list[str]:
         if not _GLOB.search(name):
             return [name]
-        # Path.glob would match hidden files too.
-        return sorted(glob.glob(name, root_dir=self.folder))  # noqa: PTH207
+        return sorted(glob.glob(name, root_dir=self.folder))  # noqa: PTH207 - Path.glob matches hidden files
 
     def _shard(self, name: str) -> Shard | None:
         try:

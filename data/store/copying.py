@@ -67,7 +67,7 @@ class _Mark(Config):
 
 @dataclass(frozen=True)
 class _Work:
-    """What a copy has to do."""
+    """Work of a copy: its two ends, and the manifests that say what is copied."""
 
     origin: Location
     target: Location
