@@ -14,16 +14,18 @@ both together. Ramps last 80 of 300 epochs in the papers, and here the same shar
 
 from __future__ import annotations
 
+import resource
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _harness import Row, Seconds, arguments, measure, ratios, report, row
+from _harness import Row, Seconds, arguments, exact, measure, ratios, report, row
 from _train_place import Place, stepper
 from methods import interval
 
@@ -37,6 +39,9 @@ from coursepack.distill.training.group import make_group
 from coursepack.distill.training.state import make_state
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CPU = torch.device("cpu")
 BAR = "<= 1.05"
@@ -98,7 +103,19 @@ def step_rows(folder: Path, size: Size) -> list[Row]:
             variants, size.rounds, partial(_step_rows, title=title, config=config), patience=size.patience
         )
         say(f"{title}: {rows[-2]['value']:.3f} times the step side by side")
+        rows += [exact(f"{title}, page faults {which}", page_faults(step), "faults", config)
+                 for which, step in variants.items()]  # fmt: skip
     return rows
+
+
+def page_faults(step: Callable[[], None]) -> float:
+    """Return the median number of pages that a step takes from the system again."""
+    found = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step()
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return statistics.median(found)
 
 
 def _step_rows(seconds: Seconds, *, title: str, config: dict[str, Any]) -> list[Row]:

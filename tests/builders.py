@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -90,6 +91,17 @@ def make_recipe(stores=(), *, method=None, objective=None, **fields: Any) -> Tra
         "epochs": resolved.fusion.fewest_epochs(len(stores)) if stores else 1,
     }
     return TrainRecipe.model_validate(values | fields)
+
+
+def made_up_batch(samples: int, classes: int, teachers: int, width: int) -> dict[str, np.ndarray]:
+    """Logits of a student and of teachers, labels, and embeddings, in float64."""
+    rng = np.random.default_rng(0)
+    return {
+        "student": rng.normal(size=(samples, classes)) * 2,
+        "teachers": rng.normal(size=(teachers, samples, classes)) * 3,
+        "labels": rng.integers(0, classes, samples),
+        "embedding": rng.normal(size=(samples, width)),
+    }
 
 
 def loss_inputs(student_logits, labels, targets=None, *, embedding=None, features=None, step=None):

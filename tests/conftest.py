@@ -234,3 +234,19 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A Ray cluster of two nodes of this machine."""
+    from clusters import own_cluster
+
+    with own_cluster(tmp_path_factory.mktemp("cluster")) as own:
+        yield own
+
+
+@pytest.fixture
+def cluster(started):
+    """The cluster, whose networks do nothing unusual."""
+    started.calm()
+    return started

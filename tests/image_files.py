@@ -139,14 +139,16 @@ def write_cinic10(root: Path) -> Path:
     return root
 
 
-def write_arrays(folder: Path, rows: int = 30, *, channels: int = 3, names: bool = True) -> np.ndarray:
+def write_arrays(
+    folder: Path, rows: int = 30, *, channels=3, size=(6, 7), names=("a", "b", "c")
+) -> np.ndarray:
     """images.npy, labels.npy and classes.json; gives the images."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = np.stack([random_image(row, size=(6, 7), channels=channels) for row in range(rows)])
+    images = np.stack([random_image(row, size=size, channels=channels) for row in range(rows)])
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", np.arange(rows, dtype=np.int16) % 3)
     if names:
-        (folder / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+        (folder / "classes.json").write_text(json.dumps(names))
     return images
 
 

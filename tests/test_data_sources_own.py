@@ -23,7 +23,7 @@ def all_pixels(source):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arrays(tmp_path, channels):
     images = write_arrays(tmp_path / "train", channels=channels)
-    test = write_arrays(tmp_path / "test", 5, channels=channels, names=False)
+    test = write_arrays(tmp_path / "test", 5, channels=channels, names=())
     source = open_source("arrays", tmp_path)
     assert source.channels == channels
     assert source.labels.tolist() == [0, 1, 2] * 10

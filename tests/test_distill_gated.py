@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import CPU, loss_inputs, make_recipe
+from builders import CPU, loss_inputs, made_up_batch, make_recipe
 from reference import methods as ref
 from reference.loss import soft_target_loss as reference_loss
 
@@ -24,13 +24,7 @@ LEARNED = ("embedding", "latents", "shared")
 
 @pytest.fixture
 def batch():
-    rng = np.random.default_rng(0)
-    return {
-        "student": rng.normal(size=(N, C)) * 2,
-        "teachers": rng.normal(size=(K, N, C)) * 3,
-        "labels": rng.integers(0, C, N),
-        "embedding": rng.normal(size=(N, D)),
-    }
+    return made_up_batch(N, C, K, D)
 
 
 def objective_of(method="amtml-gated", **changes):

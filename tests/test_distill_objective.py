@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import loss_inputs
+from builders import loss_inputs, made_up_batch
 from reference import methods as ref
 from reference.loss import soft_target_loss as reference_loss
 
@@ -33,13 +33,7 @@ GOLDEN_TEACHER = torch.tensor([[3, 0, -1], [-1, 2, 0.5]])
 
 @pytest.fixture
 def batch():
-    rng = np.random.default_rng(0)
-    return {
-        "student": rng.normal(size=(N, C)) * 2,
-        "teachers": rng.normal(size=(K, N, C)) * 3,
-        "labels": rng.integers(0, C, N),
-        "embedding": rng.normal(size=(N, D)),
-    }
+    return made_up_batch(N, C, K, D)
 
 
 def tensors(batch, teachers=None):

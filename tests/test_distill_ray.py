@@ -14,7 +14,7 @@ import pytest
 import yaml
 from builders import CPU, make_recipe
 from click.testing import CliRunner
-from clusters import on_cluster, own_cluster, wait_until
+from clusters import on_cluster, wait_until
 from helpers import store_files
 from spawned import run, running
 
@@ -40,19 +40,6 @@ def results(run):
     """Weights and metrics of a finished run, but for its seconds."""
     weights = [(run / f"{name}.safetensors").read_bytes() for name in ("student", "best")]
     return weights, [{**line, "seconds": 0} for line in load_run(run).metrics]
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    with own_cluster(tmp_path_factory.mktemp("students")) as own:
-        yield own
-
-
-@pytest.fixture
-def cluster(started):
-    """The cluster, whose students do nothing unusual."""
-    started.calm()
-    return started
 
 
 @pytest.fixture(scope="module")

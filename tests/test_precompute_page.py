@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import shutil
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from builders import write_store, write_teacher
 from click.testing import CliRunner
+from image_files import write_arrays
 from PIL import Image
 from reported import Page
 from scipy.spatial.distance import jensenshannon
@@ -45,11 +45,7 @@ def page(html):
 def hostile(tmp_path_factory):
     """A folder with a source whose classes have names of HTML, and two stores of it."""
     folder = tmp_path_factory.mktemp("hostile")
-    (folder / "train").mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
-    np.save(folder / "train" / "images.npy", images)
-    np.save(folder / "train" / "labels.npy", np.arange(30) % 3)
-    (folder / "train" / "classes.json").write_text(json.dumps(HOSTILE))
+    write_arrays(folder / "train", size=(12, 12), names=HOSTILE)
     source = open_source("arrays", folder)
     for seed, name in enumerate(("<b>", "cnn")):
         teacher = write_teacher(folder / f"teacher-{seed}", "digits-mlp", classes=3, seed=seed)

@@ -1,11 +1,9 @@
 """The page about stores in a real browser: no error, everything clicked, light and dark, on a phone too."""
 
-import json
-
-import numpy as np
 import pytest
 from browsing import SCHEMES, click_everything, watched
 from builders import write_store, write_teacher
+from image_files import write_arrays
 
 from coursepack.data import open_source
 from coursepack.precompute.page.build import build_page
@@ -18,11 +16,7 @@ NAMES = ("<script>throw 1</script>", "<img src=x onerror=throw>", "a" * 80)
 def file(tmp_path_factory):
     """A page with all sections, of stores and classes whose names a page must escape."""
     folder = tmp_path_factory.mktemp("page")
-    (folder / "train").mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (60, 24, 24, 3), dtype=np.uint8)
-    np.save(folder / "train" / "images.npy", images)
-    np.save(folder / "train" / "labels.npy", np.arange(60) % 3)
-    (folder / "train" / "classes.json").write_text(json.dumps(NAMES))
+    write_arrays(folder / "train", 60, size=(24, 24), names=NAMES)
     source = open_source("arrays", folder)
     stores = []
     for seed, name in enumerate(("<b>throw", "mlp")):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_rows import check_rows
-from clusters import MARKS, own_cluster, wait_until
+from clusters import MARKS, wait_until
 from helpers import file_identities, store_files
 from spawned import run, running
 
@@ -45,19 +45,6 @@ def assert_same(store, expected):
     assert verify(store).problems == ()
     assert not list(store.rglob("*.partial"))
     assert not list(store.rglob("*.witness"))
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    with own_cluster(tmp_path_factory.mktemp("teacher")) as own:
-        yield own
-
-
-@pytest.fixture
-def cluster(started):
-    """The cluster, whose teachers do nothing unusual."""
-    started.calm()
-    return started
 
 
 @pytest.fixture(scope="module")
