@@ -8,11 +8,11 @@ method (see `_methods_cost`).
 In the study, three different teachers are trained, and their stores are written once; every student is
 trained from the stores. Methods are paired by seed: the same initial weights, samples and order. Besides the
 plain study, there are settings that favour particular methods: a weak and a noisy teacher with a good one,
-teachers that each know only some classes, and overconfident teachers. Every method uses the temperature and
-the soft and hard weights of `kd`, unless its row has `preset`, so that a row shows the effect of the method
-alone. In the setting `presets`, every method has its own numbers (see `_methods_presets`). Students that
-diverge count as untrained, and rows say how many did. The t-test and the 95 % interval (t distribution) are
-of the differences from `kd` with the same seeds.
+teachers that each know only some classes, overconfident teachers, and a teacher that confuses two classes.
+Every method uses the temperature and the soft and hard weights of `kd`, unless its row has `preset`, so that
+a row shows the effect of the method alone. In the setting `presets`, every method has its own numbers (see
+`_methods_presets`). Students that diverge count as untrained, and rows say how many did. The t-test and the
+95 % interval (t distribution) are of the differences from `kd` with the same seeds.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def entries(setting: str, names: tuple[str, ...] | None = None) -> list[Entry]:
         Entry("dtd-flsw-preset", "dtd-flsw", {}),
         Entry("ca-mkd", "ca-mkd", KD),
         Entry("ebkd", "ebkd", KD),
+        Entry("ae-kd", "ae-kd", KD),
+        Entry("kd-without-mistaken", "kd", {}, (0, 2)),
         Entry("adaptive", "amtml", {**KD, "terms": {"angle": None}}),
         Entry("adaptive-small", "amtml", {**KD, "terms": {"angle": None}, "fusion": {"init": 0.1}}),
         Entry("amtml", "amtml", KD),
@@ -145,11 +147,19 @@ def noisy(logits: torch.Tensor) -> torch.Tensor:
     return logits + logits.std(1, keepdim=True) * 1.2 * noise
 
 
+def mistaken(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits that call every 3 an 8 and every 8 a 3."""
+    swapped = torch.arange(10, device=logits.device)
+    swapped[3], swapped[8] = 8, 3
+    return logits[:, swapped]
+
+
 CHANGES: dict[str, list[Callable[[torch.Tensor], torch.Tensor] | None]] = {
     "plain": [None, None, None],
     "noisy": [None, None, noisy],
     "experts": [knows((0, 1, 2, 3)), knows((3, 4, 5, 6)), knows((7, 8, 9, 0))],
     "sure": [lambda logits: 8 * logits] * 3,
+    "mistaken": [None, mistaken, None],
     "presets": [None, None, None],
 }
 NOTES = {
@@ -157,6 +167,7 @@ NOTES = {
     "noisy": "a good cnn, an mlp after one epoch (weak), and a resnet with noise on its logits",
     "experts": "teachers that each tell four classes apart",
     "sure": "teachers with logits times eight",
+    "mistaken": "two good teachers, and a cnn that takes 3 for 8 and 8 for 3",
     "presets": "the three good teachers, every method with its own numbers, a convolutional student",
 }
 FIELDS: dict[str, dict[str, Any]] = {
@@ -165,12 +176,14 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Fields of the recipes of a setting that are others than usual."""
 ROWS: dict[str, tuple[str, ...] | None] = {
     "plain": None,
-    "noisy": ("plain", "kd", "random", "avg", "ka-ps", "ka-lsr", "ka-dtd", "ca-mkd", "ebkd",
+    "noisy": ("plain", "kd", "random", "avg", "ka-ps", "ka-lsr", "ka-dtd", "ca-mkd", "ebkd", "ae-kd",
               "adaptive", "adaptive-small", "amtml", "amtml-gated"),
-    "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "adaptive", "adaptive-small", "amtml",
+    "experts": ("plain", "kd", "ka-ps", "ca-mkd", "ebkd", "ae-kd", "adaptive", "adaptive-small", "amtml",
                 "amtml-gated"),
-    "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset",
-             "amtml-gated"),
+    "sure": ("plain", "kd", "ka-ps", "dtd-flsw", "dtd-cwsm", "ka-dtd", "dtd-flsw-preset", "ca-mkd",
+             "ae-kd", "amtml-gated"),
+    "mistaken": ("plain", "kd", "kd-without-mistaken", "avg", "ka-ps", "ka-lsr", "ca-mkd", "ebkd", "ae-kd",
+                 "adaptive", "adaptive-small", "amtml", "amtml-gated"),
     "presets": None,
 }  # fmt: skip
 QUICK_ROWS: dict[str, tuple[str, ...]] = {
@@ -191,7 +204,8 @@ def train_teachers(folder: Path, quick: bool) -> dict[str, list[Path]]:
         made[name] = folder / name
     good = [made[name] for name in TEACHERS]
     return {
-        "plain": good, "noisy": [made["weak"], *good[1:]], "experts": good, "sure": good, "presets": good
+        "plain": good, "noisy": [made["weak"], *good[1:]], "experts": good, "sure": good,
+        "mistaken": good, "presets": good,
     }  # fmt: skip
 
 
