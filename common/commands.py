@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.catalog import names_of
 from coursepack.console import QUIET, printable
 from coursepack.errors import CoursepackError, nearest, suggestion
@@ -71,6 +72,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Invoke the subcommand, and turn domain and system errors into click's errors."""
+        keep_freed_memory()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

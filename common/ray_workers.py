@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.console import say
-from coursepack.errors import RecipeError, WorkerLost
+from coursepack.errors import RecipeError, WorkerLost, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def connected(address: str | None) -> Iterator[Any]:
         where = address or os.environ.get("RAY_ADDRESS")
         raise WorkerLost(
             f"cannot connect to {'Ray on this machine' if where is None else f'a Ray cluster at {where!r}'}: "
-            f"{_first_line(error)} Check --address with `ray status`, or start a node with `ray start`"
+            f"{first_line(error)}. Check --address with `ray status`, or start a node with `ray start`"
         ) from error
     try:
         if in_main and handler is not None:
@@ -137,6 +138,7 @@ def enter(folder: str, sharing: int) -> str:
         os.chdir(folder)
     # The renderer divides the cores by it, as it does among the ranks of torchrun.
     os.environ["LOCAL_WORLD_SIZE"] = str(sharing)
+    keep_freed_memory()
     return f"{socket.gethostname()}, process {os.getpid()}"
 
 
@@ -338,8 +340,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
     return text[:400].rstrip(". ")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}." if lines else f"{type(error).__name__}."

@@ -14,21 +14,8 @@ FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].spl
 COMMON = {
     f"coursepack.{name}"
     for name in (
-        *(
-            "errors",
-            "canonical",
-            "catalog",
-            "commands",
-            "config",
-            "console",
-            "device",
-            "files",
-            "imports",
-            "lazy",
-            "locks",
-            "problems",
-        ),
-        *("parsing", "ray_workers", "unions"),
+        *("errors", "allocator", "canonical", "catalog", "commands", "config", "console", "device", "files"),
+        *("imports", "lazy", "locks", "parsing", "problems", "ray_workers", "unions"),
     )
 }
 ALLOWED = {
@@ -36,7 +23,7 @@ ALLOWED = {
     "kernels": {"coursepack.kernels"},
     "data": COMMON | {"coursepack.kernels", "coursepack.data"},
     "models": COMMON | {"coursepack.kernels", "coursepack.models"},
-    "pages": {"coursepack.pages"},
+    "pages": {"coursepack.errors", "coursepack.pages"},
     "precompute": COMMON
     | {f"coursepack.{name}" for name in ("kernels", "data", "models", "pages", "precompute")},
     "distill": COMMON | {f"coursepack.{name}" for name in ("kernels", "data", "models", "pages", "distill")},
