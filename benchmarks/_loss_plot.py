@@ -17,7 +17,7 @@ mpl.rcParams["svg.hashsalt"] = "coursepack"
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 
 VARIANTS = ("naive", "analytic", "compile", "ours", "floor")
-COLOURS = ("#b0b0b0", "#8fa8c8", "#5b84b1", "#d1603d", "#222222")
+COLORS = ("#b0b0b0", "#8fa8c8", "#5b84b1", "#d1603d", "#222222")
 
 
 def main() -> None:
@@ -32,9 +32,9 @@ def main() -> None:
             cells.setdefault(label, {})[which] = 1000 * entry["value"] / values
     figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     width = 0.8 / len(VARIANTS)
-    for i, (which, colour) in enumerate(zip(VARIANTS, COLOURS, strict=True)):
+    for i, (which, color) in enumerate(zip(VARIANTS, COLORS, strict=True)):
         places = [cell + (i - (len(VARIANTS) - 1) / 2) * width for cell in range(len(cells))]
-        axes.bar(places, [cell.get(which, 0) for cell in cells.values()], width, color=colour, label=which)
+        axes.bar(places, [cell.get(which, 0) for cell in cells.values()], width, color=color, label=which)
     axes.set_xticks(range(len(cells)), list(cells))
     axes.set_yscale("log")
     axes.set_ylabel("ns per logit read, 1 thread")

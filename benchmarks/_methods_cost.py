@@ -17,10 +17,10 @@ from _harness import exact, measure, ratios, row
 from _train_place import CLASSES, DEVICE, Place, stepper
 
 from coursepack.console import say
+from coursepack.data.store.manifest import FEATURES
 from coursepack.distill.methods import METHODS
 from coursepack.distill.setup.costs import planned_store, view_costs
 from coursepack.distill.setup.prepare import prepare
-from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.live import OnlineTargets
 from coursepack.distill.targets.stores import CachedTargets
 from coursepack.distill.training.state import make_state

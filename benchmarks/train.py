@@ -80,7 +80,7 @@ def open_place(folder: Path, size: Size) -> Place:
 
 
 def minimal(student: str, source: Source, batch_size: int) -> Callable[[], None]:
-    """Return a step of a minimal training loop on normalised float32 images on the device."""
+    """Return a step of a minimal training loop on normalized float32 images on the device."""
     network = build_network(student, CLASSES)
     module = network.module.to(DEVICE).train()
     optimizer = torch.optim.SGD(

@@ -67,7 +67,7 @@ def words(rounds: int, patience: float) -> list[Row]:
 
 
 def small(rounds: int, patience: float) -> list[Row]:
-    """Measure pad-crop, flip and normalisation of 256 images of 32x32, with new parameters each time."""
+    """Measure pad-crop, flip and normalization of 256 images of 32x32, with new parameters each time."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
     source = InMemory("made:up", images, np.zeros(len(images), np.int64), ("one",))
@@ -98,7 +98,7 @@ def small(rounds: int, patience: float) -> list[Row]:
         return transform(tensors[torch.from_numpy(rng.integers(0, 4096, BATCH))])
 
     config = {"samples": BATCH, "side": 32, "threads": 1}
-    name = "32x32 pad-crop, flip, normalise"
+    name = "32x32 pad-crop, flip, normalize"
 
     def rows_of(seconds: Seconds) -> list[Row]:
         single, batched = ratios(seconds, "ours", "each"), ratios(seconds, "ours", "shared")
@@ -154,7 +154,7 @@ def large(rounds: int, patience: float, count: int, threads: int, bar: str) -> l
 
 
 def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
-    """Measure the images per second from a tree of JPEG files to normalised tensors."""
+    """Measure the images per second from a tree of JPEG files to normalized tensors."""
     rng = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as name:
         for k in range(count):

@@ -44,6 +44,12 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
+def first_line(error: Exception) -> str:
+    """Return the class and the first line of an error of another library, to be quoted in one of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
 class CoursepackError(Exception):
     """Base class of all exceptions of coursepack."""
 

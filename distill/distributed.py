@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from coursepack.console import say
+from coursepack.console import say, warn
 from coursepack.data.store.owners import Part
 from coursepack.device import pick_device, rank_device
 from coursepack.errors import RankLost
@@ -66,6 +66,11 @@ class Ranks:
         """Log a line on the first rank only."""
         if self.is_first:
             say(text)
+
+    def warn_once(self, text: str) -> None:
+        """Print a warning on the first rank only."""
+        if self.is_first:
+            warn(text)
 
     def all_gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in rank order. Blocks until every rank has called it."""

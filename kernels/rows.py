@@ -258,7 +258,8 @@ def decode(rows: Rows | Tensor, temperature: Tensor | None = None) -> Tensor:
 
     Args:
         rows: encoded rows, or a tensor.
-        temperature: the temperature `(N,)` the rows are used at; None means 1. Used by `TopKRows` only.
+        temperature: the temperature `(N,)` the rows are used at, which rows of the largest logits need; None
+            means 1.
     """
     return rows.float() if isinstance(rows, Tensor) else rows.decode(temperature)
 

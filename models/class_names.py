@@ -7,7 +7,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
-from coursepack.console import say
+from coursepack.console import say, warn
 from coursepack.errors import TeacherMismatch
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def columns_by_name(
     if all(LABEL.fullmatch(name) for name in trained_on):
         if len(trained_on) != len(class_names):
             return None  # refused later by the number of classes
-        say(
-            f"{spec}: its classes have no names ({trained_on[0]}, ...), so they are taken to be the "
+        warn(
+            f"warning: {spec}: its classes have no names ({trained_on[0]}, ...), so they are taken to be the "
             f"source's {len(class_names)} in the same order ({', '.join(class_names[:3])}, ...)"
         )
         return None

@@ -43,4 +43,3 @@ def read_record(folder: Path, epochs: int | None = None, *, best: bool = False) 
         return max(evaluated, default=None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError):
         return None
-    return None

@@ -33,7 +33,7 @@ def pooled(features: Tensor) -> Tensor:
 
 
 def attention(features: Tensor) -> Tensor:
-    """Return the mean of squares over channels, `(N, H * W)`, not normalised.
+    """Return the mean of squares over channels, `(N, H * W)`, not normalized.
 
     Source: Zagoruyko and Komodakis 2017, with p = 2.
     """
@@ -109,7 +109,7 @@ def above_margin(features: Tensor, margins: Tensor) -> Tensor:
 
 
 def margins(bias: Tensor, weight: Tensor) -> Tensor:
-    """Return the expected value of a batch normalisation's negative outputs per channel, `(C,)`.
+    """Return the expected value of a batch normalization's negative outputs per channel, `(C,)`.
 
     With mean mu = bias and deviation s = |weight|: `mu - s phi(mu / s) / Phi(-mu / s)`, or -3 s if the
     probability of a negative output is at most 0.001 (Heo et al., ICCV 2019, appendix).

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from coursepack.data.encodings import FOR_LOGITS, parse_encoding
+from coursepack.data.encodings import FOR_LOGITS, drops_classes, parse_encoding
 from coursepack.data.store.layout import block_count
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.planning import fresh_manifest
@@ -136,7 +136,7 @@ def too_warm(encoding: str, temperature: float | None, classes: int) -> str | No
     The gradient at temperature T comes from all classes, and more evenly the higher T is; of the classes that
     top-k leaves out, only the mass is known.
     """
-    if temperature is None or temperature <= WARMEST or not encoding.startswith("topk"):
+    if temperature is None or temperature <= WARMEST or not drops_classes(parse_encoding(encoding)):
         return None
     sizes = [
         sum(part.row_bytes for part in parse_encoding(name).components((classes,)).values())

@@ -10,6 +10,7 @@ import torch
 from coursepack.console import SHORT_SECONDS, progress
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import fidelity_summary, view_mean
+from coursepack.models.calibration import Calibration
 from coursepack.precompute.numerics import views_by_numerics
 from coursepack.precompute.precision import store_precision
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_A_TIME = 8192
 """Rows of logits that are decoded together."""
-BINS = 15
-"""Number of confidence bins of the calibration error (Guo et al. 2017, equation 3)."""
 
 
 def describe_store(reader: StoreReader) -> dict[str, Any]:
@@ -65,12 +64,15 @@ def describe_store(reader: StoreReader) -> dict[str, Any]:
     }
 
 
-def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
-    """Return the share of samples with the same top class for each pair of teachers, `(K, K)`.
+def common_view(readers: Sequence[StoreReader]) -> int | None:
+    """Return the first view that all stores have of the same pixels, or None."""
+    if len({reader.manifest.view_fingerprint for reader in readers}) > 1:
+        return None
+    return min(set.intersection(*(set(reader.views) for reader in readers)), default=None)
 
-    The logits are those of the first view that all stores have.
-    """
-    view = min(set.intersection(*(set(reader.views) for reader in readers)))
+
+def agreement(readers: Sequence[StoreReader], view: int) -> list[list[float]]:
+    """Return the share of samples with the same top class in a view for each pair of teachers, `(K, K)`."""
     top_classes = []
     for reader in readers:
         parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
@@ -79,16 +81,11 @@ def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
 
 
 def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
-    """Return the expected calibration error of a view over `BINS` bins of confidence."""
-    counts, confidence_sums, correct_sums = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
+    """Return the expected calibration error of a view."""
+    calibration = Calibration(torch.device("cpu"))
     for logits, samples in _logits(reader, view):
-        confidence, top = torch.softmax(logits, dim=1).max(1)
-        bins = (confidence * BINS).long().clamp(max=BINS - 1)
-        counts += torch.bincount(bins, minlength=BINS)
-        confidence_sums += torch.bincount(bins, weights=confidence.double(), minlength=BINS)
-        correct = (top == labels[samples]).double()
-        correct_sums += torch.bincount(bins, weights=correct, minlength=BINS)
-    return float((confidence_sums - correct_sums).abs().sum() / counts.sum())
+        calibration.add(logits, labels[samples])
+    return calibration.error()
 
 
 def _logits(reader: StoreReader, view: int) -> Any:

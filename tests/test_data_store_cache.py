@@ -87,6 +87,29 @@ def test_shards_are_downloaded_once(address, folder, s3_server, reading):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("reading", ["mapped", "resident", "windowed"])
+def test_a_shard_that_is_removed_before_it_is_opened_is_downloaded_again(
+    address, folder, s3_server, reading, monkeypatch
+):
+    """Another process may make room between the download and the opening."""
+    rows, removed = write_rows(address, RowStore(views=1)), []
+    reader = reader_of(address, reading)
+    fetch = type(reader.cache).fetch
+
+    def robbed(*arguments):
+        files = fetch(*arguments)
+        if not removed:
+            removed.append(cached(folder)[0])
+            removed[0].unlink()
+        return files
+
+    monkeypatch.setattr(type(reader.cache), "fetch", robbed)
+    s3_server.requests.clear()
+    check(reader, rows, (0,))
+    assert downloads(s3_server) == 4 + 1
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("reading", ["mapped", "resident", "windowed"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_shard_is_downloaded_again(address, folder, s3_server, reading, damage):
     rows = write_rows(address, RowStore(views=1))

@@ -171,6 +171,11 @@ def test_the_general_target_weighs_students_by_the_errors_of_the_epoch_before():
     second = exchange(inputs_of(outputs)).targets[0][0]
     want = sum(share * o.logits.detach() for share, o in zip(weights, outputs, strict=True))
     torch.testing.assert_close(second, want, rtol=1e-2, atol=1e-2)
+    before = {name: value.clone() for name, value in exchange.state_dict().items()}
+    resumed = built("collaborative", target="general")
+    resumed.load_state_dict(before)
+    resumed.begin_epoch(1)  # a run that is resumed within an epoch begins it again
+    torch.testing.assert_close(resumed.state_dict(), before, rtol=0, atol=0)
     assert weights_of_errors(torch.eye(4)).tolist() == pytest.approx([0.25] * 4)
 
 

@@ -19,9 +19,9 @@ from coursepack.data import open_source
 from coursepack.data.store import StoreReader
 from coursepack.distill import open_teacher_stores
 from coursepack.distill.cli import main as distill
-from coursepack.distill.runs.folder import METRICS_FILE
 from coursepack.models import build_network
 from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.record import METRICS_FILE
 from coursepack.precompute.cli import main as precompute
 
 CLASSES, FILES = ("ant", "bee", "cat"), 8

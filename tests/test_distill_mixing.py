@@ -19,12 +19,12 @@ from coursepack.data.views.geometry import HorizontalFlip, PadCrop
 from coursepack.data.views.mixing import Mix
 from coursepack.data.views.params import CUTMIX, MIXUP, NO_MIX
 from coursepack.distill.cli import main
-from coursepack.distill.runs.folder import METRICS_FILE
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.loop import train_epoch
 from coursepack.distill.training.state import make_state
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
+from coursepack.models.record import METRICS_FILE
 from coursepack.precompute import run_job
 
 MIXED = ViewRecipe(

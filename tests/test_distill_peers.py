@@ -20,6 +20,7 @@ from coursepack.data.batches import batches
 from coursepack.data.store import StoreReader
 from coursepack.distill.cli import main
 from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
+from coursepack.distill.methods.peers import PEERS
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.runs.folder import load_run, load_runs
@@ -146,6 +147,23 @@ def test_a_frozen_peer_is_a_teacher(tmp_path, teachers):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
     after = group[1].learner.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("method", sorted(PEERS))
+def test_peers_that_keep_their_weights_are_not_trained(method, tmp_path):
+    peers = [f"run:{write_teacher(tmp_path / 'cnn', 'digits-cnn')}"] * (2 if method == "okddip" else 1)
+    recipe = group_recipe("digits-cnn", *peers, method=method,
+                          objective={"exchange": {"train_peers": False}})  # fmt: skip
+    setup = prepare(recipe, CPU)
+    group = make_group(setup)
+    modules = [state.learner.network.module for state in group]
+    before = [{name: value.clone() for name, value in module.named_parameters()} for module in modules]
+    step_once(setup, group)
+    trained = [
+        any(not torch.equal(values[name], value) for name, value in module.named_parameters())
+        for module, values in zip(modules, before, strict=True)
+    ]
+    assert trained == [True, *[False for _ in peers]]
 
 
 def test_sequential_updates_follow_current_weights():

@@ -16,7 +16,7 @@ from coursepack.data import open_source
 from coursepack.distill.cli import main as distill
 from coursepack.distill.report.build import build_report
 from coursepack.distill.report.outcome import paired_interval
-from coursepack.distill.report.reading import Problems, mean_by_epoch, read_groups
+from coursepack.distill.report.reading import mean_by_epoch, read_groups
 from coursepack.distill.runs.compare import compare, table_rows
 from coursepack.distill.runs.folder import load_runs
 from coursepack.distill.runs.train import train
@@ -24,6 +24,7 @@ from coursepack.distill.training.evaluate import evaluate
 from coursepack.models import load_teacher
 from coursepack.pages.blocks import Plot, Series
 from coursepack.pages.draw import COLORS, draw, style_of
+from coursepack.pages.problems import Problems
 from coursepack.pages.render import MOST_NUMBERS, numbers
 
 ALL = [
@@ -390,7 +391,7 @@ def test_the_command(tmp_path, monkeypatch, runs):
     write_run(tmp_path / "o", [metrics_line(0, 0.5)], finished=False)
     result = call("o", "--out", "p.html")
     assert result.exit_code == 0
-    assert result.stderr.startswith("Warning: run 'o' is unfinished")
+    assert result.stderr.startswith("warning: run 'o' is unfinished")
     refusals = {
         ("no",): "there is no run to report:\n  there is no run at 'no'.",
         ("o", "--out", "."): "'.' is a folder: choose another --out",

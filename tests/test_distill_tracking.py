@@ -109,9 +109,9 @@ def test_a_tracker_that_fails_does_not_lose_the_run(service, tmp_path, capsys, w
     train(make_recipe(**FIELDS), out, device=CPU, track=["fake"])
     assert losses(out) == losses(plain)
     problem = "ConnectionError: the service is gone" if where == "middle" else "OSError: cannot say goodbye"
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == [
-        f"Warning: fake does not track {out} any longer: {problem}. The run is not affected, and its metrics "
+        f"warning: fake does not track {out} any longer: {problem}. The run is not affected, and its metrics "
         "are in metrics.jsonl"
     ]
     assert len(service.logged) == (1 if where == "middle" else 3)

@@ -133,6 +133,15 @@ def test_labels_are_those_of_fkds_reader(digits, tmp_path, kind):
         assert np.allclose(softmax_of(reader, view), expected, atol=1e-6)
 
 
+def test_the_default_encoding_keeps_the_probabilities(digits, tmp_path):
+    written = write_cache(tmp_path / "fkd", open_source("folder", digits), kind="smoothing")
+    call(*words(tmp_path / "fkd", digits, tmp_path / "s.zarr"), "--label-type", "smoothing")
+    reader = StoreReader(tmp_path / "s.zarr")
+    assert reader.manifest.arrays["logits"].encoding.name == "topk16:2"
+    expected = np.stack([recovered(label, "smoothing")[0] for *_, label in written])
+    assert np.allclose(softmax_of(reader, 0), expected, atol=2e-3)
+
+
 def test_sparse_encodings_keep_the_labels(digits, labels, tmp_path):
     store = tmp_path / "s.zarr"
     call(*words(labels, digits, store), "--label-type", "marginal_smoothing_k5", "--encoding", "topk:2")

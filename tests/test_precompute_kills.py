@@ -147,7 +147,7 @@ def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, on
         os.kill(process.pid, number)
         stopped = finished()
     assert stopped.returncode == 130
-    assert "stopped. Finished blocks are kept; run the same command again to finish" in stopped.stderr
+    assert "stopped. What is finished is kept; run the same command again to finish" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     done = done_blocks(path)
     assert 0 < len(done) < VIEWS * BLOCKS
@@ -182,7 +182,7 @@ def test_an_interrupt_waits_for_the_batch_of_a_slow_teacher_and_no_other(tmp_pat
     assert stopped.returncode == 130
     first, second = stopped.stderr.splitlines()[-2:]
     assert first == "stopping after the current batch; press Ctrl-C again to stop at once"
-    assert second.startswith("stopped. Finished blocks are kept; run the same command again to finish '")
+    assert second.startswith("stopped. What is finished is kept; run the same command again to finish '")
     assert log.stat().st_size == 40
     assert run(*words).returncode == 0
     assert_same(tmp_path / "s.zarr", once)
@@ -199,7 +199,7 @@ def test_a_second_interrupt_waits_for_nothing(tmp_path, slow, once):
     assert stopped.returncode == 130
     last = stopped.stderr.splitlines()[-1]
     assert last.startswith(
-        "stopped at once. Finished blocks are kept; run the same command again to finish '"
+        "stopped at once. What is finished is kept; run the same command again to finish '"
     )
     assert "Traceback" not in stopped.stderr
     assert log.stat().st_size == 40

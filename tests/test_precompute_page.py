@@ -131,7 +131,7 @@ def test_disagreement_is_the_divergence_of_jensen_and_shannon(page, stores):
 
 
 def test_agreement_is_that_of_inspect(page, stores):
-    shares = agreement([StoreReader(store) for store in stores])
+    shares = agreement([StoreReader(store) for store in stores], 0)
     table = page.tables["Share of samples with the same top class in view 0"]
     assert [row[1:] for row in table[1:]] == [[f"{share:.2%}" for share in row] for row in shares]
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from helpers import make_job, store_files
 
 from coursepack.console import byte_size
-from coursepack.data import open_source
+from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.store.locations import open_location
 from coursepack.data.store.owners import Part
@@ -23,7 +23,7 @@ from coursepack.models import parse_tap
 from coursepack.precompute import plan as plan_module
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
-from coursepack.precompute.inspect import agreement, describe_store
+from coursepack.precompute.inspect import agreement, common_view, describe_store
 from coursepack.precompute.plan import Probe, check_space, costs
 
 SAMPLES = 1442
@@ -306,7 +306,7 @@ def test_agreement_against_numpy(inspected, tmp_path, teacher):
     values = readers[1].components("logits", 0, np.arange(SAMPLES))["values"]
     share = (logits[0].argmax(1) == values.argmax(1)).mean()
     assert 0 < share < 1
-    assert agreement(readers) == [[1.0, pytest.approx(share)], [pytest.approx(share), 1.0]]
+    assert agreement(readers, 0) == [[1.0, pytest.approx(share)], [pytest.approx(share), 1.0]]
     # The first view that both have.
     run_job(make_job(tmp_path / "late.zarr", other, encoding="float32", block_rows=SAMPLES),
             block_order=iter([1]))  # fmt: skip
@@ -314,7 +314,24 @@ def test_agreement_against_numpy(inspected, tmp_path, teacher):
     assert late.views == (1,)
     second = readers[1].components("logits", 1, np.arange(SAMPLES))["values"]
     share = (logits[1].argmax(1) == second.argmax(1)).mean()
-    assert agreement([readers[0], late])[0][1] == pytest.approx(share)
+    view = common_view([readers[0], late])
+    assert view == 1
+    assert agreement([readers[0], late], view)[0][1] == pytest.approx(share)
+
+
+def test_stores_without_a_common_view_of_the_same_pixels_have_no_agreement(tmp_path, teacher, command):
+    """Stores of other views, and of another view recipe with as many samples, are shown one by one."""
+    kept = tmp_path / "kept.zarr"
+    run_job(make_job(kept, teacher, views=2))
+    early, late, other = tmp_path / "early.zarr", tmp_path / "late.zarr", tmp_path / "other.zarr"
+    for store, view in ((early, "0"), (late, "1")):
+        assert command("copy", kept, store, "--views", view).exit_code == 0
+    run_job(make_job(other, teacher, recipe=view_recipe("none")))
+    for several in ((early, late), (kept, other)):
+        result = command("inspect", *several, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["agreement"] is None
+        assert "agreement of top classes" not in command("inspect", *several).output
 
 
 def test_inspect_command(inspected, command):

@@ -87,7 +87,11 @@ class ShardCache:
         return cached
 
     def discard_damaged(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> bool:
-        """Remove cached files of shards that do not match their checksums; returns True if there were any."""
+        """Remove cached files of shards that do not match their checksums.
+
+        Returns:
+            True if there were any, or if a file was missing because another process removed it.
+        """
         damaged = []
         with LocalLocation(self._folder).lock():
             for shard in shards:
@@ -95,6 +99,7 @@ class ShardCache:
                 try:
                     content = self._local.map(key, resident=True).content
                 except FileNotFoundError:
+                    damaged.append(key)
                     continue
                 if len(content) != shard.size or file_checksum(content, layout) != shard.crc:
                     damaged.append(key)

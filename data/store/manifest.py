@@ -25,6 +25,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LABELS = "labels"
 LOGITS = "logits"
+FEATURES = "features/"
+"""Prefix of the names of arrays that hold tapped features."""
 STATIC = "static"
 CHECKSUM = "checksum"
 """Manifest member with the sha256 of the canonical JSON of all other members."""

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 from coursepack.canonical import difference_table
 from coursepack.data.store.contents import ViewEntry
 from coursepack.data.store.layout import table_key
-from coursepack.data.store.manifest import LOGITS, STATIC
+from coursepack.data.store.manifest import FEATURES, LOGITS, STATIC
 from coursepack.errors import RecipeError, StoreIncomplete, StoreMismatch, UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coursepack.data.store.manifest import Manifest
-
-FEATURES = "features/"
 
 
 def part_of(

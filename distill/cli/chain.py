@@ -31,7 +31,7 @@ Examples:
 @CHECKPOINTS
 @TRUST_CODE
 @JSON
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 @executor_options
 def chain_command(
     chain_file: Path,

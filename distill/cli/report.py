@@ -21,7 +21,7 @@ from coursepack.errors import RunError
               help="Evaluate the students, for classes, confusions, calibration and agreement.")  # fmt: skip
 @TRUST_CODE
 @JSON
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 def report_command(
     runs: tuple[Path, ...], out: Path, evaluate: bool, trust_code: bool, as_json: bool, device: str
 ) -> None:
@@ -40,7 +40,7 @@ def report_command(
         raise RunError(f"{str(out)!r} {problem}: choose another --out")
     page, problems = build_report(runs, pick_device(device), evaluate=evaluate, trust_code=trust_code)
     for problem in problems:
-        warn(f"Warning: {problem}")
+        warn(f"warning: {problem}")
     content = page.encode(errors="backslashreplace")  # a path may hold bytes that are not text
     write_whole(out, content)
     if as_json:

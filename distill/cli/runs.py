@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @TRACK
 @TRUST_CODE
 @JSON
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 @executor_options
 def sweep_command(grid_file: Path, out: Path, as_json: bool, trust_code: bool, **how: Any) -> None:
     """Train one student for every combination of the values in a grid file.
@@ -75,7 +75,7 @@ def sweep_command(grid_file: Path, out: Path, as_json: bool, trust_code: bool, *
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the source's files.")
 @TRUST_CODE
 @JSON
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 def eval_command(
     run: Path, source: str | None, root: Path | None, trust_code: bool, as_json: bool, device: str
 ) -> None:

@@ -97,7 +97,7 @@ def _require_out(ctx: click.Context, param: click.Parameter, out: Path | None) -
 @TRACK
 @TRUST_CODE
 @JSON
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:NUMBER or auto.")
 def train_command(
     recipe_file: Path | None,
     out: Path | None,

@@ -42,6 +42,7 @@ class Collaborative(nn.Module):
 
     moments: Tensor
     weights: Tensor
+    epoch: Tensor
 
     def __init__(self, config: CollaborativeConfig, students: int) -> None:
         super().__init__()
@@ -49,12 +50,19 @@ class Collaborative(nn.Module):
         if config.target == "general":
             self.register_buffer("moments", torch.zeros(students, students))
             self.register_buffer("weights", torch.full((students,), 1 / students))
+            self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Compute the weights of target `general` from the errors of the epoch before, and start anew."""
-        if self.config.target == "general" and epoch > 0 and bool(self.moments.any()):
+        """Compute the weights of target `general` from the errors of the epoch before, and start anew.
+
+        A second call for the same epoch, as after a resume within it, changes nothing.
+        """
+        if self.config.target != "general" or epoch <= int(self.epoch):
+            return
+        if bool(self.moments.any()):
             self.weights.copy_(weights_of_errors(self.moments))
             self.moments.zero_()
+        self.epoch.fill_(epoch)
 
     def forward(self, inputs: ExchangeInputs) -> Exchanged:
         """Return the same logits for every student to follow, without gradient."""

@@ -18,7 +18,6 @@ from coursepack.distill.losses.adapters import (
     Regressor,
     check_both_maps_or_vectors,
     layer_factors,
-    seeded,
 )
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -30,6 +29,7 @@ from coursepack.distill.losses.base import (
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.distill.schedule import value_at
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

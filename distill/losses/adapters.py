@@ -6,30 +6,20 @@ A vector counts as a map of one position. Between a map and a vector, the map is
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from coursepack.distill.losses.base import FeaturePair
 
 Shape = tuple[int, int, int]
 """Channels, height and width."""
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Initialize modules inside the context from a seed; torch's generator is as before after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def map_shapes(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> tuple[Shape, Shape]:

@@ -30,6 +30,7 @@ from coursepack.distill.losses.base import (
 from coursepack.distill.losses.label import cross_entropy
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.errors import RecipeError
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,8 +140,7 @@ class ConfidenceHints(nn.Module):
         super().__init__()
         self.pairs = tuple(pairs)
         self.heads = nn.ModuleList(FrozenHead(heads[pair.teacher]) for pair in pairs)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.adapters = nn.ModuleList(Embed(p.student_shape, p.teacher_shape) for p in pairs)
 
     def forward(self, inputs: LossInputs) -> Tensor:

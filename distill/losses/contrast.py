@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from coursepack.data.randomness import Purpose, below, random_words
 from coursepack.device import to_device
-from coursepack.distill.losses.adapters import as_maps, seeded
+from coursepack.distill.losses.adapters import as_maps
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
@@ -34,6 +34,7 @@ from coursepack.distill.losses.base import (
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.errors import RecipeError
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from coursepack.data.randomness import Samples

@@ -21,6 +21,7 @@ from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs
 from coursepack.distill.schedule import NotNegative
 from coursepack.errors import RecipeError
 from coursepack.kernels import decode
+from coursepack.models.build import seeded
 
 
 class DiscriminatorConfig(TermConfig):
@@ -47,8 +48,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         half, quarter = (max(config.least_width, classes // part) for part in (2, 4))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.layer1 = nn.Linear(classes, half)
             self.layer2 = nn.Linear(half, quarter)
             self.layer3 = nn.Linear(quarter, 2)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded
+from coursepack.distill.losses.adapters import as_maps, map_shapes
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
@@ -29,6 +29,7 @@ from coursepack.distill.losses.base import (
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
 from coursepack.distill.schedule import value_at
+from coursepack.models.build import seeded
 from coursepack.models.reductions import attention
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coursepack.distill.losses.adapters import Regressor, seeded
+from coursepack.distill.losses.adapters import Regressor
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
@@ -25,6 +25,7 @@ from coursepack.distill.losses.base import (
     PairNeeds,
 )
 from coursepack.distill.losses.pairs import PairsConfig, pooled_features, teacher_features
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,6 @@ from coursepack.distill.losses.adapters import (
     Regressor,
     check_both_maps_or_vectors,
     layer_factors,
-    seeded,
 )
 from coursepack.distill.losses.base import (
     BuildContext,
@@ -28,6 +27,7 @@ from coursepack.distill.losses.base import (
     PairNeeds,
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

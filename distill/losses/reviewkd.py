@@ -26,6 +26,7 @@ from coursepack.distill.losses.base import (
     PairNeeds,
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,8 +144,7 @@ class ReviewKD(nn.Module):
     def __init__(self, pairs: Sequence[FeaturePair], *, seed: int = 0) -> None:
         super().__init__()
         teachers = dict.fromkeys(pair.teacher for pair in pairs)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.levels = nn.ModuleList(
                 Levels([pair for pair in pairs if pair.teacher == teacher]) for teacher in teachers
             )

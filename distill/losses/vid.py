@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from coursepack.distill.losses.adapters import as_maps, map_shapes, seeded
+from coursepack.distill.losses.adapters import as_maps, map_shapes
 from coursepack.distill.losses.base import (
     BuildContext,
     FeaturePair,
@@ -27,6 +27,7 @@ from coursepack.distill.losses.base import (
     PairNeeds,
 )
 from coursepack.distill.losses.pairs import PairsConfig, teacher_features
+from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, TermConfig
 from coursepack.distill.losses.label import IGNORED
+from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
 
 Softening = Literal["both", "double_softmax"]
@@ -88,7 +89,9 @@ def _needs(_config: VirtualTeacherConfig) -> Needs:
     return Needs(labels=True)
 
 
-def _build(config: VirtualTeacherConfig, _context: BuildContext) -> VirtualTeacher:
+def _build(config: VirtualTeacherConfig, context: BuildContext) -> VirtualTeacher:
+    if context.classes == 1:
+        raise RecipeError("loss 'virtual_teacher' needs at least two classes, the source has one")
     return VirtualTeacher(config)
 
 

@@ -97,7 +97,7 @@ TEAMS: dict[str, Method] = {
         evidence="release",
         objective=objective(**{**_AMTML, "terms": {"angle": {}, "hint": {}, "latents": {}}}),
         per_class=("soft_weight",),
-        note="as amtml; adapters are trained (in the release they are in no optimiser), and features are "
+        note="as amtml; adapters are trained (in the release they are in no optimizer), and features are "
         "compared as they are (the release divides both by their norm over channels)",
     ),
     "amtml-gated": Method(

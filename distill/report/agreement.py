@@ -19,7 +19,8 @@ from coursepack.models import load_teacher
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from coursepack.distill.report.reading import Problems, RunGroup, RunLog
+    from coursepack.distill.report.reading import RunGroup, RunLog
+    from coursepack.pages.problems import Problems
 
 MOST_SAMPLES = 1024
 """Maximum number of samples, spread evenly over the source."""

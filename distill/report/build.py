@@ -20,8 +20,9 @@ from coursepack.distill.report.outcome import (
     results_section,
 )
 from coursepack.distill.report.predictions import predict_groups
-from coursepack.distill.report.reading import Problems, read_groups
+from coursepack.distill.report.reading import read_groups
 from coursepack.pages.blocks import Section, Text
+from coursepack.pages.problems import Problems
 from coursepack.pages.render import render_page
 
 if TYPE_CHECKING:

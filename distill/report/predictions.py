@@ -13,10 +13,10 @@ from coursepack.console import progress
 from coursepack.data import open_source
 from coursepack.data.loading import Renderer
 from coursepack.distill.training.evaluate import evaluation_view, predict
-from coursepack.distill.training.metrics import BINS, Calibration
 from coursepack.errors import CoursepackError
 from coursepack.imports import check_trusted
 from coursepack.models import load_teacher
+from coursepack.models.calibration import BINS, Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data import Source
-    from coursepack.distill.report.reading import Problems, RunGroup, RunLog
+    from coursepack.distill.report.reading import RunGroup, RunLog
     from coursepack.distill.runs.folder import FinishedRun
+    from coursepack.pages.problems import Problems
 
 TOLERANCE = 0.002
 """Largest difference in accuracy that another device may explain."""

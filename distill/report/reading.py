@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coursepack.distill.runs.compare import compare, group_runs
 from coursepack.distill.runs.folder import (
-    METRICS_FILE,
     PROVENANCE_FILE,
-    RECIPE_FILE,
     FinishedRun,
     is_group,
     load_runs,
@@ -21,6 +19,7 @@ from coursepack.distill.runs.folder import (
 from coursepack.distill.runs.records import MAX_METRICS_BYTES
 from coursepack.errors import CoursepackError, RunError
 from coursepack.models.build import WEIGHTS_FILE
+from coursepack.models.record import METRICS_FILE, RECIPE_FILE
 from coursepack.parsing import parse_json, read_bounded, read_json
 from coursepack.problems import lines_of
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.runs.compare import Group
+    from coursepack.pages.problems import Problems
 
 Number = Annotated[float, Field(gt=-1e12, lt=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -132,18 +132,6 @@ class RunGroup:
         paths = self.recipe.stores
         names = [path.rstrip("/").rpartition("/")[2].removesuffix(".zarr") for path in paths]
         return names if len(set(names)) == len(names) else list(paths)
-
-
-@dataclass
-class Problems:
-    """Things that were left out of a report, with the reason."""
-
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, text: object) -> None:
-        """Add a problem, unless it is known."""
-        if str(text) not in self.texts:
-            self.texts.append(str(text))
 
 
 def read_groups(paths: Sequence[Path], problems: Problems) -> list[RunGroup]:

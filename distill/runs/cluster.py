@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import difference_table
-from coursepack.console import progress, say
+from coursepack.console import progress, say, warn
 from coursepack.data.store.cache import LIMIT_VARIABLE
 from coursepack.device import pick_device
 from coursepack.distill.distributed import Ranks
@@ -195,7 +195,7 @@ class _Runs:
     def finish(self, group: Group, failures: dict[str, str], alone: Sequence[Group]) -> None:
         """Count a group as trained, except for the students that are to be trained alone."""
         for name, reason in failures.items():
-            say(f"{name}: {reason}")
+            warn(f"{name}: {reason}")
         self.diverged |= failures
         self.waiting.extendleft(reversed(alone))
         self.left -= len(group) - sum(map(len, alone))

@@ -40,6 +40,7 @@ from coursepack.errors import RunBusy, RunError
 from coursepack.files import naming, open_regular, partials, write_whole
 from coursepack.locks import FileLock, Held
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
+from coursepack.models.record import METRICS_FILE, RECIPE_FILE
 from coursepack.models.run_specs import BEST_FILE, CHECKPOINTS_FOLDER, checkpoint_file, kept_epochs
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ if TYPE_CHECKING:
 
     from coursepack.models import Network
 
-RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
-METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "lock"
 EXCHANGE_FILE = "exchange.safetensors"
 RUN_FILES = (

@@ -21,7 +21,7 @@ from coursepack.data.encodings import parse_encoding
 from coursepack.data.sources import evaluation_spec
 from coursepack.data.sources.fake import stand_in
 from coursepack.data.store import StorePlan, StoreWriter
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import FEATURES, LOGITS
 from coursepack.data.views import draw
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import PairChoice
@@ -31,8 +31,8 @@ from coursepack.distill.setup.build import build_student, starts_trained
 from coursepack.distill.setup.costs import planned_store
 from coursepack.distill.setup.requirements import term_pairs
 from coursepack.distill.setup.student import probe_student
-from coursepack.distill.targets.base import FEATURES
 from coursepack.models import parse_tap
+from coursepack.models.build import seeded
 from coursepack.models.taps import tap_from_name
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ def _teacher(
     source: Source, taps: Sequence[str], shapes: Mapping[str, tuple[int, ...]], seed: int
 ) -> tuple[Any, dict[str, NDArray[np.float32]]]:
     """Return a function from pixels `(N, size, size, channels)` to arrays by name, and the teacher's head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         layer = nn.Conv2d(source.channels, MAP_SHAPE[0], 3, stride=2, padding=1)
         head = nn.Linear(MAP_SHAPE[0], len(source.class_names)).requires_grad_(False)
 

@@ -92,7 +92,7 @@ def train(
             ranks.log_once(describe_setup(setup))
             ranks.log_once(describe_training(recipe, setup))
             for warning in temperature_warnings(recipe, setup.readers):
-                ranks.log_once(warning)
+                ranks.warn_once(warning)
             try:
                 train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)
             except KeyboardInterrupt:

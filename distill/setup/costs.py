@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import Manifest
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import FEATURES, LOGITS
 from coursepack.distill.setup.requirements import logits_read, term_pairs
 from coursepack.distill.setup.teacher import tap_shapes, untrained
-from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import RecipeError
 from coursepack.models.taps import tap_from_name
 

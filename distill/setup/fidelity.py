@@ -46,7 +46,7 @@ def temperature_warnings(recipe: TrainRecipe, readers: Sequence[StoreReader]) ->
             limit = _highest(*errors)
             other = "no temperature" if limit is None else f"temperatures up to {limit:.2g}"
             warnings.append(
-                f"Warning: the temperature is {hottest:g}, but the rows of store {reader.address!r} "
+                f"warning: the temperature is {hottest:g}, but the rows of store {reader.address!r} "
                 f"({array.encoding.name}) support {other}: T² KL to the teacher is {error:.2g} nats, more "
                 f"than {LARGEST_ERROR:g}. Lower the temperature, or write all logits as int8 with\n  {dense}"
             )

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from coursepack.data.store.manifest import FEATURES
 from coursepack.distill.losses.base import FeaturePair, Unfit
 from coursepack.distill.setup.student import UNFIT, probe_student
 from coursepack.distill.setup.teacher import tap_shapes
-from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError
 from coursepack.models.taps import tap_from_name
 

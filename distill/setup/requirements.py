@@ -10,13 +10,12 @@ from torch import nn
 
 from coursepack.data import PRESETS, ViewRecipe
 from coursepack.data.encodings import drops_classes
-from coursepack.data.store.manifest import LOGITS, STATIC
+from coursepack.data.store.manifest import FEATURES, LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, FeaturePair
 from coursepack.distill.setup.fitting import Fitting, problem_of
 from coursepack.distill.setup.student import UNFIT, blocks, depth_of, probe_student
 from coursepack.distill.setup.teacher import accuracy, tap_shapes, untrained
-from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import CoursepackError, RecipeError
 from coursepack.models import parse_tap
 from coursepack.models.hubs import has_weights

@@ -9,7 +9,7 @@ from coursepack.config import check_given, parse_config
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import evaluation_spec, open_stored
 from coursepack.data.sources.fake import stand_in
-from coursepack.data.views import stored_view
+from coursepack.data.views import PRESETS, stored_view
 from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import TrainRecipe, objective_values, resolve_objective
 from coursepack.distill.renamed import check_renamed
@@ -70,7 +70,9 @@ def resolve_recipe(
     changes = values.get("objective") or {}
     values["objective"] = resolve_objective(values["method"], changes, where, classes=classes)
     if "view" not in values:
-        raise RecipeError("there is no view recipe: give --view PRESET (none, digits, or a YAML file)")
+        raise RecipeError(
+            f"there is no view recipe: give --view NAME ({', '.join(PRESETS)}) or --view FILE.yaml"
+        )
     return parse_config(TrainRecipe, values, where)
 
 

@@ -9,13 +9,12 @@ import torch
 
 from coursepack.data.encodings import drops_classes
 from coursepack.data.store import StoreReader
-from coursepack.data.store.manifest import LOGITS, STATIC
+from coursepack.data.store.manifest import FEATURES, LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import WrapContext
 from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.setup.requirements import check_needs, needed_arrays, term_pairs
 from coursepack.distill.setup.student import blocks, probe_student
-from coursepack.distill.targets.base import FEATURES
 from coursepack.errors import RecipeError
 from coursepack.imports import PROJECTED
 from coursepack.kernels import decode

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import FEATURES, LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from coursepack.data import Batch
     from coursepack.data.randomness import Samples
     from coursepack.kernels import Rows
-
-FEATURES = "features/"
-"""Prefix of the names of arrays that hold tapped features."""
 
 
 @dataclass(frozen=True)

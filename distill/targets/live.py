@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coursepack.distill.targets.base import FEATURES, targets_of
+from coursepack.data.store.manifest import FEATURES
+from coursepack.distill.targets.base import targets_of
 from coursepack.errors import NonFiniteOutput, RecipeError
 from coursepack.models import TeacherRunner
 from coursepack.models.load import reload_teacher

@@ -16,9 +16,8 @@ from coursepack.data.sources import open_stored
 from coursepack.data.sources.roots import summarize_names
 from coursepack.data.store import StoreReader
 from coursepack.data.store.cache import open_caches
-from coursepack.data.store.manifest import LABELS, LOGITS
+from coursepack.data.store.manifest import FEATURES, LABELS, LOGITS
 from coursepack.data.views import stored_view
-from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.reading import choose_reading, free_memory
 from coursepack.distill.targets.stores import CachedTargets, common_views, open_stores
 from coursepack.errors import RecipeError, StoreMismatch, TeacherMismatch

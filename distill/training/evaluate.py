@@ -15,7 +15,8 @@ from coursepack.distill.distributed import ALONE
 from coursepack.distill.losses.base import StudentOutput
 from coursepack.distill.setup.student import watched
 from coursepack.distill.training.learner import network_input
-from coursepack.distill.training.metrics import Calibration, top5_correct
+from coursepack.distill.training.metrics import top5_correct
+from coursepack.models.calibration import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from coursepack.distill.distributed import ALONE
 from coursepack.kernels import soft_target_loss, soft_targets, teacher_stats
+from coursepack.models.calibration import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,27 +28,6 @@ if TYPE_CHECKING:
 
 WATCH_EVERY = 8
 """Interval, in batches, at which the more expensive metrics are computed."""
-BINS = 15
-"""Number of equal-width bins of the calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
-
-
-class Calibration:
-    """Expected calibration error, accumulated over batches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add one batch: logits `(N, C)`, labels `(N,)`."""
-        confidence, top = logits.detach().float().softmax(1).max(1)
-        index = (confidence * BINS).long().clamp(0, BINS - 1)
-        counts = torch.stack([torch.ones_like(confidence), confidence, (top == labels).float()], dim=1)
-        self.sums.index_add_(0, index, counts.double())
-
-    def error(self) -> float:
-        """Return the mean over samples of |confidence - accuracy| of their bins."""
-        count, confidence, correct = self.sums.T
-        return float((confidence - correct).abs().sum() / count.sum().clamp_min(1))
 
 
 def top5_correct(logits: Tensor, labels: Tensor) -> Tensor:

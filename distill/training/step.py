@@ -178,9 +178,11 @@ def _second_step(group: Group, micros: Sequence[tuple[Batch, Step]], batch: Batc
         rows = group[0].learner.rows_for(micro)
         losses = module.second_step(ExchangeInputs(tuple(outputs), rows.labels, now))
         share = _share(group[0].learner.ranks.count, rows, micro, batch)
-        torch.autograd.backward([loss * share for of_one in losses for loss in of_one.values()])
+        trained = [loss for of_one in losses for loss in of_one.values() if loss.requires_grad]
+        torch.autograd.backward([loss * share for loss in trained])
     for state in group:
-        state.end_second_step()
+        if not state.is_frozen:
+            state.end_second_step()
 
 
 def _fetch_once(

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, first_line
 from coursepack.files import write_whole
 from coursepack.models.export.base import missing_extra
-from coursepack.models.hubs.files import first_line
 from coursepack.models.hubs.onnx import LOGITS
 from coursepack.models.load import load_teacher
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coursepack.errors import RecipeError, TeacherMismatch, UntrustedCode
+from coursepack.errors import RecipeError, TeacherMismatch, UntrustedCode, first_line
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import first_line
 
 INSTEAD = "export the network to ONNX, which is read without running code: --teacher onnx:FILE"
 

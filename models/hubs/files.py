@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coursepack.console import say
-from coursepack.errors import RecipeError
+from coursepack.errors import RecipeError, first_line
 from coursepack.parsing import read_json
 
 CONFIG = "config.json"
@@ -109,9 +109,3 @@ def missing_library(spec: str, library: str, error: ImportError) -> RecipeError:
         f"network {spec!r} needs {library}, which cannot be imported: {error}. "
         "Get it with `pip install 'coursepack[teachers]'`"
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the class and the first line of an error of another library, to be quoted in one of ours."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

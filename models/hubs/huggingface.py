@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coursepack.canonical import fingerprint
-from coursepack.errors import RecipeError, TeacherMismatch
+from coursepack.errors import RecipeError, TeacherMismatch, first_line
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import first_line, missing_library, open_published, read_config
+from coursepack.models.hubs.files import missing_library, open_published, read_config
 from coursepack.models.hubs.processor import preprocessing_of
 
 if TYPE_CHECKING:

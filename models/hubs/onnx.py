@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coursepack.errors import RecipeError, TeacherMismatch
+from coursepack.errors import RecipeError, TeacherMismatch, first_line
 from coursepack.models.card import read_card
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import first_line, missing_library
+from coursepack.models.hubs.files import missing_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

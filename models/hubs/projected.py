@@ -106,8 +106,9 @@ def project(
         head_bias: bias of the frozen head, `(C,)`.
         seed: seed of the projector's initial weights.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    from coursepack.models.build import seeded  # which itself imports the hubs
+
+    with seeded(seed):
         module = Projected(student.module, projection, student.classes)
     with torch.no_grad():
         module.head.weight.copy_(head_weight)

@@ -13,9 +13,9 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import fingerprint
-from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
+from coursepack.errors import RecipeError, TeacherMismatch, UnknownName, first_line
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import first_line, missing_library, open_published, read_config
+from coursepack.models.hubs.files import missing_library, open_published, read_config
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:

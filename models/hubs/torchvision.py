@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import RecipeError, UnknownName, first_line
 from coursepack.models.hubs.base import HubNetwork
-from coursepack.models.hubs.files import first_line
 from coursepack.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:

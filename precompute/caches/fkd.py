@@ -61,7 +61,7 @@ class LabelType:
 
     def encoding(self) -> str:
         """Return the encoding that keeps these labels: top-k with one more entry, for the sample's class."""
-        return f"topk:{self.k + 1}" if self.k else "float16"
+        return f"topk16:{self.k + 1}" if self.k else "float16"
 
     def check(self, labels: NDArray[Any], classes: int, where: str) -> None:
         """Check labels `(n, ...)`.

@@ -70,7 +70,7 @@ class TinyVitCache:
                 f"{options.source.name!r} has "
                 f"{options.classes}"
             )
-        self.views, self.encoding = len(self._epochs), f"topk:{self._k + 1}"
+        self.views, self.encoding = len(self._epochs), f"topk16:{self._k + 1}"
         self._record = np.dtype([("seed", "<i4"), ("ids", "<i2", (self._k,)), ("probs", "<f2", (self._k,))])
         self._held: tuple[int, NDArray[Any]] | None = None
         replays = options.replay_seeds

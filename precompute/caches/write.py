@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.console import progress, say
+from coursepack.console import progress, warn
 from coursepack.data import view_fingerprint
 from coursepack.data.drift import content_digest, view_record
 from coursepack.data.encodings import FOR_LOGITS, parse_encoding, smaller_encoding
@@ -165,7 +165,7 @@ def _check_accuracy(manifest: Manifest, source: Source) -> None:
     accuracy = manifest.totals["correct"] / max(manifest.totals["rows"], 1.0)
     classes = len(source.class_names)
     if classes > 1 and accuracy < CHANCE / classes:
-        say(
+        warn(
             f"warning: the top class of the imported answers is the label for {accuracy:.1%} of the "
             "samples, which is "
             "hardly more than by chance: check that the cache has the source's samples and classes in "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coursepack.commands import INTERRUPTED
 from coursepack.console import printable, warn
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STATUS = 130
-"""Exit status of a stopped run: that of shells for a process ended by SIGINT."""
 SHOW_CURSOR = "\x1b[?25h"
 """Terminal sequence that shows the cursor, which a progress bar hides."""
 
@@ -38,14 +37,14 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False, step: str = 
         step: what the first signal waits for, for the message.
     """
     names = ", ".join(repr(str(store)) for store in stores)
-    advice = f"Finished blocks are kept; run the same command again to finish {names}."
+    advice = f"What is finished is kept; run the same command again to finish {names}."
     stopping = False
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal stopping
         if stopping:
             _print_now("" if quiet else f"stopped at once. {advice}")
-            os._exit(STATUS)
+            os._exit(INTERRUPTED)
         stopping = True
         _print_now("" if quiet else f"stopping after the current {step}; press Ctrl-C again to stop at once")
         raise KeyboardInterrupt
@@ -59,7 +58,7 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False, step: str = 
     except KeyboardInterrupt:
         if not quiet:
             warn(f"stopped. {advice}")
-        raise click.exceptions.Exit(STATUS) from None
+        raise click.exceptions.Exit(INTERRUPTED) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -17,6 +17,7 @@ from coursepack.console import (
     printable,
     progress,
     say,
+    warn,
 )
 from coursepack.errors import RecipeError
 from coursepack.files import write_whole
@@ -184,7 +185,7 @@ def inspect(
     """
     from coursepack.data.store import StoreReader
     from coursepack.data.store.identity import check_complete
-    from coursepack.precompute.inspect import agreement, describe_store
+    from coursepack.precompute.inspect import agreement, common_view, describe_store
     from coursepack.precompute.picture import draw_grid
 
     if out is not None and html is not None:
@@ -207,7 +208,8 @@ def inspect(
     for reader in readers:
         check_complete(reader.manifest, reader.address)
     described = [describe_store(reader) for reader in readers]
-    agree = agreement(readers) if len({reader.manifest.samples for reader in readers}) == 1 else None
+    view = common_view(readers)
+    agree = None if view is None else agreement(readers, view)
     if as_json:
         print_json({"stores": described, "agreement": agree})
         return
@@ -233,7 +235,7 @@ def _write_page(
         raise RecipeError(f"cannot write the page {str(path)!r}: {problem}. Choose another --html")
     page, problems = build_page(stores, root, **options)
     for problem in problems:
-        say(f"warning: {problem}")
+        warn(f"warning: {problem}")
     content = page.encode(errors="backslashreplace")  # a path may hold bytes that are not text
     write_whole(path, content)
     if as_json:

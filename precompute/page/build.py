@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.data.drift import drift
 from coursepack.pages.blocks import Section, Text
+from coursepack.pages.problems import Problems
 from coursepack.pages.render import render_page
 from coursepack.precompute.inspect import describe_store
 from coursepack.precompute.page.files import checks_section, gaps_section, identity_section
 from coursepack.precompute.page.galleries import disagreement_section, open_images, samples_section
-from coursepack.precompute.page.opened import Problems, common_views, open_stores
+from coursepack.precompute.page.opened import common_views, open_stores
 from coursepack.precompute.page.statistics import (
     agreement_section,
     fidelity_section,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from coursepack.pages.blocks import Block
-    from coursepack.precompute.page.opened import OpenedStore, Problems
+    from coursepack.pages.problems import Problems
+    from coursepack.precompute.page.opened import OpenedStore
 
 MOST_DAMAGED = 20
 """Maximum number of damaged files of a store that are listed."""

@@ -81,6 +81,7 @@ def open_images(opened: Sequence[OpenedStore], root: Path | None, *, trust_code:
     manifests = [store.manifest for store in opened]
     holder = f"store {opened[0].address!r}"
     recipe = stored_view(manifests[0].identity["view"]["recipe"], holder, trust_code=trust_code)
+    recipe = recipe.located(opened[0].address)
     source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)
     size = max(manifest.identity["teacher"]["preprocessing"]["size"] for manifest in manifests)
     return Images(source, recipe, min(size, MOST_PIXELS))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coursepack.data.store import StoreReader, load_manifest
 from coursepack.data.store.identity import check_complete
 from coursepack.data.store.locations import open_location
-from coursepack.errors import CoursepackError, StoreIncomplete
+from coursepack.errors import StoreIncomplete
 from coursepack.precompute.verify import check_same_pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from coursepack.data.store import Manifest
+    from coursepack.pages.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,6 @@ class OpenedStore:
     manifest: Manifest
     reader: StoreReader | None
     """None for a store without a committed view."""
-
-
-@dataclass
-class Problems:
-    """Defects of stores, and what was left out of the page, with the reason."""
-
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, text: object) -> None:
-        """Add a problem, unless it is known."""
-        if str(text) not in self.texts:
-            self.texts.append(str(text))
-
-    @contextmanager
-    def instead_of(self, part: str) -> Iterator[None]:
-        """Catch an error of this package or of the system in a part of the page, and add it as a problem."""
-        try:
-            yield
-        except (CoursepackError, OSError) as error:
-            self.add(f"{part} left out: {error}")
 
 
 def open_stores(stores: Sequence[str | Path], problems: Problems) -> list[OpenedStore]:

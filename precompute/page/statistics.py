@@ -140,7 +140,7 @@ def agreement_section(opened: Sequence[OpenedStore], views: Sequence[int]) -> Se
     readers = [store.reader for store in stores if store.reader is not None]
     if len(readers) < 2 or not views:
         return Section("agreement", "Agreement of the teachers", ())
-    shares = agreement(readers)
+    shares = agreement(readers, views[0])
     rows = tuple(
         Row((text(store.label), *(percent(share, heat=share) for share in row)), store.index)
         for store, row in zip(stores, shares, strict=True)

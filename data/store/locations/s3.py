@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from coursepack.data.store.locations.local import MOST_HELD_BYTES, Resident
-from coursepack.errors import RecipeError, StoreNotFound
+from coursepack.errors import RecipeError, StoreNotFound, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -403,7 +403,7 @@ def _open_client(address: str, kind: str) -> Any:
     try:
         return from_url(address, client_options=options, retry_config=RETRIES)
     except (BaseError, ValueError) as error:
-        raise RecipeError(f"{kind} {address!r} cannot be opened: {_first_line(error)}") from error
+        raise RecipeError(f"{kind} {address!r} cannot be opened: {first_line(error)}") from error
 
 
 def _tag(meta: Any) -> str:
@@ -423,14 +423,9 @@ def _system_error(error: Exception, where: str) -> OSError:
 
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
         return PermissionError(
-            errno.EACCES, f"The server refuses the credentials: {_first_line(error)}", where
+            errno.EACCES, f"The server refuses the credentials: {first_line(error)}", where
         )
     text = str(error)
     if isinstance(error, exceptions.NotSupportedError) or "501 Not Implemented" in text:
-        return OSError(errno.ENOTSUP, f"The server does not support this: {_first_line(error)}", where)
-    return OSError(errno.EIO, _first_line(error), where)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+        return OSError(errno.ENOTSUP, f"The server does not support this: {first_line(error)}", where)
+    return OSError(errno.EIO, first_line(error), where)

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.data import view_fingerprint
-from coursepack.data.encodings import FOR_FEATURES, FOR_LOGITS, parse_encoding, smaller_encoding
+from coursepack.data.encodings import (
+    FOR_FEATURES,
+    FOR_LOGITS,
+    drops_classes,
+    parse_encoding,
+    smaller_encoding,
+)
 from coursepack.data.store import StorePlan
-from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.manifest import FEATURES, LOGITS
 from coursepack.data.store.planning import fresh_manifest
 from coursepack.distill.runs.chain.file import STAGE
 from coursepack.distill.setup.checks import check_views
 from coursepack.distill.setup.requirements import term_pairs
-from coursepack.distill.targets.base import FEATURES
 from coursepack.distill.targets.stores import common_views
 from coursepack.errors import RecipeError
 from coursepack.models import TeacherRunner
@@ -142,11 +147,11 @@ def check_stored_arrays(recipe: TrainRecipe, readers: Sequence[StoreReader], stu
     """Check that the stores of earlier stages will hold the logits and features that a method reads."""
     dense = recipe.objective.needs().dense_logits
     for reader in readers:
-        encoding = reader.manifest.arrays[LOGITS].encoding.name
-        if dense and isinstance(reader, PlannedStore) and encoding.startswith("topk"):
+        encoding = reader.manifest.arrays[LOGITS].encoding
+        if dense and isinstance(reader, PlannedStore) and drops_classes(encoding):
             raise RecipeError(
                 f"method {recipe.method!r} ({dense}) needs all logits, but stage {reader.name!r} stores only "
-                f"the largest ({encoding}): give it encoding: float16"
+                f"the largest ({encoding.name}): give it encoding: float16"
             )
     pairs = term_pairs(recipe.objective, [reader.manifest for reader in readers], student)
     for index, tap, _ in (pair for of_term in pairs.values() for pair in of_term):

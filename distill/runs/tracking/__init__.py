@@ -10,14 +10,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import canonical_json
-from coursepack.console import say
+from coursepack.console import warn
 from coursepack.distill.runs.tracking import mlflow, tensorboard, wandb
 from coursepack.distill.runs.tracking.base import TrackedRun as TrackedRun
 from coursepack.distill.runs.tracking.base import Tracker as Tracker
 from coursepack.distill.runs.tracking.base import TrackerKind
-from coursepack.errors import RecipeError, UnknownName
+from coursepack.errors import RecipeError, UnknownName, first_line
 from coursepack.files import write_whole
-from coursepack.models.hubs.files import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -89,8 +88,8 @@ class Tracking:
                 self._warn(name, problem)
 
     def _warn(self, name: str, problem: Exception) -> None:
-        say(
-            f"Warning: {name} does not track {self._folder} any longer: {first_line(problem)}. The run is "
+        warn(
+            f"warning: {name} does not track {self._folder} any longer: {first_line(problem)}. The run is "
             "not affected, and its metrics are in metrics.jsonl"
         )
 
