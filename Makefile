@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_EXTRAS := browser,cluster,docs,s3,s3-server,wandb,mlflow
 
 # The demo runs the benchmark of an epoch.
-BENCHMARKS := store fidelity views sources precompute loss train methods sequences peers memory simulation
+BENCHMARKS := store fidelity views sources precompute loss train allocator methods sequences peers memory simulation
 
 .PHONY: help demo test pytest check test-all test-slow lint docs bench clean
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.data import batches, open_source, view_recipe
 from coursepack.data.drift import content_digest
 from coursepack.data.store import StoreWriter
@@ -176,6 +177,7 @@ def measure(case: dict[str, int]) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     for case in json.loads(sys.argv[1]):
         process = multiprocessing.get_context("fork").Process(target=measure, args=(case,))
         process.start()

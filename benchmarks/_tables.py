@@ -272,6 +272,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     ),
     "simulation": partial(listed, "simulation", r".*"),
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
+    "allocator": partial(listed, "allocator", r".*"),
     "views": partial(listed, "views", r".*"),
     "sources": partial(listed, "sources", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from _harness import alternate, arguments, report, row
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, nargs="+", help="stores of digit teachers")
     parser.add_argument("--limit", type=int, help="train on this many samples")
     chosen = parser.parse_args()
+    keep_freed_memory()
     rounds = 1 if chosen.quick else 40
     with tempfile.TemporaryDirectory() as folder:
         size = (TEACHERS[:2], 1, 64) if chosen.quick else (TEACHERS, 8, None)

@@ -31,6 +31,7 @@ from _methods_presets import LEARNING_RATE, TAPS, presets
 from _methods_presets import STUDENT as CONVOLUTIONAL
 from scipy import stats
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
@@ -365,6 +366,7 @@ def main() -> None:
         help=f"settings of the study; default: {' '.join(ROWS)}",
     )  # fmt: skip
     chosen = parser.parse_args()
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         if chosen.section == "study":
             title = "Students of 300 digits, accuracy on the test digits (mean, 95 % interval)"

@@ -29,6 +29,7 @@ from _harness import Row, Seconds, arguments, exact, measure, ratios, report, ro
 from _train_place import Place, stepper
 from methods import interval
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.console import print_table, say
 from coursepack.data import open_source, view_recipe
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
@@ -248,6 +249,7 @@ def main() -> None:
     parser = arguments("Steps and accuracy of students that learn from each other.")
     parser.add_argument("--section", choices=("step", "study"), help="measure one section only")
     chosen = parser.parse_args()
+    keep_freed_memory()
     size, rows = QUICK if chosen.quick else FULL, []
     with tempfile.TemporaryDirectory() as name:
         for section, measured in (("step", step_rows), ("study", study_rows)):

@@ -32,6 +32,7 @@ from _rendered import RenderedJob, written
 from PIL import Image
 from torch import nn
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.data import Batch, open_source, view_recipe
 from coursepack.models import TeacherRunner, build_network, parse_tap
 from coursepack.precompute import Job, run_job
@@ -70,7 +71,7 @@ class Size:
     patience: float = PATIENCE
 
 
-FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 12, (196_608, 6), 1_024, 65_536)
+FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 12, (196_608, 6), 1_024, 16_384)
 QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, repeats=1, patience=0)
 
 
@@ -237,6 +238,7 @@ def memory(size: Size) -> list[Row]:
 
 def main() -> None:
     chosen = arguments("Stage one compared with the teacher alone.").parse_args()
+    keep_freed_memory()
     size = QUICK if chosen.quick else FULL
     rows = [entry for name, count in size.rows.items() for entry in throughput(name, count, size)]
     rows += simulation(size)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from _harness import PATIENCE, arguments, measure, ratio_of_sums, ratios, report, row
 from _train_place import CLASSES, DEVICE, GENTLE, Place, stepper, waited
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.data import open_source, view_recipe
 from coursepack.data.sources import FirstSamples
 from coursepack.distill.setup.prepare import prepare
@@ -237,6 +238,7 @@ def _speeds(seconds: Seconds, config: dict[str, Any]) -> list[Row]:
 
 def main() -> None:
     chosen = arguments("The trainer: teachers' cost in an epoch, the trainer's own, and growth.").parse_args()
+    keep_freed_memory()
     size = QUICK if chosen.quick else FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
