@@ -194,7 +194,15 @@ def test_a_group_that_cannot_be_written_to_is_refused(group, at_once, monkeypatc
         one_step(steps)
 
 
-def test_a_group_of_another_recipe(group, at_once, tmp_path):
+def test_a_dry_run_writes_nothing(group):
+    words = ["train", *METHOD, "--replica", "1/2", "--group", group, "--dry-run"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert f"group: {group}\n" in result.stdout
+    assert open_location(group).names("") == []
+
+
+def test_a_group_of_another_recipe(group, at_once):
     _, steps = replica(0, group)
     one_step(steps)
     with pytest.raises(RunError) as error:
