@@ -143,7 +143,7 @@ class WorkerMismatch(CoursepackError, ValueError):
 
 
 class RunBusy(CoursepackError, RuntimeError):
-    """Another process is training in the same run folder."""
+    """Another process is training in the same run folder, or as the same replica of a group."""
 
 
 class RunError(CoursepackError, OSError):

@@ -97,7 +97,7 @@ class TrainRecipe(Config):
     """Number of replicas of the student, each trained by a process of its own on its share of the samples;
     `member` is the index of this one."""
     group: str | None = None
-    """Folder in which replicas exchange their weights."""
+    """Folder or bucket address, such as `s3://BUCKET/PATH`, through which replicas exchange their weights."""
     student_size: Count | None = None
     """Height and width of the student's images in pixels; defaults to the network's own."""
     student_mean: tuple[float, ...] | None = None

@@ -56,13 +56,15 @@ class S3Server:
     def recover(self):
         """Fail no longer."""
         self.keeps_conditions = True
+        self.is_down = False
         self.faults = []
         self.requests.clear()
 
     def fail(self, fault, *, method="PUT", key="", times=1):
-        """Give a fault to requests of a method whose key contains a text: `refused`, `lost`, `slow` or `cut`.
+        """Give a fault to requests of a method whose key contains a text.
 
         refused   not done, 503
+        forbidden not done, 403
         lost      done, and 503 all the same
         slow      done, and answered after two seconds
         cut       done in half: the answer ends before its content does
@@ -87,13 +89,13 @@ class S3Server:
         self.requests[method, path.rpartition("/")[2]] += 1
         if not self.keeps_conditions:
             environ = {name: value for name, value in environ.items() if "HTTP_IF_" not in name}
-        fault = self._fault(method, path)
-        if fault == "refused":
+        fault = "refused" if self.is_down else self._fault(method, path)
+        if fault in ("refused", "forbidden"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            return self._unavailable(start_response)
+            return self._answer(start_response, "403 Forbidden" if fault == "forbidden" else "503 Slow Down")
         if fault == "lost":
             list(self._app(environ, lambda *_: lambda _: None))
-            return self._unavailable(start_response)
+            return self._answer(start_response, "503 Slow Down")
         answer = self._app(environ, start_response)
         if fault == "slow":
             time.sleep(2)
@@ -111,6 +113,6 @@ class S3Server:
         return None
 
     @staticmethod
-    def _unavailable(start_response):
-        start_response("503 Slow Down", [("Content-Length", "0")])
+    def _answer(start_response, status):
+        start_response(status, [("Content-Length", "0")])
         return [b""]

@@ -44,6 +44,12 @@ def at_batch(number, act, log):
     TeacherRunner.run = counted
 
 
+def in_turn(*acts):
+    """Do several things, one after another."""
+    for act in acts:
+        act()
+
+
 def die():
     """End as by `kill -9`."""
     os.kill(os.getpid(), signal.SIGKILL)

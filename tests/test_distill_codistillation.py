@@ -133,6 +133,7 @@ def test_first_exchange_comes_after_the_burn_in():
         "staleness": pytest.approx(0.9),
         "steps_alone": 2,
         "bytes": 4 * 3 * size,
+        "missed": 0,
     }
     assert exchange.epoch_metrics()["bytes"] == 0, "every epoch is counted by itself"
 
@@ -263,7 +264,7 @@ def test_replicas_follow_the_newest_files_of_the_others(tmp_path):
     sizes = [(tmp_path / f"replica-{index}.safetensors").stat().st_size for index in (1, 2)]
     assert record.moved == 2 * sizes[0] + sizes[1]
     assert first.learner.exchange.epoch_metrics() == {
-        "peers": 0.5, "staleness": 1.0, "steps_alone": 1, "bytes": record.moved,
+        "peers": 0.5, "staleness": 1.0, "steps_alone": 1, "bytes": record.moved, "missed": 0,
     }  # fmt: skip
     one_step(steps)
     assert record is not first.learner.exchange.record
@@ -335,7 +336,7 @@ def test_no_replica_waits_for_another(tmp_path):
     assert last.returncode == 0, last.stderr
     assert (group / "replica-3.safetensors").read_bytes() != before
     assert sorted(file.name for file in group.iterdir() if file.name != "lock") == [
-        "group.json", "replica-1.safetensors", "replica-2.safetensors", "replica-3.safetensors",
+        "group.json", *(f"replica-{index}.{kind}" for index in (1, 2, 3) for kind in ("json", "safetensors")),
     ]  # fmt: skip
     exchanged = [load_run(tmp_path / f"r{index}").metrics[0]["exchange"] for index in (1, 2, 3)]
     assert exchanged[0]["peers"] == 2.0
@@ -393,10 +394,10 @@ def test_refusals(tmp_path):
     out, method = tmp_path / "o", ["--method", "codistillation"]
     group = ["--group", tmp_path / "g"]
     assert "expected 2 or more of them, got 1" in refused(*method, out=out)
-    assert "--replica 2/3 exchanges weights with the others in a folder: give --group DIR" in refused(
-        *method, "--replica", "2/3", out=out
+    assert "--replica 2/3 exchanges weights with the others through a folder or bucket: give --group DIR" in (
+        refused(*method, "--replica", "2/3", out=out)
     )
-    assert "is the folder of replicas, but this run is none: give --replica I/N, such as 1/3" in refused(
+    assert "is where replicas exchange weights, but this run is none: give --replica I/N, such as" in refused(
         *method, "--peers", 2, *group, out=out
     )
     assert "--replica 1/3 trains one student, but 2 are given: leave --peers out" in refused(

@@ -88,7 +88,7 @@ class ReplicaContext:
     network: Network
     """Network of the replica."""
     location: Location
-    """Folder that the replicas share."""
+    """Folder or bucket through which the replicas exchange weights."""
     identity: dict[str, Any]
     """Everything in which replicas must agree, as plain values."""
 

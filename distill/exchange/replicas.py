@@ -1,22 +1,22 @@
-"""Exchange of weights between replicas, each trained by a process of its own, through files of a folder.
+"""Exchange of weights between replicas, each trained by a process of its own, through a folder or a bucket.
 
-group.json              recipe and data fingerprints, which are the same for all replicas of the group
-replica-1.safetensors   newest weights of the first replica, with its number of steps
-
-A replica replaces its own file atomically, and reads the others' when they have changed. It waits for no
-other: one that is slow, stopped or dead leaves its file as it was.
+A replica replaces its own weights and reads the others' when they have changed (`group_files`). It waits for
+no other: one that is slow, stopped or dead leaves its weights as they were. Nor does it wait for a bucket:
+after the first step, a thread exchanges objects with it while training goes on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from coursepack.canonical import canonical_json, difference_table
-from coursepack.console import warn
+from coursepack.console import say, warn
 from coursepack.distill.exchange.base import (
     Exchange,
     Exchanged,
@@ -24,23 +24,34 @@ from coursepack.distill.exchange.base import (
     GroupContext,
     ReplicaContext,
 )
+from coursepack.distill.exchange.group_files import GroupFiles, weights_key
 from coursepack.distill.exchange.stale import Recorded, Stale, StaleConfig, copy_weights, frozen_copy
 from coursepack.distill.losses.base import Needs
-from coursepack.errors import RunError
 from coursepack.parsing import parse_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from coursepack.data.store.locations.base import Location
     from coursepack.models import Network
 
-GROUP_FILE = "group.json"
-MOST_GROUP_BYTES = 1 << 24
 HEADER_BYTES = 1 << 20
 """Most bytes of a file of weights beyond the weights."""
 STEPS = "steps"
 """Key of the number of steps in the metadata of a file."""
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """Result of one exchange of files."""
+
+    sent: int
+    """Bytes of this replica's weights that were written."""
+    received: dict[int, bytes | ValueError]
+    """Changed files of other replicas by index, or why one cannot be used."""
+    failure: OSError | None
+    """Error of the location, if some file could not be read."""
 
 
 class Replicas(Recorded):
@@ -50,28 +61,43 @@ class Replicas(Recorded):
     """
 
     def __init__(self, config: StaleConfig, context: ReplicaContext) -> None:
-        """Check that the folder is empty or belongs to this group.
+        """Check that the location is empty or belongs to this group.
 
         Raises:
-            RunError: it is the folder of another group, or cannot be read.
+            RunError: it belongs to another group, or cannot be read.
         """
         super().__init__()
         self.config = config
         self._context = (context,)  # in a tuple, so that its network is not part of this module
+        held = context.network.module.state_dict().values()
+        self._most_bytes = sum(value.numel() * value.element_size() for value in held) + HEADER_BYTES
+        self._files = GroupFiles(context.location, context.identity, context.index, context.count)
         self._others: dict[int, tuple[Network, int]] = {}
-        self._tags: dict[int, str] = {}
         self._has_started = False
-        check_group(context.location, context.identity)
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[Transferred] | None = None
+        self._failures = 0
+        """Number of failed exchanges since the last one that did not fail."""
 
     def begin_step(self, steps: int) -> None:
-        """Exchange files if it is due after a number of steps, or to start."""
+        """Exchange files if it is due after a number of steps, or to start.
+
+        Raises:
+            RunBusy: another process trains this replica by now.
+        """
         starts, is_due = not self._has_started, self.config.is_due(steps)
         if starts:
-            self._start()
-        if is_due:
-            self._write(steps)
+            self._files.start()
+            self._has_started = True
+        if self._running is not None and self._running.done():
+            self._finish(self._running.result)
+            self._running = None
         if is_due or (starts and steps >= self.config.burn_in):
-            self._read_all()
+            transfer = partial(self._transfer, self._content(steps) if is_due else None)
+            if starts or not self._files.location.is_remote:
+                self._finish(transfer)
+            else:
+                self._begin(transfer)
         self.record.add([steps - theirs for _, theirs in self._others.values()])
 
     def forward(self, inputs: ExchangeInputs) -> Exchanged:
@@ -81,79 +107,93 @@ class Replicas(Recorded):
             logits = [inputs.predict(self._others[index][0], 0).float() for index in sorted(self._others)]
         return Exchanged((tuple(logits),))
 
-    def _start(self) -> None:
-        """Create the group unless it exists, and remove what this replica left when it was killed."""
-        (context,) = self._context
-        content = canonical_json(context.identity, indent=1).encode()
-        if context.location.create(GROUP_FILE, content) is None:
-            check_group(context.location, context.identity)
-        own = _key(context.index)
-        context.location.sweep("", lambda name: name.startswith(f"{own}."))
-        self._has_started = True
-
-    def _write(self, steps: int) -> None:
+    def _content(self, steps: int) -> bytes:
+        """Return a file of this replica's weights, as they are now."""
         (context,) = self._context
         weights = {
             name: value.detach().cpu().contiguous()
             for name, value in context.network.module.state_dict().items()
         }
-        content = save(weights, metadata={STEPS: str(steps)})
-        context.location.put(_key(context.index), content)
-        self.record.moved += len(content)
+        return save(weights, metadata={STEPS: str(steps)})
 
-    def _read_all(self) -> None:
+    def _begin(self, transfer: Callable[[], Transferred]) -> None:
+        """Exchange files in a thread, unless the exchange before has not ended."""
+        if self._running is not None:
+            self.record.missed += 1
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="coursepack-exchange")
+        self._running = self._thread.submit(transfer)
+
+    def _transfer(self, content: bytes | None) -> Transferred:
+        """Write this replica's weights, if there are any to write, and read the others' that have changed."""
         (context,) = self._context
+        received: dict[int, bytes | ValueError] = {}
+        failure: OSError | None = None
+        if content is not None:
+            self._files.publish(content)
         for index in range(context.count):
             if index == context.index:
                 continue
-            key = _key(index)
+            found: bytes | ValueError | None = None
             try:
-                self._read(index)
-            except (OSError, ValueError, SafetensorError) as error:
-                warn(
-                    f"weights of replica {index + 1} are not used, since {context.location.where(key)!r} "
-                    f"cannot be read: {' '.join(str(error).split())[:300]}"
-                )
+                found = self._files.changed(index, self._most_bytes)
+            except OSError as error:
+                failure = error
+            except ValueError as error:
+                found = error
+            if found is not None:
+                received[index] = found
+        return Transferred(len(content or b""), received, failure)
 
-    def _read(self, index: int) -> None:
-        """Read the weights of another replica if they have changed."""
+    def _finish(self, transfer: Callable[[], Transferred]) -> None:
+        """Use what an exchange of files returns, or count it as missed."""
+        try:
+            result = transfer()
+        except OSError as error:
+            result = Transferred(0, {}, error)
+        self.record.moved += result.sent
+        for index, content in result.received.items():
+            self._receive(index, content)
+        self._report(result.failure)
+
+    def _report(self, failure: OSError | None) -> None:
+        """Count an exchange that failed, and print when the location becomes unreachable or reachable."""
+        where = str(self._files.location)
+        if failure is not None:
+            self.record.missed += 1
+            self._failures += 1
+            if self._failures == 1:
+                warn(
+                    f"group {where!r} cannot be reached: {' '.join(str(failure).split())[:300]}. This "
+                    "replica goes on with the weights of the others that it has, and tries again at every "
+                    "exchange."
+                )
+        elif self._failures:
+            say(f"group {where!r} is reached again; exchanges that failed: {self._failures}")
+            self._failures = 0
+
+    def _receive(self, index: int, content: bytes | ValueError) -> None:
+        """Follow new weights of another replica, unless they cannot be used."""
+        try:
+            if isinstance(content, ValueError):
+                raise content
+            self._follow(index, content)
+        except (ValueError, SafetensorError) as error:
+            where = self._files.location.where(weights_key(index))
+            warn(
+                f"weights of replica {index + 1} are not used, since {where!r} cannot be read: "
+                f"{' '.join(str(error).split())[:300]}"
+            )
+
+    def _follow(self, index: int, content: bytes) -> None:
         (context,) = self._context
-        tag = context.location.tag(_key(index))
-        if tag is None or tag == self._tags.get(index):
-            return
-        self._tags[index] = tag
-        held = context.network.module.state_dict()
-        most = sum(value.numel() * value.element_size() for value in held.values()) + HEADER_BYTES
-        content = context.location.get(_key(index), most)
         weights, steps = parse_weights(content)
-        check_weights(weights, held)
+        check_weights(weights, context.network.module.state_dict())
         network = self._others[index][0] if index in self._others else frozen_copy(context.network)
         copy_weights(weights, network.module)
         self._others[index] = (network, steps)
         self.record.moved += len(content)
-
-
-def check_group(location: Location, identity: dict[str, Any]) -> None:
-    """Check that a folder is empty, or that of a group of this identity.
-
-    Raises:
-        RunError: it belongs to another group, or cannot be read.
-    """
-    try:
-        content = location.get(GROUP_FILE, MOST_GROUP_BYTES)
-        held = parse_json(content)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{location.where(GROUP_FILE)!r} cannot be read ({error}): give another --group"
-        ) from error
-    if held != parse_json(canonical_json(identity)):
-        table = difference_table(held, identity, "group", "this run")
-        raise RunError(
-            f"group {str(location)!r} is of other replicas.\n{table}\n"
-            "Train with the values of the group, or give another --group."
-        )
 
 
 def parse_weights(content: bytes) -> tuple[dict[str, Tensor], int]:
@@ -188,10 +228,6 @@ def check_weights(weights: dict[str, Tensor], held: dict[str, Tensor]) -> None:
             )
         if found.is_floating_point() and not bool(found.isfinite().all()):
             raise ValueError(f"{name!r:.80} has values that are not finite")
-
-
-def _key(index: int) -> str:
-    return f"replica-{index + 1}.safetensors"
 
 
 def _needs(_config: StaleConfig) -> Needs:

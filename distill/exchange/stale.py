@@ -60,6 +60,8 @@ class Record:
     """Age in steps of their weights, summed over steps and students."""
     moved: int = 0
     """Bytes of weights that were written, read or copied."""
+    missed: int = 0
+    """Number of exchanges that failed, or were left out as the one before had not ended."""
 
     def add(self, staleness: list[int]) -> None:
         """Count a step with the age of every followed student's weights, for one student."""
@@ -75,6 +77,7 @@ class Record:
             "staleness": self.staleness / self.followed if self.followed else None,
             "steps_alone": self.alone,
             "bytes": self.moved,
+            "missed": self.missed,
         }
 
 

@@ -116,19 +116,22 @@ def _check_compile(recipe: TrainRecipe) -> None:
 
 
 def _check_replicas(recipe: TrainRecipe) -> None:
-    """Refuse replicas without a folder to exchange weights in, with another method, or with peers."""
+    """Refuse replicas without a group to exchange weights in, with another method, or with peers."""
     if recipe.replicas is None:
         if recipe.group is not None:
             raise RecipeError(
-                f"--group {recipe.group} is the folder of replicas, but this run is none: give --replica "
-                "I/N, such as 1/3, or leave --group out"
+                f"--group {recipe.group} is where replicas exchange weights, but this run is none: give "
+                "--replica I/N, such as 1/3, or leave --group out"
             )
         return
     replica = f"--replica {recipe.member + 1}/{recipe.replicas}"
     if recipe.member >= recipe.replicas:
         raise RecipeError(f"{replica}: there are only {recipe.replicas} replicas")
     if recipe.group is None:
-        raise RecipeError(f"{replica} exchanges weights with the others in a folder: give --group DIR")
+        raise RecipeError(
+            f"{replica} exchanges weights with the others through a folder or bucket: give --group DIR, or "
+            "--group s3://BUCKET/PATH"
+        )
     if recipe.peers:
         raise RecipeError(
             f"{replica} trains one student, but {1 + len(recipe.peers)} are given: leave --peers out, or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coursepack.data.store.locations import open_location
+from coursepack.data.store.locations import open_group
 from coursepack.distill.exchange import EXCHANGES
 from coursepack.distill.exchange.base import GroupContext, MemberShapes, ReplicaContext
 from coursepack.distill.setup.prepare import provenance
@@ -89,7 +89,7 @@ def _build_replica(setup: Setup, recipe: TrainRecipe, learner: Learner) -> nn.Mo
     assert build is not None
     assert recipe.group is not None
     assert recipe.replicas is not None
-    where = open_location(recipe.group)
+    where = open_group(recipe.group)
     context = ReplicaContext(
         recipe.member, recipe.replicas, learner.network, where, _shared_identity(setup, recipe)
     )

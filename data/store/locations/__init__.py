@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
 
 SEPARATOR = "://"
+BUCKETS = ("s3", "gs", "az")
+"""Schemes of buckets."""
 
 
 def open_location(where: str | Path | Location) -> Location:
@@ -43,6 +45,18 @@ def open_location(where: str | Path | Location) -> Location:
     return LOCATIONS[scheme](rest)
 
 
+def open_group(where: str) -> Location:
+    """Return the location through which replicas exchange weights, at an address as of `open_location`.
+
+    Raises:
+        UnknownName, RecipeError: as `open_location`; the message speaks of a group.
+    """
+    scheme, separator, rest = where.partition(SEPARATOR)
+    if separator and scheme in BUCKETS:
+        return BucketLocation(scheme, rest, "group")
+    return open_location(where)
+
+
 def open_bucket(scheme: str, rest: str) -> BucketLocation:
     """Return the folder `SCHEME://REST` of a source's files, which may be a bucket itself.
 
@@ -50,9 +64,8 @@ def open_bucket(scheme: str, rest: str) -> BucketLocation:
         UnknownName: there is no such scheme.
         RecipeError: the rest of the address does not fit the scheme.
     """
-    buckets = [name for name in LOCATIONS if name != "file"]
-    if scheme not in buckets:
-        raise UnknownName("kind of location", scheme + SEPARATOR, [name + SEPARATOR for name in buckets])
+    if scheme not in BUCKETS:
+        raise UnknownName("kind of location", scheme + SEPARATOR, [name + SEPARATOR for name in BUCKETS])
     return BucketLocation(scheme, rest, "source")
 
 

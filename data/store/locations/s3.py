@@ -52,6 +52,10 @@ HOLDER = "coursepack-holder"
 PROBES = "probe"
 """Folder of the objects that are written to try conditions."""
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+"""Codes of services for a bucket that does not exist, in errors of lists, which have no type of their own."""
+DENIED = ("401 Unauthorized", "403 Forbidden")
+"""Statuses for wrong credentials, in the same errors."""
 _SEGMENT = re.compile(r"[^/\\\x00-\x1f]+")
 _users: set[int] = set()
 """Process that has used the library's client; a forked process inherits it."""
@@ -69,14 +73,15 @@ class BucketLocation:
         Args:
             scheme: `s3`, `gs` or `az`.
             rest: bucket, and the path in it.
-            kind: `store`, or `source` for the folder of a source's files, which may be the bucket itself.
+            kind: content of the location: `store`, `group` for that of replicas, or `source` for the folder
+                of a source's files, which may be the bucket itself.
 
         Raises:
             RecipeError: the address is not SCHEME://BUCKET/PATH.
         """
         segments = rest.rstrip("/").split("/")
         invalid = [part for part in segments if part in (".", "..") or not _SEGMENT.fullmatch(part)]
-        if len(segments) < (2 if kind == "store" else 1) or invalid:
+        if len(segments) < (1 if kind == "source" else 2) or invalid:
             raise RecipeError(
                 f"address {f'{scheme}://{rest}'!r} of a {kind} is not {scheme}://BUCKET/PATH: give the "
                 f"bucket and the path of the {kind} in it"
@@ -108,8 +113,8 @@ class BucketLocation:
             self._is_conditional = self._keeps_conditions()
         except FileNotFoundError as error:
             raise StoreNotFound(
-                f"there is no bucket {self._bucket!r} for the store {str(self)!r}: create it, or correct the "
-                f"address or the endpoint ({' or '.join(ENDPOINTS[1:])})"
+                f"there is no bucket {self._bucket!r} for the {self._kind} {str(self)!r}: create it, or "
+                f"correct the address or the endpoint ({' or '.join(ENDPOINTS[1:])})"
             ) from error
         if not self._is_conditional and not single_writer:
             raise RecipeError(
@@ -421,11 +426,14 @@ def _system_error(error: Exception, where: str) -> OSError:
     """Return the system error that fits an error of the library."""
     from obstore import exceptions
 
-    if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
+    text = str(error)
+    denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+    if isinstance(error, denied) or any(status in text for status in DENIED):
         return PermissionError(
             errno.EACCES, f"The server refuses the credentials: {first_line(error)}", where
         )
-    text = str(error)
+    if any(code in text for code in NO_BUCKET):
+        return FileNotFoundError(errno.ENOENT, "There is no such bucket", where)
     if isinstance(error, exceptions.NotSupportedError) or "501 Not Implemented" in text:
         return OSError(errno.ENOTSUP, f"The server does not support this: {first_line(error)}", where)
     return OSError(errno.EIO, first_line(error), where)
