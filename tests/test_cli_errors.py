@@ -120,8 +120,9 @@ DOMAIN = [
     (f"{KD} --store s.zarr --teacher-weights -1",
      "objective.fusion.weights.0: expected at least 0, got -1.0"),
     (f"{KD} --store s.zarr --method supervised",
-     "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, or "
-     "choose a method that learns from them, as --method kd"),
+     "method 'supervised' does not use teachers, but --store s.zarr is given: leave --store out, "
+     "give the stores a share of the loss with --soft-weight 0.9, or choose a method that learns from them, "
+     "as --method kd"),
     (f"{ALONE} --method kd", "method 'kd' needs teachers: give at least one --store"),
     (f"{ALONE} --online", "--online runs the teachers of stores live: give at least one --store"),
     # Names.
