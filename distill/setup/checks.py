@@ -57,8 +57,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
     if recipe.stores and not needs_teachers:
         raise RecipeError(
             f"method {recipe.method!r} does not use teachers, but --store {recipe.stores[0]} is given: leave "
-            "--store out, give the stores a share of the loss with --soft-weight 0.9, or choose a method that "
-            "learns from them, as --method kd"
+            "--store out, give the stores a share of the loss with --soft-weight 0.9, or choose a method "
+            "that learns from them, as --method kd"
         )
     _check_fusion(recipe)
     if recipe.keep_checkpoints is not None and recipe.keep_checkpoints > recipe.epochs:
