@@ -15,6 +15,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_gcs_server_port_wait_time_s": str(WAIT_SECONDS),
     "RAY_worker_register_timeout_seconds": str(WAIT_SECONDS),
+    # No worker is killed because other programs use the memory.
+    "RAY_memory_monitor_refresh_ms": "0",
     # Dead nodes are noticed sooner; live ones may take as long to answer as before.
     "RAY_health_check_period_ms": "1000",
 }
