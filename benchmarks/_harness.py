@@ -81,6 +81,7 @@ def measure(
     rows_of: Callable[[Seconds], list[Row]],
     *,
     patience: float = PATIENCE,
+    warm_up: bool = True,
 ) -> list[Row]:
     """Return the rows of alternated variants, with more rounds while a bar is undecided.
 
@@ -89,7 +90,8 @@ def measure(
     """
     seconds: Seconds = {name: [] for name in variants}
     order = random.Random(0)
-    _round(variants, order)
+    if warm_up:
+        _round(variants, order)
     started = time.monotonic()
     _add_rounds(seconds, variants, order, rounds)
     now = time.monotonic()

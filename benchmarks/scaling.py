@@ -51,9 +51,10 @@ class Size:
     workers: tuple[int, ...]
     """Numbers of workers."""
     patience: float = PATIENCE
+    warm_up: bool = True
 
 
-FULL, QUICK = Size(40, 6, (1, 2, 4)), Size(4, 1, (1, 2), patience=0)
+FULL, QUICK = Size(40, 6, (1, 2, 4)), Size(4, 1, (1, 2), patience=0, warm_up=False)
 
 
 @dataclass
@@ -123,7 +124,7 @@ def scaling(size: Size) -> list[Row]:
         overhead = [1000 * (one - alone) / size.blocks for one, alone in pairs]
         return [*found, row("blocks: overhead of a block with one worker", overhead, "ms", config)]
 
-    return measure(variants, size.rounds, rows_of, patience=size.patience)
+    return measure(variants, size.rounds, rows_of, patience=size.patience, warm_up=size.warm_up)
 
 
 def main() -> None:

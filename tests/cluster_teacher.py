@@ -12,12 +12,14 @@ from torch import nn
 
 FOLDER = "CLUSTER_TEACHER"
 """Environment variable with the folder."""
+HOLD = "hold"
+"""File with the number of batches after which all others wait until it is gone."""
 LAST_ROWS = 42
 """Number of rows of the last batch of a view of the digits, in batches of 100."""
 
 
 class Teacher(nn.Module):
-    """A linear network that logs its batches, and sleeps, dies or gives NaN where a file says so."""
+    """A linear network that logs its batches, and waits, dies or gives NaN where a file says so."""
 
     preprocessing = {"size": 8, "mean": [0.25], "std": [0.5]}  # noqa: RUF012 - never changed
 
@@ -41,8 +43,8 @@ class Teacher(nn.Module):
     def act(folder, rows):
         with (folder / "log").open("a") as log:
             log.write(f"{os.getpid()} {rows}\n")
-        if (folder / "seconds").exists():
-            time.sleep(float((folder / "seconds").read_text()))
+        while is_held(folder):
+            time.sleep(0.05)
         if rows == LAST_ROWS and (folder / "poison").exists():
             die()
         try:
@@ -50,3 +52,17 @@ class Teacher(nn.Module):
         except FileNotFoundError:
             return
         die()
+
+
+def batches(folder):
+    """Process of each logged batch."""
+    log = folder / "log"
+    return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def is_held(folder):
+    try:
+        most = int((folder / HOLD).read_text())
+    except FileNotFoundError:
+        return False
+    return len(batches(folder)) > most

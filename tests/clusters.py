@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes of this machine, and the folder that governs the networks of its workers."""
+"""A Ray cluster of two nodes of this machine, and the folder that governs the networks of its workers."""
 
 import time
 from contextlib import contextmanager
@@ -8,6 +8,19 @@ import cluster_teacher
 import pytest
 
 MEMORY = 80 << 20
+WAIT_SECONDS = 300
+"""Limit of waits on a machine that is busy with other things; each ends as soon as it can."""
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parent),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_gcs_server_port_wait_time_s": str(WAIT_SECONDS),
+    "RAY_worker_register_timeout_seconds": str(WAIT_SECONDS),
+    # No worker is killed because other programs use the memory.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Dead nodes are noticed sooner; live ones may take as long to answer as before.
+    "RAY_health_check_period_ms": "1000",
+}
+"""Variables of the nodes' processes: workers find the modules of the tests, and may take long to start."""
 
 MARKS = [
     pytest.mark.cluster,
@@ -26,30 +39,41 @@ def on_cluster(test):
 
 
 class OwnCluster:
-    """A cluster of two nodes with one CPU each."""
+    """A cluster of two nodes with one CPU each; the first is the head."""
 
     def __init__(self, folder):
         from ray.cluster_utils import Cluster
 
         self.folder = folder
-        head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.add() for _ in range(2)]
+        self.cluster = Cluster()
+        self.nodes = [self.add(include_dashboard=False), self.add()]
 
     @property
     def address(self):
         return self.cluster.address
 
     def add(self, **settings):
-        return self.cluster.add_node(num_cpus=1, object_store_memory=MEMORY, **settings)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            return self.cluster.add_node(num_cpus=1, object_store_memory=MEMORY, **settings)
 
     def remove(self, node):
         self.cluster.remove_node(node, allow_graceful=False)
 
     def batches(self):
         """Process of each batch that a `cluster_teacher` ran."""
-        log = self.folder / "log"
-        return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+        return cluster_teacher.batches(self.folder)
+
+    @contextmanager
+    def held(self, after):
+        """Have all batches after a number of them wait for the end of the context."""
+        hold = self.folder / cluster_teacher.HOLD
+        hold.write_text(str(after))
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     def calm(self):
         """Have its networks do nothing unusual, and forget their batches."""
@@ -59,18 +83,24 @@ class OwnCluster:
 
 @contextmanager
 def own_cluster(folder):
-    """Start a cluster, whose workers find the modules of the tests."""
+    """Start a cluster whose networks are governed by a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cluster_teacher.FOLDER, str(folder))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         own = OwnCluster(folder)
         yield own
         own.cluster.shutdown()
 
 
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+def wait_until(condition, ended, seconds=WAIT_SECONDS):
+    """Wait for a condition; fail as soon as what should bring it about has ended.
+
+    `ended` returns None until then, and afterwards what is to be shown.
+    """
+    limit = time.monotonic() + seconds
+    while True:
+        shown = ended()
+        if condition():
+            return
+        assert shown is None, f"ended too early: {shown}"
+        assert time.monotonic() < limit, f"nothing after {seconds} s"
+        time.sleep(0.02)

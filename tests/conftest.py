@@ -1,5 +1,6 @@
 """Teachers and stores that many tests read and none changes, and what holds for every test."""
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -236,9 +237,9 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def started(tmp_path_factory):
-    """A Ray cluster of two nodes of this machine."""
+    """A Ray cluster of two nodes of this machine, which takes seconds to start."""
     from clusters import own_cluster
 
     with own_cluster(tmp_path_factory.mktemp("cluster")) as own:
@@ -249,4 +250,5 @@ def started(tmp_path_factory):
 def cluster(started):
     """The cluster, whose networks do nothing unusual."""
     started.calm()
-    return started
+    yield started
+    gc.collect()  # sockets that Ray has left, while the filters of its tests hold

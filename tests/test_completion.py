@@ -39,7 +39,7 @@ LINES = {
     "distill eval fini": "finished",
     "distill train --store mlp-s": "mlp-store.zarr",
 }
-SECONDS = 30
+SECONDS = 120
 
 
 class Terminal:

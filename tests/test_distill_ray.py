@@ -53,16 +53,21 @@ def alone(started, tmp_path_factory, stores):
     return grid, {path.name: results(path) for path in (folder / "out").iterdir()}, len(started.batches())
 
 
+def has_checkpoint(out):
+    """A function that returns whether a run in a folder has a checkpoint."""
+    return lambda: any(out.glob("*/checkpoint.pt"))
+
+
 @on_cluster
 def test_the_runs_of_a_killed_worker_go_on_from_their_checkpoints(tmp_path, cluster, alone):
     grid, expected, batches = alone
-    (cluster.folder / "seconds").write_text("0.05")
     out = tmp_path / "out"
     how = {"device": "cpu", "together": 2, "checkpoint_seconds": 0}
     with ThreadPoolExecutor(1) as pool:
-        swept = pool.submit(sweep, read_grid(grid), out, executor=RayExecutor(cluster.address), **how)
-        wait_until(lambda: swept.done() or any(out.glob("*/checkpoint.pt")))
-        (cluster.folder / "once").touch()
+        with cluster.held(after=20):
+            swept = pool.submit(sweep, read_grid(grid), out, executor=RayExecutor(cluster.address), **how)
+            wait_until(has_checkpoint(out), lambda: swept.result() if swept.done() else None)
+            (cluster.folder / "once").touch()
         assert swept.result() == {}
     assert {path.name: results(path) for path in out.iterdir()} == expected
     assert not (cluster.folder / "once").exists()
@@ -74,13 +79,12 @@ def test_the_runs_of_a_killed_worker_go_on_from_their_checkpoints(tmp_path, clus
 @on_cluster
 def test_a_driver_that_was_killed_goes_on(tmp_path, cluster, alone):
     grid, expected, batches = alone
-    (cluster.folder / "seconds").write_text("0.05")
     out = tmp_path / "out"
     words = ["distill", "sweep", grid, "--out", out, "--resume", "--json", "--checkpoint-seconds=0"]
-    words += ["--device=cpu", "--executor=ray", f"--address={cluster.address}"]
+    words += ["--together=4", "--device=cpu", "--executor=ray", f"--address={cluster.address}"]
     # In a process of the tests, warnings are errors, and Ray has some.
-    with running(*words, before=warnings.resetwarnings) as (process, finished):
-        wait_until(lambda: not process.is_alive() or any(out.glob("*/checkpoint.pt")))
+    with cluster.held(after=10), running(*words, before=warnings.resetwarnings) as (process, finished):
+        wait_until(has_checkpoint(out), lambda: None if process.is_alive() else finished())
         process.kill()
         finished()
     done = run(*words, before=warnings.resetwarnings)
@@ -88,26 +92,25 @@ def test_a_driver_that_was_killed_goes_on(tmp_path, cluster, alone):
     assert "Traceback" not in done.stderr
     assert [group["runs"] for group in json.loads(done.stdout)] == [2, 2]
     assert {path.name: results(path) for path in out.iterdir()} == expected
-    assert len(cluster.batches()) <= batches + 2 * 3
+    # Those of one step of four students.
+    assert len(cluster.batches()) <= batches + 4
 
 
 @on_cluster
 def test_runs_that_kill_three_workers_are_named_and_the_others_trained(tmp_path, cluster, stores):
     (cluster.folder / "poison").touch()
     common = {"student": STUDENT, "stores": [str(stores[0])], "epochs": 1, "limit": 142}
-    grid = write_grid(tmp_path, {"batch_size": [100, 71], "optimizer.lr": [0.01, 1.0e30]}, **common)
-    words = ["sweep", str(grid), "--out", str(tmp_path / "out"), "--together=2", "--device=cpu"]
+    grid = write_grid(tmp_path, {"batch_size": [100, 71]}, **common)
+    words = ["sweep", str(grid), "--out", str(tmp_path / "out"), "--device=cpu"]
     words += ["--executor=ray", f"--address={cluster.address}"]
     result = CliRunner().invoke(distill, words)
     assert result.exit_code == 1
     text = r"""Error: not trained, because each has lost 3 workers, the last one because:
-  batch_size=100,lr=0.01: .+
-  batch_size=100,lr=1e\+30: .+
-Diverged: batch_size=71,lr=1e\+30.
+  batch_size=100: .+
 All others are finished"""
     assert re.search(text, result.stderr), result.stderr
     assert "accuracy" in result.stdout
-    assert (tmp_path / "out" / "batch_size=71,lr=0.01" / "student.safetensors").is_file()
+    assert (tmp_path / "out" / "batch_size=71" / "student.safetensors").is_file()
 
 
 CHAIN = """
@@ -167,6 +170,9 @@ def test_a_worker_trains_what_is_not_finished_in_the_folder_of_the_driver(tmp_pa
     assert worker.train(group, SweepOptions(threads=1)) == ({}, [])
     assert (tmp_path / "out" / "seed=0" / "student.safetensors").stat() == before
     assert (tmp_path / "out" / "seed=1" / "student.safetensors").is_file()
+    diverging = Student("lr=1e30", make_recipe(limit=50, batch_size=25, optimizer={"lr": 1e30}))
+    failures, alone = worker.train([diverging], SweepOptions(threads=1))
+    assert (list(failures), alone) == (["lr=1e30"], [])
     assert sweep(group, tmp_path / "out", device=CPU, resume=True) == {}
 
 
@@ -189,6 +195,9 @@ def test_students_that_lost_a_worker_share_the_next_and_have_their_last_alone(tm
     assert sizes == [[2], [2], [1, 1], [1]]
     assert runs.left == 0
     with pytest.raises(StudentsLost, match=r"lost 3 workers(.|\n)*lr=0\.1: The node died\n  lr=0\.2"):
+        runs.check()
+    runs.diverged = {"lr=9": "the loss is nan"}
+    with pytest.raises(StudentsLost, match=r"lr=0\.2: The node died\nDiverged: lr=9\.\nAll others are fini"):
         runs.check()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from builders import CPU, make_recipe
 from click.testing import CliRunner
+from moments import with_variables
+from spawned import run
 from stopping import interrupted
 
 from coursepack.config import write_yaml
@@ -199,15 +201,22 @@ main(sys.argv[1:])
 """
 
 
-def tracked(tmp_path, name, **environment):
+RESUMED = """
+import sys
+
+from coursepack.distill.cli import main
+
+main(sys.argv[1:])
+"""
+
+
+def tracked(tmp_path, monkeypatch, name, **environment):
     """Train a run that is interrupted once, tracked by a real library; returns its folder."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     words = ["train", *WORDS, "--checkpoint-seconds", 0, "--track", name, "--resume", "--out", out]
-    for code, status in ((["-c", STOPPED], 130), (["-m", "coursepack.distill.cli"], 0)):
-        result = subprocess.run(
-            [sys.executable, *code, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | environment, check=False, timeout=240,
-        )  # fmt: skip
+    for code, status in ((STOPPED, 130), (RESUMED, 0)):
+        result = run("code", code, *words, before=partial(with_variables, environment))
         assert result.returncode == status, result.stderr
     return out
 
@@ -228,11 +237,11 @@ def records(file):
 
 
 @pytest.mark.integration
-def test_weights_and_biases_offline(tmp_path):
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="an extra")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    out = tracked(tmp_path, "wandb", WANDB_MODE="offline")
+    out = tracked(tmp_path, monkeypatch, "wandb", WANDB_MODE="offline")
     identifier = json.loads((out / TRACKING_FILE).read_text())["wandb"]["id"]
     files = sorted((out / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{identifier}.wandb"] * 2
@@ -259,9 +268,9 @@ def test_weights_and_biases_offline(tmp_path):
 
 
 @pytest.mark.integration
-def test_mlflow_in_a_local_database(tmp_path):
+def test_mlflow_in_a_local_database(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="an extra")
-    out = tracked(tmp_path, "mlflow", GIT_PYTHON_REFRESH="quiet")
+    out = tracked(tmp_path, monkeypatch, "mlflow", GIT_PYTHON_REFRESH="quiet")
     kept = json.loads((out / TRACKING_FILE).read_text())["mlflow"]
     code = """
 import json, sys

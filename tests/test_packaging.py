@@ -135,7 +135,7 @@ def test_an_empty_environment_takes_the_wheel_that_the_sdist_makes(checkout, whe
     assert not [name for name in members if "__pycache__" in name]
 
     place = tmp_path / "environment"
-    venv.create(place, with_pip=True)
+    venv.create(place)
     python = place / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -146,7 +146,8 @@ def test_an_empty_environment_takes_the_wheel_that_the_sdist_makes(checkout, whe
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    call(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", made)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    call(*pip, made)
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     (folder,) = (place / "lib").glob("python*/site-packages")
     (folder / "borrowed.pth").write_text("\n".join(libraries))
