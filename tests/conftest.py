@@ -92,9 +92,9 @@ def compiled(shared):
 
 
 def compile_kernels():
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("jit_"):
-            importlib.import_module(f"coursepack.kernels.{module.name}")
+    for module in pkgutil.walk_packages(kernels.__path__, "coursepack.kernels."):
+        if ".jit_" in module.name:
+            importlib.import_module(module.name)
     source, samples = open_source("digits"), np.arange(4)
     for recipe in PRESETS.values():
         Batch(source, recipe, samples, samples).pixels(12)

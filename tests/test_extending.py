@@ -131,7 +131,7 @@ def run(command, tree):
 
 
 def linked(tree):
-    """Make the copy's packages importable, with what numba compiled from the same sources."""
+    """Make the copy's packages importable, with what Python and numba compiled from the same sources."""
     setup = configparser.ConfigParser()
     setup.read(tree / "setup.cfg")
     folders = dict(line.split(" = ") for line in setup["options"]["package_dir"].split("\n") if line)
@@ -144,7 +144,7 @@ def linked(tree):
                 (target / path.name).symlink_to(path)
         compiled = installed / package.replace(".", "/") / "__pycache__"
         (target / "__pycache__").mkdir()
-        for path in compiled.glob("*.nb?"):
+        for path in (*compiled.glob("*.nb?"), *compiled.glob("*.pyc")):
             shutil.copy2(path, target / "__pycache__")
     return tree
 
