@@ -63,9 +63,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(
-    rows=64, wide_rows=8, digit_epochs=1, seeds=2, epochs=1, teacher_epochs=1, limit=64, views=1
-)
+QUICK = Size(rows=64, wide_rows=8, digit_epochs=1, seeds=2, epochs=1, teacher_epochs=1, limit=64, views=1)
 MADE = {
     "C=100": (100, 1.5),
     "C=1000 flat": (1000, 0.8),

@@ -46,6 +46,7 @@ def one_thread():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, each of which imports torch
         torch.set_num_threads(1)
         yield
 
