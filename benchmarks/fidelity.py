@@ -46,7 +46,6 @@ TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
 JUDGED = (1.0, 4.0)
 """Temperatures with a bar."""
 BYTES, DIGIT_BYTES = (32, 48, 104, 208), (12, 16)
-VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,11 @@ class Size:
     epochs: int = 40
     teacher_epochs: int = 25
     limit: int = 300
+    views: int = 8
 
 
 FULL = Size()
-QUICK = Size(rows=64, wide_rows=8, digit_epochs=1, seeds=2, epochs=1, teacher_epochs=1, limit=64)
+QUICK = Size(rows=64, wide_rows=8, digit_epochs=1, seeds=2, epochs=1, teacher_epochs=1, limit=64, views=1)
 MADE = {
     "C=100": (100, 1.5),
     "C=1000 flat": (1000, 0.8),
@@ -183,7 +183,7 @@ def students(folder: Path, size: Size) -> list[Row]:
         stores[title] = folder / f"{len(stores)}.zarr"
         runner = TeacherRunner(replace(network, module=module))
         job = Job(
-            stores[title], open_source("digits"), view_recipe("digits"), runner, VIEWS, encoding=encoding
+            stores[title], open_source("digits"), view_recipe("digits"), runner, size.views, encoding=encoding
         )
         run_job(job, quiet=True)
     rows = []
@@ -194,7 +194,7 @@ def students(folder: Path, size: Size) -> list[Row]:
         for title, store in stores.items():
             found = []
             for seed in range(size.seeds):
-                own = recipe(entry, [store], seed, size.epochs, views=VIEWS, limit=size.limit)
+                own = recipe(entry, [store], seed, size.epochs, views=size.views, limit=size.limit)
                 found.append(100 * train_student(own, title)[0]["accuracy"])
             accuracies = np.array(found)
             reference = accuracies if reference is None else reference

@@ -103,7 +103,7 @@ class Bench:
         self.stores = {
             setting: write_stores(folder, runs, setting, self.views)[0]
             for setting, runs in self.runs.items()
-            if setting != "presets"
+            if setting == "plain" or (setting != "presets" and not quick)
         }
 
     def recipe(self, entry: Entry, stores: list[Path], seed: int, **fields: Any) -> TrainRecipe:

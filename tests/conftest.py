@@ -47,6 +47,7 @@ def one_thread():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, each of which imports torch
         torch.set_num_threads(1)
         yield
 
@@ -93,9 +94,9 @@ def compiled(shared):
 
 
 def compile_kernels():
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("jit_"):
-            importlib.import_module(f"coursepack.kernels.{module.name}")
+    for module in pkgutil.walk_packages(kernels.__path__, "coursepack.kernels."):
+        if ".jit_" in module.name:
+            importlib.import_module(module.name)
     source, samples = open_source("digits"), np.arange(4)
     for recipe in PRESETS.values():
         Batch(source, recipe, samples, samples).pixels(12)

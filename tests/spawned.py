@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -13,19 +14,24 @@ import tempfile
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from moments import with_variables
 from torch import nn
 
+import coursepack
 from coursepack.distill import Learner, Objective, TrainRecipe, distributed
 from coursepack.distill.cli import main as distill
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import Loss, Needs, TermConfig
+from coursepack.distill.runs.chain import stages
 from coursepack.distill.runs.train import train
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.evaluate import evaluate
@@ -42,8 +48,8 @@ FORKED = multiprocessing.get_context("forkserver")
 """Processes forked from one that has imported what takes long, and has no thread or device of the tests'."""
 FORKED.set_forkserver_preload(
     [
-        *("coursepack.distill.cli", "coursepack.precompute.cli", "coursepack.data.jit_philox"),
-        *("coursepack.data.jit_pixels", "sklearn.datasets", "torch._dynamo", "torch.distributed.run", "zarr"),
+        *(module.name for module in pkgutil.walk_packages(coursepack.__path__, "coursepack.")),
+        *("sklearn.datasets", "torch._dynamo", "torch.distributed.run", "zarr"),
     ]
 )
 
@@ -148,6 +154,22 @@ def run(*words, before=None):
     """Run a command in a process of its own to its end."""
     with running(*words, before=before) as (_, finished):
         return finished()
+
+
+@contextmanager
+def stage_process(words, env, **_):
+    """`subprocess.Popen` of a chain's stage that precomputes, for a process that imports nothing again."""
+    program, option, _, *words = words
+    assert (program, option) == (sys.executable, "-c")
+    done = run("precompute", *words, before=partial(with_variables, env))
+    print(done.stderr, end="", file=sys.__stderr__)  # where a process of its own writes
+    yield SimpleNamespace(wait=lambda: done.returncode)
+
+
+def fork_stages(monkeypatch):
+    """Fork the processes of chains that run in this process."""
+    streams = {"PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=stage_process, **streams))
 
 
 # Ranks: what each of several processes does, given who it is.

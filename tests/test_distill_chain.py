@@ -14,7 +14,7 @@ from builders import CPU, write_store, write_teacher
 from click.testing import CliRunner
 from helpers import store_files
 from moments import at_rename, die, with_path
-from spawned import run
+from spawned import fork_stages, run
 
 from coursepack.canonical import canonical_json
 from coursepack.config import write_yaml
@@ -89,9 +89,16 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         Path("chain.yaml").write_text(CHAIN)
-        result = run("distill", *WORDS)
-    assert result.returncode == 0, result.stderr
+        fork_stages(patch)
+        result = chain(*WORDS[6:])
+    assert result.exit_code == 0, result.output
     return folder, result
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Fork the stages of chains that run in this process; those above and those killed are started."""
+    fork_stages(monkeypatch)
 
 
 @pytest.fixture

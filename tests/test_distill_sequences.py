@@ -9,7 +9,7 @@ from builders import CPU, loss_inputs, make_recipe
 from click.testing import CliRunner
 from reference import sequences as ref
 from reference.loss import soft_target_loss as reference_loss
-from reference.methods import numeric_gradient
+from reference.methods import numeric_gradient_of_mean
 
 from coursepack.data import view_recipe
 from coursepack.data.store import StoreReader
@@ -51,10 +51,10 @@ def value_of(objective, *, epoch=0, labels=None):
 
 
 def assert_value(value, student, reference):
-    """Loss and gradient of a reference that maps student logits to the mean loss."""
-    assert value.loss.item() == pytest.approx(reference(STUDENT), rel=1e-5)
+    """Loss and gradient of a reference that maps rows of student logits to their losses."""
+    assert value.loss.item() == pytest.approx(reference(STUDENT).mean(), rel=1e-5)
     value.loss.backward()
-    np.testing.assert_allclose(student.grad, numeric_gradient(reference, STUDENT), atol=1e-6)
+    np.testing.assert_allclose(student.grad, numeric_gradient_of_mean(reference, STUDENT), atol=1e-6)
 
 
 # Sequence
@@ -84,7 +84,7 @@ def test_a_sequence_follows_its_teachers_and_its_temperature(fusion, phases):
             return reference_loss(
                 student, TEACHERS, LABELS, weights=np.tile(weights, (N, 1)),
                 temperature=ref.linear(6.0, 1.5, 4, epoch), soft_weight=0.9, hard_weight=0.1,
-            ).loss.mean()  # fmt: skip
+            ).loss  # fmt: skip
 
         value, student = value_of(objective, epoch=epoch)
         assert (value.targets is None) == (not weights.any())
@@ -110,7 +110,7 @@ def test_terms_of_the_teachers_rest_while_labels_are_alone(method, terms):
     value, student = value_of(objective, epoch=3)
 
     def reference(student):
-        return 0.5 * np.mean(
+        return 0.5 * np.array(
             [ref.cross_entropy(row, label) for row, label in zip(student, LABELS, strict=True)]
         )
 
@@ -267,7 +267,7 @@ def test_monitored_weights_and_their_loss(rule, combine):
         return reference_loss(
             student, TEACHERS, LABELS, weights=weights, temperature=4.0, combine=combined, soft_weight=0.9,
             hard_weight=0.1,
-        ).loss.mean()  # fmt: skip
+        ).loss  # fmt: skip
 
     assert_value(value, student, reference)
 
@@ -341,7 +341,7 @@ def test_annealed_logits_grow_to_full_size(highest, epochs):
         value, student = value_of(objective, epoch=epoch)
 
         def reference(student, epoch=epoch):
-            return 2 * ref.annealed_error(student, TEACHERS.mean(0), highest, epochs, epoch).mean()
+            return 2 * ref.annealed_error(student, TEACHERS.mean(0), highest, epochs, epoch)
 
         assert_value(value, student, reference)
 

@@ -12,7 +12,7 @@ import pytest
 from benchmark_rows import check_rows
 from builders import write_store, write_teacher
 from click.testing import CliRunner
-from spawned import run
+from spawned import fork_stages, run
 from torch.distributed.run import get_args_parser
 
 from coursepack.distill.cli import main as distill
@@ -55,6 +55,7 @@ def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     ]
     assert len(order) >= 9
     monkeypatch.chdir(tmp_path)
+    fork_stages(monkeypatch)
     for name in ("mlp", "resnet"):
         write_store(Path(f"{name}.zarr"), write_teacher(Path("teachers", name), f"digits-{name}"), views=8)
     Path("grid.yaml").write_text(
@@ -205,6 +206,7 @@ def test_commands_of_pages_run_in_order(tmp_path, monkeypatch, demo):
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
+    fork_stages(monkeypatch)
     grid = re.search(r"```yaml\n(base: .*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)[1]
     Path("grid.yaml").write_text(re.sub(r"epochs: \d+", "epochs: 1, limit: 64", grid))
     chain = re.search(r"```yaml\n(base: .*?)```", (ROOT / "docs" / "chains.md").read_text(), re.S)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib
 import os
 import re
 import shlex
@@ -131,7 +132,7 @@ def run(command, tree):
 
 
 def linked(tree):
-    """Make the copy's packages importable, with what numba compiled from the same sources."""
+    """Make the copy's packages importable, with what Python and numba compiled from the same sources."""
     setup = configparser.ConfigParser()
     setup.read(tree / "setup.cfg")
     folders = dict(line.split(" = ") for line in setup["options"]["package_dir"].split("\n") if line)
@@ -144,7 +145,7 @@ def linked(tree):
                 (target / path.name).symlink_to(path)
         compiled = installed / package.replace(".", "/") / "__pycache__"
         (target / "__pycache__").mkdir()
-        for path in compiled.glob("*.nb?"):
+        for path in (*compiled.glob("*.nb?"), *compiled.glob("*.pyc")):
             shutil.copy2(path, target / "__pycache__")
     return tree
 
@@ -260,6 +261,8 @@ def test_sections_are_complete():
 
 def test_a_recipe_visits_the_files_in_this_order(stores, tmp_path):
     stated = re.findall(r"^\d\. `([^`]+)`", PAGE, re.M)
+    for name in stated:  # an import calls functions of its own
+        importlib.import_module(f"coursepack.{name.removesuffix('.py').replace('/', '.')}")
     package = str(Path(coursepack.__file__).parent)
     visited = []
 

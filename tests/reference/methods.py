@@ -127,3 +127,12 @@ def numeric_gradient(function, point, step=1e-6):
         moved[index] -= 2 * step
         gradient[index] = (above - function(moved)) / (2 * step)
     return gradient
+
+
+def numeric_gradient_of_mean(function, point, step=1e-6):
+    """Central differences, in all rows at once, of the mean of values `(N,)` that each depend on one row."""
+    gradient = np.zeros_like(point)
+    for column in range(point.shape[1]):
+        moved = step * (np.arange(point.shape[1]) == column)
+        gradient[:, column] = (function(point + moved) - function(point - moved)) / (2 * step * len(point))
+    return gradient
