@@ -25,6 +25,7 @@ from coursepack.distill.losses.base import (
     PairNeeds,
 )
 from coursepack.distill.losses.pairs import PairsConfig, pooled_features, teacher_features
+from coursepack.kernels.regression import squared_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,9 +88,11 @@ class Hints(nn.Module):
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, (Adapter, Regressor))
-            target = adapter.like(teacher_features(inputs, pair))
-            error = adapter(inputs.student.features[pair.layer]) - target.detach()
-            total = total + error.square().flatten(1).mean(1)
+            adapted = adapter(inputs.student.features[pair.layer])
+            stored = inputs.teachers.features_of(pair.teacher, pair.tap)
+            if tuple(stored.shape) != tuple(adapted.shape):
+                stored = adapter.like(teacher_features(inputs, pair)).detach()
+            total = total + squared_error(adapted, stored)
         return total
 
 
