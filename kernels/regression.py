@@ -1,4 +1,8 @@
-"""Mean squared error of a student's features to stored rows of a teacher's, decoded on the way."""
+"""Mean squared error of a student's features to stored rows of a teacher's, decoded on the way.
+
+On the CPU a compiled pass reads the rows as they are stored and writes the errors in the memory format of the
+student's features. The backward pass of a linear map reads the errors twice, and scales what is smaller.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,7 +26,6 @@ if TYPE_CHECKING:
 
 PARALLEL_FROM = 1 << 18
 """Number of values above which more than one thread is faster."""
-USED_TWICE = "squared_error keeps its gradient for one backward pass only: call it again for a second one"
 _KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16}
 
 
@@ -35,15 +39,11 @@ def squared_error(features: Tensor, rows: Rows | Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    if tuple(features.shape) != tuple(rows.shape):
-        raise ValueError(f"rows have shape {tuple(rows.shape)}, expected {tuple(features.shape)}")
+    _check_shape(rows, tuple(features.shape))
     if not _is_read(features):
         error = features - decode(rows).detach()
         return error.square().flatten(1).mean(1)
-    stored = rows.values if isinstance(rows, DenseRows) else rows
-    if not isinstance(stored, Tensor) or stored.dtype not in _KINDS:
-        stored = decode(rows)
-    loss: Tensor = _SquaredError.apply(features, stored.detach())
+    loss: Tensor = _SquaredError.apply(features, _stored(rows))
     return loss
 
 
@@ -57,22 +57,85 @@ def _is_read(features: Tensor) -> bool:
     )
 
 
+def linear_squared_error(features: Tensor, weight: Tensor, bias: Tensor, rows: Rows | Tensor) -> Tensor:
+    """Return `squared_error` of features mapped linearly at every position, with gradient to the map as well.
+
+    Args:
+        features: the student's features `(N, C, H, W)` or `(N, C)`, float32.
+        weight: weight of the map, `(C', C, 1, 1)` or `(C', C)`.
+        bias: bias of the map `(C',)`.
+        rows: the teacher's features `(N, C', H, W)` or `(N, C')`; constant.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not _is_read(features):
+        return squared_error(_mapped(features, weight, bias), rows)
+    _check_shape(rows, (len(features), len(weight), *features.shape[2:]))
+    loss: Tensor = _LinearSquaredError.apply(features, weight, bias, _stored(rows))
+    return loss
+
+
+def _mapped(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(features, weight, bias) if features.ndim == 4 else F.linear(features, weight, bias)
+
+
+def _check_shape(rows: Rows | Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(rows.shape) != expected:
+        raise ValueError(f"rows have shape {tuple(rows.shape)}, expected {expected}")
+
+
+def _stored(rows: Rows | Tensor) -> Tensor:
+    """Return the rows in a dtype that the compiled function reads."""
+    stored = rows.values if isinstance(rows, DenseRows) else rows
+    return (stored if isinstance(stored, Tensor) and stored.dtype in _KINDS else decode(rows)).detach()
+
+
 class _SquaredError(torch.autograd.Function):
-    """Autograd Function that keeps the errors, and turns them into the gradient in place."""
+    """Autograd Function that keeps the errors."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, stored: Tensor) -> Tensor:
-        loss, ctx.errors = _evaluate(features.detach(), stored)
+        loss, errors = _evaluate(features.detach(), stored)
+        ctx.save_for_backward(errors)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        if ctx.errors is None:
-            raise RuntimeError(USED_TWICE)
-        errors, ctx.errors = ctx.errors, None
+        (errors,) = ctx.saved_tensors
         factor = grad_loss * (2 / math.prod(errors.shape[1:]))
-        return errors.mul_(factor.reshape(-1, *[1] * (errors.ndim - 1))), None
+        return errors * factor.reshape(-1, *[1] * (errors.ndim - 1)), None
+
+
+class _LinearSquaredError(torch.autograd.Function):
+    """Autograd Function of a linear map and the squared error of its result."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, stored: Tensor) -> Tensor:
+        loss, errors = _evaluate(_mapped(features, weight, bias), stored)
+        ctx.save_for_backward(features, weight, errors)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        features, weight, errors = ctx.saved_tensors
+        own, error = _by_position(features), _by_position(errors)
+        factor = grad_loss * (2 / math.prod(errors.shape[1:]))
+        factor = factor.repeat_interleave(len(own) // len(features))[:, None]
+        # The bias is the weight of a feature that is always 1.
+        slopes = error.T @ torch.cat([own * factor, factor], 1)
+        grad_features = None
+        if ctx.needs_input_grad[0]:
+            moved = (error @ weight.flatten(1)).mul_(factor)
+            grad_features = moved.reshape(len(features), *features.shape[2:], -1).movedim(-1, 1)
+        return grad_features, slopes[:, :-1].reshape(weight.shape), slopes[:, -1], None
+
+
+def _by_position(values: Tensor) -> Tensor:
+    """Return maps `(N, C, H, W)` or vectors as `(N H W, C)`; no copy if channels are last in memory."""
+    return values.movedim(1, -1).reshape(-1, values.shape[1])
 
 
 def _evaluate(features: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from coursepack.data.encodings import parse_encoding
 from coursepack.kernels import DenseRows, dispatch
-from coursepack.kernels.regression import USED_TWICE, squared_error
+from coursepack.kernels.regression import linear_squared_error, squared_error
 
 SHAPES = [(5,), (3, 2, 2), (64, 8, 8), (20, 7, 5), (16, 1, 1), (1, 4, 4), (1100,), (2, 3)]
 
@@ -85,8 +85,35 @@ def test_an_empty_batch():
 def test_refusals():
     with pytest.raises(ValueError, match=r"rows have shape \(2, 4\), expected \(2, 3\)"):
         squared_error(torch.zeros(2, 3), torch.zeros(2, 4))
-    features = torch.zeros(2, 3, requires_grad=True)
-    loss = squared_error(features, torch.ones(2, 3)).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=USED_TWICE):
-        loss.backward()
+    with pytest.raises(ValueError, match=r"rows have shape \(2, 4\), expected \(2, 5\)"):
+        linear_squared_error(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 4, 4), (3, 1, 1), (7, 3, 2)])
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_linear_map_and_its_error(shape, order, compiled, monkeypatch):
+    monkeypatch.setattr(dispatch, "NUMBA_IS_INSTALLED", compiled)
+    features = numbers(6, *shape, seed=13)
+    features = formatted(features, order) if len(shape) == 3 else features
+    weight, bias = numbers(8, shape[0], *[1] * (len(shape) - 1), seed=14), numbers(8, seed=15)
+    rows, factors = numbers(6, 8, *shape[1:], seed=16).half(), torch.arange(1.0, 7)
+    tensors = [each.clone().requires_grad_() for each in (features, weight, bias)]
+    double = [each.double().detach().requires_grad_() for each in (features, weight, bias)]
+    mapped = torch.einsum("nc...,oc->no...", double[0], double[1].flatten(1))
+    mapped = mapped + double[2].reshape(-1, *[1] * (len(shape) - 1))
+    want = (mapped - rows.double()).square().flatten(1).mean(1)
+    loss = linear_squared_error(*tensors, DenseRows(rows))
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    (want * factors).sum().backward()
+    for _ in range(2):
+        (loss * factors).sum().backward(retain_graph=True)
+    for tensor, exact in zip(tensors, double, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), 2 * exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_student_gets_no_gradient():
+    weight, bias = numbers(4, 3, seed=17).requires_grad_(), torch.zeros(4, requires_grad=True)
+    linear_squared_error(numbers(5, 3, seed=18), weight, bias, numbers(5, 4, seed=19)).sum().backward()
+    assert weight.grad.any()
+    assert bias.grad.any()
