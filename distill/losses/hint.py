@@ -70,7 +70,9 @@ class Adapter(nn.Module):
 
     def squared_error(self, features: Tensor, rows: Rows | Tensor) -> Tensor:
         """Return the mean squared error `(N,)` of adapted features to rows of their shape."""
-        return linear_squared_error(self.resized(features), self.change.weight, self.change.bias, rows)
+        weight, bias = self.change.weight, self.change.bias
+        assert bias is not None
+        return linear_squared_error(self.resized(features), weight, bias, rows)
 
     def like(self, features: Tensor) -> Tensor:
         """Return the teacher's features in the shape of the adapter's output."""
