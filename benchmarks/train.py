@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import _train_cold
 import _train_growth
+import _train_hints
 import _train_sweep
 import numpy as np
 import torch
@@ -124,7 +126,7 @@ def teachers_in_an_epoch(place: Place, size: Size) -> list[Row]:
         bars = {
             ("kd float16", "plain"): "<= 1.02",
             ("kd int8", "plain"): "<= 1.02",
-            ("amtml", "plain"): "<= 1.05" if batch_size == 64 else None,
+            ("amtml", "plain"): "<= 1.05" if batch_size == 64 else "<= 1.10",
             ("amtml-hints", "plain"): None,
             ("plain", "minimal"): "<= 1.03",
         }
@@ -245,11 +247,15 @@ def main() -> None:
         place = open_place(folder, size)
         rows = [
             *teachers_in_an_epoch(place, size),
+            *_train_hints.hint_parts(
+                place, size.students, list(zip(size.batch_sizes, size.steps, strict=True)), size.patience
+            ),
             *live_teachers(place, size),
             *precompute(place, size),
             *_train_sweep.sweeps(place, size.sweep),
             *_train_growth.growth(folder / "growth", size.growth),
             *_train_growth.beginning(folder / "large", size.growth),
+            *([] if chosen.quick else _train_cold.first_steps(folder, place, size.students[0])),
         ]
     report("Training students", rows, chosen.json)
 

@@ -15,6 +15,7 @@ a+b:gram:sketch:256 the same of a flow matrix
 from __future__ import annotations
 
 import re
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -151,13 +152,19 @@ def tap_margins(module: nn.Module, tap: Tap) -> Tensor | None:
     return reductions.margins(bias.detach(), weight.detach())
 
 
+_UNCHANGED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers whose outputs no later layer has changed in place, which therefore need no copy."""
+
+
 @contextmanager
-def tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def tapped(module: nn.Module, layers: Sequence[str], *, shared: bool = False) -> Iterator[dict[str, Tensor]]:
     """Capture the outputs of named submodules during forward passes inside the context.
 
     Args:
         module: the network.
         layers: dotted names of its submodules, as in `named_modules`.
+        shared: yield views instead of copies of the outputs that no later layer changed in place when the
+            network last ran; for one forward pass per context.
 
     Yields:
         The latest output `(N, ...)` of each layer by its name, filled by the forward pass.
@@ -165,22 +172,28 @@ def tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
     Raises:
         UnknownName: there is no submodule of a name.
         TeacherMismatch: a submodule returns something other than one tensor.
+        RecipeError: a shared output was changed in place.
     """
     modules = dict(module.named_modules())
     modules.pop("")
     outputs: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor, int]] = []
     handles = []
     for layer in layers:
         if layer not in modules:
             raise UnknownName("layer", layer, modules)
 
-        def capture(_module: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
+        def capture(own: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
             if not isinstance(output, Tensor):
                 raise TeacherMismatch(
                     f"layer {layer!r} returns a {type(output).__name__}, expected one tensor: tap another"
                 )
-            # Copied, because the next layer may work in place, as torchvision's ReLUs do.
-            outputs[layer] = output.clone()
+            is_shared = shared and own in _UNCHANGED and not output.is_inference()
+            # Copied, because the next layer may work in place, as torchvision's ReLUs do. A view leaves the
+            # graph as a copy does, so that gradients are summed in the same order.
+            outputs[layer] = output.view_as(output) if is_shared else output.clone()
+            if shared and not output.is_inference():
+                seen.append((layer, output, output._version))
 
         handles.append(modules[layer].register_forward_hook(capture))
     try:
@@ -188,3 +201,13 @@ def tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
+    changed = {layer for layer, output, version in seen if output._version != version}
+    for layer in dict.fromkeys(layer for layer, _, _ in seen):
+        if layer not in changed:
+            _UNCHANGED.add(modules[layer])
+        elif modules[layer] in _UNCHANGED:
+            _UNCHANGED.discard(modules[layer])
+            raise RecipeError(
+                f"a later layer changed the output of layer {layer!r} in place, as it did not in earlier "
+                "steps, so what was read of it is lost: name another layer"
+            )

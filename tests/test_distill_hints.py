@@ -101,3 +101,52 @@ def test_a_student_without_a_head_is_told_to_name_a_layer():
         RecipeError, match=r"does not end in a linear layer of 10 classes.*fusion\.layer=LAYER"
     ):
         probe_student(network, 1, embedding=True)
+
+
+class Switched(torch.nn.ReLU):
+    """ReLU that works in place on demand."""
+
+    def forward(self, values):
+        return torch.relu_(values) if self.inplace else torch.relu(values)
+
+
+def looked_into(*layers):
+    """A network and a function that returns the first layer's output, as watched and as handed on."""
+    module = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 10))
+    network = Network("own", module, Preprocessing(size=8, mean=(0.0,), std=(1.0,)), 10)
+    handed_on = []
+    module[0].register_forward_hook(lambda _module, _inputs, output: handed_on.append(output))
+
+    def look(images):
+        with watched(network, ["0"], embedding=False) as output:
+            return output(network.module(images)).features["0"], handed_on[-1]
+
+    return network, look
+
+
+def test_an_output_is_copied_only_if_a_later_layer_changes_it():
+    images = torch.randn(2, 1, 8, 8, generator=torch.manual_seed(0))
+    for in_place in (False, True):
+        network, look = looked_into(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(inplace=in_place))
+        gradients = []
+        for step in range(3):
+            seen, output = look(images)
+            assert torch.equal(seen, network.module[0](images)), "of before the ReLU"
+            assert (seen.data_ptr() == output.data_ptr()) == (step > 0 and not in_place)
+            network.module.zero_grad()
+            (seen.square().sum() + seen.sum() + output.sum()).backward()
+            gradients.append(network.module[0].weight.grad.clone())
+        assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
+def test_a_layer_that_begins_to_work_in_place_is_refused_once():
+    network, look = looked_into(torch.nn.Conv2d(1, 4, 3), Switched())
+    images = torch.randn(2, 1, 8, 8)
+    for _ in range(2):
+        look(images)
+    network.module[1].inplace = True
+    with pytest.raises(RecipeError, match="changed the output of layer '0' in place"):
+        look(images)
+    seen, output = look(images)
+    assert (seen < 0).any()
+    assert not (output < 0).any()

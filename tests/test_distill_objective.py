@@ -25,6 +25,7 @@ from coursepack.distill.setup.requirements import depth_group
 from coursepack.distill.targets.base import Targets
 from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels, shift_logits, soft_target_loss, teacher_stats
+from coursepack.kernels.angles import chunked_angle_loss
 
 N, C, K, D = 8, 5, 3, 4
 GOLDEN_STUDENT = torch.tensor([[2, 0.5, -1], [0.1, 0.2, 0]])
@@ -218,7 +219,7 @@ def test_angles_in_chunks_equal_angles_at_once():
     gradients = []
     for chunk_bytes in (1, 40 * 4 * 8 * 50 * 7, 1 << 30):
         student = torch.randn(40, 10, generator=torch.manual_seed(1)).requires_grad_()
-        angle_loss(student, teacher, chunk_bytes).backward()
+        chunked_angle_loss(student, teacher, chunk_bytes).backward()
         gradients.append(student.grad)
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0])
@@ -233,7 +234,7 @@ def test_memory_of_angles_is_bounded():
         with torch.profiler.profile(
             profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
         ) as seen:
-            angle_loss(student, teacher, chunk_bytes).backward()
+            chunked_angle_loss(student, teacher, chunk_bytes).backward()
         sizes = [event.cpu_memory_usage for event in seen.events() if event.cpu_memory_usage > 0]
         peaks.append(max(sizes))
     assert peaks[0] < 4 << 20 < 8 << 20 <= peaks[1]

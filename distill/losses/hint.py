@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coursepack.distill.losses.adapters import Regressor
@@ -24,11 +23,14 @@ from coursepack.distill.losses.base import (
     Needs,
     PairNeeds,
 )
-from coursepack.distill.losses.pairs import PairsConfig, pooled_features, teacher_features
+from coursepack.distill.losses.pairs import PairsConfig, pooled_features, resized_to, teacher_features
+from coursepack.kernels.regression import linear_squared_error, squared_error
 from coursepack.models.build import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from coursepack.kernels import Rows
 
 
 class HintConfig(PairsConfig):
@@ -59,11 +61,19 @@ class Adapter(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return adapted features, `(N, D)` or `(N, C, H, W)`, of the same shape as `like` returns."""
-        features = features.float()
-        if self.size is not None:
-            features = F.adaptive_avg_pool2d(features, self.size)
-        changed: Tensor = self.change(pooled_features(features) if self.size is None else features)
+        changed: Tensor = self.change(self.resized(features))
         return changed
+
+    def resized(self, features: Tensor) -> Tensor:
+        """Return features at the teacher's height and width, or averaged over positions."""
+        features = features.float()
+        return pooled_features(features) if self.size is None else resized_to(features, self.size)
+
+    def squared_error(self, features: Tensor, rows: Rows | Tensor) -> Tensor:
+        """Return the mean squared error `(N,)` of adapted features to rows of their shape."""
+        weight, bias = self.change.weight, self.change.bias
+        assert bias is not None
+        return linear_squared_error(self.resized(features), weight, bias, rows)
 
     def like(self, features: Tensor) -> Tensor:
         """Return the teacher's features in the shape of the adapter's output."""
@@ -88,9 +98,14 @@ class Hints(nn.Module):
         total = torch.zeros_like(inputs.student.logits[:, 0], dtype=torch.float32)
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             assert isinstance(adapter, (Adapter, Regressor))
-            target = adapter.like(teacher_features(inputs, pair))
-            error = adapter(inputs.student.features[pair.layer]) - target.detach()
-            total = total + error.square().flatten(1).mean(1)
+            features = inputs.student.features[pair.layer]
+            stored = inputs.teachers.features_of(pair.teacher, pair.tap)
+            if len(pair.student_shape) < len(pair.teacher_shape):
+                stored = adapter.like(teacher_features(inputs, pair))
+            if isinstance(adapter, Adapter):
+                total = total + adapter.squared_error(features, stored)
+            else:
+                total = total + squared_error(adapter(features), stored)
         return total
 
 

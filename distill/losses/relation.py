@@ -3,9 +3,7 @@
 Park et al., CVPR 2019, arXiv 1904.05068, equations 5 to 8, compare embeddings of teacher and student
 (`compare: features`). AMTML-KD (Liu et al. 2020, arXiv 2103.04062) compares outputs, with the fused soft
 targets as the teacher (`compare: outputs`). Both losses are scalars that couple the samples of a batch,
-computed in float32 or float64, with gradient to the student only. The N³ angles are computed in chunks of
-anchors of bounded memory, with at least one anchor of N (N + C) numbers per chunk, and are recomputed in the
-backward pass.
+computed in float32 or float64, with gradient to the student only.
 """
 
 from __future__ import annotations
@@ -16,19 +14,16 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from coursepack.distill.losses.base import BuildContext, Loss, LossInputs, Needs, PairNeeds
 from coursepack.distill.losses.pairs import PairLoss, PairsConfig, pooled_features
+from coursepack.kernels.angles import angle_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
     from coursepack.distill.losses.base import FeaturePair
-
-CHUNK_BYTES = 32 << 20
-"""Memory for one chunk of angles and its backward pass; a chunk has at least one anchor."""
 
 
 class RelationConfig(PairsConfig):
@@ -91,46 +86,6 @@ def student_embedding(student_logits: Tensor, kind: str, temperature: Tensor | f
         "log_probs": lambda: (wide / temperature).log_softmax(1),
         "logits": lambda: wide,
     }[kind]()
-
-
-def angle_loss(student: Tensor, teacher: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """Return the mean over all triples of SmoothL1(psi_student - psi_teacher), a scalar.
-
-    psi_ijk is the cosine of the angle at j between i and k, and 0 if two of them are the same point.
-
-    Args:
-        student: points `(N, C)`, which receive the gradient.
-        teacher: points `(N, C')`; detached.
-        chunk_bytes: memory limit for one chunk of angles; affects results only by rounding.
-    """
-    rows, width = len(student), max(student.shape[1], teacher.shape[1])
-    anchors = max(1, chunk_bytes // (student.element_size() * rows * 8 * (rows + width)))
-    total = student.new_zeros(())
-    for start in range(0, rows, anchors):
-        chunk_sum = checkpoint(
-            _angle_sum,
-            student,
-            teacher.detach(),
-            start,
-            start + anchors,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        assert isinstance(chunk_sum, Tensor)
-        total = total + chunk_sum
-    return total / rows**3
-
-
-def _angle_sum(student: Tensor, teacher: Tensor, start: int, stop: int) -> Tensor:
-    with torch.autocast(student.device.type, enabled=False):
-        targets = _angles(teacher, start, stop)
-        return F.smooth_l1_loss(_angles(student, start, stop), targets, reduction="sum")
-
-
-def _angles(embedding: Tensor, start: int, stop: int) -> Tensor:
-    """Return the cosines `(anchors, N, N)` of the angles at a range of anchors."""
-    sides = F.normalize(embedding[None] - embedding[start:stop, None], dim=2)
-    return sides @ sides.transpose(1, 2)
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -27,10 +27,13 @@ from coursepack.distill.training.checkpoint import (
 from coursepack.distill.training.group import make_group
 from coursepack.distill.training.loop import new_metrics, teachers_read
 from coursepack.errors import RunError
+from coursepack.kernels.preload import ANGLES, HINTS, LOSS, preload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    import torch
 
     from coursepack.distill.distributed import Ranks
     from coursepack.distill.recipe import TrainRecipe
@@ -53,6 +56,7 @@ def start_run(
     Raises:
         RunError, RunBusy, RecipeError, StoreDamaged: as `train`.
     """
+    preload(compiled_modules(recipe, setup.device))
     states = make_group(setup, recipe)
     if setup.targets is not None and not (resume and (out / CHECKPOINT_FILE).is_file()):
         for view in setup.views_of_epoch(0):
@@ -152,6 +156,20 @@ def _open(
     else:
         network = None if state is None else state.learner.network
         folder.begin(recipe, origin, network, overwrite=overwrite)
+
+
+def compiled_modules(recipe: TrainRecipe, device: torch.device) -> list[str]:
+    """Return the modules of compiled functions that the students of a recipe call."""
+    if device.type != "cpu":
+        return []
+    objectives = [member.objective for member in recipe.members()]
+    terms = {term.term for objective in objectives for term in objective.all_terms().values()}
+    fuses = any(objective.needs().fused for objective in objectives)
+    return [
+        *(LOSS if fuses else ()),
+        *(ANGLES if "angle" in terms else ()),
+        *(HINTS if "hint" in terms else ()),
+    ]
 
 
 def check_same_on_all_ranks(ranks: Ranks, out: Path, seen: object) -> None:

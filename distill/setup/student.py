@@ -49,7 +49,7 @@ def watched(
     """
     head_inputs: list[Tensor] = []
     with ExitStack() as stack:
-        captured = stack.enter_context(tapped(network.module, layers))
+        captured = stack.enter_context(tapped(network.module, layers, shared=True))
         if embedding and embedding_layer is None:
             handle = _head(network).register_forward_pre_hook(
                 lambda _module, inputs: head_inputs.append(inputs[0])

@@ -123,14 +123,14 @@ def _launch(
         scratch=scratch,
         scratch_stride=stride,
     )
-    run_kernel(_compiled(module), data, threads)
+    run_kernel(compiled(module), data, threads)
     del held  # tensors must live until here
     if state[2]:
         _explain(call, state[2] - 1)
 
 
 @functools.cache
-def _compiled(module: str) -> int:
+def compiled(module: str) -> int:
     """Return the address of the function that a module compiles at its first import."""
     return int(importlib.import_module(f"coursepack.kernels.cpu.{module}").run.address)
 
