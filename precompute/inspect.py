@@ -74,21 +74,26 @@ def agreement(readers: Sequence[StoreReader]) -> list[list[float]]:
     top_classes = []
     for reader in readers:
         parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
-        top_classes.append(torch.cat(parts))
+        top_classes.append(torch.tensor(reader.manifest.known_classes)[torch.cat(parts)])
     return [[float((one == other).double().mean()) for other in top_classes] for one in top_classes]
 
 
 def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
-    """Return the expected calibration error of a view over `BINS` bins of confidence."""
+    """Return the expected calibration error of a view over `BINS` bins of confidence.
+
+    Samples of classes that the teacher does not know are left out.
+    """
+    known = torch.tensor(reader.manifest.known_classes)
     counts, confidence_sums, correct_sums = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
     for logits, samples in _logits(reader, view):
-        confidence, top = torch.softmax(logits, dim=1).max(1)
+        kept = reader.manifest.knows_all | torch.isin(labels[samples], known)
+        confidence, column = torch.softmax(logits[kept], dim=1).max(1)
         bins = (confidence * BINS).long().clamp(max=BINS - 1)
         counts += torch.bincount(bins, minlength=BINS)
         confidence_sums += torch.bincount(bins, weights=confidence.double(), minlength=BINS)
-        correct = (top == labels[samples]).double()
+        correct = (known[column] == labels[samples][kept]).double()
         correct_sums += torch.bincount(bins, weights=correct, minlength=BINS)
-    return float((confidence_sums - correct_sums).abs().sum() / counts.sum())
+    return float((confidence_sums - correct_sums).abs().sum() / counts.sum().clamp_min(1))
 
 
 def _logits(reader: StoreReader, view: int) -> Any:
