@@ -334,6 +334,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         for student in ("resnet8x4", "wrn-16-2")
     },
     "methods, own numbers": partial(study, "methods-presets", "presets"),
+    "classes": partial(study, "classes", "classes", "naive"),
+    "classes: targets": partial(
+        pivot, "classes", r"targets: (?P<line>\w+), (?P<column>.+)", "targets"
+    ),
     "sequences: takd": partial(study, "sequences", "takd", "direct"),
     "sequences: generations": partial(study, "sequences", "generations", "from-labels"),
     "sequences: path": partial(study, "sequences", "path", "kd-from-last"),

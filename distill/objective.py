@@ -45,6 +45,8 @@ class ObjectiveValue:
     """Temperatures per sample; None if all samples share one."""
     targets: Targets | None = None
     """Targets of the teachers that were read; None if the objective does not fuse them."""
+    unified: Tensor | None = None
+    """Logits `(N, C)` of all teachers together at the objective's temperature, if the fusion unifies them."""
 
 
 class Objective(nn.Module):
@@ -144,8 +146,24 @@ class Objective(nn.Module):
         fusion = self.fusion if isinstance(self.fusion, nn.Module) else None
         with torch.autocast(inputs.student.logits.device.type, enabled=False):
             inputs = replace(inputs, targets=targets, fusion=fusion)
-            fuses = self.needs.fused and chosen != ()
-            return self._value(replace(inputs, fused=self._fuse(inputs)) if fuses else inputs)
+            if not self.needs.fused or chosen == ():
+                return self._value(inputs)
+            if self.fusion_kind.unifies:
+                return self._unified_value(inputs)
+            return self._value(replace(inputs, fused=self._fuse(inputs)))
+
+    def _unified_value(self, inputs: LossInputs) -> ObjectiveValue:
+        """Return the value with one row of logits in the place of those of all teachers."""
+        fusion: Any = self.fusion
+        temperature = value_at(self.config.temperature, inputs.step.epoch)
+        unified = fusion.unify(inputs.teachers.logits, temperature)
+        together = replace(inputs, targets=replace(inputs.teachers, logits=[unified], teachers=(0,)))
+        return replace(
+            self._value(replace(together, fused=self._fuse(together))),
+            adjustments=self.config.adjustments(inputs.teachers.indices),
+            targets=inputs.targets,
+            unified=unified,
+        )
 
     def _value(self, inputs: LossInputs) -> ObjectiveValue:
         means: dict[str, Tensor] = {}

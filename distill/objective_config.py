@@ -202,6 +202,7 @@ class ObjectiveConfig(Config):
                 f"but fusion {self.fusion.name!r} reads one at a time"
             )
         self._check_phases()
+        self._check_unified()
         dynamic = self.dynamic_temperature
         if dynamic.lowest > dynamic.highest:
             raise ValueError(
@@ -221,6 +222,25 @@ class ObjectiveConfig(Config):
                 "another adjustment or divergence"
             )
         return self
+
+    def _check_unified(self) -> None:
+        """Refuse what compares other than distributions at one temperature with the target of a fusion."""
+        if not FUSIONS[self.fusion.name].unifies or not self.needs().fused:
+            return
+        terms = {key: LOSSES[term.term].needs(term) for key, term in self.all_terms().items()}
+        values = next((needs.dense_logits for needs in terms.values() if needs.dense_logits), "")
+        unfit = {
+            "a dynamic temperature": self.dynamic_temperature.kind != "none",
+            "standardize": self.standardize,
+            "divergence 'mse'": self.divergence == "mse",
+            "an adjustment for each teacher": not isinstance(self.adjustment, str),
+            values: bool(values),
+        }
+        for name in filter(unfit.get, unfit):
+            raise ValueError(
+                f"fusion {self.fusion.name!r} makes one distribution of all teachers at one temperature, "
+                f"which {name} cannot use: leave it out, or choose another fusion"
+            )
 
     def _check_phases(self) -> None:
         """Refuse label phases without labels, and terms whose targets a fusion may leave out."""

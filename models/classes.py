@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 
 MOST_LISTED = 100
 """Largest number of a teacher's classes that are all listed in a class map that is written."""
+MISSING = "missing"
+"""Value in a class map for a class of the source that the teacher does not know."""
+LEAST_KNOWN = 2
+"""Least number of classes that a teacher knows: the only class of one would always be certain."""
 
 
 def load_columns(
     path: Path,
     class_names: tuple[str, ...],
     trained_on: Callable[[], tuple[str, ...] | None] | None = None,
-) -> tuple[int, ...]:
+) -> tuple[int | None, ...]:
     """Read a class map: the teacher's class index for each class of a source, in the source's order.
+
+    A class that the teacher does not know is None; the file has `missing` for it.
 
     If there is no such file and the names of the teacher's classes are known, the file is written with the
     classes that are found by name (`match_names`).
@@ -35,8 +41,8 @@ def load_columns(
         trained_on: returns the names of the teacher's classes, or None if they are unknown.
 
     Raises:
-        RecipeError: a class is missing, unknown or mapped twice, or a value is not a class; or the file was
-            written and is to be completed.
+        RecipeError: a class is not mapped, unknown or mapped twice, a value is not a class, or fewer than two
+            classes are known; or the file was written and is to be completed.
     """
     if trained_on is not None and not path.exists() and (names := trained_on()) is not None:
         return _write_map(path, class_names, names)
@@ -54,22 +60,29 @@ def load_columns(
     if not isinstance(values, list) or len(values) != len(class_names):
         got = f"{len(values)} entries" if isinstance(values, list) else f"a {type(values).__name__}"
         raise RecipeError(f"class map {str(path)!r} holds {got}, expected {len(class_names)} class ids")
-    if any(isinstance(value, str) for value in values):
+    if any(isinstance(value, str) and value != MISSING for value in values):
         names = None if trained_on is None else trained_on()
         values = [_index_of(value, names, path) for value in values]
     for name, column in zip(class_names, values, strict=True):
-        if isinstance(column, bool) or not isinstance(column, int) or column < 0:
+        if column != MISSING and (isinstance(column, bool) or not isinstance(column, int) or column < 0):
             raise RecipeError(
-                f"class map {str(path)!r} gives {column!r:.80} for {name!r:.80}, expected a class id"
+                f"class map {str(path)!r} gives {column!r:.80} for {name!r:.80}, expected a class id, or "
+                f"{MISSING!r} if the teacher does not know the class"
             )
-    if len(set(values)) < len(values):
+    known = [value for value in values if value != MISSING]
+    if len(set(known)) < len(known):
         raise RecipeError(f"class map {str(path)!r} gives one of the teacher's classes to two classes")
-    return tuple(values)
+    if len(known) < min(LEAST_KNOWN, len(values)):
+        raise RecipeError(
+            f"class map {str(path)!r} has {len(known)} classes that the teacher knows, expected at least "
+            f"{LEAST_KNOWN}"
+        )
+    return tuple(None if value == MISSING else value for value in values)
 
 
 def _index_of(value: object, names: tuple[str, ...] | None, path: Path) -> object:
     """Return the index of a class that a class map gives by name; anything else as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value == MISSING:
         return value
     if names is None:
         raise RecipeError(
@@ -107,7 +120,8 @@ def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]
         raise RecipeError(
             f"there was no class map {str(path)!r}; it was written with {found} found by name among the "
             f"teacher's {len(trained_on)}. Replace null for the others ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}) and run the command again"
+            f"{', ...' if len(missing) > 3 else ''}), by {MISSING!r} where the teacher has none, and run the "
+            "command again"
         )
     say(f"{path}: written with the teacher's classes for {found}, found by name")
     return tuple(column for column in columns if column is not None)

@@ -68,7 +68,7 @@ def load_teacher(
     size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    columns: Sequence[int] | None = None,
+    columns: Sequence[int | None] | None = None,
     trust_code: bool = False,
 ) -> Network:
     """Load a trained network and check it against the classes of a source.
@@ -83,8 +83,9 @@ def load_teacher(
         size: side in pixels at which views are rendered. Defaults to the network's own.
         mean: means as in `build_network`. Default to the network's own.
         std: standard deviations as in `build_network`. Default to the network's own.
-        columns: index of the teacher's class for each class of the source. Defaults to the same classes; if
-            the teacher's class names are known and in another order, `Network.columns` has that order.
+        columns: index of the teacher's class for each class of the source, None for one that it does not
+            know. Defaults to the same classes; if the teacher's class names are known and in another order,
+            `Network.columns` has that order.
         trust_code: build the network of a run folder even if its files name Python code, or read a file that
             may run code.
 
@@ -161,7 +162,7 @@ def _weights_help(spec: str) -> str:
 
 
 def _check_classes(
-    spec: str, trained_on: int, class_names: tuple[str, ...], columns: Sequence[int] | None
+    spec: str, trained_on: int, class_names: tuple[str, ...], columns: Sequence[int | None] | None
 ) -> None:
     if columns is None and trained_on != len(class_names):
         raise TeacherMismatch(
@@ -169,9 +170,10 @@ def _check_classes(
             f"({', '.join(class_names[:3])}, ...): use a teacher trained on the source's classes, or map the "
             "source's classes to the teacher's with --classes"
         )
-    if columns is not None and max(columns) >= trained_on:
+    last = max((column for column in columns or () if column is not None), default=0)
+    if columns is not None and last >= trained_on:
         raise TeacherMismatch(
-            f"--classes names class {max(columns)}, but teacher {spec!r} has classes 0..{trained_on - 1}"
+            f"--classes names class {last}, but teacher {spec!r} has classes 0..{trained_on - 1}"
         )
 
 

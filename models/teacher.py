@@ -54,7 +54,7 @@ class TeacherRunner:
         network: Network,
         taps: Sequence[Tap] = (),
         device: torch.device | None = None,
-        columns: Sequence[int] | None = None,
+        columns: Sequence[int | None] | None = None,
         *,
         precision: str = "float32",
         channels_last: bool = False,
@@ -66,8 +66,9 @@ class TeacherRunner:
             network: the teacher.
             taps: features to return besides the logits.
             device: defaults to the CPU.
-            columns: index of the teacher's class for each class of the source. Defaults to
-                `network.columns`; None there means the same classes in the same order.
+            columns: index of the teacher's class for each class of the source, None for one that it does not
+                know and that is left out of the logits. Defaults to `network.columns`; None there means the
+                same classes in the same order.
             precision: a name of `PRECISIONS`. `float32` is IEEE float32, whatever torch's settings are.
             channels_last: keep images and weights in channels-last memory format.
             compiled: run the network through `torch.compile`, for batches of one size.
@@ -94,7 +95,8 @@ class TeacherRunner:
         self._module = network.module.to(self.device).eval().requires_grad_(False)
         if channels_last:
             self._module = self._module.to(memory_format=torch.channels_last)
-        self._columns = None if columns is None else torch.tensor(list(columns), device=self.device)
+        self._kept = None if columns is None else [column for column in columns if column is not None]
+        self._columns = None if self._kept is None else torch.tensor(self._kept, device=self.device)
         self._layers = sorted({layer for tap in self.taps for layer in tap.layers})
         with tapped(self._module, self._layers):
             pass
@@ -177,7 +179,7 @@ class TeacherRunner:
             ) from error
 
     def static(self) -> dict[str, Tensor]:
-        """Return the tensors that do not depend on samples, as float32 on the CPU.
+        """Return the tensors that do not depend on samples, as float32 on the CPU; C counts known classes.
 
         They are the weights of the last linear layer, if its outputs are the logits, as `head_weight`
         `(C, D)` and `head_bias` `(C,)`; and by the tap's name the margins `(C,)` of each `margin` tap, and
@@ -186,7 +188,7 @@ class TeacherRunner:
         kept = {}
         heads = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]
         if heads and heads[-1].out_features == self.network.classes:
-            rows = slice(None) if self.columns is None else list(self.columns)
+            rows = slice(None) if self._kept is None else self._kept
             kept["head_weight"] = heads[-1].weight[rows]
             if heads[-1].bias is not None:
                 kept["head_bias"] = heads[-1].bias[rows]

@@ -23,7 +23,7 @@ class TeacherOptions(Config):
     std: tuple[float, ...] | None = None
     """Standard deviation per channel. Defaults to the teacher's own."""
     classes: str | None = None
-    """YAML class map: the teacher's class index for each class of the source."""
+    """YAML class map: the teacher's class index for each class of the source, or `missing`."""
     taps: tuple[str, ...] = ()
     """Layers whose features are stored too, as `LAYER[:REDUCTION[:SIZE]]`."""
     encoding: str = "float16"

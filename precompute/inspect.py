@@ -76,15 +76,21 @@ def agreement(readers: Sequence[StoreReader], view: int) -> list[list[float]]:
     top_classes = []
     for reader in readers:
         parts = [rows.argmax(1) for rows, _ in _logits(reader, view)]
-        top_classes.append(torch.cat(parts))
+        top_classes.append(torch.tensor(reader.manifest.known_classes)[torch.cat(parts)])
     return [[float((one == other).double().mean()) for other in top_classes] for one in top_classes]
 
 
 def _calibration_error(reader: StoreReader, view: int, labels: torch.Tensor) -> float:
-    """Return the expected calibration error of a view."""
+    """Return the expected calibration error of a view.
+
+    Samples of classes that the teacher does not know are left out.
+    """
+    known = torch.tensor(reader.manifest.known_classes)
     calibration = Calibration(torch.device("cpu"))
     for logits, samples in _logits(reader, view):
-        calibration.add(logits, labels[samples])
+        of_samples = labels[samples]
+        kept = torch.isin(of_samples, known)
+        calibration.add(logits[kept], torch.searchsorted(known, of_samples[kept]))
     return calibration.error()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from coursepack.data.batches import Batch
 from coursepack.data.randomness import below, random_words
@@ -133,7 +134,8 @@ def random_samples(count: int) -> np.ndarray:
 def _captions(reader: StoreReader, view: int, batch: Batch) -> list[tuple[str, bool]]:
     """Return a caption with the teacher's top class per row, and True if that class is the label."""
     probs = reader.rows(LOGITS, view, batch.samples).decode().softmax(dim=1)
-    share, top = probs.max(dim=1)
+    share, column = probs.max(dim=1)
+    top = torch.tensor(reader.manifest.known_classes)[column]
     names, right = reader.manifest.class_names, (top == batch.main_labels).tolist()
     name = _short(reader.name, NAME_LETTERS)
     texts = [

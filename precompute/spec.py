@@ -36,8 +36,8 @@ class PrecomputeSpec:
     size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    columns: tuple[int, ...] | None = None
-    """Index of the teacher's class for each class of the source."""
+    columns: tuple[int | None, ...] | None = None
+    """Index of the teacher's class for each class of the source, None for one that it does not know."""
     root: str | None = None
     """Folder of the source's files."""
     taps: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coursepack.data.store.manifest import LOGITS
+from coursepack.data.store.records import KNOWN
 from coursepack.kernels import teacher_stats
 from coursepack.precompute.pipeline import Task, teacher_outputs
 
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
     from coursepack.console import Meter
     from coursepack.data.loading import Renderer
-    from coursepack.data.store import Block, StoreWriter
+    from coursepack.data.store import Block, Manifest, StoreWriter
     from coursepack.data.store.block import BlockFiles
     from coursepack.precompute.job import Job
     from coursepack.precompute.pipeline import Group, Outputs
+
+IGNORED = -100
+"""Label of a row whose class the teacher does not know."""
 
 Written = list[tuple["BlockFiles", dict[str, float]]]
 """Unfinished files of each block of a group, and sums over the block's rows."""
@@ -94,7 +98,7 @@ class _GroupFiles:
             writers[task.job].write(task.block, record, sound)
             for task, record in zip(group.tasks, self._records, strict=True)
         ]
-        self._sums = [Sums() for _ in group.tasks]
+        self._sums = [_sums_of(writers[task.job].manifest) for task in group.tasks]
 
     def add(self, outputs: Outputs) -> None:
         """Add the next rows of one block."""
@@ -114,14 +118,38 @@ class _GroupFiles:
         return [(files, sums.total) for files, sums in zip(self._files, self._sums, strict=True)]
 
 
+def _sums_of(manifest: Manifest) -> Sums:
+    return Sums(None if manifest.knows_all else column_of_class(manifest))
+
+
+def column_of_class(manifest: Manifest) -> Tensor:
+    """Return the column of the logits for each class of the source `(C,)`, `IGNORED` for an unknown class."""
+    columns = torch.full((len(manifest.class_names),), IGNORED)
+    columns[list(manifest.known_classes)] = torch.arange(len(manifest.known_classes))
+    return columns
+
+
 class Sums:
     """Sums of the teacher's statistics over the rows of a block."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Tensor | None = None) -> None:
+        """Start with zeros.
+
+        Args:
+            columns: column of the logits for each class, as `column_of_class` returns it, for a teacher that
+                does not know all classes. Rows with an unknown label have no part in `correct` and
+                `cross_entropy`; `known` counts the others.
+        """
         self.total = {"rows": 0.0, "correct": 0.0, "cross_entropy": 0.0, "entropy": 0.0}
+        self._columns = columns
+        if columns is not None:
+            self.total[KNOWN] = 0.0
 
     def add(self, logits: np.ndarray, labels: Tensor) -> None:
         """Add the statistics of some rows of logits `(N, C)` with labels `(N,)`."""
+        if self._columns is not None:
+            labels = torch.where(labels < 0, IGNORED, self._columns[labels.clamp_min(0)])
+            self.total[KNOWN] += int((labels != IGNORED).sum())
         stats = teacher_stats([torch.from_numpy(logits)], labels)
         self.total["rows"] += len(labels)
         for name in ("correct", "cross_entropy", "entropy"):

@@ -15,7 +15,7 @@ from coursepack.distill.exchange import EXCHANGES
 from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
 from coursepack.distill.methods import METHODS
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
-from coursepack.models import TeacherRunner, build_network, load_teacher
+from coursepack.models import TeacherRunner, build_network, load_teacher, parse_tap
 from coursepack.models.build import NETWORK_FILE, WEIGHTS_FILE
 from coursepack.precompute import Job, run_job
 
@@ -65,6 +65,19 @@ def write_store(path: Path, teacher: Path, *, source=None, view="digits", view_s
     runner = TeacherRunner(load_teacher(f"run:{teacher}", source.class_names))
     job = {"views": 2, "encoding": "float32", **job}
     run_job(Job(path, source, view_recipe(view, view_seed), runner, **job), block_order=order)
+    return path
+
+
+def write_known(path: Path, teacher: Path, known, *, source=None, taps=(), **job):
+    """A float32 store, by default of the digits, whose teacher knows only some of ten classes, two views."""
+    source, columns = (
+        source or open_source("digits"),
+        [label if label in known else None for label in range(10)],
+    )
+    network = load_teacher(f"run:{teacher}", source.class_names, columns=columns)
+    runner = TeacherRunner(network, [parse_tap(tap) for tap in taps], columns=columns)
+    job = {"views": 2, "encoding": "float32", **job}
+    run_job(Job(path, source, view_recipe("digits"), runner, **job), quiet=True)
     return path
 
 

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from builders import write_store, write_teacher
+from builders import write_known, write_store, write_teacher
 from filelock import FileLock
 from helpers import make_job
 from image_files import write_tree
@@ -23,6 +23,8 @@ from coursepack.models import parse_tap
 from coursepack.precompute import run_job
 
 NETWORKS = ("digits-mlp", "digits-cnn", "digits-resnet")
+THIRDS = ((0, 1, 2, 3), (3, 4, 5, 6), (0, 6, 7, 8, 9))
+"""Classes that the teachers of the stores `thirds` know."""
 TAPS = (
     ("hidden1", "hidden2"),
     ("conv2", "conv1+conv2:gram", "hidden"),
@@ -140,6 +142,19 @@ def cnn_store(shared, teachers):
         run_job(make_job(folder / "s.zarr", teachers[1], block_rows=500))
 
     return shared("cnn", write) / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def thirds(shared, teachers):
+    """float32 stores of the three teachers that know overlapping thirds of the classes, two views."""
+
+    def write(folder):
+        for teacher, known in zip(teachers, THIRDS, strict=True):
+            taps = ("hidden1",) if teacher.name == "digits-mlp" else ()
+            write_known(folder / f"{teacher.name}.zarr", teacher, known, taps=taps)
+
+    folder = shared("thirds", write)
+    return [folder / f"{teacher.name}.zarr" for teacher in teachers]
 
 
 @pytest.fixture(scope="session")

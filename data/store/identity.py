@@ -31,7 +31,7 @@ class _Teacher(_Part):
     weights: str
     preprocessing: _Pixels
     settings: str | None = None
-    columns: list[Annotated[int, Field(ge=0, lt=1 << 48)]] | None = None
+    columns: list[Annotated[int, Field(ge=0, lt=1 << 48)] | None] | None = None
     imported: dict[str, Any] | None = None
 
 

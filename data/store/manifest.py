@@ -114,6 +114,17 @@ class Manifest:
         return str(self.identity["view"]["fingerprint"])
 
     @property
+    def known_classes(self) -> tuple[int, ...]:
+        """Classes of the source that the teacher knows, in ascending order: the columns of its logits."""
+        columns = self.identity.get("teacher", {}).get("columns") or [0] * len(self.class_names)
+        return tuple(label for label, column in enumerate(columns) if column is not None)
+
+    @property
+    def knows_all(self) -> bool:
+        """True if the teacher knows all classes of the source."""
+        return len(self.known_classes) == len(self.class_names)
+
+    @property
     def source_root(self) -> str | None:
         """Root folder of the source's files when the store was created; None for sources without files."""
         root = self.origin.get("root")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import difference_table, fingerprint
+from coursepack.data.encodings import drops_classes
 from coursepack.data.store.contents import Entries
 from coursepack.data.store.layout import plan_array, plan_block_rows, plan_table
 from coursepack.data.store.manifest import (
@@ -68,9 +69,23 @@ def fresh_manifest(plan: StorePlan) -> Manifest:
         tables=_planned_tables(plan),
         format_version=plan.format_version,
     )
+    _check_known(manifest)
     if plan.format_version == 1:
         return manifest
     return replace(manifest, entries=Entries({}, ListReader(manifest, None)))
+
+
+def _check_known(manifest: Manifest) -> None:
+    """Check that the encoding can hold the logits of a teacher that does not know all classes."""
+    if manifest.knows_all:
+        return
+    encoding = manifest.arrays[LOGITS].encoding
+    if drops_classes(encoding):
+        raise RecipeError(
+            f"encoding {encoding.name} keeps the logit of the label, which a teacher that knows "
+            f"{len(manifest.known_classes)} of {len(manifest.class_names)} classes may not have: give "
+            "--encoding float16 or int8"
+        )
 
 
 def extended_manifest(plan: StorePlan, stored: Manifest, where: str) -> Manifest:

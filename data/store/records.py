@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FIDELITY_TEMPERATURES = (1.0, 4.0)
 TOTALS = ("rows", "correct")
 """Sums over all views in a manifest; integral, so that the order of addition does not matter."""
+KNOWN = "known"
+"""Sum of the rows whose label the teacher knows, of a teacher that does not know all classes: `correct` and
+`cross_entropy` are of these rows."""
 _PER_DECADE = 16
 _LOWEST_DECADE = -14
 
@@ -104,7 +107,8 @@ def view_mean(record: dict[str, Any], name: str, where: str) -> float:
             f"the manifest has no sum of {name!r} for {where}, which `precompute run` always writes. Write "
             "the store again."
         )
-    return float(sums[name] / sums["rows"])
+    rows = sums["rows"] if name == "entropy" else sums.get(KNOWN, sums["rows"])
+    return float(sums[name] / max(rows, 1))
 
 
 def merge_environments(
@@ -118,11 +122,12 @@ def merge_environments(
 
 
 def add_totals(totals: Mapping[str, float], records: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return `totals` with `rows` and `correct` of the given records added."""
+    """Return `totals` with `rows`, those with a known label, and `correct` of the given records added."""
     found = {name: float(totals.get(name, 0.0)) for name in TOTALS}
     for record in records:
-        for name in TOTALS:
-            found[name] += float(record["sums"].get(name, 0.0))
+        sums = record["sums"]
+        found["rows"] += float(sums.get(KNOWN, sums.get("rows", 0.0)))
+        found["correct"] += float(sums.get("correct", 0.0))
     return found
 
 

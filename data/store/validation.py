@@ -60,6 +60,7 @@ def check_structure(manifest: Manifest) -> None:
     if not isinstance(manifest.identity["view"]["fingerprint"], str):
         raise ValueError("the fingerprint of the view is no text")
     check_identity(manifest.identity, manifest.origin)
+    _check_known(manifest)
     _check_names([*manifest.arrays, *manifest.tables])
     _check_tables(manifest)
     for name, array in manifest.arrays.items():
@@ -72,6 +73,18 @@ def check_structure(manifest: Manifest) -> None:
             raise ValueError(f"components of {name!r} are {held}, expected {wanted}")
         for layout in array.components.values():
             _check_cut(name, layout, manifest.block_rows)
+
+
+def _check_known(manifest: Manifest) -> None:
+    """Check the classes of a teacher that does not know all, and the shape of its logits."""
+    columns = manifest.identity.get("teacher", {}).get("columns")
+    if columns is None or None not in columns:
+        return
+    known, shape = manifest.known_classes, manifest.arrays["logits"].row_shape
+    if len(columns) != len(manifest.class_names) or not known or shape != (len(known),):
+        raise ValueError(
+            f"logits of {shape} for a teacher that knows {len(known)} of {len(manifest.class_names)} classes"
+        )
 
 
 def file_entries(values: Any) -> dict[str, FileEntry]:

@@ -11,7 +11,7 @@ from coursepack.config import Config
 from coursepack.distill.losses.base import BuildContext, LossInputs, Needs, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -30,6 +30,13 @@ class FusionConfig(Config):
 
     def refusal(self, teachers: int) -> str:
         """Return why the config does not fit this number of teachers, or an empty string if it does."""
+        return ""
+
+    def refusal_of_classes(self, known: Sequence[Sequence[int]], classes: int) -> str:
+        """Return why the config does not fit teachers that know these classes, or an empty string if it does.
+
+        Called only for fusions that unify.
+        """
         return ""
 
     def refusal_of_epochs(self, teachers: int, epochs: int) -> str:
@@ -81,3 +88,7 @@ class Fusion:
     """Term that trains the fusion's parameters; it is part of every objective that fuses with them."""
     abstains: bool = False
     """True if the weights of a sample may all be zero, so that it has no soft targets."""
+    unifies: bool = False
+    """True if the module that `build` returns has `unify(logits, temperature)`, which makes one row of logits
+    of all teachers at a temperature. Its teachers may know different classes of the source; those of other
+    fusions know all."""

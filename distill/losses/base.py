@@ -289,6 +289,8 @@ class BuildContext:
     """Number of teachers K."""
     classes: int = 0
     """Number of classes C."""
+    known: tuple[tuple[int, ...], ...] = ()
+    """Classes that each teacher knows, which are the columns of its logits; empty if all know all."""
     accuracies: tuple[float, ...] = ()
     """Accuracy of each teacher, as recorded in its store."""
     embedding_width: int = 0

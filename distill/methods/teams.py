@@ -29,6 +29,15 @@ _AMTML: dict[str, Any] = {
     "fusion": {"name": "adaptive"},
     "terms": {"angle": {}, "latents": {"weight": 0.1}},
 }
+_UHC: dict[str, Any] = {"soft_weight": 1.0, "hard_weight": 0.0, "temperature": 4.0}
+_VONGKULBHISAL = (
+    "Vongkulbhisal, Vinayavekhin and Visentini-Scarzanella 2019 (UHC), CVPR 2019, arXiv 1904.06062; "
+    "objective inferred from a re-implementation"
+)
+_UHC_NOTE = (
+    "for teachers that know different classes (precompute run --classes). Labels are not used, as the paper "
+    "has none; T is that of kd, since the paper's was not at hand. "
+)
 _LIU = "Liu, Zhang and Wang 2020, arXiv 2103.04062"
 
 TEAMS: dict[str, Method] = {
@@ -183,5 +192,28 @@ TEAMS: dict[str, Method] = {
         "gradient only with --grl, and its discriminator ends in a ReLU: set "
         "terms.discriminator.reverse=false, last_relu=true and least_width=1 for that. "
         "Its cross-entropy is KL and the teacher's entropy, which is constant",
+    ),
+    "uhc-ce": Method(
+        formula="T² KL(u || q), T = 4, u = argmin -sum_k sum_{L_k} P_k log(u / sum_{L_k} u), L_k the classes "
+        "that teacher k knows",
+        source=_VONGKULBHISAL,
+        evidence="re-implementation",
+        objective=objective(**_UHC, fusion={"name": "unify", "form": "cross_entropy"}),
+        note=_UHC_NOTE
+        + "Solved by Newton's method; the re-implementation takes 3,000 gradient steps, with an error in the "
+        "gradient, and its student minimizes KL(q || u)",
+    ),
+    "uhc-mf": Method(
+        formula="T² KL(u || q), T = 4, u = argmin sum_k sum_{L_k} (P_k - v_k u)² with any v_k, normalized",
+        source=_VONGKULBHISAL,
+        evidence="re-implementation",
+        objective=objective(**_UHC, fusion={"name": "unify", "form": "factorization"}),
+        note=_UHC_NOTE + "The factorization of probabilities; that of logits is not offered",
+    ),
+    "uhc-naive": Method(
+        formula="T² KL(u || q), T = 4, u the mean of P_k over the teachers that know a class, normalized",
+        source="the baseline of uhc-ce and uhc-mf",
+        objective=objective(**_UHC, fusion={"name": "unify", "form": "mean"}),
+        note=_UHC_NOTE + "A teacher that does not know a sample's class counts as much as one that does",
     ),
 }

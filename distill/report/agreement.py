@@ -33,9 +33,10 @@ class Agreement:
 
     teacher: str
     agreement: float
-    """Share of samples for which student and teacher predict the same class."""
+    """Share of samples for which student and teacher predict the same class, among those that the teacher
+    knows."""
     kl: float
-    """Mean KL(teacher || student) in nats."""
+    """Mean KL(teacher || student) in nats, over the classes that the teacher knows."""
     teacher_accuracy: float
     samples: int
 
@@ -80,9 +81,11 @@ def _agreement(log: RunLog, names: list[str], device: torch.device, *, trust_cod
         labels = batch.main_labels.cpu()
         for index, reader in enumerate(stores.readers):
             rows = [reader.rows("logits", batch.view, batch.samples)]
-            top = soft_targets(rows).argmax(1)
-            kl = soft_target_loss(logits, rows).sum()
-            sums[index] += torch.stack([(top == logits.argmax(1)).sum(), kl, (top == labels).sum()]).double()
+            known = torch.tensor(reader.manifest.known_classes)
+            own = logits[:, known]
+            top, kl = soft_targets(rows).argmax(1), soft_target_loss(own, rows).sum()
+            same, correct = top == own.argmax(1), known[top] == labels
+            sums[index] += torch.stack([same.sum(), kl, correct.sum()]).double()
     return [
         Agreement(name, same / len(samples), kl / len(samples), correct / len(samples), len(samples))
         for name, (same, kl, correct) in zip(names, sums.tolist(), strict=True)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from coursepack.distill.distributed import ALONE
 from coursepack.distill.runs.folder import check_free
-from coursepack.distill.setup.describe import describe_training, describe_work
-from coursepack.distill.setup.fidelity import temperature_warnings
+from coursepack.distill.setup.describe import describe_training, describe_work, warnings_of
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.group import make_group
 
@@ -50,6 +49,6 @@ def dry_run(
     make_group(setup)
     lines = ["dry run: nothing was trained or written", describe_setup(setup)]
     lines += [describe_training(recipe, setup), *describe_work(setup)]
-    for warning in temperature_warnings(recipe, setup.readers):
+    for warning in warnings_of(recipe, setup.readers):
         lines += warning.splitlines()
     return lines

@@ -32,7 +32,7 @@ from coursepack.distill.runs.start import start_run
 from coursepack.distill.runs.tracking import trackers_of
 from coursepack.distill.runs.train import train_together
 from coursepack.distill.setup.checks import check_recipe
-from coursepack.distill.setup.fidelity import temperature_warnings
+from coursepack.distill.setup.describe import warnings_of
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.setup.resolve import resolve_recipe
 from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
@@ -310,7 +310,7 @@ def _train_group(
             student_runs.append(run)
             stack.enter_context(run)
         say(describe_setup(setup))
-        warnings = [temperature_warnings(each.recipe, setup.readers) for each in group]
+        warnings = [warnings_of(each.recipe, setup.readers) for each in group]
         for warning in dict.fromkeys(itertools.chain(*warnings)):
             warn(warning)
         by_position: dict[tuple[int, int], list[Run]] = {}

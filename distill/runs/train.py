@@ -13,8 +13,7 @@ from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import check_same_on_all_ranks, start_run
 from coursepack.distill.runs.tracking import trackers_of
-from coursepack.distill.setup.describe import describe_training
-from coursepack.distill.setup.fidelity import temperature_warnings
+from coursepack.distill.setup.describe import describe_training, warnings_of
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position
 from coursepack.distill.training.evaluate import evaluation_view
@@ -91,7 +90,7 @@ def train(
         with start_run(setup, recipe, out, overwrite=overwrite, resume=resume, track=trackers) as run:
             ranks.log_once(describe_setup(setup))
             ranks.log_once(describe_training(recipe, setup))
-            for warning in temperature_warnings(recipe, setup.readers):
+            for warning in warnings_of(recipe, setup.readers):
                 ranks.warn_once(warning)
             try:
                 train_together(setup, [run], workers=workers, checkpoint_seconds=checkpoint_seconds)

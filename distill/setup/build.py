@@ -173,6 +173,7 @@ def build_objective(
     context = BuildContext(
         teachers=max(1, len(readers)),
         classes=len(source.class_names),
+        known=tuple(reader.manifest.known_classes for reader in readers),
         accuracies=tuple(accuracy(reader.manifest) for reader in readers),
         embedding_width=width,
         heads=tuple(TeacherHead(*teacher_head(reader)) for reader in readers) if needs.teacher_heads else (),

@@ -1,4 +1,4 @@
-"""The lines in which a run states the values that it trains with, and how much it will read."""
+"""The lines in which a run states the values that it trains with, how much it will read, and its warnings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING
 
 from coursepack.console import byte_size
 from coursepack.distill.schedule import Schedule
+from coursepack.distill.setup.classes import class_warnings
+from coursepack.distill.setup.fidelity import temperature_warnings
 from coursepack.distill.targets.stores import CachedTargets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coursepack.data.store import StoreReader
     from coursepack.distill.recipe import TrainRecipe
     from coursepack.distill.setup.prepare import Setup
 
@@ -45,6 +50,11 @@ def describe_work(setup: Setup) -> list[str]:
         *lines,
         f"stores in all: {byte_size(in_all)} per epoch, {byte_size(in_all * epochs)} in {epochs:,} epochs",
     ]
+
+
+def warnings_of(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> list[str]:
+    """Return the warnings about a recipe's stores."""
+    return [*temperature_warnings(recipe, readers), *class_warnings(recipe, readers)]
 
 
 def _text(value: float | Schedule) -> str:

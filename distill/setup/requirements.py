@@ -13,6 +13,7 @@ from coursepack.data.encodings import drops_classes
 from coursepack.data.store.manifest import FEATURES, LOGITS, STATIC
 from coursepack.distill.losses import LOSSES
 from coursepack.distill.losses.base import BuildContext, FeaturePair
+from coursepack.distill.setup.classes import check_classes
 from coursepack.distill.setup.fitting import Fitting, problem_of
 from coursepack.distill.setup.student import UNFIT, blocks, depth_of, probe_student
 from coursepack.distill.setup.teacher import accuracy, tap_shapes, untrained
@@ -354,6 +355,9 @@ def check_needs(
             f"{needs.one_label}, but the view mixes images: a mixed image has two labels. Use stores of a "
             f"view without mix{other}"
         )
+    if readers:
+        read = logits_read(objective, [reader.manifest for reader in readers])
+        check_classes(method, objective, readers, read)
     if needs.teacher_head and len(readers) != 1:
         raise RecipeError(
             f"method {method!r} needs {needs.teacher_head} of one teacher, but there are {len(readers)} "

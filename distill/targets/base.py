@@ -22,7 +22,8 @@ class Targets:
     """Teachers' outputs for one batch, limited to those that the objectives read."""
 
     logits: list[Tensor | Rows]
-    """Logits `(N, C)` of each teacher that was read; empty if no objective reads logits."""
+    """Logits `(N, C)` of each teacher that was read, or of the classes that it knows; empty if no objective
+    reads logits."""
     features: dict[tuple[int, str], Tensor | Rows] = field(default_factory=dict)
     """Features `(N, ...)` by teacher index and tap name."""
     teachers: tuple[int, ...] = ()

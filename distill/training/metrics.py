@@ -169,11 +169,12 @@ class EpochMetrics:
         targets = value.targets
         assert targets is not None
         weights = None if value.weights is None else _to_one(value.weights)
-        mixture = soft_targets(targets.logits, weights=weights)
+        compared = targets.logits if value.unified is None else [value.unified] * len(targets.indices)
+        mixture = soft_targets(compared, weights=weights)
         has_target = mixture.amax(1) > 0
         self._sum("watched.agreement", ((mixture.argmax(1) == logits.argmax(1)) & has_target).sum())
-        self._sum("watched.kl", soft_target_loss(logits, targets.logits, weights=weights).sum())
-        correct = teacher_stats(targets.logits, batch.main_labels).correct
+        self._sum("watched.kl", soft_target_loss(logits, compared, weights=weights).sum())
+        correct = teacher_stats(compared, batch.main_labels).correct
         assert correct is not None
         wrong = (~correct).sum(1).float()
         shifted = torch.zeros_like(wrong)

@@ -254,6 +254,8 @@ def print_status(store: str | Path, manifest: Manifest) -> None:
         ["source", f"{content['source']}, {content['samples']:,} samples, {content['classes']} classes"],
         ["views committed", f"{len(content['committed_views'])} of {content['views']}"],
     ]
+    if not manifest.knows_all:
+        rows.append(["classes that the teacher knows", f"{content['known_classes']}"])
     for name, array in content["arrays"].items():
         rows.append([name, f"{_shape(array['row_shape'])}, {array['encoding']}"])
     rows.append(["size", byte_size(content["bytes"])])
@@ -293,6 +295,7 @@ def status_values(store: str | Path, manifest: Manifest) -> dict[str, Any]:
         "view_fingerprint": manifest.view_fingerprint,
         "samples": manifest.samples,
         "classes": len(manifest.class_names),
+        "known_classes": len(manifest.known_classes),
         "views": manifest.views,
         "committed_views": list(manifest.committed_views()),
         "blocks_done_besides": len(done_objects(open_location(store))),

@@ -34,9 +34,10 @@ def answers(reader: StoreReader, view: int, samples: NDArray[np.int64], count: i
     """Return the `count` most probable classes of each sample in a view, the first being the top class."""
     probs = reader.rows(LOGITS, view, samples).decode().softmax(dim=1)
     top = probs.topk(min(count, probs.shape[1]), dim=1)
+    known = reader.manifest.known_classes
     return [
-        Answer(tuple(classes), tuple(values))
-        for classes, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        Answer(tuple(known[column] for column in columns), tuple(values))
+        for columns, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 
@@ -67,4 +68,8 @@ def disagreement(readers: Sequence[StoreReader], view: int) -> Disagreement:
 
 
 def _probs(reader: StoreReader, view: int, samples: NDArray[np.int64]) -> Tensor:
-    return reader.rows(LOGITS, view, samples).decode().double().softmax(dim=1)
+    """Return probs `(N, C)` float64, zero for classes that the teacher does not know."""
+    known = reader.rows(LOGITS, view, samples).decode().double().softmax(dim=1)
+    probs = known.new_zeros(len(samples), len(reader.manifest.class_names))
+    probs[:, list(reader.manifest.known_classes)] = known
+    return probs

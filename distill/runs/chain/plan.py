@@ -297,7 +297,7 @@ def _teacher(
     given: PrecomputeConfig,
     before: Stage | None,
     source: Source,
-    columns: Sequence[int] | None,
+    columns: Sequence[int | None] | None,
 ) -> Network:
     """Return the teacher of a store; one that a stage will train has fresh weights."""
     changes = {"size": given.size, "mean": given.mean, "std": given.std}

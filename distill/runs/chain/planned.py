@@ -83,7 +83,7 @@ def planned_manifest(
     view: ViewRecipe,
     network: Network,
     taps: Sequence[Tap],
-    columns: Sequence[int] | None,
+    columns: Sequence[int | None] | None,
     *,
     root: str | None,
     device: torch.device,
