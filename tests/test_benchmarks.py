@@ -121,10 +121,11 @@ def test_there_are_benchmarks():
 
 
 COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
+SECTIONS = ("methods --section cost", "views --section students", "views --section training")
 ON_SERVER = [pytest.param(name, marks=pytest.mark.integration) for name in SERVER]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost", *ON_SERVER])
+@pytest.mark.parametrize("command", [*COMMANDS.values(), *SECTIONS, *ON_SERVER])
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])
