@@ -143,9 +143,9 @@ def plain(folder: Path, student: Network, size: Size) -> Callable[[], None]:
     pixels = student.preprocessing
     transform = v2.Compose(
         [
-            v2.PILToTensor(),
             v2.RandomResizedCrop(pixels.size, antialias=True),
             v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),  # the other order, on tensors, is no faster
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(pixels.mean, pixels.std),
         ]
