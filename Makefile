@@ -75,6 +75,9 @@ bench: .venv/installed
 	status=0; results=benchmarks/results; \
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $$results/$$name.json || status=1; done; \
 	$(BIN)/python benchmarks/methods.py --section cost --json $$results/methods-cost.json || status=1; \
+	for section in students training; do \
+		$(BIN)/python benchmarks/views.py --section $$section --json $$results/views-$$section.json || status=1; \
+	done; \
 	$(BIN)/python examples/demo.py --json $$results/demo.json || status=1; \
 	$(BIN)/python benchmarks/render.py; exit $$status
 

@@ -131,8 +131,9 @@ def two_digits(row: Row) -> str:
 
 
 def student_cell(row: Row) -> str:
-    """Return an accuracy, or a difference with a `*` if its interval leaves out zero."""
-    return percent(row) if row["unit"] == "%" else _sure(row)
+    """Return an accuracy, or a difference as its bar marks it, with a `*` if its interval is beside zero."""
+    text = percent(row) if row["unit"] == "%" else _sure(row)
+    return {"no": f"**{text}**", "undecided": f"{text} ?"}.get(row["holds"], text)
 
 
 def signed(row: Row) -> str:
@@ -234,6 +235,14 @@ def demo_time() -> list[str]:
     return table(["what", "time"], lines)
 
 
+def view_students(lines: str, base: str) -> list[str]:
+    """Return accuracies of students by their views, with differences from those of other views."""
+    columns = {}
+    for method in ("kd", "fitnets"):
+        columns |= {method: f"{method}, % (95 %)", f"{method} - {base}": f"minus {base}"}
+    return pivot("views-students", rf"{lines}: (?P<column>.+)", "views", columns, student_cell)
+
+
 LOSS = {
     "ours": "ours", "naive": "naive", "compile": "compile", "analytic": "analytic", "kernel": "kernel",
     "floor": "floor", "ours / naive": "/ naive", "ours / compile": "/ compile",
@@ -274,6 +283,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": partial(pivot, "memory", r"(?P<line>.+): (?P<column>.+)", "store"),
     "allocator": partial(listed, "allocator", r".*"),
     "views": partial(listed, "views", r".*"),
+    "views, how many": partial(view_students, r"(?P<line>\d+ views?|a new view every epoch)", "new views"),
+    "views, per load": partial(view_students, r"(?P<line>\d+ views? per load)", "one view"),
+    "views, from JPEG": partial(listed, "views-training", r".*"),
     "sources": partial(listed, "sources", r".*"),
     "precompute throughput": partial(listed, "precompute", r".*forward alone"),
     "precompute pipeline": partial(listed, "precompute", r"simulated device.*|four teachers.*"),

@@ -129,11 +129,15 @@ def main() -> None:
     if chosen.child:
         child(*json.loads(chosen.child))
         return
-    rounds = 2 if chosen.quick else 30
-    rows = []
-    for what, (_, batch_size) in WORK.items():
-        for threads in (1,) if chosen.quick else (1, 2):
-            rows += rows_of(what, threads, 2 if chosen.quick else batch_size, rounds)
+    if chosen.quick:
+        rows = rows_of("forward pass", 1, batch_size=2, rounds=2)
+    else:
+        rows = [
+            entry
+            for what, (_, batch_size) in WORK.items()
+            for threads in (1, 2)
+            for entry in rows_of(what, threads, batch_size, rounds=30)
+        ]
     report("Freed memory", rows, chosen.json)
 
 

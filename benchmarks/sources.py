@@ -18,9 +18,9 @@ from unittest import mock
 
 import numpy as np
 from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
+from _photographs import photograph
 from _pipeline import anonymous_bytes
 from PIL import Image
-from views import photograph
 
 from coursepack.data import batches, open_source, view_recipe
 from coursepack.data.loading import Renderer

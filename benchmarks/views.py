@@ -1,23 +1,31 @@
-"""Speed of drawing and rendering views and of loading image files, compared with torchvision's transforms v2.
+"""Speed of drawing, rendering and loading views; what several views of an image do for students.
 
-    python benchmarks/views.py [--json FILE] [--quick]
+    python benchmarks/views.py [--section rendering|students|training] [--json FILE] [--quick]
 
-Threads are those of torch and, for resampling, Python threads that run a compiled kernel without the GIL.
-Everything runs on the CPU.
+Section `rendering`, the default, measures the speed of drawing and rendering views and of loading image
+files, compared with torchvision's transforms v2. Threads are those of torch and, for resampling, Python
+threads that run a compiled kernel without the GIL. Everything runs on the CPU.
+
+Section `students` measures accuracies on the digits by number of cached views and by views per load (see
+`_views_students`), and section `training` the seconds of training from JPEG files with several views per
+load (see `_views_training`).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import _views_students
+import _views_training
 import numpy as np
 import torch
 from _harness import PATIENCE, Threads, arguments, measure, ratios, report, row
-from PIL import Image
+from _photographs import FILE_SIDES, photograph, write_photographs
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -38,7 +46,6 @@ if TYPE_CHECKING:
 BATCH = 256
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 SIDE = 224
-FILE_SIDES = (375, 500)
 
 
 def words(rounds: int, patience: float) -> list[Row]:
@@ -157,14 +164,7 @@ def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
     """Measure the images per second from a tree of JPEG files to normalized tensors."""
     rng = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as name:
-        for k in range(count):
-            folder = Path(name) / "train" / f"class{k % 4}"
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(photograph(rng))
-            # Two sizes, because a small source with images of one size is kept decoded in memory.
-            (image.transpose(Image.Transpose.ROTATE_90) if k % 2 else image).save(
-                folder / f"{k}.jpg", quality=90
-            )
+        write_photographs(Path(name), count, 4, rng)
         with mock.patch.dict(os.environ, {"COURSEPACK_CACHE": str(Path(name) / "cache")}):
             source, recipe = open_source("folder:train", Path(name)), view_recipe("imagenet")
         preprocessing = Preprocessing(size=SIDE, mean=MEAN, std=STD)
@@ -235,13 +235,6 @@ class Listed:
         return [self._images[k] for k in samples]
 
 
-def photograph(rng: np.random.Generator) -> np.ndarray:
-    """Return an image that compresses like a photograph: smooth, with some noise."""
-    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 12, 16)).astype(np.float32))
-    smooth = torch.nn.functional.interpolate(coarse, FILE_SIDES, mode="bicubic")[0].permute(1, 2, 0).numpy()
-    return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-
-
 def pixel_boxes(params: ViewParams, sizes: np.ndarray) -> list[list[int]]:
     """Return drawn boxes in whole pixels: top, left, height, width."""
     starts = np.rint(params.boxes[:, :2] * sizes / GRID).astype(int)
@@ -249,14 +242,37 @@ def pixel_boxes(params: ViewParams, sizes: np.ndarray) -> list[list[int]]:
     return np.concatenate([starts, stops - starts], axis=1).tolist()
 
 
-def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
-    rounds, patience, count = (2, 0.0, 4) if options.quick else (15, PATIENCE, 64)
+def rendering(*, quick: bool) -> list[Row]:
+    """Measure the speed of drawing, rendering and loading."""
+    rounds, patience, count = (2, 0.0, 4) if quick else (15, PATIENCE, 64)
     with Threads(1):
         rows = words(rounds, patience) + small(rounds, patience)
         rows += large(rounds, patience, count, 1, "<= 1.1") + large(rounds, patience, count, 2, "<= 0.8")
-    rows += files(min(7, rounds), patience, 16 if options.quick else 512, workers=2)
-    report("views", rows, options.json)
+    return rows + files(min(7, rounds), patience, 16 if quick else 512, workers=2)
+
+
+def students(*, quick: bool) -> list[Row]:
+    """Measure the accuracy of students by number of views, and by views per load."""
+    size = _views_students.QUICK if quick else _views_students.FULL
+    with tempfile.TemporaryDirectory() as folder:
+        return _views_students.students(Path(folder), size, quick=quick)
+
+
+def training(*, quick: bool) -> list[Row]:
+    """Measure the seconds of training from JPEG files by views per load."""
+    size = _views_training.QUICK if quick else _views_training.FULL
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        return _views_training.training(Path(folder), size, stack)
+
+
+SECTIONS = {"rendering": rendering, "students": students, "training": training}
+
+
+def main() -> None:
+    parser = arguments("Speed of views, and what several views of an image do for students.")
+    parser.add_argument("--section", choices=SECTIONS, default="rendering", help="what to measure")
+    chosen = parser.parse_args()
+    report(f"views, {chosen.section}", SECTIONS[chosen.section](quick=chosen.quick), chosen.json)
 
 
 if __name__ == "__main__":

@@ -118,11 +118,12 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "classes epoch fidelity gpu loss memory methods peers precompute reproduce sequences simulation "
+    names = "allocator classes epoch fidelity gpu loss memory methods peers precompute reproduce sequences simulation "
     assert (names + "sources store train views").split() == BENCHMARKS
 
 
 COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
+SECTIONS = ("methods --section cost", "views --section students", "views --section training")
 ON_SERVER = [pytest.param(name, marks=pytest.mark.integration) for name in SERVER]
 
 
@@ -134,7 +135,7 @@ def run_script(words, **_):
     return done
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.values(), "methods --section cost", *ON_SERVER])
+@pytest.mark.parametrize("command", [*COMMANDS.values(), *SECTIONS, *ON_SERVER])
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from coursepack.precompute import plan as plan_module
 from coursepack.precompute import run_job
 from coursepack.precompute.cli import main
 from coursepack.precompute.inspect import agreement, common_view, describe_store
-from coursepack.precompute.plan import Probe, check_space, costs
+from coursepack.precompute.plan import LEVEL_VIEWS, POINTS_BELOW, Probe, check_space, costs
 
 SAMPLES = 1442
 Usage = namedtuple("Usage", "total used free")
@@ -195,6 +196,21 @@ def test_the_plan_prints_the_size_that_status_does_of_a_store_of_kilobytes(tmp_p
     assert len(lines) == 1
     assert byte_size(size) in lines[0]
     assert f"needed {byte_size(size)}" in planned
+
+
+def test_the_plan_has_what_views_bought_on_the_digits_as_measured(tmp_path, command):
+    root = Path(__file__).parents[1]
+    measured = json.loads((root / "benchmarks/results/views-students.json").read_text())["rows"]
+    rows = {row["config"]["views"]: row for row in measured if row["id"].endswith(": kd - new views")}
+    assert {row["n"] for row in rows.values()} == {10}
+    below = {views: round(-row["value"], 1) for views, row in rows.items() if row["high"] < 0}
+    assert below == POINTS_BELOW
+    assert all(row["low"] <= 0 <= row["high"] for views, row in rows.items() if views >= LEVEL_VIEWS)
+    shown = command("plan", "--views=1", "--store", tmp_path / "s.zarr").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("views: on the digits ")]
+    assert " and ".join(map(str, POINTS_BELOW.values())) in line
+    assert line.endswith("other data were not measured (docs/benchmarks.md#how-many-views)")
+    assert "### How many views" in (root / "docs/benchmarks.md").read_text()
 
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from coursepack.device import rank_device
 from coursepack.errors import RecipeError
 from coursepack.models.classes import load_columns
 from coursepack.models.load import teacher_class_names
+from coursepack.precompute.plan import what_views_buy
 from coursepack.precompute.spec import PrecomputeSpec
 from coursepack.precompute.teachers import of_checkpoints, teacher_specs
 
@@ -181,5 +182,6 @@ def print_plan(cost: Costs, timing: Probe, job: Job, device: str) -> None:
         f"about {duration(seconds)} at {1 / timing.teacher:,.0f} images/s on {device}, "
         f"{cost.rows * timing.teacher / 3600:,.1f} device-hours for the whole store\n"
         f"pays for itself after {pays:.1f} student epochs (teacher {timing.teacher * 1e6:,.0f} us an image, "
-        f"reading it back {timing.read * 1e6:,.1f} us)"
+        f"reading it back {timing.read * 1e6:,.1f} us)\n"
+        f"{what_views_buy()}"
     )
