@@ -19,6 +19,7 @@ COMMON = {
             "canonical",
             "catalog",
             "commands",
+            "completion",
             "config",
             "console",
             "device",
@@ -53,8 +54,9 @@ FLOORS = (
         "finite",
         "objective",
         "methods",
+        "recipe_file",
     ),
-    *("recipe", "renamed", "targets", "setup", "training", "runs", "report", "cli"),
+    *("recipe", "renamed", "recipe_names", "targets", "setup", "training", "runs", "report", "cli"),
 )
 """Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""
 SCRIPTS = ("tests", "examples", "benchmarks")
