@@ -122,8 +122,9 @@ class _Check:
             return self.fields(value, kind["config"], path)
         if kind["kind"] == "family":
             return self.member(value, kind, path)
-        inner = {"mapping": dict.items, "list": enumerate}.get(kind["kind"])
-        pairs = () if inner is None else inner(value)
+        if kind["kind"] not in ("mapping", "list"):
+            return []
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return [line for key, each in pairs for line in self.value(each, kind["of"], (*path, str(key)))]
 
     def member(self, values: dict[str, Any], family: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

@@ -181,7 +181,8 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-a
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 thead .words { text-align: right; min-width: 11rem; }
-thead th { text-align: right; vertical-align: bottom; background: var(--wash); position: sticky; top: 0; z-index: 1; }
+thead th { text-align: right; vertical-align: bottom; background: var(--wash); position: sticky; top: 0;
+  z-index: 1; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; min-width: 8rem; }
 .heat { background: color-mix(in srgb, var(--accent) calc(var(--heat) * 45%), transparent); }
