@@ -14,7 +14,7 @@ TEST_EXTRAS := browser,cluster,docs,s3,s3-server,wandb,mlflow-client
 # The demo runs the benchmark of an epoch.
 BENCHMARKS := store fidelity views sources precompute loss train allocator methods sequences peers memory simulation
 
-.PHONY: help demo test pytest check marked test-all test-slow lint docs bench clean
+.PHONY: help demo test pytest check marked test-all test-slow lint docs pictures bench clean
 
 help:
 	@echo "make demo       train teachers, precompute them, distil students, print two tables (about 2 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all   the same, and the tests that drive browsers, clusters and other programs"
 	@echo "make lint       ruff and mypy only"
 	@echo "make docs       the docs as a site in site/; warnings are errors"
+	@echo "make pictures   the pictures of the report in docs, from the demo's runs"
 	@echo "make bench      every benchmark at full size, and the tables of README and docs"
 
 # Folders are prerequisites because the strict install links file by file: a new file needs a new install.
@@ -69,6 +70,11 @@ test-slow: .venv/installed
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs site
 	@echo "open site/index.html"
+
+# The demo's runs are trained if there are none.
+pictures: .venv/installed-all
+	test -d demo/runs || $(BIN)/python examples/demo.py
+	$(BIN)/python docs/pictures.py
 
 # A bar that does not hold is reported, and the others are measured all the same.
 bench: .venv/installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections import UserDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -70,6 +71,14 @@ class Commands(click.Group):
         self.commands = self._table
         click.version_option(package_name="coursepack", message="coursepack %(version)s")(self)
 
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run the command line, or complete it for a shell."""
+        if any(name.endswith("_COMPLETE") for name in os.environ):
+            from coursepack.completion import register
+
+            register()
+        return super().main(*arguments, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Invoke the subcommand, and turn domain and system errors into click's errors."""
         keep_freed_memory()
@@ -134,6 +143,15 @@ def name_of(kind: str) -> Callable[[click.Context, click.Parameter, str], list[C
         return names or [CompletionItem(incomplete, type="file")]
 
     return complete
+
+
+def complete_tap(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the reduction of a tap, after its layer and a colon."""
+    from click.shell_completion import CompletionItem
+
+    layer, colon, typed = incomplete.rpartition(":")
+    names = [name for name in names_of("reduction") if colon and name.startswith(typed)]
+    return [CompletionItem(f"{layer}:{name}") for name in names]
 
 
 def complete_folder(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +31,7 @@ MOST_LINES = 20
 class Config(BaseModel):
     """Base class of configs: immutable, with an error for unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -48,7 +52,7 @@ def parse_config(model: type[C], values: Any, where: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _refusal(model, error.errors(), where) from error
+        raise refusal(lines_of_problems(model, error.errors()), where) from error
 
 
 def check_given(model: type[Config], values: Any, where: str) -> None:
@@ -68,17 +72,41 @@ def check_given(model: type[Config], values: Any, where: str) -> None:
             if not is_combined(problem) and (problem["type"] != "missing" or len(problem["loc"]) > 1)
         ]
         if problems:
-            raise _refusal(model, problems, where) from error
+            raise refusal(lines_of_problems(model, problems), where) from error
 
 
 def field_at(model: type[BaseModel], path: str) -> FieldInfo:
     """Return the field of a config at a dotted path through nested configs and `OneOf` families."""
+    owner, name = _owner(model, path)
+    return owner.model_fields[name]
+
+
+def description_at(model: type[BaseModel], path: str) -> str:
+    """Return the docstring of the field of a config at a path, as in `field_at`.
+
+    Docstrings are read from the source when they are needed, because reading all of them takes as long as
+    importing the configs.
+    """
+    owner, name = _owner(model, path)
+    for each in owner.__mro__:
+        if each is not Config and issubclass(each, Config):
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+            assert isinstance(definition, ast.ClassDef)
+            for field, text in itertools.pairwise(definition.body):
+                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
+                    return (
+                        inspect.cleandoc(ast.literal_eval(text.value)) if isinstance(text, ast.Expr) else ""
+                    )
+    return ""
+
+
+def _owner(model: type[BaseModel], path: str) -> tuple[type[BaseModel], str]:
+    """Return the config that holds the field at a path, and the field's name."""
     first, _, rest = path.partition(".")
-    field = model.model_fields[first]
     if not rest:
-        return field
-    inner = next(each for each in models_of(field) if rest.partition(".")[0] in each.model_fields)
-    return field_at(inner, rest)
+        return model, first
+    inner = models_of(model.model_fields[first])
+    return _owner(next(each for each in inner if rest.partition(".")[0] in each.model_fields), rest)
 
 
 def read_yaml(path: Path) -> Any:
@@ -134,8 +162,9 @@ def write_yaml(values: Any) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _refusal(model: type[Config], problems: list[Any], where: str) -> RecipeError:
-    lines = lines_of_problems(model, problems)
+def refusal(lines: list[str], where: str) -> RecipeError:
+    """Return the error of a file with a line for each of its errors."""
+    lines = list(lines)
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES:,} more"]
     return RecipeError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines))

@@ -7,23 +7,25 @@ On a terminal, progress is a bar with rate and remaining time. Elsewhere it is a
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 import unicodedata
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from rich.console import Console
     from rich.progress import Progress
 
 LOG_SECONDS = 10.0
 """Interval of progress lines when stderr is not a terminal."""
-LOG_WIDTH = 200
-"""Maximum width of tables when stdout is not a terminal."""
+LOG_WIDTH = 80
+"""Width of tables if stdout is not a terminal, unless the environment variable COLUMNS is set."""
 LABEL_WIDTH = 20
 """Minimum width of a table's first column on a terminal, if its entries are longer."""
 SHORT_SECONDS = 2.0
@@ -240,33 +242,69 @@ class _Lines:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout, with the first column left-aligned and the others right-aligned.
 
-    On a terminal that is too narrow for it, the entries of the first column are listed before the table,
-    which has their numbers instead; a table of two columns is wrapped.
+    If it is too wide, the entries of the first column are listed before the table, which has their numbers
+    instead. If it is still too wide, each row is printed as a list of its columns. A table of two columns is
+    wrapped. Numbers are neither cut off nor wrapped.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, highlight=False)
+    width, _ = shutil.get_terminal_size((LOG_WIDTH, 0))
+    console = Console(width=width, markup=False, highlight=False)
+    title = printable(title)
     header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     room = console.width - sum(widths[1:]) - 3 * len(widths) - 1
-    is_narrow = room < min(widths[0], LABEL_WIDTH)
-    if is_narrow:
-        header = [name.replace(" ", "\n") for name in header]
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    else:
-        table = Table()
-    table.title, table.title_justify = printable(title), "left"
-    if is_narrow and len(header) > 2:
-        for number, (label, *_) in enumerate(rows, start=1):
-            console.print(f"{number}: {label}")
-        rows = [[str(number), *cells] for number, (_, *cells) in enumerate(rows, start=1)]
+    if room >= min(widths[0], LABEL_WIDTH):
+        _print_grid(console, title, header, rows, is_narrow=False)
+        return
+    if len(header) == 2:
+        _print_grid(console, title, header, rows, is_narrow=True)
+        return
+    numbered = [[str(number), *cells] for number, (_, *cells) in enumerate(rows, start=1)]
+    words = [[*name.split(" "), *cells] for name, *cells in zip(header, *numbered, strict=True)]
+    if sum(max(map(len, column)) for column in words) + 2 * (len(words) - 1) > console.width:
+        _print_lists(console, title, header, rows)
+        return
+    for number, (label, *_) in enumerate(rows, start=1):
+        console.print(f"{number}: {label}")
+    _print_grid(console, title, header, numbered, is_narrow=True)
+
+
+def _print_grid(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, is_narrow: bool
+) -> None:
+    """Print a table; a narrow one has no lines and a word of its header per line."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False) if is_narrow else Table()
+    table.title, table.title_justify = title, "left"
     for index, name in enumerate(header):
-        justify: Literal["left", "right"] = "left" if index == 0 else "right"
-        table.add_column(name, justify=justify, no_wrap=index > 0 and len(header) > 2, overflow="fold")
+        table.add_column(
+            name.replace(" ", "\n") if is_narrow else name,
+            justify="left" if index == 0 else "right",
+            no_wrap=index > 0 and len(header) > 2,
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _print_lists(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row of a table as its first entry, and a line for each other column."""
+    from rich.padding import Padding
+    from rich.table import Table
+
+    if title:
+        console.print(title)
+    for label, *cells in rows:
+        console.print(label)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, cell in zip(header[1:], cells, strict=True):
+            table.add_row(name, cell)
+        console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def byte_size(count: float) -> str:

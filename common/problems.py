@@ -12,7 +12,7 @@ from coursepack.errors import nearest
 from coursepack.unions import keys_at, merge_errors, without_tags
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pydantic import BaseModel, ValidationError
 
@@ -81,10 +81,10 @@ def _text(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return _unknown_key(model, problem["loc"])
     if kind == "missing":
         return "is missing"
-    got = f", got {_shown(problem['input'])}"
+    got = f", got {shown(problem['input'])}"
     if kind == "union_tag_invalid":
         key, tag, tags = (str(context[part]) for part in ("discriminator", "tag", "expected_tags"))
-        near = _near(tag, tags.replace("'", "").split(", "))
+        near = did_you_mean(tag, tags.replace("'", "").split(", "))
         return f"unknown {key.strip(chr(39))} {cut(repr(tag))}{near or ', expected one of ' + tags}"
     if kind == "union_tag_not_found":
         return f"{context['discriminator']} is missing{got}"
@@ -94,14 +94,16 @@ def _text(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     expected = _expected(kind)
     if expected is None:
         return f"is not valid{got}"
-    near = _near(str(problem["input"]), _literals(context)) if kind in ("literal_error", "union") else ""
+    near = (
+        did_you_mean(str(problem["input"]), _literals(context)) if kind in ("literal_error", "union") else ""
+    )
     numbers = {name: f"{value:g}" for name, value in context.items() if isinstance(value, float)}
     return f"expected {expected.format_map({**context, **numbers})}{got}{near}"
 
 
 def _unknown_key(model: type[BaseModel], path: tuple[str | int, ...]) -> str:
     """Return that a key is unknown, with the nearest known one, or else the family's member that lacks it."""
-    near = _near(str(path[-1]), keys_at(model, path[:-1]))
+    near = did_you_mean(str(path[-1]), keys_at(model, path[:-1]))
     has_tag = len(path) > 1 and without_tags(model, path[:-1]) == without_tags(model, path[:-2])
     return f"unknown key{near or (f' of {path[-2]!r}' if has_tag else '')}"
 
@@ -120,12 +122,13 @@ def _literals(context: Mapping[str, Any]) -> list[str]:
     return str(context["expected"]).split("'")[1::2]
 
 
-def _near(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question with the nearest known name, or nothing if none is similar."""
     near = nearest(word, known)
     return f", did you mean {near!r}?" if near else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as YAML has it, shortened."""
     constants = {"None": "null", "True": "true", "False": "false"}
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Recipe of a training run: its config, and functions that merge recipe files and command-line options."""
+"""Recipe of a training run: its config, and the objective of its method."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from coursepack.config import Config, merge_values, parse_config, read_yaml
+from coursepack.config import Config, merge_values, parse_config
 from coursepack.data import ViewRecipe
 from coursepack.data.randomness import Purpose, random_words
 from coursepack.distill.methods import METHODS
 from coursepack.distill.objective_config import ObjectiveConfig
-from coursepack.errors import RecipeError, UnknownName
-from coursepack.parsing import parse_yaml
+from coursepack.distill.recipe_file import load_recipe as load_recipe
+from coursepack.distill.recipe_file import set_value as set_value
+from coursepack.distill.recipe_file import set_values as set_values
+from coursepack.errors import UnknownName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping
     from typing import Self
 
     from coursepack.distill.methods.base import Method
@@ -248,48 +249,3 @@ def changed_method(name: str, overrides: Mapping[str, Any], where: str) -> Metho
     merge_values(values, overrides)
     per_class = tuple(field for field in method.per_class if field not in overrides)
     return replace(method, objective=parse_config(ObjectiveConfig, values, where), per_class=per_class)
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """Return the plain values of a recipe file.
-
-    Raises:
-        RecipeError: the file is missing, is not YAML, or is not a mapping.
-    """
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        content = "nothing" if values is None else f"a {type(values).__name__}"
-        raise RecipeError(f"{str(path)!r} holds {content}, expected a mapping of recipe fields")
-    return values
-
-
-def set_values(values: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Apply `key.subkey=value` assignments to a recipe's plain values in place; values are YAML.
-
-    Raises:
-        RecipeError: an assignment has no `=`, or its key passes through a value that is not a mapping.
-    """
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not all(key.split(".")):
-            raise RecipeError(f"--set {assignment!r} is not key=value")
-        try:
-            value = parse_yaml(text)
-        except ValueError as error:
-            raise RecipeError(f"--set {assignment!r}: the value {error}") from error
-        set_value(values, key, value, f"--set {assignment!r}")
-
-
-def set_value(values: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set the value of a nested key, `key.subkey`, in place; `where` names the option in error messages.
-
-    Raises:
-        RecipeError: the key passes through a value that is not a mapping.
-    """
-    *parents, leaf = key.split(".")
-    group = values
-    for parent in parents:
-        group = group.setdefault(parent, {})
-        if not isinstance(group, dict):
-            raise RecipeError(f"{where}: {parent!r} is {group!r}, not a group of fields")
-    group[leaf] = value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from coursepack.distill.fusion import FUSIONS
 from coursepack.errors import RecipeError
 
 RENAMED = {
@@ -36,6 +35,8 @@ def check_renamed(values: dict[str, Any], where: str) -> None:
 
 def upgrade_recipe(values: dict[str, Any]) -> dict[str, Any]:
     """Return the plain values of a recipe that an earlier version wrote, with the current keys."""
+    from coursepack.distill.fusion import FUSIONS  # imports torch, which `check_renamed` does without
+
     if not any(_has(values, old) for old in RENAMED):
         return values
     values = copy.deepcopy(values)

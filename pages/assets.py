@@ -8,8 +8,12 @@ TEMPLATE = """\
 {%- macro grid(table) %}
 <div class="scroll" role="region" tabindex="0" aria-label="{{ table.caption }}">
 <table class="sortable">
-<caption>{{ table.caption }}</caption>
-<thead><tr>{% for name in table.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<caption><span>{{ table.caption }}</span></caption>
+<thead><tr>
+{%- for name in table.header -%}
+<th scope="col"{% if name|length > 24 %} class="words"{% endif %}>{{ name }}</th>
+{%- endfor -%}
+</tr></thead>
 <tbody>
 {% for row in table.rows %}
 <tr{{ group_of(row) }}>
@@ -148,12 +152,14 @@ a { color: var(--accent); }
 .skip:focus { left: 1rem; top: .5rem; background: var(--paper); padding: .3rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .6rem 0; }
 fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0; }
-fieldset label { display: block; padding: .15rem 0; overflow-wrap: anywhere; }
+fieldset label { display: flex; align-items: baseline; gap: .5rem; padding: .15rem 0;
+  overflow-wrap: anywhere; }
 .problem { color: var(--problem); border-left: .25rem solid var(--problem); padding-left: .7rem;
   white-space: pre-wrap; }
-figure { display: inline-block; vertical-align: top; width: min(100%, 36rem); margin: 1rem 0;
-  padding-right: 1rem; }
+figure { display: inline-block; vertical-align: top; width: min(100%, 31rem); margin: 1rem 0; }
+@media (min-width: 40rem) { figure { padding-right: 1.5rem; } }
 figcaption, caption { font-weight: 600; text-align: left; padding: .2rem 0; overflow-wrap: anywhere; }
+caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 figure > svg { width: 100%; height: auto; display: block; }
 figure > svg text { font-family: system-ui, sans-serif !important; }
 figure > svg text { fill: currentColor; }
@@ -174,7 +180,9 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
-thead th { text-align: right; background: var(--wash); position: sticky; top: 0; z-index: 1; }
+thead .words { text-align: right; min-width: 11rem; }
+thead th { text-align: right; vertical-align: bottom; background: var(--wash); position: sticky; top: 0;
+  z-index: 1; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 400; max-width: 24rem; overflow-wrap: anywhere; min-width: 8rem; }
 .heat { background: color-mix(in srgb, var(--accent) calc(var(--heat) * 45%), transparent); }

@@ -13,8 +13,8 @@ COLORS = ("#2f7fc1", "#c2620e", "#2e8b57", "#8e5fc9", "#d1495b", "#1f8a91", "#b8
 """Colors of lines, with a contrast of at least 3 to the light and the dark background."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2, 2), (8, 2, 2, 2))
 """Lengths of dashes and gaps, in points; lines of different styles differ without their colors too."""
-WIDTH, HEIGHT = 5.2, 3.0
-"""Size in inches; at the width of a phone, texts keep about their size."""
+WIDTH, HEIGHT = 4.0, 2.5
+"""Size in inches, at which texts are 11 pixels high on a phone and 16 at the full width of a figure."""
 MOST_MARKED = 40
 """Maximum number of points of a line with a marker at each."""
 INK = "#010203"

@@ -1,10 +1,28 @@
 """Pages of reports in a real browser."""
 
+import shutil
 from contextlib import contextmanager
 
+NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
 SCHEMES = [("desktop", "light"), ("phone", "dark")]
 """Each size and each color scheme: a scheme only sets colors, whatever the size."""
+
+
+def found_chromium():
+    """Path of the system's Chromium, or None."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@contextmanager
+def launched():
+    """The system's Chromium, headless."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found_chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from browsing import found_chromium, launched
 from builders import write_known, write_store, write_teacher
 from filelock import FileLock
 from helpers import make_job
@@ -242,15 +243,10 @@ def bucket(s3_server):
 @pytest.fixture(scope="session")
 def chromium():
     """The system's Chromium, headless."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    if found_chromium() is None:
         pytest.skip("there is no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

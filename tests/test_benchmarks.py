@@ -118,8 +118,8 @@ def test_only_a_bar_that_does_not_hold_fails(harness, tmp_path, capsys):
 
 
 def test_there_are_benchmarks():
-    names = "allocator classes epoch fidelity gpu loss memory methods peers precompute reproduce sequences simulation "
-    assert (names + "sources store train views").split() == BENCHMARKS
+    names = "allocator classes epoch fidelity gpu loss memory methods peers precompute reproduce sequences "
+    assert (names + "simulation sources store train views").split() == BENCHMARKS
 
 
 COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}

@@ -409,6 +409,32 @@ def test_tables_fit_a_terminal_of_80_columns(monkeypatch, header, rows):
         assert rows[0][1].replace(" ", "") in together.replace(rows[0][0], "")
 
 
+@pytest.mark.parametrize(("columns", "width"), [(None, 80), ("0", 80), ("200", 200), ("60", 60), ("32", 32)])
+def test_tables_elsewhere_fit_80_columns_unless_told_otherwise(capsys, monkeypatch, columns, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    print_table("Title", HEADER, [[LABEL, *CELLS], ["supervised digits-small", *CELLS]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert all(text.count(cell) >= 2 for cell in CELLS)
+    assert LABEL in " ".join(text.split()) or columns == "200"
+    assert ("│" in text) == (columns == "200")
+
+
+def test_a_table_that_is_too_wide_becomes_lists(capsys):
+    print_table("Title", ["store", "arrays that it reads", "bytes"], [["a.zarr", "features/" * 9, "1,000"]])
+    shown = capsys.readouterr().out
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        "Title",
+        "a.zarr",
+        f"  arrays that it reads  {'features/' * 6}fe",
+        f"{' ' * 24}atures/features/features/",
+        "  bytes                 1,000",
+    ]
+
+
 def test_no_colors_where_there_is_no_terminal(capsys):
     print_table("Title", ["recipe", "n"], [["a", "1"]])
     assert "\x1b" not in capsys.readouterr().out

@@ -307,7 +307,8 @@ def test_progress_within_progress_is_a_second_bar(monkeypatch):
         assert part in text
 
 
-def test_tables_are_not_cut_and_read_no_markup(capsys):
+def test_tables_are_not_cut_and_read_no_markup(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     print_table("[red]Title", ["recipe", "n"], [["[bold]" + "long " * 30, "1"], ["b", "20"]])
     out, err = capsys.readouterr()
     assert "[red]Title" in out

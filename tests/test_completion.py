@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from coursepack.completion import Bash
+from coursepack.models.taps import KNOWN_REDUCTIONS, SKETCH
+from coursepack.precompute.cli import main as precompute
+
 BIN = Path(sys.executable).parent
 SHELLS = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],
@@ -39,6 +43,11 @@ LINES = {
     "distill eval fini": "finished",
     "distill train --store mlp-s": "mlp-store.zarr",
 }
+WITH_COLONS = {
+    "precompute run --tap layer1:po": "layer1:pooled",
+    "precompute run --teacher run:fini": "run:finished",
+}
+"""Lines whose last word bash splits."""
 SECONDS = 120
 
 
@@ -88,10 +97,29 @@ def test_values_are_completed(shell, tmp_path):
     try:
         terminal.type(f"{SETUP[shell]}{ADDED.format(shell=shell)}; echo rea''dy\n")
         terminal.wait_for("ready")
-        for line, completed in LINES.items():
+        for line, completed in (LINES | (WITH_COLONS if shell == "bash" else {})).items():
             terminal.type(f"{line}\t")
             terminal.wait_for(line.rpartition(" ")[0])
             terminal.wait_for(completed)
             terminal.type("\x15")  # clears the line
     finally:
         terminal.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["--tap", "layer1", ":", "po"], ["plain,pooled"]),
+        (["--tap", "layer1", ":"], [f"plain,{name}" for name in (*KNOWN_REDUCTIONS, SKETCH)]),
+        (["--tap", "layer1:po"], ["plain,layer1:pooled"]),
+        (["--tap", "layer1"], []),
+        (["--tap", "layer1", ":", "map", "--tap", "layer2", ":", "gr"], ["plain,gram"]),
+        (["--teacher", "run", ":", "teachers/c"], ["file,teachers/c"]),
+        (["--teacher", "run", ":", "teachers/c", "--preci"], ["plain,--precision"]),
+    ],
+)
+def test_words_that_bash_splits_at_colons(monkeypatch, words, completed):
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["precompute", "run", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(1 + len(words)))
+    shown = Bash(precompute, {}, "precompute", "_PRECOMPUTE_COMPLETE").complete()
+    assert shown.splitlines() == completed

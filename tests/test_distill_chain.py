@@ -190,7 +190,8 @@ def test_the_table_has_accuracies_and_their_differences_from_the_first(work):
 # Changed and redone.
 
 
-def test_a_changed_stage_is_refused_with_its_differences_and_redone_on_request(work):
+def test_a_changed_stage_is_refused_with_its_differences_and_redone_on_request(work, monkeypatch):
+    monkeypatch.setattr("coursepack.distill.runs.chain.run.SHORT_SECONDS", 0)
     changed("seed: 1", "seed: 2")
     before = listing(work)
     result = chain()
@@ -203,6 +204,7 @@ def test_a_changed_stage_is_refused_with_its_differences_and_redone_on_request(w
     assert listing(work) == before
     result = chain("--redo", "student")
     assert result.exit_code == 0, result.output
+    assert re.findall(r"^.* left$", result.stderr, re.M)[-1].startswith("3 of 4 stages finished, about ")
     assert list(decisions(result).values()) == [
         *["finished and unchanged, skipped"] * 2, "train, again", "ensemble, again"
     ]  # fmt: skip

@@ -156,6 +156,7 @@ def test_table():
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     for seed in (0, 1):
         train(make_recipe(limit=50, seed=seed), Path(f"a-{seed}"), device=CPU)
     train(make_recipe(limit=50, optimizer={"lr": 0.01}), Path("b-0"), device=CPU)

@@ -76,7 +76,8 @@ def test_bytes_of_arrays_that_are_not_stored():
         assert (cost.samples, cost.read, cost.whole) == (1000, 20 + size, 20 + 2 * 32 * 16)
 
 
-def test_bytes_of_stores_are_those_of_their_encoding(tmp_path):
+def test_bytes_of_stores_are_those_of_their_encoding(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     teacher = write_teacher(tmp_path / "cnn", "digits-cnn")
     plain, half = (
         write_store(tmp_path / f"{name}.zarr", teacher, encoding=name) for name in ("float32", "int8")

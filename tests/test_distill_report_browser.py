@@ -1,8 +1,12 @@
 """The report in a real browser: no error, every filter, column and section clicked, light and dark."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 from browsing import SCHEMES, click_everything, watched
 from builders import CPU, make_recipe
+from PIL import Image
 from reported import metrics_line, taught, write_run
 
 from coursepack.distill.report.build import build_report
@@ -81,3 +85,13 @@ def test_it_fits_the_window_and_has_the_colors_of_the_scheme(page):
     )
     assert page.locator("figure > svg").first.bounding_box()["height"] > 150
     assert len(page.screenshot()) > 10_000
+
+
+def test_the_pictures_of_the_page_are_taken(chromium, report, tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "pictures.py"))
+    script["take"](chromium, report, tmp_path)
+    for shot in script["SHOTS"]:
+        with Image.open(tmp_path / f"{shot.name}.png") as image:
+            paper = image.convert("RGB").getpixel((2, 2))
+            assert max(paper) < 40 if shot.scheme == "dark" else min(paper) > 240
+            assert image.width == {"desktop": 1200, "phone": 585}[shot.window]

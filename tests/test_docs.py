@@ -17,6 +17,7 @@ from coursepack.precompute.teachers import TeachersFile
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.M | re.S)
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 OTHER_LANGUAGES = {"{toctree}", "{eval-rst}", "bash", "text"}
 """Directives of the site, lines for startup files of shells, and output."""
 OWN_TESTS = {
@@ -58,6 +59,16 @@ def test_languages_of_blocks_are_known():
             assert page.stem in own
         else:
             assert languages <= {"python", "yaml"} | OTHER_LANGUAGES, page
+
+
+def test_pictures_are_described_and_small():
+    pictures = [each for page in [*PAGES, ROOT / "README.md"] for each in PICTURE.findall(page.read_text())]
+    assert len(pictures) > 5
+    for described, file in pictures:
+        assert len(described.split()) > 4, file
+        assert (ROOT / "docs" / Path(file).name).stat().st_size <= 150_000, file
+    shown = {Path(file).name for _, file in pictures}
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} <= shown
 
 
 def test_every_page_is_in_the_contents():

@@ -14,8 +14,8 @@ FOLDERS = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].spl
 COMMON = {
     f"coursepack.{name}"
     for name in (
-        *("errors", "allocator", "canonical", "catalog", "commands", "config", "console", "device", "files"),
-        *("imports", "lazy", "locks", "parsing", "problems", "ray_workers", "unions"),
+        *("errors", "allocator", "canonical", "catalog", "commands", "completion", "config", "console"),
+        *("device", "files", "imports", "lazy", "locks", "parsing", "problems", "ray_workers", "unions"),
     )
 }
 ALLOWED = {
@@ -40,8 +40,9 @@ FLOORS = (
         "finite",
         "objective",
         "methods",
+        "recipe_file",
     ),
-    *("recipe", "renamed", "targets", "setup", "training", "runs", "report", "cli"),
+    *("recipe", "renamed", "recipe_names", "targets", "setup", "training", "runs", "report", "cli"),
 )
 """Rooms of `distill` from the lowest up; a room imports from lower ones alone, but for types."""
 SCRIPTS = ("tests", "examples", "benchmarks")

@@ -77,13 +77,15 @@ def test_the_first_views_are_the_store_that_was_written_with_them_alone(tmp_path
     write_rows(tmp_path / "s.zarr", rows)
     alone = replace(rows, views=2, shapes={name: rows.shapes[name] for name in arrays})
     write_rows(tmp_path / "alone.zarr", alone)
-    result = copy(tmp_path / "s.zarr", tmp_path / "part.zarr", "--views=0-1", f"--arrays={','.join(arrays)}")
+    result = copy(
+        tmp_path / "s.zarr", tmp_path / "part.zarr", "--view-indices=0-1", f"--arrays={','.join(arrays)}"
+    )
     assert result.exit_code == 0, result.output
     assert_copy(tmp_path / "part.zarr", store_files(tmp_path / "alone.zarr"))
 
 
 def test_a_list_of_views_is_a_store_that_the_others_can_be_added_to(tmp_path, store):
-    assert copy(store, tmp_path / "part.zarr", "--views=3,0-1").exit_code == 0
+    assert copy(store, tmp_path / "part.zarr", "--view-indices=3,0-1").exit_code == 0
     manifest = load_manifest(tmp_path / "part.zarr")
     assert (manifest.views, manifest.committed["logits"]) == (4, (0, 1, 3))
     assert StoreReader(tmp_path / "part.zarr").views == (0, 1, 3)
@@ -243,8 +245,11 @@ def test_what_cannot_be_copied_is_refused_in_one_line_and_nothing_is_written(tmp
         (["s.zarr", "./s.zarr"], "are the same place: give another target"),
         (["s.zarr", f"file://{store}"], "are the same place"),
         (["s.zarr", "s.zarr/copy"], "lies in"),
-        (["s.zarr", "a", "--views=4"], "view 4 is out of range: the views of store 's.zarr' are 0 to 3"),
-        (["s.zarr", "a", "--views=0-999999999999999"], "out of range"),
+        (
+            ["s.zarr", "a", "--view-indices=4"],
+            "view 4 is out of range: the views of store 's.zarr' are 0 to 3",
+        ),
+        (["s.zarr", "a", "--view-indices=0-999999999999999"], "out of range"),
         (["s.zarr", "a", "--arrays=logits,feature/stem"], "unknown array of store 's.zarr' 'feature/stem'"),
         (["s.zarr", "a", "--arrays=features/stem"], "every store has logits: add it"),
         (["s.zarr", "file"], "is a file, expected a folder for the store: use another target"),
@@ -254,8 +259,10 @@ def test_what_cannot_be_copied_is_refused_in_one_line_and_nothing_is_written(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other.zarr", "s.zarr"]
     assert {path: store_files(path) for path in (store, other)} == before
     for views in ("", "a", "3-1", "0..3", "-1", "0,,1"):
-        result = copy("s.zarr", "a", f"--views={views}")
+        result = copy("s.zarr", "a", f"--view-indices={views}")
         assert (result.exit_code, "is not a list of views, as in 0-9 or 0-3,8" in result.stderr) == (2, True)
+    counted = copy("s.zarr", "a", "--views=2")
+    assert (counted.exit_code, "list those to copy with --view-indices" in counted.stderr) == (2, True)
 
 
 def test_views_that_are_not_finished_are_named(tmp_path):
@@ -267,7 +274,7 @@ def test_views_that_are_not_finished_are_named(tmp_path):
                 break
             ROWS.write_block(writer, block)
         writer.commit()
-    text = refused(path, tmp_path / "copy.zarr", "--views=1-3")
+    text = refused(path, tmp_path / "copy.zarr", "--view-indices=1-3")
     assert f"view 2 of 'features/stem' is not finished in store '{path}' (and 1 more" in text
     assert not (tmp_path / "copy.zarr").exists()
 

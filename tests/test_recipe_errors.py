@@ -2,15 +2,22 @@
 
 import json
 import re
+import subprocess
+import sys
 from typing import Annotated, get_args, get_origin
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from coursepack.config import check_given
 from coursepack.distill.cli import main as distill
-from coursepack.distill.recipe import TrainRecipe
-from coursepack.errors import RecipeError
+from coursepack.distill.methods import METHODS
+from coursepack.distill.recipe import TrainRecipe, objective_values
+from coursepack.distill.recipe_names import wrong_names
+from coursepack.distill.setup.resolve import resolve_recipe
+from coursepack.errors import CoursepackError, RecipeError
+from coursepack.models import build_network
 from coursepack.problems import EXPECTED
 from coursepack.unions import OneOf, models_of
 
@@ -94,6 +101,34 @@ def test_wrong_values_are_refused_in_plain_words(wrong):
     assert refused > len(PLACES) / 4
 
 
+def refusal(values):
+    """Text with which the full check refuses a recipe's values."""
+    objective = values.get("objective")
+    if isinstance(objective, dict):
+        values = values | {"objective": objective_values("kd", objective, classes=1)}
+    try:
+        check_given(TrainRecipe, values, "here")
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("wrong", ["zzz", {"zzz": 1}, {"name": "zzz"}, None], ids=json.dumps)
+def test_wrong_names_are_found_without_the_configs_in_the_same_words(wrong):
+    found = 0
+    for path, put in PLACES:
+        lines = wrong_names(put(wrong), "kd")
+        found += bool(lines)
+        assert not lines or refusal(put(wrong)) == "\n  ".join(["here is not valid:", *lines]), path
+    assert (found > 5) == (wrong is not None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fields_of_all_methods_have_right_names(method):
+    values = json.loads(json.dumps({"objective": objective_values(method, {}, classes=10), "zzz": 1}))
+    assert wrong_names(values, method) == ["zzz: unknown key"]
+
+
 @pytest.mark.parametrize("wrong", ["zzz", "-3", "[[]]", "{zzz: 1}"])
 def test_wrong_values_on_the_command_line(tmp_path, wrong):
     fields = [
@@ -134,3 +169,47 @@ def test_texts(values, text):
     with pytest.raises(RecipeError) as caught:
         check_given(TrainRecipe, values, "here")
     assert f"\n  {text}" in str(caught.value)
+
+
+WRONG_NAMES = {
+    "method": {"method": "kdd"},
+    "field": {"optimzer": {"lr": 0.1}, "epochs": 3},
+    "fields": {"optimizer": {"lrr": 0.1, "name": "adam"}, "objective": {"temprature": 2}, "zzz": 1},
+    "fusion": {"method": "kd", "objective": {"fusion": {"name": "confidnce"}}},
+    "fields of a family": {"method": "dkd", "objective": {"terms": {"dkd": {"alfa": 1, "zzz": 2}}}},
+    "term": {"objective": {"terms": {"hnt": {"weight": 1}}}},
+    "renamed field": {"optimiser": {"lr": 0.1}},
+    "op": {"view": {"ops": [{"op": "pad_crp", "padding": 1}]}},
+    "view": {"view": "cifr"},
+    "source": {"source": "digts:train"},
+    "student": {"student": "digits-smal"},
+}
+"""Fields of recipes with wrong names."""
+ALL_REFUSED = """
+import sys
+from pathlib import Path
+
+from coursepack.distill.cli import main
+
+for file in sorted(Path().glob("*.yaml")):
+    try:
+        main(["train", str(file), "--out", "run"])
+    except SystemExit as end:
+        assert end.code == 1
+    assert not {"torch", "numpy", "zarr"} & set(sys.modules), file
+"""
+
+
+def test_wrong_names_in_recipe_files_are_refused_without_torch_and_in_the_same_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = []
+    for number, fields in enumerate(WRONG_NAMES.values()):
+        values = {"student": "digits-small", "source": "digits", "view": "digits", **fields}
+        file = f"{number:02}.yaml"
+        (tmp_path / file).write_text(yaml.safe_dump(values))
+        with pytest.raises(CoursepackError) as full:
+            build_network(resolve_recipe(values, file).student, 10)
+        expected.append(f"Error: {full.value}\n")
+    command = [sys.executable, "-c", ALL_REFUSED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "".join(expected))

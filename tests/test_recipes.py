@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from coursepack.config import field_at
+from coursepack.config import description_at
 from coursepack.distill.cli import main as distill
 from coursepack.distill.recipe import LearningRateConfig, OptimizerConfig, TrainRecipe, load_recipe
 from coursepack.distill.runs.folder import load_run, load_runs
@@ -200,7 +200,7 @@ def test_the_page_on_training_knows_the_fields_flags_and_defaults():
 def test_the_page_on_training_describes_the_fields_as_the_help_does():
     rows = table_of_fields("## Fields")
     described = {field: text for field, _, _, text in rows}
-    fields = {field: field_at(TrainRecipe, field).description for field in described}
+    fields = {field: description_at(TrainRecipe, field) for field in described}
     assert described == {field: " ".join(text.split()) for field, text in fields.items()}
     tops = {field.partition(".")[0] for field in described}
     assert tops == set(TrainRecipe.model_fields)

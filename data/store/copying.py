@@ -231,7 +231,7 @@ def _check_space(goal: Location, needed: int) -> None:
     if needed > goal.free_bytes():
         raise StoreFull(
             f"the copy {str(goal)!r} needs {byte_size(needed)} more, but {byte_size(goal.free_bytes())} are "
-            "free there: copy fewer --views or --arrays, or use another disk"
+            "free there: give fewer --view-indices or --arrays, or use another disk"
         )
 
 

@@ -106,7 +106,7 @@ def _described(method: dict[str, Any], label: str) -> list[str]:
 
 def _changes(assignments: tuple[str, ...]) -> dict[str, Any]:
     """Return the changed fields of an objective as nested plain values."""
-    from coursepack.distill.recipe import set_values
+    from coursepack.distill.recipe_file import set_values
     from coursepack.distill.renamed import check_renamed
 
     values: dict[str, Any] = {}

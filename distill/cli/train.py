@@ -125,6 +125,16 @@ def train_command(
 
     Options override fields of RECIPE_FILE. The complete recipe is saved in the run's folder.
     """
+    from coursepack.distill.recipe_names import check_names
+
+    values = _read_values(recipe_file, options, assignments)
+    if peers is not None:
+        _set_peers(values, peers)
+    if replica is not None:
+        values["member"], values["replicas"] = replica
+    where = "the recipe" if recipe_file is None else str(recipe_file)
+    check_names(values, where)  # before torch is imported
+
     from coursepack.distill.distributed import process_group
     from coursepack.distill.runs.dry_run import dry_run
     from coursepack.distill.runs.folder import load_runs
@@ -133,12 +143,6 @@ def train_command(
     from coursepack.distill.setup.resolve import resolve_recipe
 
     with process_group(device) as (ranks, own), ExitStack() as stack:
-        values = _read_values(recipe_file, options, assignments)
-        if peers is not None:
-            _set_peers(values, peers)
-        if replica is not None:
-            values["member"], values["replicas"] = replica
-        where = "the recipe" if recipe_file is None else str(recipe_file)
         recipe = resolve_recipe(values, where, smoke=smoke, trust_code=trust_code)
         shared = {"overwrite": overwrite, "resume": resume, "trust_code": trust_code}
         if smoke:
@@ -169,7 +173,7 @@ def _read_values(
 ) -> dict[str, Any]:
     """Return the plain values of a recipe file with those of the command line in their place."""
     from coursepack.config import start_paths
-    from coursepack.distill.recipe import load_recipe
+    from coursepack.distill.recipe_file import load_recipe
 
     values: dict[str, Any] = {}
     if recipe_file is not None:
@@ -234,12 +238,20 @@ def _apply(values: dict[str, Any], options: dict[str, Any], assignments: Sequenc
     Raises:
         UnknownName, RecipeError: a view does not exist, or an option does not fit the recipe.
     """
-    from coursepack.data import view_recipe
-    from coursepack.distill.recipe import set_value, set_values
+    from coursepack.distill.recipe_file import set_value, set_values
 
     for flag, field, value in given_options(options):
-        plain = view_recipe(value).model_dump(mode="json") if field == "view" else value
+        plain = value
+        if field == "view" and any(text.startswith("view.") for text in assignments):
+            plain = _fields_of_view(value)
         if field == "student":
             plain, *values["peers"] = value
         set_value(values, field, plain, flag)
     set_values(values, assignments)
+
+
+def _fields_of_view(name: str) -> Any:
+    """Return the fields of a view recipe by name, some of which are assigned."""
+    from coursepack.data import view_recipe
+
+    return view_recipe(name).model_dump(mode="json")

@@ -48,7 +48,7 @@ def results_section(groups: Sequence[RunGroup]) -> Section:
     first = finished[0][1]
     extras = [name for name in EXTRAS if any(name in compared.extras for _, compared in finished)]
     header = (
-        *("recipe", "runs", "accuracy", "± sd", "difference", "95 % interval", "beats first", "nll"),
+        *("recipe", "runs", "accuracy", "±\u00a0sd", "difference", "95 % interval", "beats first", "nll"),
         *(EXTRAS[name][1] for name in extras),
     )
     rows = tuple(

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 _RANGE = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?")
 
 
-def _parse_views(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[range] | None:
+def _refuse_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Refuse `--views`, which is a number of views in all other commands."""
+    if value is not None:
+        raise click.UsageError(
+            "--views is a number of views in other commands: list those to copy with --view-indices, as in "
+            "--view-indices 0-9 or 0-3,8"
+        )
+
+
+def _parse_indices(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[range] | None:
     """Parse ranges of views such as `0-3,8`, whose ends are included."""
     if value is None:
         return None
@@ -39,15 +48,21 @@ def _parse_names(_ctx: click.Context, _param: click.Parameter, value: str | None
 EXAMPLES = """\b
 Examples:
   precompute copy cnn.zarr copy.zarr
-  precompute copy cnn.zarr part.zarr --views 0-3,8 --arrays logits
+  precompute copy cnn.zarr part.zarr --view-indices 0-3,8 --arrays logits
 """
 
 
 @click.command("copy", cls=Command, epilog=EXAMPLES)
 @click.argument("source", type=STORE_PATH, metavar="SRC")
 @click.argument("target", type=STORE_PATH, metavar="DST")
-@click.option("--views", callback=_parse_views, metavar="LIST",
-              help="Views to copy, such as 0-9 or 0-3,8.  [default: all finished ones]")  # fmt: skip
+@click.option(
+    "--view-indices",
+    "views",
+    callback=_parse_indices,
+    metavar="LIST",
+    help="Indices of the views to copy, such as 0-9 or 0-3,8.  [default: all finished ones]",
+)
+@click.option("--views", "_count", hidden=True, expose_value=False, callback=_refuse_count)
 @click.option("--arrays", callback=_parse_names, metavar="NAMES",
               help="Arrays to copy, such as logits,features/layer3.  [default: all]")  # fmt: skip
 @SINGLE_WRITER

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coursepack.catalog import names_of
-from coursepack.commands import Choice, Command, name_of
+from coursepack.commands import Choice, Command, complete_tap, name_of
 from coursepack.console import JSON, TRUST_CODE, parse_numbers, print_json
 from coursepack.precompute.cli.budgets import GROUP as BUDGET_GROUP
 from coursepack.precompute.cli.budgets import budget_options
@@ -70,7 +70,8 @@ JOB_OPTIONS = (
     click.option("--views", type=click.IntRange(1), cls=_UnlessFile, help="Number of views of each sample."),
     click.option("--store", type=STORE_PATH, cls=_UnlessFile,
                  help="Folder or address of the store; with @all, of one store per epoch."),
-    click.option("--tap", "taps", multiple=True, metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
+    click.option("--tap", "taps", multiple=True, shell_complete=complete_tap,
+                 metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", shell_complete=name_of("encoding"), default="float16", show_default=True,
                  help="Encoding of logits: float32, float16, bfloat16, int8, topk:K or topk16:K."),

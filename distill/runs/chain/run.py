@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coursepack.console import say, warn
+from coursepack.console import SHORT_SECONDS, duration, say, warn
 from coursepack.distill.runs.chain.plan import naming_stage
 from coursepack.distill.runs.chain.record import (
     LOCK,
@@ -74,7 +75,7 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
     for name in redo:
         if name not in {stage.name for stage in stages}:
             raise UnknownName("stage", name, [stage.name for stage in stages])
-    _check_all(stages, out, redo)
+    pending = _check_all(stages, out, redo)
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(out / LOCK)
@@ -83,8 +84,7 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
     try:
         sweep(out)
         with nullcontext() if how.executor is None else how.executor.connected():
-            for group in stages_at_once(stages, how):
-                _run_group(group, stages, out, how, set(redo))
+            _run_groups(stages, pending, out, how, set(redo))
     except KeyboardInterrupt:
         warn("interrupted: the same command continues the chain")
         raise
@@ -93,8 +93,10 @@ def run_chain(stages: Sequence[Stage], out: Path, how: How, *, redo: Collection[
     return [evaluated for stage in stages if (evaluated := _evaluated(stage, out)) is not None]
 
 
-def _check_all(stages: Sequence[Stage], out: Path, redo: Collection[str]) -> None:
-    """Refuse stages that were run with other values, before anything is run.
+def _check_all(stages: Sequence[Stage], out: Path, redo: Collection[str]) -> set[str]:
+    """Return the names of the stages to run, some of which may turn out to be unchanged.
+
+    Stages that were run with other values are refused before anything is run.
 
     Raises:
         RunError: there are such stages; the message shows the differences of all of them.
@@ -111,6 +113,7 @@ def _check_all(stages: Sequence[Stage], out: Path, redo: Collection[str]) -> Non
             pending.add(stage.name)
     if refused:
         raise RunError("\n".join(refused))
+    return pending
 
 
 def _refusal(stage: Stage, table: str) -> str:
@@ -159,10 +162,23 @@ def _may_redo(stage: Stage, stages: Sequence[Stage], redo: Collection[str]) -> b
     return stage.name in redo or any(_may_redo(each, stages, redo) for each in before)
 
 
+def _run_groups(
+    stages: Sequence[Stage], pending: Collection[str], out: Path, how: How, redo: Collection[str]
+) -> None:
+    """Run the stages that are not finished, and print the time that is left after each group."""
+    remaining, ran, started = len(pending), 0, time.monotonic()
+    for group in stages_at_once(stages, how):
+        ran += _run_group(group, stages, out, how, redo)
+        remaining -= sum(stage.name in pending for stage in group)
+        left = remaining * (time.monotonic() - started) / max(ran, 1)
+        if ran and remaining and left >= SHORT_SECONDS:
+            say(f"{len(stages) - remaining} of {len(stages)} stages finished, about {duration(left)} left")
+
+
 def _run_group(
     group: Sequence[Stage], stages: Sequence[Stage], out: Path, how: How, redo: Collection[str]
-) -> None:
-    """Run those of some stages that are not finished, at the same time."""
+) -> int:
+    """Run those of some stages that are not finished, at the same time, and return their number."""
     begun: list[tuple[Stage, dict[str, Any]]] = []
     for stage in group:
         with naming_stage(stage.name):
@@ -170,12 +186,13 @@ def _run_group(
         if identity is not None:
             begun.append((stage, identity))
     if not begun:
-        return
+        return 0
     with naming_stage(begun[0][0].name) if len(begun) == 1 else nullcontext():
         found = run_stages([stage for stage, _ in begun], out, how)
     for (stage, identity), metrics in zip(begun, found, strict=True):
         output = output_of(out, stage)
         write_record(out, StageRecord(stage=stage.name, identity=identity, output=output, metrics=metrics))
+    return len(begun)
 
 
 def _begin(stage: Stage, stages: Sequence[Stage], out: Path, redo: Collection[str]) -> dict[str, Any] | None:
