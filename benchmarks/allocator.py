@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +41,7 @@ class Child:
 
     def __init__(self, mode: str, what: str, batch_size: int, threads: int) -> None:
         words = ["--child", json.dumps([mode, what, batch_size, threads])]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._process = Popen([sys.executable, __file__, *words], stdin=PIPE, stdout=PIPE, text=True)
         self.told: dict[str, float] = {}
 
     def __enter__(self) -> Child:
