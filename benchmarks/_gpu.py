@@ -16,7 +16,7 @@ import torch
 from _harness import alternate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coursepack.console import say
+from coursepack.console import inform
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ class Device:
     def leave_out(self, figure: str, reason: str) -> None:
         """Report that a figure is not measured."""
         if figure not in self.missing:
-            say(f"left out: {figure} ({reason})")
+            inform(f"left out: {figure} ({reason})")
         self.missing[figure] = reason
 
     def timed(self, run: Callable[[], Any], calls: int = 1) -> Callable[[], float]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Tensor, Any], Tensor]
     Cell = tuple[int, int, int]
 
-MOST_COPIES = 64
+MAX_COPIES = 64
 CACHE = 32 << 20
 """Bytes of cache that inputs exceed on the CPU; a GPU says how much it has."""
 ENCODINGS = ("float16", "int8", "topk:10", "topk:50")
@@ -41,7 +41,7 @@ class Cold:
         self.moved = 2 * student.nbytes + teachers.nbytes
         is_cuda = device.type == "cuda"
         cache = torch.cuda.get_device_properties(device).L2_cache_size if is_cuda else CACHE
-        self.copies = max(2, min(MOST_COPIES, 4 * cache // self.moved))
+        self.copies = max(2, min(MAX_COPIES, 4 * cache // self.moved))
         self.students = [student.clone().requires_grad_(True) for _ in range(self.copies)]
         self.teachers: list[Any] = [teachers.clone() for _ in range(self.copies)]
 

@@ -16,7 +16,7 @@ from coursepack.data.loading import Renderer
 from coursepack.distill.setup.prepare import prepare
 from coursepack.distill.training.loop import train_epoch, train_steps
 from coursepack.distill.training.metrics import WATCH_EVERY, EpochMetrics
-from coursepack.distill.training.runtime import algorithms
+from coursepack.distill.training.runtime import torch_algorithms
 from coursepack.distill.training.state import make_state
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def epochs(device: Device, size: Students) -> list[Row]:
     """Measure epochs, and the launches and synchronizations of their steps."""
     _train_place.DEVICE = device.device
     found = []
-    with tempfile.TemporaryDirectory() as folder, algorithms(deterministic=False):
+    with tempfile.TemporaryDirectory() as folder, torch_algorithms(deterministic=False):
         place = Place(Path(folder), size.samples, size.teachers)
         for name in size.teachers:
             for encoding in ("float16", "int8"):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from coursepack.console import print_table, say
+from coursepack.console import inform, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,7 +219,7 @@ def report(title: str, rows: list[Row], path: Path | None) -> None:
     print_table(title, ["figure", "value", "low to high", "interval", "unit", "n", "bar", "holds"], cells)
     if path is not None:
         write_rows(path, machine(), rows)
-        say(f"Wrote {path}.")
+        inform(f"Wrote {path}.")
     if any(entry["holds"] == "no" for entry in rows):
         sys.exit(1)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from _harness import exact, measure, ratios, row
 from _train_place import CLASSES, DEVICE, Place, stepper
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data.store.manifest import FEATURES
 from coursepack.distill.methods import METHODS
 from coursepack.distill.setup.costs import planned_store, view_costs
@@ -111,7 +111,7 @@ def costs(folder: Path, size: Size) -> list[Row]:
             found += _method(place, size, student, method, cost, [stores[taps]] if cost.arrays else [])
         except RecipeError as error:
             why = str(error).replace(f"{folder}/", "")
-            say(f"{student}, {method}: refused: {why}")
+            inform(f"{student}, {method}: refused: {why}")
             found.append(exact(f"cost: {student}, {method}, refused", 1, "refusal", {"why": why}))
     return found
 
@@ -134,7 +134,7 @@ def _method(
     rows = measure(
         variants, size.rounds, lambda seconds: _step_rows(title, seconds, config, bar), patience=size.patience
     )
-    say(f"{title}: {rows[0]['value']:.3f} times a plain step")
+    inform(f"{title}: {rows[0]['value']:.3f} times a plain step")
     rows.append(memory_row(title, setup, config))
     if stores:
         live = variants | {"live": _steps(prepared(stores=stores, online=True))}
@@ -210,6 +210,6 @@ def _view_rows(title: str, cost: ViewCost, config: dict[str, Any]) -> list[Row]:
     """Return the bytes of a view of the arrays that are read, and of the same outputs unreduced."""
     config = config | {"samples": cost.samples, "arrays": list(cost.arrays)}
     rows = [exact(f"cost: {title}, view minimal", cost.samples * cost.read, "bytes", config)]
-    if cost.whole is not None:
-        rows.append(exact(f"cost: {title}, view full", cost.samples * cost.whole, "bytes", config))
+    if cost.in_memory is not None:
+        rows.append(exact(f"cost: {title}, view full", cost.samples * cost.in_memory, "bytes", config))
     return rows

@@ -169,7 +169,9 @@ def measure(case: dict[str, int]) -> None:
         job = simulated_job(Path(folder) / "s.zarr", case["samples"], views=case["views"], taps=case["taps"])
         small = simulated_job(Path(folder) / "small.zarr", BATCH, taps=case["taps"])
         run_job(small, quiet=True)
-        assert job.source.whole is not None  # made before, because images in memory grow with their number
+        assert (
+            job.source.in_memory is not None
+        )  # made before, because images in memory grow with their number
         # The writer is slower than the teacher, so that as many batches wait as may.
         with peak() as found, mock.patch.object(BlockFiles, "add", slow_add):
             run_job(replace(job, block_rows=min(1024, case["samples"])), quiet=True)

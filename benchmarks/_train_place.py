@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data import open_source, view_recipe
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.setup.student import blocks
@@ -71,7 +71,7 @@ class Place:
         """Write the store of a teacher's logits and of some taps, with one view."""
         started = time.perf_counter()
         run_job(Job(path, self.source, view_recipe("cifar"), self.runner(name, taps), 1, encoding))
-        say(f"stored {path.stem} in {time.perf_counter() - started:.0f} s")
+        inform(f"stored {path.stem} in {time.perf_counter() - started:.0f} s")
 
     def store(self, name: str, encoding: str) -> Path:
         """Return the path of a teacher's store."""

@@ -18,7 +18,7 @@ from _methods_presets import LEARNING_RATE, STUDENT
 from methods import entries, interval, recipe, train_student, train_teachers
 from PIL import Image
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data import ViewRecipe, open_source
 from coursepack.data.views.geometry import PadCrop, ResizedCrop
 from coursepack.models import TeacherRunner, load_teacher, parse_tap
@@ -146,5 +146,5 @@ def paired(
         made |= {"low": low, "high": high, "n": len(values), "config": config | {"interval": "95 %"}}
         holds = None if limit is None else verdict(low, high, limit)
         rows.append(made | {"bar": limit, "holds": holds})
-    say(f"{title}: {own.mean():.2f} %, {(own - base).mean():+.2f}")
+    inform(f"{title}: {own.mean():.2f} %, {(own - base).mean():+.2f}")
     return rows

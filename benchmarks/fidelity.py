@@ -25,7 +25,7 @@ from _peers import digit_logits, renormalized_rows, top_probs_rows
 from methods import KD, Changed, Entry, interval, recipe, train_student
 from scipy import stats
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data import open_source, view_recipe
 from coursepack.data.encodings import parse_encoding, row_bytes, smaller_encoding
 from coursepack.data.encodings.int8 import quantized
@@ -199,7 +199,7 @@ def students(folder: Path, size: Size) -> list[Row]:
             accuracies = np.array(found)
             reference = accuracies if reference is None else reference
             rows += student_rows(f"student from {title} T={temperature:g}", accuracies, reference)
-            say(f"T={temperature:g} {title}: {accuracies.mean():.2f} %")
+            inform(f"T={temperature:g} {title}: {accuracies.mean():.2f} %")
     return rows
 
 

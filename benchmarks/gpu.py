@@ -27,7 +27,7 @@ from _gpu_stage_one import SETTINGS, Teacher, View
 from _gpu_train import Students
 from _harness import STARTED, arguments, machine, report, write_rows
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.device import pick_device
 from coursepack.errors import CoursepackError
 
@@ -107,7 +107,7 @@ def main() -> None:
     except CoursepackError as error:
         sys.exit(str(error))
     if not device.is_cuda and not chosen.quick:
-        say("warning: on the CPU the full size takes long; --quick is tiny")
+        inform("warning: on the CPU the full size takes long; --quick is tiny")
     rows: list[Row] = []
     failed = []
     where = machine() | {"device": torch.cuda.get_device_name(device.device) if device.is_cuda else "cpu"}
@@ -122,12 +122,12 @@ def main() -> None:
             traceback.print_exc()
             failed.append(title)
         else:
-            say(f"{title}: {time.monotonic() - started:.0f} s")
+            inform(f"{title}: {time.monotonic() - started:.0f} s")
         if chosen.json is not None:
             write_rows(chosen.json, where | {"left out": device.missing, "failed": failed}, rows)
     report(f"On {where['device']}", rows, None)
     for title in failed:
-        say(f"failed: {title}")
+        inform(f"failed: {title}")
     sys.exit(1 if failed else 0)
 
 

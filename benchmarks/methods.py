@@ -32,7 +32,7 @@ from _methods_presets import STUDENT as CONVOLUTIONAL
 from scipy import stats
 
 from coursepack.allocator import keep_freed_memory
-from coursepack.console import print_table, say
+from coursepack.console import inform, print_table
 from coursepack.data import open_source, view_recipe
 from coursepack.data.store import StoreReader
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
@@ -241,7 +241,7 @@ def train_student(recipe: TrainRecipe, title: str) -> tuple[dict[str, float], Ne
         for epoch in range(recipe.epochs):
             train_epoch([state], run.batches(epoch), run.targets, epoch)
     except TrainingDiverged:
-        say(f"{title}: seed {recipe.seed} diverged, counted as untrained")
+        inform(f"{title}: seed {recipe.seed} diverged, counted as untrained")
         state, diverged = make_state(run), True
     seconds = time.perf_counter() - started
     values = evaluate(state.network, run.evaluation, CPU)
@@ -264,11 +264,11 @@ def study(
             ]
         except RecipeError as error:
             why = str(error).replace(f"{stores[0].parent}/", "")
-            say(f"{setting} {entry.name}: refused: {why}")
+            inform(f"{setting} {entry.name}: refused: {why}")
             refused.append(exact(f"{setting}/{entry.name}, refused", 1, "refusal", {"why": why}))
             continue
         found = told[entry.name] = {name: [each[name] for each in several] for name in FIGURES}
-        say(f"{setting} {entry.name}: {np.mean(found['accuracy']):.2%}, {np.mean(found['seconds']):.2f} s")
+        inform(f"{setting} {entry.name}: {np.mean(found['accuracy']):.2%}, {np.mean(found['seconds']):.2f} s")
     return told, refused
 
 
@@ -351,7 +351,7 @@ def settings(folder: Path, chosen: list[str], quick: bool) -> list[dict[str, Any
         stores, seconds = write_stores(folder, runs[setting], setting, views)
         plain = plain or stores
         spent += sum(seconds)
-        say(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
+        inform(f"{setting}: teachers right on {', '.join(f'{teacher_accuracy(s):.1%}' for s in stores)}")
         told, refused = study(setting, stores, seeds, epochs, entries(setting, names), 64 if quick else 300)
         students += seeds * (len(told) - 1)
         rows += [*rows_of(setting, told, NOTES[setting]), *refused]

@@ -30,7 +30,7 @@ from _train_place import Place, stepper
 from methods import interval
 
 from coursepack.allocator import keep_freed_memory
-from coursepack.console import print_table, say
+from coursepack.console import inform, print_table
 from coursepack.data import open_source, view_recipe
 from coursepack.distill.recipe import TrainRecipe, resolve_objective
 from coursepack.distill.runs.folder import load_runs
@@ -103,7 +103,7 @@ def step_rows(folder: Path, size: Size) -> list[Row]:
         rows += measure(
             variants, size.rounds, partial(_step_rows, title=title, config=config), patience=size.patience
         )
-        say(f"{title}: {rows[-2]['value']:.3f} times the step side by side")
+        inform(f"{title}: {rows[-2]['value']:.3f} times the step side by side")
         rows += [exact(f"{title}, page faults {which}", page_faults(step), "faults", config)
                  for which, step in variants.items()]  # fmt: skip
     return rows
@@ -225,7 +225,7 @@ def study_rows(folder: Path, size: Size) -> list[Row]:
             [entry.name, f"{accuracy.mean():.2f}", f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}",
              f"{together.mean():.2f}" if several else "-", f"{np.median(seconds):.1f}"]
         )  # fmt: skip
-        say(f"{entry.name}: {accuracy.mean():.2f} %, {difference.mean():+.2f} ({low:+.2f} to {high:+.2f})")
+        inform(f"{entry.name}: {accuracy.mean():.2f} %, {difference.mean():+.2f} ({low:+.2f} to {high:+.2f})")
         figures = [("", accuracy, "%"), (" - alone", difference, "points")]
         figures += [(", ensemble", together, "%")] if several else []
         for what, values, unit in figures:

@@ -25,7 +25,7 @@ import numpy as np
 from _harness import Row, arguments, machine, write_rows
 from methods import interval
 
-from coursepack.console import print_table, printable, say
+from coursepack.console import inform, print_table, printable
 from coursepack.data import open_source, view_recipe
 from coursepack.device import pick_device
 from coursepack.distill.recipe import load_recipe, set_values
@@ -214,7 +214,7 @@ def student_row(each: Experiment, seeds: int, place: Place) -> Row | None:
         try:
             accuracies.append(train_network(values, each.file, folder / str(seed), place))
         except TrainingDiverged as error:
-            say(f"{name}, seed {seed}: {error}")
+            inform(f"{name}, seed {seed}: {error}")
             diverged.append(seed)
     config = {
         "source": SOURCES.get(each.method, REPDISTILLER), "recipe": each.file.relative_to(ROOT).as_posix(),
@@ -296,7 +296,7 @@ def main() -> None:
     print_rows(rows, told.quick)
     if told.json is not None:
         write_rows(told.json, machine(), rows)
-        say(f"Wrote {told.json}.")
+        inform(f"Wrote {told.json}.")
 
 
 if __name__ == "__main__":

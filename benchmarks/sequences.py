@@ -40,7 +40,7 @@ from methods import (
     write_stores,
 )
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data import open_source, view_recipe
 from coursepack.distill.runs.train import train
 from coursepack.models import TeacherRunner, load_teacher
@@ -144,7 +144,7 @@ class Bench:
                 for figure in FIGURES:
                     found[figure].append(values[figure])
         for name, found in told.items():
-            say(f"{section} {name}: {np.mean(found['accuracy']):.2%}")
+            inform(f"{section} {name}: {np.mean(found['accuracy']):.2%}")
         return told
 
 

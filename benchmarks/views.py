@@ -219,7 +219,7 @@ def files(rounds: int, patience: float, count: int, workers: int) -> list[Row]:
 class Listed:
     """Source of images of any size in memory, with the interface of decoded files."""
 
-    whole = None
+    in_memory = None
     channels = 3
 
     def __init__(self, images: list[np.ndarray]) -> None:

@@ -10,9 +10,9 @@ import hashlib
 import json
 from typing import Any
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 """Maximum number of differences in an error message."""
-MOST_SHOWN = 200
+MAX_SHOWN = 200
 """Maximum number of characters of a value in an error message."""
 _ABSENT = object()
 
@@ -85,7 +85,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, str, s
 def difference_table(left: Any, right: Any, left_name: str, right_name: str) -> str:
     """Format `differences` as aligned lines, one per leaf, for error messages."""
     rows = [(path, cut(a), cut(b)) for path, a, b in differences(_without_none(left), _without_none(right))]
-    rows, more = rows[:MOST_ROWS], len(rows) - MOST_ROWS
+    rows, more = rows[:MAX_ROWS], len(rows) - MAX_ROWS
     path_width = max((len(path) for path, _, _ in rows), default=0)
     left_width = max((len(a) for _, a, _ in rows), default=0)
     lines = [
@@ -95,8 +95,8 @@ def difference_table(left: Any, right: Any, left_name: str, right_name: str) -> 
 
 
 def cut(text: str) -> str:
-    """Shorten a text to `MOST_SHOWN` characters, followed by an ellipsis."""
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
+    """Shorten a text to `MAX_SHOWN` characters, followed by an ellipsis."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from coursepack.errors import RecipeError
-from coursepack.parsing import MOST_YAML_BYTES, parse_yaml, read_bounded
+from coursepack.parsing import MAX_YAML_BYTES, parse_yaml, read_bounded
 from coursepack.problems import is_combined, lines_of_problems
 from coursepack.unions import OneOf as OneOf
 from coursepack.unions import models_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 
-MOST_LINES = 20
+MAX_LINES = 20
 """Maximum number of errors of a file that are reported."""
 
 
@@ -116,7 +116,7 @@ def read_yaml(path: Path) -> Any:
         RecipeError: the file is missing, or `parse_yaml` rejects it.
     """
     try:
-        return parse_yaml(read_bounded(path, MOST_YAML_BYTES))
+        return parse_yaml(read_bounded(path, MAX_YAML_BYTES))
     except ValueError as error:
         raise RecipeError(f"{str(path)!r} {error}") from error
     except OSError as error:
@@ -165,8 +165,8 @@ def write_yaml(values: Any) -> str:
 def refusal(lines: list[str], where: str) -> RecipeError:
     """Return the error of a file with a line for each of its errors."""
     lines = list(lines)
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES:,} more"]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES:] = [f"and {len(lines) - MAX_LINES:,} more"]
     return RecipeError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines))
 
 

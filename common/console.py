@@ -85,7 +85,7 @@ QUIET = click.Option(
 """Option that `Command` adds to every command."""
 
 
-def say(text: str) -> None:
+def inform(text: str) -> None:
     """Print a message on stderr, unless `--quiet` is given."""
     if not _Output.is_quiet:
         warn(text)
@@ -236,7 +236,7 @@ class _Lines:
             rate = self._fresh / max(self._printed - self._started, 1e-9)
             left = (self._total - self._done) / max(rate, 1e-9)
             parts += [_pace(rate, self._unit), f"{left:.0f} s left"]
-        say(", ".join([*parts, self._note] if self._note else parts))
+        inform(", ".join([*parts, self._note] if self._note else parts))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

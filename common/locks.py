@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]  # a module elsewhere
 
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 """Maximum number of bytes read of a lock's file."""
 _open: set[IO[str]] = set()
 """Open files of the locks that this process holds."""
@@ -96,7 +96,7 @@ def _locked(path: Path) -> IO[str]:
 def _holder(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
-        found = parse_json(file.read(MOST_BYTES))
+        found = parse_json(file.read(MAX_BYTES))
     except ValueError:  # not written yet
         found = None
     return found if isinstance(found, dict) else {}

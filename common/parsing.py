@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from coursepack.errors import CoursepackError
 
-MOST_DEPTH = 64
+MAX_DEPTH = 64
 """Maximum number of nested lists and mappings."""
-MOST_DIGITS = 40
+MAX_DIGITS = 40
 """Maximum number of digits of an integer, and of characters of a number in YAML."""
-MOST_REPEATED = 10_000
+MAX_REPEATED = 10_000
 """Maximum number of values that the aliases of a YAML text expand to."""
-MOST_YAML_BYTES = 1 << 20
-MOST_YAML_VALUES = 100_000
-MOST_JSON_BYTES = 64 << 20
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_VALUES = 100_000
+MAX_JSON_BYTES = 64 << 20
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -59,27 +59,27 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def read_json(path: Path, kind: type[CoursepackError], most_bytes: int = MOST_JSON_BYTES) -> Any:
+def read_json(path: Path, kind: type[CoursepackError], max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the plain values in a JSON file.
 
     Args:
         path: file to read.
         kind: class of the error to raise.
-        most_bytes: maximum size of the file; a larger one is rejected without reading it.
+        max_bytes: maximum size of the file; a larger one is rejected without reading it.
 
     Raises:
         CoursepackError: the file cannot be read or is rejected; of class `kind`.
     """
     try:
-        return parse_json(read_bounded(path, most_bytes))
+        return parse_json(read_bounded(path, max_bytes))
     except ValueError as error:
         raise kind(f"{str(path)!r} {error}") from error
     except OSError as error:
         raise kind(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
-def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """Return the content of a regular file of at most `most_bytes` bytes.
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a regular file of at most `max_bytes` bytes.
 
     Raises:
         ValueError: the file is not regular, or is larger; the message is a predicate as in `parse_json`.
@@ -88,8 +88,8 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     status = path.stat()  # before opening, which would block on a FIFO without a writer
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("is not a regular file")
-    if status.st_size > most_bytes:
-        raise ValueError(f"has {status.st_size:,} bytes, expected at most {most_bytes:,}")
+    if status.st_size > max_bytes:
+        raise ValueError(f"has {status.st_size:,} bytes, expected at most {max_bytes:,}")
     with path.open("rb") as file:
         return file.read(status.st_size)
 
@@ -103,8 +103,8 @@ def parse_yaml(text: str | bytes) -> Any:
     >>> parse_yaml("{lr: 0.1, on: 2026-01-31}")
     {'lr': 0.1, True: '2026-01-31'}
     """
-    if len(text) > MOST_YAML_BYTES:
-        raise ValueError(f"is longer than {MOST_YAML_BYTES:,} bytes")
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"is longer than {MAX_YAML_BYTES:,} bytes")
     text = _decoded(text, "YAML")
     try:
         _check_events(text)
@@ -145,22 +145,22 @@ def _refuse_constant(name: str) -> float:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"holds the number {digits[:MOST_DIGITS]}, which is too large")
+        raise ValueError(f"holds the number {digits[:MAX_DIGITS]}, which is too large")
     return value
 
 
 def _short(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"holds a whole number of {len(digits):,} digits, expected at most {MOST_DIGITS}")
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"holds a whole number of {len(digits):,} digits, expected at most {MAX_DIGITS}")
     return int(digits)
 
 
-_TOO_DEEP = f"is nested more than {MOST_DEPTH} levels deep"
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep"
 
 
 def _check_depth(value: Any) -> None:
     level: list[Any] = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [inner for each in level for inner in _children(each)]
         if not level:
             return
@@ -219,12 +219,12 @@ def _check_events(text: str) -> None:
                 anchors[ended.anchor] = ended
         if not isinstance(event, yaml.CollectionStartEvent) and unfinished:
             unfinished[-1].add(ended)
-        if depth > MOST_DEPTH:
+        if depth > MAX_DEPTH:
             raise ValueError(_TOO_DEEP)
-        if repeated > MOST_REPEATED:
-            raise ValueError(f"repeats more than {MOST_REPEATED:,} values by aliases")
-        if values > MOST_YAML_VALUES:
-            raise ValueError(f"holds more than {MOST_YAML_VALUES:,} values")
+        if repeated > MAX_REPEATED:
+            raise ValueError(f"repeats more than {MAX_REPEATED:,} values by aliases")
+        if values > MAX_YAML_VALUES:
+            raise ValueError(f"holds more than {MAX_YAML_VALUES:,} values")
 
 
 # The C parser, which PyYAML may be built without, takes a tenth of the time.
@@ -249,10 +249,10 @@ class _PlainLoader(_Loader):  # type: ignore[misc]  # a class only known at run 
         return values
 
     def number(self, node: yaml.ScalarNode) -> Any:
-        """Construct a number of at most `MOST_DIGITS` characters."""
-        if len(node.value) > MOST_DIGITS:
+        """Construct a number of at most `MAX_DIGITS` characters."""
+        if len(node.value) > MAX_DIGITS:
             raise ValueError(
-                f"holds a number of {len(node.value):,} characters, expected at most {MOST_DIGITS}"
+                f"holds a number of {len(node.value):,} characters, expected at most {MAX_DIGITS}"
             )
         is_int = node.tag.endswith(":int")
         try:

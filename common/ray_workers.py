@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from coursepack.allocator import keep_freed_memory
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.errors import RecipeError, WorkerLost, first_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Work = TypeVar("Work")
 
-MOST_LOSSES = 3
+MAX_LOSSES = 3
 """Number of workers that a piece of work may lose before it is given up."""
 PATIENCE_SECONDS = 60.0
 """Time without any worker after which a message says what they are waiting for."""
@@ -36,7 +36,7 @@ KNOCK_SECONDS = 10.0
 """Time in which a cluster has to accept a connection."""
 POLL_SECONDS = 2.0
 """Interval in which nodes that joined are noticed."""
-MOST_FAILED_STARTS = 3
+MAX_FAILED_STARTS = 3
 """Number of workers in a row that may die while they start."""
 
 
@@ -247,7 +247,7 @@ class Pool(Generic[Work]):
         self._grow(math.inf if waiting is None else waiting + len(self._busy))
         if self._lonely_since is not None and time.monotonic() > self._lonely_since + PATIENCE_SECONDS:
             self._lonely_since = None
-            say(f"no worker has started yet: {self._needs()}")
+            inform(f"no worker has started yet: {self._needs()}")
         references = [*self._starting, *self._busy]
         if not references:
             time.sleep(POLL_SECONDS)
@@ -305,9 +305,9 @@ class Pool(Generic[Work]):
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor)
             self._failed_starts += 1
-            if self._failed_starts >= MOST_FAILED_STARTS:
+            if self._failed_starts >= MAX_FAILED_STARTS:
                 raise WorkerLost(
-                    f"{MOST_FAILED_STARTS} workers in a row ended while they started, the last one because: "
+                    f"{MAX_FAILED_STARTS} workers in a row ended while they started, the last one because: "
                     f"{_reason(error)}. All nodes need the same Python environment and enough memory for "
                     "every worker; Ray's logs on the nodes say more"
                 ) from error

@@ -115,7 +115,9 @@ class Batch:
         drawn = self.samples, self.params
         if self.images is not None:
             return [render_on_device(self.recipe, self.images, *drawn, size) for size in sizes]
-        source = self.source if self.source.whole is not None else cast("Source", _DecodeCache(self.source))
+        source = (
+            self.source if self.source.in_memory is not None else cast("Source", _DecodeCache(self.source))
+        )
         return [torch.from_numpy(render(self.recipe, source, *drawn, size)) for size in sizes]
 
     def split(self, count: int) -> list[Batch]:
@@ -165,7 +167,7 @@ class Batch:
 class _DecodeCache:
     """Wrapper of a source of image files that decodes each image once and keeps it."""
 
-    whole = None
+    in_memory = None
 
     def __init__(self, source: Source) -> None:
         self.channels = source.channels

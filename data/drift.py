@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PROBES = 4
 """Number of samples per view whose pixel checksums are stored."""
-MOST_VIEWS = 64
+MAX_VIEWS = 64
 """Maximum number of views checked before a run, evenly spaced."""
 
 
@@ -169,8 +169,8 @@ def drift(
     """
     made = made or MadeViews(source, recipe)
     checked = sorted(views)
-    if not every_block and len(checked) > MOST_VIEWS:
-        checked = [checked[len(checked) * k // MOST_VIEWS] for k in range(MOST_VIEWS)]
+    if not every_block and len(checked) > MAX_VIEWS:
+        checked = [checked[len(checked) * k // MAX_VIEWS] for k in range(MAX_VIEWS)]
     blocks = block_count(manifest.samples, manifest.block_rows)
     messages = []
     for view in checked:

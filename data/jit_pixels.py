@@ -108,7 +108,7 @@ def axis_taps(
         side: side of the images in pixels.
         beyond_crop: as for `axis_weights`.
         begin: `(N, pixels)` int32.
-        out: `(N, pixels, taps)` int16, with at least as many taps as `most_taps` and at most `side`.
+        out: `(N, pixels, taps)` int16, with at least as many taps as `max_taps` and at most `side`.
     """
     size, taps = out.shape[1:]
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -122,7 +122,7 @@ def axis_taps(
                 out[n, i, shift + t] = weights[i, t]
 
 
-def most_taps(spans: np.ndarray, side: int, size: int) -> int:
+def max_taps(spans: np.ndarray, side: int, size: int) -> int:
     """Return the largest number of pixels that an output pixel of any span `(N, 2)` reads."""
     # Edges are rounded to whole pixels, by at most side / GRID each.
     widest = (int(spans[:, 1].max(initial=0)) + 2) * side / GRID / size

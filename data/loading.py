@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_WORKERS = 16
+MAX_WORKERS = 16
 AHEAD = 2
 """Number of batches rendered in advance, per worker."""
-MOST_ON_DEVICE = 4 << 30
+MAX_ON_DEVICE = 4 << 30
 """Maximum size in bytes of the images that are copied to a GPU."""
 
 
@@ -72,7 +72,7 @@ class Renderer:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.workers = (
-            workers if workers is not None else 0 if _is_in_memory(source) else min(cores, MOST_WORKERS)
+            workers if workers is not None else 0 if _is_in_memory(source) else min(cores, MAX_WORKERS)
         )
         self.sizes = tuple(sizes)
         self._pin = pin
@@ -180,13 +180,13 @@ def device_images(source: Source, recipe: ViewRecipe, device: torch.device) -> T
     Views with ops on rendered pixels are rendered on the CPU, beside the training step: the ops change one
     image at a time, which takes a GPU more launches than a step has.
     """
-    if device.type == "cpu" or source.whole is None or recipe.pipeline is not None or recipe.pixel_ops:
+    if device.type == "cpu" or source.in_memory is None or recipe.pipeline is not None or recipe.pixel_ops:
         return None
-    return torch.from_numpy(source.whole).to(device) if source.whole.nbytes <= MOST_ON_DEVICE else None
+    return torch.from_numpy(source.in_memory).to(device) if source.in_memory.nbytes <= MAX_ON_DEVICE else None
 
 
 def _is_in_memory(source: Source) -> bool:
-    return source.whole is not None
+    return source.in_memory is not None
 
 
 def _is_remote(source: Any) -> bool:

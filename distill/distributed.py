@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from coursepack.console import say, warn
+from coursepack.console import inform, warn
 from coursepack.data.store.owners import Part
 from coursepack.device import pick_device, rank_device
 from coursepack.errors import RankLost
@@ -65,7 +65,7 @@ class Ranks:
     def log_once(self, text: str) -> None:
         """Log a line on the first rank only."""
         if self.is_first:
-            say(text)
+            inform(text)
 
     def warn_once(self, text: str) -> None:
         """Print a warning on the first rank only."""
@@ -156,7 +156,7 @@ class Ranks:
             ) from error
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def _pieces(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -197,7 +197,7 @@ def process_group(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         RankLost: the other ranks do not connect.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE, pick_device(device)
+        yield SINGLE_RANK, pick_device(device)
         return
     try:
         shared, index, count = next(rendezvous("env://", timeout=TIMEOUT))

@@ -7,20 +7,22 @@ right. Otherwise nothing is refused here: the full check reports all errors of a
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import cut
 from coursepack.catalog import names_of, read_catalog
-from coursepack.config import MOST_LINES, refusal
+from coursepack.config import MAX_LINES, refusal
 from coursepack.distill.renamed import check_renamed
-from coursepack.errors import UnknownName
+from coursepack.errors import CoursepackError, UnknownName
 from coursepack.problems import did_you_mean, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = "recipe.TrainRecipe"
 """Key of a recipe's config in the catalog."""
@@ -40,8 +42,18 @@ def check_names(values: Mapping[str, Any], where: str) -> None:
         where: file or command that the fields came from, for error messages.
 
     Raises:
-        UnknownName, RecipeError: a name is wrong. Values that are not right otherwise raise no error here.
+        UnknownName, RecipeError: a name is wrong. Values that are not right otherwise raise no error here,
+            and neither do names of a row that was added to a table after the catalog was written.
     """
+    try:
+        _check_names(values, where)
+    except CoursepackError:
+        if not _are_in_sources(set(_words(values))):
+            raise
+
+
+def _check_names(values: Mapping[str, Any], where: str) -> None:
+    """Check names against the catalog."""
     view = values.get("view")
     if isinstance(view, str) and not view.endswith((".yaml", ".yml")) and view not in names_of("view"):
         raise UnknownName("view", view, [*names_of("view"), "a .yaml file"])
@@ -63,6 +75,24 @@ def check_names(values: Mapping[str, Any], where: str) -> None:
         raise UnknownName("network", student, [*names_of("network"), *forms])
 
 
+def _words(value: Any) -> Iterator[str]:
+    """Yield the keys and values of nested plain values that may be names."""
+    for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+        if isinstance(each, (dict, list)):
+            yield from _words(each)
+        elif isinstance(each, str) and re.fullmatch(r"[\w-]+", each):
+            yield each
+
+
+def _are_in_sources(words: set[str]) -> bool:
+    """Return whether sources of this package have one of the words that the catalog does not have."""
+    package, catalog = Path(__file__).parents[1], json.dumps(read_catalog())
+    unknown = [re.escape(word) for word in words if f'"{word}"' not in catalog]
+    pattern = re.compile(rf"\b({'|'.join(unknown)})\b")
+    files = (path for room in ("data", "distill", "models") for path in (package / room).rglob("*.py"))
+    return bool(unknown) and any(pattern.search(path.read_text()) for path in files)
+
+
 def wrong_names(values: Mapping[str, Any], method: Any) -> list[str]:
     """Return a line for each wrong name, or none if any other value may be wrong too."""
     tags = read_catalog()["methods"].get(method, {}) if isinstance(method, str) else {}
@@ -75,7 +105,7 @@ def wrong_names(values: Mapping[str, Any], method: Any) -> list[str]:
         lines = _Check(_given(tags)).fields(checked, ROOT, ())
     except _Unclear:
         return []
-    return lines if len(lines) <= MOST_LINES else []
+    return lines if len(lines) <= MAX_LINES else []
 
 
 def _tagged(objective: Mapping[str, Any], tags: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
-from coursepack.console import say, warn
+from coursepack.console import inform, warn
 from coursepack.errors import TeacherMismatch
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def columns_by_name(
             "the nearest names"
         )
     index = {name: column for column, name in enumerate(trained_on)}
-    say(f"{spec}: its classes are in another order; the source's order is used")
+    inform(f"{spec}: its classes are in another order; the source's order is used")
     return tuple(index[name] for name in class_names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.config import read_yaml, write_yaml
-from coursepack.console import printable, say
+from coursepack.console import inform, printable
 from coursepack.errors import RecipeError
 from coursepack.files import write_whole
 from coursepack.models.class_names import match_names, nearest_names
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-MOST_LISTED = 100
+MAX_LISTED = 100
 """Largest number of a teacher's classes that are all listed in a class map that is written."""
 MISSING = "missing"
 """Value in a class map for a class of the source that the teacher does not know."""
@@ -106,7 +106,7 @@ def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]
     """
     columns = match_names(class_names, trained_on)
     lines = ["# Class of the teacher for each class of the source: its index, or its name."]
-    if len(trained_on) <= MOST_LISTED:
+    if len(trained_on) <= MAX_LISTED:
         known = ", ".join(f"{index} {name}" for index, name in enumerate(trained_on))
         lines.append(f"# Classes of the teacher: {_one_line(known)}")
     for name, column in zip(class_names, columns, strict=True):
@@ -123,7 +123,7 @@ def _write_map(path: Path, class_names: Sequence[str], trained_on: Sequence[str]
             f"{', ...' if len(missing) > 3 else ''}), by {MISSING!r} where the teacher has none, and run the "
             "command again"
         )
-    say(f"{path}: written with the teacher's classes for {found}, found by name")
+    inform(f"{path}: written with the teacher's classes for {found}, found by name")
     return tuple(column for column in columns if column is not None)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.models.networks.mobilenet import MobileNetV2
 from coursepack.models.networks.resnet import ResNet
 from coursepack.models.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -111,5 +111,5 @@ def from_published(state: Mapping[str, Tensor], module: nn.Module, where: str) -
     if renamed.keys() != own:
         return state
     kind = type(module).__name__
-    say(f"{where}: mapped {len(renamed)} names of RepDistiller's and mdistiller's {kind} to those here")
+    inform(f"{where}: mapped {len(renamed)} names of RepDistiller's and mdistiller's {kind} to those here")
     return renamed

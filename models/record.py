@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"
-MOST_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 
 
 class Record(NamedTuple):
@@ -31,7 +31,7 @@ def read_record(folder: Path, epochs: int | None = None, *, best: bool = False) 
     """
     try:
         recipe = read_yaml(folder / RECIPE_FILE)
-        lines = read_bounded(folder / METRICS_FILE, MOST_BYTES).splitlines()
+        lines = read_bounded(folder / METRICS_FILE, MAX_BYTES).splitlines()
         evaluated: list[Record] = []
         for line in reversed(lines):
             metrics = parse_json(line)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.errors import RecipeError, TeacherMismatch
 from coursepack.models.hubs import find_hub
 
@@ -74,7 +74,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             f"{str(path)!r} holds no state dict, expected a mapping from parameter names to tensors, "
             f"directly or under one of the keys {', '.join(WRAPPERS)}; it holds {held}"
         )
-    say(f"{path}: using the state dict under {wrapped[0]!r}")
+    inform(f"{path}: using the state dict under {wrapped[0]!r}")
     return dict(state[wrapped[0]])
 
 
@@ -122,7 +122,7 @@ def without_prefix(state: Mapping[str, Tensor], module: nn.Module, where: str) -
     own = module.state_dict().keys()
     for prefix in PREFIXES * 2:
         if state and all(name.startswith(prefix) for name in state) and own.isdisjoint(state):
-            say(f"{where}: removed the prefix {prefix!r} from the names of all layers")
+            inform(f"{where}: removed the prefix {prefix!r} from the names of all layers")
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 

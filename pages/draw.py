@@ -15,7 +15,7 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2, 2), (8, 2, 2, 2))
 """Lengths of dashes and gaps, in points; lines of different styles differ without their colors too."""
 WIDTH, HEIGHT = 4.0, 2.5
 """Size in inches, at which texts are 11 pixels high on a phone and 16 at the full width of a figure."""
-MOST_MARKED = 40
+MAX_MARKED = 40
 """Maximum number of points of a line with a marker at each."""
 INK = "#010203"
 """Color that stands for the page's text color while a plot is drawn."""
@@ -69,7 +69,7 @@ def draw(plot: Plot, name: str) -> str:
                 axes.fill_between(
                     line.x, low, high, color=color, alpha=0.18, linewidth=0, gid=f"band{index}{suffix}"
                 )
-            marker = "o" if len(line.x) <= MOST_MARKED else ""
+            marker = "o" if len(line.x) <= MAX_MARKED else ""
             axes.plot(
                 line.x, line.y, color=color, linewidth=1.6, linestyle=(0, dashes) if dashes else "-",
                 marker=marker, markersize=2.5, gid=f"line{index}{suffix}",

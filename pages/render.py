@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from coursepack.pages.blocks import Section
 
-MOST_NUMBERS = 100
+MAX_NUMBERS = 100
 """Maximum number of rows in the table of a plot's numbers, which then has every second, third, ... point."""
 
 
@@ -65,7 +65,7 @@ def numbers(plot: Plot) -> Table:
     """Return the points of a plot as a table, one row for each x."""
     columns = [dict(zip(line.x, line.y, strict=True)) for line in plot.series]
     places = sorted({x for line in plot.series for x in line.x})
-    step = -(-len(places) // MOST_NUMBERS) or 1
+    step = -(-len(places) // MAX_NUMBERS) or 1
     kept = [x for index, x in enumerate(places) if index % step == 0 or index == len(places) - 1]
     rows = tuple(Row((Cell(f"{x:g}", x), *(_cell(column.get(x)) for column in columns))) for x in kept)
     return Table(plot.title, (plot.x_label, *(line.name for line in plot.series)), rows)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from coursepack.precompute.job import Job
     from coursepack.precompute.transfer import Pending
 
-LEAST_WAITING, MOST_WAITING = 3, 64
+LEAST_WAITING, MAX_WAITING = 3, 64
 """Limits of the number of batches whose outputs exist at a time: running, waiting and being written."""
 WAITING_BYTES = 64 << 20
 """Bytes of outputs that may wait between those limits, so that slow writes do not stop the teacher."""
@@ -149,7 +149,7 @@ def teacher_outputs(
 
 def _waiting(batch_bytes: int) -> int:
     """Return the number of batches whose outputs may exist at a time."""
-    return min(max(WAITING_BYTES // batch_bytes, LEAST_WAITING), MOST_WAITING)
+    return min(max(WAITING_BYTES // batch_bytes, LEAST_WAITING), MAX_WAITING)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import threading
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter
 from coursepack.data.store.locations import absolute_address
@@ -54,7 +54,7 @@ def run_jobs(
         key = (job.batch_size, job.views_per_load, writer.planned().block_rows)
         passes.setdefault(key, []).append(index)
     if len(passes) > 1 and not quiet:
-        say(
+        inform(
             f"views are rendered {len(passes)} times, because batch size, views per load or block rows of "
             "the stores differ; for new stores, the same block_rows avoids that"
         )

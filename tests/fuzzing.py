@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from coursepack.errors import CoursepackError
 
-MOST_BYTES = 200 << 20
+MAX_BYTES = 200 << 20
 """Of memory that a case may take."""
-MOST_SECONDS = 120
-MOST_TEXT = 8000
+MAX_SECONDS = 120
+MAX_TEXT = 8000
 """Characters of an error's text."""
 LIBRARIES = (sys.prefix, sys.base_prefix, str(Path(np.__file__).resolve().parents[1]))
 SYSTEM = ("/proc/", "/sys/", "/dev/", str(Path(__file__).resolve().parents[1]), *LIBRARIES)
@@ -95,10 +95,10 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def guarded(*folders: Path):
-    """Allow files of some folders, `MOST_BYTES` more memory, `MOST_SECONDS`, and errors on purpose."""
+    """Allow files of some folders, `MAX_BYTES` more memory, `MAX_SECONDS`, and errors on purpose."""
 
     def late(*_):
-        raise TimeoutError(f"more than {MOST_SECONDS} seconds")
+        raise TimeoutError(f"more than {MAX_SECONDS} seconds")
 
     used = next(
         int(line.split()[1]) * 1024
@@ -107,15 +107,15 @@ def guarded(*folders: Path):
     )
     before = signal.signal(signal.SIGALRM, late)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    signal.alarm(MOST_SECONDS)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, hard))
+    signal.alarm(MAX_SECONDS)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_BYTES, hard))
     too_long = False
     _opened.clear()
     _watched[0] = (*map(str, folders), *SYSTEM)
     try:
         yield
     except CoursepackError as error:
-        too_long = len(str(error)) > MOST_TEXT
+        too_long = len(str(error)) > MAX_TEXT
     except OSError as error:
         # What commands print as a sentence and the file's name.
         if error.filename is None or isinstance(error, TimeoutError):

@@ -44,7 +44,7 @@ class Numbers:
     labels: np.ndarray
     class_names: tuple[str, ...] = tuple(map(str, range(WIDTH)))
     channels: int = 1
-    whole: None = None
+    in_memory: None = None
 
     @property
     def fingerprint(self) -> str:

@@ -94,9 +94,9 @@ def test_files_name_themselves_and_the_fault(tmp_path):
     with pytest.raises(RecipeError, match=r"^'.*a\.file' gives the key 'a' twice$"):
         read_yaml(path)
     path.write_text("[" + "1, " * 1000 + "1]")
-    assert read_json(path, RunError, most_bytes=5000) == [1] * 1001
+    assert read_json(path, RunError, max_bytes=5000) == [1] * 1001
     with pytest.raises(RunError, match=r"a\.file' has 3,003 bytes, expected at most 3,000$"):
-        read_json(path, RunError, most_bytes=3000)
+        read_json(path, RunError, max_bytes=3000)
     with pytest.raises(RunError, match=r"^cannot read '.*none': No such file or directory$"):
         read_json(tmp_path / "none", RunError)
     with pytest.raises(RunError, match="Is a directory"):

@@ -109,7 +109,7 @@ def test_other_draws_are_named_by_view_and_block(written, monkeypatch):
 
 
 def test_of_many_views_some_are_looked_at_before_a_run(written, monkeypatch):
-    monkeypatch.setattr(drift, "MOST_VIEWS", 2)
+    monkeypatch.setattr(drift, "MAX_VIEWS", 2)
     real, seen = PadCrop.draw, set()
     monkeypatch.setattr(
         PadCrop, "draw", lambda self, draws, frame: (seen.add(draws.view), real(self, draws, frame))[1]

@@ -27,13 +27,13 @@ def looks(monkeypatch):
 
 def test_a_second_start_opens_no_file(tree, own_cache, looks):
     first = open_source("folder", tree)
-    pixels = np.array(first.whole)
+    pixels = np.array(first.in_memory)
     assert len(looks) == 18
     looks.clear()
     again = open_source("folder", tree)
     assert again.fingerprint == first.fingerprint
-    assert np.array_equal(again.whole, pixels)
-    assert isinstance(again.whole, np.memmap)
+    assert np.array_equal(again.in_memory, pixels)
+    assert isinstance(again.in_memory, np.memmap)
     assert looks == []
     assert np.array_equal(pixels, [np.array(Image.open(first.path(i))) for i in range(9)])
 
@@ -41,10 +41,10 @@ def test_a_second_start_opens_no_file(tree, own_cache, looks):
 def test_two_trees_have_their_own_places(tree, own_cache, looks, tmp_path):
     write_tree(tmp_path / "other" / "train", ("ant", "bee", "cat", "dog"))
     for folder in (tree, tmp_path / "other"):
-        assert open_source("folder", folder).whole is not None
+        assert open_source("folder", folder).in_memory is not None
     looks.clear()
     for folder in (tree, tmp_path / "other"):
-        assert open_source("folder", folder).whole is not None
+        assert open_source("folder", folder).in_memory is not None
     assert looks == []
 
 
@@ -53,7 +53,7 @@ def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks, monkeypatch):
     monkeypatch.setattr(base, "SAMPLED", 1)
     assert base.sampled(9).tolist() != [5]
     fingerprint = open_source("folder", tree).fingerprint
-    before = np.array(open_source("folder", tree).whole)
+    before = np.array(open_source("folder", tree).in_memory)
     old = list(own_cache.iterdir())
     assert len(old) == 2
     path = tree / "train" / "bee" / "bee_5.png"
@@ -66,7 +66,7 @@ def test_a_changed_tree_is_looked_at_again(tree, own_cache, looks, monkeypatch):
     touch_later(path)
     looks.clear()
     assert open_source("folder", tree).fingerprint == fingerprint
-    after = open_source("folder", tree).whole
+    after = open_source("folder", tree).in_memory
     assert len(looks) == 18
     assert np.array_equal(after[5], pixels)
     assert np.array_equal(np.delete(after, 5, 0), np.delete(before, 5, 0))
@@ -81,19 +81,19 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [lambda path: cut(path, 0.5), lambda path: cut(path, 0), flip])
 def test_a_damaged_cache_is_written_again(tree, own_cache, looks, damage):
-    expected = np.array(open_source("folder", tree).whole)
+    expected = np.array(open_source("folder", tree).in_memory)
     fingerprint = open_source("folder", tree).fingerprint
     before = {path.name: path.read_bytes() for path in own_cache.iterdir()}
     for path in own_cache.iterdir():
         damage(path)
     looks.clear()
     again = open_source("folder", tree)
-    assert np.array_equal(again.whole, expected)
+    assert np.array_equal(again.in_memory, expected)
     assert again.fingerprint == fingerprint
     assert len(looks) >= 9
     assert {path.name for path in own_cache.iterdir()} == set(before)
     looks.clear()
-    assert np.array_equal(open_source("folder", tree).whole, expected)
+    assert np.array_equal(open_source("folder", tree).in_memory, expected)
     assert looks == []
 
 
@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tree, tmp_path, monkeypatch,
     monkeypatch.setenv("COURSEPACK_CACHE", str(tmp_path / "file" / "cache"))
     for _ in range(2):
         looks.clear()
-        assert open_source("folder", tree).whole.shape == (9, 8, 8, 3)
+        assert open_source("folder", tree).in_memory.shape == (9, 8, 8, 3)
         assert len(looks) == 18
 
 
@@ -125,16 +125,16 @@ def test_damaged_trees_stay_on_disk(tree):
     cut(tree / "train" / "bee" / "bee_5.png", 0.7)
     source = open_source("folder", tree)
     assert source.sizes(np.array([5])).tolist() == [[8, 8]]
-    assert source.whole is None
+    assert source.in_memory is None
 
 
 def test_large_trees_stay_on_disk(tree, monkeypatch):
-    monkeypatch.setattr(files, "MOST_IN_MEMORY", 9 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(files, "MAX_IN_MEMORY", 9 * 8 * 8 * 3 - 1)
     source = open_source("folder", tree)
-    assert source.whole is None
+    assert source.in_memory is None
     assert isinstance(source.pixels(np.arange(9)), list)
-    monkeypatch.setattr(files, "MOST_IN_MEMORY", 9 * 8 * 8 * 3)
-    assert open_source("folder", tree).whole is not None
+    monkeypatch.setattr(files, "MAX_IN_MEMORY", 9 * 8 * 8 * 3)
+    assert open_source("folder", tree).in_memory is not None
 
 
 def test_progress_of_a_long_scan(tree, monkeypatch, capsys, own_cache):

@@ -84,15 +84,15 @@ def test_protocol(opened):
     assert all(isinstance(name, str) for name in source.class_names)
     chosen = np.array([5, 0, 5, 2])
     pixels, sizes = source.pixels(chosen), source.sizes(chosen)
-    assert isinstance(pixels, list if source.whole is None else np.ndarray)
+    assert isinstance(pixels, list if source.in_memory is None else np.ndarray)
     for image, size in zip(pixels, sizes, strict=True):
         assert image.dtype == np.uint8
         assert image.shape == (*size, source.channels)
     assert np.array_equal(pixels[0], pixels[2])
     assert not np.array_equal(pixels[0], pixels[1])
-    if source.whole is not None:
-        assert len(source.whole) == len(source.labels)
-        assert np.array_equal(source.whole[chosen], pixels)
+    if source.in_memory is not None:
+        assert len(source.in_memory) == len(source.labels)
+        assert np.array_equal(source.in_memory[chosen], pixels)
     assert (sizes.dtype, sizes.shape) == (np.int32, (4, 2))
     contents = source.contents(chosen)
     assert (contents.dtype, contents.shape) == (np.uint32, (4,))
@@ -133,7 +133,7 @@ def test_pickles_are_small_and_give_the_same(opened):
     in_memory = isinstance(open_source(spec, root), InMemory)
     for source in (open_source(spec, root), open_source(f"{spec}-0.5", root)):
         fresh = pickle.dumps(source)
-        _ = source.whole, source.fingerprint, source.pixels(everything(source))
+        _ = source.in_memory, source.fingerprint, source.pixels(everything(source))
         used = pickle.dumps(source)
         if in_memory:
             assert len(used) < len(fresh) + 500
@@ -150,7 +150,7 @@ def test_first_samples(opened):
     first = FirstSamples(source, 6)
     assert first.name == f"{spec}[:6]"
     assert first.fingerprint not in (source.fingerprint, FirstSamples(source, 5).fingerprint)
-    assert (first.whole is None) == (source.whole is None)
+    assert (first.in_memory is None) == (source.in_memory is None)
     assert_same_rows(first, source, np.arange(6))
     first.check()
 
@@ -185,8 +185,8 @@ def test_hold_outs_divide_a_split(opened):
         assert np.all(np.diff(part.picked) > 0)
         assert_same_rows(part, source, part.picked)
         assert part.class_names == source.class_names
-        assert (part.whole is None) == (source.whole is None)
-        assert isinstance(part.pixels(everything(part)), list if part.whole is None else np.ndarray)
+        assert (part.in_memory is None) == (source.in_memory is None)
+        assert isinstance(part.pixels(everything(part)), list if part.in_memory is None else np.ndarray)
         part.check()
     assert len(held.labels) == int(0.4 * len(source.labels) + 0.5)
     classes = len(source.class_names)

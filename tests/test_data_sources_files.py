@@ -102,7 +102,7 @@ def test_damaged_files_are_named_before_anything_is_decoded(tmp_path):
             assert re.search(f"\n  {re.escape(str(folder / name))} {problem}", text), name
         assert f"{folder / 'gone.png'} does not exist" in text
         assert "padded" not in text
-        assert source.whole is None
+        assert source.in_memory is None
     with pytest.raises(SourceError, match="has 8 damaged files"):
         open_source("folder:train-0.5", tmp_path).check()
 

@@ -29,7 +29,7 @@ def test_arrays(tmp_path, channels):
     assert source.labels.tolist() == [0, 1, 2] * 10
     assert source.class_names == ("a", "b", "c")
     assert np.array_equal(all_pixels(source), images.reshape(30, 6, 7, channels))
-    assert isinstance(source.whole, np.memmap)
+    assert isinstance(source.in_memory, np.memmap)
     assert source.sizes(np.array([1])).tolist() == [[6, 7]]
     other = open_source("arrays:test", tmp_path)
     assert other.class_names == ("0", "1", "2")
@@ -116,7 +116,7 @@ def test_fingerprint_of_arrays(tmp_path):
 def test_fake_has_what_was_asked_for():
     source = open_source("fake,classes=7,size=12,samples=40,channels=1,seed=3:train")
     assert source.name == "fake,classes=7,size=12,samples=40,channels=1,seed=3:train"
-    assert source.whole.shape == (40, 12, 12, 1)
+    assert source.in_memory.shape == (40, 12, 12, 1)
     assert len(source.class_names) == 7
     assert np.bincount(source.labels).tolist() == [6, 6, 6, 6, 6, 5, 5]
     assert len(open_source("fake,samples=41:test").labels) == 9
@@ -137,12 +137,12 @@ def test_every_option_of_fake_makes_another_source(option):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_nearest_mean_tells_the_fake_classes_apart(split):
     train, test = (open_source(f"fake,samples=3000:{part}") for part in ("train", split))
-    flat = train.whole.reshape(3000, -1) / 255
+    flat = train.in_memory.reshape(3000, -1) / 255
     means = np.stack([flat[train.labels == label].mean(0) for label in range(10)])
-    other = test.whole.reshape(len(test.labels), -1) / 255
+    other = test.in_memory.reshape(len(test.labels), -1) / 255
     chosen = (other @ means.T - 0.5 * (means**2).sum(1)).argmax(1)
     assert (chosen == test.labels).mean() > 0.9
-    assert len(np.unique(train.whole.reshape(3000, -1), axis=0)) == 3000
+    assert len(np.unique(train.in_memory.reshape(3000, -1), axis=0)) == 3000
 
 
 def test_train_and_test_of_fake_share_no_image():
@@ -152,10 +152,10 @@ def test_train_and_test_of_fake_share_no_image():
 
 def test_a_fake_image_is_drawn_by_itself(monkeypatch):
     spec = "fake,classes=300,size=11,samples=700"
-    whole = open_source(spec).whole
-    monkeypatch.setattr(fake, "MOST_IN_MEMORY", 1000)
+    whole = open_source(spec).in_memory
+    monkeypatch.setattr(fake, "MAX_IN_MEMORY", 1000)
     source = open_source(spec)
-    assert source.whole is None
+    assert source.in_memory is None
     chosen = np.array([699, 3, 256, 255, 3])
     assert np.array_equal(source.pixels(chosen), whole[chosen])
     assert isinstance(source.pixels(chosen), list)
@@ -163,7 +163,7 @@ def test_a_fake_image_is_drawn_by_itself(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
 def test_small_fake_images(size):
-    whole = open_source(f"fake,size={size},samples=50").whole
+    whole = open_source(f"fake,size={size},samples=50").in_memory
     assert whole.shape == (50, size, size, 3)
     assert whole.std() > 15
 

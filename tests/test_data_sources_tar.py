@@ -42,7 +42,7 @@ from coursepack.precompute.cli import main as precompute
 def test_shards_hold_what_a_folder_holds(image_tree, shards, pattern):
     folder, source = open_source("folder", image_tree), open_source(f"tar:{pattern}", shards)
     assert source.class_names == folder.class_names == CLASSES
-    assert source.whole is None
+    assert source.in_memory is None
     source.check()
     assert_same_samples(source, folder)
 
@@ -51,10 +51,10 @@ def test_images_of_one_size_are_decoded_once(tmp_path, own_cache, monkeypatch):
     members = [(f"a/{n}.png", encoded(random_image(n, size=(5, 6)))) for n in range(7)]
     write_in_shards(tmp_path, members)
     source = open_source("tar:*.tar", tmp_path)
-    assert np.array_equal(source.whole, [random_image(n, size=(5, 6)) for n in range(7)])
+    assert np.array_equal(source.in_memory, [random_image(n, size=(5, 6)) for n in range(7)])
     monkeypatch.setattr(LocalShards, "read", None)
     again = open_source("tar:*.tar", tmp_path)
-    assert np.array_equal(again.pixels(np.array([6, 0])), source.whole[[6, 0]])
+    assert np.array_equal(again.pixels(np.array([6, 0])), source.in_memory[[6, 0]])
 
 
 def as_classes(members, write):

@@ -154,7 +154,7 @@ def test_damaged_images_are_named_before_anything_is_decoded(tmp_path):
             ("a/cut.jpg", "cannot be decoded: "),
         ):
             assert f"\n  {shard}, member {name} {problem}" in str(caught.value)
-        assert source.whole is None
+        assert source.in_memory is None
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path):

@@ -62,7 +62,7 @@ def test_imagenet(tmp_path):
     for split in ("train", "val"):
         source = open_source(f"imagenet:{split}", tmp_path)
         assert_as_image_folder(source, tmp_path / split)
-        assert source.whole is None
+        assert source.in_memory is None
         assert source.sizes(np.array([1, 3])).tolist() == [[48, 60], [40, 56]]
 
 
@@ -96,8 +96,8 @@ def test_tiny_imagenet(tmp_path, inside):
     assert val.class_names == train.class_names == WNIDS
     assert val.labels.tolist() == [2, 1, 0, 2, 1, 0]
     assert val.path(4) == str(folder / "val" / "images" / "val_4.JPEG")
-    assert val.whole.shape == (6, 64, 64, 3)
-    assert np.array_equal(val.whole[4], np.array(Image.open(val.path(4)).convert("RGB")))
+    assert val.in_memory.shape == (6, 64, 64, 3)
+    assert np.array_equal(val.in_memory[4], np.array(Image.open(val.path(4)).convert("RGB")))
 
 
 def _spoil_notes(folder):
@@ -146,7 +146,7 @@ def test_cinic10(tmp_path):
         source = open_source(f"cinic10:{split}", tmp_path)
         assert_as_image_folder(source, tmp_path / split)
         assert source.class_names == CIFAR10
-        assert source.whole.shape == (20, 32, 32, 3)
+        assert source.in_memory.shape == (20, 32, 32, 3)
     (tmp_path / "test" / "cat").rename(tmp_path / "test" / "lion")
     text = (
         f"source 'cinic10:test' cannot be read from --root '{tmp_path}': folder 'test' has the classes "

@@ -11,7 +11,7 @@ import pytest
 from helpers import RowStore, write_rows
 
 from coursepack.data.store import StoreReader, StoreWriter, load_manifest, verify
-from coursepack.data.store.contents import MOST_KEPT, ViewEntry
+from coursepack.data.store.contents import MAX_KEPT, ViewEntry
 from coursepack.data.store.locations.local import LocalLocation
 
 ROWS = RowStore(samples=40, block_rows=8)
@@ -104,14 +104,14 @@ def test_few_lists_are_in_memory_whatever_the_views(tmp_path):
             if writer.is_complete(block.view):
                 writer.commit()
         assert len(writer.manifest.files) == 5 * MANY + 1
-        assert alive() - before <= 1 + MOST_KEPT
+        assert alive() - before <= 1 + MAX_KEPT
     del writer
     reader = StoreReader(path)
     for _ in range(2):
         for view in range(MANY):
             found = reader.components("logits", view, np.arange(40))["values"]
             assert np.array_equal(found, rows.stored("logits", view))
-    assert alive() - before <= MOST_KEPT
+    assert alive() - before <= MAX_KEPT
     assert verify(path).problems == ()
     write_rows(path, replace(rows, views=MANY + 1, shapes={"logits": (10,), "features/stem": (3,)}))
     assert verify(path).problems == ()

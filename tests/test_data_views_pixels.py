@@ -14,7 +14,7 @@ from view_cases import RECIPES, Ragged, noisy, one_image, recipe_of, smooth
 
 from coursepack.data import PRESETS
 from coursepack.data.batches import Batch
-from coursepack.data.jit_pixels import axis_taps, axis_weights, most_taps
+from coursepack.data.jit_pixels import axis_taps, axis_weights, max_taps
 from coursepack.data.views import GRID, ViewParams, draw, render, render_on_device
 from coursepack.data.views.params import CUTMIX, MIXUP, Mixing
 from coursepack.models.preprocessing import Preprocessing
@@ -53,6 +53,7 @@ def array(image):
     st.sampled_from([1, 3]),
     st.integers(0, 3),
 )
+@example((0, GRID - 1, 1, 1), 1, (1, 1), 1, 0)
 def test_any_crop_at_any_size_equals_the_float64_reference(box, size, shape, channels, flips):
     image = noisy(*shape, channels)
     error = np.abs(rendered(image, box, size, flips) - resized(image, box, size, flips))
@@ -314,7 +315,7 @@ def test_weights_for_a_device_are_those_of_the_cpu():
         side, size, beyond_crop = int(rng.integers(1, 90)), int(rng.integers(1, 60)), bool(trial % 2)
         starts, lengths = rng.integers(-GRID // 2, GRID + 1, 8), rng.integers(0, 2 * GRID, 8)
         spans, flips = np.stack([starts, lengths], 1).astype(np.int32), rng.integers(0, 2, 8).astype(bool)
-        taps = most_taps(spans, side, size)
+        taps = max_taps(spans, side, size)
         begin, weights = np.empty((8, size), np.int32), np.empty((8, size, taps), np.int16)
         axis_taps(spans, flips, side, beyond_crop, begin, weights)
         assert begin.min() >= 0

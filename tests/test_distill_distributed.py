@@ -31,7 +31,7 @@ from spawned import (
 
 from coursepack.data import view_recipe
 from coursepack.data.views.mixing import Mix
-from coursepack.distill.distributed import ALONE, Ranks, _start_store
+from coursepack.distill.distributed import SINGLE_RANK, Ranks, _start_store
 from coursepack.distill.methods import METHODS
 from coursepack.distill.runs.folder import RunFolder, load_run
 from coursepack.distill.runs.train import train
@@ -117,7 +117,7 @@ def epochs(stores, tapped, mapped_store):
     for told in together:
         if isinstance(told, BaseException):
             raise told
-    alone = one_epoch(ALONE, list(cases.values()))
+    alone = one_epoch(SINGLE_RANK, list(cases.values()))
     return dict(zip(cases, zip(alone, *together, strict=True), strict=True))
 
 
@@ -196,7 +196,7 @@ def test_what_a_student_draws_differs_between_ranks_and_parts():
     told = on_ranks(2, drawn, recipe)
     assert [len(each) for each in told] == [4, 4], "two batches of two parts"
     assert len({tuple(values) for each in told for values in each}) == 8
-    assert drawn(ALONE, recipe)[0] == told[0][0], "one process draws as the first rank begins"
+    assert drawn(SINGLE_RANK, recipe)[0] == told[0][0], "one process draws as the first rank begins"
 
 
 def test_ranks_talk():
@@ -204,7 +204,7 @@ def test_ranks_talk():
         assert told["gathered"] == [("it", 0), ("it", 1), ("it", 2)]
         assert told["first"] is True
         assert told["summed"] == [3.0, 3.0]
-        assert told["buffers"] == talks(ALONE)["buffers"]
+        assert told["buffers"] == talks(SINGLE_RANK)["buffers"]
 
 
 def test_ranks_meet_in_a_store_that_earlier_ones_have_left(tmp_path):

@@ -29,7 +29,7 @@ from coursepack.errors import RecipeError
 from coursepack.kernels import MixedLabels
 
 N, C, K, D = 6, 5, 3, 4
-ALONE = {"soft_weight": 0.0, "hard_weight": 0.0}
+SINGLE_RANK = {"soft_weight": 0.0, "hard_weight": 0.0}
 """No divergence and no cross-entropy beside the term that is tested."""
 
 
@@ -76,7 +76,7 @@ def test_dkd(batch, alpha, beta, temperature):
     probs = fixed(batch, temperature)
     check(
         lambda student: ref.dkd(student, probs, batch[2], temperature, alpha, beta),
-        batch, "dkd", **ALONE, **FIXED, temperature=temperature,
+        batch, "dkd", **SINGLE_RANK, **FIXED, temperature=temperature,
         terms={"dkd": {"alpha": alpha, "beta": beta, "weight": 1.0}},
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_dkd_of_standardized_logits(batch):
     probs = ref.mixture(np.array([ref.standardized(t) for t in batch[1]]), np.full((N, K), 1 / K), 2.0)
     check(
         lambda student: ref.dkd(ref.standardized(student), probs, batch[2], 2.0, 1.0, 8.0),
-        batch, "dkd", **ALONE, temperature=2.0, standardize=True, terms={"dkd": {"weight": 1.0}},
+        batch, "dkd", **SINGLE_RANK, temperature=2.0, standardize=True, terms={"dkd": {"weight": 1.0}},
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_dkd_with_the_weights_of_kl_is_kl(batch):
 def test_weights_of_teachers_get_a_gradient_from_dkd_and_dist(batch):
     for term in ("dkd", "dist"):
         embedding = torch.from_numpy(np.random.default_rng(1).normal(size=(N, D))).float()
-        changes = {**ALONE, "fusion": {"name": "adaptive"}, "terms": {term: {"weight": 1.0}}}
+        changes = {**SINGLE_RANK, "fusion": {"name": "adaptive"}, "terms": {term: {"weight": 1.0}}}
         value, _, objective = value_of(*batch, term, embedding=embedding, **changes)
         value.loss.backward()
         assert objective.fusion.latents.grad.isfinite().all()
@@ -113,7 +113,7 @@ def test_weights_that_do_not_sum_to_one_scale_dkd(batch):
     """As they scale the gradient of the divergence."""
 
     def loss(*weights):
-        return value_of(*batch, "dkd", fusion={"weights": weights}, **ALONE)[0].loss.item()
+        return value_of(*batch, "dkd", fusion={"weights": weights}, **SINGLE_RANK)[0].loss.item()
 
     assert loss(2.0, 4.0, 6.0) == pytest.approx(12 * loss(1 / 6, 1 / 3, 1 / 2), rel=1e-5)
 
@@ -159,7 +159,7 @@ def test_dist(batch, beta, gamma, temperature):
     probs = fixed(batch, temperature)
     check(
         lambda student: ref.dist(student, probs, temperature, beta, gamma),
-        batch, "dist", **ALONE, **FIXED, temperature=temperature,
+        batch, "dist", **SINGLE_RANK, **FIXED, temperature=temperature,
         terms={"dist": {"beta": beta, "gamma": gamma, "weight": 1.0}},
     )  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_standardizing_forgets_scale_and_offset(batch):
 def test_relations_take_standardized_logits_from_both_sides(batch):
     """A student with the teacher's logits, scaled, has the teacher's angles."""
     _, teachers, labels = batch
-    changes = {**ALONE, "terms": {"angle": {}}}
+    changes = {**SINGLE_RANK, "terms": {"angle": {}}}
     scaled = 5 * teachers[0]
     assert value_of(scaled, teachers[:1], labels, "kd", standardize=True, **changes)[0].loss.item() < 1e-6
     assert value_of(scaled, teachers[:1], labels, "kd", **changes)[0].loss.item() > 1e-3

@@ -33,7 +33,7 @@ MIXED = ViewRecipe(
     reference_size=8,
     seed=4,
 )
-ALONE = {"method": "supervised", "view": MIXED.model_dump(mode="json")}
+SINGLE_RANK = {"method": "supervised", "view": MIXED.model_dump(mode="json")}
 STILL = {"optimizer": {"lr": 1e-12}}
 
 
@@ -109,7 +109,7 @@ def test_a_student_of_mixed_views_loses_the_same_from_cache_and_live(mixed_store
 
 def test_mixed_cross_entropy_is_its_formula(mixed_stores):
     """Alone, and as the hard part of the fused loss: the difference of two hard weights."""
-    alone = prepare(make_recipe(**ALONE, batch_size=200), CPU)
+    alone = prepare(make_recipe(**SINGLE_RANK, batch_size=200), CPU)
     batch = next(alone.batches(0))
     learner = make_state(alone).learner
     output = learner(batch, None)
@@ -130,7 +130,7 @@ def test_mixed_cross_entropy_is_its_formula(mixed_stores):
 
 
 def test_accuracy_counts_the_label_of_the_larger_share():
-    run = prepare(make_recipe(**ALONE, **STILL), CPU)
+    run = prepare(make_recipe(**SINGLE_RANK, **STILL), CPU)
     state = make_state(run)
     metrics = train_epoch([state], run.batches(0), None)[0]
     main, first_only = 0, 0
@@ -145,7 +145,7 @@ def test_accuracy_counts_the_label_of_the_larger_share():
 
 def test_few_labels_and_mixed_images_need_a_loss_without_labels(mixed_stores, tmp_path):
     text = r"limit is 100, but the view mixes in samples of the whole split, whose labels would be learned"
-    for recipe in (make_recipe(mixed_stores, limit=100), make_recipe(**ALONE, limit=100)):
+    for recipe in (make_recipe(mixed_stores, limit=100), make_recipe(**SINGLE_RANK, limit=100)):
         with pytest.raises(RecipeError, match=text):
             prepare(recipe, CPU)
     words = ["--student", STUDENT, "--store", mixed_stores[0], "--limit", 100, "--epochs", 1]
@@ -171,7 +171,7 @@ def test_few_labels_and_mixed_images_need_a_loss_without_labels(mixed_stores, tm
 
 def test_few_labels_and_mixed_images_need_terms_and_a_fusion_without_labels(mixed_stores):
     """Whatever declares that it reads labels, with or without cross-entropy."""
-    fields = {"limit": 100, "view": ALONE["view"]}
+    fields = {"limit": 100, "view": SINGLE_RANK["view"]}
     virtual = {"terms": {"virtual_teacher": {}}}
     for stores, method, objective in (
         (mixed_stores, "ca-mkd", {"hard_weight": 0}),
@@ -201,7 +201,7 @@ def test_adjustments_of_wrong_teachers_are_refused_for_mixed_labels(
     assert text in refused.stderr
     assert not (tmp_path / "run").exists()
     assert prepare(make_recipe(stores, objective=objective), CPU).targets is not None
-    unused = prepare(make_recipe(**ALONE, objective=objective), CPU)
+    unused = prepare(make_recipe(**SINGLE_RANK, objective=objective), CPU)
     assert isinstance(next(unused.batches(0)).labels, MixedLabels)
 
 

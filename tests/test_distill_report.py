@@ -25,7 +25,7 @@ from coursepack.models import load_teacher
 from coursepack.pages.blocks import Plot, Series
 from coursepack.pages.draw import COLORS, draw, style_of
 from coursepack.pages.problems import Problems
-from coursepack.pages.render import MOST_NUMBERS, numbers
+from coursepack.pages.render import MAX_NUMBERS, numbers
 
 ALL = [
     *("results", "accuracy", "classes", "confusion", "calibration", "teachers", "agreement"),
@@ -358,7 +358,7 @@ def test_the_same_run_twice_counts_once(tmp_path):
 def test_many_epochs_are_thinned_in_tables():
     line = Series("a", tuple(range(1000)), tuple(range(1000)))
     rows = numbers(Plot("p", "x", "y", (line,))).rows
-    assert len(rows) <= MOST_NUMBERS + 1
+    assert len(rows) <= MAX_NUMBERS + 1
     assert rows[-1].cells[1].value == 999
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
 from coursepack.distill.runs.train import train
-from coursepack.distill.training.runtime import WORKSPACE, algorithms, cores, threads_of
+from coursepack.distill.training.runtime import WORKSPACE, cores, torch_algorithms, torch_threads
 
 TRAIN = sys.modules["coursepack.distill.runs.train"]  # the package's `train` is the function
 USABLE = len(os.sched_getaffinity(0))
@@ -50,9 +50,9 @@ def test_ranks_on_one_machine_share_its_cores(monkeypatch, ranks, share):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert cores() == share
     torch.set_num_threads(5)  # as torchrun's OMP_NUM_THREADS=1 would make it one
-    with threads_of(None):
+    with torch_threads(None):
         assert torch.get_num_threads() == share
-    with threads_of(4):
+    with torch_threads(4):
         assert torch.get_num_threads() == 4, "who says how many gets as many"
     assert torch.get_num_threads() == 5
 
@@ -62,7 +62,7 @@ def test_threads_and_algorithms_are_put_back_after_an_error(monkeypatch):
     torch.set_num_threads(2)
 
     def fail():
-        with threads_of(3), algorithms(deterministic=True):
+        with torch_threads(3), torch_algorithms(deterministic=True):
             assert torch.get_num_threads() == 3
             assert torch.are_deterministic_algorithms_enabled()
             assert os.environ[WORKSPACE] == ":4096:8"

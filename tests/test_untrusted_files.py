@@ -21,7 +21,7 @@ from coursepack.precompute.cli import main as precompute
 BOMB = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
-ALONE = "train --student digits-small --source digits --view digits --epochs 1 --out new"
+SINGLE_RANK = "train --student digits-small --source digits --view digits --epochs 1 --out new"
 WRITE = "run --teacher run:mlp --source digits --view digits --views 1 --store new.zarr"
 TEXTS = {
     "twice.yaml": "student: digits-small\nepochs: 1\nepochs: 2\n",
@@ -38,10 +38,10 @@ FAULTS = [
     (distill, "train twice.yaml --out new", "Error: 'twice.yaml' gives the key 'epochs' twice\n"),
     (distill, "train deep.yaml --out new", "Error: 'deep.yaml' is nested more than 64 levels deep\n"),
     (distill, "train bomb.yaml --out new", "Error: 'bomb.yaml' repeats more than 10,000 values by aliases\n"),
-    (distill, f"{ALONE} --view view.yaml", "Error: 'view.yaml' gives the key 'seed' twice\n"),
-    (distill, f"{ALONE} --view string.yaml",
+    (distill, f"{SINGLE_RANK} --view view.yaml", "Error: 'view.yaml' gives the key 'seed' twice\n"),
+    (distill, f"{SINGLE_RANK} --view string.yaml",
      "Error: view recipe 'string.yaml' is not valid:\n  it: expected a mapping, got 'cifar'\n"),
-    (distill, f"{ALONE} --set optimizer={{lr,lr}}",
+    (distill, f"{SINGLE_RANK} --set optimizer={{lr,lr}}",
      "Error: --set 'optimizer={lr,lr}': the value gives the key 'lr' twice\n"),
     (distill, "sweep grid.yaml --out new", "Error: 'grid.yaml' gives the key 'seed' twice\n"),
     (distill, "sweep many.yaml --out new",

@@ -128,7 +128,7 @@ class Ragged:
     images: tuple[np.ndarray, ...]
     """`(H, W, C)` each."""
     name: str = "ragged"
-    whole = None
+    in_memory = None
     fingerprint: str = "ragged"
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from coursepack.canonical import fingerprint
 from coursepack.data.sources.base import checksums, fields_only, same_sizes, sampled, sha256_of
 from coursepack.data.sources.roots import Layout, found_in
-from coursepack.parsing import MOST_JSON_BYTES, parse_json, read_bounded
+from coursepack.parsing import MAX_JSON_BYTES, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ class MappedImages:
     class_names: tuple[str, ...]
 
     @functools.cached_property
-    def whole(self) -> NDArray[np.uint8]:
+    def in_memory(self) -> NDArray[np.uint8]:
         """All images `(N, H, W, channels)`, memory-mapped read-only."""
         images = np.lib.format.open_memmap(self.file, mode="r")
         return images[..., None] if images.ndim == 3 else images
@@ -47,7 +47,7 @@ class MappedImages:
     @property
     def channels(self) -> int:
         """Number of channels of the pixels."""
-        return int(self.whole.shape[3])
+        return int(self.in_memory.shape[3])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -57,22 +57,22 @@ class MappedImages:
                 "name": self.name,
                 "classes": self.class_names,
                 "labels": sha256_of(self.labels),
-                "shape": self.whole.shape,
+                "shape": self.in_memory.shape,
                 "content": self.contents(sampled(len(self.labels))).tolist(),
             }
         )
 
     def sizes(self, samples: Samples) -> NDArray[np.int32]:
         """Return height and width `(n, 2)`, the same for all images."""
-        return same_sizes(self.whole, samples)
+        return same_sizes(self.in_memory, samples)
 
     def pixels(self, samples: Samples) -> NDArray[np.uint8]:
         """Return the images `(n, H, W, channels)`, read from the file."""
-        return np.asarray(self.whole[samples])
+        return np.asarray(self.in_memory[samples])
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """Return the crc32c `(n,)` of each image's pixels."""
-        return checksums(self.whole[sample] for sample in samples)
+        return checksums(self.in_memory[sample] for sample in samples)
 
     def path(self, sample: int) -> None:
         """Return None: samples have no file of their own."""
@@ -132,7 +132,7 @@ def _class_names(spec: Spec, base: Path, path: Path, classes: int) -> tuple[str,
     if not path.is_file():
         return tuple(str(label) for label in range(classes))
     try:
-        names = parse_json(read_bounded(path, MOST_JSON_BYTES))
+        names = parse_json(read_bounded(path, MAX_JSON_BYTES))
     except ValueError as error:
         raise LAYOUT.error(spec, base, f"{CLASSES} {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

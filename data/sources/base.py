@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SAMPLED = 64
 """Number of samples whose content enters a fingerprint that does not cover all content."""
-MOST_IN_MEMORY = 2 << 30
+MAX_IN_MEMORY = 2 << 30
 """Maximum size in bytes of the pixels that a source keeps in memory."""
 
 
@@ -55,7 +55,7 @@ class Source(Protocol):
         """Number of channels of the pixels, 1 or 3."""
 
     @property
-    def whole(self) -> NDArray[np.uint8] | None:
+    def in_memory(self) -> NDArray[np.uint8] | None:
         """All images `(N, H, W, channels)` if they have one size and are in memory or mapped, else None."""
 
     @property
@@ -66,7 +66,7 @@ class Source(Protocol):
         """Return the height and width `(n, 2)` of each image in pixels, without decoding it if possible."""
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Return images `(n, H, W, channels)` uint8 if `whole` is available, else a list of decoded images.
+        """Return images `(n, H, W, channels)` uint8 if `in_memory` is available, else a list of images.
 
         Raises:
             SourceError: an image cannot be read; the message names the sample and its file.
@@ -116,7 +116,7 @@ class InMemory:
         return int(self.images.shape[3])
 
     @property
-    def whole(self) -> NDArray[np.uint8]:
+    def in_memory(self) -> NDArray[np.uint8]:
         """All images `(N, H, W, channels)`."""
         return self.images
 
@@ -181,9 +181,9 @@ class FirstSamples:
         return self.source.channels
 
     @property
-    def whole(self) -> NDArray[np.uint8] | None:
+    def in_memory(self) -> NDArray[np.uint8] | None:
         """The first of the other source's images, not copied."""
-        whole = self.source.whole
+        whole = self.source.in_memory
         return None if whole is None else whole[: self.limit]
 
     @property

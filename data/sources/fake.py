@@ -16,7 +16,7 @@ import numpy as np
 
 from coursepack.canonical import fingerprint
 from coursepack.data.randomness import Purpose, below, random_words
-from coursepack.data.sources.base import MOST_IN_MEMORY, checksums, fields_only, sampled
+from coursepack.data.sources.base import MAX_IN_MEMORY, checksums, fields_only, sampled
 from coursepack.errors import RecipeError, UnknownName
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Fake:
         return tuple(str(label) for label in range(self.classes))
 
     @functools.cached_property
-    def whole(self) -> NDArray[np.uint8] | None:
-        """All images, drawn at first use, or None if they are larger than `MOST_IN_MEMORY`."""
-        if self.samples * self.size**2 * self.channels > MOST_IN_MEMORY:
+    def in_memory(self) -> NDArray[np.uint8] | None:
+        """All images, drawn at first use, or None if they are larger than `MAX_IN_MEMORY`."""
+        if self.samples * self.size**2 * self.channels > MAX_IN_MEMORY:
             return None
         return self._draw(np.arange(self.samples))
 
@@ -82,12 +82,14 @@ class Fake:
         return np.full((len(samples), 2), self.size, dtype=np.int32)
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Return an array if `whole` is available, else a list."""
-        return list(self._draw(np.asarray(samples))) if self.whole is None else self.whole[samples]
+        """Return an array if `in_memory` is available, else a list."""
+        return list(self._draw(np.asarray(samples))) if self.in_memory is None else self.in_memory[samples]
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
         """Return the crc32c `(n,)` of each image's pixels."""
-        return checksums(self.pixels(samples) if "whole" in vars(self) else self._draw(np.asarray(samples)))
+        return checksums(
+            self.pixels(samples) if "in_memory" in vars(self) else self._draw(np.asarray(samples))
+        )
 
     def path(self, sample: int) -> None:
         """Return None: samples have no file of their own."""

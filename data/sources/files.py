@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import google_crc32c
 import numpy as np
 
-from coursepack.data.sources.base import MOST_IN_MEMORY, fields_only
+from coursepack.data.sources.base import MAX_IN_MEMORY, fields_only
 from coursepack.data.sources.cache import key_of, load_mapped, save_mapped
-from coursepack.data.sources.roots import MOST_NAMES
+from coursepack.data.sources.roots import MAX_NAMES
 from coursepack.data.sources.scan import Listing, Scan, in_threads
 from coursepack.errors import SourceError
 from coursepack.files import open_regular
@@ -65,7 +65,7 @@ class ImageFiles:
         return self.found.fingerprint
 
     @functools.cached_property
-    def whole(self) -> NDArray[np.uint8] | None:
+    def in_memory(self) -> NDArray[np.uint8] | None:
         """All images if they have one size and fit, decoded at most once and then mapped from the cache."""
         # The fingerprint covers the content of a few files only; the listing detects replaced files.
         keys = self.found.tree_key, self.fingerprint, self.found.listing
@@ -76,9 +76,9 @@ class ImageFiles:
         return self.found.sizes[samples]
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Return an array if `whole` is available, else a list."""
-        if self.whole is not None:
-            return self.whole[samples]
+        """Return an array if `in_memory` is available, else a list."""
+        if self.in_memory is not None:
+            return self.in_memory[samples]
         return [self._decode(int(sample)) for sample in samples]
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:
@@ -153,7 +153,7 @@ def decoded_once(
     from PIL import __version__ as decoder
 
     shape = (len(sizes), int(sizes[0, 0]), int(sizes[0, 1]), 3)
-    if int(np.prod(shape, dtype=np.int64)) > MOST_IN_MEMORY or not bool((sizes == sizes[0]).all()):
+    if int(np.prod(shape, dtype=np.int64)) > MAX_IN_MEMORY or not bool((sizes == sizes[0]).all()):
         return None
     tree_key, content_key = keys[0], key_of(*keys[1:], decoder)
     kept = load_mapped(tree_key, content_key, shape)
@@ -173,9 +173,9 @@ def refuse_damaged(name: str, samples: int, damaged: Sequence[tuple[str, str]]) 
     """Raise SourceError if there are damaged files: pairs of a path and a description of the damage."""
     if not damaged:
         return
-    files = [f"  {path} {damage}" for path, damage in damaged[:MOST_NAMES]]
-    if len(damaged) > MOST_NAMES:
-        files.append(f"  and {len(damaged) - MOST_NAMES:,} more")
+    files = [f"  {path} {damage}" for path, damage in damaged[:MAX_NAMES]]
+    if len(damaged) > MAX_NAMES:
+        files.append(f"  and {len(damaged) - MAX_NAMES:,} more")
     raise SourceError(
         f"source {name!r} has {len(damaged):,} damaged files among {samples:,}:\n"
         + "\n".join(files)

@@ -48,7 +48,7 @@ class MapStyle:
         return str(self.spec)
 
     @property
-    def whole(self) -> None:
+    def in_memory(self) -> None:
         """None: images are loaded one by one."""
         return
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from coursepack.data.sources.base import Spec
 
-MOST_NAMES = 8
+MAX_NAMES = 8
 """Maximum number of names that an error lists; the rest are counted."""
 
 
@@ -61,5 +61,5 @@ def found_in(folder: Path) -> str:
 def summarize_names(names: Iterable[str]) -> str:
     """Join the first names with commas and append the number of the remaining ones."""
     names = list(names)
-    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

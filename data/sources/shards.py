@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from coursepack.files import open_regular
-from coursepack.parsing import MOST_JSON_BYTES, read_bounded
+from coursepack.parsing import MAX_JSON_BYTES, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.s3 import BucketLocation
 
 SEPARATOR = "://"
-MOST_SHARDS = 1_000_000
+MAX_SHARDS = 1_000_000
 """Maximum number of names that a pattern's braces may stand for."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})", re.ASCII)
@@ -116,7 +116,7 @@ class LocalShards:
     def text(self, name: str) -> bytes | None:
         """Return the content of a small file, or None if there is none."""
         path = Path(self.where(name))
-        return read_bounded(path, MOST_JSON_BYTES) if path.exists() else None
+        return read_bounded(path, MAX_JSON_BYTES) if path.exists() else None
 
     def _matches(self, name: str) -> list[str]:
         if not _GLOB.search(name):
@@ -175,7 +175,7 @@ class BucketShards:
     def text(self, name: str) -> bytes | None:
         """Return the content of a small object, or None if there is none."""
         try:
-            return self.location.get(name, MOST_JSON_BYTES)
+            return self.location.get(name, MAX_JSON_BYTES)
         except FileNotFoundError:
             return None
 
@@ -213,15 +213,15 @@ def expand_braces(pattern: str) -> list[str]:
 
     Raises:
         ValueError: braces contain anything else than a range `000..099` or a list `a,b`, or stand for more
-            than `MOST_SHARDS` names.
+            than `MAX_SHARDS` names.
 
     >>> expand_braces("{b,a}-{08..10}.tar")
     ['b-08.tar', 'b-09.tar', 'b-10.tar', 'a-08.tar', 'a-09.tar', 'a-10.tar']
     """
     texts = _BRACES.split(pattern)
     choices = [_choices(text) if index % 2 else [text] for index, text in enumerate(texts)]
-    if math.prod(len(each) for each in choices) > MOST_SHARDS:
-        raise ValueError(f"stands for more than {MOST_SHARDS:,} shards")
+    if math.prod(len(each) for each in choices) > MAX_SHARDS:
+        raise ValueError(f"stands for more than {MAX_SHARDS:,} shards")
     return ["".join(each) for each in itertools.product(*choices)]
 
 
@@ -232,8 +232,8 @@ def _choices(text: str) -> list[str]:
             raise ValueError(f"has braces {{{text}}} that hold neither a range 000..099 nor a list a,b")
         return text.split(",")
     low, high = map(int, found.groups())
-    if not 0 <= high - low < MOST_SHARDS:
-        expected = "a first number that is not above the last" if high < low else f"at most {MOST_SHARDS:,}"
+    if not 0 <= high - low < MAX_SHARDS:
+        expected = "a first number that is not above the last" if high < low else f"at most {MAX_SHARDS:,}"
         raise ValueError(f"has the range {{{text}}}, expected {expected}")
     is_padded = any(len(number) > 1 and number.startswith("0") for number in found.groups())
     width = max(map(len, found.groups())) if is_padded else 1

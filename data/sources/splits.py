@@ -17,7 +17,7 @@ import numpy as np
 
 from coursepack.canonical import fingerprint
 from coursepack.data.randomness import Purpose, shuffled
-from coursepack.data.sources.base import MOST_IN_MEMORY, fields_only, sha256_of
+from coursepack.data.sources.base import MAX_IN_MEMORY, fields_only, sha256_of
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ class Picked:
         return self.source.channels
 
     @functools.cached_property
-    def whole(self) -> NDArray[np.uint8] | None:
-        """A copy of the selected images, or None if they are larger than `MOST_IN_MEMORY`."""
-        whole = self.source.whole
-        if whole is None or whole[0].nbytes * len(self.picked) > MOST_IN_MEMORY:
+    def in_memory(self) -> NDArray[np.uint8] | None:
+        """A copy of the selected images, or None if they are larger than `MAX_IN_MEMORY`."""
+        whole = self.source.in_memory
+        if whole is None or whole[0].nbytes * len(self.picked) > MAX_IN_MEMORY:
             return None
         return whole[self.picked]
 
@@ -114,9 +114,9 @@ class Picked:
         return self.source.sizes(self.picked[samples])
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Return an array if `whole` is available, else a list."""
-        if self.whole is not None:
-            return self.whole[samples]
+        """Return an array if `in_memory` is available, else a list."""
+        if self.in_memory is not None:
+            return self.in_memory[samples]
         return list(self.source.pixels(self.picked[samples]))
 
     def contents(self, samples: Samples) -> NDArray[np.uint32]:

@@ -83,7 +83,7 @@ class TarShards:
         return self.index.fingerprint
 
     @functools.cached_property
-    def whole(self) -> NDArray[np.uint8] | None:
+    def in_memory(self) -> NDArray[np.uint8] | None:
         """All images if they have one size and fit, decoded at most once and then mapped from the cache."""
         index = self.index
         keys = index.tree_key, index.fingerprint, index.listing
@@ -96,9 +96,9 @@ class TarShards:
         return np.asarray(self.index.columns["size"][samples])
 
     def pixels(self, samples: Samples) -> Pixels:
-        """Return an array if `whole` is available, else a list."""
-        if self.whole is not None:
-            return self.whole[samples]
+        """Return an array if `in_memory` is available, else a list."""
+        if self.in_memory is not None:
+            return self.in_memory[samples]
         return [
             self._decode(sample, data)
             for sample, data in zip(samples.tolist(), self._contents(samples), strict=True)

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 
 from coursepack.canonical import fingerprint
-from coursepack.console import progress, say
+from coursepack.console import inform, progress
 from coursepack.data.sources.base import fields_only, sampled, sha256_of
 from coursepack.data.sources.cache import (
     cache_folder,
@@ -53,7 +53,7 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
 width, crc32c of the header before the image."""
 KINDS = {"cls": ".cls members", "json": ".json members", "folder": "a folder for each class"}
 """Descriptions of where the classes of samples are."""
-MOST_CLASSES = 1 << 20
+MAX_CLASSES = 1 << 20
 MANY_BYTES = 1 << 30
 """Size of the shards from which on the progress of indexing is shown."""
 THREADS = 4
@@ -229,7 +229,7 @@ class _Indexing:
             if before.get(shard.name, (shard.size, shard.tag)) != (shard.size, shard.tag)
         ]
         if changed:
-            say(
+            inform(
                 f"source {self.name!r}: {len(changed)} shards have changed since they were indexed, and are "
                 f"indexed again: {summarize_names(changed)}"
             )
@@ -332,7 +332,7 @@ class _Indexing:
 def _class_id(text: str, kind: str, known: dict[str, int] | None) -> int:
     """Return the id of a class that is given as an integer or, if names are known, by its name."""
     if kind != "folder" and _INTEGER.fullmatch(text):
-        label, most = int(text), MOST_CLASSES if known is None else len(known)
+        label, most = int(text), MAX_CLASSES if known is None else len(known)
         if not 0 <= label < most:
             raise ValueError(f"{label}, expected 0 to {most - 1}")
         return label

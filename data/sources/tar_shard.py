@@ -19,7 +19,7 @@ import numpy as np
 
 from coursepack.data.sources.roots import summarize_names
 from coursepack.data.sources.scan import inspect_content
-from coursepack.parsing import MOST_JSON_BYTES, parse_json
+from coursepack.parsing import MAX_JSON_BYTES, parse_json
 
 if TYPE_CHECKING:
     from typing import IO
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 HEADER = tarfile.BLOCKSIZE
 """Size in bytes of the header before a member's content."""
-MOST_CLASS_BYTES = 4096
-MOST_IMAGE_BYTES = (1 << 32) - 1
+MAX_CLASS_BYTES = 4096
+MAX_IMAGE_BYTES = (1 << 32) - 1
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of compressed files."""
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -138,7 +138,7 @@ class _ShardReader:
                 f"has two images in the sample {key!r}, {sample.image!r} and {name!r}. A key ends at the "
                 "first dot of the file name: rename one of them, or leave it out"
             )
-        if member.size > MOST_IMAGE_BYTES:
+        if member.size > MAX_IMAGE_BYTES:
             raise ValueError(f"has the image {name!r} of {member.size:,} bytes, expected less than 4 GiB")
         height, width, sample.damage = inspect_content(content)
         self._file.seek(member.offset_data - HEADER)
@@ -147,7 +147,7 @@ class _ShardReader:
 
     def _text(self, name: str, content: IO[bytes], size: int) -> str:
         """Return the class in a `.cls` or `.json` member as text."""
-        most = MOST_CLASS_BYTES if self._json_key is None else MOST_JSON_BYTES
+        most = MAX_CLASS_BYTES if self._json_key is None else MAX_JSON_BYTES
         if size > most:
             raise ValueError(f"has the member {name!r} of {size:,} bytes, expected at most {most:,}")
         if self._json_key is not None:

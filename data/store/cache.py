@@ -46,17 +46,17 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 class ShardCache:
     """Cached shards of one store. Safe to pickle and to use in several threads."""
 
-    def __init__(self, remote: Location, folder: Path, most_bytes: int, views: int = FEWEST_VIEWS) -> None:
+    def __init__(self, remote: Location, folder: Path, max_bytes: int, views: int = FEWEST_VIEWS) -> None:
         """Open the cache of a store.
 
         Args:
             remote: location of the store.
             folder: folder of the cache, shared by all stores.
-            most_bytes: maximum size of all files of the cache.
+            max_bytes: maximum size of all files of the cache.
             views: number of views of the store that may be open at the same time.
         """
         self.views, self._name = views, remote.name
-        self._folder, self._most_bytes = folder, most_bytes
+        self._folder, self._max_bytes = folder, max_bytes
         self._local = LocalLocation(folder / hashlib.sha256(str(remote).encode()).hexdigest()[:16])
 
     def fetch(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> list[ShardFile]:
@@ -129,7 +129,7 @@ class ShardCache:
         files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in _files(self._folder))
         total = needed + sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= self._most_bytes:
+            if total <= self._max_bytes:
                 break
             path.unlink(missing_ok=True)
             total -= size

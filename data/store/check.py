@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
-MOST_METADATA_BYTES = 1 << 20
+MAX_METADATA_BYTES = 1 << 20
 """Maximum size of a zarr.json file, which normally has less than 2,000 bytes."""
 
 
@@ -143,7 +143,7 @@ def _metadata_problems(location: Location, manifest: Manifest) -> Iterator[Probl
     """Yield every zarr.json that disagrees with the manifest; other Zarr readers rely on zarr.json alone."""
     for key, metadata in zarr_metadata(manifest).items():
         try:
-            found = parse_json(location.get(key, MOST_METADATA_BYTES))
+            found = parse_json(location.get(key, MAX_METADATA_BYTES))
         except (FileNotFoundError, ValueError):
             yield Problem(key, "missing or not JSON")
         except OSError as error:

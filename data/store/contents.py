@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LISTS = "views"
 """Folder that contains the lists of views."""
-MOST_KEPT = 16
+MAX_KEPT = 16
 """Maximum number of entries that were read and are kept in memory."""
 FileEntry = tuple[int, int]
 """Size in bytes and `shard_checksum` of a data file."""
@@ -66,7 +66,7 @@ class Entries(Mapping[int, ViewEntry]):
         entry = self._added.get(view) or self._kept.get(place)
         if entry is None:
             entry = self._read(*place)
-            if len(self._kept) >= MOST_KEPT:
+            if len(self._kept) >= MAX_KEPT:
                 # Another thread may have done the same.
                 with suppress(StopIteration, RuntimeError):
                     self._kept.pop(next(iter(self._kept)), None)

@@ -27,7 +27,7 @@ from coursepack.data.store.parts import check_fits, entry_of, part_of, views_of,
 from coursepack.data.store.versions import ListReader
 from coursepack.data.store.zarr_metadata import zarr_keys, zarr_metadata
 from coursepack.errors import RecipeError, StoreBusy, StoreDamaged, StoreFull, StoreMismatch
-from coursepack.parsing import MOST_JSON_BYTES, parse_json
+from coursepack.parsing import MAX_JSON_BYTES, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -189,7 +189,7 @@ def _read_mark(work: _Work) -> dict[str, str]:
     """
     where = work.target.where(COPY_MARK)
     try:
-        mark = parse_config(_Mark, parse_json(work.target.get(COPY_MARK, MOST_JSON_BYTES)), where)
+        mark = parse_config(_Mark, parse_json(work.target.get(COPY_MARK, MAX_JSON_BYTES)), where)
     except FileNotFoundError:
         return {}
     except ValueError as error:

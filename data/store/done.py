@@ -11,7 +11,7 @@ from coursepack.config import Config
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.shards import shard_size
 from coursepack.errors import StoreDamaged
-from coursepack.parsing import MOST_JSON_BYTES, parse_json
+from coursepack.parsing import MAX_JSON_BYTES, parse_json
 from coursepack.problems import lines_of
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def read_done(location: Location, view: int, index: int) -> dict[str, Any] | Non
     """
     key = done_key(view, index)
     try:
-        entry: dict[str, Any] = parse_json(location.get(key, MOST_JSON_BYTES))
+        entry: dict[str, Any] = parse_json(location.get(key, MAX_JSON_BYTES))
         _Done.model_validate(entry, strict=True)
     except FileNotFoundError:
         return None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from coursepack.data.store.locations.base import Location
 
-MOST_BYTES = 32 << 20
+MAX_BYTES = 32 << 20
 """Maximum size of a manifest, checked before it is read: parsing needs about six times its size in memory. A
 manifest of 100,000 files has a tenth of this size."""
 COPY_MARK = "copy.json"
@@ -96,7 +96,7 @@ def load_tagged(location: Location) -> tuple[Manifest, str]:
         StoreNotFound, StoreIncomplete, StoreDamaged, StoreMismatch: as `load_manifest`.
     """
     try:
-        text, tag = location.get_tagged(MANIFEST, MOST_BYTES)
+        text, tag = location.get_tagged(MANIFEST, MAX_BYTES)
     except RecipeError:  # the location cannot be used at all
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -150,7 +150,7 @@ def check_not_foreign(location: Location, option: str = "--store") -> None:
         StoreMismatch: the location is a file, or contains a Zarr group or array not written by coursepack.
     """
     try:
-        found = location.get(METADATA, MOST_BYTES)
+        found = location.get(METADATA, MAX_BYTES)
     except FileNotFoundError:
         return
     except NotADirectoryError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.manifest import Manifest
 
 TABLE_DTYPES = ("int64", "float32")
-MOST_SHARDS = 1 << 16
+MAX_SHARDS = 1 << 16
 """Maximum number of shards of an array in a view that lists fewer files than shards."""
 _SHARD = re.compile(r"c\.(0|[1-9][0-9]{0,14})\.(0|[1-9][0-9]{0,14})(\.0)*")
 
@@ -118,7 +118,7 @@ def check_entry(manifest: Manifest, view: int, entry: ViewEntry) -> None:
     for name, views in manifest.committed.items():
         if view in views:
             for layout in manifest.arrays[name].components.values():
-                if layout.shard_count(manifest.samples) > max(MOST_SHARDS, len(entry.files)):
+                if layout.shard_count(manifest.samples) > max(MAX_SHARDS, len(entry.files)):
                     raise ValueError(f"{name!r} has more shards in view {view} than there are files")
     if entry.record is not None:
         _check_record(manifest, str(view), entry.record)

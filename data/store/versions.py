@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
-MOST_LIST_BYTES = 32 << 20
+MAX_LIST_BYTES = 32 << 20
 """Maximum size of a list of a view, checked before it is read."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -147,7 +147,7 @@ class ListReader:
         if location is None:
             raise StoreDamaged(f"the manifest names {key!r}, but there is nothing to read it from")
         try:
-            text = location.get(key, MOST_LIST_BYTES)
+            text = location.get(key, MAX_LIST_BYTES)
             if digest_of(text) != digest:
                 raise ValueError("does not match its checksum")
             values = parse_json(text)

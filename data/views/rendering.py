@@ -83,15 +83,17 @@ def render_normalized(
     Returns:
         None for views that take more than one pass: image files, mixing, and ops on rendered pixels.
     """
-    if source.whole is None or params.mixing is not None or params.pixel_ops:
+    if source.in_memory is None or params.mixing is not None or params.pixel_ops:
         return None
     from coursepack.data.jit_pixels import normalize_rows
 
-    _check_samples(source.whole, samples)
+    _check_samples(source.in_memory, samples)
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
     out = np.empty((len(samples), len(channel), size, size), np.float32)
     beyond_crop = recipe.filters_before_cropping
-    normalize_rows(source.whole, samples, params.boxes, flips, beyond_crop, np.asarray(channel), table, out)
+    normalize_rows(
+        source.in_memory, samples, params.boxes, flips, beyond_crop, np.asarray(channel), table, out
+    )
     return out
 
 
@@ -127,15 +129,15 @@ def _resample(
     from coursepack.data.jit_pixels import resample, resample_rows
 
     flips = np.zeros(len(samples), np.uint8) if params.flips is None else params.flips
-    images = source.pixels(samples) if source.whole is None else None
+    images = source.pixels(samples) if source.in_memory is None else None
     beyond_crop = recipe.filters_before_cropping
-    if source.whole is not None:
-        _check_samples(source.whole, samples)
+    if source.in_memory is not None:
+        _check_samples(source.in_memory, samples)
 
     def resample_slice(rows: slice) -> None:
-        if source.whole is not None:
+        if source.in_memory is not None:
             resample_rows(
-                source.whole, samples[rows], params.boxes[rows], flips[rows], beyond_crop, out[rows]
+                source.in_memory, samples[rows], params.boxes[rows], flips[rows], beyond_crop, out[rows]
             )
         elif images is not None:
             for n in range(*rows.indices(len(samples))):
@@ -169,7 +171,7 @@ def render_on_device(
 
     Args:
         recipe: view recipe from which the parameters were drawn; not a pipeline.
-        images: the source's `whole`, `(M, H, W, C)` uint8 on the device.
+        images: the source's `in_memory`, `(M, H, W, C)` uint8 on the device.
         samples: sample indices `(N,)`.
         params: view parameters of these samples, from `draw`.
         size: side in pixels.
@@ -226,11 +228,11 @@ def _matrices(
     """
     import torch
 
-    from coursepack.data.jit_pixels import axis_taps, most_taps
+    from coursepack.data.jit_pixels import axis_taps, max_taps
     from coursepack.device import to_device
 
     spans = np.ascontiguousarray(spans)
-    shape = (len(spans), size, most_taps(spans, side, size))
+    shape = (len(spans), size, max_taps(spans, side, size))
     begin, weights = np.empty(shape[:2], np.int32), np.empty(shape, np.int16)
     axis_taps(spans, flips, side, beyond_crop, begin, weights)
     pixels = to_device(begin, device).long()[:, :, None] + torch.arange(shape[2], device=device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coursepack.commands import Command, name_of
-from coursepack.console import JSON, TRUST_CODE, print_json, print_table, say
+from coursepack.console import JSON, TRUST_CODE, inform, print_json, print_table
 from coursepack.distill.cli.executing import executor_options, take_executor
 from coursepack.distill.cli.options import CACHE_BYTES, CHECKPOINTS, THREADS, TRACK, WORKERS
 from coursepack.errors import StudentsLost, TrainingDiverged
@@ -129,7 +129,7 @@ def compare_command(runs: tuple[Path, ...], as_json: bool, plot_file: Path | Non
     data, and not of the evaluation data.
     """
     groups = _show(runs, as_json=as_json)
-    say("columns: see distill compare --help")
+    inform("columns: see distill compare --help")
     if plot_file is not None:
         from coursepack.distill.runs.compare import plot
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
 
 GROUP_FILE = "group.json"
-MOST_GROUP_BYTES = 1 << 24
-MOST_CLAIM_BYTES = 1 << 16
+MAX_GROUP_BYTES = 1 << 24
+MAX_CLAIM_BYTES = 1 << 16
 
 
 class Claim(Config):
@@ -102,19 +102,19 @@ class GroupFiles:
         self._check_claim()
         self.location.put(weights_key(self.index), content)
 
-    def changed(self, index: int, most_bytes: int) -> bytes | None:
+    def changed(self, index: int, max_bytes: int) -> bytes | None:
         """Return the file of a replica's weights, or None if there is none or it was returned before.
 
         Raises:
             OSError: the location cannot be reached.
-            ValueError: the file is larger than `most_bytes`; raised once for each content.
+            ValueError: the file is larger than `max_bytes`; raised once for each content.
         """
         key = weights_key(index)
         tag = self.location.tag(key)
         if tag is None or tag == self._tags.get(index):
             return None
         try:
-            content, self._tags[index] = self.location.get_tagged(key, most_bytes)
+            content, self._tags[index] = self.location.get_tagged(key, max_bytes)
         except ValueError:
             self._tags[index] = tag
             raise
@@ -128,7 +128,7 @@ class GroupFiles:
         """Check that no other process has claimed the replica; a lost or damaged claim is written again."""
         where = self.location.where(self._claim_key)
         try:
-            found = self.location.get(self._claim_key, MOST_CLAIM_BYTES)
+            found = self.location.get(self._claim_key, MAX_CLAIM_BYTES)
             if found == self._claim:
                 return
             other = parse_config(Claim, parse_json(found), where)
@@ -163,7 +163,7 @@ def check_group(location: Location, identity: dict[str, Any]) -> None:
         RunError: it belongs to another group, or cannot be read.
     """
     try:
-        content = location.get(GROUP_FILE, MOST_GROUP_BYTES)
+        content = location.get(GROUP_FILE, MAX_GROUP_BYTES)
         held = parse_json(content)
     except FileNotFoundError:
         return

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from coursepack.console import say, warn
+from coursepack.console import inform, warn
 from coursepack.distill.exchange.base import (
     Exchange,
     Exchanged,
@@ -70,7 +70,7 @@ class Replicas(Recorded):
         self.config = config
         self._context = (context,)  # in a tuple, so that its network is not part of this module
         held = context.network.module.state_dict().values()
-        self._most_bytes = sum(value.numel() * value.element_size() for value in held) + HEADER_BYTES
+        self._max_bytes = sum(value.numel() * value.element_size() for value in held) + HEADER_BYTES
         self._files = GroupFiles(context.location, context.identity, context.index, context.count)
         self._others: dict[int, tuple[Network, int]] = {}
         self._has_started = False
@@ -137,7 +137,7 @@ class Replicas(Recorded):
                 continue
             found: bytes | ValueError | None = None
             try:
-                found = self._files.changed(index, self._most_bytes)
+                found = self._files.changed(index, self._max_bytes)
             except OSError as error:
                 failure = error
             except ValueError as error:
@@ -170,7 +170,7 @@ class Replicas(Recorded):
                     "exchange."
                 )
         elif self._failures:
-            say(f"group {where!r} is reached again; exchanges that failed: {self._failures}")
+            inform(f"group {where!r} is reached again; exchanges that failed: {self._failures}")
             self._failures = 0
 
     def _receive(self, index: int, content: bytes | ValueError) -> None:

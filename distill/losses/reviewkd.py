@@ -31,7 +31,7 @@ from coursepack.models.build import seeded
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MOST_CHANNELS = 512
+MAX_CHANNELS = 512
 """Upper bound of the channels between levels; they are those of the student's deepest level otherwise."""
 GRIDS = (4, 2, 1)
 """Sides of the grids over which maps are averaged, with the weights 1/2, 1/4 and 1/8."""
@@ -104,7 +104,7 @@ class Levels(nn.Module):
         """Initialize the modules of pairs that go from shallow to deep."""
         super().__init__()
         self.pairs = tuple(pairs)
-        channels = min(MOST_CHANNELS, pairs[-1].student_shape[0])
+        channels = min(MAX_CHANNELS, pairs[-1].student_shape[0])
         deepest = len(pairs) - 1
         self.fusions = nn.ModuleList(
             AttentionFusion(pair.student_shape, pair.teacher_shape, channels, fuses=level < deepest)

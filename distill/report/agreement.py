@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coursepack.distill.report.reading import RunGroup, RunLog
     from coursepack.pages.problems import Problems
 
-MOST_SAMPLES = 1024
+MAX_SAMPLES = 1024
 """Maximum number of samples, spread evenly over the source."""
 BATCH_SIZE = 256
 
@@ -72,7 +72,7 @@ def _agreement(log: RunLog, names: list[str], device: torch.device, *, trust_cod
     network = load_teacher(f"run:{log.run.path}", stores.source.class_names, trust_code=trust_code)
     network.module.to(device).eval()
     total = len(stores.source.labels)
-    samples = np.unique(np.linspace(0, total - 1, min(total, MOST_SAMPLES)).astype(np.int64))
+    samples = np.unique(np.linspace(0, total - 1, min(total, MAX_SAMPLES)).astype(np.int64))
     sums = torch.zeros(len(names), 3, dtype=torch.float64)
     for batch in batches(
         stores.source, stores.view, samples, views=[view], batch_size=BATCH_SIZE, device=device

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOT_TERMS = {"accuracy", "accuracy_top5", "nll", "calibration_error"}
 """Training metrics that are no part of the loss."""
-MOST_CLASSES = 200
+MAX_CLASSES = 200
 """Maximum number of rows of a table of classes."""
 BANDS = "Lines are means over seeds, bands reach from the lowest to the highest seed."
 
@@ -197,7 +197,7 @@ def _by_class(group: RunGroup, names: list[str]) -> list[Block]:
     ]
     if all(abs(a - b) < 1e-4 for row in means for a, b in zip(row, means[0], strict=True)):
         return []
-    kept = sorted(classes, key=lambda label: min(means[label]) - max(means[label]))[:MOST_CLASSES]
+    kept = sorted(classes, key=lambda label: min(means[label]) - max(means[label]))[:MAX_CLASSES]
     top = max(1e-12, *(abs(weight) for row in means for weight in row))
     rows = tuple(
         Row((text(label), *(number(weight, heat=abs(weight) / top) for weight in means[label])))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from coursepack.distill.report.reading import RunGroup, RunLog
     from coursepack.pages.blocks import Block, Cell
 
-MOST_DIFFERENCES = 100
+MAX_DIFFERENCES = 100
 """Maximum number of fields in the table of differences."""
 
 
@@ -52,11 +52,11 @@ def recipes_section(groups: Sequence[RunGroup]) -> Section:
     paths = list(dict.fromkeys(path for each in changed for path in each))
     blocks: list[Block] = []
     if paths:
-        rows = tuple(Row((text(path), *_values(path, changed)), None) for path in paths[:MOST_DIFFERENCES])
+        rows = tuple(Row((text(path), *_values(path, changed)), None) for path in paths[:MAX_DIFFERENCES])
         header = ("field", *(group.label for group in groups))
         blocks.append(Table("Fields in which recipes differ from the first", header, rows))
-        if len(paths) > MOST_DIFFERENCES:
-            blocks.append(Text(f"And {len(paths) - MOST_DIFFERENCES:,} more fields."))
+        if len(paths) > MAX_DIFFERENCES:
+            blocks.append(Text(f"And {len(paths) - MAX_DIFFERENCES:,} more fields."))
     else:
         blocks.append(Text("All recipes are the same, except for the seed."))
     blocks += [

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 LARGEST_MATRIX = 20
 """Maximum number of classes of a confusion matrix; with more, the most frequent confusions are listed."""
-MOST_CONFUSIONS = 30
-MOST_CLASSES = 200
+MAX_CONFUSIONS = 30
+MAX_CLASSES = 200
 """Maximum number of rows of the table of classes."""
 
 
@@ -156,10 +156,10 @@ def classes_section(groups: Sequence[RunGroup], found: Mapping[int, Predictions]
 
 
 def _most_changed(gains: list[NDArray[np.float64]], classes: int) -> list[int]:
-    if classes <= MOST_CLASSES:
+    if classes <= MAX_CLASSES:
         return list(range(classes))
     change = np.nanmax(np.abs(gains), axis=0) if gains else np.zeros(classes)
-    return sorted(np.argsort(-np.nan_to_num(change), kind="stable")[:MOST_CLASSES].tolist())
+    return sorted(np.argsort(-np.nan_to_num(change), kind="stable")[:MAX_CLASSES].tolist())
 
 
 def _known(value: float) -> float | None:
@@ -198,7 +198,7 @@ def _confusion(group: RunGroup, part: Predictions) -> Table:
         return Table(caption, ("label", *names), rows, folded=True, group=group.index)
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     pairs = [divmod(int(place), len(names)) for place in order]
     rows = tuple(
         Row((text(names[label]), text(names[other]), count(int(wrong[label, other]))))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coursepack.canonical import difference_table
-from coursepack.console import progress, say, warn
+from coursepack.console import inform, progress, warn
 from coursepack.data.store.cache import LIMIT_VARIABLE
 from coursepack.device import pick_device
 from coursepack.distill.distributed import Ranks
@@ -26,7 +26,7 @@ from coursepack.distill.runs.sweep import groups_of, train_group, unfinished
 from coursepack.distill.setup.prepare import library_versions
 from coursepack.errors import RunBusy, StudentsLost, WorkerLost, WorkerMismatch
 from coursepack.files import write_whole
-from coursepack.ray_workers import MOST_LOSSES, Pool, Share, connected, enter, import_ray, uses_gpus
+from coursepack.ray_workers import MAX_LOSSES, Pool, Share, connected, enter, import_ray, uses_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +133,7 @@ class RayExecutor:
 
         Raises:
             RecipeError: the device and the share of a GPU contradict each other.
-            StudentsLost: students have lost `MOST_LOSSES` workers each, and all others are finished or have
+            StudentsLost: students have lost `MAX_LOSSES` workers each, and all others are finished or have
                 diverged.
             WorkerLost: workers cannot start, or do not share the folder of the runs.
             WorkerMismatch: a worker has other versions of the libraries than this process.
@@ -150,7 +150,7 @@ class RayExecutor:
                     while runs.waiting or pool.is_busy:
                         while runs.waiting and pool.has_idle:
                             group = runs.waiting.popleft()
-                            say(describe(group))
+                            inform(describe(group))
                             pool.hand_out(group, "train", group, runs.how)
                         for ended in pool.wait(len(runs.waiting)):
                             before = runs.left
@@ -204,15 +204,15 @@ class _Runs:
         """Queue the unfinished students of a group whose worker was lost, but for those given up."""
         left = unfinished(group, self._out)
         self._losses.update(student.name for student in left)
-        again = [student for student in left if self._losses[student.name] < MOST_LOSSES]
+        again = [student for student in left if self._losses[student.name] < MAX_LOSSES]
         for student in left:
             if student not in again:
                 self._given_up[student.name] = loss
         if again:
             names = ", ".join(student.name for student in again)
-            say(f"{names}: lost with a worker, which ended because: {loss}. Another continues")
+            inform(f"{names}: lost with a worker, which ended because: {loss}. Another continues")
         # It is unknown which student of a group has ended its worker: each has its last try alone.
-        is_last = any(self._losses[student.name] == MOST_LOSSES - 1 for student in again)
+        is_last = any(self._losses[student.name] == MAX_LOSSES - 1 for student in again)
         together = 1 if is_last else self.how.together
         self.waiting.extendleft(reversed(groups_of(again, self._out, together)))
         self.left -= len(group) - len(again)
@@ -227,7 +227,7 @@ class _Runs:
             reasons = "".join(f"\n  {name}: {loss}" for name, loss in sorted(self._given_up.items()))
             diverged = f"\nDiverged: {', '.join(self.diverged)}." if self.diverged else ""
             raise StudentsLost(
-                f"not trained, because each has lost {MOST_LOSSES} workers, the last one because:{reasons}"
+                f"not trained, because each has lost {MAX_LOSSES} workers, the last one because:{reasons}"
                 f"{diverged}\nAll others are finished. If the nodes are short of memory, give more "
                 "--cpus-per-run or --gpus-per-run, so that fewer runs share them; then run the same command "
                 "again (a sweep with --resume)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.runs.folder import check_free
 from coursepack.distill.setup.describe import describe_training, describe_work, warnings_of
 from coursepack.distill.setup.prepare import describe_setup, prepare
@@ -26,7 +26,7 @@ def dry_run(
     device: torch.device,
     overwrite: bool = False,
     resume: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     trust_code: bool = False,
 ) -> list[str]:
     """Open and check everything that a run needs, and return lines that describe its work.

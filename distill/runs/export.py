@@ -113,7 +113,7 @@ def _classes_and_crop(run: FinishedRun, *, trust_code: bool) -> tuple[tuple[str,
         recipe = run.recipe
         name = check_trusted(recipe.evaluation, f"run {str(run.path)!r}", trust_code=trust_code)
         source = open_source(name, Path(recipe.root) if recipe.root else None)
-        return source.class_names, _crop(EVALUATION_VIEWS[source.whole is not None])
+        return source.class_names, _crop(EVALUATION_VIEWS[source.in_memory is not None])
     return tuple(names), _crop(EVALUATION_VIEWS[is_whole])
 
 

@@ -22,9 +22,9 @@ from pydantic import Field
 
 from coursepack.canonical import canonical_json
 from coursepack.config import Config, parse_config, start_paths
-from coursepack.console import SHORT_SECONDS, progress, say, warn
+from coursepack.console import SHORT_SECONDS, inform, progress, warn
 from coursepack.device import pick_device
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.recipe import load_recipe, set_value
 from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import check_free, finished_metrics, is_finished, recipe_to_resume
@@ -35,7 +35,7 @@ from coursepack.distill.setup.checks import check_recipe
 from coursepack.distill.setup.describe import warnings_of
 from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.setup.resolve import resolve_recipe
-from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
+from coursepack.distill.training.runtime import preserved_generators, torch_algorithms, torch_threads
 from coursepack.errors import RecipeError, TrainingDiverged
 from coursepack.models import build_network
 
@@ -217,7 +217,7 @@ def sweep(
             check_free(out / student.name, overwrite=False)
     remaining = unfinished(students, out) if resume else list(students)
     if len(remaining) < len(students):
-        say(f"{len(students) - len(remaining)} of {len(students)} students are finished")
+        inform(f"{len(students) - len(remaining)} of {len(students)} students are finished")
     number = {student.name: index for index, student in enumerate(students, start=1)}
 
     def describe(group: Sequence[Student]) -> str:
@@ -250,7 +250,7 @@ def _train_here(
     with progress(f"sweep {out.name}", total, "students", done=done, delay=SHORT_SECONDS) as meter:
         while waiting:
             group = waiting.pop(0)
-            say(describe(group))
+            inform(describe(group))
             failures, alone = train_group(group, out, device, how)
             waiting = [*alone, *waiting]
             for name, reason in failures.items():
@@ -261,7 +261,7 @@ def _train_here(
 
 
 def train_group(
-    group: Sequence[Student], out: Path, device: torch.device, how: SweepOptions, ranks: Ranks = ALONE
+    group: Sequence[Student], out: Path, device: torch.device, how: SweepOptions, ranks: Ranks = SINGLE_RANK
 ) -> tuple[dict[str, str], list[list[Student]]]:
     """Train students together, or continue them.
 
@@ -280,7 +280,11 @@ def train_group(
     """
     first = group[0].recipe
     try:
-        with algorithms(deterministic=first.deterministic), threads_of(how.threads), generators_of(device):
+        with (
+            torch_algorithms(deterministic=first.deterministic),
+            torch_threads(how.threads),
+            preserved_generators(device),
+        ):
             return _train_group(group, out, device, how, ranks), []
     except TrainingDiverged as error:
         if len(group) > 1:
@@ -309,7 +313,7 @@ def _train_group(
             )
             student_runs.append(run)
             stack.enter_context(run)
-        say(describe_setup(setup))
+        inform(describe_setup(setup))
         warnings = [warnings_of(each.recipe, setup.readers) for each in group]
         for warning in dict.fromkeys(itertools.chain(*warnings)):
             warn(warning)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coursepack.console import progress, warn
 from coursepack.data.loading import Renderer
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.runs import CHECKPOINT_SECONDS
 from coursepack.distill.runs.folder import finished_metrics, is_finished, recipe_to_resume
 from coursepack.distill.runs.start import check_same_on_all_ranks, start_run
@@ -18,7 +18,7 @@ from coursepack.distill.setup.prepare import describe_setup, prepare
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, Position
 from coursepack.distill.training.evaluate import evaluation_view
 from coursepack.distill.training.loop import check_targets, teachers_of_epoch, train_steps
-from coursepack.distill.training.runtime import algorithms, generators_of, threads_of
+from coursepack.distill.training.runtime import preserved_generators, torch_algorithms, torch_threads
 from coursepack.errors import TrainingDiverged
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def train(
     tensorboard: bool = False,
     track: Sequence[str] = (),
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     trust_code: bool = False,
 ) -> dict[str, Any]:
     """Train a student, or a student and its peers, into a run folder.
@@ -85,7 +85,11 @@ def train(
         return metrics
     trackers = trackers_of(track, tensorboard=tensorboard)
     resumed = recipe_to_resume(out, recipe) if resume else recipe
-    with algorithms(deterministic=recipe.deterministic), threads_of(threads), generators_of(device):
+    with (
+        torch_algorithms(deterministic=recipe.deterministic),
+        torch_threads(threads),
+        preserved_generators(device),
+    ):
         setup = prepare(resumed, device, ranks, trust_code=trust_code)
         with start_run(setup, recipe, out, overwrite=overwrite, resume=resume, track=trackers) as run:
             ranks.log_once(describe_setup(setup))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from coursepack.distill.objective_config import ObjectiveConfig
     from coursepack.distill.recipe import TrainRecipe
 
-MOST_NAMES = 5
+MAX_NAMES = 5
 """Maximum number of class names in an error."""
 
 
@@ -68,7 +68,7 @@ def class_warnings(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> list[
 def _known(reader: StoreReader) -> str:
     manifest = reader.manifest
     names = [manifest.class_names[label] for label in manifest.known_classes]
-    shown = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+    shown = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     return (
         f"the teacher of store {reader.address!r} knows {len(names)} of the source's "
         f"{len(manifest.class_names)} ({shown})"

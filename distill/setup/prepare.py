@@ -17,7 +17,7 @@ from coursepack.data.loading import device_images
 from coursepack.data.randomness import Purpose, shuffled
 from coursepack.data.sources import subset
 from coursepack.data.store.locations import absolute_address
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.setup.build import build_objective, build_student, read_arrays
 from coursepack.distill.setup.checks import (
     check_evaluation,
@@ -68,7 +68,7 @@ class Setup:
     """Drift detected in the stores' views and accepted with `--allow-drift`."""
     images: torch.Tensor | None = None
     """Images of the source on the device, if views are rendered there."""
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
     """Rank of this process."""
     trust_code: bool = False
     """True if runs and stores may name Python code for networks."""
@@ -199,7 +199,7 @@ class Setup:
 def prepare(
     recipe: TrainRecipe,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     others: Sequence[TrainRecipe] = (),
     *,
     trust_code: bool = False,
@@ -331,7 +331,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "view_fingerprint": view_fingerprint(setup.recipe.view, setup.source),
         "source_fingerprint": setup.source.fingerprint,
         "class_names": list(setup.source.class_names),
-        "whole_images": setup.evaluation.whole is not None,
+        "whole_images": setup.evaluation.in_memory is not None,
         "versions": library_versions(),
         "device": str(setup.device),
         "ranks": setup.ranks.count,

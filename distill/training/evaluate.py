@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coursepack.data import PRESETS, batches
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.losses.base import StudentOutput
 from coursepack.distill.setup.student import watched
 from coursepack.distill.training.learner import network_input
@@ -66,7 +66,7 @@ def evaluate(
     *,
     renderer: Renderer | None = None,
     meter: Meter | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> dict[str, float]:
     """Return the accuracy, negative log-likelihood in nats and calibration error of a network on a source.
 
@@ -95,7 +95,7 @@ def predict(
     *,
     renderer: Renderer | None = None,
     meter: Meter | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits `(N, C)` float32 and labels `(N,)` of every batch of a source, in index order.
 
@@ -116,7 +116,7 @@ def evaluate_together(
     watch: Watch | None = None,
     renderer: Renderer | None = None,
     meter: Meter | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
     """Return the metrics of several networks, and those of their ensembles by name.
 
@@ -166,11 +166,11 @@ def evaluate_ensemble(
     with ExitStack() as stack:
         for network in networks:
             stack.enter_context(_evaluating(network.module))
-        for batch in _batches(source, device, renderer, meter, ALONE):
+        for batch in _batches(source, device, renderer, meter, SINGLE_RANK):
             logits = torch.stack([_output(network, batch, None).logits for network in networks])
             mean = logits.mean(0) if combine == "logits" else logits.log_softmax(2).logsumexp(0)
             scores.add(mean, batch.main_labels)
-    return scores.means(ALONE)
+    return scores.means(SINGLE_RANK)
 
 
 @dataclass(frozen=True)
@@ -223,4 +223,4 @@ EVALUATION_VIEWS = {True: PRESETS["none"], False: PRESETS["eval"]}
 
 def evaluation_view(source: Source) -> ViewRecipe:
     """Return the view recipe for evaluation: whole images for small ones, a center crop for image files."""
-    return EVALUATION_VIEWS[source.whole is not None]
+    return EVALUATION_VIEWS[source.in_memory is not None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coursepack.data.batches import shares
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.distill.losses.base import LossInputs, Step, StudentOutput
 from coursepack.distill.setup.student import watched
 
@@ -44,7 +44,7 @@ class Learner(nn.Module):
         *,
         precision: torch.dtype | None = None,
         compiled: bool = False,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
         """Initialize the learner.
 

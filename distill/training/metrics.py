@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from coursepack.distill.distributed import ALONE
+from coursepack.distill.distributed import SINGLE_RANK
 from coursepack.kernels import soft_target_loss, soft_targets, teacher_stats
 from coursepack.models.calibration import Calibration
 
@@ -38,7 +38,7 @@ def top5_correct(logits: Tensor, labels: Tensor) -> Tensor:
 class EpochMetrics:
     """Metrics of one student over one epoch and all ranks."""
 
-    def __init__(self, teachers: int = 1, ranks: Ranks = ALONE) -> None:
+    def __init__(self, teachers: int = 1, ranks: Ranks = SINGLE_RANK) -> None:
         """Initialize empty metrics for a number of teachers."""
         self._teacher_count = teachers
         self._ranks = ranks

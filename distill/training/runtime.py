@@ -28,7 +28,7 @@ def cores() -> int:
 
 
 @contextmanager
-def threads_of(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Set the number of torch's threads inside the context.
 
     None keeps the current number, or under torchrun uses this rank's share of the cores.
@@ -42,7 +42,7 @@ def threads_of(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def algorithms(*, deterministic: bool) -> Iterator[None]:
+def torch_algorithms(*, deterministic: bool) -> Iterator[None]:
     """Select torch's deterministic algorithms, or else its fastest ones, inside the context."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     workspace = os.environ.get(WORKSPACE)
@@ -61,7 +61,7 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
 
 
 @contextmanager
-def generators_of(device: torch.device) -> Iterator[None]:
+def preserved_generators(device: torch.device) -> Iterator[None]:
     """Restore the state of torch's generators on exit; training reseeds them before every step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 IMAGES = "images"
 """Name of the input."""
-MOST_BYTES = 2_000_000_000
+MAX_BYTES = 2_000_000_000
 """Most bytes of weights in one file; a protocol buffer has fewer than 2 GiB."""
 
 
@@ -42,10 +42,10 @@ def check(network: Network) -> None:
     except ImportError as error:
         raise missing_extra("onnx", "onnx, onnxruntime and onnxscript", error) from error
     size = sum(value.nbytes for value in network.module.state_dict().values())
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise RecipeError(
             f"network {network.spec!r} has {size:,} bytes of weights, but one ONNX file holds at most "
-            f"{MOST_BYTES:,}: use --format safetensors"
+            f"{MAX_BYTES:,}: use --format safetensors"
         )
 
 

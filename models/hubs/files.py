@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.errors import RecipeError, first_line
 from coursepack.parsing import read_json
 
@@ -87,7 +87,7 @@ def _fetch(repository: str, revision: str | None, spec: str) -> Published:
         ) from error
     commit = Path(path).name
     if COMMIT.fullmatch(revision or "") is None:
-        say(f"{spec}: {revision or 'main'} is commit {commit} now; give {repository}@{commit} to keep it")
+        inform(f"{spec}: {revision or 'main'} is commit {commit} now; give {repository}@{commit} to keep it")
     return Published(Path(path), f"{repository}@{commit}")
 
 

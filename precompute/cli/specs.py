@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coursepack.console import byte_size, duration, print_table, say
+from coursepack.console import byte_size, duration, inform, print_table
 from coursepack.data import open_source, view_recipe
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store.manifest import LOGITS
@@ -137,7 +137,7 @@ def ranks() -> int:
 def _say_other_encoding(job: Job) -> None:
     stored = job.plan().arrays[LOGITS][0].name
     if stored != parse_encoding(job.encoding).name and rank() == 0:
-        say(
+        inform(
             f"encoding {job.encoding} would not be smaller than {stored} for {len(job.source.class_names)} "
             f"classes: logits are stored as {stored}"
         )

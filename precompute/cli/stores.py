@@ -12,11 +12,11 @@ from coursepack.console import (
     JSON,
     TRUST_CODE,
     byte_size,
+    inform,
     print_json,
     print_table,
     printable,
     progress,
-    say,
     warn,
 )
 from coursepack.errors import RecipeError
@@ -118,9 +118,9 @@ def verify_command(
     if report.problems and mend:
         others = repair(job, report.problems)
         for problem in report.problems:
-            say(f"{problem}: written again")
+            inform(f"{problem}: written again")
         for key in others:
-            say(f"{key}: the new content differs by rounding; the manifest has its new checksum")
+            inform(f"{key}: the new content differs by rounding; the manifest has its new checksum")
         report = check()
     if not report.problems:
         wrong = check_views(store, manifest, root, content=content, trust_code=trust_code)

@@ -15,7 +15,7 @@ from coursepack.data.store.owners import RUNS
 from coursepack.errors import WorkerLost
 from coursepack.precompute.executors.actors import Comparison, assemble, open_pool
 from coursepack.precompute.executors.worker import Witness
-from coursepack.ray_workers import MOST_LOSSES, connected, import_ray
+from coursepack.ray_workers import MAX_LOSSES, connected, import_ray
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -70,7 +70,7 @@ class RayExecutor:
         """Hand out groups in the given order, and yield each once it is written.
 
         Raises:
-            WorkerLost: a group has lost `MOST_LOSSES` workers, workers cannot start, or a node does not share
+            WorkerLost: a group has lost `MAX_LOSSES` workers, workers cannot start, or a node does not share
                 the store's file system.
             WorkerMismatch: a worker that joined does not fit.
             CoursepackError: a worker's error that is not the loss of the worker.
@@ -119,17 +119,17 @@ class _Queue:
         """Queue the unfinished blocks of a group again; returns the others.
 
         Raises:
-            WorkerLost: the group was lost `MOST_LOSSES` times.
+            WorkerLost: the group was lost `MAX_LOSSES` times.
         """
         numbers = [block.view * self._writer.blocks + block.index for block in group]
         left = list(self._writer.pending(numbers))
         keys = {(block.view, block.index) for block in left}
         self._losses.update(keys)
-        if left and max(self._losses[key] for key in keys) >= MOST_LOSSES:
+        if left and max(self._losses[key] for key in keys) >= MAX_LOSSES:
             views = ", ".join(str(block.view) for block in left)
             raise WorkerLost(
                 f"block {left[0].index} (samples {left[0].start:,} to {left[0].stop - 1:,}) of view {views} "
-                f"was lost with its worker {MOST_LOSSES} times, the last time because: {loss}. Finished "
+                f"was lost with its worker {MAX_LOSSES} times, the last time because: {loss}. Finished "
                 "blocks are kept. If the nodes are short of memory, give fewer --actors or --workers; then "
                 "run the same command again"
             )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coursepack.pages.problems import Problems
     from coursepack.precompute.page.opened import OpenedStore
 
-MOST_DAMAGED = 20
+MAX_DAMAGED = 20
 """Maximum number of damaged files of a store that are listed."""
 
 
@@ -82,10 +82,10 @@ def checks_section(opened: Sequence[OpenedStore], problems: Problems) -> Section
             progress(f"verify {store.label}", store.manifest.data_bytes, "bytes") as meter,
         ):
             report = verify(store.address, on_file=meter.advance)
-            for problem in report.problems[:MOST_DAMAGED]:
+            for problem in report.problems[:MAX_DAMAGED]:
                 problems.add(f"{store.address}: {problem}")
-            if len(report.problems) > MOST_DAMAGED:
-                more = len(report.problems) - MOST_DAMAGED
+            if len(report.problems) > MAX_DAMAGED:
+                more = len(report.problems) - MAX_DAMAGED
                 problems.add(f"{store.address}: {more} more, see `precompute verify`")
             cells = (
                 text(store.label),

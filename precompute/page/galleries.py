@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from coursepack.precompute.page.answers import Disagreement
     from coursepack.precompute.page.opened import OpenedStore
 
-MOST_PIXELS = 160
+MAX_PIXELS = 160
 """Maximum side of a picture, in pixels."""
 TOP_CLASSES = 3
 """Number of classes shown of each answer."""
-MOST_DISPUTED = 8
+MAX_DISPUTED = 8
 """Number of samples shown that the teachers disagree about most."""
-MOST_CLASSES = 200
+MAX_CLASSES = 200
 """Maximum number of rows of the table of classes."""
 
 
@@ -84,7 +84,7 @@ def open_images(opened: Sequence[OpenedStore], root: Path | None, *, trust_code:
     recipe = recipe.located(opened[0].address)
     source = source_of_stores(manifests, root, holder=holder, trust_code=trust_code)
     size = max(manifest.identity["teacher"]["preprocessing"]["size"] for manifest in manifests)
-    return Images(source, recipe, min(size, MOST_PIXELS))
+    return Images(source, recipe, min(size, MAX_PIXELS))
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -121,7 +121,7 @@ def disagreement_section(
         return Section("disagreement", title, ())
     view = views[0]
     found = disagreement(readers, view)
-    order = np.argsort(-found.divergence, kind="stable")[:MOST_DISPUTED].astype(np.int64)
+    order = np.argsort(-found.divergence, kind="stable")[:MAX_DISPUTED].astype(np.int64)
     titles = [
         f"Sample {sample}: {name}, divergence {found.divergence[sample]:.3f}"
         for sample, name in _named(opened, order)
@@ -153,7 +153,7 @@ def _by_class(opened: Sequence[OpenedStore], found: Disagreement) -> Table:
                 percent(float(same[label])),
             )
         )
-        for label in order[:MOST_CLASSES]
+        for label in order[:MAX_CLASSES]
     )
     header = ("class", "samples", "mean divergence, nats", "same top class")
     return Table("Disagreement by class", header, rows)

@@ -3,7 +3,8 @@
 Resampling (Pillow's, and torchvision's with `antialias=True`): output pixel i of a crop from `low` to `high`
 is centred at low + (i + 1/2) s with s = (high - low) / size; source pixel j, centred at j + 1/2, weighs
 max(0, 1 - |distance| / max(s, 1)) if it lies in the crop, in whole pixels outwards, and weights are
-normalised. What lies outside the image is black and weighs as much.
+normalized. What lies outside the image is black and weighs as much. A crop that begins inside of the image
+covers at least one of its pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def axis_matrix(start, length, side, size, *, flip=False):
     """Weights `(size, side)` of an image's rows in a crop's."""
     low, high = edge(start, side), edge(start + length, side)
     step = (high - low) / size
-    first, last = int(np.floor(low)), max(int(np.ceil(high)), int(np.floor(low)) + 1)
+    first = int(np.floor(low))
+    if start < GRID and low == high:
+        first = min(first, side - 1)
+    last = max(int(np.ceil(high)), first + 1)
     centers = low + (np.arange(size) + 0.5) * step
     places = np.arange(first, last)
     weights = np.maximum(0, 1 - abs(places + 0.5 - centers[:, None]) / max(step, 1))

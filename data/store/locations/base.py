@@ -69,14 +69,14 @@ class Location(Protocol):
     def tag(self, key: str) -> str | None:
         """Return the tag of an object, which identifies its content, or None if there is no object."""
 
-    def get(self, key: str, most_bytes: int) -> bytes:
+    def get(self, key: str, max_bytes: int) -> bytes:
         """Read an object.
 
         Raises:
-            ValueError: the object is larger than `most_bytes`; the message is worded to follow its name.
+            ValueError: the object is larger than `max_bytes`; the message is worded to follow its name.
         """
 
-    def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
+    def get_tagged(self, key: str, max_bytes: int) -> tuple[bytes, str]:
         """Read an object and its tag."""
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOCK = "lock"
 """Name of the file that `LocalLocation.lock` locks."""
-MOST_HELD_BYTES = 1 << 16
+MAX_HELD_BYTES = 1 << 16
 
 
 class LocalLocation:
@@ -91,18 +91,18 @@ class LocalLocation:
         except FileNotFoundError:
             return None
 
-    def get(self, key: str, most_bytes: int) -> bytes:
+    def get(self, key: str, max_bytes: int) -> bytes:
         """Read a file."""
         path = self.root / key
         with naming(path), os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > most_bytes:
-                raise ValueError(f"has {size:,} bytes, expected at most {most_bytes:,}")
+            if size > max_bytes:
+                raise ValueError(f"has {size:,} bytes, expected at most {max_bytes:,}")
             return file.read(size)
 
-    def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
+    def get_tagged(self, key: str, max_bytes: int) -> tuple[bytes, str]:
         """Read a file and compute its tag."""
-        data = self.get(key, most_bytes)
+        data = self.get(key, max_bytes)
         return data, _tag(data)
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
@@ -215,7 +215,7 @@ class LocalLocation:
                     # A shared lock, so that concurrent calls do not report each other as holders.
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found.append((f"{folder}/{name}", file.read(MOST_HELD_BYTES)))
+                    found.append((f"{folder}/{name}", file.read(MAX_HELD_BYTES)))
         return found
 
     def free_bytes(self) -> int:

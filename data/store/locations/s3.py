@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from coursepack.data.store.locations.local import MOST_HELD_BYTES, Resident
+from coursepack.data.store.locations.local import MAX_HELD_BYTES, Resident
 from coursepack.errors import RecipeError, StoreNotFound, first_line
 
 if TYPE_CHECKING:
@@ -150,13 +150,13 @@ class BucketLocation:
         except FileNotFoundError:
             return None
 
-    def get(self, key: str, most_bytes: int) -> bytes:
+    def get(self, key: str, max_bytes: int) -> bytes:
         """Read an object."""
-        return self.get_tagged(key, most_bytes)[0]
+        return self.get_tagged(key, max_bytes)[0]
 
-    def get_tagged(self, key: str, most_bytes: int) -> tuple[bytes, str]:
+    def get_tagged(self, key: str, max_bytes: int) -> tuple[bytes, str]:
         """Read an object and its tag in one request."""
-        data, meta, _ = self._get(key, most_bytes)
+        data, meta, _ = self._get(key, max_bytes)
         return data, _tag(meta)
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
@@ -236,7 +236,7 @@ class BucketLocation:
                 continue
             key = f"{folder}/{str(entry['path']).rpartition('/')[2]}"
             with suppress(FileNotFoundError):
-                data, _, attributes = self._get(key, MOST_HELD_BYTES)
+                data, _, attributes = self._get(key, MAX_HELD_BYTES)
                 if _is_alive(attributes.get(HOLDER)):
                     found.append((key, data))
         return found
@@ -329,13 +329,13 @@ class BucketLocation:
             with suppress(OSError):
                 self.delete(key)
 
-    def _get(self, key: str, most_bytes: int) -> tuple[bytes, Any, dict[str, str]]:
+    def _get(self, key: str, max_bytes: int) -> tuple[bytes, Any, dict[str, str]]:
         """Return content, metadata and attributes of an object."""
         with self._naming(key):
             found = self._client().get(key)
             meta, attributes = found.meta, dict(found.attributes)
-            if meta["size"] > most_bytes:
-                raise ValueError(f"has {meta['size']:,} bytes, expected at most {most_bytes:,}")
+            if meta["size"] > max_bytes:
+                raise ValueError(f"has {meta['size']:,} bytes, expected at most {max_bytes:,}")
             return bytes(found.bytes()), meta, attributes
 
     def _head(self, key: str) -> Any:

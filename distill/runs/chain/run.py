@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coursepack.console import SHORT_SECONDS, duration, say, warn
+from coursepack.console import SHORT_SECONDS, duration, inform, warn
 from coursepack.distill.runs.chain.plan import naming_stage
 from coursepack.distill.runs.chain.record import (
     LOCK,
@@ -172,7 +172,7 @@ def _run_groups(
         remaining -= sum(stage.name in pending for stage in group)
         left = remaining * (time.monotonic() - started) / max(ran, 1)
         if ran and remaining and left >= SHORT_SECONDS:
-            say(f"{len(stages) - remaining} of {len(stages)} stages finished, about {duration(left)} left")
+            inform(f"{len(stages) - remaining} of {len(stages)} stages finished, about {duration(left)} left")
 
 
 def _run_group(
@@ -208,9 +208,9 @@ def _begin(stage: Stage, stages: Sequence[Stage], out: Path, redo: Collection[st
         raise RunError(_refusal(stage, table))
     title = f"stage {1 + [each.name for each in stages].index(stage.name)} of {len(stages)}, {stage.name}"
     if decision == "skip":
-        say(f"{title}: finished and unchanged, skipped")
+        inform(f"{title}: finished and unchanged, skipped")
         return None
-    say(f"{title}: {stage.kind}" + {"continue": ", continued", "again": ", again"}.get(decision, ""))
+    inform(f"{title}: {stage.kind}" + {"continue": ", continued", "again": ", again"}.get(decision, ""))
     identity = _identity(stage, stages, out)
     if decision != "continue":
         remove_output(out, stage)

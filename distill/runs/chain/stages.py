@@ -18,7 +18,7 @@ from coursepack.distill.runs.folder import finished_metrics
 from coursepack.distill.runs.sweep import Student, SweepOptions, unfinished
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.evaluate import evaluate_ensemble, evaluation_view
-from coursepack.distill.training.runtime import threads_of
+from coursepack.distill.training.runtime import torch_threads
 from coursepack.errors import RunError, TrainingDiverged
 from coursepack.files import write_whole
 from coursepack.models import load_teacher
@@ -157,7 +157,7 @@ def _evaluate(stage: Stage, out: Path, how: How) -> dict[str, float]:
     sizes = sorted({network.preprocessing.size for network in networks})
     pin = how.device.type == "cuda"
     with (
-        threads_of(how.threads),
+        torch_threads(how.threads),
         Renderer(source, evaluation_view(source), sizes, workers=how.workers, pin=pin) as renderer,
     ):
         return evaluate_ensemble(

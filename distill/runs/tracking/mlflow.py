@@ -10,7 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.distill.runs.tracking.base import leaves, missing_tracker, scalars
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 EXPERIMENT = "coursepack"
 """Experiment of the runs, unless `MLFLOW_EXPERIMENT_NAME` names another."""
 SERVER = "MLFLOW_TRACKING_URI"
-MOST_METRICS, MOST_PARAMS = 1000, 100
+MAX_METRICS, MAX_PARAMS = 1000, 100
 """Maximum numbers of values in a request."""
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 """Maximum number of characters of a recipe's value; longer ones are cut."""
 
 
@@ -66,7 +66,7 @@ class MlflowTracker:
             self._run = self._client.create_run(self._experiment(), run_name=run.name).info.run_id
             self._log_recipe(run.recipe)
         self.state: Mapping[str, str] = {"run_id": self._run, **({} if own is None else {"uri": own})}
-        say(f"{run.folder}: tracked as run {self._run} of MLflow" + ("" if own is None else f" in {own}"))
+        inform(f"{run.folder}: tracked as run {self._run} of MLflow" + ("" if own is None else f" in {own}"))
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
@@ -77,10 +77,10 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         values = [
-            Param(name, str(value)[:MOST_CHARACTERS]) for name, value in leaves(dict(recipe), separator=".")
+            Param(name, str(value)[:MAX_CHARACTERS]) for name, value in leaves(dict(recipe), separator=".")
         ]
-        for begin in range(0, len(values), MOST_PARAMS):
-            self._client.log_batch(self._run, params=values[begin : begin + MOST_PARAMS])
+        for begin in range(0, len(values), MAX_PARAMS):
+            self._client.log_batch(self._run, params=values[begin : begin + MAX_PARAMS])
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log the metrics of one epoch, unless the tracked run has that epoch already."""
@@ -91,8 +91,8 @@ class MlflowTracker:
             return
         now = round(time.time() * 1000)
         values = [Metric(name, value, now, epoch) for name, value in scalars(metrics)]
-        for begin in range(0, len(values), MOST_METRICS):
-            self._client.log_batch(self._run, metrics=values[begin : begin + MOST_METRICS])
+        for begin in range(0, len(values), MAX_METRICS):
+            self._client.log_batch(self._run, metrics=values[begin : begin + MAX_METRICS])
         self._last = epoch
 
     def end(self, error: BaseException | None) -> None:

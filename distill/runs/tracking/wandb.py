@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coursepack.console import say
+from coursepack.console import inform
 from coursepack.distill.runs.tracking.base import missing_tracker, scalars
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class WandbTracker:
             settings=wandb.Settings(silent=True, console="off"),
         )
         if self._run.offline:
-            say(f"{run.folder}: tracked offline; `wandb sync {Path(self._run.dir).parent}` uploads it")
+            inform(f"{run.folder}: tracked offline; `wandb sync {Path(self._run.dir).parent}` uploads it")
         elif self._run.url:
-            say(f"{run.folder}: tracked at {self._run.url}")
+            inform(f"{run.folder}: tracked at {self._run.url}")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log the metrics of one epoch. The service ignores an epoch that it has already."""
