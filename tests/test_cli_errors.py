@@ -238,7 +238,7 @@ DOMAIN = [
     (f"{ALONE} --set source=null", "source: expected text, got null"),
     ("distill train --out new", "there is no student: give --student NAME, or a recipe file"),
     (KD, "there is nothing to train on: give --source NAME[:SPLIT], or --store"),
-    (f"{KD} --source digits", "there is no view recipe: give --view PRESET (none, digits, or a YAML file)"),
+    (f"{KD} --source digits", "there is no view recipe: give --view NAME (none, "),
     # Where to write.
     (f"{ALONE} --out run",
      "'run' already holds a run: choose another --out, continue it with --resume, or remove it "

@@ -119,7 +119,8 @@ def test_without_prices_there_is_no_money(plan):
         assert word not in result.stdout
 
 
-def test_the_table_has_a_row_per_encoding_and_a_column_per_price(plan, tmp_path):
+def test_the_table_has_a_row_per_encoding_and_a_column_per_price(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     prices = ["--gpu-hour-price=3600", "--gb-month-price=1000000", "--put-price=1000", "--get-price=2000"]
     result = plan("--compare=float32,int8,topk:2,topk:9", "--temperature=4", *prices)
     assert result.exit_code == 0, result.output

@@ -189,7 +189,9 @@ def test_rows_that_others_write_meanwhile_are_noticed_at_the_end(tmp_path, teach
     assert "batch_size store: 64 here: 256" in lines(capsys.readouterr().err)
 
 
-def test_stores_without_numerics_are_read_and_extended(store, teacher, capsys):
+def test_stores_without_numerics_are_read_and_extended(store, teacher, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
     def forget(values):
         for record in values["view_records"].values():
             record["environments"] = [{"torch": "2.11.0", "device": "cpu", "batch_size": 7}]
@@ -213,7 +215,8 @@ def test_repair_on_another_kind_of_machine_warns(store, monkeypatch, capsys):
     assert verify(store).problems == ()
 
 
-def test_status_and_inspect_show_the_numerics(store, teacher):
+def test_status_and_inspect_show_the_numerics(store, teacher, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     run_job(make_job(store, teacher, views=3, batch_size=64), quiet=True)
     names = [environments(store, view)[0]["numerics"] for view in (0, 1)]
     for command in (["status", "--store"], ["inspect"]):

@@ -341,7 +341,7 @@ def test_stores_without_a_common_view_of_the_same_pixels_have_no_agreement(tmp_p
     run_job(make_job(kept, teacher, views=2))
     early, late, other = tmp_path / "early.zarr", tmp_path / "late.zarr", tmp_path / "other.zarr"
     for store, view in ((early, "0"), (late, "1")):
-        assert command("copy", kept, store, "--views", view).exit_code == 0
+        assert command("copy", kept, store, "--view-indices", view).exit_code == 0
     run_job(make_job(other, teacher, recipe=view_recipe("none")))
     for several in ((early, late), (kept, other)):
         result = command("inspect", *several, "--json")

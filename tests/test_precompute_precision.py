@@ -88,7 +88,8 @@ def test_a_large_error_is_warned_of(tmp_path, teacher, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_status_and_inspect_show_precision_and_error(tmp_path, command):
+def test_status_and_inspect_show_precision_and_error(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "s.zarr"
     result = command(path, precision="bfloat16")
     assert result.exit_code == 0, result.output
