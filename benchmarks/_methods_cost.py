@@ -210,6 +210,6 @@ def _view_rows(title: str, cost: ViewCost, config: dict[str, Any]) -> list[Row]:
     """Return the bytes of a view of the arrays that are read, and of the same outputs unreduced."""
     config = config | {"samples": cost.samples, "arrays": list(cost.arrays)}
     rows = [exact(f"cost: {title}, view minimal", cost.samples * cost.read, "bytes", config)]
-    if cost.in_memory is not None:
-        rows.append(exact(f"cost: {title}, view full", cost.samples * cost.in_memory, "bytes", config))
+    if cost.whole is not None:
+        rows.append(exact(f"cost: {title}, view full", cost.samples * cost.whole, "bytes", config))
     return rows

@@ -48,6 +48,7 @@ def check_names(values: Mapping[str, Any], where: str) -> None:
     """
     if "torch" in sys.modules:
         return  # the full check costs nothing more, and knows rows that this process added
+    check_renamed(dict(values), where)
     try:
         _check_names(values, where)
     except CoursepackError:
@@ -60,7 +61,6 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     view = values.get("view")
     if isinstance(view, str) and not view.endswith((".yaml", ".yml")) and view not in names_of("view"):
         raise UnknownName("view", view, [*names_of("view"), "a .yaml file"])
-    check_renamed(dict(values), where)
     method = values.get("method", "kd" if values.get("stores") else "supervised")
     lines = wrong_names(values, method)
     if lines:

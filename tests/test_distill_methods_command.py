@@ -73,7 +73,7 @@ def test_bytes_of_arrays_that_are_not_stored():
     ):
         (cost,) = view_costs(hints(tap), [teacher], build_network("digits-cnn", 10))
         assert cost.arrays == {"logits": 20, name: size}
-        assert (cost.samples, cost.read, cost.in_memory) == (1000, 20 + size, 20 + 2 * 32 * 16)
+        assert (cost.samples, cost.read, cost.whole) == (1000, 20 + size, 20 + 2 * 32 * 16)
 
 
 def test_bytes_of_stores_are_those_of_their_encoding(tmp_path, monkeypatch):
@@ -145,4 +145,4 @@ def test_bytes_are_for_one_method_of_known_networks(tmp_path):
     ):
         view_costs(METHODS["amtml-hints"].objective, [planned_store("python:mine:net", 10, 5)])
     (cost,) = view_costs(METHODS["kd"].objective, [planned_store("python:mine:net", 10, 5)])
-    assert cost.read == cost.in_memory == 20
+    assert cost.read == cost.whole == 20
