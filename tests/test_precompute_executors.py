@@ -75,8 +75,6 @@ def test_a_spec_is_plain_values_that_make_the_same_job_anywhere(tmp_path, spec):
 OTHERS = {"elsewhere": Elsewhere, **{name: kind for name, kind in EXECUTORS.items() if name != "local"}}
 NEEDS = {"ray": MARKS}
 """Marks of executors that start other programs, which takes seconds: one case each will do."""
-SMALL = {"ray": {"address": "local", "actors": 1}}
-"""Arguments of executors: no other cluster of this machine, and few workers."""
 CASES = [
     pytest.param(name, together, marks=NEEDS.get(name, []))
     for name in OTHERS
@@ -85,9 +83,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "together"), CASES)
-def test_every_executor_writes_the_same_bytes(tmp_path, spec, name, together):
+def test_every_executor_writes_the_same_bytes(tmp_path, spec, name, together, request):
+    arguments = {}
+    if name == "ray":
+        arguments = {"address": request.getfixturevalue("cluster").address, "actors": 1}
     found = []
-    for executor in (EXECUTORS["local"](), OTHERS[name](**SMALL.get(name, {}))):
+    for executor in (EXECUTORS["local"](), OTHERS[name](**arguments)):
         path = tmp_path / f"{len(found)}.zarr"
         manifest = run_job(spec(path, views_per_load=together).job(), executor=executor, quiet=True)
         assert manifest.committed_views() == (0, 1)
