@@ -134,7 +134,7 @@ def main() -> None:
             entry
             for what, (_, batch_size) in WORK.items()
             for threads in (1, 2)
-            for entry in rows_of(what, threads, batch_size, rounds=30)
+            for entry in rows_of(what, threads, batch_size, rounds=12)
         ]
     report("Freed memory", rows, chosen.json)
 
