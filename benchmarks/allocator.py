@@ -1,4 +1,4 @@
-"""What it saves that the commands let the C library keep freed memory (`coursepack.allocator`).
+"""Times of steps with freed memory kept and with freed memory returned (`coursepack.allocator`).
 
     python benchmarks/allocator.py [--json FILE] [--quick]
 
