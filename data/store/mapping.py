@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from coursepack.data.store.layout import ArrayLayout
 from coursepack.data.store.shards import (
     CHECKSUM_BYTES,
     checksum_bytes,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
-    from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location, Mapped
 
 Check = Literal["files", "chunks", "nothing"]
@@ -84,12 +84,16 @@ class ShardFile:
         raise self.damaged("does not match its checksum", "the content of ")
 
 
+Shards = dict[str, tuple[ArrayLayout, list[ShardFile]]]
+"""Layout and ordered shard files of every component of a quantity's rows."""
+
+
 class OpenView:
     """Open view of one quantity, with rows in mapped files or resident in memory."""
 
     def __init__(
         self,
-        components: dict[str, tuple[ArrayLayout, list[ShardFile]]],
+        components: Shards,
         rows: int,
         *,
         resident: bool,
