@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from _harness import PATIENCE, Threads, alternate, arguments, exact, measure, ratios, report, row
 from torch import Tensor
 
+from coursepack.allocator import keep_freed_memory
 from coursepack.data.encodings import parse_encoding
 from coursepack.kernels import dispatch, soft_target_loss, soft_targets, teacher_stats
 from coursepack.kernels.cpu import native
@@ -75,7 +76,7 @@ def naive(student_logits: Tensor, teachers: Tensor) -> Tensor:
 
 
 def ours(student_logits: Tensor, teachers: Any) -> Tensor:
-    return soft_target_loss(student_logits, teachers, temperature=TEMPERATURE).mean()
+    return soft_target_loss(student_logits, teachers, temperature=TEMPERATURE, reduction="mean")
 
 
 def analytic(student_logits: Tensor, teachers: Any) -> Tensor:
@@ -372,6 +373,7 @@ def errors() -> list[Row]:
 def main() -> None:
     chosen = arguments("The fused loss beside torch.").parse_args()
     size = QUICK if chosen.quick else FULL
+    keep_freed_memory()
     rows = []
     for threads in (1, 2):
         with Threads(threads):

@@ -46,6 +46,7 @@ _CALL = {
     "soft_weight": "d",
     "hard_weight": "d",
     "smoothing": "d",
+    "grad_scale": "d",  # factor of `grad`
 }
 _TEACHER = {
     "kind": "q",

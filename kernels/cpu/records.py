@@ -31,6 +31,7 @@ def pack(
     scratch_stride: int,
     chunk: int = 0,
     state: int = 0,
+    grad_scale: float = 1.0,
 ) -> tuple[bytes, list[object]]:
     """Pack a CALL record followed by TEACHER records.
 
@@ -43,6 +44,7 @@ def pack(
         scratch_stride: number of scratch values per thread.
         chunk: rows per chunk.
         state: address of three int64 (`layout`).
+        grad_scale: factor of the gradient with respect to the student.
 
     Returns:
         The bytes, and objects that must stay alive while the bytes are in use.
@@ -76,6 +78,7 @@ def pack(
             spec.soft_weight,
             spec.hard_weight,
             spec.smoothing,
+            grad_scale,
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
