@@ -9,7 +9,7 @@ import sys
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 """Numbers of mallopt's parameters in glibc's malloc.h."""
 KEPT_BYTES = 2**31 - 1
-# Further arenas have parts of 64 MiB and return larger blocks all the same, and each serves a few threads only.
+# Further arenas have parts of 64 MiB, return larger blocks all the same, and each serves a few threads only.
 SETTINGS = {TRIM_THRESHOLD: KEPT_BYTES, MMAP_THRESHOLD: KEPT_BYTES, ARENA_MAX: 1}
 VARIABLES = (
     "MALLOC_ARENA_MAX",
