@@ -67,7 +67,7 @@ def data_files(path):
     return {key: value for key, value in store_files(path).items() if "/c." in key}
 
 
-@pytest.mark.parametrize("encoding", ["float32", "int8", "topk:3", "topk16:2"])
+@pytest.mark.parametrize("encoding", ["float32", "int8", "int4", "topk:3", "topk16:2"])
 @pytest.mark.parametrize("fields", [{}, {"views_per_load": 2}, {"workers": 1}])
 def test_bytes_are_those_of_one_thread(tmp_path, teachers, encoding, fields):
     given = {**FIELDS, "encoding": encoding, "taps": (Tap(("conv2",)), Tap(("hidden",)))}
@@ -268,7 +268,9 @@ def test_only_the_last_blocks_of_a_view_are_looked_up_when_one_is_finished(tmp_p
     assert len(reads) < 8 * 40
 
 
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int8", "topk:3", "topk16:3", "bits"])
+@pytest.mark.parametrize(
+    "name", ["float32", "float16", "bfloat16", "int8", "int4", "topk:3", "topk16:3", "bits"]
+)
 def test_encoded_rows_are_copies(name):
     """The memory of a batch's outputs is used again for a later batch."""
     values = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
