@@ -322,7 +322,7 @@ def check_int4(spec: str, values: NDArray[np.float32]) -> None:
         gaps = row.max() - row
         assert top == np.float16(row.max())
         reach = np.sort(gaps)[::-1][len(row) // 50]
-        assert span == FLOAT16[np.searchsorted(FLOAT16, reach)]
+        assert span == FLOAT16[np.searchsorted(FLOAT16, max(reach, 2.0**-24))]
         distances = np.abs(gaps[:, None] - span * INT4_LEVELS)
         assert (distances[np.arange(len(row)), codes] <= distances.min(1) * (1 + 1e-9) + 1e-11).all()
         assert (np.abs(decoded[n] - (top - span * INT4_LEVELS[codes])) <= 1e-6 * (abs(top) + span)).all()

@@ -250,6 +250,16 @@ def test_int4_codes_of_two_halves_share_bytes():
     assert contract.roundtrip("int4", values).round(3).tolist() == values.tolist()
 
 
+@pytest.mark.parametrize("lower", [[5.0], [1e-6, 5.0], [1e-9]], ids=str)
+def test_int4_rows_of_equal_logits_agree_though_the_lowest_are_raised(lower):
+    values = np.zeros((3, 100), dtype=np.float32)
+    values[1, : len(lower)] -= lower
+    stored = contract.encode("int4", values)
+    assert stored["scale"].tolist() == [[0, 2.0**-24]] * 3
+    assert parse_encoding("int4").agrees(values, stored, 0.0).all()
+    assert np.abs(contract.roundtrip("int4", values)).max() <= 2.0**-24
+
+
 @pytest.mark.parametrize("row_shape", [(10, 2), ()], ids=str)
 def test_int4_is_for_logits(row_shape):
     with pytest.raises(RecipeError, match=r"encoding int4 is for logits, got rows \("):

@@ -218,6 +218,16 @@ def test_int4_rows_are_gaps_below_the_top(classes):
     assert np.abs(by_torch.numpy() - expected).max() <= bound
 
 
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_int4_row_that_is_not_finite_spoils_no_other(value, column):
+    rows = int4_rows((8, 37))
+    rows.scale[6, column] = value
+    for adjustment in ("none", "shift"):
+        loss = soft_target_loss(torch.zeros(8, 37), [rows], torch.arange(8), adjustment=adjustment)
+        assert torch.equal(loss.isfinite(), torch.arange(8) != 6)
+
+
 @pytest.mark.parametrize("row_shape", [(1,), (7,), (8,), (9,), (3, 7), (256, 8)], ids=str)
 def test_bit_rows_are_signs_from_the_highest_bit(row_shape):
     rows = bit_rows(5, row_shape)

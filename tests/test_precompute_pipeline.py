@@ -67,7 +67,7 @@ def data_files(path):
     return {key: value for key, value in store_files(path).items() if "/c." in key}
 
 
-@pytest.mark.parametrize("encoding", ["float32", "int8", "int4", "topk:3", "topk16:2"])
+@pytest.mark.parametrize("encoding", ["float32", "int8", "topk:3", "topk16:2"])
 @pytest.mark.parametrize("fields", [{}, {"views_per_load": 2}, {"workers": 1}])
 def test_bytes_are_those_of_one_thread(tmp_path, teachers, encoding, fields):
     given = {**FIELDS, "encoding": encoding, "taps": (Tap(("conv2",)), Tap(("hidden",)))}

@@ -52,10 +52,10 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
 """Encodings by their name in a store's manifest."""
 SPARSE: dict[str, Callable[..., Encoding]] = {"topk": PackedTopK, "topk16": TopK}
 """Sparse encodings by their name in an option, which differs from that in a manifest."""
-_STORED_ONLY = ("packed_topk",)
+_STORED_ONLY, _LOGITS_ONLY = ("packed_topk",), ("int4", *SPARSE)
 NAMES = (*(name for name in ENCODINGS if name not in _STORED_ONLY), "topk16")
 FOR_LOGITS = tuple(name for name in NAMES if name != "bits")
-FOR_FEATURES = tuple(name for name in NAMES if name not in (*SPARSE, "int4"))
+FOR_FEATURES = tuple(name for name in NAMES if name not in _LOGITS_ONLY)
 
 
 def parse_encoding(text: str, known: tuple[str, ...] = NAMES) -> Encoding:

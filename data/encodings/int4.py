@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 UNREACHED = 50
 """One class in so many is beyond the range of its row."""
+SHORTEST = 2.0**-24
+"""Least range, the smallest float16: rows of equal logits have one too."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class Int4:
         check_range(values, ~(np.abs(values) <= LIMIT), samples, self.name, LIMIT)
         top = values.max(1, keepdims=True)
         gaps = top.astype(np.float64) - values
-        span = rounded(_reach(gaps), np.inf)
-        width = np.where(span == 0, 1, span).astype(np.float64)[:, None]
-        codes = np.rint(_code(LARGEST_GAP * gaps / width)).clip(0, LARGEST_CODE).astype(np.uint8)
+        span = rounded(_reach(gaps).clip(SHORTEST), np.inf)
+        parts = gaps / span.astype(np.float64)[:, None]
+        codes = np.rint(_code(LARGEST_GAP * parts)).clip(0, LARGEST_CODE).astype(np.uint8)
         q = codes[:, :size].copy()
         q[:, : codes.shape[1] - size] |= codes[:, size:] << 4
         return {"q": q, "scale": np.column_stack([top[:, 0].astype(np.float16), span])}
