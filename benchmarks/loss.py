@@ -245,10 +245,12 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
 
 
 def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
-    """Measure teachers as int8 and top-k rows over the same teachers as float16."""
+    """Measure teachers as int8, int4 and top-k rows over the same teachers as float16."""
     rows, classes, count = cell
-    cold = {name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "topk:50")}
-    for name in ("int8", "topk:50"):
+    cold = {
+        name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "int4", "topk:50")
+    }
+    for name in ("int8", "int4", "topk:50"):
         encoding = parse_encoding(name)
         values = cold[name].teachers.float().numpy()
         labels = values.argmax(2)
@@ -268,7 +270,7 @@ def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
         title = f"{name} {{}} rows / float16 rows".format
         return [
             row(title(which), ratios(seconds, which, "float16"), "ratio", config, "<= 1.0")
-            for which in ("int8", "topk:50")
+            for which in ("int8", "int4", "topk:50")
         ]
 
     variants = {name: each.step(ours) for name, each in cold.items()}

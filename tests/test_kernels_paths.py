@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
-from test_kernels_rows import bit_rows, int8_rows, packed_rows, topk_rows
+from test_kernels_rows import bit_rows, int4_rows, int8_rows, packed_rows, topk_rows
 
 from coursepack.kernels import (
     DenseRows,
+    Int4Rows,
     Int8Rows,
     MixedLabels,
     compile_op,
@@ -124,6 +125,7 @@ KINDS = {
     "float16": lambda n, c: DenseRows(torch.randn(n, c, generator=torch.Generator().manual_seed(c)).half()),
     "bfloat16": lambda n, c: torch.randn(n, c, generator=torch.Generator().manual_seed(c)).bfloat16(),
     "int8": lambda n, c: int8_rows((n, c), seed=c),
+    "int4": lambda n, c: int4_rows((n, c), seed=c),
     "topk": lambda n, c: topk_rows(n, min(5, c), c, seed=c),
     "topk of 32 bits": lambda n, c: topk_rows(n, min(3, c), c, seed=c, dtype="uint32"),
     "packed": lambda n, c: packed_rows(n, min(5, c), c, seed=c),
@@ -205,7 +207,8 @@ COMPILED = {
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
     "encoded": lambda: dataclasses.replace(
-        make_case(6, 37, 2, 8, torch.float32), teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()]
+        make_case(6, 37, 2, 8, torch.float32),
+        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))],
     ),
 }
 
@@ -252,7 +255,7 @@ IN_TORCH = {
     "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
     "js of rows": lambda: dataclasses.replace(
         make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
-        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()],
+        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))],
     ),
     "reverse_kl": lambda: make_case(
         8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
@@ -278,8 +281,8 @@ def test_what_no_kernel_does_is_one_graph_too(make):
 
 
 def test_soft_targets_are_one_graph():
-    rows = [int8_rows((8, 37)), topk_rows(), packed_rows()]
-    options = {"labels": torch.arange(8), "weights": torch.rand(8, 3), "adjustment": "shift"}
+    rows = [int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))]
+    options = {"labels": torch.arange(8), "weights": torch.rand(8, 4), "adjustment": "shift"}
     torch._dynamo.reset()
     compiled = torch.compile(soft_targets, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rows, **options), soft_targets(rows, **options))
@@ -394,6 +397,9 @@ def test_rows_of_any_stride():
     plain = Int8Rows(wide[:, 3:80].clone(), affine[::2].clone())
     want = soft_target_loss(student, [plain, base[:, 3:80].clone(), base[:, 3:80].clone()])
     assert torch.equal(got, want)
+    own, scale = wide[:, 5:44], torch.rand(12, 2).half()[::2]
+    got = soft_target_loss(student, [Int4Rows(own, scale, 77)])
+    assert torch.equal(got, soft_target_loss(student, [Int4Rows(own.clone(), scale.clone(), 77)]))
 
 
 @pytest.mark.parametrize("classes", [1, 37, 128, 1000])
@@ -405,7 +411,8 @@ def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
     half, kept = case.teachers[0].half(), min(5, classes)
     rows = [half, int8_rows((4, classes)), topk_rows(4, kept, classes)]
     others = [half, packed_rows(4, kept, classes), packed_rows(4, classes, classes)]
-    for teachers in (case.teachers, rows, others):
+    fours = [half, int4_rows((4, classes)), int4_rows((4, classes), seed=1)]
+    for teachers in (case.teachers, rows, others, fours):
         got = soft_targets(teachers, case.labels, **options)
         with_gradient = {**options, "weights": options["weights"].clone().requires_grad_(True)}
         want = soft_targets(teachers, case.labels, **with_gradient)

@@ -268,7 +268,9 @@ def test_only_the_last_blocks_of_a_view_are_looked_up_when_one_is_finished(tmp_p
     assert len(reads) < 8 * 40
 
 
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int8", "topk:3", "topk16:3", "bits"])
+@pytest.mark.parametrize(
+    "name", ["float32", "float16", "bfloat16", "int8", "int4", "topk:3", "topk16:3", "bits"]
+)
 def test_encoded_rows_are_copies(name):
     """The memory of a batch's outputs is used again for a later batch."""
     values = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)

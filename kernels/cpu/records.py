@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels.cpu import layout
+from coursepack.kernels.int4 import Int4Rows
 from coursepack.kernels.labels import MixedLabels
 from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
@@ -160,6 +161,9 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
         fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
         return [q, affine], fields
+    if isinstance(teacher, Int4Rows):
+        q, scale = row_major(teacher.q), teacher.scale.contiguous()
+        return [q, scale], (layout.INT4, q.data_ptr(), q.stride(0), scale.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
         tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
