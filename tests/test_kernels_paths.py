@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
@@ -343,21 +344,14 @@ def test_a_forked_child_computes_alone():
     assert result.returncode == 0, result.stderr
 
 
-# As on a CPU without F16C and AVX, with no place for numba to keep what it compiled.
+# As on a CPU without F16C and AVX.
 BARE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np, torch
-from numba.core import caching
-
-def nowhere(self):
-    raise OSError("read-only")
-
-caching._CacheLocator.ensure_cache_path = nowhere
+import torch
 import test_kernels_loss as tests
 from contracts import make_case, assert_agrees
 from coursepack.kernels import soft_target_loss
-from coursepack.kernels.cpu import jit_convert
 from test_kernels_convert import check_every_half
 check_every_half()
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -368,7 +362,7 @@ assert not [name for name in sys.modules if name.startswith("coursepack.") and "
 """
 
 
-def test_without_float16_instructions_and_without_a_cache(tmp_path):
+def test_without_float16_instructions(tmp_path):
     environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", BARE, str(Path(__file__).parent)],
@@ -379,6 +373,22 @@ def test_without_float16_instructions_and_without_a_cache(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == result.stderr == ""
+
+
+def test_functions_are_compiled_where_numba_may_keep_nothing(monkeypatch):
+    from coursepack.kernels.cpu.jit_base import compiled, jit, types
+
+    def nowhere(self):
+        raise OSError("read-only")
+
+    def double(value):
+        return 2 * value
+
+    monkeypatch.setattr(numba.core.caching._CacheLocator, "ensure_cache_path", nowhere)
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(double)
+    assert jit(double)(4) == 8
+    assert compiled(types.int64(types.int64))(double).ctypes(4) == 8
 
 
 def test_precision_of_float32_is_that_of_the_design():
