@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from azurite import AzureServer, found_azurite
 from browsing import found_chromium, launched
 from builders import write_known, write_store, write_teacher
 from filelock import FileLock
@@ -238,6 +239,33 @@ def bucket(s3_server):
     """The name of an empty bucket. Afterwards the server fails no longer."""
     yield s3_server.new_bucket()
     s3_server.recover()
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory):
+    """An Azure server on this machine, and the environment variables by which clients find it."""
+    if found_azurite() is None:
+        pytest.skip("there is no Azurite on this machine: npm install --global azurite")
+    with AzureServer(tmp_path_factory.mktemp("azurite")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def container(azure_server):
+    """The name of an empty container."""
+    return azure_server.new_container()
+
+
+HOMES = {"s3": "bucket", "az": "container"}
+"""The fixture with the name of a bucket of each service."""
+
+
+@pytest.fixture(params=HOMES)
+def home(request):
+    """The address of an empty bucket of each service."""
+    return f"{request.param}://{request.getfixturevalue(HOMES[request.param])}"
 
 
 @pytest.fixture(scope="session")
