@@ -22,6 +22,9 @@ class Quiet(WSGIRequestHandler):
 class S3Server:
     """moto's server in a thread. The next request that a fault fits is given that fault."""
 
+    prefix = "bucket"
+    """Beginning of names of buckets. All servers of a process share moto's buckets."""
+
     def __init__(self):
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
@@ -75,7 +78,7 @@ class S3Server:
         """Create a bucket and return its name."""
         with self._turn:
             self._buckets += 1
-            name = f"bucket-{self._buckets}"
+            name = f"{self.prefix}-{self._buckets}"
         connection = HTTPConnection(urlsplit(self.url).netloc)
         connection.request("PUT", f"/{name}", body=b"")
         response = connection.getresponse()
@@ -88,7 +91,7 @@ class S3Server:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests[method, path.rpartition("/")[2]] += 1
         if not self.keeps_conditions:
-            environ = {name: value for name, value in environ.items() if "HTTP_IF_" not in name}
+            environ = {name: value for name, value in environ.items() if "_IF_" not in name}
         fault = "refused" if self.is_down else self._fault(method, path)
         if fault in ("refused", "forbidden"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

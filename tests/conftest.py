@@ -258,7 +258,25 @@ def container(azure_server):
     return azure_server.new_container()
 
 
-HOMES = {"s3": "bucket", "az": "container"}
+@pytest.fixture(scope="session")
+def google_server():
+    """A Google Cloud Storage server on this machine, and the variables by which clients find it."""
+    from google_storage import GoogleServer
+
+    with GoogleServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def google_bucket(google_server):
+    """The name of an empty bucket of that server. Afterwards it fails no longer."""
+    yield google_server.new_bucket()
+    google_server.recover()
+
+
+HOMES = {"s3": "bucket", "gs": "google_bucket", "az": "container"}
 """The fixture with the name of a bucket of each service."""
 
 

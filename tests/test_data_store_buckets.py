@@ -30,9 +30,14 @@ def address(home):
     return f"{home}/stores/rows.zarr"
 
 
+can_fail = pytest.mark.parametrize("home", ["s3", "gs"], indirect=True)
+"""Restricts a test to servers that can be told to fail."""
+
+
 @pytest.fixture
-def s3_address(bucket):
-    return f"s3://{bucket}/stores/rows.zarr"
+def server(home, request):
+    """The server of an address."""
+    return request.getfixturevalue({"s3": "s3_server", "gs": "google_server"}[home.partition(":")[0]])
 
 
 @pytest.fixture
@@ -76,6 +81,15 @@ def test_the_extra_is_named_where_the_library_is_missing(monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: store 'gs://bucket/s.zarr' needs obstore")
     assert result.stderr.endswith("Get it with `pip install 'coursepack[s3]'`\n")
+
+
+def test_requests_are_unencrypted_only_if_the_services_own_endpoint_is(monkeypatch):
+    for service in SERVICES.values():
+        for name in service.endpoint:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:10000/account")
+    monkeypatch.setenv("GOOGLE_BASE_URL", "https://storage.example.com")
+    assert [scheme for scheme, service in SERVICES.items() if service.allows_http()] == ["az"]
 
 
 @integration
@@ -142,56 +156,60 @@ def test_one_of_two_that_create_different_stores_is_refused(address):
     assert load_manifest(address).view_fingerprint == "0"
 
 
+@can_fail
 @integration
 @pytest.mark.parametrize("fault", ["refused", "lost"])
-def test_errors_of_the_server_lose_nothing(s3_address, tmp_path, s3_server, fast, fault):
+def test_errors_of_the_server_lose_nothing(address, tmp_path, server, fast, fault):
     rows = RowStore(views=2)
-    s3_server.fail(fault, key="manifest.json", times=3)
-    s3_server.fail(fault, key="/c.", times=3)
-    s3_server.fail("refused", key="views/", method="GET", times=2)
-    write_rows(s3_address, rows)
-    assert s3_server.faults == [("refused", "GET", "views/")] * len(s3_server.faults)
+    server.fail(fault, key="manifest.json", times=3)
+    server.fail(fault, key="/c.", times=3)
+    server.fail("refused", key="views/", method="GET", times=2)
+    write_rows(address, rows)
+    assert server.faults == [("refused", "GET", "views/")] * len(server.faults)
     write_rows(tmp_path / "s.zarr", rows)
-    assert objects(s3_address) == local_objects(tmp_path / "s.zarr")
+    assert objects(address) == local_objects(tmp_path / "s.zarr")
 
 
+@can_fail
 @integration
-def test_a_response_that_never_comes_loses_nothing(s3_address, tmp_path, s3_server, fast, monkeypatch):
+def test_a_response_that_never_comes_loses_nothing(address, tmp_path, server, fast, monkeypatch):
     monkeypatch.setattr(s3, "TIMEOUT", s3.timedelta(seconds=1))
     rows = RowStore(views=1)
     for key in ("manifest.json", "/c."):
-        s3_server.fail("slow", key=key)
-    write_rows(s3_address, rows)
-    assert not s3_server.faults
+        server.fail("slow", key=key)
+    write_rows(address, rows)
+    assert not server.faults
     write_rows(tmp_path / "s.zarr", rows)
-    assert objects(s3_address) == local_objects(tmp_path / "s.zarr")
+    assert objects(address) == local_objects(tmp_path / "s.zarr")
 
 
+@can_fail
 @integration
-def test_a_content_that_is_cut_is_not_served(s3_address, s3_server, fast):
-    rows = write_rows(s3_address, RowStore(views=1))
-    reader = StoreReader(s3_address)
-    s3_server.fail("cut", method="GET", key="/c.")
+def test_a_content_that_is_cut_is_not_served(address, server, fast):
+    rows = write_rows(address, RowStore(views=1))
+    reader = StoreReader(address)
+    server.fail("cut", method="GET", key="/c.")
     try:
         found = reader.components("logits", 0, np.arange(50))["values"]
     except (OSError, StoreDamaged):
         found = reader.components("logits", 0, np.arange(50))["values"]
-    assert not s3_server.faults
+    assert not server.faults
     assert np.array_equal(found, rows.stored("logits", 0))
 
 
+@can_fail
 @integration
-def test_a_server_that_ignores_conditions_is_refused_or_has_one_writer(s3_address, tmp_path, s3_server):
-    s3_server.keeps_conditions = False
+def test_a_server_that_ignores_conditions_is_refused_or_has_one_writer(address, tmp_path, server):
+    server.keeps_conditions = False
     rows = RowStore(views=2)
     with pytest.raises(RecipeError, match=r"does not keep conditional writes.*--single-writer"):
-        write_rows(s3_address, rows)
-    assert objects(s3_address) == {}
+        write_rows(address, rows)
+    assert objects(address) == {}
     with pytest.raises(RecipeError, match="part 0/2 is not the only one"):
-        write_part(s3_address, rows, Part(0, 2), single_writer=True)
-    write_part(s3_address, rows, None, single_writer=True)
+        write_part(address, rows, Part(0, 2), single_writer=True)
+    write_part(address, rows, None, single_writer=True)
     write_rows(tmp_path / "s.zarr", rows)
-    assert objects(s3_address) == local_objects(tmp_path / "s.zarr")
+    assert objects(address) == local_objects(tmp_path / "s.zarr")
 
 
 @integration
@@ -249,9 +267,11 @@ def test_damage_is_found(address):
 @integration
 def test_a_bucket_that_is_not_there_is_named(home):
     scheme = home.partition(":")[0]
-    word, variable = {"s3": ("bucket", "AWS_ENDPOINT_URL"), "az": ("container", "AZURE_STORAGE_ENDPOINT")}[
-        scheme
-    ]
+    word, variable = {
+        "s3": ("bucket", "AWS_ENDPOINT_URL"),
+        "gs": ("bucket", "GOOGLE_BASE_URL"),
+        "az": ("container", "AZURE_STORAGE_ENDPOINT"),
+    }[scheme]
     address = f"{scheme}://nowhere/s.zarr"
     with pytest.raises(
         StoreNotFound, match=rf"there is no {word} 'nowhere' for the store '{address}'.*{variable}"

@@ -30,7 +30,8 @@ METHOD = ("--student", "digits-small", *DIGITS, "--method", "codistillation")
 MOST = 1 << 24
 
 
-BUCKET, CONTAINER = (pytest.param(name, marks=integration) for name in ("bucket", "container"))
+SCHEMES = {"bucket": "s3", "google_bucket": "gs", "container": "az"}
+BUCKET, *OTHERS = (pytest.param(name, marks=integration) for name in SCHEMES)
 
 
 @pytest.fixture(params=["folder", BUCKET])
@@ -38,8 +39,7 @@ def group(request, tmp_path):
     """Address of a group that does not exist yet."""
     if request.param == "folder":
         return str(tmp_path / "group")
-    scheme = "s3" if request.param == "bucket" else "az"
-    return f"{scheme}://{request.getfixturevalue(request.param)}/deep/group"
+    return f"{SCHEMES[request.param]}://{request.getfixturevalue(request.param)}/deep/group"
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def held(group, index):
     return parse_weights(open_location(group).get(weights_key(index), MOST))
 
 
-@pytest.mark.parametrize("group", ["folder", BUCKET, CONTAINER], indirect=True)
+@pytest.mark.parametrize("group", ["folder", BUCKET, *OTHERS], indirect=True)
 def test_what_is_in_a_group(group, at_once):
     (first,), steps = replica(0, group)
     _, others = replica(1, group)
