@@ -1,4 +1,4 @@
-"""An Azure Blob Storage server on this machine: Azurite, a program of Node."""
+"""An Azure Blob Storage server on this machine: Azurite, a program of Node, behind one that can fail."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import re
 import shutil
 import subprocess
 import urllib.request
+from http.client import HTTPConnection
+
+from buckets import FailingServer
 
 PROGRAM = "azurite-blob"
 ACCOUNT, KEY = "tests", base64.b64encode(b"key of the tests").decode()
@@ -21,6 +24,8 @@ OPTIONS = (
     "--blobPort",
     "0",
 )
+BETWEEN = ("connection", "keep-alive", "transfer-encoding")
+"""Headers of one connection."""
 
 
 def found_azurite():
@@ -28,19 +33,19 @@ def found_azurite():
     return shutil.which(PROGRAM)
 
 
-class AzureServer:
+class AzureServer(FailingServer):
     """Azurite in a process of its own, with one account."""
 
     def __init__(self, folder):
+        super().__init__(self._forwarded)
         self._folder = folder
         self._containers = 0
-        self.url = None
 
     @property
     def environment(self):
         """The variables that clients read."""
         return {
-            "AZURE_STORAGE_ENDPOINT": self.url,
+            "AZURE_STORAGE_ENDPOINT": f"{self.url}/{ACCOUNT}",
             "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": KEY,
         }
@@ -57,15 +62,33 @@ class AzureServer:
         printed = []
         for line in self._process.stdout:
             printed.append(line)
-            if found := re.search(r"successfully listens on (http://\S+)", line):
-                self.url = f"{found[1]}/{ACCOUNT}"
-                return self
-        self.__exit__()
+            if found := re.search(r"successfully listens on http://(\S+)", line):
+                self._azurite = found[1]
+                return super().__enter__()
+        self._end()
         raise RuntimeError(f"{PROGRAM} did not start: {''.join(printed)}")
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._end()
+
+    def _end(self):
         self._process.terminate()
         self._process.communicate()
+
+    def _forwarded(self, environ, start_response):
+        names = {name[5:].replace("_", "-").lower(): name for name in environ if name.startswith("HTTP_")}
+        names |= {"content-type": "CONTENT_TYPE", "content-length": "CONTENT_LENGTH"}
+        headers = {name: environ[key] for name, key in names.items() if environ.get(key)}
+        body = environ["wsgi.input"].read(int(headers.get("content-length", 0)))
+        connection = HTTPConnection(self._azurite)
+        connection.request(environ["REQUEST_METHOD"], environ["REQUEST_URI"], body, headers)
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in BETWEEN]
+        start_response(f"{response.status} {response.reason}", kept)
+        return [content]
 
     def new_container(self):
         """Create a container, which the library cannot, and return its name."""
@@ -77,7 +100,7 @@ class AzureServer:
         signature = base64.b64encode(hmac.digest(base64.b64decode(KEY), text.encode(), "sha256")).decode()
         headers |= {"Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Length": "0"}
         request = urllib.request.Request(
-            f"{self.url}/{name}?restype=container", method="PUT", headers=headers
+            f"{self.url}/{ACCOUNT}/{name}?restype=container", method="PUT", headers=headers
         )
         with urllib.request.urlopen(request):
             return name

@@ -10,7 +10,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from azurite import AzureServer, found_azurite
 from browsing import found_chromium, launched
 from builders import write_known, write_store, write_teacher
 from filelock import FileLock
@@ -244,6 +243,8 @@ def bucket(s3_server):
 @pytest.fixture(scope="session")
 def azure_server(tmp_path_factory):
     """An Azure server on this machine, and the environment variables by which clients find it."""
+    from azurite import AzureServer, found_azurite
+
     if found_azurite() is None:
         pytest.skip("there is no Azurite on this machine: npm install --global azurite")
     with AzureServer(tmp_path_factory.mktemp("azurite")) as server, pytest.MonkeyPatch.context() as patch:
@@ -254,8 +255,9 @@ def azure_server(tmp_path_factory):
 
 @pytest.fixture
 def container(azure_server):
-    """The name of an empty container."""
-    return azure_server.new_container()
+    """The name of an empty container. Afterwards the server fails no longer."""
+    yield azure_server.new_container()
+    azure_server.recover()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def address(home):
 
 
 on_s3 = pytest.mark.parametrize("home", ["s3"], indirect=True)
-"""Restricts a test to the server that counts requests."""
+"""For tests that count requests, which do not differ between services."""
 
 
 def cached(folder):
