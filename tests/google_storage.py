@@ -1,7 +1,7 @@
 """A server with the XML API of Google Cloud Storage on this machine: moto's S3 server with other headers.
 
 The two protocols share addresses, lists and contents. They differ in conditions, which Google Cloud Storage
-expresses by generations, and in names of headers. No emulator of a package registry has this protocol.
+expresses by generations, and in names of headers. Known emulators have the other protocol, that of JSON.
 """
 
 from __future__ import annotations
