@@ -1,4 +1,4 @@
-"""An S3 server on this machine: moto's, which can be told to fail or to ignore conditions."""
+"""Servers on this machine that can be told to fail or to ignore conditions, among them an S3 server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 
@@ -19,30 +18,19 @@ class Quiet(WSGIRequestHandler):
         pass
 
 
-class S3Server:
-    """moto's server in a thread. The next request that a fault fits is given that fault."""
+class FailingServer:
+    """A WSGI application in a thread. The next request that a fault fits is given that fault."""
 
-    def __init__(self):
-        self._app = DomainDispatcherApplication(create_backend_app)
+    def __init__(self, app):
+        self._app = app
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=Quiet)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._turn = threading.Lock()
-        self._buckets = 0
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.requests = Counter()
         """Number of requests by method and last part of the key."""
         self.recover()
-
-    @property
-    def environment(self):
-        """The variables that clients read."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": "tests",
-            "AWS_SECRET_ACCESS_KEY": "tests",
-            "AWS_REGION": "us-east-1",
-        }
 
     def __enter__(self):
         self._thread.start()
@@ -71,24 +59,11 @@ class S3Server:
         """
         self.faults += [(fault, method, key)] * times
 
-    def new_bucket(self):
-        """Create a bucket and return its name."""
-        with self._turn:
-            self._buckets += 1
-            name = f"bucket-{self._buckets}"
-        connection = HTTPConnection(urlsplit(self.url).netloc)
-        connection.request("PUT", f"/{name}", body=b"")
-        response = connection.getresponse()
-        assert response.status == 200, response.read()
-        response.read()
-        connection.close()
-        return name
-
     def __call__(self, environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests[method, path.rpartition("/")[2]] += 1
         if not self.keeps_conditions:
-            environ = {name: value for name, value in environ.items() if "HTTP_IF_" not in name}
+            environ = {name: value for name, value in environ.items() if "_IF_" not in name}
         fault = "refused" if self.is_down else self._fault(method, path)
         if fault in ("refused", "forbidden"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -116,3 +91,39 @@ class S3Server:
     def _answer(start_response, status):
         start_response(status, [("Content-Length", "0")])
         return [b""]
+
+
+class S3Server(FailingServer):
+    """moto's server."""
+
+    prefix = "bucket"
+    """Beginning of names of buckets. All servers of a process share moto's buckets."""
+
+    def __init__(self):
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        super().__init__(DomainDispatcherApplication(create_backend_app))
+        self._buckets = 0
+
+    @property
+    def environment(self):
+        """The variables that clients read."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def new_bucket(self):
+        """Create a bucket and return its name."""
+        with self._turn:
+            self._buckets += 1
+            name = f"{self.prefix}-{self._buckets}"
+        connection = HTTPConnection(urlsplit(self.url).netloc)
+        connection.request("PUT", f"/{name}", body=b"")
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
+        connection.close()
+        return name

@@ -250,6 +250,54 @@ def bucket(s3_server):
 
 
 @pytest.fixture(scope="session")
+def azure_server(tmp_path_factory):
+    """An Azure server on this machine, and the environment variables by which clients find it."""
+    from azurite import AzureServer, found_azurite
+
+    if found_azurite() is None:
+        pytest.skip("there is no Azurite on this machine: npm install --global azurite")
+    with AzureServer(tmp_path_factory.mktemp("azurite")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def container(azure_server):
+    """The name of an empty container. Afterwards the server fails no longer."""
+    yield azure_server.new_container()
+    azure_server.recover()
+
+
+@pytest.fixture(scope="session")
+def google_server():
+    """A Google Cloud Storage server on this machine, and the variables by which clients find it."""
+    from google_storage import GoogleServer
+
+    with GoogleServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def google_bucket(google_server):
+    """The name of an empty bucket of that server. Afterwards it fails no longer."""
+    yield google_server.new_bucket()
+    google_server.recover()
+
+
+HOMES = {"s3": "bucket", "gs": "google_bucket", "az": "container"}
+"""The fixture with the name of a bucket of each service."""
+
+
+@pytest.fixture(params=HOMES)
+def home(request):
+    """The address of an empty bucket of each service."""
+    return f"{request.param}://{request.getfixturevalue(HOMES[request.param])}"
+
+
+@pytest.fixture(scope="session")
 def chromium():
     """The system's Chromium, headless."""
     if found_chromium() is None:

@@ -180,9 +180,9 @@ def write_rows(path: Path, rows: RowStore | None = None, part: Part | None = Non
     return rows
 
 
-def copy_to(bucket, store):
-    """Copy a local store into a bucket, and return its address there."""
-    address = f"s3://{bucket}/{store.name}"
+def copy_to(home, store):
+    """Copy a local store into the bucket at an address, and return its address there."""
+    address = f"{home}/{store.name}"
     location = open_location(address)
     for path in store.rglob("*"):
         if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ from helpers import RowStore, make_job, store_files, write_rows
 
 from coursepack.data.store import StoreReader, StoreWriter, load_manifest, verify
 from coursepack.data.store.locations import open_location, s3
+from coursepack.data.store.locations.services import SERVICES
 from coursepack.data.store.owners import Part, live_runs, owning
 from coursepack.errors import RecipeError, StoreBusy, StoreDamaged, StoreMismatch, StoreNotFound
 from coursepack.precompute.cli import main as precompute
@@ -24,8 +26,15 @@ BESIDE = ("runs/", "lock")
 
 
 @pytest.fixture
-def address(bucket):
-    return f"s3://{bucket}/stores/rows.zarr"
+def address(home):
+    return f"{home}/stores/rows.zarr"
+
+
+@pytest.fixture
+def server(home, request):
+    """The server of an address."""
+    servers = {"s3": "s3_server", "gs": "google_server", "az": "azure_server"}
+    return request.getfixturevalue(servers[home.partition(":")[0]])
 
 
 @pytest.fixture
@@ -57,9 +66,10 @@ def write_part(address, rows, part, **how):
 @pytest.mark.parametrize(
     "rest", ["", "bucket", "bucket/", "/path", "bucket//path", "bucket/../path", "bucket/."]
 )
-def test_an_address_without_bucket_or_path_is_refused(rest):
-    with pytest.raises(RecipeError, match=r"is not s3://BUCKET/PATH"):
-        open_location(f"s3://{rest}")
+@pytest.mark.parametrize(("scheme", "word"), [("s3", "BUCKET"), ("gs", "BUCKET"), ("az", "CONTAINER")])
+def test_an_address_without_bucket_or_path_is_refused(scheme, word, rest):
+    with pytest.raises(RecipeError, match=rf"is not {scheme}://{word}/PATH: give the {word.lower()} and"):
+        open_location(f"{scheme}://{rest}")
 
 
 def test_the_extra_is_named_where_the_library_is_missing(monkeypatch):
@@ -68,6 +78,15 @@ def test_the_extra_is_named_where_the_library_is_missing(monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: store 'gs://bucket/s.zarr' needs obstore")
     assert result.stderr.endswith("Get it with `pip install 'coursepack[s3]'`\n")
+
+
+def test_requests_are_unencrypted_only_if_the_services_own_endpoint_is(monkeypatch):
+    for service in SERVICES.values():
+        for name in service.endpoint:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:10000/account")
+    monkeypatch.setenv("GOOGLE_BASE_URL", "https://storage.example.com")
+    assert [scheme for scheme, service in SERVICES.items() if service.allows_http()] == ["az"]
 
 
 @integration
@@ -136,45 +155,46 @@ def test_one_of_two_that_create_different_stores_is_refused(address):
 
 @integration
 @pytest.mark.parametrize("fault", ["refused", "lost"])
-def test_errors_of_the_server_lose_nothing(address, tmp_path, s3_server, fast, fault):
+def test_errors_of_the_server_lose_nothing(address, tmp_path, server, fast, fault):
     rows = RowStore(views=2)
-    s3_server.fail(fault, key="manifest.json", times=3)
-    s3_server.fail(fault, key="/c.", times=3)
-    s3_server.fail("refused", key="views/", method="GET", times=2)
+    server.fail(fault, key="manifest.json", times=3)
+    server.fail(fault, key="/c.", times=3)
+    server.fail("refused", key="views/", method="GET", times=2)
     write_rows(address, rows)
-    assert s3_server.faults == [("refused", "GET", "views/")] * len(s3_server.faults)
+    assert server.faults == [("refused", "GET", "views/")] * len(server.faults)
     write_rows(tmp_path / "s.zarr", rows)
     assert objects(address) == local_objects(tmp_path / "s.zarr")
 
 
 @integration
-def test_a_response_that_never_comes_loses_nothing(address, tmp_path, s3_server, fast, monkeypatch):
+def test_a_response_that_never_comes_loses_nothing(address, tmp_path, server, fast, monkeypatch):
     monkeypatch.setattr(s3, "TIMEOUT", s3.timedelta(seconds=1))
     rows = RowStore(views=1)
     for key in ("manifest.json", "/c."):
-        s3_server.fail("slow", key=key)
+        server.fail("slow", key=key)
     write_rows(address, rows)
-    assert not s3_server.faults
+    assert not server.faults
     write_rows(tmp_path / "s.zarr", rows)
     assert objects(address) == local_objects(tmp_path / "s.zarr")
 
 
 @integration
-def test_a_content_that_is_cut_is_not_served(address, s3_server, fast):
+def test_a_content_that_is_cut_is_not_served(address, server, fast):
     rows = write_rows(address, RowStore(views=1))
     reader = StoreReader(address)
-    s3_server.fail("cut", method="GET", key="/c.")
+    server.fail("cut", method="GET", key="/c.")
     try:
         found = reader.components("logits", 0, np.arange(50))["values"]
     except (OSError, StoreDamaged):
         found = reader.components("logits", 0, np.arange(50))["values"]
-    assert not s3_server.faults
+    assert not server.faults
     assert np.array_equal(found, rows.stored("logits", 0))
 
 
 @integration
-def test_a_server_that_ignores_conditions_is_refused_or_has_one_writer(address, tmp_path, s3_server):
-    s3_server.keeps_conditions = False
+@pytest.mark.parametrize("home", ["s3", "gs"], indirect=True)  # requests to Azure sign their conditions
+def test_a_server_that_ignores_conditions_is_refused_or_has_one_writer(address, tmp_path, server):
+    server.keeps_conditions = False
     rows = RowStore(views=2)
     with pytest.raises(RecipeError, match=r"does not keep conditional writes.*--single-writer"):
         write_rows(address, rows)
@@ -226,8 +246,8 @@ def test_a_fork_is_refused_instead_of_hanging(address, monkeypatch):
 
 
 @integration
-def test_damage_is_found_and_a_bucket_that_is_not_there_is_named(address, s3_server):
-    rows = write_rows(address, RowStore(views=1))
+def test_damage_is_found(address):
+    write_rows(address, RowStore(views=1))
     location = open_location(address)
     key = next(key for key in objects(address) if key.startswith("logits/values/c."))
     location.put(key, location.get(key, 1 << 20)[:-1] + b"x")
@@ -236,17 +256,70 @@ def test_damage_is_found_and_a_bucket_that_is_not_there_is_named(address, s3_ser
         StoreDamaged, match=rf"{address}/{key}. does not match its checksum.*--store {address}"
     ):
         StoreReader(address).components("logits", 0, np.arange(2))
-    with pytest.raises(
-        StoreNotFound, match=r"there is no bucket 'nowhere' for the store 's3://nowhere/s.zarr'"
-    ):
-        write_rows("s3://nowhere/s.zarr", rows)
-    with pytest.raises(StoreNotFound, match=r"there is no store at 's3://nowhere/s.zarr'"):
-        StoreReader("s3://nowhere/s.zarr")
 
 
 @integration
-def test_commands_take_addresses(bucket, teachers, cnn_store, tmp_path):
-    address = f"s3://{bucket}/cnn.zarr"
+def test_a_bucket_that_is_not_there_is_named(home):
+    scheme = home.partition(":")[0]
+    word, variable = {
+        "s3": ("bucket", "AWS_ENDPOINT_URL"),
+        "gs": ("bucket", "GOOGLE_BASE_URL"),
+        "az": ("container", "AZURE_STORAGE_ENDPOINT"),
+    }[scheme]
+    address = f"{scheme}://nowhere/s.zarr"
+    with pytest.raises(
+        StoreNotFound, match=rf"there is no {word} 'nowhere' for the store '{address}'.*{variable}"
+    ):
+        write_rows(address)
+    with pytest.raises(StoreNotFound, match=f"there is no store at '{address}'"):
+        StoreReader(address)
+    with pytest.raises(FileNotFoundError, match=f"There is no such {word}"):
+        open_location(address).names("views")
+
+
+@integration
+def test_credentials_that_are_refused_or_missing_are_named_by_their_variables(container, fast, monkeypatch):
+    names = "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+
+    def refused():
+        result = CliRunner().invoke(precompute, ["status", "--store", f"az://{container}/s.zarr"])
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(b"another").decode())
+    printed = refused()
+    assert ": The server refuses the credentials: " in printed
+    assert "403 Forbidden: AuthorizationFailure: Server failed to authenticate the request." in printed
+    assert printed.endswith(f" (set by {names})\n")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "no base64!")
+    assert refused().endswith(f". Check {names}\n")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    assert refused().endswith(f"Account must be specified. Check {names}\n")
+
+
+@integration
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
+        ("s3", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("gs", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+    ],
+)
+def test_where_there_are_no_credentials_their_variables_are_named(scheme, names):
+    """The library requests those of the cloud's instance. How that fails depends on the machine."""
+    from obstore.exceptions import GenericError
+
+    error = GenericError("Error performing token request: GET http://169.254.169.254/token - no route")
+    found = SERVICES[scheme].system_error(error, "where")
+    assert isinstance(found, PermissionError)
+    assert found.strerror.startswith(f"There are no credentials: set {names}. ")
+
+
+@integration
+def test_commands_take_addresses(home, teachers, cnn_store, tmp_path):
+    address = f"{home}/cnn.zarr"
     flags = ("--source=digits", "--view=digits", "--views=2", "--block-rows=500")
     result = CliRunner().invoke(
         precompute, ["run", f"--teacher=run:{teachers[1]}", *flags, "--store", address]
@@ -273,17 +346,17 @@ def test_commands_take_addresses(bucket, teachers, cnn_store, tmp_path):
 
 
 @integration
-def test_features_and_several_teachers_are_written_alike(bucket, teachers, tmp_path):
+def test_features_and_several_teachers_are_written_alike(home, teachers, tmp_path):
     from coursepack.models import parse_tap
     from coursepack.precompute.several import run_jobs
 
-    for home in (tmp_path, f"s3://{bucket}"):
+    for folder in (tmp_path, home):
         jobs = [
-            make_job(f"{home}/{index}.zarr", teacher, taps=taps, block_rows=800)
+            make_job(f"{folder}/{index}.zarr", teacher, taps=taps, block_rows=800)
             for index, (teacher, taps) in enumerate(
                 [(teachers[0], ()), (teachers[1], [parse_tap("conv2:attention")])]
             )
         ]
         run_jobs(jobs, quiet=True)
     for index in range(2):
-        assert objects(f"s3://{bucket}/{index}.zarr") == local_objects(tmp_path / f"{index}.zarr")
+        assert objects(f"{home}/{index}.zarr") == local_objects(tmp_path / f"{index}.zarr")

@@ -28,8 +28,12 @@ def folder(own_cache):
 
 
 @pytest.fixture
-def address(bucket):
-    return f"s3://{bucket}/rows.zarr"
+def address(home):
+    return f"{home}/rows.zarr"
+
+
+on_s3 = pytest.mark.parametrize("home", ["s3"], indirect=True)
+"""For tests that count requests, which do not differ between services."""
 
 
 def cached(folder):
@@ -71,6 +75,7 @@ def test_local_stores_have_no_cache(tmp_path, folder):
     assert not folder.exists()
 
 
+@on_s3
 @pytest.mark.integration
 @pytest.mark.parametrize("reading", ["mapped", "resident", "windowed"])
 def test_shards_are_downloaded_once(address, folder, s3_server, reading):
@@ -85,6 +90,7 @@ def test_shards_are_downloaded_once(address, folder, s3_server, reading):
     assert key.startswith("logits/values/c.")
 
 
+@on_s3
 @pytest.mark.integration
 @pytest.mark.parametrize("reading", ["mapped", "resident", "windowed"])
 def test_a_shard_that_is_removed_before_it_is_opened_is_downloaded_again(
@@ -108,6 +114,7 @@ def test_a_shard_that_is_removed_before_it_is_opened_is_downloaded_again(
     assert downloads(s3_server) == 4 + 1
 
 
+@on_s3
 @pytest.mark.integration
 @pytest.mark.parametrize("reading", ["mapped", "resident", "windowed"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
@@ -184,8 +191,8 @@ def test_a_full_disk_is_named(address, folder, monkeypatch):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("reading", ["resident", "mapped", "windowed"])
-def test_training_equals_training_from_the_local_copy(bucket, stores, folder, tmp_path, reading):
-    addresses = [copy_to(bucket, store) for store in stores[:2]]
+def test_training_equals_training_from_the_local_copy(home, stores, folder, tmp_path, reading):
+    addresses = [copy_to(home, store) for store in stores[:2]]
     fields = {"limit": 150, "epochs": 4, "reading": reading}
     train(make_recipe(stores[:2], **fields), tmp_path / "local", device=CPU)
     train(make_recipe(addresses, **fields), tmp_path / "bucket", device=CPU)
@@ -195,8 +202,8 @@ def test_training_equals_training_from_the_local_copy(bucket, stores, folder, tm
 
 
 @pytest.mark.integration
-def test_the_command_trains_from_an_address_within_a_limit(bucket, stores, folder, tmp_path):
-    address = copy_to(bucket, stores[0])
+def test_the_command_trains_from_an_address_within_a_limit(home, stores, folder, tmp_path):
+    address = copy_to(home, stores[0])
     words = ["train", "--student=digits-small", "--epochs=2", "--limit=150", "--store", address]
     result = CliRunner().invoke(distill, [*words, "--cache-bytes=10K", "--out", str(tmp_path / "o")])
     assert result.exit_code == 1

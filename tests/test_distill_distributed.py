@@ -325,7 +325,7 @@ def test_an_error_is_told_once(tmp_path, stores):
 def test_students_of_two_nodes_have_the_losses_of_one_process(tmp_path, stores, where, request):
     addresses, variables = stores[:2], {"COURSEPACK_CACHE": str(tmp_path / "cache")}
     if where == "bucket":
-        addresses = [copy_to(request.getfixturevalue("bucket"), store) for store in addresses]
+        addresses = [copy_to(f"s3://{request.getfixturevalue('bucket')}", store) for store in addresses]
         variables |= request.getfixturevalue("s3_server").environment
     words = ["train", "--student", "digits-small", "--limit", UNEVEN, "--epochs", 2]
     words += ["--out", tmp_path / "two"]

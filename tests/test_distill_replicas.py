@@ -30,12 +30,16 @@ METHOD = ("--student", "digits-small", *DIGITS, "--method", "codistillation")
 MOST = 1 << 24
 
 
-@pytest.fixture(params=["folder", pytest.param("bucket", marks=integration)])
+SCHEMES = {"bucket": "s3", "google_bucket": "gs", "container": "az"}
+BUCKET, *OTHERS = (pytest.param(name, marks=integration) for name in SCHEMES)
+
+
+@pytest.fixture(params=["folder", BUCKET])
 def group(request, tmp_path):
     """Address of a group that does not exist yet."""
     if request.param == "folder":
         return str(tmp_path / "group")
-    return f"s3://{request.getfixturevalue('bucket')}/deep/group"
+    return f"{SCHEMES[request.param]}://{request.getfixturevalue(request.param)}/deep/group"
 
 
 @pytest.fixture
@@ -69,6 +73,7 @@ def held(group, index):
     return parse_weights(open_location(group).get(weights_key(index), MOST))
 
 
+@pytest.mark.parametrize("group", ["folder", BUCKET, *OTHERS], indirect=True)
 def test_what_is_in_a_group(group, at_once):
     (first,), steps = replica(0, group)
     _, others = replica(1, group)

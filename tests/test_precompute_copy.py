@@ -377,9 +377,9 @@ def objects(address):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_store_goes_to_a_bucket_and_to_another_and_back(bucket, tmp_path, version):
+def test_a_store_goes_to_a_bucket_and_to_another_and_back(home, bucket, tmp_path, version):
     write_rows(tmp_path / "s.zarr", replace(ROWS, format_version=version))
-    first, second = f"s3://{bucket}/a/s.zarr", f"s3://{bucket}/b/s.zarr"
+    first, second = f"{home}/a/s.zarr", f"s3://{bucket}/b/s.zarr"
     for source, target in ((tmp_path / "s.zarr", first), (first, second), (second, tmp_path / "back.zarr")):
         assert copy(source, target).exit_code == 0
     expected = store_files(tmp_path / "s.zarr")
@@ -414,8 +414,11 @@ def test_a_copy_to_a_bucket_goes_on_and_sends_nothing_twice(bucket, tmp_path, st
 
 
 @pytest.mark.integration
-def test_a_bucket_that_is_not_there_is_named(bucket, store):
-    assert "there is no bucket 'no-such-bucket'" in refused(store, "s3://no-such-bucket/s.zarr")
+def test_a_bucket_that_is_not_there_is_named(home, store):
+    address = f"{home.partition(':')[0]}://no-such-bucket"
+    assert f" 'no-such-bucket' for the store '{address}/s.zarr': create it" in refused(
+        store, f"{address}/s.zarr"
+    )
 
 
 def test_the_mark_is_gone_in_the_end_and_says_where_the_copy_is_from(tmp_path, store, monkeypatch):

@@ -1,8 +1,9 @@
 """Storage locations of stores: local folders and object stores.
 
-base    the interface: atomic writes, creation, and replacement conditional on a tag
-local   files in a folder
-s3      objects in a bucket: S3 and services like it, Google Cloud Storage, Azure
+base      the interface: atomic writes, creation, and replacement conditional on a tag
+local     files in a folder
+s3        objects in a bucket: S3 and services like it, Google Cloud Storage, Azure
+services  the variables and errors of these services
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from coursepack.data.store.locations.local import LocalLocation
 from coursepack.data.store.locations.s3 import BucketLocation
+from coursepack.data.store.locations.services import SERVICES
 from coursepack.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import Location
 
 SEPARATOR = "://"
-BUCKETS = ("s3", "gs", "az")
-"""Schemes of buckets."""
 
 
 def open_location(where: str | Path | Location) -> Location:
@@ -52,7 +52,7 @@ def open_group(where: str) -> Location:
         UnknownName, RecipeError: as `open_location`; the message speaks of a group.
     """
     scheme, separator, rest = where.partition(SEPARATOR)
-    if separator and scheme in BUCKETS:
+    if separator and scheme in SERVICES:
         return BucketLocation(scheme, rest, "group")
     return open_location(where)
 
@@ -64,8 +64,8 @@ def open_bucket(scheme: str, rest: str) -> BucketLocation:
         UnknownName: there is no such scheme.
         RecipeError: the rest of the address does not fit the scheme.
     """
-    if scheme not in BUCKETS:
-        raise UnknownName("kind of location", scheme + SEPARATOR, [name + SEPARATOR for name in BUCKETS])
+    if scheme not in SERVICES:
+        raise UnknownName("kind of location", scheme + SEPARATOR, [name + SEPARATOR for name in SERVICES])
     return BucketLocation(scheme, rest, "source")
 
 
@@ -82,8 +82,6 @@ def absolute_address(where: str | Path) -> str:
 
 LOCATIONS: dict[str, Callable[[str], Location]] = {
     "file": lambda rest: LocalLocation(Path(rest)),
-    "s3": partial(BucketLocation, "s3"),
-    "gs": partial(BucketLocation, "gs"),
-    "az": partial(BucketLocation, "az"),
+    **{scheme: partial(BucketLocation, scheme) for scheme in SERVICES},
 }
 """Constructors of locations, by URL scheme."""

@@ -28,6 +28,7 @@ import psutil
 
 from coursepack.data.store.locations.local import MAX_HELD_BYTES
 from coursepack.data.store.locations.resident import Resident
+from coursepack.data.store.locations.services import SERVICES
 from coursepack.errors import RecipeError, StoreNotFound, first_line
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data.store.locations.base import PieceCheck
+    from coursepack.data.store.locations.services import Service
 
 TIMEOUT = timedelta(minutes=10)
 """Maximum duration of one request, including its body."""
@@ -48,17 +50,15 @@ RENEW_SECONDS = 30.0
 """Interval at which the holder of an object writes it again."""
 LEASE_SECONDS = 120.0
 """Time since its last write after which an object is no longer held."""
-WRITER = "coursepack-writer"
-"""Metadata of an object: the random id of the conditional PUT that wrote it."""
-HOLDER = "coursepack-holder"
+WRITER = "coursepackwriter"
+"""Metadata of an object: the random id of the conditional PUT that wrote it.
+
+Azure allows no hyphens in names of metadata, and some proxies drop headers with underscores.
+"""
+HOLDER = "coursepackholder"
 """Metadata of an object that is held: host and process of its holder."""
 PROBES = "probe"
 """Folder of the objects that are written to try conditions."""
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
-"""Codes of services for a bucket that does not exist, in errors of lists, which have no type of their own."""
-DENIED = ("401 Unauthorized", "403 Forbidden")
-"""Statuses for wrong credentials, in the same errors."""
 _SEGMENT = re.compile(r"[^/\\\x00-\x1f]+")
 _users: set[int] = set()
 """Process that has used the library's client; a forked process inherits it."""
@@ -82,12 +82,13 @@ class BucketLocation:
         Raises:
             RecipeError: the address is not SCHEME://BUCKET/PATH.
         """
-        segments = rest.rstrip("/").split("/")
+        self._service = SERVICES[scheme]
+        bucket, segments = self._service.bucket, rest.rstrip("/").split("/")
         invalid = [part for part in segments if part in (".", "..") or not _SEGMENT.fullmatch(part)]
         if len(segments) < (1 if kind == "source" else 2) or invalid:
             raise RecipeError(
-                f"address {f'{scheme}://{rest}'!r} of a {kind} is not {scheme}://BUCKET/PATH: give the "
-                f"bucket and the path of the {kind} in it"
+                f"address {f'{scheme}://{rest}'!r} of a {kind} is not {scheme}://{bucket.upper()}/PATH: give "
+                f"the {bucket} and the path of the {kind} in it"
             )
         self._kind = kind
         self._scheme, self._rest = scheme, "/".join(segments)
@@ -116,8 +117,8 @@ class BucketLocation:
             self._is_conditional = self._keeps_conditions()
         except FileNotFoundError as error:
             raise StoreNotFound(
-                f"there is no bucket {self._bucket!r} for the {self._kind} {str(self)!r}: create it, or "
-                f"correct the address or the endpoint ({' or '.join(ENDPOINTS[1:])})"
+                f"there is no {self._service.bucket} {self._bucket!r} for the {self._kind} {str(self)!r}: "
+                f"create it, or correct the address or the endpoint ({' or '.join(self._service.endpoint)})"
             ) from error
         if not self._is_conditional and not single_writer:
             raise RecipeError(
@@ -267,7 +268,7 @@ class BucketLocation:
             )
         _users.add(os.getpid())
         if self._opened is None:
-            self._opened = _open_client(str(self), self._kind)
+            self._opened = _open_client(str(self), self._kind, self._service)
         return self._opened
 
     def _put(self, key: str, data: bytes, **options: Any) -> str:
@@ -287,18 +288,16 @@ class BucketLocation:
                 return self._tag_if_by(key, writer)
             except FileNotFoundError as error:
                 if mode == "create":
-                    raise FileNotFoundError(
-                        errno.ENOENT, "There is no such bucket", self.where(key)
-                    ) from error
+                    raise self._service.no_bucket(self.where(key)) from error
                 return None
             except exceptions.GenericError as error:
                 # Without a response, only the object tells whether it was written.
                 if (tag := self._tag_if_by(key, writer)) is not None:
                     return tag
                 if attempt == ATTEMPTS - 1:
-                    raise _system_error(error, self.where(key)) from error
+                    raise self._service.system_error(error, self.where(key)) from error
             except exceptions.BaseError as error:
-                raise _system_error(error, self.where(key)) from error
+                raise self._service.system_error(error, self.where(key)) from error
         return None
 
     def _tag_if_by(self, key: str, writer: str) -> str | None:
@@ -360,7 +359,7 @@ class BucketLocation:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(key)) from error
         except BaseError as error:
-            raise _system_error(error, self.where(key)) from error
+            raise self._service.system_error(error, self.where(key)) from error
 
 
 class _Lease:
@@ -392,7 +391,7 @@ class _Lease:
                 self.write(self._data)
 
 
-def _open_client(address: str, kind: str) -> Any:
+def _open_client(address: str, kind: str, service: Service) -> Any:
     """Return the library's client for an address.
 
     Raises:
@@ -406,12 +405,14 @@ def _open_client(address: str, kind: str) -> Any:
             f"{kind} {address!r} needs obstore, which cannot be imported: {error}. "
             "Get it with `pip install 'coursepack[s3]'`"
         ) from error
-    is_plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
-    options = {"timeout": TIMEOUT, **({"allow_http": True} if is_plain else {})}
+    options = {"timeout": TIMEOUT, **({"allow_http": True} if service.allows_http() else {})}
     try:
         return from_url(address, client_options=options, retry_config=RETRIES)
     except (BaseError, ValueError) as error:
-        raise RecipeError(f"{kind} {address!r} cannot be opened: {first_line(error)}") from error
+        raise RecipeError(
+            f"{kind} {address!r} cannot be opened: {first_line(error)}. Check "
+            f"{' and '.join(service.credentials)}"
+        ) from error
 
 
 def _tag(meta: Any) -> str:
@@ -423,20 +424,3 @@ def _is_alive(holder: str | None) -> bool:
     """Return False if there is no holder, or if it was a process of this machine that has ended."""
     host, _, pid = (holder or "").rpartition(" ")
     return bool(holder) and (host != socket.gethostname() or psutil.pid_exists(int(pid)))
-
-
-def _system_error(error: Exception, where: str) -> OSError:
-    """Return the system error that fits an error of the library."""
-    from obstore import exceptions
-
-    text = str(error)
-    denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-    if isinstance(error, denied) or any(status in text for status in DENIED):
-        return PermissionError(
-            errno.EACCES, f"The server refuses the credentials: {first_line(error)}", where
-        )
-    if any(code in text for code in NO_BUCKET):
-        return FileNotFoundError(errno.ENOENT, "There is no such bucket", where)
-    if isinstance(error, exceptions.NotSupportedError) or "501 Not Implemented" in text:
-        return OSError(errno.ENOTSUP, f"The server does not support this: {first_line(error)}", where)
-    return OSError(errno.EIO, first_line(error), where)
