@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PIECE = 32 << 10
 """Bytes that are sent at a time."""
+SLACK_SECONDS = 0.01
+"""Time by which a sender that slept too long may catch up."""
 COUNTS = "/requests-since-the-last-call"
 """Path that returns the number of requests by method."""
 
@@ -50,7 +52,9 @@ class Throttled:
             for start in range(0, len(content), PIECE):
                 piece = content[start : start + PIECE]
                 with self._turn:
-                    self._free_at = max(self._free_at, time.monotonic()) + len(piece) / self._rate
+                    self._free_at = (
+                        max(self._free_at, time.monotonic() - SLACK_SECONDS) + len(piece) / self._rate
+                    )
                     free_at = self._free_at
                 time.sleep(max(0.0, free_at - time.monotonic()))
                 yield piece

@@ -9,12 +9,10 @@ setting cannot be undone within a process.
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import resource
-import sys
 import time
-from contextlib import ExitStack
-from subprocess import PIPE, Popen
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +24,7 @@ from coursepack.models.build import build_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
 
     from _harness import Row
 
@@ -40,23 +39,24 @@ class Child:
     """Process that takes turns."""
 
     def __init__(self, mode: str, what: str, batch_size: int, threads: int) -> None:
-        words = ["--child", json.dumps([mode, what, batch_size, threads])]
-        self._process = Popen([sys.executable, __file__, *words], stdin=PIPE, stdout=PIPE, text=True)
+        context = multiprocessing.get_context("forkserver")  # a fork of this process would share its memory
+        self._pipe, pipe = context.Pipe()
+        self._process = context.Process(target=child, args=(pipe, mode, what, batch_size, threads))
+        self._process.start()
+        pipe.close()
         self.told: dict[str, float] = {}
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        self._pipe.close()
+        self._process.join()
 
     def turn(self) -> float:
         """Take a turn, and return the seconds of a step."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        self.told = json.loads(self._process.stdout.readline())
+        self._pipe.send(None)
+        self.told = self._pipe.recv()
         return self.told["seconds"]
 
 
@@ -78,25 +78,27 @@ def work(what: str, batch_size: int) -> Callable[[], None]:
     return step
 
 
-def child(mode: str, what: str, batch_size: int, threads: int) -> None:
-    """Take a turn for every line of the standard input, and print seconds and page faults of a step."""
+def child(pipe: Connection, mode: str, what: str, batch_size: int, threads: int) -> None:
+    """Take a turn for every message of a pipe, and answer with seconds and page faults of a step."""
     if mode == "kept":
         keep_freed_memory()
     torch.set_num_threads(threads)
     step = work(what, batch_size)
     for _ in range(WARM_UP):
         step()
-    for _ in sys.stdin:
-        faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-        told = {
-            "seconds": seconds / STEPS,
-            "faults": (used.ru_minflt - faults) / STEPS,
-            "peak": used.ru_maxrss,
-        }
-        print(json.dumps(told), flush=True)
+    with suppress(EOFError):
+        while True:
+            pipe.recv()
+            pipe.send(turn(step))
+
+
+def turn(step: Callable[[], None]) -> dict[str, float]:
+    """Return the seconds and page faults of a step, and the peak memory in kB."""
+    faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    return {"seconds": seconds / STEPS, "faults": (used.ru_minflt - faults) / STEPS, "peak": used.ru_maxrss}
 
 
 def rows_of(what: str, threads: int, batch_size: int, rounds: int) -> list[Row]:
@@ -121,12 +123,7 @@ def rows_of(what: str, threads: int, batch_size: int, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = arguments("Steps with freed memory that is kept, and with memory that is returned.")
-    parser.add_argument("--child", help="used by the benchmark itself")
-    chosen = parser.parse_args()
-    if chosen.child:
-        child(*json.loads(chosen.child))
-        return
+    chosen = arguments("Steps with freed memory that is kept, and with memory that is returned.").parse_args()
     if chosen.quick:
         rows = rows_of("forward pass", 1, batch_size=2, rounds=2)
     else:

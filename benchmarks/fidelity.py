@@ -11,7 +11,6 @@ projects' rows are stored as the float32 logits that they decode to.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,8 @@ from scipy import stats
 from coursepack.console import inform
 from coursepack.data import open_source, view_recipe
 from coursepack.data.encodings import parse_encoding, row_bytes, smaller_encoding
-from coursepack.data.encodings.int8 import quantized
 from coursepack.distill.runs.train import train
-from coursepack.kernels import Int8Rows, soft_target_loss
+from coursepack.kernels import soft_target_loss
 from coursepack.models import TeacherRunner, load_teacher
 from coursepack.precompute import Job, run_job
 
@@ -106,19 +104,12 @@ def kl_rows(title: str, size: int, found: dict[float, float]) -> list[Row]:
 
 
 def dense(values: np.ndarray, what: str, labels: np.ndarray) -> list[Row]:
-    """Measure the dense encodings, and four bits a class, which is none."""
+    """Measure the dense encodings."""
     made, rows = torch.from_numpy(values), []
-    for name in ("float16", "bfloat16", "int8"):
+    for name in ("float16", "bfloat16", "int8", "int4"):
         decoded, _, size = encoded(values, labels, name)
         rows += kl_rows(f"{what}, {name} ({size} B)", size, errors(made, decoded))
-    q, affine = quantized(values, np.arange(len(values)), "int4", 15)
-    decoded, size = Int8Rows(torch.from_numpy(q), torch.from_numpy(affine)), four_bits(values.shape[1])
-    return rows + kl_rows(f"{what}, 4 bits a class, not offered ({size} B)", size, errors(made, decoded))
-
-
-def four_bits(classes: int) -> int:
-    """Return the bytes of a row with four bits a class, scale and minimum."""
-    return math.ceil(classes / 2) + 4
+    return rows
 
 
 def sparse(values: np.ndarray, what: str, labels: np.ndarray, size: int) -> list[Row]:
@@ -148,8 +139,8 @@ def sparse(values: np.ndarray, what: str, labels: np.ndarray, size: int) -> list
 
 def fidelities(values: np.ndarray, what: str, labels: np.ndarray, sizes: tuple[int, ...]) -> list[Row]:
     """Measure dense encodings, and sparse ones of several sizes beside other projects' rows."""
-    beside = four_bits(values.shape[1])
-    if min(sizes) < beside < 1024:
+    beside = row_bytes(parse_encoding("int4"), values.shape[1:])
+    if min(sizes) < beside:
         sizes = (*sizes, beside)
     rows = dense(values, what, labels)
     for size in sorted(sizes):
@@ -172,7 +163,7 @@ def students(folder: Path, size: Size) -> list[Row]:
     train(recipe(supervised, [], 0, size.teacher_epochs, **fields), teacher, device=CPU)
     network = load_teacher(f"run:{teacher}", open_source("digits").class_names)
     forms: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor] | None]] = {
-        name: (name, None) for name in ("float32", "int8", "topk:3", "topk:2", "topk16:2")
+        name: (name, None) for name in ("float32", "int8", "int4", "topk:3", "topk:2", "topk16:2")
     }
     for entries in (3, 4):
         forms[f"TinyViT, top-{entries}"] = "float32", read_back(lambda v, k: top_probs_rows(v, k)[0], entries)

@@ -63,7 +63,7 @@ class Size:
     files: int
     """Number of JPEG files."""
     memory: int
-    """Samples of the smallest store whose memory is measured."""
+    """Samples of the smallest store whose memory is measured: enough that as many batches wait as may."""
     growths: int = 3
     """Number of ways in which stores grow whose memory is measured."""
     repeats: int = 3
@@ -71,7 +71,7 @@ class Size:
     patience: float = PATIENCE
 
 
-FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 12, (196_608, 6), 1_024, 16_384)
+FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 12, (196_608, 6), 1_024, 65_536)
 QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, repeats=1, patience=0)
 
 

@@ -1,8 +1,8 @@
 """Objective of a student: a weighted sum of loss terms.
 
-A term returns one value per sample, `(N,)`, or a scalar that couples the samples of a batch. The objective
-takes means over the batch (torch's `batchmean`), applies the weights and adds the terms up. The factor T² is
-applied in `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
+A term returns one value per sample, `(N,)`, their mean, or a scalar that couples the samples of a batch. The
+objective takes means over the batch (torch's `batchmean`), applies the weights and adds the terms up. The
+factor T² is applied in `coursepack.kernels.soft_target_loss` (docs/decisions/reduction.md).
 """
 
 from __future__ import annotations
@@ -171,10 +171,9 @@ class Objective(nn.Module):
             values = self._values(key, inputs)
             if values is None:
                 continue
+            mean = values.mean() if values.ndim else values
             weighted = LOSSES[config.term].applies_weight
-            means[key] = (
-                values.mean() if weighted else value_at(config.weight, inputs.step.epoch) * values.mean()
-            )
+            means[key] = mean if weighted else value_at(config.weight, inputs.step.epoch) * mean
         fused = inputs.fused
         return ObjectiveValue(
             loss=torch.stack(list(means.values())).sum(),

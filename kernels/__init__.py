@@ -1,6 +1,7 @@
 """Fused loss over stored teacher logits, encoded rows, and pixel normalization."""
 
 from coursepack.kernels.dispatch import Choice as Choice
+from coursepack.kernels.int4 import Int4Rows as Int4Rows
 from coursepack.kernels.labels import MixedLabels as MixedLabels
 from coursepack.kernels.loss import describe as describe
 from coursepack.kernels.loss import soft_target_loss as soft_target_loss
@@ -21,6 +22,7 @@ __all__ = [
     "BitRows",
     "Choice",
     "DenseRows",
+    "Int4Rows",
     "Int8Rows",
     "MixedLabels",
     "PackedTopKRows",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Evaluate = Callable[[Tensor, Tensor | None, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
-"""Function of student logits, weights and a flag for each gradient; returns the loss `(N,)` and gradients."""
+"""Function of student logits, weights and a flag for each gradient. Returns the loss, `(N,)` or on the CPU a
+scalar, and its gradients with respect to student logits and weights."""
 
 USED_TWICE = (
     "soft_target_loss keeps its gradient for one backward pass only: call it again for a second backward"
@@ -22,7 +23,7 @@ class SoftTargetLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, weights: Tensor | None, evaluate: Evaluate) -> Tensor:
-        """Compute the loss per row `(N,)`."""
+        """Compute the loss."""
         wants_student, wants_weights = ctx.needs_input_grad[:2]
         loss, *ctx.gradients = evaluate(student_logits, weights, wants_student, wants_weights)
         return loss
@@ -38,7 +39,9 @@ class SoftTargetLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(USED_TWICE)
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(grad_loss.unsqueeze(1))
+        # The common factor of a mean, 1, saves a pass over the gradient.
+        if grad_loss.ndim > 0 or grad_loss.item() != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss.unsqueeze(-1))
         return gradients[0], gradients[1], None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels.cpu import native
+from coursepack.kernels.int4 import Int4Rows
 from coursepack.kernels.labels import MixedLabels
 from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
@@ -155,9 +156,9 @@ def _wants(tensor: Tensor | None) -> bool:
 def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
     """Flatten teachers to tensors and a mark for each tensor.
 
-    The mark is -1 for a dense teacher, -2 for the first tensor of int8 rows, C for the first of top-k rows,
-    -2 - k for the first of packed rows of k entries, and 0 for a tensor that belongs to the teacher before
-    it.
+    The mark is -1 for a dense teacher, -2 and -3 for the first tensor of int8 and int4 rows, C for the first
+    of top-k rows, -3 - k for the first of packed rows of k entries, and 0 for a tensor that belongs to the
+    teacher before it.
     """
     parts: list[Tensor] = []
     marks: list[int] = []
@@ -165,12 +166,15 @@ def _parts(teachers: list[Tensor | Rows]) -> tuple[list[Tensor], list[int]]:
         if isinstance(teacher, Int8Rows):
             parts += [teacher.q, teacher.affine]
             marks += [-2, 0]
+        elif isinstance(teacher, Int4Rows):
+            parts += [teacher.q, teacher.scale]
+            marks += [-3, 0]
         elif isinstance(teacher, TopKRows):
             parts += [teacher.ids, teacher.values, teacher.tail]
             marks += [teacher.classes, 0, 0]
         elif isinstance(teacher, PackedTopKRows):
             parts += [teacher.entries, teacher.scale]
-            marks += [-2 - teacher.kept, 0]
+            marks += [-3 - teacher.kept, 0]
         else:
             values = teacher.values if isinstance(teacher, DenseRows) else teacher
             assert isinstance(values, Tensor)
@@ -187,8 +191,10 @@ def _rows(parts: list[Tensor], marks: list[int], classes: int) -> list[Tensor | 
             teachers.append(parts[index])
         elif mark == -2:
             teachers.append(Int8Rows(parts[index], parts[index + 1]))
+        elif mark == -3:
+            teachers.append(Int4Rows(parts[index], parts[index + 1], classes))
         elif mark < 0:
-            teachers.append(PackedTopKRows(parts[index], parts[index + 1], -2 - mark, classes))
+            teachers.append(PackedTopKRows(parts[index], parts[index + 1], -3 - mark, classes))
         elif mark > 0:
             teachers.append(TopKRows(parts[index], parts[index + 1], parts[index + 2], mark))
     return teachers

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coursepack.kernels.cpu import native
 from coursepack.kernels.cpu.threads import usable_threads
+from coursepack.kernels.int4 import Int4Rows
 from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows, is_eager_cpu
 
@@ -53,7 +54,7 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
         return teacher.dtype in native.KINDS and _is_plain(teacher)
     if isinstance(teacher, TopKRows):
         return teacher.ids.shape[1] > 0
-    return isinstance(teacher, (DenseRows, Int8Rows, PackedTopKRows))
+    return isinstance(teacher, (DenseRows, Int4Rows, Int8Rows, PackedTopKRows))
 
 
 Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]

@@ -12,7 +12,7 @@ from coursepack.kernels import analytic, compile_op, dispatch
 from coursepack.kernels.autograd import Evaluate, SoftTargetLoss
 from coursepack.kernels.cpu import native
 from coursepack.kernels.reference import teacher_probs
-from coursepack.kernels.spec import LossSpec, Teachers, check_call
+from coursepack.kernels.spec import LossSpec, Teachers, check_call, reduced
 from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ def soft_target_loss(
     hard_weight: float = 0.0,
     row_weight: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "none",
 ) -> Tensor:
     """Distillation loss of each sample: `row_weight (soft_weight T² D + hard_weight CE)`.
 
     D compares the teachers' softened probabilities with the student's, q = softmax(z / T). The factor T²
-    (Hinton et al. 2015, section 2) is applied here, per sample, and nowhere else. The caller reduces: the
-    mean over `(N,)` is torch's `batchmean`.
+    (Hinton et al. 2015, section 2) is applied here, per sample, and nowhere else.
 
     Args:
         student_logits: `(N, C)` float32, bfloat16 or float16; receives the gradient. With float64 logits the
@@ -70,9 +70,11 @@ def soft_target_loss(
         hard_weight: factor of the cross-entropy to `labels` at T = 1.
         row_weight: `(N,)`; a row of weight zero gives zero and no gradient, even if it holds NaN.
         ignore_index: label that adds no cross-entropy and leaves the teachers of its row unadjusted.
+        reduction: "none"; "mean" over samples, which is torch's `batchmean`; or "sum". On the CPU faster than
+            the reduction of `(N,)`.
 
     Returns:
-        `(N,)` float32 in nats. A NaN stays in its own row.
+        `(N,)` float32 in nats, or a scalar. A NaN stays in its own row.
 
     Raises:
         ValueError: an invalid shape, name or value. Values are checked on the CPU only. On CUDA, and in torch
@@ -97,16 +99,17 @@ def soft_target_loss(
         hard_weight=hard_weight,
         row_weight=row_weight,
         ignore_index=ignore_index,
+        reduction=reduction,
     )
     call = check_call(student_logits, teachers, labels, spec)
     path, _ = dispatch.choose(student_logits, call)
     if path == dispatch.KERNEL:
         return _apply(student_logits, call.wide_weights, partial(native.evaluate, call))
     if path == dispatch.OP:
-        return compile_op.call_op(student_logits, call)
+        return reduced(compile_op.call_op(student_logits, call), reduction)
     values = check_values(call)
     weights = None if call.weights is None else full_weights(call)
-    return _apply(student_logits, weights, partial(analytic.evaluate, values))
+    return reduced(_apply(student_logits, weights, partial(analytic.evaluate, values)), reduction)
 
 
 def describe(

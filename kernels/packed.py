@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,15 @@ CODE_BITS = 6
 LARGEST_CODE = (1 << CODE_BITS) - 1
 PACKED_TAIL_TEMPERATURES = (1.0, 4.0)
 """Temperatures at which `PackedTopKRows` stores the mass of the dropped classes."""
+_ONE = np.ones(1, dtype=np.float32)
 
 
 def low_bits(classes: int, kept: int) -> int:
     """Return how many bits of each class id are stored as they are: the number with the shortest rows."""
-    sizes = [kept * low + ((classes - 1) >> low) for low in range(classes.bit_length() + 1)]
-    return sizes.index(min(sizes))
+    largest = classes - 1
+    low = max(0, (largest // (kept + 1)).bit_length() - 1)
+    # One bit more takes `kept` bits, and saves those of every other high part.
+    return low + ((largest >> low) - (largest >> low + 1) > kept)
 
 
 def packed_bytes(classes: int, kept: int) -> int:
@@ -140,13 +144,13 @@ class PackedTopKRows:
     def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
         from coursepack.kernels.cpu.jit_packed import packed_decode
 
-        inverse = torch.ones(len(out)) if temperature is None else 1 / temperature.to(torch.float32)
+        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).contiguous().numpy()
         sound = packed_decode(
             self.entries.contiguous().numpy(),
-            self.scale.float().numpy(),
+            self.scale.contiguous().numpy().view(np.uint16),
             self.kept,
             self.low_bits,
-            inverse.contiguous().numpy(),
+            inverse,
             out.numpy(),
         )
         if not sound:

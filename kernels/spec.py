@@ -21,6 +21,7 @@ MAX_TEMPERATURE = 100.0
 ADJUSTMENTS = ("none", "shift", "smooth")
 DIVERGENCES = ("kl", "reverse_kl", "js", "mse")
 COMBINATIONS = ("mixture", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 STUDENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEACHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,6 +46,7 @@ class LossSpec(NamedTuple):
     hard_weight: float = 0.0
     row_weight: Tensor | None = None
     ignore_index: int = -100
+    reduction: str = "none"
 
 
 class LossCall(NamedTuple):
@@ -164,10 +166,16 @@ def check_call(
     )
 
 
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """Return the loss `(N,)` as it is, or its mean or sum."""
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
 def _check_names(spec: LossSpec, count: int) -> tuple[str, ...]:
     """Check the names and return the adjustment of each teacher."""
     _check_name("divergence", spec.divergence, DIVERGENCES)
     _check_name("combine", spec.combine, COMBINATIONS)
+    _check_name("reduction", spec.reduction, REDUCTIONS)
     adjustments = _adjustments(spec.adjustment, count)
     if spec.divergence == "mse" and "smooth" in adjustments:
         raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')

@@ -26,6 +26,8 @@ WARMEST = 2.0
 """Largest distillation temperature for which top-k rows are advised."""
 DENSE = "int8"
 """Encoding that is advised instead."""
+HALF = "int4"
+"""Dense encoding of half its size."""
 GIGABYTE = 10**9
 THOUSAND = 1000
 
@@ -140,11 +142,12 @@ def too_warm(encoding: str, temperature: float | None, classes: int) -> str | No
         return None
     sizes = [
         sum(part.row_bytes for part in parse_encoding(name).components((classes,)).values())
-        for name in (DENSE, encoding)
+        for name in (DENSE, HALF, encoding)
     ]
     return (
         f"warning: {encoding} is planned for temperature {temperature:g}. Above {WARMEST:g}, much of the "
         f"gradient comes from the classes that {encoding} leaves out, and students learn from wrong targets. "
-        f"--encoding {DENSE} holds at any temperature and takes {sizes[0] / sizes[1]:.1f} times the bytes; "
+        f"--encoding {DENSE} holds at any temperature and takes {sizes[0] / sizes[2]:.1f} times the bytes, "
+        f"{HALF} {sizes[1] / sizes[2]:.1f} times for larger errors; "
         f"or distil with a temperature of at most {WARMEST:g}."
     )

@@ -46,7 +46,7 @@ class Job:
     views: int
     """Number of views per sample, V."""
     encoding: str = "float16"
-    """Encoding of logits: `float32`, `float16`, `bfloat16`, `int8`, `topk:K`, `topk16:K`."""
+    """Encoding of logits: `float32`, `float16`, `bfloat16`, `int8`, `int4`, `topk:K`, `topk16:K`."""
     feature_encoding: str = "float16"
     """Encoding of tapped features: `float32`, `float16`, `bfloat16`, `int8`, `bits`."""
     batch_size: int = 256

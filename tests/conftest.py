@@ -34,6 +34,15 @@ TAPS = (
 """Layers of these whose features the stores `tapped` have."""
 
 
+def pytest_collection_finish(session):
+    """Keep the half million objects of imported libraries out of every later garbage collection."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # some libraries report what is left when the interpreter ends
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache folder of the tests' own."""

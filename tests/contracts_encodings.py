@@ -294,6 +294,41 @@ def check_packed_decoded(decoded: NDArray[np.float32], made: list[Any], temperat
         assert abs(others[0] - expected) <= 1e-6 * (size + scale) + 1e-6
 
 
+def nibbles(row: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
+    """Codes of four bits: those of the first half of the classes are in the lower bits of the bytes."""
+    half = -(-classes // 2)
+    codes = [row[c] & 15 if c < half else row[c - half] >> 4 for c in range(classes)]
+    assert len(row) == half
+    assert classes % 2 == 0 or row[-1] >> 4 == 0
+    return np.array(codes, dtype=np.int64)
+
+
+def paired(codes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Rows of four bits a class from their codes `(n, C)`."""
+    low, high = np.array_split(codes, 2, axis=1)
+    return (low + 16 * np.pad(high, ((0, 0), (0, codes.shape[1] % 2)))).astype(np.uint8)
+
+
+INT4_LEVELS = np.array([(q / 15 + (q / 15) ** 2) / 2 for q in range(16)])
+"""Gaps below the top logit that four bits stand for, as parts of the range."""
+
+
+def check_int4(spec: str, values: NDArray[np.float32]) -> None:
+    """Every gap below the top logit is rounded to the nearest level of a range that leaves out the lowest."""
+    stored, decoded = encode(spec, values), roundtrip(spec, values)
+    for n, row in enumerate(values.astype(np.float64)):
+        codes = nibbles(stored["q"][n], len(row))
+        top, span = stored["scale"][n].astype(np.float64)
+        gaps = row.max() - row
+        assert top == np.float16(row.max())
+        reach = np.sort(gaps)[::-1][len(row) // 50]
+        assert span == FLOAT16[np.searchsorted(FLOAT16, max(reach, 2.0**-24))]
+        distances = np.abs(gaps[:, None] - span * INT4_LEVELS)
+        assert (distances[np.arange(len(row)), codes] <= distances.min(1) * (1 + 1e-9) + 1e-11).all()
+        assert (np.abs(decoded[n] - (top - span * INT4_LEVELS[codes])) <= 1e-6 * (abs(top) + span)).all()
+    assert np.array_equal(roundtrip(spec, values, 4.0), decoded)
+
+
 @dataclass(frozen=True)
 class Member:
     """One encoding of the family."""
@@ -311,6 +346,7 @@ FAMILY = {
     "float16": Member(65504, within(lambda values: float16_ulp(values) / 2)),
     "bfloat16": Member(3e38, within(lambda values: ulp(values, 8, -126) / 2)),
     "int8": Member(32752, within(lambda v: 0.5001 * affine_step(v, 255) + 2.0**-22 * np.abs(v))),
+    "int4": Member(32752, check_int4),
     "topk": Member(32752, check_packed, (":3", ":10", ":100", ":10,label=no")),
     "topk16": Member(65504, check_topk, (":3", ":10", ":100")),
     "bits": Member(3e38, check_signs),
@@ -324,6 +360,8 @@ SPECS = tuple(name + parameter for name, member in FAMILY.items() for parameter 
 
 def takes(spec: str, shape: tuple[int, ...]) -> bool:
     """Whether an encoding is for such rows."""
+    if spec == "int4":
+        return len(shape) == 1
     return not spec.startswith("topk") or (len(shape) == 1 and shape[0] >= entries_of(spec))
 
 

@@ -144,16 +144,23 @@ def check_term(name: str) -> None:
 def check_rows(name: str) -> None:
     """A sample's loss depends on the rest of its batch only where the needs declare it."""
     kept = N // 2
-    before, after = value_of(name)[0], value_of(name, other=kept)[0]
-    assert before is not None
-    assert after is not None
+    before, after = value_of(name), value_of(name, other=kept)
     if LOSSES[name].needs(LOSSES[name].config()).whole_batch:
         return
-    if before.ndim:
-        torch.testing.assert_close(after[:kept], before[:kept], rtol=1e-6, atol=1e-7)
-        assert not torch.equal(after, before)
-    else:
-        assert torch.equal(after, before), "a scalar that depends on the samples declares whole_batch"
+    assert before[0] is not None
+    assert after[0] is not None
+    if before[0].ndim:
+        torch.testing.assert_close(after[0][:kept], before[0][:kept], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(after[0], before[0])
+    elif not torch.equal(after[0], before[0]):
+        # A mean over samples gives a sample the same gradient whatever the others are.
+        for value, inputs, _ in (before, after):
+            value.backward()
+            assert inputs.student.logits.grad is not None, (
+                "a scalar that depends on the samples declares whole_batch"
+            )
+        own, same = (inputs.student.logits.grad[:kept] for _, inputs, _ in (after, before))
+        torch.testing.assert_close(own, same, rtol=1e-6, atol=1e-9)
 
 
 def check_fusion(name: str) -> None:

@@ -13,7 +13,7 @@ from coursepack.data.encodings import parse_encoding
 if TYPE_CHECKING:
     from coursepack.data.store import StorePlan
 
-EVERY_ENCODING = ("float32", "float16", "bfloat16", "int8", "topk:3", "topk16:3", "bits")
+EVERY_ENCODING = ("float32", "float16", "bfloat16", "int8", "int4", "topk:3", "topk16:3", "bits")
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,9 @@ class RowStore:
         """Write one block in batches."""
         draws = f"{block.view:04x}{block.start:04x}"
         files = writer.write(block, {"draws": draws, "environment": self.environment})
+        rows = {name: self.values(name, block.view)[block.samples] for name in self.shapes}
         for start in range(0, len(block), batch_size):
-            chosen = block.samples[start : start + batch_size]
-            files.add({name: self.values(name, block.view)[chosen] for name in self.shapes})
+            files.add({name: values[start : start + batch_size] for name, values in rows.items()})
         files.finish({"rows": float(len(block))})
 
 

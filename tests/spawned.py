@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -114,6 +115,7 @@ COMMANDS = {
 
 def as_command(words, folder, before):
     """Be one of these commands; what it prints goes to files of a folder."""
+    gc.freeze()  # what was imported before: looking through it would copy all of its memory
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), descriptor)
     # Where tests run in the background, SIGINT is ignored, and so it would be here.
@@ -177,6 +179,7 @@ def fork_stages(monkeypatch):
 
 def as_rank(index, count, port, work, arguments, queue):
     """Be one of several ranks; put (index, what the work told or raised) into a queue."""
+    gc.freeze()
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
     os.environ |= {"RANK": str(index), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 
 from coursepack.data import open_source
 from coursepack.distill.cli import main as distill
+from coursepack.distill.methods import METHODS
 from coursepack.distill.runs.train import train
+from coursepack.errors import UnknownName
 from coursepack.precompute.cli import main as precompute
 
 AS = "distill train --source digits --view digits --epochs 1 --out new --student"
@@ -352,8 +354,7 @@ def test_cuda_without_cuda(workplace, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "status", "text"),
     [
-        (f"{KD} --store no.zarr", 1, "Error: there is no store at 'no.zarr'. "
-         "Make one with `precompute run ... --store no.zarr`.\n"),
+        (f"{KD} --method kdd", 1, f"Error: {UnknownName('method', 'kdd', METHODS)}\n"),
         ("precompute run --teacher run:mlp", 2, "Usage: precompute run [OPTIONS] [TEACHERS.yaml]\n"
          "Try 'precompute run --help' for help.\n\nError: Missing option '--source'.\n"),
     ],

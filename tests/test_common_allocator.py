@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
 from coursepack.allocator import keep_freed_memory
 
@@ -19,14 +19,17 @@ def step():
         each[::4096] = 1
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(2):
     step()
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
 print(made, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def told(mode, **variables):
-    """Result of the call, and the page faults of four steps that allocate 48 MB each."""
+    """Result of the call, and the page faults of four steps of 48 MB each, two of them in threads."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, mode],

@@ -163,6 +163,7 @@ RANGES = {
     "float16": ("65504", "float32 or bfloat16", [65520.0, -65520.0, 1e30, -3.4e38]),
     "bfloat16": ("3.38953e+38", "float32", [3.4e38, -3.4e38]),
     "int8": ("32752", "float32 or bfloat16", [32753.0, -32753.0, 65504.0, 1e30]),
+    "int4": ("32752", "float32 or bfloat16", [32753.0, -32753.0, 1e30]),
     "topk:3": ("32752", "float32 or bfloat16", [32753.0, -65504.0, 1e30]),
     "topk16:3": ("65504", "float32 or bfloat16", [65505.0, -65520.0, 1e30]),
 }
@@ -174,7 +175,7 @@ RANGES = {
 )
 def test_out_of_range_names_the_sample_and_the_way_out(spec, value, row_shape):
     limit, others, _ = RANGES[spec]
-    values = np.zeros((5, *(row_shape if not spec.startswith("topk") else (24,))), dtype=np.float32)
+    values = np.zeros((5, *(row_shape if contract.takes(spec, row_shape) else (24,))), dtype=np.float32)
     values[3].reshape(-1)[4] = value
     values[4].reshape(-1)[0] = 2 * value if abs(value) < 1e38 else value
     with pytest.raises(EncodingRange) as refusal:
@@ -189,7 +190,7 @@ def test_float16_holds_what_rounds_to_its_largest_value():
     assert contract.roundtrip("float16", values).tolist() == [[65504, -65504]]
 
 
-@pytest.mark.parametrize("spec", ["int8", "topk:3", "topk16:3", "bits"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "topk:3", "topk16:3", "bits"])
 def test_the_largest_values_are_held(spec):
     limit = contract.FAMILY[spec.partition(":")[0]].limit
     contract.check_values(spec, np.array([[limit, -limit, 0, 1, limit / 2]] * 3, dtype=np.float32))
@@ -203,14 +204,14 @@ def quanta(stored, part, place, count):
     return changed
 
 
-@pytest.mark.parametrize("spec", ["float32", "float16", "bfloat16", "int8", "topk16:3"])
+@pytest.mark.parametrize("spec", ["float32", "float16", "bfloat16", "int8", "int4", "topk16:3"])
 @pytest.mark.parametrize("row", [0, 7])
 def test_a_value_that_is_off_does_not_agree(spec, row):
     values = normal((8, 25), seed=row)
     values += np.sign(values)
     stored = contract.encode(spec, values)
     agrees = parse_encoding(spec).agrees
-    part = "q" if spec == "int8" else "values"
+    part = "q" if spec in ("int8", "int4") else "values"
     for column in range(stored[part].shape[1]):
         found = agrees(values, quanta(stored, part, (row, column), 4), 0.0)
         assert found.tolist() == [n != row for n in range(8)]
@@ -222,6 +223,47 @@ def test_an_int8_row_of_another_scale_or_minimum_does_not_agree(column, quanta_o
     stored = contract.encode("int8", values)
     found = parse_encoding("int8").agrees(values, quanta(stored, "affine", (5, column), quanta_off), 0.0)
     assert found.tolist() == [n != 5 for n in range(8)]
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_an_int4_row_of_another_top_or_range_does_not_agree(column):
+    values = normal((8, 25))
+    found = parse_encoding("int4").agrees(
+        values, quanta(contract.encode("int4", values), "scale", (5, column), 4), 0.0
+    )
+    assert found.tolist() == [n != 5 for n in range(8)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_int4_refuses_what_has_no_gap(value):
+    values = normal((2, 5))
+    values[1, 2] = value
+    with pytest.raises(EncodingRange, match=r"sample 1 has the value -?(nan|inf), outside the range of int4"):
+        contract.encode("int4", values)
+
+
+def test_int4_codes_of_two_halves_share_bytes():
+    values = np.array([[0, -450, -16, -34, -54]], dtype=np.float32)
+    stored = contract.encode("int4", values)
+    assert stored["q"].tolist() == [[0 | 2 << 4, 15 | 3 << 4, 1]]
+    assert stored["scale"].tolist() == [[0, 450]]
+    assert contract.roundtrip("int4", values).round(3).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("lower", [[5.0], [1e-6, 5.0], [1e-9]], ids=str)
+def test_int4_rows_of_equal_logits_agree_though_the_lowest_are_raised(lower):
+    values = np.zeros((3, 100), dtype=np.float32)
+    values[1, : len(lower)] -= lower
+    stored = contract.encode("int4", values)
+    assert stored["scale"].tolist() == [[0, 2.0**-24]] * 3
+    assert parse_encoding("int4").agrees(values, stored, 0.0).all()
+    assert np.abs(contract.roundtrip("int4", values)).max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("row_shape", [(10, 2), ()], ids=str)
+def test_int4_is_for_logits(row_shape):
+    with pytest.raises(RecipeError, match=r"encoding int4 is for logits, got rows \("):
+        parse_encoding("int4").components(row_shape)
 
 
 @pytest.mark.parametrize("column", range(4))
@@ -364,6 +406,8 @@ def test_unknown_encoding_is_refused(values):
         ("topk16:3,label=no", FOR_LOGITS, RecipeError, "unknown option 'label=no', expected topk16:K$"),
         ("topk:1", FOR_LOGITS, RecipeError, "topk keeps 1 entries, expected at least 2: the top class and"),
         ("int8:4", FOR_LOGITS, RecipeError, "encoding 'int8' takes no parameter, got 'int8:4'"),
+        ("int4:2", FOR_LOGITS, RecipeError, "encoding 'int4' takes no parameter, got 'int4:2'"),
+        ("int4", FOR_FEATURES, UnknownName, "unknown encoding 'int4'.* Known: float32, .*, bits"),
         ("bits:8", FOR_FEATURES, RecipeError, "encoding 'bits' takes no parameter, got 'bits:8'"),
     ],
 )

@@ -13,6 +13,7 @@ from coursepack.data.encodings import encoding_from_dict, parse_encoding, row_by
 from coursepack.data.store import StoreReader
 from coursepack.errors import RecipeError, StoreMismatch
 from coursepack.kernels import PackedTopKRows, TopKRows, soft_target_loss
+from coursepack.kernels.packed import low_bits
 
 
 def normal(shape, *, seed=0, scale=5.0):
@@ -142,3 +143,20 @@ def test_both_forms_are_read_and_neither_is_written_into_the_other(tmp_path):
 def test_a_manifest_with_another_label_option_is_refused():
     with pytest.raises(RecipeError, match="label of encoding topk is 'no', expected true or false"):
         encoding_from_dict({"name": "packed_topk", "k": 2, "label": "no"})
+
+
+@pytest.mark.parametrize("classes", [1, 2, 9, 64, 65, 100, 1000, 1024, 21841])
+def test_ids_have_as_many_low_bits_as_make_the_shortest_rows(classes):
+    for kept in {*range(1, min(classes, 40) + 1), classes}:
+        sizes = [kept * low + ((classes - 1) >> low) for low in range(20)]
+        assert low_bits(classes, kept) == sizes.index(min(sizes))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 7])
+def test_rows_decode_at_temperature_one_unless_another_is_given(samples):
+    encoding, values = parse_encoding("topk:3"), normal((samples, 25))
+    labels = np.zeros(samples, np.int64)
+    parts = encoding.encode(values, np.arange(samples), labels)
+    rows = encoding.rows({name: torch.from_numpy(part) for name, part in parts.items()}, (25,))
+    assert torch.equal(rows.decode(), rows.decode(torch.ones(samples)))
+    assert samples == 0 or not torch.equal(rows.decode(), rows.decode(torch.full((samples,), 4.0)))

@@ -232,3 +232,13 @@ def test_number_of_open_views_is_bounded_however_many_are_read(tmp_path, monkeyp
     assert np.array_equal(reader.rows("logits", mixed, np.arange(50)).decode().numpy(), expected)
     del reader
     assert maps_of(tmp_path) == 0
+
+
+def test_the_view_used_least_recently_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader_module, "RESIDENT_BYTES", 0)  # two views are kept
+    write_rows(tmp_path / "s.zarr", RowStore(views=3))
+    reader = StoreReader(tmp_path / "s.zarr", "resident")
+    for view in (0, 1, 0):
+        reader.open("logits", view)
+    reader.prefetch("logits", 2).join(30)
+    assert set(reader._open) == {("logits", 0), ("logits", 2)}

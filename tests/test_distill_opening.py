@@ -198,3 +198,13 @@ def test_a_network_of_ones_own_learns(course):
         optimizer.step()
         losses.append(value.loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_view_of_an_epoch_is_opened_before_the_next_is_prefetched(stores, monkeypatch):
+    run = prepare(make_recipe(stores), torch.device("cpu"))
+    calls = []
+    for verb in ("open", "prefetch"):
+        monkeypatch.setattr(run.targets, verb, lambda view, _, verb=verb: calls.append((verb, view)))
+    for epoch in (0, 1):
+        next(run.batches(epoch))
+    assert calls == [("open", 0), ("prefetch", 1), ("open", 1), ("prefetch", 2)]

@@ -98,7 +98,7 @@ def test_a_step_of_any_kind_reads_nothing_from_the_device(stores_of, watched, fi
     watched(recipe_of("kd", stores_of, **fields))
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8", "topk:3"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4", "topk:3"])
 def test_encoded_rows_are_read_by_the_loss_on_the_device(teachers, watched, tmp_path, encoding):
     store = write_store(tmp_path / "s.zarr", teachers[0], encoding=encoding)
     for method in ("kd", "dtd-cwsm" if encoding == "topk:3" else "dtd-flsw"):
@@ -220,7 +220,7 @@ def test_a_step_of_any_kind_does_not_wait_for_a_gpu(stores_of, fields):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("encoding", ["float16", "int8", "topk:3"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4", "topk:3"])
 def test_encoded_rows_do_not_wait_for_a_gpu(teachers, tmp_path, encoding):
     store = write_store(tmp_path / "s.zarr", teachers[0], encoding=encoding)
     for method in ("kd", "dtd-cwsm" if encoding == "topk:3" else "dtd-flsw"):

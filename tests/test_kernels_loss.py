@@ -285,11 +285,48 @@ def test_row_of_weight_zero_is_not_read(loss, adjustment, combine):
     assert_row_of_weight_zero_is_not_read(loss, case, row=2)
 
 
-def test_second_backward_is_a_clear_error():
-    case = make_case(22, 10, 2)
+@pytest.mark.parametrize("upstream", [1.0, 2.5])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [LOSSES[name] for name in ("kernel", "op", "analytic")])
+def test_reduction(loss, reduction, dtype, combine, upstream):
+    rows = 7  # a seventh is rounded
+    case = make_case(28, 10, 2, rows, dtype, temperature=2.0, hard_weight=0.3, combine=combine)
+
+    def run(reduce, **options):
+        student = case.student.clone().requires_grad_(True)
+        weights = torch.tensor([0.3, 0.9], requires_grad=True)
+        value = loss(student, case.teachers, case.labels, weights=weights, **options, **case.options)
+        (upstream * reduce(value)).backward()
+        return reduce(value).detach(), student.grad, weights.grad
+
+    outside = run(getattr(torch, reduction))
+    inside = run(lambda value: value, reduction=reduction)
+    # The gradient to half a student is rounded once inside, and twice outside.
+    tolerance = {"rtol": 2e-2, "atol": 0} if dtype == torch.bfloat16 else {}
+    for one, other in zip(inside, outside, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    assert inside[0].shape == ()
+    if dtype != torch.bfloat16 and upstream == 1:
+        assert all(map(torch.equal, inside, outside))
+
+
+def test_mean_of_no_rows():
+    case = make_case(29, 5, 2, 0, torch.float32)
     student = case.student.requires_grad_(True)
+    mean = soft_target_loss(student, case.teachers, reduction="mean")
+    mean.backward()
+    assert mean.isnan()
+    assert student.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_second_backward_is_a_clear_error(reduction):
+    case = make_case(22, 10, 2)
+    student = case.student.float().requires_grad_(True)
     for retain in (False, True):
-        total = soft_target_loss(student, case.teachers).sum()
+        total = soft_target_loss(student, case.teachers, reduction=reduction).sum()
         total.backward(retain_graph=retain)
         with pytest.raises(RuntimeError, match="one backward pass only: call it again"):
             total.backward()

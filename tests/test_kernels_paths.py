@@ -9,13 +9,15 @@ import sys
 import threading
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
-from test_kernels_rows import bit_rows, int8_rows, packed_rows, topk_rows
+from test_kernels_rows import bit_rows, int4_rows, int8_rows, packed_rows, topk_rows
 
 from coursepack.kernels import (
     DenseRows,
+    Int4Rows,
     Int8Rows,
     MixedLabels,
     compile_op,
@@ -124,6 +126,7 @@ KINDS = {
     "float16": lambda n, c: DenseRows(torch.randn(n, c, generator=torch.Generator().manual_seed(c)).half()),
     "bfloat16": lambda n, c: torch.randn(n, c, generator=torch.Generator().manual_seed(c)).bfloat16(),
     "int8": lambda n, c: int8_rows((n, c), seed=c),
+    "int4": lambda n, c: int4_rows((n, c), seed=c),
     "topk": lambda n, c: topk_rows(n, min(5, c), c, seed=c),
     "topk of 32 bits": lambda n, c: topk_rows(n, min(3, c), c, seed=c, dtype="uint32"),
     "packed": lambda n, c: packed_rows(n, min(5, c), c, seed=c),
@@ -205,7 +208,8 @@ COMPILED = {
     "half": lambda: make_case(4, 40, 2, 6, torch.float16, temperature=2.0),
     "mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float32, hard_weight=0.5)),
     "encoded": lambda: dataclasses.replace(
-        make_case(6, 37, 2, 8, torch.float32), teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()]
+        make_case(6, 37, 2, 8, torch.float32),
+        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))],
     ),
 }
 
@@ -252,7 +256,7 @@ IN_TORCH = {
     "float64, mixed": lambda: _mixed(make_case(5, 40, 2, 6, torch.float64, hard_weight=0.5)),
     "js of rows": lambda: dataclasses.replace(
         make_case(6, 37, 2, 8, torch.float32, divergence="js", temperature=torch.linspace(1, 4, 8)),
-        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows()],
+        teachers=[int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))],
     ),
     "reverse_kl": lambda: make_case(
         8, 40, 2, 6, torch.float32, divergence="reverse_kl", weights=torch.rand(2), adjustment="shift"
@@ -278,8 +282,8 @@ def test_what_no_kernel_does_is_one_graph_too(make):
 
 
 def test_soft_targets_are_one_graph():
-    rows = [int8_rows((8, 37)), topk_rows(), packed_rows()]
-    options = {"labels": torch.arange(8), "weights": torch.rand(8, 3), "adjustment": "shift"}
+    rows = [int8_rows((8, 37)), topk_rows(), packed_rows(), int4_rows((8, 37))]
+    options = {"labels": torch.arange(8), "weights": torch.rand(8, 4), "adjustment": "shift"}
     torch._dynamo.reset()
     compiled = torch.compile(soft_targets, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rows, **options), soft_targets(rows, **options))
@@ -340,21 +344,14 @@ def test_a_forked_child_computes_alone():
     assert result.returncode == 0, result.stderr
 
 
-# As on a CPU without F16C and AVX, with no place for numba to keep what it compiled.
+# As on a CPU without F16C and AVX.
 BARE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np, torch
-from numba.core import caching
-
-def nowhere(self):
-    raise OSError("read-only")
-
-caching._CacheLocator.ensure_cache_path = nowhere
+import torch
 import test_kernels_loss as tests
 from contracts import make_case, assert_agrees
 from coursepack.kernels import soft_target_loss
-from coursepack.kernels.cpu import jit_convert
 from test_kernels_convert import check_every_half
 check_every_half()
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -365,7 +362,7 @@ assert not [name for name in sys.modules if name.startswith("coursepack.") and "
 """
 
 
-def test_without_float16_instructions_and_without_a_cache(tmp_path):
+def test_without_float16_instructions(tmp_path):
     environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", BARE, str(Path(__file__).parent)],
@@ -376,6 +373,22 @@ def test_without_float16_instructions_and_without_a_cache(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == result.stderr == ""
+
+
+def test_functions_are_compiled_where_numba_may_keep_nothing(monkeypatch):
+    from coursepack.kernels.cpu.jit_base import compiled, jit, types
+
+    def nowhere(self):
+        raise OSError("read-only")
+
+    def double(value):
+        return 2 * value
+
+    monkeypatch.setattr(numba.core.caching._CacheLocator, "ensure_cache_path", nowhere)
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(double)
+    assert jit(double)(4) == 8
+    assert compiled(types.int64(types.int64))(double).ctypes(4) == 8
 
 
 def test_precision_of_float32_is_that_of_the_design():
@@ -394,6 +407,9 @@ def test_rows_of_any_stride():
     plain = Int8Rows(wide[:, 3:80].clone(), affine[::2].clone())
     want = soft_target_loss(student, [plain, base[:, 3:80].clone(), base[:, 3:80].clone()])
     assert torch.equal(got, want)
+    own, scale = wide[:, 5:44], torch.rand(12, 2).half()[::2]
+    got = soft_target_loss(student, [Int4Rows(own, scale, 77)])
+    assert torch.equal(got, soft_target_loss(student, [Int4Rows(own.clone(), scale.clone(), 77)]))
 
 
 @pytest.mark.parametrize("classes", [1, 37, 128, 1000])
@@ -405,7 +421,8 @@ def test_the_compiled_mixture_is_the_mixture(classes, adjustment):
     half, kept = case.teachers[0].half(), min(5, classes)
     rows = [half, int8_rows((4, classes)), topk_rows(4, kept, classes)]
     others = [half, packed_rows(4, kept, classes), packed_rows(4, classes, classes)]
-    for teachers in (case.teachers, rows, others):
+    fours = [half, int4_rows((4, classes)), int4_rows((4, classes), seed=1)]
+    for teachers in (case.teachers, rows, others, fours):
         got = soft_targets(teachers, case.labels, **options)
         with_gradient = {**options, "weights": options["weights"].clone().requires_grad_(True)}
         want = soft_targets(teachers, case.labels, **with_gradient)

@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from contracts_encodings import check_topk_decoded, packed, tail_logit, unpacked
+from contracts_encodings import INT4_LEVELS, check_topk_decoded, nibbles, packed, paired, tail_logit, unpacked
 from reference.loss import soft_target_loss as reference_loss
 
 from coursepack.kernels import (
     BitRows,
     DenseRows,
+    Int4Rows,
     Int8Rows,
     PackedTopKRows,
     Rows,
@@ -87,6 +88,16 @@ def int8_rows(shape, seed=0):
     return Int8Rows(q, torch.from_numpy(affine.astype(np.float16)))
 
 
+def int4_rows(shape, seed=0):
+    """Rows of four bits a class with one code of 0 each."""
+    rng = np.random.default_rng(seed)
+    rows, classes = shape
+    codes = rng.integers(0, 16, shape)
+    codes[np.arange(rows), rng.integers(0, classes, rows)] = 0
+    scale = np.stack([rng.normal(6, 2, rows), rng.uniform(2, 30, rows)], axis=1).astype(np.float16)
+    return Int4Rows(torch.from_numpy(paired(codes)), torch.from_numpy(scale), classes)
+
+
 def topk_rows(rows=8, k=5, classes=37, seed=0, dtype=np.uint16):
     """Rows as the encoding makes them: each id once, log-masses convex in 1/T and below their limit."""
     rng = np.random.default_rng(seed)
@@ -138,6 +149,10 @@ def plain(rows, temperature):
     if isinstance(rows, Int8Rows):
         scale, minimum = rows.affine.numpy().astype(np.float64).T
         return minimum[:, None] + scale[:, None] * rows.q.numpy()
+    if isinstance(rows, Int4Rows):
+        top, span = rows.scale.numpy().astype(np.float64).T
+        codes = np.stack([nibbles(row, rows.classes) for row in rows.q.numpy()])
+        return top[:, None] - span[:, None] * INT4_LEVELS[codes]
     out = np.empty(rows.shape)
     if isinstance(rows, PackedTopKRows):
         return plain_packed(rows, out, temperature)
@@ -151,6 +166,7 @@ def plain(rows, temperature):
 EVERY_KIND = {
     "dense": lambda rows: DenseRows(torch.randn(rows, 10, generator=torch.Generator().manual_seed(0))),
     "int8": lambda rows: int8_rows((rows, 10)),
+    "int4": lambda rows: int4_rows((rows, 11)),
     "topk": topk_rows,
     "packed": packed_rows,
     "bits": bit_rows,
@@ -189,6 +205,27 @@ def test_int8_rows_are_affine(shape):
     expected = minimum.reshape(around) + scale.reshape(around) * rows.q.numpy()
     assert np.abs(rows.decode().numpy() - expected).max() <= 2.0**-23 * np.abs(expected).max() * 2
     assert torch.equal(rows.decode(torch.full((shape[0],), 4.0)), rows.decode())
+
+
+@pytest.mark.parametrize("classes", [1, 2, 11, 127, 128, 129, 257, 1000])
+def test_int4_rows_are_gaps_below_the_top(classes):
+    rows = int4_rows((4, classes))
+    expected = plain(rows, None)
+    bound = 1e-6 * np.abs(expected).max()
+    assert np.abs(rows.decode().numpy() - expected).max() <= bound
+    assert torch.equal(rows.decode(torch.full((4,), 4.0)), rows.decode())
+    by_torch = rows._decode_unseen(torch.empty(rows.shape))
+    assert np.abs(by_torch.numpy() - expected).max() <= bound
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_int4_row_that_is_not_finite_spoils_no_other(value, column):
+    rows = int4_rows((8, 37))
+    rows.scale[6, column] = value
+    for adjustment in ("none", "shift"):
+        loss = soft_target_loss(torch.zeros(8, 37), [rows], torch.arange(8), adjustment=adjustment)
+        assert torch.equal(loss.isfinite(), torch.arange(8) != 6)
 
 
 @pytest.mark.parametrize("row_shape", [(1,), (7,), (8,), (9,), (3, 7), (256, 8)], ids=str)
@@ -315,6 +352,14 @@ BROKEN = {
         lambda: Int8Rows(torch.zeros(2, 3).byte(), torch.zeros(3, 2).half()),
         ValueError, r"affine has shape \(3, 2\), expected \(2, 2\)",
     ),
+    "codes of other classes": (
+        lambda: Int4Rows(torch.zeros(2, 3).byte(), torch.zeros(2, 2).half(), 7),
+        ValueError, r"q has shape \(2, 3\), expected \(2, 4\)",
+    ),
+    "scale in float32": (
+        lambda: Int4Rows(torch.zeros(2, 3).byte(), torch.zeros(2, 2), 5),
+        TypeError, "scale has dtype torch.float32",
+    ),
     "signed ids": (
         lambda: dataclasses.replace(topk_rows(), ids=torch.zeros(8, 5, dtype=torch.int64)),
         TypeError, "ids have dtype torch.int64, expected uint16 or uint32",
@@ -373,11 +418,14 @@ LOSS_OPTIONS = {
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS)
 @pytest.mark.parametrize(
-    "kinds", [("int8", "topk"), ("topk", "topk"), ("int8", "dense"), ("packed", "topk")], ids="-".join
+    "kinds",
+    [("int8", "topk"), ("topk", "topk"), ("int8", "dense"), ("packed", "topk"), ("int4", "topk")],
+    ids="-".join,
 )
 def test_loss_of_encoded_rows_is_that_of_what_they_mean(kinds, options):
     made = {
         "int8": int8_rows((8, 37)),
+        "int4": int4_rows((8, 37)),
         "topk": topk_rows(),
         "packed": packed_rows(),
         "dense": DenseRows(torch.randn(8, 37, generator=torch.Generator().manual_seed(2)).half()),

@@ -69,6 +69,7 @@ VALUE_ERRORS = [
         {"divergence": "mse", "adjustment": "smooth", "labels": LABELS},
         'adjustment "smooth" makes probabilities: it is not defined for divergence "mse"',
     ),
+    ({"reduction": "batchmean"}, "reduction is 'batchmean', expected one of 'none', 'mean', 'sum'"),
     ({"combine": "product"}, "combine is 'product', expected one of 'mixture', 'sum'"),
     ({"soft_weight": NAN}, "soft_weight is nan, expected a finite number"),
     ({"hard_weight": math.inf, "labels": LABELS}, "hard_weight is inf, expected a finite number"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.loss import teacher_stats as reference_stats
-from test_kernels_rows import int8_rows, packed_rows, topk_rows
+from test_kernels_rows import int4_rows, int8_rows, packed_rows, topk_rows
 
 from coursepack.kernels import DenseRows, Rows, teacher_stats
 
@@ -144,6 +144,7 @@ def test_every_kind_of_rows_says_what_its_decoded_logits_say(classes):
         DenseRows(teachers[0].half()),
         teachers[1].bfloat16(),
         int8_rows((6, classes)),
+        int4_rows((6, classes)),
         topk_rows(6, kept, classes),
         teachers[4],
         packed_rows(6, kept, classes),

@@ -91,12 +91,13 @@ def test_requests_are_those_that_a_bucket_counts(bucket, s3_server, teacher):
 @pytest.mark.parametrize(
     ("encoding", "temperature", "warned"),
     [("topk16:100", 4, True), ("topk16:100", 2.1, True), ("topk:100", 2, False), ("topk:100", None, False),
-     ("int8", 4, False), ("float16", 20, False)],
+     ("int8", 4, False), ("int4", 4, False), ("float16", 20, False)],
 )  # fmt: skip
 def test_top_k_rows_are_for_low_temperatures(encoding, temperature, warned):
     text = too_warm(encoding, temperature, 21_841)
     assert (text is not None) == warned
     # 21,841 + 4 bytes over 100 (2 + 2) + 8.
+    assert text is None or "int4 26.8 times for larger errors" in text
     assert text is None or "--encoding int8 holds at any temperature and takes 53.5 times the bytes" in text
 
 

@@ -17,6 +17,7 @@ from builders import write_teacher
 from click.testing import CliRunner
 from helpers import file_identities, make_job, rewrite_manifest, store_files
 
+from coursepack.data.encodings import FOR_FEATURES
 from coursepack.data.store import StoreReader, load_manifest, verify
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.shards import shard_checksum, shard_pieces
@@ -29,7 +30,7 @@ from coursepack.precompute.verify import job_of_store, verify_deep
 
 CPU = torch.device("cpu")
 SAMPLES = 1442
-ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk:3", "topk16:2")
+ENCODINGS = ("float32", "float16", "bfloat16", "int8", "int4", "topk:3", "topk16:2")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def alter(path, array, component, view, sample, change):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_sound_store_agrees_with_its_teacher(tmp_path, teacher, encoding):
     path = tmp_path / "s.zarr"
-    feature = "bits" if encoding.startswith("topk") else encoding
+    feature = encoding if encoding in FOR_FEATURES else "bits"
     run_job(
         make_job(
             path,

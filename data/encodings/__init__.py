@@ -4,6 +4,7 @@ float32     exact
 float16     within half a unit in the last place; the default
 bfloat16    float32's range, 8 bits of precision
 int8        one byte per value, affine per row; the compact setting
+int4        half a byte per class; for logits at high temperatures
 topk:K      the K largest logits, the label's logit, and the mass of the rest; for many classes
 topk16:K    the same in two to three times the bytes, as stores before `topk` was packed have it
 bits        signs only, for features
@@ -18,6 +19,7 @@ from coursepack.data.encodings.base import Component as Component
 from coursepack.data.encodings.base import Encoding as Encoding
 from coursepack.data.encodings.bits import Bits
 from coursepack.data.encodings.dense import Dense
+from coursepack.data.encodings.int4 import Int4
 from coursepack.data.encodings.int8 import Int8
 from coursepack.data.encodings.packed_topk import PackedTopK
 from coursepack.data.encodings.topk import TopK
@@ -32,6 +34,7 @@ __all__ = [
     "Encoding",
     "drops_classes",
     "encoding_from_dict",
+    "is_coarse",
     "parse_encoding",
     "row_bytes",
 ]
@@ -41,6 +44,7 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
     "float16": lambda: Dense("float16"),
     "bfloat16": lambda: Dense("bfloat16"),
     "int8": Int8,
+    "int4": Int4,
     "topk": TopK,
     "packed_topk": PackedTopK,
     "bits": Bits,
@@ -48,10 +52,10 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
 """Encodings by their name in a store's manifest."""
 SPARSE: dict[str, Callable[..., Encoding]] = {"topk": PackedTopK, "topk16": TopK}
 """Sparse encodings by their name in an option, which differs from that in a manifest."""
-_STORED_ONLY = ("packed_topk",)
+_STORED_ONLY, _LOGITS_ONLY = ("packed_topk",), ("int4", *SPARSE)
 NAMES = (*(name for name in ENCODINGS if name not in _STORED_ONLY), "topk16")
 FOR_LOGITS = tuple(name for name in NAMES if name != "bits")
-FOR_FEATURES = tuple(name for name in NAMES if name not in SPARSE)
+FOR_FEATURES = tuple(name for name in NAMES if name not in _LOGITS_ONLY)
 
 
 def parse_encoding(text: str, known: tuple[str, ...] = NAMES) -> Encoding:
@@ -101,6 +105,11 @@ def encoding_from_dict(values: Mapping[str, Any]) -> Encoding:
 def drops_classes(encoding: Encoding) -> bool:
     """Return True if an encoding keeps some of the logits only."""
     return isinstance(encoding, (TopK, PackedTopK))
+
+
+def is_coarse(encoding: Encoding) -> bool:
+    """Return True if an encoding may lose too much of the logits at some temperatures."""
+    return drops_classes(encoding) or isinstance(encoding, Int4)
 
 
 def row_bytes(encoding: Encoding, row_shape: tuple[int, ...]) -> int:

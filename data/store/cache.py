@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
+    from coursepack.data.store.mapping import Shards
 
 FOLDER = "shards"
 SUFFIX = ".shard"
@@ -59,57 +59,68 @@ class ShardCache:
         self._folder, self._max_bytes = folder, max_bytes
         self._local = LocalLocation(folder / hashlib.sha256(str(remote).encode()).hexdigest()[:16])
 
-    def fetch(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> list[ShardFile]:
-        """Return the cached files of shards, after downloading those that are missing.
+    def fetch(self, shards: Shards) -> Shards:
+        """Return the cached files of a view's shards, after downloading those that are missing.
 
         Raises:
             StoreDamaged: a shard in the bucket is missing or does not match its checksum.
             StoreFull: the disk of the cache is full.
             OSError: the bucket cannot be read.
         """
-        cached = [ShardFile(self._local, _cached_key(shard), shard.size, shard.crc) for shard in shards]
+        cached = {
+            name: (layout, [self._cached(shard) for shard in files])
+            for name, (layout, files) in shards.items()
+        }
         with LocalLocation(self._folder).lock():
             missing = []
-            for shard, file in zip(shards, cached, strict=True):
-                path = self._local.root / file.key
+            for layout, shard in _each(shards):
+                path = self._path(shard)
                 if path.is_file() and path.stat().st_size == shard.size:
                     os.utime(path)
                 else:
-                    missing.append((shard, path))
-            needed = sum(shard.size for shard, _ in missing)
+                    missing.append((layout, shard))
+            needed = sum(shard.size for _, shard in missing)
             self._make_room(needed)
             with (
                 progress(f"copy from {self._name}", needed, "bytes", delay=SHORT_SECONDS) as meter,
                 ThreadPoolExecutor(IN_FLIGHT) as pool,
             ):
-                for size in pool.map(partial(self._download, layout=layout), missing):
+                for size in pool.map(self._download, missing):
                     meter.advance(size)
         return cached
 
-    def discard_damaged(self, shards: Sequence[ShardFile], layout: ArrayLayout) -> bool:
-        """Remove cached files of shards that do not match their checksums.
+    def discard_damaged(self, shards: Shards) -> bool:
+        """Remove cached files of a view's shards that do not match their checksums.
 
         Returns:
             True if there were any, or if a file was missing because another process removed it.
         """
-        damaged = []
+        damaged = False
         with LocalLocation(self._folder).lock():
-            for shard in shards:
-                key = _cached_key(shard)
+            for layout, shard in _each(shards):
+                key = self._cached(shard).key
                 try:
                     content = self._local.map(key, resident=True).content
                 except FileNotFoundError:
-                    damaged.append(key)
+                    damaged = True
                     continue
                 if len(content) != shard.size or file_checksum(content, layout) != shard.crc:
-                    damaged.append(key)
+                    damaged = True
                     self._local.delete(key)
-        return bool(damaged)
+        return damaged
 
-    def _download(self, missing: tuple[ShardFile, Path], layout: ArrayLayout) -> int:
+    def _cached(self, shard: ShardFile) -> ShardFile:
+        """Return the cached file of a shard in the bucket."""
+        key = f"{shard.key}.{shard.size}.{shard.crc:08x}{SUFFIX}"
+        return ShardFile(self._local, key, shard.size, shard.crc)
+
+    def _path(self, shard: ShardFile) -> Path:
+        return self._local.root / self._cached(shard).key
+
+    def _download(self, missing: tuple[ArrayLayout, ShardFile]) -> int:
         """Download a shard, and return its size in bytes."""
-        shard, path = missing
-        content = shard.read(layout)
+        layout, shard = missing
+        path, content = self._path(shard), shard.read(layout)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_whole(path, content)
@@ -198,5 +209,6 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def _cached_key(shard: ShardFile) -> str:
-    return f"{shard.key}.{shard.size}.{shard.crc:08x}{SUFFIX}"
+def _each(shards: Shards) -> Iterator[tuple[ArrayLayout, ShardFile]]:
+    """Yield the layout and the file of every shard of a view."""
+    return ((layout, shard) for layout, files in shards.values() for shard in files)

@@ -5,17 +5,20 @@ The functions read and write raw addresses: `mapping` checks every file, and sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-if TYPE_CHECKING:
-    import numpy as np
+from coursepack.kernels.cpu.jit_math import prefetch
 
 ALIGNMENT = 64
 """Alignment in bytes of the first row of every component."""
+ROWS_AHEAD, BYTES_AHEAD = 16, 8192
+"""Number of rows, and of bytes in them, that are prefetched during the copy of a row. Rows are far apart, and
+without prefetching each copy waits for page tables and memory anew."""
 
 
 @intrinsic
@@ -48,12 +51,19 @@ def gather_rows(chunks: np.ndarray, table: np.ndarray, rows: int, samples: np.nd
     for i in range(len(samples)):
         if samples[i] < 0 or samples[i] >= rows:
             return i
+    origins = np.empty(len(samples), np.int64)
     for component in range(len(table)):
         first, chunk_rows, row_bytes = table[component, 0], table[component, 1], table[component, 2]
         for i in range(len(samples)):
             chunk = samples[i] // chunk_rows
-            origin = chunks[first + chunk] + (samples[i] - chunk * chunk_rows) * row_bytes
-            _copy_bytes(target + i * row_bytes, origin, row_bytes)
+            origins[i] = chunks[first + chunk] + (samples[i] - chunk * chunk_rows) * row_bytes
+        ahead = min(ROWS_AHEAD, max(1, BYTES_AHEAD // max(1, row_bytes)))
+        fetched = min(row_bytes, BYTES_AHEAD)
+        for i in range(len(samples)):
+            if i + ahead < len(samples):
+                for start in range(0, fetched, 64):
+                    prefetch(origins[i + ahead] + start)
+            _copy_bytes(target + i * row_bytes, origins[i], row_bytes)
         size = len(samples) * row_bytes
         target += (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     return -1

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from coursepack.data.store.layout import ArrayLayout
 from coursepack.data.store.shards import (
     CHECKSUM_BYTES,
+    FileCheck,
     checksum_bytes,
     chunk_offsets,
     file_checksum,
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coursepack.data.randomness import Samples
-    from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location, Mapped
 
 Check = Literal["files", "chunks", "nothing"]
@@ -47,20 +48,29 @@ class ShardFile:
             f"{self.location} --repair`, which writes damaged files again."
         )
 
-    def open(self, *, resident: bool) -> Mapped:
-        """Memory-map the file, or read it into memory if `resident`.
+    def open(self, layout: ArrayLayout, *, resident: bool, whole: bool = True) -> Mapped:
+        """Memory-map the file, or read it into memory if `resident`, and compare its checksum.
+
+        Args:
+            layout: layout of the array.
+            resident: read into memory, verifying what has been read meanwhile.
+            whole: verify all data; otherwise only the stored checksums, which identify the shard.
 
         Raises:
-            StoreDamaged: the file is missing or has another size.
+            StoreDamaged: the file is missing, has another size, or does not match its checksum.
         """
+        check = FileCheck(layout)
         try:
             # Check the size before reading: a file that is not the shard may have any length.
-            found = self.location.size(self.key)
-            opened = self.location.map(self.key, resident=resident and found == self.size)
+            resident = resident and self.location.size(self.key) == self.size
+            opened = self.location.map(self.key, resident=resident, check=check)
         except FileNotFoundError as error:
             raise self.damaged("is missing") from error
-        if len(opened.content) != self.size:
-            raise self.damaged(f"has {len(opened.content)} bytes, expected {self.size}")
+        content = opened.content
+        if len(content) != self.size:
+            raise self.damaged(f"has {len(content)} bytes, expected {self.size}")
+        if (check.checksum(content) if whole else stored_checksum(content, layout)) != self.crc:
+            raise self.damaged("does not match its checksum", "the content of ")
         return opened
 
     def read(self, layout: ArrayLayout) -> NDArray[np.uint8]:
@@ -70,10 +80,7 @@ class ShardFile:
             StoreDamaged: the file is missing, has another size, or does not match its checksum.
         """
         if not self.location.is_remote:
-            content = self.open(resident=True).content
-            if file_checksum(content, layout) == self.crc:
-                return content
-            raise self.damaged("does not match its checksum", "the content of ")
+            return self.open(layout, resident=True).content
         for _ in range(DOWNLOADS):
             try:
                 content = self.location.map(self.key).content
@@ -84,12 +91,16 @@ class ShardFile:
         raise self.damaged("does not match its checksum", "the content of ")
 
 
+Shards = dict[str, tuple[ArrayLayout, list[ShardFile]]]
+"""Layout and ordered shard files of every component of a quantity's rows."""
+
+
 class OpenView:
     """Open view of one quantity, with rows in mapped files or resident in memory."""
 
     def __init__(
         self,
-        components: dict[str, tuple[ArrayLayout, list[ShardFile]]],
+        components: Shards,
         rows: int,
         *,
         resident: bool,
@@ -219,12 +230,8 @@ class _Component:
         self._opened: list[Mapped] = []
         addresses = []
         for place, shard in enumerate(shards):
-            opened = shard.open(resident=resident)
+            opened = shard.open(layout, resident=resident, whole=whole)
             content = opened.content
-            # The stored checksums identify the shard even if its data is verified later.
-            found = file_checksum(content, layout) if whole else stored_checksum(content, layout)
-            if found != shard.crc:
-                raise shard.damaged("does not match its checksum", "the content of ")
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
             addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
             self._opened.append(opened)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
     from coursepack.data.randomness import Samples
     from coursepack.data.store.cache import ShardCache
-    from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location
+    from coursepack.data.store.mapping import Shards
     from coursepack.kernels import Rows
 
 OPEN_VIEWS = 64
-"""Maximum number of open views per array; the view opened first is closed first."""
+"""Maximum number of open views per array; the view used least recently is closed first."""
 RESIDENT_BYTES = 256 << 20
 """Maximum size in bytes of the resident views of an array; at least two views are kept open."""
 
@@ -74,6 +75,8 @@ class StoreReader:
             )
         self.pinned = False
         self._open: dict[tuple[str, int], OpenView] = {}
+        self._used: dict[tuple[str, int], float] = {}
+        """Time of the last use of each view."""
         self._verified: set[str] = set()
         self._lock, self._pid = threading.Lock(), os.getpid()
 
@@ -237,6 +240,7 @@ class StoreReader:
 
     def _opened(self, array: str, view: int) -> OpenView:
         place = (array, view)
+        self._used[place] = time.monotonic()
         found = self._open.get(place)
         if found is not None:
             return found
@@ -244,20 +248,19 @@ class StoreReader:
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
             if place not in self._open:
-                components = {
-                    name: (layout, self._shards(f"{array}/{name}", view, layout))
-                    for name, layout in self.manifest.arrays[array].components.items()
-                }
-                keys = {shard.key for _, shards in components.values() for shard in shards}
+                shards = self._shards(array, view)
+                keys = {shard.key for _, files in shards.values() for shard in files}
                 self._open[place] = OpenView(
-                    components,
+                    shards if self.cache is None else self.cache.fetch(shards),
                     self.manifest.samples,
                     resident=self.reading == "resident",
                     check=self._check(keys),
                     pinned=self.pinned,
                 )
                 self._verified |= keys
-                same = [other for other in self._open if other[0] == array]
+                same = sorted(
+                    (other for other in self._open if other[0] == array), key=self._used.__getitem__
+                )
                 for other in same[: max(0, len(same) - self._kept_views(array))]:
                     del self._open[other]
             return self._open[place]
@@ -267,10 +270,16 @@ class StoreReader:
             return OPEN_VIEWS if self.cache is None else min(OPEN_VIEWS, self.cache.views)
         return min(OPEN_VIEWS, max(2, RESIDENT_BYTES // max(1, self.view_bytes([array]))))
 
-    def _shards(self, path: str, view: int, layout: ArrayLayout) -> list[ShardFile]:
-        count = layout.shard_count(self.manifest.samples)
-        shards = [self._vouched(shard_key(path, view, shard, layout)) for shard in range(count)]
-        return shards if self.cache is None else self.cache.fetch(shards, layout)
+    def _shards(self, array: str, view: int) -> Shards:
+        """Return the layout and the shard files of every component of a view."""
+        found = {}
+        for name, layout in self.manifest.arrays[array].components.items():
+            keys = [
+                shard_key(f"{array}/{name}", view, shard, layout)
+                for shard in range(layout.shard_count(self.manifest.samples))
+            ]
+            found[name] = layout, [self._vouched(key) for key in keys]
+        return found
 
     def _discard_damaged(self, array: str, view: int) -> bool:
         """Remove damaged files of a view from the cache; returns True if there were any."""
@@ -279,12 +288,7 @@ class StoreReader:
         with self._lock:
             self._open.pop((array, view), None)
             self._verified.clear()
-            damaged = False
-            for name, layout in self.manifest.arrays[array].components.items():
-                count = layout.shard_count(self.manifest.samples)
-                keys = [shard_key(f"{array}/{name}", view, shard, layout) for shard in range(count)]
-                damaged |= self.cache.discard_damaged([self._vouched(key) for key in keys], layout)
-        return damaged
+            return self.cache.discard_damaged(self._shards(array, view))
 
     def _check(self, keys: set[str]) -> Check:
         if self.reading == "windowed":

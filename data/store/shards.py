@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from coursepack.errors import StoreDamaged
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from coursepack.data.store.layout import ArrayLayout
@@ -58,7 +59,7 @@ def shard_pieces(rows: NDArray[Any], layout: ArrayLayout) -> list[Piece]:
 def shard_size(rows: int, layout: ArrayLayout) -> int:
     """Return the size in bytes of a shard file with this many rows."""
     chunks = -(-rows // layout.chunk_rows)
-    return chunks * (layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES) + _footer_bytes(layout)
+    return chunks * _chunk_bytes(layout) + _footer_bytes(layout)
 
 
 def rows_size(rows: int, layout: ArrayLayout) -> int:
@@ -88,7 +89,7 @@ def chunk_offsets(file: NDArray[np.uint8], rows: int, layout: ArrayLayout, where
         raise StoreDamaged(f"the index of {where!r} does not match its checksum")
     index = footer[:-CHECKSUM_BYTES].copy().view("<u8").reshape(count, 2)[: -(-rows // layout.chunk_rows)]
     offsets, sizes = index[:, 0], index[:, 1]
-    expected = layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES
+    expected = _chunk_bytes(layout)
     last = len(file) - footer_bytes
     if bool((sizes != expected).any() or last < expected or (offsets > last - expected).any()):
         raise StoreDamaged(f"the index of {where!r} points outside its chunks of {expected} bytes")
@@ -109,12 +110,36 @@ def shard_checksum(pieces: list[Piece]) -> int:
     return checksum(b"".join(map(bytes, pieces[1::2])))
 
 
+class FileCheck:
+    """Verification of a shard file, during the read or after it."""
+
+    def __init__(self, layout: ArrayLayout) -> None:
+        self._layout = layout
+        self._intact: set[int] = set()
+
+    @property
+    def step(self) -> int:
+        """Size in bytes of a chunk with its checksum."""
+        return _chunk_bytes(self._layout)
+
+    def check(self, content: NDArray[np.uint8], start: int, stop: int) -> None:
+        """Verify the whole chunks in bytes `start` to `stop`, and remember those that are intact."""
+        stop = min(stop, len(content) - _footer_bytes(self._layout))
+        for first in range(start, stop - self.step + 1, self.step):
+            if _is_intact(content, first, first + self.step - CHECKSUM_BYTES):
+                self._intact.add(first)
+
+    def checksum(self, content: NDArray[np.uint8]) -> int | None:
+        """Verify the rest of a file; return `shard_checksum`, or None if data does not match its checksum."""
+        for start, stop in _checked_spans(len(content), self._layout):
+            if start not in self._intact and not _is_intact(content, start, stop):
+                return None
+        return stored_checksum(content, self._layout)
+
+
 def file_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int | None:
     """Verify a shard file and return its `shard_checksum`, or None if data does not match its checksum."""
-    for start, stop in _checked_spans(len(file), layout):
-        if checksum_bytes(file[start:stop]) != file[stop : stop + CHECKSUM_BYTES].tobytes():
-            return None
-    return stored_checksum(file, layout)
+    return FileCheck(layout).checksum(file)
 
 
 def stored_checksum(file: NDArray[np.uint8], layout: ArrayLayout) -> int:
@@ -128,11 +153,21 @@ def checksum_bytes(data: bytes | NDArray[np.uint8]) -> bytes:
     return checksum(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def _checked_spans(size: int, layout: ArrayLayout) -> list[tuple[int, int]]:
-    """Return start and stop of every span followed by a checksum: the chunks, then the index."""
-    footer = size - _footer_bytes(layout)
-    starts = [*range(0, footer, layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES), footer]
-    return [(start, stop - CHECKSUM_BYTES) for start, stop in zip(starts, [*starts[1:], size], strict=True)]
+def _checked_spans(size: int, layout: ArrayLayout) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of every span followed by a checksum: the chunks, then the index."""
+    footer, step = size - _footer_bytes(layout), _chunk_bytes(layout)
+    for start in range(0, footer, step):
+        yield start, min(start + step, footer) - CHECKSUM_BYTES
+    yield footer, size - CHECKSUM_BYTES
+
+
+def _is_intact(file: NDArray[np.uint8], start: int, stop: int) -> bool:
+    return checksum_bytes(file[start:stop]) == file[stop : stop + CHECKSUM_BYTES].tobytes()
+
+
+def _chunk_bytes(layout: ArrayLayout) -> int:
+    """Return the size in bytes of a chunk with its checksum."""
+    return layout.chunk_rows * layout.row_bytes + CHECKSUM_BYTES
 
 
 def _footer_bytes(layout: ArrayLayout) -> int:

@@ -57,7 +57,7 @@ class FeatureFusion(nn.Module):
         config, count = self.config, len(inputs.outputs)
         fused = self.ensembles(inputs.outputs)["fused"]
         mean = torch.stack([output.logits.detach() for output in inputs.outputs]).mean(0)
-        divergence = soft_target_loss(fused, [mean], temperature=config.temperature).mean()
+        divergence = soft_target_loss(fused, [mean], temperature=config.temperature, reduction="mean")
         losses = {
             "fused_cross_entropy": cross_entropy(fused, inputs.labels).mean(),
             "fused_divergence": value_at(config.weight, inputs.step.epoch) * divergence,

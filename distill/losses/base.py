@@ -2,8 +2,8 @@
 
 A term is a `Loss` row in `coursepack.distill.losses.LOSSES`: a config (`TermConfig`), a function from the
 config to its `Needs`, and a function that builds the module. The module maps `LossInputs` to values per
-sample `(N,)`, or to a scalar that couples the samples of a batch. The objective applies weights, schedules
-and the mean over the batch.
+sample `(N,)`, to their mean, or to a scalar that couples the samples of a batch. The objective applies
+weights, schedules and the mean over the batch.
 """
 
 from __future__ import annotations
@@ -343,12 +343,13 @@ class WrapContext:
 class Loss:
     """One kind of loss term.
 
-    The module that `build` returns maps `LossInputs` to values `(N,)`, to a scalar that couples the samples
-    of a batch, or to None if it adds nothing in this step. Optional methods are `begin_epoch(epoch)`, called
-    before every epoch; `after_step(inputs)`, called after the optimizer step, for example to update a memory
-    bank; and `parameter_groups()`, for parameters with their own optimizer settings. In a group, `lr_factor`
-    multiplies the learning rate of the schedule. `without_teachers(inputs)` gives the part of a term of the
-    fused targets that reads no teacher; a term without that method is skipped in a phase on labels alone.
+    The module that `build` returns maps `LossInputs` to values `(N,)`, to their mean, to a scalar that
+    couples the samples of a batch, or to None if it adds nothing in this step. Optional methods are
+    `begin_epoch(epoch)`, called before every epoch; `after_step(inputs)`, called after the optimizer step,
+    for example to update a memory bank; and `parameter_groups()`, for parameters with their own optimizer
+    settings. In a group, `lr_factor` multiplies the learning rate of the schedule. `without_teachers(inputs)`
+    gives the part of a term of the fused targets that reads no teacher; a term without that method is skipped
+    in a phase on labels alone.
     """
 
     config: type[TermConfig]

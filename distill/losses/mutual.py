@@ -28,14 +28,14 @@ class MutualConfig(TermConfig):
 
 
 class Mutual(nn.Module):
-    """Mean over the targets of T² D(target || student), per sample."""
+    """Mean over the targets of T² D(target || student)."""
 
     def __init__(self, config: MutualConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor | None:
-        """Return the loss `(N,)` in nats, with gradient to the student's logits; None without targets.
+        """Return the mean loss in nats, with gradient to the student's logits; None without targets.
 
         Targets that are not detached receive a gradient too.
         """
@@ -44,7 +44,7 @@ class Mutual(nn.Module):
             return None
         logits = inputs.student.logits
         if any(target.requires_grad for target in targets):
-            loss = torch.stack([self._with_gradient(target, logits) for target in targets]).mean(0)
+            loss = torch.stack([self._with_gradient(target, logits) for target in targets]).mean()
         else:
             loss = soft_target_loss(
                 logits,
@@ -52,6 +52,7 @@ class Mutual(nn.Module):
                 temperature=config.temperature,
                 combine="sum",
                 divergence=config.divergence,
+                reduction="mean",
             )
         return loss * len(targets) if config.reduction == "sum" else loss
 

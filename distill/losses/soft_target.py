@@ -32,14 +32,14 @@ class SoftTargetConfig(TermConfig):
 
 
 class SoftTarget(nn.Module):
-    """Weighted divergence from the fused teachers plus weighted cross-entropy, per sample."""
+    """Weighted divergence from the fused teachers plus weighted cross-entropy."""
 
     def __init__(self, config: SoftTargetConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss `(N,)` in nats, with gradient to the student's logits and the teachers' weights."""
+        """Return the mean loss in nats, with gradient to the student's logits and the teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
         hard_weight = value_at(config.hard_weight, epoch)
         loss = soft_target_loss(
@@ -54,9 +54,10 @@ class SoftTarget(nn.Module):
             soft_weight=value_at(config.weight, epoch),
             hard_weight=0.0 if soft.standardize else hard_weight,
             divergence=config.divergence,
+            reduction="mean",
         )
         if soft.standardize and hard_weight:
-            loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels)
+            loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels).mean()
         return loss
 
     def without_teachers(self, inputs: LossInputs) -> Tensor:

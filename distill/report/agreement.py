@@ -83,7 +83,7 @@ def _agreement(log: RunLog, names: list[str], device: torch.device, *, trust_cod
             rows = [reader.rows("logits", batch.view, batch.samples)]
             known = torch.tensor(reader.manifest.known_classes)
             own = logits[:, known]
-            top, kl = soft_targets(rows).argmax(1), soft_target_loss(own, rows).sum()
+            top, kl = soft_targets(rows).argmax(1), soft_target_loss(own, rows, reduction="sum")
             same, correct = top == own.argmax(1), known[top] == labels
             sums[index] += torch.stack([same.sum(), kl, correct.sum()]).double()
     return [

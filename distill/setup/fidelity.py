@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coursepack.data.encodings import drops_classes
+from coursepack.data.encodings import drops_classes, is_coarse
 from coursepack.data.store.manifest import LOGITS
 from coursepack.data.store.records import FIDELITY_TEMPERATURES, fidelity_summary
 from coursepack.distill.schedule import range_of
@@ -21,7 +21,7 @@ LARGEST_ERROR = 0.5
 
 
 def temperature_warnings(recipe: TrainRecipe, readers: Sequence[StoreReader]) -> list[str]:
-    """Return a warning for each store of sparse rows that are too far from the teacher at the temperature.
+    """Return a warning for each store of sparse or int4 rows too far from the teacher at the temperature.
 
     The measure is the fidelity that the store recorded for its first view when it was written. Nothing is
     said of stores without it, or where teachers run live.
@@ -33,7 +33,7 @@ def temperature_warnings(recipe: TrainRecipe, readers: Sequence[StoreReader]) ->
     for reader in readers:
         array = reader.manifest.arrays[LOGITS]
         errors = _recorded_errors(reader)
-        if not drops_classes(array.encoding) or errors is None:
+        if not is_coarse(array.encoding) or errors is None:
             continue
         error = _error_at(hottest, *errors)
         if error > LARGEST_ERROR:
@@ -43,12 +43,18 @@ def temperature_warnings(recipe: TrainRecipe, readers: Sequence[StoreReader]) ->
                 store=f"{reader.address.removesuffix('.zarr')}-int8.zarr",
                 encoding="int8",
             )
+            half = (
+                "\nor as int4, in half the bytes; its errors are recorded and checked in the same way"
+                if drops_classes(array.encoding)
+                else ""
+            )
             limit = _highest(*errors)
             other = "no temperature" if limit is None else f"temperatures up to {limit:.2g}"
             warnings.append(
                 f"warning: the temperature is {hottest:g}, but the rows of store {reader.address!r} "
                 f"({array.encoding.name}) support {other}: T² KL to the teacher is {error:.2g} nats, more "
-                f"than {LARGEST_ERROR:g}. Lower the temperature, or write all logits as int8 with\n  {dense}"
+                f"than {LARGEST_ERROR:g}. Lower the temperature, or write all logits as int8 with\n"
+                f"  {dense}{half}"
             )
     return warnings
 

@@ -148,6 +148,9 @@ class Setup:
                         view, order[announced : announced + self.window.rows], teachers(epoch)
                     )
             if self.targets is not None and done == begin:
+                # First, so that it never waits for the download of the next ones.
+                for view in views:
+                    self.targets.open(view, teachers(epoch))
                 for view in self.views_of_epoch(epoch + 1):
                     self.targets.prefetch(view, teachers(epoch + 1))
             yield whole if len(whole) < fewest_rows(self.ranks) else batch

@@ -173,7 +173,7 @@ class EpochMetrics:
         mixture = soft_targets(compared, weights=weights)
         has_target = mixture.amax(1) > 0
         self._sum("watched.agreement", ((mixture.argmax(1) == logits.argmax(1)) & has_target).sum())
-        self._sum("watched.kl", soft_target_loss(logits, compared, weights=weights).sum())
+        self._sum("watched.kl", soft_target_loss(logits, compared, weights=weights, reduction="sum"))
         correct = teacher_stats(compared, batch.main_labels).correct
         assert correct is not None
         wrong = (~correct).sum(1).float()

@@ -16,7 +16,7 @@ from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, float64,
 from coursepack.kernels.cpu.jit_call import each_row, float_at, label_at, temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
 from coursepack.kernels.cpu.jit_math import LOG2_E, load, store
-from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
+from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, scale, weight_slopes
 from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
     inverse_temperature,
@@ -149,6 +149,8 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     index = n * classes
     if not call.grad:
         return
+    if call.grad_scale != 1:
+        scale(out, float32(call.grad_scale), length)
     if call.student_kind == FLOAT32:
         write_float32(out, call.grad + 4 * index, classes)
     elif call.student_kind == FLOAT16:

@@ -52,6 +52,18 @@ def _exponent(builder: Any, bits: Any) -> Any:
     return builder.ashr(builder.sub(bits, ir.Constant(I32, 0x3F3504F3)), ir.Constant(I32, 23))
 
 
+@_unary(types.float32, types.uint8)
+def low_code(builder: Any, byte: Any) -> Any:
+    """Return the lower four bits of a byte as a number."""
+    return builder.sitofp(builder.and_(builder.zext(byte, I32), ir.Constant(I32, 15)), F32)
+
+
+@_unary(types.float32, types.uint8)
+def high_code(builder: Any, byte: Any) -> Any:
+    """Return the upper four bits of a byte as a number."""
+    return builder.sitofp(builder.lshr(builder.zext(byte, I32), ir.Constant(I32, 4)), F32)
+
+
 @_unary(types.float32, types.float32)
 def exponent(builder: Any, value: Any) -> Any:
     """Return e of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""

@@ -140,16 +140,31 @@ def packed_exponentials(
     return total + dropped * float64(rest)
 
 
+@njit
+def is_sound(start: int, size: int, kept: int, classes: int, low: int) -> bool:
+    """Return whether a row has `kept` ascending class ids below C: where `place` does not return NaN."""
+    high = kept + ((classes - 1) >> low)
+    lows, found, previous = high, 0, -1
+    for first in range(0, high, 32):
+        word = field(start, size, first, 32 if high - first > 32 else high - first)
+        while word != 0:
+            index = (first + trailing_zeros(word) - found) << low
+            index |= field(start, size, lows, low)
+            if found == kept or index <= previous or index >= classes:
+                return False
+            previous = index
+            found += 1
+            lows += low
+            word &= word - 1
+    return found == kept
+
+
 @jit
 def packed_bad_row(entries: np.ndarray, kept: int, classes: int, low: int) -> int:
     """Return the first row of `entries (N, B)` uint8, contiguous, whose class ids are not sound, or -1."""
     size, start = entries.shape[1], int64(entries.ctypes.data)
-    table, out = np.zeros(CODES, np.float32), np.empty(classes, np.float32)
     for n in range(entries.shape[0]):
-        total = place(
-            start + n * size, size, kept, classes, low, int64(table.ctypes.data), int64(out.ctypes.data)
-        )
-        if total != total:
+        if not is_sound(start + n * size, size, kept, classes, low):
             return n
     return -1
 
@@ -162,10 +177,11 @@ def packed_decode(
 
     Args:
         entries: `(N, B)` uint8, contiguous.
-        scale: `(N, 4)` float32: top logit, range, log masses of the dropped classes at T = 1 and 4.
+        scale: `(N, 4)` uint16, bits of float16: top logit, range, log masses of the dropped classes at T = 1
+            and 4.
         kept: k.
         low: `packed.low_bits`.
-        inverse: 1/T of each row `(N,)` float32.
+        inverse: 1/T of each row `(N,)` float32, or `(1,)` for all rows.
         out: `(N, C)` float32, contiguous.
 
     Returns:
@@ -176,9 +192,11 @@ def packed_decode(
     source, target, values = int64(entries.ctypes.data), int64(out.ctypes.data), int64(table.ctypes.data)
     sound = True
     for n in range(out.shape[0]):
-        write_table(scale[n, 0], scale[n, 1], values)
-        rest = excess(classes - kept, scale[n, 2], scale[n, 3], float64(1) / inverse[n])
-        out[n, :] = scale[n, 0] + rest
-        total = place(source + n * size, size, kept, classes, low, values, target + 4 * n * classes)
+        top, row = from_half(scale[n, 0]), target + 4 * n * classes
+        write_table(top, from_half(scale[n, 1]), values)
+        temperature = float64(1) / inverse[n if len(inverse) > 1 else 0]
+        rest = excess(classes - kept, from_half(scale[n, 2]), from_half(scale[n, 3]), temperature)
+        fill(row, 0, classes, top + rest)
+        total = place(source + n * size, size, kept, classes, low, values, row)
         sound = sound and total == total
     return sound

@@ -90,6 +90,14 @@ def weight_slopes(
 
 
 @njit(fastmath=SUMS)
+def scale(values: int, factor: float, length: int) -> None:
+    """Multiply the values by a factor, in place."""
+    wide_vectors()
+    for c in range(lots(length)):
+        store(values, c, factor * load(values, c))
+
+
+@njit(fastmath=SUMS)
 def dot(probs: int, values: int, length: int) -> float:
     """Return the sum of products, where zero times infinity is zero."""
     wide_vectors()

@@ -19,10 +19,11 @@ from coursepack.kernels.cpu.jit_convert import (
     read_int8,
     write_float32,
 )
+from coursepack.kernels.cpu.jit_int4 import read_int4
 from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
 from coursepack.kernels.cpu.jit_packed import packed_exponentials, read_packed
 from coursepack.kernels.cpu.jit_softmax import exponentials
-from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT8, NONE, PACKED, SHIFT, SMOOTH, TOPK
+from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT4, INT8, NONE, PACKED, SHIFT, SMOOTH, TOPK
 
 LARGEST = 1.0e30
 """Upper bound of 1/T, which keeps products finite. The loss T² D is zero in float32 at such temperatures."""
@@ -63,9 +64,10 @@ def prefetch_row(kind: int, values: int, index: int, classes: int) -> None:
 
     Rows are far apart, and the CPU detects a sequential read only after a few cache lines.
     """
-    size = 4 if kind == FLOAT32 else 1 if kind in (INT8, PACKED) else 2
+    size = 4 if kind == FLOAT32 else 1 if kind in (INT4, INT8, PACKED) else 2
     start = values + size * index
-    for line in range(0, size * classes if size * classes < FETCHED else FETCHED, 64):
+    length = size * classes >> (1 if kind == INT4 else 0)
+    for line in range(0, length if length < FETCHED else FETCHED, 64):
         prefetch(start + line)
 
 
@@ -130,6 +132,10 @@ def read_row(
         affine = n * teacher.affine_stride
         scale, minimum = half_at(teacher.affine, affine), half_at(teacher.affine, affine + 1)
         return read_int8(teacher.values + n * teacher.stride, classes, scale, minimum, out)
+    if teacher.kind == INT4:
+        own = n * teacher.affine_stride
+        top, span = half_at(teacher.affine, own), half_at(teacher.affine, own + 1)
+        return read_int4(teacher.values + n * teacher.stride, classes, length, top, span, out)
     if teacher.kind == TOPK:
         top = top_value(teacher, n)
         rest = dropped_logit(teacher, n, classes - teacher.kept, top, temperature)

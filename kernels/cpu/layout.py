@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK, PACKED = range(6)
+FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK, PACKED, INT4 = range(7)
 """Storage kinds of a row."""
 NONE, SHIFT, SMOOTH = range(3)
 """Adjustments of a wrong teacher, in the order of `spec.ADJUSTMENTS`."""
@@ -46,12 +46,13 @@ _CALL = {
     "soft_weight": "d",
     "hard_weight": "d",
     "smoothing": "d",
+    "grad_scale": "d",  # factor of `grad`
 }
 _TEACHER = {
     "kind": "q",
     "values": "q",
     "stride": "q",
-    "affine": "q",  # (N, 2) float16; the scale (N, 4) of packed rows
+    "affine": "q",  # (N, 2) float16; the scale (N, 2) of int4 and (N, 4) of packed rows
     "affine_stride": "q",
     "ids": "q",  # (N, k) uint16 or uint32
     "ids_stride": "q",

@@ -15,6 +15,7 @@ from coursepack.kernels.cpu.records import KINDS as KINDS
 from coursepack.kernels.cpu.records import pack, plain, row_major
 from coursepack.kernels.cpu.threads import run_kernel, usable_threads
 from coursepack.kernels.rows import TopKRows
+from coursepack.kernels.spec import reduced
 from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def work_of(call: LossCall) -> int:
 def evaluate(
     call: LossCall, student_logits: Tensor, weights: Tensor | None, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute the loss `(N,)` float32 and the gradients of its sum, None for those not wanted.
+    """Compute the loss float32, `(N,)` or reduced, and the gradients of its sum, or of its mean if that is
+    the reduction; None for those not wanted.
 
     Args:
         call: a call for which `dispatch.choose` returns the kernel.
@@ -49,6 +51,7 @@ def evaluate(
         ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
     loss = torch.empty(call.rows)
+    scale = 1 / max(1, call.rows) if call.spec.reduction == "mean" else 1.0
     student = row_major(student_logits)
     grad = torch.empty(call.rows, call.classes, dtype=student.dtype) if wants_student else None
     grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
@@ -62,10 +65,11 @@ def evaluate(
         grad,
         grad_weights,
         scratch_rows=6 + kept,
+        grad_scale=scale,
     )
     if grad_weights is not None and weights is not None:
-        grad_weights = grad_weights.to(weights.dtype)
-    return loss, grad, grad_weights
+        grad_weights = grad_weights.mul_(scale).to(weights.dtype)
+    return reduced(loss, call.spec.reduction), grad, grad_weights
 
 
 def mixture(call: LossCall) -> Tensor:
@@ -107,6 +111,7 @@ def _launch(
     grad_weights: Tensor | None,
     *,
     scratch_rows: int,
+    grad_scale: float = 1.0,
 ) -> None:
     """Run the compiled function of a module on a call, with `scratch_rows` rows of scratch per thread."""
     threads, _ = usable_threads(work_of(call), PARALLEL_FROM)
@@ -122,6 +127,7 @@ def _launch(
         state=ctypes.addressof(state),
         scratch=scratch,
         scratch_stride=stride,
+        grad_scale=grad_scale,
     )
     run_kernel(compiled(module), data, threads)
     del held  # tensors must live until here

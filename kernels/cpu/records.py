@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coursepack.kernels.cpu import layout
+from coursepack.kernels.int4 import Int4Rows
 from coursepack.kernels.labels import MixedLabels
 from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
@@ -31,6 +32,7 @@ def pack(
     scratch_stride: int,
     chunk: int = 0,
     state: int = 0,
+    grad_scale: float = 1.0,
 ) -> tuple[bytes, list[object]]:
     """Pack a CALL record followed by TEACHER records.
 
@@ -43,6 +45,7 @@ def pack(
         scratch_stride: number of scratch values per thread.
         chunk: rows per chunk.
         state: address of three int64 (`layout`).
+        grad_scale: factor of the gradient with respect to the student.
 
     Returns:
         The bytes, and objects that must stay alive while the bytes are in use.
@@ -76,6 +79,7 @@ def pack(
             spec.soft_weight,
             spec.hard_weight,
             spec.smoothing,
+            grad_scale,
         )
     ]
     held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
@@ -157,6 +161,9 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
         fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
         return [q, affine], fields
+    if isinstance(teacher, Int4Rows):
+        q, scale = row_major(teacher.q), teacher.scale.contiguous()
+        return [q, scale], (layout.INT4, q.data_ptr(), q.stride(0), scale.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
         tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]

@@ -87,7 +87,7 @@ ONLY_FOR = {
 @click.option("--out", "store", type=STORE_PATH, required=True, help="Folder or address of the store.")
 @click.option(
     "--encoding",
-    help="Encoding of logits: float32, float16, bfloat16, int8 or topk:K.  [default: "
+    help="Encoding of logits: float32, float16, bfloat16, int8, int4 or topk:K.  [default: "
     "one that keeps the cache's precision]",
 )
 @SINGLE_WRITER

@@ -74,7 +74,7 @@ JOB_OPTIONS = (
                  metavar="LAYER[:REDUCTION[:SIZE]][:sketch:VALUES]",
                  help="Layer whose features are stored too. Repeatable."),
     click.option("--encoding", shell_complete=name_of("encoding"), default="float16", show_default=True,
-                 help="Encoding of logits: float32, float16, bfloat16, int8, topk:K or topk16:K."),
+                 help="Encoding of logits: float32, float16, bfloat16, int8, int4, topk:K or topk16:K."),
     click.option("--feature-encoding", default="float16", show_default=True,
                  help="Encoding of features: float32, float16, bfloat16, int8 or bits."),
     click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True,

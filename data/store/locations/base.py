@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class PieceCheck(Protocol):
+    """Check of the content of an object while it is read."""
+
+    @property
+    def step(self) -> int:
+        """Size in bytes that the sizes of pieces are multiples of, except that of the last."""
+
+    def check(self, content: NDArray[np.uint8], start: int, stop: int) -> None:
+        """Check bytes `start` to `stop`, which have been read."""
+
+
 class Mapped(Protocol):
     """One object, open for reading."""
 
@@ -88,8 +99,14 @@ class Location(Protocol):
     def modified(self, key: str) -> float:
         """Return the time of an object's last write, in seconds since the epoch."""
 
-    def map(self, key: str, *, resident: bool = False) -> Mapped:
-        """Memory-map an object for reading; if `resident`, read it into memory instead."""
+    def map(self, key: str, *, resident: bool = False, check: PieceCheck | None = None) -> Mapped:
+        """Memory-map an object for reading; if `resident`, read it into memory instead.
+
+        Args:
+            key: the object.
+            resident: read into memory.
+            check: check of pieces, which a location may call while it reads into memory.
+        """
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the objects directly in a folder."""

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from coursepack.data.store.locations.resident import Resident, read_whole
 from coursepack.errors import StoreDamaged
 from coursepack.files import create_whole, naming, open_regular, partials, write_whole
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from coursepack.data.store.locations.base import PieceCheck
 
 LOCK = "lock"
 """Name of the file that `LocalLocation.lock` locks."""
@@ -123,12 +126,15 @@ class LocalLocation:
         """Return the modification time of a file."""
         return (self.root / key).stat().st_mtime
 
-    def map(self, key: str, *, resident: bool = False) -> MappedFile | Resident:
+    def map(
+        self, key: str, *, resident: bool = False, check: PieceCheck | None = None
+    ) -> MappedFile | Resident:
         """Memory-map a file, or read it into memory if `resident`."""
         path = self.root / key
         with naming(path), os.fdopen(open_regular(path), "rb") as file:
-            if resident or os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
-                return Resident(np.fromfile(file, dtype=np.uint8))
+            size = os.fstat(file.fileno()).st_size
+            if resident or size == 0:  # an empty file cannot be mapped
+                return Resident(read_whole(file, size, check))
             return MappedFile(path, file)
 
     def names(self, folder: str) -> list[str]:
@@ -233,24 +239,6 @@ class LocalLocation:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-
-class Resident:
-    """A file's content in memory, unaffected by later changes of the file."""
-
-    def __init__(self, content: NDArray[np.uint8]) -> None:
-        self.content = content
-
-    def size(self) -> int:
-        """Return the size of the content in bytes."""
-        return len(self.content)
-
-    def is_touched(self) -> bool:
-        """Return False, since the content is a copy."""
-        return False
-
-    def advise(self, start: int, length: int) -> None:
-        """Do nothing, since the content is already in memory."""
 
 
 class MappedFile:

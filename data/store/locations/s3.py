@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from coursepack.data.store.locations.local import MAX_HELD_BYTES, Resident
+from coursepack.data.store.locations.local import MAX_HELD_BYTES
+from coursepack.data.store.locations.resident import Resident
 from coursepack.data.store.locations.services import SERVICES
 from coursepack.errors import RecipeError, StoreNotFound, first_line
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from coursepack.data.store.locations.base import PieceCheck
     from coursepack.data.store.locations.services import Service
 
 TIMEOUT = timedelta(minutes=10)
@@ -193,7 +195,7 @@ class BucketLocation:
         """Return the server's time of an object's last write."""
         return float(self._head(key)["last_modified"].timestamp())
 
-    def map(self, key: str, *, resident: bool = False) -> Resident:
+    def map(self, key: str, *, resident: bool = False, check: PieceCheck | None = None) -> Resident:
         """Read an object into memory."""
         data, _, _ = self._get(key, sys.maxsize)
         return Resident(np.frombuffer(data, dtype=np.uint8))
