@@ -73,7 +73,8 @@ def test_an_address_without_bucket_or_path_is_refused(scheme, word, rest):
 
 
 def test_the_extra_is_named_where_the_library_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "obstore", None)
+    for name in ("obstore", "obstore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(precompute, ["status", "--store", "gs://bucket/s.zarr"])
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: store 'gs://bucket/s.zarr' needs obstore")

@@ -238,7 +238,8 @@ def test_addresses_that_are_wrong(tmp_path, address, text):
 
 
 def test_a_bucket_without_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "obstore", None)
+    for name in ("obstore", "obstore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "obstore.exceptions", None)
     printed = refusal(tmp_path / "o", *METHOD, "--replica", "1/3", "--group", "gs://bucket/group")
     assert printed.startswith("Error: group 'gs://bucket/group' needs obstore, which cannot be imported: ")
