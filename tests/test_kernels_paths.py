@@ -13,12 +13,8 @@ import numba
 import pytest
 import torch
 from contracts import PRECISION, analytic_loss, assert_agrees, everything_at_once, make_case, run_loss
-<<<<<<< HEAD
-from test_kernels_rows import bit_rows, int4_rows, int8_rows, packed_rows, topk_rows
-=======
 from spawned import run
-from test_kernels_rows import bit_rows, int8_rows, packed_rows, topk_rows
->>>>>>> testcpu
+from test_kernels_rows import bit_rows, int4_rows, int8_rows, packed_rows, topk_rows
 
 from coursepack.kernels import (
     DenseRows,

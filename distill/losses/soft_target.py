@@ -39,9 +39,10 @@ class SoftTarget(nn.Module):
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the mean loss in nats, with gradient to the student's logits and the teachers' weights."""
+        """Return the loss in nats, `(N,)` or its mean, with gradient to student logits and teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
         hard_weight = value_at(config.hard_weight, epoch)
+        hard_apart = bool(soft.standardize and hard_weight)
         loss = soft_target_loss(
             soft.comparable(inputs.student.logits),
             soft.logits,
@@ -54,10 +55,10 @@ class SoftTarget(nn.Module):
             soft_weight=value_at(config.weight, epoch),
             hard_weight=0.0 if soft.standardize else hard_weight,
             divergence=config.divergence,
-            reduction="mean",
+            reduction="none" if hard_apart else "mean",
         )
-        if soft.standardize and hard_weight:
-            loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels).mean()
+        if hard_apart:
+            loss = loss + hard_weight * cross_entropy(inputs.student.logits, inputs.labels)
         return loss
 
     def without_teachers(self, inputs: LossInputs) -> Tensor:
