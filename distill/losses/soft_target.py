@@ -39,7 +39,7 @@ class SoftTarget(nn.Module):
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss in nats, `(N,)` or its mean, with gradient to student logits and teachers' weights."""
+        """Return the loss in nats, `(N,)` or its mean, with gradient to logits and teachers' weights."""
         config, soft, epoch = self.config, inputs.soft, inputs.step.epoch
         hard_weight = value_at(config.hard_weight, epoch)
         hard_apart = bool(soft.standardize and hard_weight)
