@@ -56,9 +56,9 @@ def store(slurm, teacher):
     tasks = [f"{array}_{index}" for index in (0, 1)]
     for index in (0, 1):
         slurm.wait_until((slurm.folder / f"begun-{index}").exists)
-    # One task is cancelled, the other receives the signal that precedes its time limit.
+    # One task is cancelled, the other receives the signal that precedes its time limit, and requeues itself.
     slurm.command("scancel", tasks[0])
-    slurm.command("scancel", "--batch", "--signal=USR1", tasks[1])
+    slurm.command("scancel", "--signal=TERM", tasks[1])
     slurm.wait_for(tasks[0], "CANCELLED")
     slurm.command("scontrol", "requeue", tasks[0])
     for task in tasks:
