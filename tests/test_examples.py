@@ -137,7 +137,8 @@ def test_the_demo_runs(demo):
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TEST = "extending.md"
 """Its commands need its examples: `test_extending.py` runs them."""
-BLOCK = r"^ {4}((?:distill|precompute|torchrun|python|make) .*)$"
+BLOCK = r"^(?: {4}|srun (?:--\S+ )*|exec )((?:distill|precompute|torchrun|python|make) .*?)(?: &| \|\|)?$"
+"""An indented line, or one of a batch script."""
 SPAN = r"`((?:distill|precompute|python) [^`]*)`"
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]*\b|\.\.\.|^k$")
 NEEDS = re.compile(r"#.*\bneeds\b")

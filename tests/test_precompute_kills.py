@@ -188,6 +188,27 @@ def test_an_interrupt_waits_for_the_batch_of_a_slow_teacher_and_no_other(tmp_pat
     assert_same(tmp_path / "s.zarr", once)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_torchrun_or_slurm_repeats_waits_for_the_batch(slow, number):
+    """A rank is signalled with its launcher, and by it."""
+    words, before, (marker, release, log) = slow
+    with running(*words, before=before) as (process, finished):
+        wait_until(marker.exists)
+        for _ in range(2):
+            os.kill(process.pid, number)
+            process.join(0.2)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(1.0)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(0.2)
+        assert process.exitcode is None
+        release.touch()
+        stopped = finished()
+    assert stopped.returncode == 130
+    assert stopped.stderr.splitlines()[-1].startswith("stopped. What is finished is kept;")
+    assert log.stat().st_size == 40
+
+
 def test_a_second_interrupt_waits_for_nothing(tmp_path, slow, once):
     words, before, (marker, _, log) = slow
     with running(*words, before=before) as (process, finished):

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: the first ends a run after the current batch, the second at once."""
+"""Ctrl-C and SIGTERM: either ends a run after the current batch, and a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
     from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SECONDS = 1.0
+"""Time after the first signal in which another one is part of the same request: a terminal signals torchrun
+and its ranks, and torchrun signals the ranks again."""
 SHOW_CURSOR = "\x1b[?25h"
 """Terminal sequence that shows the cursor, which a progress bar hides."""
 
 
 @contextmanager
 def stoppable(stores: Sequence[str | Path], *, quiet: bool = False, step: str = "batch") -> Iterator[None]:
-    """Stop in order on the first SIGINT or SIGTERM, and end the process on the second.
+    """Stop in order on the first SIGINT or SIGTERM, and end the process on a second SIGINT.
 
-    The first raises KeyboardInterrupt, whose handlers wait for the batch that the teacher is running. The
-    second may leave a partial file, as a killed process does; the next run removes it. Both exit with status
-    130. A signal that is ignored stays ignored.
+    The first raises KeyboardInterrupt, whose handlers wait for the batch that the teacher is running. A
+    second SIGINT may leave a partial file, as a killed process does; the next run removes it. Both exit with
+    status 130. A second SIGTERM changes nothing: Slurm and torchrun may each send one, and follow it with
+    SIGKILL. A signal that is ignored stays ignored.
 
     Args:
         stores: stores that are written, for the message.
@@ -38,14 +43,16 @@ def stoppable(stores: Sequence[str | Path], *, quiet: bool = False, step: str = 
     """
     names = ", ".join(repr(str(store)) for store in stores)
     advice = f"What is finished is kept; run the same command again to finish {names}."
-    stopping = False
+    first: float | None = None
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            _print_now("" if quiet else f"stopped at once. {advice}")
-            os._exit(INTERRUPTED)
-        stopping = True
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        if first is not None:
+            if number == signal.SIGINT and time.monotonic() > first + SAME_SECONDS:
+                _print_now("" if quiet else f"stopped at once. {advice}")
+                os._exit(INTERRUPTED)
+            return
+        first = time.monotonic()
         _print_now("" if quiet else f"stopping after the current {step}; press Ctrl-C again to stop at once")
         raise KeyboardInterrupt
 
