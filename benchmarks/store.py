@@ -268,7 +268,7 @@ def loading(folder: Path, size: Size) -> list[Row]:
         each = ratios(seconds, "store", "fromfile")
         limit = [1 + ratio for ratio in ratios(seconds, "checksums", "fromfile")]
         return [
-            row("whole view into memory / np.fromfile", each, "ratio", config, "<= 1.3"),
+            row("whole view into memory / np.fromfile", each, "ratio", config, "<= 1.2"),
             row("np.fromfile and checksums of cached data / np.fromfile", limit, "ratio", config),
         ]
 
