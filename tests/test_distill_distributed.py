@@ -281,7 +281,7 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(tmp_path, stores, mon
 
 def test_a_killed_rank_starts_all_again_from_the_checkpoint(tmp_path, stores):
     """Bit by bit the run that nobody killed: batch statistics, averages, coupled rows, learned weights."""
-    words = ["train", "--student", "digits-resnet", "--method", "amtml", "--limit", 200, "--epochs", 6]
+    words = ["train", "--student", "digits-resnet", "--method", "amtml", "--limit", 200, "--epochs", 4]
     words += [word for store in stores for word in ("--store", store)]
     words += ["--ema", 0.9, "--resume", "--checkpoint-seconds", 0, "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -291,7 +291,7 @@ def test_a_killed_rank_starts_all_again_from_the_checkpoint(tmp_path, stores):
     said, complaints = done.stdout, done.stderr
     assert done.returncode == 0, complaints
     last, _ = on_ranks(2, resumed, load_run(killed).recipe.model_dump(mode="json"), [whole] * 2)
-    assert last["epoch"] == 5
+    assert last["epoch"] == 3
     assert complaints.count("resuming ") == 1
     # What torchrun logs of the killed process has a time in front.
     assert "\nTraceback" not in complaints
@@ -302,7 +302,7 @@ def test_a_killed_rank_starts_all_again_from_the_checkpoint(tmp_path, stores):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     lines = [[{**line, "seconds": 0} for line in load_run(run).metrics] for run in (killed, whole)]
     assert lines[0] == lines[1]
-    assert len(lines[0]) == 6
+    assert len(lines[0]) == 4
     assert json.loads((whole / "provenance.json").read_text())["ranks"] == 2
 
 

@@ -63,7 +63,8 @@ def test_vectors_are_not_to_be_pooled(tmp_path, teachers, method):
     """The line of the refusal is one that stage one accepts: only maps are pooled."""
     names = ("mlp", "cnn", "resnet")
     stores = [
-        write_store(tmp_path / f"{name}.zarr", teacher) for name, teacher in zip(names, teachers, strict=True)
+        write_store(tmp_path / f"{name}.zarr", teacher, views=1)
+        for name, teacher in zip(names, teachers, strict=True)
     ]
     fields = {"method": method, "student": "digits-cnn", "limit": 64}
     with pytest.raises(RecipeError, match="features that are not stored") as refusal:

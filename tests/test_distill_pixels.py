@@ -133,7 +133,7 @@ def test_the_line_states_only_what_is_not_the_networks_own(tmp_path, given):
     module = build_network("digits-resnet", 10).module
     save_file(dict(module.state_dict()), tmp_path / "w.safetensors")
     weights = f"digits-resnet --weights {tmp_path / 'w.safetensors'}"
-    line = missing(write(weights, tmp_path / "resnet.zarr", *given))
+    line = missing(write(weights, tmp_path / "resnet.zarr", *given, "--views 1"))
     assert [flag for flag in ("--size", "--mean", "--std") if f"{flag} " in line] == [
         flag.split()[0] for flag in given
     ]

@@ -87,7 +87,7 @@ def call(folder, monkeypatch):
     return call
 
 
-TRAIN = "distill train --student digits-small --epochs 1 --out new"
+TRAIN = "distill train --student digits-small --epochs 1 --limit 32 --out new"
 STORED = [
     (f"{TRAIN} --store source.zarr", "store 'source.zarr'", "python:strange:Data:train"),
     (f"{TRAIN} --store view.zarr", "store 'view.zarr'", "python:strange:view"),

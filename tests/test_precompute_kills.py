@@ -20,7 +20,7 @@ from coursepack.errors import StoreBusy, StoreIncomplete
 from coursepack.models.taps import Tap
 from coursepack.precompute import run_job
 
-VIEWS, BLOCK_ROWS = 2, 24
+VIEWS, BLOCK_ROWS = 2, 48
 BLOCKS = -(-1442 // BLOCK_ROWS)
 OPTIONS = {"views": VIEWS, "taps": (Tap(("hidden2",)),), "batch_size": 10, "block_rows": BLOCK_ROWS}
 
