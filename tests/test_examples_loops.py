@@ -58,6 +58,7 @@ def test_a_loop_of_ones_own_has_the_losses_of_the_command(tapped, method, tmp_pa
 
 # Lightning 2.6 itself calls what torch 2.15 deprecates.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")  # on machines with Slurm
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)
