@@ -72,7 +72,7 @@ class Size:
 
 
 FULL = Size({"resnet56": 2048, "wrn-40-2": 1024}, 12, (196_608, 6), 1_024, 16_384)
-QUICK = Size({"resnet56": 8}, 1, (512, 1), 8, 512, growths=1, repeats=1, patience=0)
+QUICK = Size({"resnet56": 4}, 1, (256, 1), 4, 256, growths=1, repeats=1, patience=0)
 
 
 @torch.no_grad()

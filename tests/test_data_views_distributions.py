@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import permutations
 
 import numpy as np
@@ -223,14 +224,16 @@ def theirs_steps(policy, count, height=32):
 
 def codes(steps, size=32):
     """Kind and signed magnitude of steps as texts, the same of both libraries; the identity has none."""
-    coded = []
-    for kind, magnitude in steps:
-        name = kind.replace("_", "")
-        # Ours are shares of the side; steps of 2**-16 of it would show in further digits.
-        value = magnitude * size if kind.startswith("translate_") else magnitude
-        number = f"{value:.1f}" if name.startswith("translate") else f"{value:.3f}"
-        coded.append(name if name == "identity" else f"{name} {float(number) + 0.0}")
-    return coded
+    return [code(kind, magnitude, size) for kind, magnitude in steps]
+
+
+@functools.cache
+def code(kind, magnitude, size):
+    name = kind.replace("_", "")
+    # Ours are shares of the side; steps of 2**-16 of it would show in further digits.
+    value = magnitude * size if kind.startswith("translate_") else magnitude
+    number = f"{value:.1f}" if name.startswith("translate") else f"{value:.3f}"
+    return name if name == "identity" else f"{name} {float(number) + 0.0}"
 
 
 def ours_steps(params, first=0):

@@ -33,6 +33,8 @@ WAITING = {"ae-kd": "its weights minimize a norm by a search on the CPU, from th
 def recipe_of(name, stores_of, **fields):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
     objective = {"terms": {name: {"pairs": list(PAIRS[name])}}} if name in PAIRS else {}
+    if hasattr(METHODS[name].objective.fusion, "iterations"):
+        objective["fusion"] = {"iterations": 2}  # of which each does the same
     set_values({"objective": objective}, PHASES.get(name, ()))
     epochs = max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores)))
     fields = {"student": "digits-cnn", "limit": 128, "batch_size": 16, "epochs": epochs, **fields}
