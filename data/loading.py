@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coursepack.data.batches import Batch
 from coursepack.errors import CoursepackError
+from coursepack.kernels.cpu.threads import use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -149,7 +150,8 @@ class Renderer:
 
     def _thread(self, name: str) -> ThreadPoolExecutor:
         if name not in self._pools:
-            self._pools[name] = ThreadPoolExecutor(1, thread_name_prefix=f"coursepack-{name}")
+            # More threads would wait for those of the step or of the teacher, and these for them.
+            self._pools[name] = ThreadPoolExecutor(1, f"coursepack-{name}", use_threads, (1,))
         return self._pools[name]
 
     def _fill(self, batch: Batch) -> Batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+from coursepack.kernels.cpu.threads import use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -29,17 +29,17 @@ class Ahead(Generic[T]):
     A context manager: leaving it ends the thread after its current item.
     """
 
-    def __init__(self, name: str, items: Generator[T], most: int) -> None:
+    def __init__(self, name: str, items: Generator[T], most: int, threads: int) -> None:
         """Create the thread; entering the context starts it.
 
         Args:
             name: end of the thread's name.
-            items: the generator, advanced and closed in the thread with the number of torch threads of the
-                thread that creates this object.
+            items: the generator, advanced and closed in the thread.
             most: maximum number of items that exist at a time, the one in use included.
+            threads: number of torch threads in the thread.
         """
         self._items = items
-        self._threads = torch.get_num_threads()
+        self._threads = threads
         self._free = threading.Semaphore(most)
         """Counts the items that may still be begun."""
         self._stopped = threading.Event()
@@ -73,7 +73,7 @@ class Ahead(Generic[T]):
     def _run(self) -> None:
         end = _End()
         try:
-            torch.set_num_threads(self._threads)  # OpenMP keeps the number per thread
+            use_threads(self._threads)
             with closing(self._items) as items:
                 while self._free.acquire() and not self.is_stopped:
                     try:

@@ -23,6 +23,7 @@ import torch
 from coursepack.data import batches
 from coursepack.data.drift import digest_of, view_record
 from coursepack.data.views import draw
+from coursepack.kernels.cpu.threads import end_idle_threads
 from coursepack.models.teacher import advice_for, check_finite_rows
 from coursepack.precompute.ahead import Ahead
 from coursepack.precompute.precision import first_rows, measures_precision, precision_error
@@ -113,8 +114,8 @@ def teacher_outputs(
     """Yield the outputs of the jobs' teachers for each batch, in order, computed ahead of the caller.
 
     Every forward pass has images of one block only, so its outputs have the same bits whatever is computed
-    together. Until the generator is closed, torch uses one thread in the caller's thread if a teacher runs on
-    the CPU.
+    together. Until the generator is closed, torch uses one thread in all threads but that of the forward
+    passes if a teacher runs on the CPU.
 
     Args:
         jobs: jobs of one source, view recipe and batch size.
@@ -125,26 +126,35 @@ def teacher_outputs(
         NonFiniteOutput: an output is NaN or infinite.
         CoursepackError: a view cannot be rendered, or a teacher cannot be run on it.
     """
-    rendered = Ahead("views", _rendered(jobs, renderer, groups), RENDERED)
-    forward = Ahead("forward", _forward(jobs, rendered), LEAST_WAITING)
+    threads = torch.get_num_threads()
+    with _cores_for_teachers(jobs):
+        rendered = Ahead("views", _rendered(jobs, renderer, groups), RENDERED, torch.get_num_threads())
+        forward = Ahead("forward", _forward(jobs, rendered), LEAST_WAITING, threads)
+        with rendered, forward:
+            yield from _finished(jobs, rendered, forward)
+
+
+def _finished(
+    jobs: Sequence[Job], rendered: Ahead[tuple[Group, Batch]], forward: Ahead[_Result]
+) -> Generator[Outputs]:
+    """Yield the outputs of the forward passes, and stop rendering when no more are wanted."""
     row_bytes: dict[int, int] = {}
-    with _cores_for_teachers(jobs), rendered, forward:
-        try:
-            for result in forward:
-                task, pending = result.group.tasks[result.index], result.pending
-                if task.job not in row_bytes:
-                    row_bytes[task.job] = pending.row_bytes
-                    if len(row_bytes) == len(jobs):
-                        forward.allow(_waiting(max(row_bytes.values()) * jobs[0].batch_size) - LEAST_WAITING)
-                outputs, finite = pending.fetch()
-                runner = jobs[task.job].runner
-                advice = advice_for(runner.precision, runner.device)
-                check_finite_rows(finite, result.batch.samples.tolist(), runner.network.spec, advice)
-                arrays = {name: value.numpy() for name, value in outputs.items()}
-                yield Outputs(result.group, result.index, result.batch, arrays)
-                pending.release()
-        finally:
-            rendered.stop()
+    try:
+        for result in forward:
+            task, pending = result.group.tasks[result.index], result.pending
+            if task.job not in row_bytes:
+                row_bytes[task.job] = pending.row_bytes
+                if len(row_bytes) == len(jobs):
+                    forward.allow(_waiting(max(row_bytes.values()) * jobs[0].batch_size) - LEAST_WAITING)
+            outputs, finite = pending.fetch()
+            runner = jobs[task.job].runner
+            advice = advice_for(runner.precision, runner.device)
+            check_finite_rows(finite, result.batch.samples.tolist(), runner.network.spec, advice)
+            arrays = {name: value.numpy() for name, value in outputs.items()}
+            yield Outputs(result.group, result.index, result.batch, arrays)
+            pending.release()
+    finally:
+        rendered.stop()
 
 
 def _waiting(batch_bytes: int) -> int:
@@ -156,12 +166,13 @@ def _waiting(batch_bytes: int) -> int:
 def _cores_for_teachers(jobs: Sequence[Job]) -> Iterator[None]:
     """Limit torch to one thread in this thread while teachers run on the CPU in another.
 
-    Two sets of OpenMP threads on the same cores wait for each other actively, which costs more than a second
-    thread gains.
+    Two sets of OpenMP threads on the same cores slow each other down: while they compute, and, since OpenMP
+    lets threads sleep between operations if there are more of them than cores, even while one set is idle.
     """
     threads = torch.get_num_threads()
     if any(job.runner.device.type == "cpu" for job in jobs):
         torch.set_num_threads(1)
+        end_idle_threads()
     try:
         yield
     finally:

@@ -16,13 +16,15 @@ import functools
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PAUSE_SOFT = 1
+"""Kind of pause in OpenMP's omp.h that keeps settings, such as the number of threads."""
 _IMPORTED_IN = os.getpid()
 
 
@@ -50,15 +52,39 @@ def usable_threads(work: int, least: int) -> tuple[int, str]:
 @functools.cache
 def parallel_region() -> Callable[..., None] | None:
     """Return `GOMP_parallel(function, data, threads, flags)` of torch's OpenMP, or None if torch has none."""
+    region: Any = _of_openmp("GOMP_parallel")
+    if region is not None:
+        region.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+        region.restype = None
+    return region  # type: ignore[no-any-return]  # ctypes has no types of functions
+
+
+def use_threads(count: int) -> None:
+    """Set the number of threads in which torch runs operations of the calling thread.
+
+    `torch.set_num_threads` also sets the number for all threads that have not computed yet, and a thread
+    that calls it before its first operation may get that of another.
+    """
+    torch.get_num_threads()  # the first call in a thread sets its number
+    set_threads = _of_openmp("omp_set_num_threads") or torch.set_num_threads
+    set_threads(count)
+
+
+def end_idle_threads() -> None:
+    """End the OpenMP threads that the calling thread keeps; its next parallel operation starts new ones."""
+    pause = _of_openmp("omp_pause_resource_all")
+    if pause is not None:
+        pause(PAUSE_SOFT)
+
+
+def _of_openmp(name: str) -> Any:
+    """Return a function of torch's OpenMP, or None if torch has none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         # Looked up through the library that uses it, to get the same copy.
-        region = ctypes.CDLL(str(library)).GOMP_parallel
+        return getattr(ctypes.CDLL(str(library)), name)
     except (OSError, AttributeError):
         return None
-    region.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
-    region.restype = None
-    return region
 
 
 def run_kernel(kernel: int, data: bytes, threads: int) -> None:
