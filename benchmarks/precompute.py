@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _harness import PATIENCE, arguments, exact, measure, ratios, report, row
+from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
 from _pipeline import SLEEP, Parts, simulated_job
 from _rendered import RenderedJob, written
 from PIL import Image
@@ -144,7 +144,13 @@ def simulation(size: Size) -> list[Row]:
             "write": parts.write,
             "together": partial(written, job),
         }
-        config = {"samples": samples, "batch": job.batch_size, "ms a batch": 1000 * SLEEP, "taps": taps}
+        config = {
+            "samples": samples,
+            "batch": job.batch_size,
+            "ms a batch": 1000 * SLEEP,
+            "taps": taps,
+            "torch threads": 1,
+        }
 
         def rows_of(seconds: Seconds, what: str = what, config: dict[str, Any] = config) -> list[Row]:
             longest = [
@@ -166,7 +172,8 @@ def simulation(size: Size) -> list[Row]:
                 ),
             ]
 
-        found += measure(variants, rounds, rows_of, patience=size.patience)
+        with Threads(1):  # threads that wait for the next operation would take the cores of other parts
+            found += measure(variants, rounds, rows_of, patience=size.patience)
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import file_identities, make_job, random_source, store_files
 
+from coursepack.data.batches import Batch
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter, load_manifest
@@ -233,26 +234,33 @@ def test_an_error_of_the_other_thread_is_raised_as_it_is(tmp_path, teacher, wher
     assert len(written) == 4
 
 
-def test_the_number_of_threads_holds_in_the_pipeline(tmp_path, teacher):
-    found = []
-    torch.set_num_threads(2)
+def test_only_the_teacher_computes_in_several_threads(tmp_path, teacher, monkeypatch):
+    found = {}
+
+    def note(what, function):
+        def noting(*args, **kwargs):
+            result = function(
+                *args, **kwargs
+            )  # first, since a thread gets its number with its first operation
+            name = threading.current_thread().name.removeprefix("coursepack-")
+            found.setdefault((what, name), set()).add(torch.get_num_threads())
+            return result
+
+        return noting
+
     job = make_job(tmp_path / "s.zarr", teacher, **FIELDS, source=random_source(60))
-    run_job(job_with(job, lambda run, pixels: (found.append(torch.get_num_threads()), run(pixels))[1]))
-    assert set(found) == {2}
-
-
-def test_writing_leaves_the_cores_to_a_teacher_on_the_cpu(tmp_path, teacher, monkeypatch):
-    found, add = [], BlockFiles.add
-
-    def watched(self, values):
-        found.append(torch.get_num_threads())
-        add(self, values)
-
-    monkeypatch.setattr(BlockFiles, "add", watched)
-    torch.set_num_threads(2)
-    run_job(make_job(tmp_path / "s.zarr", teacher, **FIELDS, source=random_source(60)), quiet=True)
-    assert set(found) == {1}
-    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(BlockFiles, "add", note("write", BlockFiles.add))
+    monkeypatch.setattr(pipeline, "block_record", note("record", pipeline.block_record))
+    monkeypatch.setattr(Batch, "render_all", note("views", Batch.render_all))
+    torch.set_num_threads(3)
+    run_job(job_with(job, note("teacher", lambda run, pixels: run(pixels))), quiet=True)
+    assert found == {
+        ("record", "read_0"): {1},
+        ("views", "render_0"): {1},
+        ("teacher", "forward"): {3},
+        ("write", "MainThread"): {1},
+    }
+    assert torch.get_num_threads() == 3
 
 
 def test_only_the_last_blocks_of_a_view_are_looked_up_when_one_is_finished(tmp_path, teacher, monkeypatch):

@@ -52,7 +52,7 @@ def usable_threads(work: int, least: int) -> tuple[int, str]:
 @functools.cache
 def parallel_region() -> Callable[..., None] | None:
     """Return `GOMP_parallel(function, data, threads, flags)` of torch's OpenMP, or None if torch has none."""
-    region: Any = _of_openmp("GOMP_parallel")
+    region: Any = _of_torch("GOMP_parallel")
     if region is not None:
         region.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
         region.restype = None
@@ -66,19 +66,21 @@ def use_threads(count: int) -> None:
     that calls it before its first operation may get that of another.
     """
     torch.get_num_threads()  # the first call in a thread sets its number
-    set_threads = _of_openmp("omp_set_num_threads") or torch.set_num_threads
-    set_threads(count)
+    set_threads, set_of_mkl = map(_of_torch, ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"))
+    (set_threads or torch.set_num_threads)(count)
+    if set_of_mkl is not None:
+        set_of_mkl(count)
 
 
 def end_idle_threads() -> None:
     """End the OpenMP threads that the calling thread keeps; its next parallel operation starts new ones."""
-    pause = _of_openmp("omp_pause_resource_all")
+    pause = _of_torch("omp_pause_resource_all")
     if pause is not None:
         pause(PAUSE_SOFT)
 
 
-def _of_openmp(name: str) -> Any:
-    """Return a function of torch's OpenMP, or None if torch has none."""
+def _of_torch(name: str) -> Any:
+    """Return a function of a library that torch is linked with, or None if it is not."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         # Looked up through the library that uses it, to get the same copy.
