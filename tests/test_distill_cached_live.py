@@ -132,7 +132,7 @@ def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, 
 def test_runs_read_what_is_claimed(tmp_path, stores_of, read, name):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
     epochs = max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores)))
-    recipe = recipe_of(name, stores, limit=4 * BATCH, epochs=epochs)
+    recipe = recipe_of(name, stores, limit=8 * BATCH, epochs=epochs)
     train(recipe, tmp_path / "run", device=CPU)
     readers = [StoreReader(store) for store in stores]
     needed = read_arrays(recipe, open_source(recipe.source), readers)
