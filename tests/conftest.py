@@ -6,6 +6,7 @@ import os
 import pkgutil
 import shutil
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -231,14 +232,21 @@ def store(written, tmp_path):
     return tmp_path / "s.zarr"
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    """An S3 server on this machine, and the environment variables by which clients find it."""
-    from buckets import S3Server
-
-    with S3Server() as server, pytest.MonkeyPatch.context() as patch:
+@contextmanager
+def found(server):
+    """Run a server, with the environment variables by which clients find it."""
+    with server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server on this machine."""
+    from buckets import S3Server
+
+    with found(S3Server()) as server:
         yield server
 
 
@@ -251,14 +259,12 @@ def bucket(s3_server):
 
 @pytest.fixture(scope="session")
 def azure_server(tmp_path_factory):
-    """An Azure server on this machine, and the environment variables by which clients find it."""
+    """An Azure server on this machine."""
     from azurite import AzureServer, found_azurite
 
     if found_azurite() is None:
         pytest.skip("there is no Azurite on this machine: npm install --global azurite")
-    with AzureServer(tmp_path_factory.mktemp("azurite")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with found(AzureServer(tmp_path_factory.mktemp("azurite"))) as server:
         yield server
 
 
@@ -271,12 +277,10 @@ def container(azure_server):
 
 @pytest.fixture(scope="session")
 def google_server():
-    """A Google Cloud Storage server on this machine, and the variables by which clients find it."""
+    """A Google Cloud Storage server on this machine."""
     from google_storage import GoogleServer
 
-    with GoogleServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with found(GoogleServer()) as server:
         yield server
 
 

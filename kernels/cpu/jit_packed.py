@@ -51,7 +51,10 @@ def field(start: int, size: int, position: int, width: int) -> int:
 
 @njit
 def place(start: int, size: int, kept: int, classes: int, low: int, table: int, out: int) -> float:
-    """Write `table[code]` to `out` at every kept class; return the sum, or NaN if the ids are not sound."""
+    """Write `table[code]` to `out` at every kept class; return the sum, or NaN if the ids are not sound.
+
+    Without `out`, an address of 0, only the ids are checked.
+    """
     high = kept + ((classes - 1) >> low)
     lows, codes = high, high + kept * low
     total, found, previous = 0.0, 0, -1
@@ -62,9 +65,10 @@ def place(start: int, size: int, kept: int, classes: int, low: int, table: int, 
             index |= field(start, size, lows, low)
             if found == kept or index <= previous or index >= classes:
                 return np.nan
-            value = load(table, field(start, size, codes, CODE_BITS))
-            store(out, index, value)
-            total += float64(value)
+            if out:
+                value = load(table, field(start, size, codes, CODE_BITS))
+                store(out, index, value)
+                total += float64(value)
             previous = index
             found += 1
             lows += low
@@ -142,21 +146,8 @@ def packed_exponentials(
 
 @njit
 def is_sound(start: int, size: int, kept: int, classes: int, low: int) -> bool:
-    """Return whether a row has `kept` ascending class ids below C: where `place` does not return NaN."""
-    high = kept + ((classes - 1) >> low)
-    lows, found, previous = high, 0, -1
-    for first in range(0, high, 32):
-        word = field(start, size, first, 32 if high - first > 32 else high - first)
-        while word != 0:
-            index = (first + trailing_zeros(word) - found) << low
-            index |= field(start, size, lows, low)
-            if found == kept or index <= previous or index >= classes:
-                return False
-            previous = index
-            found += 1
-            lows += low
-            word &= word - 1
-    return found == kept
+    """Return whether a row has `kept` ascending class ids below C."""
+    return place(start, size, kept, classes, low, 0, 0) == 0
 
 
 @jit

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from coursepack.data.store.locations.base import PieceCheck
 
 PIECE_BYTES = 1 << 20
-"""Size of the pieces that are checked during a read, while they are in the CPU's caches. A second thread that
-reads the next piece saves nothing where other processes use the CPUs."""
+"""Size of the pieces that are checked during a read, while they are in the CPU's caches."""
 
 
 class Resident:
