@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -14,6 +18,7 @@ import torch
 
 from coursepack.data.loading import Renderer
 from coursepack.data.store.locations.local import LocalLocation
+from coursepack.kernels.cpu.threads import use_threads
 from coursepack.precompute import Job, run_job
 from coursepack.precompute.executors import LocalExecutor
 
@@ -46,10 +51,9 @@ class Rendered(Renderer):
 class RenderedJob(Job):
     """Job of one view whose pixels exist already."""
 
-    pixels: Tensor | None = None
+    pixels: Tensor = field(default_factory=partial(torch.empty, 0))
 
     def renderer(self) -> Renderer:
-        assert self.pixels is not None
         return Rendered(self, self.pixels)
 
 
@@ -80,3 +84,30 @@ def written(job: Job, put_seconds: float = 0.0) -> float:
             stack.enter_context(mock.patch.object(LocalLocation, "put", slow))
         run_job(replace(job, store=folder / "s.zarr"), quiet=True, executor=executor)
         return time.perf_counter() - executor.began
+
+
+def forward(job: RenderedJob) -> None:
+    """Run the forward passes alone."""
+    for pixels in job.pixels.split(job.batch_size):
+        job.runner.run(pixels)
+
+
+def rounded_and_written(job: RenderedJob) -> None:
+    """Run forward passes while a thread rounds their outputs to float16 and writes them, and nothing else."""
+    outputs: SimpleQueue[dict[str, Tensor] | None] = SimpleQueue()
+
+    def write(path: Path) -> None:
+        use_threads(1)
+        with path.open("wb") as file:
+            while (arrays := outputs.get()) is not None:
+                for value in arrays.values():
+                    value.half().numpy().tofile(file)
+            os.fsync(file.fileno())
+
+    with tempfile.TemporaryDirectory() as folder:
+        thread = threading.Thread(target=write, args=(Path(folder) / "rows",))
+        thread.start()
+        for pixels in job.pixels.split(job.batch_size):
+            outputs.put(job.runner.run(pixels).arrays())
+        outputs.put(None)
+        thread.join()

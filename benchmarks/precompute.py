@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from _harness import PATIENCE, Threads, arguments, exact, measure, ratios, report, row
 from _pipeline import SLEEP, Parts, simulated_job
-from _rendered import RenderedJob, written
+from _rendered import RenderedJob, forward, rounded_and_written, written
 from PIL import Image
 from torch import nn
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 PROCESS = Path(__file__).parent / "_pipeline.py"
 CLASSES, BATCH = 100, 256
 PUT_SECONDS = 0.05
+LONGER = 3
+"""Rows of a run with a slow location, over those of the others: the last puts have no forward pass beside."""
 JPEG_SIDE, SMALL, TEACHERS = 256, "resnet8", 4
 TAPS = {"resnet56": ("layer2", "layer3"), "wrn-40-2": ("layer2", "layer3")}
 
@@ -76,7 +78,7 @@ QUICK = Size({"resnet56": 4}, 1, (256, 1), 4, 256, growths=1, repeats=1, patienc
 
 
 @torch.no_grad()
-def network_jobs(name: str, rows: int) -> dict[str, Job]:
+def network_jobs(name: str, rows: int) -> dict[str, RenderedJob]:
     """Return jobs of a network with fresh weights by what they write."""
     source = open_source(f"fake,classes={CLASSES},samples={rows}")
     recipe = view_recipe("cifar")
@@ -101,34 +103,38 @@ def network_jobs(name: str, rows: int) -> dict[str, Job]:
 def throughput(name: str, rows: int, size: Size) -> list[Row]:
     """Measure writing over forward passes alone, by encoding and with a slow location."""
     jobs = network_jobs(name, rows)
-    plain = jobs["float16"]
-    assert isinstance(plain, RenderedJob)
-    assert plain.pixels is not None
-    pixels = plain.pixels
-
-    def bare(runner: TeacherRunner) -> None:
-        for start in range(0, rows, BATCH):
-            runner.run(pixels[start : start + BATCH])
-
-    variants: dict[str, Callable[[], Any]] = {what: partial(written, job) for what, job in jobs.items()}
+    cases = {what: (job, 0.0, size.rounds, ">= 0.97") for what, job in jobs.items()}
+    long = network_jobs(name, LONGER * rows)["float16"]
     slow = f"float16, {1000 * PUT_SECONDS:.0f} ms a put"
-    variants |= {slow: partial(written, plain, PUT_SECONDS)}
-    variants |= {"bare": partial(bare, plain.runner)}
-    variants |= {"bare, two taps": partial(bare, jobs["float16, two taps"].runner)}
-    config = {"rows": rows, "classes": CLASSES, "batch": BATCH, "block rows": plain.block_rows}
-    config |= {"torch threads": torch.get_num_threads(), "taps": TAPS[name]}
+    cases[slow] = (long, PUT_SECONDS, size.rounds // LONGER, ">= 0.95")
+    found: list[Row] = []
+    for what, (job, put_seconds, rounds, bar) in cases.items():
+        variants: dict[str, Callable[[], Any]] = {
+            "alone": partial(forward, job),
+            "written": partial(written, job, put_seconds),
+        }
+        if "taps" in what:
+            variants["least"] = partial(rounded_and_written, job)
+        config = {"rows": len(job.pixels), "classes": CLASSES, "batch": BATCH, "block rows": job.block_rows}
+        config |= {"torch threads": torch.get_num_threads()}
+        if "taps" in what:
+            config["taps"] = TAPS[name]
 
-    def rows_of(seconds: Seconds) -> list[Row]:
-        speed = [rows / taken for taken in seconds["bare"]]
-        found = [row(f"{name}: forward alone", speed, "images/s", config)]
-        for what in (*jobs, slow):
-            alone = "bare, two taps" if "taps" in what else "bare"
-            bar = ">= 0.95" if what == slow else ">= 0.97"
+        def rows_of(
+            seconds: Seconds, what: str = what, bar: str = bar, config: dict[str, Any] = config
+        ) -> list[Row]:
             identifier = f"{name}: {what}, speed vs forward alone"
-            found.append(row(identifier, ratios(seconds, alone, what), "x", config, bar))
-        return found
+            rows = [row(identifier, ratios(seconds, "alone", "written"), "x", config, bar)]
+            if "least" in seconds:
+                identifier = f"{name}: {what}, rounded and written only, speed vs forward alone"
+                rows.append(row(identifier, ratios(seconds, "alone", "least"), "x", config))
+            if what == next(iter(jobs)):
+                speed = [config["rows"] / taken for taken in seconds["alone"]]
+                rows.insert(0, row(f"{name}: forward alone", speed, "images/s", config))
+            return rows
 
-    return measure(variants, size.rounds, rows_of, patience=size.patience)
+        found += measure(variants, max(1, rounds), rows_of, patience=size.patience)
+    return found
 
 
 def simulation(size: Size) -> list[Row]:

@@ -261,7 +261,17 @@ def check_finite(output: TeacherOutput, samples: Sequence[int], teacher: str) ->
 
 def finite_rows(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return, for each array of outputs `(N, ...)`, whether all values of a row are finite, `(N,)` bool."""
-    return {name: torch.isfinite(value).flatten(1).all(1) for name, value in arrays.items()}
+    return {name: _finite_rows(value.flatten(1)) for name, value in arrays.items()}
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        # Adding on the CPU takes a tenth of the time of isfinite. A sum that is finite has finite terms;
+        # one that is not may have overflowed.
+        finite = torch.isfinite(values.sum(1))
+        if finite.all():
+            return finite
+    return torch.isfinite(values).all(1)
 
 
 def check_finite_rows(

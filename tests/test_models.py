@@ -21,7 +21,7 @@ from coursepack.errors import NonFiniteOutput, RecipeError, RunError, TeacherMis
 from coursepack.models import Preprocessing, Tap, TeacherRunner, build_network, load_teacher
 from coursepack.models.build import NETWORK_FILE, NETWORKS, WEIGHTS_FILE, weights_fingerprint
 from coursepack.models.taps import tapped
-from coursepack.models.teacher import TeacherOutput, check_finite
+from coursepack.models.teacher import TeacherOutput, check_finite, finite_rows
 from coursepack.models.weights import without_prefix
 from coursepack.precompute import Job, run_job
 
@@ -342,6 +342,14 @@ def test_finiteness_covers_features_and_bounds_its_text():
     text = r"teacher 't' gives features/stem .* for 15 samples of a batch \(105, 106, .*, 112, \.\.\.\)"
     with pytest.raises(NonFiniteOutput, match=text):
         check_finite(TeacherOutput(torch.zeros(20, 4), {"stem": features}), range(100, 120), "t")
+
+
+def test_large_finite_values_are_finite():
+    largest = torch.finfo(torch.float32).max
+    rows = torch.tensor(
+        [[largest] * 3, [1.0, float("nan"), 0.0], [float("inf"), -float("inf"), 0.0], [1.0] * 3]
+    )
+    assert finite_rows({"logits": rows})["logits"].tolist() == [True, False, False, True]
 
 
 def test_wrong_shape_of_logits_and_missing_device(monkeypatch):

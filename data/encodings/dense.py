@@ -45,16 +45,15 @@ class Dense:
         labels: NDArray[np.int64],
     ) -> dict[str, NDArray[Any]]:
         """Round to the stored type, half to even."""
-        if self.name == "bfloat16":
-            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
-            lost = (~torch.isfinite(rounded)).numpy() & np.isfinite(values)
-            check_range(values, lost, samples, self.name, float(torch.finfo(torch.bfloat16).max))
-            return {"values": rounded.view(torch.uint16).numpy()}
-        with np.errstate(over="ignore"):
-            stored = values.astype(self.name)
-        lost = np.isinf(stored) & np.isfinite(values)
-        check_range(values, lost, samples, self.name, float(np.finfo(self.name).max))
-        return {"values": stored}
+        dtype: torch.dtype = getattr(torch, self.name)
+        exact = torch.from_numpy(np.ascontiguousarray(values))
+        rounded = exact.to(dtype, copy=True)
+        limit = torch.finfo(dtype).max
+        low, high = exact.aminmax() if exact.numel() else (0.0, 0.0)
+        if not max(-float(low), float(high)) <= limit:  # true of NaN as well
+            lost = (torch.isfinite(exact) & ~torch.isfinite(rounded)).numpy()
+            check_range(values, lost, samples, self.name, limit)
+        return {"values": (rounded.view(torch.uint16) if self.name == "bfloat16" else rounded).numpy()}
 
     def agrees(
         self, values: NDArray[np.float32], stored: Mapping[str, NDArray[Any]], slack: float

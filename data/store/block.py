@@ -12,7 +12,7 @@ from coursepack.canonical import canonical_json
 from coursepack.data.store.done import done_key
 from coursepack.data.store.layout import shard_key
 from coursepack.data.store.manifest import LOGITS
-from coursepack.data.store.records import fidelity, merge_fidelity
+from coursepack.data.store.records import divergences, fidelity
 from coursepack.data.store.shards import shard_checksum, shard_pieces
 from coursepack.errors import EncodingRange
 
@@ -70,7 +70,7 @@ class BlockFiles:
         self._location, self._manifest, self._labels = location, manifest, labels
         self._block, self._record, self._sound = block, record, sound or {}
         self._files: dict[str, tuple[int, int]] = {}
-        self._fidelity: dict[str, Any] = {}
+        self._divergences: list[dict[str, NDArray[np.float64]]] = []
         self._held: dict[tuple[str, str], list[NDArray[Any]]] = {}
         self._written: dict[tuple[str, str], int] = {}
         for name in block.arrays:
@@ -97,7 +97,7 @@ class BlockFiles:
             if name == LOGITS and not encoding.exact:
                 tensors = {component: torch.from_numpy(part) for component, part in encoded.items()}
                 decoded = encoding.rows(tensors, rows.shape[1:])
-                self._fidelity = merge_fidelity(self._fidelity, fidelity(torch.from_numpy(rows), decoded))
+                self._divergences.append(divergences(torch.from_numpy(rows), decoded))
             for component, part in encoded.items():
                 self._held[name, component].append(part)
                 self._flush(name, component, full_only=True)
@@ -107,7 +107,7 @@ class BlockFiles:
         entry = {
             "arrays": list(self._block.arrays),
             "files": {key: list(value) for key, value in self.flush().items()},
-            "record": {**self._record, "sums": dict(statistics), "fidelity": self._fidelity},
+            "record": {**self._record, "sums": dict(statistics), "fidelity": fidelity(self._divergences)},
         }
         key = done_key(self._block.view, self._block.index)
         self._location.put(key, canonical_json(entry).encode())

@@ -7,6 +7,8 @@ depend on which worker wrote which block, or when.
 from __future__ import annotations
 
 from collections import Counter
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from coursepack.errors import StoreDamaged
 from coursepack.kernels import soft_target_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -34,25 +36,35 @@ _PER_DECADE = 16
 _LOWEST_DECADE = -14
 
 
-def fidelity(exact: Tensor, rows: Rows) -> dict[str, Any]:
-    """Measure the error of encoded logits as KL(exact || decoded) in nats at T = 1 and 4.
+def divergences(exact: Tensor, rows: Rows) -> dict[str, NDArray[np.float64]]:
+    """Return KL(exact || decoded) of encoded logits, in nats `(N,)`, by name of the temperature.
 
     Args:
         exact: logits `(N, C)` float32.
         rows: the same logits, encoded.
+    """
+    found = {}
+    for temperature in FIDELITY_TEMPERATURES:
+        decoded = rows.decode(torch.full((len(exact),), temperature))
+        scaled = soft_target_loss(decoded, [exact], temperature=temperature)
+        found[f"T={temperature:g}"] = scaled.double().numpy() / temperature**2
+    return found
+
+
+def fidelity(batches: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
+    """Return the fidelity of the rows of batches, each as `divergences` returns it.
 
     Returns:
         Row count, sum, maximum and logarithmic histogram per temperature, all of which can be merged.
     """
     record = {}
-    for temperature in FIDELITY_TEMPERATURES:
-        decoded = rows.decode(torch.full((len(exact),), temperature))
-        scaled = soft_target_loss(decoded, [exact], temperature=temperature)
-        kl = scaled.double().numpy() / temperature**2
+    for name in batches[0] if batches else ():
+        kl = np.concatenate([batch[name] for batch in batches])
         bins, counts = np.unique(_bin(kl), return_counts=True)
-        record[f"T={temperature:g}"] = {
+        record[name] = {
             "rows": len(kl),
-            "sum": float(kl.sum()),
+            # sum() rounds differently in different versions of Python
+            "sum": reduce(add, (float(batch[name].sum()) for batch in batches)),
             "largest": float(kl.max(initial=0.0)),
             "histogram": {str(place): int(count) for place, count in zip(bins, counts, strict=True)},
         }
