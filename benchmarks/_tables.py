@@ -245,7 +245,9 @@ def view_students(lines: str, base: str) -> list[str]:
 
 LOSS = {
     "ours": "ours", "naive": "naive", "compile": "compile", "analytic": "analytic", "kernel": "kernel",
-    "floor": "floor", "ours / naive": "/ naive", "ours / compile": "/ compile",
+    "floor": "floor", "exponentials": "exponentials", "autograd": "autograd",
+    "ours / naive": "/ naive", "(exponentials + autograd) / naive": "limit / naive",
+    "ours / compile": "/ compile", "(exponentials + autograd) / compile": "limit / compile",
     "kernel / floor": "kernel / floor", "ours / floor": "ours / floor",
 }  # fmt: skip
 EPOCHS = {

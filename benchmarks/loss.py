@@ -4,9 +4,10 @@
 
 Each step is forward and backward of the mean over N samples at T = 4, with gradient to the student and
 float16 teachers. Every call reads other buffers, which together exceed the cache. `naive` is the direct torch
-implementation, `compile` is torch.compile of it, `analytic` computes the gradient explicitly in torch
-operations, and `floor` is a compiled loop that reads every input once and writes a gradient once. `autograd`
-is an autograd Function that computes nothing. gpu.py measures the loss on a GPU.
+implementation, `compile` is torch.compile of it, and `analytic` computes the gradient explicitly in torch
+operations. The limits are `floor`, a compiled loop that reads every input once and writes a gradient once;
+`exponentials`, one that decodes every logit and computes its exponential; and `autograd`, an autograd
+Function that computes nothing. gpu.py measures the loss on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import ctypes
 import gc
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -28,13 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _harness import PATIENCE, Threads, alternate, arguments, exact, measure, ratios, report, row
+from _loss_limits import Loop, only_autograd
 from torch import Tensor
 
 from coursepack.allocator import keep_freed_memory
 from coursepack.data.encodings import parse_encoding
 from coursepack.kernels import dispatch, soft_target_loss, soft_targets, teacher_stats
 from coursepack.kernels.cpu import native
-from coursepack.kernels.cpu.threads import run_kernel, usable_threads
 from coursepack.kernels.spec import LossSpec, check_call
 
 if TYPE_CHECKING:
@@ -100,70 +100,6 @@ class Kernel:
         native.evaluate(self._calls[teachers.data_ptr()], student, None, True, False)
 
 
-class Ready(torch.autograd.Function):
-    """Autograd Function whose loss and gradient are there already."""
-
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor) -> Tensor:
-        ctx.gradient = torch.empty_like(student_logits)
-        return student_logits.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
-        gradient: Tensor = ctx.gradient
-        return gradient
-
-
-def only_autograd(student_logits: Tensor, _: Any) -> Tensor:
-    loss: Tensor = Ready.apply(student_logits)
-    return loss
-
-
-class Floor:
-    """Loop that reads every input and writes a gradient, with the kernel's launch and torch's threads."""
-
-    def __init__(self) -> None:
-        from coursepack.kernels.cpu.jit_base import carray, compiled, njit, types
-        from coursepack.kernels.cpu.jit_math import SUMS, fetch_add, load, load_uint32, store, wide_vectors
-
-        @njit(fastmath=SUMS)
-        def copy(origin: int, out: int, count: int) -> None:
-            wide_vectors()
-            for c in range(count):
-                store(out, c, load(origin, c))
-
-        @njit(fastmath=SUMS)
-        def add_up(values: int, count: int) -> int:
-            wide_vectors()
-            total = np.uint32(0)
-            for c in range(count):
-                total ^= load_uint32(values, c)
-            return total
-
-        @compiled(types.void(types.voidptr))
-        def touch(data: Any) -> None:
-            student, teachers, grad, rows, classes, count, ticket, chunk = carray(data, (8,), np.int64)
-            start = fetch_add(ticket) * chunk
-            while start < rows:
-                for n in range(start, min(start + chunk, rows)):
-                    place = 4 * n * classes
-                    copy(student + place, grad + place, classes)
-                    for k in range(count):
-                        total = add_up(teachers + 2 * (k * rows + n) * classes, classes // 2)
-                        store(grad, n * classes, np.float32(total))
-                start = fetch_add(ticket) * chunk
-
-        self._function = touch
-
-    def __call__(self, student: Tensor, teachers: Tensor) -> None:
-        count, rows, classes = teachers.shape
-        threads, _ = usable_threads(rows * classes * (count + 1), native.PARALLEL_FROM)
-        grad, ticket = torch.empty_like(student), ctypes.c_int64()
-        places = (student.data_ptr(), teachers.data_ptr(), grad.data_ptr())
-        call = (*places, rows, classes, count, ctypes.addressof(ticket), max(1, rows // (8 * threads)))
-        run_kernel(self._function.address, struct.pack("8q", *call), threads)
-
-
 class Cold:
     """Inputs in many copies that exceed the cache; each call uses the next copy."""
 
@@ -200,6 +136,12 @@ class Cold:
         return run
 
 
+def limit(seconds: Seconds, under: str) -> list[float]:
+    """Return the time of exponentials and autograd over that of a variant, for each round."""
+    parts = zip(seconds["exponentials"], seconds["autograd"], seconds[under], strict=True)
+    return [(exponentials + autograd) / other for exponentials, autograd, other in parts]
+
+
 def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
     """Measure every variant's time for one cell of the table, and ours over each."""
     rows, classes, count = cell
@@ -209,7 +151,8 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
         "naive": cold.step(naive),
         "analytic": cold.step(analytic),
         "kernel": cold.forward(Kernel()),
-        "floor": cold.forward(Floor()),
+        "floor": cold.forward(Loop("floor")),
+        "exponentials": cold.forward(Loop("exponentials")),
         "autograd": cold.step(only_autograd),
     }
     if size.compiled:
@@ -223,7 +166,6 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
     naive_bar = "<= 0.50" if rows * classes < SMALL else {1: "<= 0.40", 2: "<= 0.25"}[threads]
     bars = {
         ("ours", "naive"): naive_bar if many else None,
-        ("autograd", "naive"): None,
         ("ours", "compile"): {1: "<= 0.55", 2: "<= 0.40"}[threads] if many else None,
         ("ours", "analytic"): None,
         ("ours under compile", "compile"): None,
@@ -235,11 +177,17 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
         times = [
             row(f"{name} {which}", [1e6 * s for s in seconds[which]], "us", config) for which in variants
         ]
-        return times + [
+        compared = [
             row(f"{name} {over} / {under}", ratios(seconds, over, under), "ratio", config, bar)
             for (over, under), bar in bars.items()
             if over in variants and under in variants
         ]
+        limits = [
+            row(f"{name} (exponentials + autograd) / {under}", limit(seconds, under), "ratio", config)
+            for under in ("naive", "compile")
+            if under in variants
+        ]
+        return times + compared + limits
 
     return measure(variants, size.rounds, rows_of, patience=size.patience)
 

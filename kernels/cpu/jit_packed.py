@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite import ir
 
 from coursepack.kernels.cpu.jit_base import float32, float64, int64, intrinsic, jit, njit, types
-from coursepack.kernels.cpu.jit_convert import LOT, fill, from_half, write_float32
+from coursepack.kernels.cpu.jit_convert import LOT, fill, from_half
 from coursepack.kernels.cpu.jit_math import exp2, load, load_int64, load_uint8, load_uint16, store
 from coursepack.kernels.cpu.jit_softmax import exponentials
 
@@ -134,9 +134,8 @@ def packed_exponentials(
     """Compute `exponentials` of a row, evaluating only those of the codes."""
     size, kept = teacher.stride, teacher.kept
     dropped = classes - kept
-    write_table(float32(0), scale_at(teacher, n, 1), spare)
-    exponentials(spare, float32(0), factor, out, LOT)
-    write_float32(out, spare, CODES)
+    write_table(float32(0), scale_at(teacher, n, 1), out)
+    exponentials(out, float32(0), factor, spare, LOT)
     rest = exp2(float32(excess_at(teacher, n, dropped, temperature) * factor))
     fill(out, 0, classes, rest)
     fill(out, classes, length, float32(0))
