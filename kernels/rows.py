@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
-    from coursepack.kernels.int4 import Int4Rows
-    from coursepack.kernels.packed import PackedTopKRows
+    from _typeshed import DataclassInstance
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,7 +55,7 @@ def is_eager_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-R = TypeVar("R", bound="DenseRows | Int8Rows | Int4Rows | TopKRows | PackedTopKRows | BitRows")
+R = TypeVar("R", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
