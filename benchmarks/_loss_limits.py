@@ -32,7 +32,8 @@ class Ready(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:
-        gradient: Tensor = ctx.gradient
+        gradient: Tensor
+        gradient, ctx.gradient = ctx.gradient, None  # a gradient that is held would be copied
         return gradient
 
 
@@ -81,11 +82,11 @@ def _floor() -> Any:
         return total
 
     @njit
-    def of_student(row: int, out: int, classes: int, _: int) -> None:
+    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001 - as below
         copy(row, out, classes)
 
     @njit
-    def of_teacher(row: int, out: int, classes: int, _: int) -> None:
+    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001
         store(out, 0, np.float32(add_up(row, classes // 2)))
 
     return _each_row(of_student, of_teacher)
@@ -96,16 +97,20 @@ def _exponentials() -> Any:
     from coursepack.kernels.cpu.jit_convert import LOT, lots, read_float32, read_half
     from coursepack.kernels.cpu.jit_math import store
     from coursepack.kernels.cpu.jit_softmax import exponentials
+    from coursepack.kernels.cpu.jit_teacher import prefetch_row
+    from coursepack.kernels.cpu.layout import FLOAT16
 
     @njit
-    def of_student(row: int, out: int, classes: int, scratch: int) -> None:
+    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:
+        prefetch_row(FLOAT16, ahead, 0, classes)
         length = lots(classes + LOT - 1)
         top = read_float32(row, classes, float32(1), float32(0), scratch)
         total = exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
         store(out, 0, float32(total))
 
     @njit
-    def of_teacher(row: int, out: int, classes: int, scratch: int) -> None:
+    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:
+        prefetch_row(FLOAT16, ahead, 0, classes)
         length = lots(classes + LOT - 1)
         top = read_half(row, classes, float32(1), float32(0), scratch)
         total = exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
@@ -129,9 +134,12 @@ def _each_row(of_student: Callable[..., None], of_teacher: Callable[..., None]) 
         while start < rows:
             for n in range(start, min(start + chunk, rows)):
                 out = grad + 4 * n * classes
-                of_student(student + 4 * n * classes, out, classes, own)
-                for k in range(count):
-                    of_teacher(teachers + 2 * (k * rows + n) * classes, out, classes, own)
+                row = teachers + 2 * n * classes
+                of_student(student + 4 * n * classes, row, out, classes, own)
+                for _ in range(count):
+                    ahead = row + 2 * rows * classes
+                    of_teacher(row, ahead, out, classes, own)
+                    row = ahead
             start = fetch_add(ticket) * chunk
 
     return run
