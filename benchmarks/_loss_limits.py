@@ -45,8 +45,8 @@ def only_autograd(student_logits: Tensor, _: Any) -> Tensor:
 class Loop:
     """Compiled loop over rows of the student and of teachers, with the kernel's launch and torch's threads.
 
-    `floor` reads every input and copies the student's as a gradient. `exponentials` decodes every row, finds
-    its largest logit and computes the exponential of every logit.
+    Both read every input and write a gradient. `floor` does nothing else; `exponentials` decodes every row,
+    finds its largest logit and computes the exponential of every logit.
     """
 
     def __init__(self, name: str) -> None:
@@ -81,8 +81,9 @@ def _floor() -> Any:
             total ^= load_uint32(values, c)
         return total
 
+    # Called with the arguments that the functions of `_exponentials` need.
     @njit
-    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001 - as below
+    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001
         copy(row, out, classes)
 
     @njit
@@ -94,7 +95,7 @@ def _floor() -> Any:
 
 def _exponentials() -> Any:
     from coursepack.kernels.cpu.jit_base import float32, njit
-    from coursepack.kernels.cpu.jit_convert import LOT, lots, read_float32, read_half
+    from coursepack.kernels.cpu.jit_convert import LOT, lots, read_float32, read_half, write_float32
     from coursepack.kernels.cpu.jit_math import store
     from coursepack.kernels.cpu.jit_softmax import exponentials
     from coursepack.kernels.cpu.jit_teacher import prefetch_row
@@ -105,8 +106,8 @@ def _exponentials() -> Any:
         prefetch_row(FLOAT16, ahead, 0, classes)
         length = lots(classes + LOT - 1)
         top = read_float32(row, classes, float32(1), float32(0), scratch)
-        total = exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
-        store(out, 0, float32(total))
+        exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
+        write_float32(scratch + 4 * length, out, classes)
 
     @njit
     def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:

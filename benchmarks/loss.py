@@ -6,7 +6,7 @@ Each step is forward and backward of the mean over N samples at T = 4, with grad
 float16 teachers. Every call reads other buffers, which together exceed the cache. `naive` is the direct torch
 implementation, `compile` is torch.compile of it, and `analytic` computes the gradient explicitly in torch
 operations. The limits are `floor`, a compiled loop that reads every input once and writes a gradient once;
-`exponentials`, one that decodes every logit and computes its exponential; and `autograd`, an autograd
+`exponentials`, one that also decodes every logit and computes its exponential; and `autograd`, an autograd
 Function that computes nothing. gpu.py measures the loss on a GPU.
 """
 
