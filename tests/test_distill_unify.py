@@ -14,7 +14,8 @@ from reference.loss import soft_target_loss as reference_loss
 from reference.methods import softmax
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.fusion.unify import Unify, UnifyConfig, linked_teachers
+from coursepack.distill.fusion.class_sets import linked_teachers
+from coursepack.distill.fusion.unify import Unify, UnifyConfig
 from coursepack.distill.losses.base import BuildContext
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
