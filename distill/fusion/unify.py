@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from coursepack.distill.fusion.base import Fusion, FusionConfig
 from coursepack.distill.fusion.class_sets import ClassSets, linked_teachers
+from coursepack.distill.fusion.unify_logits import logit_factorization
 from coursepack.distill.fusion.unify_probs import cross_entropy, factorization, mean
 from coursepack.errors import RecipeError
 from coursepack.kernels import decode
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from coursepack.distill.losses.base import BuildContext, LossInputs
     from coursepack.kernels import Rows
 
-Form = Literal["cross_entropy", "factorization", "mean"]
+Form = Literal["cross_entropy", "factorization", "logit_factorization", "mean"]
 
 
 class UnifyConfig(FusionConfig):
@@ -38,9 +39,14 @@ class UnifyConfig(FusionConfig):
     form: Form = "cross_entropy"
     """`cross_entropy`: the u with the least sum of cross-entropies of all P_k to u among the teacher's
     classes. `factorization`: the u with the least squared error of P_k = v_k u on these classes, with any
-    v_k. `mean`: the mean of P_k over the teachers that know a class, normalized."""
+    v_k. `logit_factorization`: the softmax of the u with the least squared error of log P_k = v_k u + c_k on
+    these classes, with any v_k >= 0 and c_k. `mean`: the mean of P_k over the teachers that know a class,
+    normalized."""
     iterations: Annotated[int, Field(ge=1)] = 20
-    """Maximum number of steps of `cross_entropy` and `factorization`."""
+    """Maximum number of steps of all forms but `mean`."""
+    ridge: Annotated[float, Field(gt=0)] = 0.01
+    """Weight of the squared distances of v from one and of u from the best u for v = 1 in
+    `logit_factorization`; a large one keeps v at one."""
 
     def refusal_of_classes(self, known: Sequence[Sequence[int]], classes: int) -> str:
         """Return why teachers that know these classes cannot be unified, or an empty string."""
@@ -98,7 +104,7 @@ class Unify(nn.Module):
         parts = [sets.placed(k, (each / temperature).log_softmax(1)) for k, each in enumerate(wide)]
         log_probs = torch.stack(parts)
         one = len(parts) == 1
-        scores = log_probs[0] if one else FORMS[self.config.form](sets, log_probs, self.config.iterations)
+        scores = log_probs[0] if one else FORMS[self.config.form](sets, log_probs, self.config)
         unified = temperature * scores.log_softmax(1)
         exact = all(isinstance(each, Tensor) and each.dtype == torch.float64 for each in logits)
         return unified if exact else unified.float()
@@ -111,13 +117,16 @@ def _wide(logits: Tensor | Rows, temperature: float) -> Tensor:
     return logits.detach().to(torch.float32 if logits.device.type == "mps" else torch.float64)
 
 
-FORMS: dict[Form, Callable[[ClassSets, Tensor, int], Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "factorization": factorization,
-    "mean": mean,
+FORMS: dict[Form, Callable[[ClassSets, Tensor, UnifyConfig], Tensor]] = {
+    "cross_entropy": lambda sets, log_probs, config: cross_entropy(sets, log_probs, config.iterations),
+    "factorization": lambda sets, log_probs, config: factorization(sets, log_probs, config.iterations),
+    "logit_factorization": lambda sets, log_probs, config: logit_factorization(
+        sets, log_probs, config.iterations, config.ridge
+    ),
+    "mean": lambda sets, log_probs, _config: mean(sets, log_probs),
 }
-"""Functions that map log-probs `(K, N, C)`, minus infinity for unknown classes, and a number of iterations to
-log u `(N, C)` up to a constant."""
+"""Functions that return log u `(N, C)` up to a constant for log-probs `(K, N, C)`, minus infinity for unknown
+classes, and the config."""
 
 
 def _build(config: UnifyConfig, context: BuildContext) -> Unify:

@@ -31,7 +31,7 @@ def factorization(sets: ClassSets, log_probs: Tensor, iterations: int) -> Tensor
     return above - (2 * _of_groups(sets, theta)).logsumexp(2)[:, sets.group]
 
 
-def mean(sets: ClassSets, log_probs: Tensor, _iterations: int) -> Tensor:
+def mean(sets: ClassSets, log_probs: Tensor) -> Tensor:
     """Return the log `(N, C)` of the mean over the teachers that know a class."""
     return _shared(sets, log_probs, log_probs.new_zeros(log_probs.shape[1], len(log_probs)))
 
