@@ -351,7 +351,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "methods, own numbers": partial(study, "methods-presets", "presets"),
     "classes": partial(study, "classes", "classes", "naive"),
     "classes: targets": partial(
-        pivot, "classes", r"targets: (?P<line>\w+), (?P<column>.+)", "targets"
+        pivot, "classes", r"targets: (?P<line>[\w-]+), (?P<column>.+)", "targets"
     ),
     "sequences: takd": partial(study, "sequences", "takd", "direct"),
     "sequences: generations": partial(study, "sequences", "generations", "from-labels"),

@@ -37,10 +37,17 @@ if TYPE_CHECKING:
 
 THIRDS = ((0, 1, 2, 3), (3, 4, 5, 6), (0, 6, 7, 8, 9))
 SOME, FULL = (0, 1, 2), (3, 4, 5)
-FORMS = {"naive": "mean", "ce": "cross_entropy", "mf": "factorization"}
+FORMS = {
+    "naive": "mean",
+    "ce": "cross_entropy",
+    "mf": "factorization",
+    "mf-logits": "logit_factorization",
+}
 TEMPERATURES = (1.0, 4.0, 20.0)
 UNLABELLED = {"soft_weight": 1.0, "hard_weight": 0.0}
 LABELLED = {name: KD[name] for name in ("soft_weight", "hard_weight")}
+EQUAL_SCALES = 1e6
+"""Ridge that keeps v at one."""
 NOTE = "teachers that know 4, 4 and 5 of 10 classes, students without labels but where a row says so"
 AGAINST = "naive"
 
@@ -53,6 +60,7 @@ def entries(*, quick: bool) -> list[Entry]:
         return made
     sharp = {"temperature": 1.0}
     made += [Entry(f"{name}, T = 1", f"uhc-{name}", sharp, SOME) for name in ("naive", "ce")]
+    made.append(Entry("mf-logits, v = 1", "uhc-mf-logits", {"fusion": {"ridge": EQUAL_SCALES}}, SOME))
     made += [Entry(f"{name}, labels", f"uhc-{name}", LABELLED, SOME) for name in ("naive", "ce")]
     return [*made, Entry("full, labels", "kd", {}, FULL), Entry("labels alone", "supervised", {}, ())]
 

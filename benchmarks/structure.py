@@ -64,7 +64,10 @@ REFERENCES: dict[str, tuple[str, ...]] = {
     "confidence": ("reference.methods.confidence_weights",),
     "entropy": ("reference.methods.entropy_weights",),
     "min_norm": ("reference.teams.min_norm", "reference.teams.logit_gradients"),
-    "unify": tuple(f"reference.unify.{form}" for form in ("cross_entropy", "factorization", "mean")),
+    "unify": tuple(
+        f"reference.unify.{form}"
+        for form in ("cross_entropy", "factorization", "logit_factorization", "mean")
+    ),
 }
 """Functions of the tests that compute a term or the weights of a fusion by its formula."""
 

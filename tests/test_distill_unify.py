@@ -14,7 +14,8 @@ from reference.loss import soft_target_loss as reference_loss
 from reference.methods import softmax
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.fusion.unify import Unify, UnifyConfig, linked_teachers
+from coursepack.distill.fusion.class_sets import linked_teachers
+from coursepack.distill.fusion.unify import Unify, UnifyConfig
 from coursepack.distill.losses.base import BuildContext
 from coursepack.distill.objective import Objective
 from coursepack.distill.recipe import resolve_objective
@@ -37,8 +38,15 @@ SETS = {
     "nested": ((0, 1, 2, 3, 4, 5, 6), (1, 2), (2, 5, 6)),
     "full": ((0, 1, 2, 3, 4, 5, 6),) * 3,
 }
-REFERENCES = {"cross_entropy": ref.cross_entropy, "factorization": ref.factorization, "mean": ref.mean}
-SOLVED = ("cross_entropy", "factorization")
+REFERENCES = {
+    "cross_entropy": ref.cross_entropy,
+    "factorization": ref.factorization,
+    "logit_factorization": ref.logit_factorization,
+    "mean": ref.mean,
+}
+SOLVED = ("cross_entropy", "factorization", "logit_factorization")
+EQUAL = 1e6
+"""Ridge that keeps the scales of teachers equal."""
 
 
 def drawn(known, *, scale=2.0, seed=0):
@@ -120,19 +128,105 @@ def test_groups_of_teachers_are_found_through_others():
 
 def test_sets_that_leave_something_open_are_refused():
     apart = ((0, 1, 2), (3, 4, 5, 6), (2, 1))
-    with pytest.raises(RecipeError, match=r"teachers 0, 2 and 1 \(counted from 0\) have no class in common"):
-        Unify(UnifyConfig(), apart, C)
+    for form in SOLVED:
+        text = r"teachers 0, 2 and 1 \(counted from 0\) have no class in common"
+        with pytest.raises(RecipeError, match=text):
+            Unify(UnifyConfig(form=form), apart, C)
     Unify(UnifyConfig(form="mean"), apart, C)
     for form in REFERENCES:
         with pytest.raises(RecipeError, match="no teacher knows class 3, 6 of the source's 7"):
             Unify(UnifyConfig(form=form), ((0, 1, 2), (2, 4, 5)), C)
 
 
+# Logits
+
+
+def unified_logits(known, logits, temperature=1.0, **fields):
+    """The unified logits `(N, C)` of the factorization of logits, with mean zero."""
+    fusion = Unify(UnifyConfig(form="logit_factorization", **fields), known, C)
+    found = fusion.unify([torch.from_numpy(each) for each in logits], temperature)
+    assert found.isfinite().all()
+    return centered(found.numpy())
+
+
+def centered(logits):
+    return logits - logits.mean(1, keepdims=True)
+
+
+@pytest.mark.parametrize("sets", SETS)
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_logits_of_teachers_that_agree_are_given_back_at_every_temperature(sets, temperature):
+    whole = np.random.default_rng(3).normal(0, 5, (N, C))
+    logits = [whole[:, list(classes)] + 5.0 * k for k, classes in enumerate(SETS[sets])]
+    np.testing.assert_allclose(unified_logits(SETS[sets], logits, temperature), centered(whole), atol=1e-9)
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_neither_a_temperature_nor_constants_change_the_unified_logits(sets):
+    known, rng = SETS[sets], np.random.default_rng(4)
+    logits = drawn(known)
+    want = unified_logits(known, logits)
+    np.testing.assert_allclose(unified_logits(known, logits, 7.0), want, atol=1e-5)
+    moved = [each + rng.normal(0, 9, (N, 1)) for each in logits]
+    np.testing.assert_allclose(unified_logits(known, moved), want, atol=1e-5)
+    back = unified_logits(known[::-1], logits[::-1])
+    np.testing.assert_allclose(back, want, atol=1e-5)
+
+
+def test_teachers_of_other_scales_are_brought_to_their_mean():
+    whole = np.random.default_rng(5).normal(0, 3, (N, C))
+    logits = [scale * whole for scale in (0.5, 1.0, 1.5)]
+    np.testing.assert_allclose(unified_logits(SETS["full"], logits), centered(whole), rtol=1e-6)
+    known = ((0, 1, 2, 3, 4), (2, 3, 4, 5, 6), (0, 1, 3, 5, 6))
+    logits = [each[:, list(classes)] for each, classes in zip(logits, known, strict=True)]
+    want, errors = centered(whole), []
+    for ridge in (0.01, EQUAL):
+        found = unified_logits(known, logits, ridge=ridge)
+        scales = (found * want).sum(1) / np.square(want).sum(1)
+        np.testing.assert_allclose(scales, 1.0, atol=0.3)
+        errors.append(np.abs(found / scales[:, None] - want).max())
+    assert errors[0] < errors[1] / 10
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_a_large_ridge_keeps_the_scales_equal_and_no_other_has_longer_logits(sets):
+    known = SETS[sets]
+    logits = drawn(known)
+    cells = [(k, c) for k, classes in enumerate(known) for c in classes]
+    design = np.array([np.concatenate([np.eye(C)[c], np.eye(3)[k]]) for k, c in cells])
+    want = np.linalg.lstsq(design, np.concatenate(logits, 1).T, rcond=None)[0][:C].T
+    want = centered(want)
+    np.testing.assert_allclose(unified_logits(known, logits, ridge=EQUAL), want, atol=1e-4)
+    lengths = [np.linalg.norm(each, axis=1) for each in (unified_logits(known, logits), want)]
+    assert (lengths[0] < lengths[1] * (1 + 1e-9)).all()
+
+
+def test_a_teacher_that_says_the_opposite_is_left_out():
+    whole = np.random.default_rng(6).normal(0, 3, (N, C))
+    found = unified_logits(SETS["full"], [whole, -whole, whole])
+    cosines = (found * centered(whole)).sum(1) / np.linalg.norm(found, axis=1)
+    np.testing.assert_allclose(cosines, np.linalg.norm(centered(whole), axis=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_rows_without_differences_are_uniform(sets):
+    logits = [np.full((N, len(classes)), 3.0 * k) for k, classes in enumerate(SETS[sets])]
+    np.testing.assert_allclose(unified_logits(SETS[sets], logits), 0, atol=1e-12)
+    logits[1] += np.random.default_rng(7).normal(0, 2, logits[1].shape)
+    unified_logits(SETS[sets], logits)
+
+
+def test_a_ridge_of_zero_is_refused():
+    with pytest.raises(RecipeError, match=r"fusion\.ridge: expected more than 0, got 0"):
+        resolve_objective("uhc-mf-logits", {"fusion": {"ridge": 0}}, "test", classes=C)
+
+
 # The objective
 
 
 @pytest.mark.parametrize(
-    ("method", "form"), [("uhc-ce", SOLVED[0]), ("uhc-mf", SOLVED[1]), ("uhc-naive", "mean")]
+    ("method", "form"),
+    [("uhc-ce", SOLVED[0]), ("uhc-mf", SOLVED[1]), ("uhc-mf-logits", SOLVED[2]), ("uhc-naive", "mean")],
 )
 def test_the_loss_is_the_divergence_from_the_unified_target(method, form):
     known, student = SETS["ring"], np.random.default_rng(9).normal(0, 2, (N, C))
@@ -171,7 +265,7 @@ def test_what_needs_other_than_one_distribution_is_refused(changes, text):
 # Stores
 
 
-@pytest.mark.parametrize("method", ["uhc-ce", "uhc-mf", "uhc-naive"])
+@pytest.mark.parametrize("method", ["uhc-ce", "uhc-mf", "uhc-mf-logits", "uhc-naive"])
 def test_students_are_trained_from_stores_of_some_classes(thirds, tmp_path, method):
     words = ["train", "--student", "digits-small", "--method", method, "--limit", "130", "--epochs", "2"]
     words += [part for store in thirds for part in ("--store", str(store))]

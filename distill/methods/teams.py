@@ -208,7 +208,17 @@ TEAMS: dict[str, Method] = {
         source=_VONGKULBHISAL,
         evidence="re-implementation",
         objective=objective(**_UHC, fusion={"name": "unify", "form": "factorization"}),
-        note=_UHC_NOTE + "The factorization of probabilities; that of logits is not offered",
+        note=_UHC_NOTE + "The factorization of probabilities",
+    ),
+    "uhc-mf-logits": Method(
+        formula="T² KL(softmax(u / T) || q), T = 4, u = argmin sum_k sum_{L_k} (z_k - v_k u - c_k)² with any "
+        "v_k >= 0 and c_k, and a ridge of 0.01 towards v = 1",
+        source=_VONGKULBHISAL,
+        evidence="re-implementation",
+        objective=objective(**_UHC, fusion={"name": "unify", "form": "logit_factorization"}),
+        note=_UHC_NOTE + "The factorization of logits. The re-implementation's ridge pulls v and u to zero, "
+        "which alone decides the scale of u, its update of v leaves c out, and it takes 3,000 "
+        "iterations in turn",
     ),
     "uhc-naive": Method(
         formula="T² KL(u || q), T = 4, u the mean of P_k over the teachers that know a class, normalized",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coursepack.distill.fusion import FUSIONS
-from coursepack.distill.fusion.unify import linked_teachers
+from coursepack.distill.fusion.class_sets import linked_teachers
 from coursepack.errors import RecipeError
 
 if TYPE_CHECKING:
