@@ -407,7 +407,7 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     assert_same(out, once)
 
 
-@pytest.mark.parametrize("name", ["dropout", "peers"])
+@pytest.mark.parametrize("name", ["dropout", pytest.param("peers", marks=pytest.mark.integration)])
 def test_killed_processes_train_the_same_students(tmp_path, stores, tapped, mapped_store, name):
     kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)[name], kills=2, seed=0)
 
