@@ -17,7 +17,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     @functools.cache
     def group(file):
-        return "forks" if "from spawned import" in (config.rootpath / file).read_text() else file
+        return "forks" if "spawned" in (config.rootpath / file).read_text() else file
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):

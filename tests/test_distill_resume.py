@@ -115,7 +115,12 @@ def assert_same(run, once):
             assert found[name] == wanted[name], name
 
 
-@pytest.mark.parametrize("name", NAMES)
+OTHERS = ("reviewkd", "simkd", "dtd", "afd", "gated")
+"""Runs with a state of the same kinds as those before them."""
+RUNS = [pytest.param(name, marks=pytest.mark.integration if name in OTHERS else ()) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, mapped_store, name):
     """Stopped early, in the middle, between two epochs, and after the last step."""
     if name == "windowed":
