@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -46,6 +47,26 @@ PHASES = {
     ),
 }
 """Assignments that shorten a method's first phase to one epoch."""
+FEW = (
+    "supervised",
+    "kd",
+    "amtml",
+    "dtd-flsw",
+    "fitnets",
+    "fsp",
+    "crd",
+    "ft",
+    "reviewkd",
+    "simkd",
+    "okddip",
+    "afd",
+)
+"""Methods without teachers, with weights of teachers, with features of every kind, and with peers."""
+
+
+def few_by_default(names) -> list[Any]:
+    """Parameters of a test of many methods: all but a `FEW` are marked `integration`."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.integration) for name in names]
 
 
 def write_teacher(folder: Path, network: str = "digits-mlp", *, classes: int = 10, seed: int = 0) -> Path:

@@ -124,7 +124,12 @@ def test_there_are_benchmarks():
 
 COMMANDS = {name: name for name in BENCHMARKS} | {"gpu": "gpu --device cpu"}
 SECTIONS = ("methods --section cost", "views --section students", "views --section training")
-ON_SERVER = [pytest.param(name, marks=pytest.mark.integration) for name in SERVER]
+FEW = ("epoch", "memory", "simulation")
+"""Commands that the default tests run; the others take seconds each."""
+RUNS = [
+    pytest.param(command, marks=() if command in FEW else pytest.mark.integration)
+    for command in (*COMMANDS.values(), *SECTIONS, *SERVER)
+]
 
 
 def run_script(words, **_):
@@ -135,7 +140,7 @@ def run_script(words, **_):
     return done
 
 
-@pytest.mark.parametrize("command", [*COMMANDS.values(), *SECTIONS, *ON_SERVER])
+@pytest.mark.parametrize("command", RUNS)
 def test_benchmarks_run(command, harness, tmp_path, monkeypatch, capsys):
     rows, (name, *flags) = tmp_path / "rows.json", command.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--quick", "--json", str(rows)])
@@ -156,6 +161,7 @@ def reproduced(monkeypatch, *words):
     importlib.import_module("reproduce").main()
 
 
+@pytest.mark.integration
 def test_finished_students_are_kept_when_a_method_is_added(harness, tmp_path, monkeypatch):
     def rows(*methods):
         out, file = tmp_path / "out", tmp_path / "rows.json"

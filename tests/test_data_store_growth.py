@@ -15,7 +15,7 @@ from coursepack.data.store.contents import MAX_KEPT, ViewEntry
 from coursepack.data.store.locations.local import LocalLocation
 
 ROWS = RowStore(samples=40, block_rows=8)
-FEW, MANY = 2, 40
+FEW, MANY = 2, 24
 
 
 @pytest.fixture

@@ -272,10 +272,20 @@ def mutate(values, data):
             parent[path[-1]] = copy.deepcopy(found)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_any_mutation_is_refused_or_read_correctly(written, data):
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.integration)])
+def test_any_mutation_is_refused_or_read_correctly(written, examples):
     """The store's files are sound: whatever a changed manifest makes of them has to be right or refused."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def mutated(data):
+        check_mutation(written, data)
+
+    mutated()
+
+
+def check_mutation(written, data):
+    """Change a manifest somewhere, and read what it makes of the store's files."""
     values = json.loads((written / "manifest.json").read_text())
     del values["checksum"]
     mutate(values, data)

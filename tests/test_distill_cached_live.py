@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import CPU, PAIRS, PHASES, make_recipe
+from builders import CPU, PAIRS, PHASES, few_by_default, make_recipe
 from click.testing import CliRunner
 from helpers import make_job, rewrite_manifest
 
@@ -128,7 +128,7 @@ def test_stores_and_live_teachers_give_the_same_losses_and_gradients(stores_of, 
     assert noticed > 100 * TOLERANCE, "targets of other samples change nothing, so equality says little"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", few_by_default(METHODS))
 def test_runs_read_what_is_claimed(tmp_path, stores_of, read, name):
     stores = stores_of(name) if METHODS[name].objective.needs().teachers else []
     epochs = max(2, METHODS[name].objective.fusion.fewest_epochs(len(stores)))
@@ -177,7 +177,9 @@ def test_live_teachers_run_in_the_precision_of_their_store(tmp_path, teachers):
         prepare(recipes[1], CPU)
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels_last": True}, {"compiled": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"channels_last": True}, pytest.param({"compiled": True}, marks=pytest.mark.integration)]
+)
 def test_live_teachers_have_the_layout_and_the_compiler_of_their_store(tmp_path, teachers, settings):
     network = load_teacher(f"run:{teachers[1]}", open_source("digits").class_names)
     runner = TeacherRunner(network, **settings)

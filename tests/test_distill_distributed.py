@@ -109,10 +109,15 @@ def cases_of(stores, tapped, mapped):
     }
 
 
-@pytest.fixture(scope="module")
-def epochs(stores, tapped, mapped_store):
+FEW = ("kd", "amtml-hints", "sp", "not divided", "parts", "float16", "batch statistics")
+"""Cases of the default run."""
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.integration)])
+def epochs(request, stores, tapped, mapped_store):
     """By case: what one process tells of an epoch, and what each of two ranks does."""
     cases = cases_of(stores, tapped, mapped_store)
+    cases = {name: cases[name] for name in (FEW if request.param == "few" else cases)}
     together = on_ranks(2, one_epoch, list(cases.values()))
     for told in together:
         if isinstance(told, BaseException):
@@ -135,9 +140,12 @@ def assert_close(got, want, where, atol=1e-5):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=str(where))
 
 
-def test_every_method_gives_the_losses_and_gradients_of_one_process(epochs):
+def test_every_method_has_a_case(stores, tapped, mapped_store):
     single = {name for name, method in METHODS.items() if method.objective.needs().one_process}
-    assert set(METHODS) - single < set(epochs)
+    assert set(METHODS) - single < set(cases_of(stores, tapped, mapped_store))
+
+
+def test_ranks_give_the_losses_and_gradients_of_one_process(epochs):
     for name, (alone, *together) in epochs.items():
         if name in ("batch statistics", "simkd", "float16"):  # each rank normalizes its own rows
             continue
@@ -279,6 +287,7 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(tmp_path, stores, mon
 # Through torchrun, as users start it.
 
 
+@pytest.mark.integration
 def test_a_killed_rank_starts_all_again_from_the_checkpoint(tmp_path, stores):
     """Bit by bit the run that nobody killed: batch statistics, averages, coupled rows, learned weights."""
     words = ["train", "--student", "digits-resnet", "--method", "amtml", "--limit", 200, "--epochs", 4]

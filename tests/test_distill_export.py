@@ -233,7 +233,16 @@ def write_fresh(folder, spec, names=DIGITS, **pixels):
     return folder
 
 
-@pytest.mark.parametrize("spec", ["timm:test_resnet", "timm:test_vit", "torchvision:resnet18"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "timm:test_vit",
+        *(
+            pytest.param(spec, marks=pytest.mark.integration)
+            for spec in ("timm:test_resnet", "torchvision:resnet18")
+        ),
+    ],
+)
 def test_transformers_gives_the_logits_of_the_run(spec, tmp_path):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from builders import CPU, PAIRS, PHASES, make_recipe, write_store, write_teacher
+from builders import CPU, PAIRS, PHASES, few_by_default, make_recipe, write_store, write_teacher
 from click.testing import CliRunner
 
 from coursepack.data import open_source
@@ -37,7 +37,7 @@ from coursepack.precompute.cli import main as precompute
 TAUGHT = [name for name, method in METHODS.items() if method.objective.needs().teachers]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", few_by_default(METHODS))
 def test_every_method_trains_from_the_command_line(tmp_path, stores_of, name):
     stores = stores_of(name) if name in TAUGHT else []
     words = ["train", "--student", "digits-cnn", "--method", name, "--limit", "130"]

@@ -56,6 +56,12 @@ def report(paths, **options):
     return Page(html), problems
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages whose drawings are empty, for tests of many pages that look at tables."""
+    monkeypatch.setattr("coursepack.pages.render.draw", lambda *_: "<svg></svg>")
+
+
 def test_every_section_is_there(page):
     assert page.sections == ALL
     assert page.html.startswith("<!DOCTYPE html>")
@@ -259,6 +265,7 @@ def test_a_run_before_its_first_epoch(tmp_path):
     assert [row[0] for row in page.tables["Runs"][1:]] == [str(other), str(run)]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -306,6 +313,7 @@ def test_ragged_and_foreign_teachers(tmp_path):
     assert "temperature" in page.sections
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("content", ["[]", "{", '{"stores": 3}'])
 def test_damaged_provenance(tmp_path, content):
     run = write_run(tmp_path / "run", [metrics_line(0, 0.5)])

@@ -115,7 +115,12 @@ def assert_same(run, once):
             assert found[name] == wanted[name], name
 
 
-@pytest.mark.parametrize("name", NAMES)
+OTHERS = ("reviewkd", "simkd", "dtd", "afd", "gated")
+"""Runs with a state of the same kinds as those before them."""
+RUNS = [pytest.param(name, marks=pytest.mark.integration if name in OTHERS else ()) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_to_the_last_bit(tmp_path, monkeypatch, stores, tapped, mapped_store, name):
     """Stopped early, in the middle, between two epochs, and after the last step."""
     if name == "windowed":
@@ -407,7 +412,7 @@ def kill_and_resume(folder, recipe, *, kills, seed):
     assert_same(out, once)
 
 
-@pytest.mark.parametrize("name", ["dropout", "peers"])
+@pytest.mark.parametrize("name", ["dropout", pytest.param("peers", marks=pytest.mark.integration)])
 def test_killed_processes_train_the_same_students(tmp_path, stores, tapped, mapped_store, name):
     kill_and_resume(tmp_path, recipes(stores, tapped, mapped_store)[name], kills=2, seed=0)
 

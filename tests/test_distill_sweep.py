@@ -180,6 +180,7 @@ def test_fresh_students_beside_one_that_was_begun_otherwise(tmp_path, stores, mo
     assert [each["stores"][0]["reading"] for each in provenances] == ["resident", "mapped"]
 
 
+@pytest.mark.integration
 def test_a_killed_sweep_goes_on(tmp_path, methods_grid):
     students = read_grid(methods_grid)
     sweep(students, tmp_path / "whole", device=CPU, together=2)

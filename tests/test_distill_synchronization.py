@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from builders import CPU, PAIRS, PHASES, make_recipe, write_store
+from builders import CPU, PAIRS, PHASES, few_by_default, make_recipe, write_store
 from unwaited import META, Literals, Waits, WaitsForTheDevice, unwaited
 
 from coursepack.data import ViewRecipe
@@ -74,7 +74,7 @@ def watched(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITING])
+@pytest.mark.parametrize("name", few_by_default(name for name in METHODS if name not in WAITING))
 def test_a_step_reads_nothing_from_the_device(stores_of, watched, name):
     watched(recipe_of(name, stores_of))
 

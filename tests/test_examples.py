@@ -43,6 +43,7 @@ def expanded(word):
     return sorted(str(path) for path in Path().glob(word)) if "*" in word else [word]
 
 
+@pytest.mark.integration
 def test_examples_of_the_help_run_in_order(tmp_path, monkeypatch):
     lines = examples()
     assert all(line.startswith(f"{command} ") for command, of in lines.items() for line in of)
@@ -103,6 +104,7 @@ def demo(tmp_path_factory):
         return folder, run("script", ROOT / "examples" / "demo.py", "--quick")
 
 
+@pytest.mark.integration
 def test_the_demo_runs(demo):
     folder, result = demo
     assert result.returncode == 0, result.stderr
@@ -201,6 +203,7 @@ def write_images():
             file.unlink()
 
 
+@pytest.mark.integration
 def test_commands_of_pages_run_in_order(tmp_path, monkeypatch, demo):
     """In one folder, beside what the demo left, at a tiny size; `test_benchmarks.py` runs the benchmarks."""
     shutil.copytree(demo[0] / "demo", tmp_path / "demo")

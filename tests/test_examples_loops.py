@@ -56,6 +56,7 @@ def test_a_loop_of_ones_own_has_the_losses_of_the_command(tapped, method, tmp_pa
     assert told[-1]["train"]["loss"] == pytest.approx(last, rel=1e-5)
 
 
+@pytest.mark.integration
 # Lightning 2.6 itself calls what torch 2.15 deprecates.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")  # on machines with Slurm
@@ -66,6 +67,7 @@ def test_lightning_has_the_losses_of_the_command(tapped, method, tmp_path, monke
     assert example("lightning_module").train(tapped, method, epochs=3, seed=3) == wanted
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["kd", "amtml"])
 def test_the_hugging_face_trainer_has_the_losses_of_the_command(tapped, method, tmp_path, monkeypatch):
     wanted, _ = losses_of_the_command(tapped, method, 3, tmp_path / "run", monkeypatch)

@@ -234,6 +234,7 @@ def test_files_are_as_many_as_the_table_says(example, copy):
     assert len([each for each in example.additions if each.kind == "new" and each.path in code]) == 1
 
 
+@pytest.mark.integration
 @EACH
 def test_contract_and_own_tests_pass(example, outcomes):
     stem = Path(example.contract).stem

@@ -57,9 +57,17 @@ def sources(*folders):
     return found
 
 
+def statements(block):
+    """Statements of a module or another block, and those within them."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for statement in getattr(block, field, ()):
+            yield statement
+            yield from statements(statement)
+
+
 def imports_of(tree):
     """Dotted names that a module imports, in functions and under TYPE_CHECKING too."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

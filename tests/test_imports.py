@@ -134,6 +134,7 @@ print(len(names))
 """
 
 
+@pytest.mark.integration
 def test_public_names_come_when_used_and_every_module_without_flock_and_limits_of_processes():
     """Both in one process, since importing torch is what takes longest."""
     command = [sys.executable, "-W", "error::ImportWarning", "-c", WINDOWS]

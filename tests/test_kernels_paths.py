@@ -366,6 +366,7 @@ assert not [name for name in sys.modules if name.startswith("coursepack.") and "
 """
 
 
+@pytest.mark.integration
 def test_without_float16_instructions(tmp_path):
     environment = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
     result = subprocess.run(

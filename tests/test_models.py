@@ -60,7 +60,16 @@ def test_networks_differ_clearly_in_size():
     assert all(larger > 1.2 * smaller for smaller, larger in itertools.pairwise(ordered))
 
 
-@pytest.mark.parametrize("spec", [*NETWORKS, RESNET18])
+LARGE = ("resnet32x4", "resnet110", "wrn-40-2", "vgg8", "vgg11", "vgg13", RESNET18)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=pytest.mark.integration if spec in LARGE else ())
+        for spec in (*NETWORKS, RESNET18)
+    ],
+)
 def test_weights_depend_on_the_seed_alone(spec):
     torch.manual_seed(99)
     before = torch.random.get_rng_state()

@@ -192,6 +192,10 @@ STAGES = {
 }  # fmt: skip
 
 
+EACH = [name if name in STAGES else pytest.param(name, marks=pytest.mark.integration) for name in NAMES]
+"""One network of each kind by default, and the deeper and wider ones marked `integration`."""
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_parts_have_the_papers_shapes(name):
     network = build_network(name, 10)
@@ -203,7 +207,7 @@ def test_parts_have_the_papers_shapes(name):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_layer_can_be_tapped_and_the_head_is_the_last(name):
     network = build_network(name, 7)
     module = network.module
@@ -216,7 +220,7 @@ def test_every_layer_can_be_tapped_and_the_head_is_the_last(name):
     assert output.logits.shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_weight_learns_in_both_layouts(name):
     torch.manual_seed(0)
     images, labels = images_of(2), torch.tensor([0, 1])
@@ -231,7 +235,7 @@ def test_every_weight_learns_in_both_layouts(name):
         torch.testing.assert_close(other.contiguous(), ours.contiguous(), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_evaluation_does_not_depend_on_the_batch(name):
     module = lively(build_network(name, 5)).double()
     images = images_of(3).double()
@@ -242,7 +246,7 @@ def test_evaluation_does_not_depend_on_the_batch(name):
     assert float((together[0] - together[1]).abs().max()) > 1e-8
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_head_reads_the_mean_over_places_of_what_is_active(name):
     network = build_network(name, 5)
     last = blocks(lively(network))[-1]
@@ -254,7 +258,7 @@ def test_the_head_reads_the_mean_over_places_of_what_is_active(name):
     assert (float(output.features[last].min()) < 0) == (last == "norm")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_larger_images_are_taken(name):
     module = build_network(name, 5).module.eval()
     with torch.inference_mode():

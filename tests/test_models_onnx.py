@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
@@ -66,6 +65,8 @@ def tiny(seed=0):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A network of timm in a folder of transformers, and the files that torch exported from it."""
+    import timm
+
     folder = write_published(tmp_path_factory.mktemp("exported") / "hf", "timm")
     pixels = {"input_size": [3, SIDE, SIDE], "mean": PIXELS["mean"], "std": PIXELS["std"]}
     change_json(folder / "config.json", pretrained_cfg=pixels)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from published import SIDE, TEN, Trap, change_json, images_of
 from safetensors.torch import save_file
-from timm.models import save_for_hf
 
 from coursepack.errors import RecipeError, TeacherMismatch, UnknownName
 from coursepack.models import Preprocessing, Tap, TeacherRunner, load_teacher
@@ -19,6 +17,8 @@ PIXELS = {"input_size": (3, SIDE, SIDE), "mean": (0.3, 0.4, 0.5), "std": (0.2, 0
 
 def lively(name="test_resnet", classes=10, **arguments):
     """A network of timm with random weights that depend on nothing."""
+    import timm
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)
         network = timm.create_model(name, num_classes=classes, **arguments)
@@ -31,6 +31,8 @@ def lively(name="test_resnet", classes=10, **arguments):
 @pytest.fixture
 def folder(tmp_path):
     """A folder that timm wrote, with names of classes."""
+    from timm.models import save_for_hf
+
     network = lively()
     config = {"pretrained_cfg": PIXELS, "label_names": list(TEN)}
     save_for_hf(network, tmp_path / "net", model_config=config, safe_serialization=True, data_config=PIXELS)
@@ -38,6 +40,9 @@ def folder(tmp_path):
 
 
 def test_logits_equal_timms_own_pipeline(folder):
+    import timm
+    from PIL import Image
+
     network = load_teacher(f"timm:local-dir:{folder}", TEN)
     assert network.preprocessing == Preprocessing(size=SIDE, mean=PIXELS["mean"], std=PIXELS["std"])
     assert (network.spec, network.class_names) == ("timm:test_resnet", TEN)
@@ -46,8 +51,6 @@ def test_logits_equal_timms_own_pipeline(folder):
     output = TeacherRunner(network, [Tap(("layer3",))]).run(torch.from_numpy(images))
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=theirs))
-    from PIL import Image
-
     with torch.inference_mode():
         expected = theirs(torch.stack([transform(Image.fromarray(image)) for image in images]))
     assert expected.std() > 0.01
@@ -103,7 +106,7 @@ def test_published_weights_by_their_tag(monkeypatch, tmp_path):
         asked.append((name, pretrained))
         return published
 
-    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr("timm.create_model", create)
     columns = tuple(range(10))
     network = load_teacher("timm:test_resnet", TEN, weights="r160_in1k", columns=columns)
     assert asked == [("test_resnet.r160_in1k", True)]
@@ -116,7 +119,7 @@ def test_published_weights_by_their_tag(monkeypatch, tmp_path):
     def fail(name, *, pretrained):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", fail)
+    monkeypatch.setattr("timm.create_model", fail)
     text = (
         r"cannot be fetched: OSError: no route to host\. Fetch "
         r"https://huggingface\.co/timm/test_resnet\.r160_in1k/resolve/main/model\.safetensors where"

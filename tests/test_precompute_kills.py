@@ -24,6 +24,7 @@ VIEWS, BLOCK_ROWS = 2, 48
 BLOCKS = -(-1442 // BLOCK_ROWS)
 OPTIONS = {"views": VIEWS, "taps": (Tap(("hidden2",)),), "batch_size": 10, "block_rows": BLOCK_ROWS}
 
+SIGNALS = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.integration)]
 BEGINNING = ((1, "c.0"), (2, "c.0"), (1, "c.0.0"), (1, "manifest.json"))
 """Before a rename, counted from 1, onto a file of that name: of tables and the first manifest."""
 
@@ -108,14 +109,17 @@ def test_two_processes_at_once_give_the_same_bytes(tmp_path, arguments, once):
     assert_same(path, once)
 
 
-def test_a_dozen_kills_at_many_moments_give_the_same_bytes(tmp_path, arguments, once):
+@pytest.mark.parametrize(
+    ("beginning", "kills"), [(BEGINNING[-1:], 3), pytest.param(BEGINNING, 14, marks=pytest.mark.integration)]
+)
+def test_kills_at_many_moments_give_the_same_bytes(tmp_path, arguments, once, beginning, kills):
     rng = np.random.default_rng(0)
     path = tmp_path / "s.zarr"
     words, kept = ["precompute", *arguments, f"--store={path}"], {}
-    for kill in range(14):
+    for kill in range(kills):
         before = done_blocks(path)
         # The first kills fall while the store is begun, the others in the next eight blocks of 3 renames.
-        number, name = BEGINNING[kill] if kill < len(BEGINNING) else (int(rng.integers(1, 25)), None)
+        number, name = beginning[kill] if kill < len(beginning) else (int(rng.integers(1, 25)), None)
         killed = run(*words, before=partial(at_rename, number, die, name))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         done, shards = done_blocks(path), shard_identities(path)
@@ -132,7 +136,7 @@ def test_a_dozen_kills_at_many_moments_give_the_same_bytes(tmp_path, arguments, 
     assert_same(path, once)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_asked_to_stop_it_says_so_and_can_go_on(tmp_path, teacher, arguments, once, number):
     path = tmp_path / "s.zarr"
     marker = tmp_path / "held"
@@ -188,7 +192,7 @@ def test_an_interrupt_waits_for_the_batch_of_a_slow_teacher_and_no_other(tmp_pat
     assert_same(tmp_path / "s.zarr", once)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_torchrun_or_slurm_repeats_waits_for_the_batch(slow, number):
     """A rank is signalled with its launcher, and by it."""
     words, before, (marker, release, log) = slow
@@ -209,6 +213,7 @@ def test_a_signal_that_torchrun_or_slurm_repeats_waits_for_the_batch(slow, numbe
     assert log.stat().st_size == 40
 
 
+@pytest.mark.integration
 def test_a_second_interrupt_waits_for_nothing(tmp_path, slow, once):
     words, before, (marker, _, log) = slow
     with running(*words, before=before) as (process, finished):

@@ -232,6 +232,7 @@ def test_status_and_inspect_show_the_numerics(store, teacher, monkeypatch):
         ]
 
 
+@pytest.mark.integration
 def test_another_kind_of_cpu_is_told_by_the_command(store, teacher):
     """ATen's plainest instructions stand in for an older CPU."""
     words = ["run", "--teacher", f"run:{teacher}", "--source", "digits"]

@@ -11,7 +11,6 @@ import torch
 from builders import write_store, write_teacher
 from click.testing import CliRunner
 from helpers import make_job, rewrite_manifest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from coursepack.data import PRESETS, ViewRecipe, open_source
@@ -79,6 +78,8 @@ def test_nothing_overlaps_and_nothing_is_cut_off(stores, tmp_path, monkeypatch, 
     for path, store in zip(paths, stores, strict=False):
         shutil.copytree(store, path)
         rewrite_manifest(path, lambda values: values.update(class_names=list(names)))
+    from matplotlib.figure import Figure
+
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     assert inspect(*paths, "--out", tmp_path / "grid.png").exit_code == 0

@@ -68,8 +68,14 @@ def data_files(path):
     return {key: value for key, value in store_files(path).items() if "/c." in key}
 
 
-@pytest.mark.parametrize("encoding", ["float32", "int8", "topk:3", "topk16:2"])
-@pytest.mark.parametrize("fields", [{}, {"views_per_load": 2}, {"workers": 1}])
+WAYS = [
+    pytest.param(encoding, fields, marks=() if not fields or encoding == "int8" else pytest.mark.integration)
+    for fields in ({}, {"views_per_load": 2}, {"workers": 1})
+    for encoding in ("float32", "int8", "topk:3", "topk16:2")
+]
+
+
+@pytest.mark.parametrize(("encoding", "fields"), WAYS)
 def test_bytes_are_those_of_one_thread(tmp_path, teachers, encoding, fields):
     given = {**FIELDS, "encoding": encoding, "taps": (Tap(("conv2",)), Tap(("hidden",)))}
     given["source"] = random_source(230)  # the last block of a view is short, and so is its last batch

@@ -194,7 +194,9 @@ def test_channels_last_and_compile_are_numerics(tmp_path, teacher):
     assert environment(precision="bfloat16")["numerics"] == plain["numerics"], "precision is identity"
 
 
-@pytest.mark.parametrize("settings", [{"channels_last": True}, {"compiled": True}])
+@pytest.mark.parametrize(
+    "settings", [{"channels_last": True}, pytest.param({"compiled": True}, marks=pytest.mark.integration)]
+)
 def test_layout_and_compiling_change_no_more_than_the_last_bits(tmp_path, teacher, settings):
     """Also with taps, whose layers are watched while the network runs compiled."""
     taps = (Tap(("conv2",)), Tap(("hidden",)))

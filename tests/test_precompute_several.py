@@ -159,6 +159,7 @@ def test_options_that_belong_into_the_file_are_refused_beside_it(file):
 # Through torchrun.
 
 
+@pytest.mark.integration
 def test_a_killed_rank_costs_its_block_and_no_byte(tmp_path, file, alone):
     """All ranks start again; the store is the one that a single process writes."""
     dying = Path(__file__).with_name("dying_writer.py")
@@ -170,7 +171,7 @@ def test_a_killed_rank_costs_its_block_and_no_byte(tmp_path, file, alone):
     assert result.stdout.count("views committed") == 3
 
 
-@pytest.mark.parametrize("given", ["file", "options"])
+@pytest.mark.parametrize("given", ["options", pytest.param("file", marks=pytest.mark.integration)])
 def test_the_first_rank_shows_the_progress_of_all(tmp_path, file, teachers, given):
     """The other rank is slower: the first waits for it, and prints what both have written, once."""
     slow = Path(__file__).with_name("slow_writer.py")
