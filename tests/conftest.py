@@ -2,6 +2,8 @@
 
 import functools
 
+import pytest
+
 
 def pytest_configure(config):
     """Import them with all that they import, which takes seconds, where they are needed."""
@@ -9,6 +11,7 @@ def pytest_configure(config):
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Of two workers, give one all files that fork processes: the server of its forks takes 5 s to start."""
     if config.getoption("dist") != "loadfile" or config.getoption("numprocesses") > 2:
