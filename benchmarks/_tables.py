@@ -308,7 +308,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss errors": partial(
         pivot, "loss", r"largest error of the (?P<line>.+) / bound, (?P<column>T=\d+)", "largest error"
     ),
-    "loss also": partial(listed, "loss", r"(soft_targets|teacher_stats) / .*|first call.*"),
+    "loss also": partial(listed, "loss", r"(soft_targets|teacher_stats|reverse_kl|js|mse) / .*|first call.*"),
     "train steps": partial(pivot, "train", r"step: (?P<line>.+), (?P<column>.+)", "ms per step"),
     "train epochs": partial(
         pivot, "train", r"epoch: (?P<line>.+), (?P<column>.+)", "epoch / plain epoch", EPOCHS, THOUSANDTHS

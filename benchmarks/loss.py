@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -77,8 +78,10 @@ def naive(student_logits: Tensor, teachers: Tensor) -> Tensor:
     return F.kl_div(log_probs, probs, reduction="none").sum(1).mul(TEMPERATURE**2).mean()
 
 
-def ours(student_logits: Tensor, teachers: Any) -> Tensor:
-    return soft_target_loss(student_logits, teachers, temperature=TEMPERATURE, reduction="mean")
+def ours(student_logits: Tensor, teachers: Any, divergence: str = "kl") -> Tensor:
+    return soft_target_loss(
+        student_logits, teachers, temperature=TEMPERATURE, divergence=divergence, reduction="mean"
+    )
 
 
 def analytic(student_logits: Tensor, teachers: Any) -> Tensor:
@@ -244,6 +247,41 @@ def companions(size: Size) -> list[Row]:
     return result + [row(f"{a} / in torch", ratios(seconds, a, b), "ratio", config) for a, b in both]
 
 
+def divergences(size: Size) -> list[Row]:
+    """Measure the other divergences, compiled and as a direct implementation in torch."""
+    rows, classes, count = size.encoded[0]
+    cold = Cold(rows, classes, count, size.cold_bytes)
+    direct = {"reverse_kl": naive_reverse_kl, "js": naive_js, "mse": naive_mse}
+    variants = {}
+    for name, function in direct.items():
+        variants[name] = cold.step(partial(ours, divergence=name))
+        variants[f"{name} in torch"] = cold.step(function)
+    config = {"N": rows, "C": classes, "K": count, "threads": 1}
+    seconds = alternate(variants, size.rounds)
+    result = [row(name, [1e6 * s for s in values], "us", config) for name, values in seconds.items()]
+    return result + [
+        row(f"{name} / in torch", ratios(seconds, name, f"{name} in torch"), "ratio", config)
+        for name in direct
+    ]
+
+
+def naive_reverse_kl(student_logits: Tensor, teachers: Tensor) -> Tensor:
+    log_p = torch.softmax(teachers.float() / TEMPERATURE, dim=2).mean(0).log()
+    log_q = torch.log_softmax(student_logits / TEMPERATURE, dim=1)
+    return (log_q.exp() * (log_q - log_p)).sum(1).mul(TEMPERATURE**2).mean()
+
+
+def naive_js(student_logits: Tensor, teachers: Tensor) -> Tensor:
+    p = torch.softmax(teachers.float() / TEMPERATURE, dim=2).mean(0)
+    q = torch.softmax(student_logits / TEMPERATURE, dim=1)
+    log_m = ((p + q) / 2).log()
+    return (p * (p.log() - log_m) + q * (q.log() - log_m)).sum(1).mul(TEMPERATURE**2 / 2).mean()
+
+
+def naive_mse(student_logits: Tensor, teachers: Tensor) -> Tensor:
+    return F.mse_loss(student_logits, teachers.float().mean(0))
+
+
 def without_numba(run: Callable[[], None]) -> Callable[[], None]:
     def other() -> None:
         with mock.patch.object(dispatch, "NUMBA_IS_INSTALLED", False):
@@ -358,6 +396,7 @@ def main() -> None:
                 rows += encoded(cell, threads, size)
     with Threads(1):
         rows += companions(size)
+        rows += divergences(size)
     if not chosen.quick:
         rows += first_call()
     with Threads(2):

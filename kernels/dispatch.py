@@ -64,7 +64,6 @@ Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]
 RULES: tuple[Rule, ...] = (
     (ANALYTIC, "not on the CPU", lambda _, call: call.device.type != "cpu"),
     (ANALYTIC, "computes in float64", lambda _, call: call.dtype == torch.float64),
-    (ANALYTIC, "no kernel for this divergence", lambda _, call: call.spec.divergence != "kl"),
     (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.teachers)),
     (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
     (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),

@@ -1,5 +1,7 @@
 """Divergences other than KL(teachers || student), in torch operations for any device.
 
+On the CPU, `cpu.jit_divergences` computes the same.
+
 With x = z / T, q = softmax(x), and as target t either the mixture sum_k w_k X_k or each teacher's X_k, where
 X_k are its softened and adjusted probabilities P_k, or for "mse" its logits over its temperature:
 

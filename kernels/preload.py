@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LOSS = ("jit_loss", "jit_mixture", "jit_stats")
 """Modules of the fused loss and of the mixture and statistics of teachers."""
+DIVERGENCES = ("jit_divergences", "jit_mixture", "jit_stats")
+"""Modules of the same with divergences other than KL."""
 ANGLES, HINTS = ("jit_angles",), ("jit_regression",)
 """Modules of the angle loss, and of hints."""
 PACKAGE = "coursepack.kernels.cpu"
@@ -35,7 +37,7 @@ def preload(modules: Iterable[str]) -> threading.Thread | None:
     Returns:
         The thread, or None if there is nothing to do.
     """
-    names = [f"{PACKAGE}.{name}" for name in modules]
+    names = [f"{PACKAGE}.{name}" for name in dict.fromkeys(modules)]
     missing = [name for name in names if name not in sys.modules]
     if not missing or not dispatch.NUMBA_IS_INSTALLED:
         return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from contracts import (
     COMBINATIONS,
+    LOSSES,
+    analytic_loss,
     assert_agrees,
     assert_nan_stays_in_its_row,
     assert_row_of_weight_zero_is_not_read,
@@ -16,11 +20,13 @@ from contracts import (
     run_loss,
 )
 from reference.loss import soft_target_loss as reference_loss
+from test_kernels_paths import KINDS
 
 from coursepack.kernels import describe, soft_target_loss
 
 OTHERS = ("reverse_kl", "js", "mse")
-BOTH = pytest.mark.parametrize("loss", [soft_target_loss, plain_loss], ids=["analytic", "plain"])
+BOTH = pytest.mark.parametrize("loss", [soft_target_loss, plain_loss], ids=["public", "plain"])
+EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 EVERY = pytest.mark.parametrize("divergence", OTHERS)
 EVERY_COMBINATION = pytest.mark.parametrize("combine", COMBINATIONS)
 
@@ -39,22 +45,49 @@ def test_everything_at_once(loss, divergence, combine, classes):
     assert_agrees(loss, case_of(divergence, combine, classes=classes))
 
 
+@EVERY_LOSS
 @EVERY
 @EVERY_COMBINATION
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
-def test_float32(divergence, combine, temperature):
+def test_float32(loss, divergence, combine, temperature):
     case = make_case(3, 50, 3, 6, torch.float32, divergence=divergence, combine=combine)
     weights = torch.linspace(0.1, 1.4, 18).reshape(6, 3)
     case = case.with_options(temperature=temperature, hard_weight=0.3, weights=weights)
+    assert_agrees(loss, case, precision=2e-6)
+
+
+@EVERY
+@EVERY_COMBINATION
+@pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 1100])
+def test_everything_at_once_in_the_kernel(divergence, combine, classes):
+    case = case_of(divergence, combine, torch.float32, classes)
+    assert describe(case.student, case.teachers, case.labels, **case.options).path == "kernel"
     assert_agrees(soft_target_loss, case, precision=2e-6)
+
+
+@EVERY
+@EVERY_COMBINATION
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [17, 129])
+def test_every_kind_of_rows(divergence, combine, kind, classes):
+    case = make_case(4, classes, 1, 5, torch.float32, divergence=divergence, combine=combine)
+    teachers = [KINDS[kind](5, classes), case.teachers[0]]
+    case = replace(case, teachers=teachers).with_options(
+        temperature=2.0, hard_weight=0.4, weights=torch.linspace(0.2, 1.3, 10).reshape(5, 2)
+    )
+    got, want = run_loss(soft_target_loss, case), run_loss(analytic_loss, case)
+    for part in ("loss", "grad_student", "grad_weights"):
+        torch.testing.assert_close(getattr(got, part), getattr(want, part), rtol=2e-5, atol=2e-5)
 
 
 @BOTH
 @EVERY
 @EVERY_COMBINATION
-def test_contract_of_rows(loss, divergence, combine):
-    case = make_case(20, 33, 3, 5, torch.float32, divergence=divergence, combine=combine, hard_weight=0.2)
-    case = case.with_options(weights=torch.linspace(0.1, 1.5, 15).reshape(5, 3), temperature=2.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_of_rows(loss, divergence, combine, dtype):
+    case = make_case(20, 33, 3, 5, dtype, divergence=divergence, combine=combine, hard_weight=0.2)
+    weights = torch.linspace(0.1, 1.5, 15, dtype=dtype).reshape(5, 3)
+    case = case.with_options(weights=weights, temperature=2.0)
     if divergence != "mse":  # there a NaN reaches the gradient of its own class only
         assert_nan_stays_in_its_row(loss, case, row=2)
     assert_row_of_weight_zero_is_not_read(loss, case, row=2)
@@ -143,6 +176,18 @@ def test_impossible_classes_give_finite_answers(divergence):
 
 
 @EVERY
-def test_they_are_computed_in_torch_and_say_so(divergence):
-    choice = describe(torch.zeros(2, 3), torch.zeros(1, 2, 3), divergence=divergence)
-    assert (choice.path, choice.reason) == ("analytic", "no kernel for this divergence")
+@EVERY_COMBINATION
+def test_threads_do_not_change_a_bit(divergence, combine):
+    case = make_case(5, 700, 3, 97, torch.float32, divergence=divergence, combine=combine)
+    case = case.with_options(weights=torch.rand(97, 3, generator=torch.Generator().manual_seed(0)))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert describe(case.student, case.teachers, case.labels, **case.options).threads == count
+            results.append(run_loss(soft_target_loss, case))
+    finally:
+        torch.set_num_threads(before)
+    for part in ("loss", "grad_student", "grad_weights"):
+        assert torch.equal(*(getattr(result, part) for result in results))

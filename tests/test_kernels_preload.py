@@ -78,6 +78,12 @@ def test_a_run_prepares_what_its_objective_calls(method, modules):
         assert importlib.util.find_spec(f"{preload.PACKAGE}.{name}")
 
 
+def test_a_run_prepares_its_divergence():
+    recipe = make_recipe(method="kd")
+    other = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"divergence": "js"})})
+    assert start.compiled_modules(other, torch.device("cpu")) == [*preload.DIVERGENCES]
+
+
 def test_a_run_starts_the_thread(stores, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(start, "preload", lambda modules: seen.append(set(modules)))

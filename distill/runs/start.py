@@ -27,7 +27,7 @@ from coursepack.distill.training.checkpoint import (
 from coursepack.distill.training.group import make_group
 from coursepack.distill.training.loop import new_metrics, teachers_read
 from coursepack.errors import RunError
-from coursepack.kernels.preload import ANGLES, HINTS, LOSS, preload
+from coursepack.kernels.preload import ANGLES, DIVERGENCES, HINTS, LOSS, preload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,9 +164,10 @@ def compiled_modules(recipe: TrainRecipe, device: torch.device) -> list[str]:
         return []
     objectives = [member.objective for member in recipe.members()]
     terms = {term.term for objective in objectives for term in objective.all_terms().values()}
-    fuses = any(objective.needs().fused for objective in objectives)
+    divergences = {objective.divergence for objective in objectives if objective.needs().fused}
     return [
-        *(LOSS if fuses else ()),
+        *(LOSS if "kl" in divergences else ()),
+        *(DIVERGENCES if divergences - {"kl"} else ()),
         *(ANGLES if "angle" in terms else ()),
         *(HINTS if "hint" in terms else ()),
     ]

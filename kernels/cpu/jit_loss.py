@@ -12,19 +12,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, float64, njit, types
-from coursepack.kernels.cpu.jit_call import each_row, float_at, label_at, temperature_at, weight_at
-from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_bfloat16, write_float32, write_half
-from coursepack.kernels.cpu.jit_math import LOG2_E, load, store
-from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, scale, weight_slopes
+from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, types
+from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
+from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
+from coursepack.kernels.cpu.jit_math import load, store
+from coursepack.kernels.cpu.jit_row import row_function
+from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
 from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
     inverse_temperature,
     prefetch_row,
-    read_dense,
     teacher_exponentials,
 )
-from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32
 
 
 @njit
@@ -107,56 +106,7 @@ def soft_part(
     return squared * (weight_sum * each + x_log_x(weight_sum))
 
 
-@njit
-def hard_part(call: Any, n: int, factor: float, top: float, logits: int, out: int, spare: int) -> float:
-    """Return `factor` times the cross-entropy of one row to its labels and add its gradient to `out`."""
-    length = lots(call.classes + LOT - 1)
-    total = exponentials(logits, top, float32(LOG2_E), spare, length)
-    lam = float_at(call.lam, n, 1.0)
-    result = 0.0
-    share_sum = 0.0
-    for part in range(2):
-        start, share = (call.labels, lam) if part == 0 else (call.second, 1 - lam)
-        label = label_at(start, n, call.ignore_index)
-        if label >= 0 and share != 0:
-            result += share * (math.log(total) - (float64(load(logits, label)) - top))
-            store(out, label, load(out, label) - float32(factor * share))
-            share_sum += share
-    add_scaled(spare, float32(factor * share_sum / total), out, length)
-    return factor * result
-
-
-@njit(inline="always")
-def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
-    """Compute the loss and gradients of one row."""
-    classes = call.classes
-    length = lots(classes + LOT - 1)
-    logits, out, rest = scratch, scratch + 4 * length, scratch + 8 * length
-    row_weight = float_at(call.row_weight, n, 1.0)
-    if call.grad_weights and (row_weight == 0 or call.soft_weight == 0):
-        fill(call.grad_weights, n * call.teachers, (n + 1) * call.teachers, float32(0))
-    if row_weight == 0 or call.soft_weight == 0:
-        fill(out, 0, length, float32(0))
-    value = 0.0
-    if row_weight != 0:
-        top = read_dense(call.student_kind, call.student, n * call.student_stride, classes, logits)
-        prefetch_row(call.student_kind, call.student, (n + 1) * call.student_stride, classes)
-        if call.soft_weight != 0:
-            value = soft_part(call, teachers, n, row_weight * call.soft_weight, top, logits, out, rest)
-        if call.hard_weight != 0:
-            value += hard_part(call, n, row_weight * call.hard_weight, top, logits, out, rest)
-    store(call.loss, n, float32(value))
-    index = n * classes
-    if not call.grad:
-        return
-    if call.grad_scale != 1:
-        scale(out, float32(call.grad_scale), length)
-    if call.student_kind == FLOAT32:
-        write_float32(out, call.grad + 4 * index, classes)
-    elif call.student_kind == FLOAT16:
-        write_half(out, call.grad + 2 * index, classes)
-    else:
-        write_bfloat16(out, call.grad + 2 * index, classes)
+one_row = row_function(soft_part)
 
 
 def _entry(sources: int) -> Any:

@@ -22,7 +22,7 @@ from coursepack.kernels.cpu.jit_convert import (
 from coursepack.kernels.cpu.jit_int4 import read_int4
 from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
 from coursepack.kernels.cpu.jit_packed import packed_exponentials, read_packed
-from coursepack.kernels.cpu.jit_softmax import exponentials
+from coursepack.kernels.cpu.jit_softmax import exponentials, scale
 from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT4, INT8, NONE, PACKED, SHIFT, SMOOTH, TOPK
 
 LARGEST = 1.0e30
@@ -169,6 +169,43 @@ def topk_exponentials(
 
 
 @njit
+def swap_with_top(logits: int, label: int, top: float, classes: int) -> None:
+    """Swap the logits of a label and of the top class, which swaps their probabilities.
+
+    Ties for the top go to the lowest class.
+    """
+    first = 0
+    while first < classes - 1 and load(logits, first) != top:
+        first += 1
+    at_label = load(logits, label)
+    store(logits, label, load(logits, first))
+    store(logits, first, at_label)
+
+
+@njit
+def teacher_logits(
+    teacher: Any, n: int, label: int, classes: int, length: int, temperature: float, spare: int, out: int
+) -> None:
+    """Write the adjusted logits of a teacher row over its temperature, padded with 0.
+
+    Args:
+        teacher: its record, without the adjustment SMOOTH, which makes probabilities.
+        n: the row.
+        label: its class id, or -1 where it has none that counts.
+        classes: C.
+        length: C in whole lots.
+        temperature: T of this teacher and row.
+        spare: a row of scratch.
+        out: a row for the result.
+    """
+    top = read_row(teacher, n, classes, length, temperature, spare, out)
+    if teacher.adjustment == SHIFT and label >= 0 and load(out, label) < top:
+        swap_with_top(out, label, top, classes)
+    fill(out, classes, length, float32(0))
+    scale(out, float32(inverse_temperature(temperature)), length)
+
+
+@njit
 def teacher_exponentials(
     teacher: Any,
     n: int,
@@ -202,13 +239,7 @@ def teacher_exponentials(
     top = read_row(teacher, n, classes, length, temperature, out, logits)
     wrong = adjusts and load(logits, label) < top
     if wrong and teacher.adjustment == SHIFT:
-        # Swapping two logits swaps their probabilities. Ties for the top go to the lowest class.
-        first = 0
-        while first < classes - 1 and load(logits, first) != top:
-            first += 1
-        at_label = load(logits, label)
-        store(logits, label, load(logits, first))
-        store(logits, first, at_label)
+        swap_with_top(logits, label, top, classes)
     total = exponentials(logits, top, factor, out, length)
     if wrong and teacher.adjustment == SMOOTH:
         fill(out, 0, classes, float32(smoothing / classes))

@@ -15,6 +15,8 @@ FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK, PACKED, INT4 = range(7)
 """Storage kinds of a row."""
 NONE, SHIFT, SMOOTH = range(3)
 """Adjustments of a wrong teacher, in the order of `spec.ADJUSTMENTS`."""
+KL, REVERSE_KL, JENSEN_SHANNON, SQUARED_ERROR = range(4)
+"""Divergences, in the order of `spec.DIVERGENCES`."""
 
 _CALL = {
     "rows": "q",
@@ -42,6 +44,7 @@ _CALL = {
     "weights_row": "q",
     "weights_column": "q",
     "weights_bytes": "q",  # 8: float64, always on the CPU; 4: float32
+    "divergence": "q",
     "combine": "q",  # 0 mixture, 1 sum
     "soft_weight": "d",
     "hard_weight": "d",

@@ -57,7 +57,7 @@ def evaluate(
     grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
     kept = call.teacher_count if wants_weights and call.spec.combine == "mixture" else 0
     _launch(
-        "jit_loss",
+        "jit_loss" if call.spec.divergence == "kl" else "jit_divergences",
         call,
         weights,
         student,

@@ -12,7 +12,7 @@ from coursepack.kernels.int4 import Int4Rows
 from coursepack.kernels.labels import MixedLabels
 from coursepack.kernels.packed import PackedTopKRows
 from coursepack.kernels.rows import DenseRows, Int8Rows, TopKRows
-from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS
+from coursepack.kernels.spec import ADJUSTMENTS, COMBINATIONS, DIVERGENCES
 
 if TYPE_CHECKING:
     from coursepack.kernels.rows import Rows
@@ -75,6 +75,7 @@ def pack(
             *where,
             address(weights),
             *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
+            DIVERGENCES.index(spec.divergence),
             COMBINATIONS.index(spec.combine),
             spec.soft_weight,
             spec.hard_weight,
