@@ -81,13 +81,12 @@ def _floor() -> Any:
             total ^= load_uint32(values, c)
         return total
 
-    # Called with the arguments that the functions of `_exponentials` need.
     @njit
-    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001
+    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
         copy(row, out, classes)
 
     @njit
-    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001
+    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
         store(out, 0, np.float32(add_up(row, classes // 2)))
 
     return _each_row(of_student, of_teacher)

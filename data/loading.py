@@ -53,7 +53,7 @@ class Renderer:
         workers: int | None = None,
         start_method: str | None = None,
         pin: bool = False,
-        background: bool = False,
+        background: bool | None = None,
     ) -> None:
         """Create the renderer. Workers start with the first batch and stay alive for all epochs.
 
@@ -67,8 +67,9 @@ class Renderer:
             start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to `spawn` for
                 sources in buckets, whose client hangs in forks, else to the platform's method.
             pin: return pixels in pinned memory, for asynchronous copies to a GPU.
-            background: render images in memory in a thread even if the view does not change pixels, instead
-                of at their first use.
+            background: where there are no processes, render in a thread (True) or in the one that asks for
+                the next batch (False). By default in a thread if the view changes pixels after geometry and
+                color, else at the first use of the pixels.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -77,11 +78,13 @@ class Renderer:
         )
         self.sizes = tuple(sizes)
         self._pin = pin
+        changes_pixels = bool(recipe.pixel_ops or recipe.mix)
         self._uses_thread = (
             self.workers == 0
             and recipe.pipeline is None
-            and (background or bool(recipe.pixel_ops or recipe.mix))
+            and (changes_pixels if background is None else background)
         )
+        self._renders_at_once = background is False
         self._is_in_memory = _is_in_memory(source)
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._requests = _Requests()
@@ -103,7 +106,9 @@ class Renderer:
         """Yield the batches with their pixels rendered in advance."""
         if self._loader is not None:
             return self._by_workers(batches)
-        return self._by_thread(batches) if self._uses_thread else (batch for batch in batches)
+        if self._uses_thread:
+            return self._by_thread(batches)
+        return (self._fill(batch) if self._renders_at_once else batch for batch in batches)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Call a function that reads the source, and return its future result.
@@ -112,9 +117,10 @@ class Renderer:
         samples in this process is used by one thread at a time: the function runs in the thread that
         renders, or at once where batches are rendered at their first use.
         """
-        if self.workers or self._uses_thread:
-            alone = not self.workers and not self._is_in_memory
-            return self._thread("render" if alone else "read").submit(work)
+        if self.workers or self._is_in_memory:
+            return self._thread("read").submit(work)
+        if self._uses_thread:
+            return self._thread("render").submit(work)
         done: Future[T] = Future()
         try:
             done.set_result(work())

@@ -266,8 +266,8 @@ def finite_rows(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _finite_rows(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
-        # Adding on the CPU takes a tenth of the time of isfinite. A sum that is finite has finite terms;
-        # one that is not may have overflowed.
+        # torch adds much faster than it tests every value. A sum that is finite has finite terms; one that
+        # is not may have overflowed.
         finite = torch.isfinite(values.sum(1))
         if finite.all():
             return finite

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOT, LOT_SECONDS = 4, 0.1
+"""Maximum number of items that are handed over together, and seconds after which fewer are.
+
+A thread that is woken competes with the one that woke it, for cores and for the interpreter.
+"""
+
 
 @dataclass(frozen=True)
 class _End:
@@ -26,7 +34,8 @@ class _End:
 class Ahead(Generic[T]):
     """Items of a generator that a thread advances; an error in it is raised after the items before it.
 
-    A context manager: leaving it ends the thread after its current item.
+    Items that come quickly are handed over several at a time. A context manager: leaving it ends the thread
+    after its current item.
     """
 
     def __init__(self, name: str, items: Generator[T], most: int, threads: int) -> None:
@@ -35,28 +44,34 @@ class Ahead(Generic[T]):
         Args:
             name: end of the thread's name.
             items: the generator, advanced and closed in the thread.
-            most: maximum number of items that exist at a time, the one in use included.
+            most: maximum number of items that exist at a time, those in use included.
             threads: number of torch threads in the thread.
         """
         self._items = items
-        self._threads = threads
+        self._most, self._threads = most, threads
         self._free = threading.Semaphore(most)
         """Counts the items that may still be begun."""
         self._stopped = threading.Event()
-        self._queue: SimpleQueue[T | _End] = SimpleQueue()
+        self._queue: SimpleQueue[deque[T] | _End] = SimpleQueue()
+        self._lot: deque[T] = deque()
+        """Items that are not handed over yet."""
+        self._handed_over = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"coursepack-{name}", daemon=True)
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the items; each counts as in use until the next one is requested."""
-        while not isinstance(item := self._queue.get(), _End):
-            yield item
-            self._free.release()
-        if item.error is not None:
-            raise item.error
+        """Yield the items; they count as in use until one that was handed over later is requested."""
+        while not isinstance(lot := self._queue.get(), _End):
+            count = len(lot)
+            while lot:
+                yield lot.popleft()
+            self._free.release(count)
+        if lot.error is not None:
+            raise lot.error
 
     def allow(self, more: int) -> None:
         """Raise the maximum number of items."""
         if more > 0:
+            self._most += more
             self._free.release(more)
 
     @property
@@ -65,7 +80,7 @@ class Ahead(Generic[T]):
         return self._stopped.is_set()
 
     def stop(self) -> None:
-        """End the thread after its current item, and the iteration at once, without waiting."""
+        """End the thread after its current item, and the iteration after the items that it has."""
         self._stopped.set()
         self._free.release()
         self._queue.put(_End())
@@ -75,14 +90,30 @@ class Ahead(Generic[T]):
         try:
             use_threads(self._threads)
             with closing(self._items) as items:
-                while self._free.acquire() and not self.is_stopped:
+                while self._may_begin():
                     try:
-                        self._queue.put(next(items))
+                        self._lot.append(next(items))
                     except StopIteration:
                         break
+                    waited = time.monotonic() - self._handed_over
+                    if len(self._lot) >= min(LOT, self._most // 2) or waited > LOT_SECONDS:
+                        self._hand_over()
         except BaseException as error:
             end = _End(error)
+        self._hand_over()
         self._queue.put(end)
+
+    def _may_begin(self) -> bool:
+        """Wait until one more item may exist; returns False after `stop`."""
+        if not self._free.acquire(blocking=False):
+            self._hand_over()
+            self._free.acquire()
+        return not self.is_stopped
+
+    def _hand_over(self) -> None:
+        if self._lot:
+            self._queue.put(self._lot)
+        self._lot, self._handed_over = deque(), time.monotonic()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -228,8 +228,6 @@ def _rendered(
 
     with closing(renderer.ahead(wanted())) as rendered:
         for batch in rendered:
-            for size in renderer.sizes:
-                batch.pixels(size)  # renders what is not rendered ahead
             yield begun.popleft(), batch
     if errors:
         raise errors[0]

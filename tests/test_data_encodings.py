@@ -72,6 +72,17 @@ def test_equal_values(spec, value):
     contract.check_values(spec, np.full((3, 120), value, dtype=np.float32))
 
 
+@EACH_CASE
+@pytest.mark.parametrize("change", ["read-only", "strided"])
+def test_memory_of_any_kind_is_encoded(spec, row_shape, change):
+    values = normal((12, *row_shape))
+    given = values[::2]
+    if change == "read-only":
+        given = given.copy()
+        given.flags.writeable = False
+    contract.check_values(spec, given)
+
+
 def test_float32_is_exact_everywhere():
     edges = [0.0, -0.0, 1e-45, 3.4028235e38, -3.4028235e38, 1e-38, 65520.0]
     values = np.array([edges], dtype=np.float32)

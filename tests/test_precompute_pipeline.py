@@ -12,7 +12,6 @@ from helpers import file_identities, make_job, random_source, store_files
 
 from coursepack.data.batches import Batch
 from coursepack.data.encodings import parse_encoding
-from coursepack.data.loading import Renderer
 from coursepack.data.store import StoreWriter, load_manifest
 from coursepack.data.store import writer as writer_module
 from coursepack.data.store.block import BlockFiles
@@ -109,19 +108,19 @@ def test_the_teacher_runs_on_the_next_block_while_one_is_written(tmp_path, teach
 def test_views_are_rendered_while_the_teacher_runs(tmp_path, teacher, monkeypatch):
     job = make_job(tmp_path / "s.zarr", teacher, **FIELDS)
     rendered, third = [], threading.Event()
-    fill = Renderer._fill
+    render_all = Batch.render_all
 
-    def filled(self, batch):
-        rendered.append(len(batch))
+    def noting(self, sizes):
+        rendered.append(len(self))
         if len(rendered) == 3:
             third.set()
-        return fill(self, batch)
+        return render_all(self, sizes)
 
     def run(forward, pixels):
         assert third.wait(PATIENCE), "the renderer waits for the teacher"
         return forward(pixels)
 
-    monkeypatch.setattr(Renderer, "_fill", filled)
+    monkeypatch.setattr(Batch, "render_all", noting)
     run_job(job_with(job, run), quiet=True)
 
 
@@ -262,7 +261,7 @@ def test_only_the_teacher_computes_in_several_threads(tmp_path, teacher, monkeyp
     run_job(job_with(job, note("teacher", lambda run, pixels: run(pixels))), quiet=True)
     assert found == {
         ("record", "read_0"): {1},
-        ("views", "render_0"): {1},
+        ("views", "views"): {1},
         ("teacher", "forward"): {3},
         ("write", "MainThread"): {1},
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 from coursepack.errors import EncodingRange
 
@@ -83,6 +84,11 @@ class Encoding(Protocol):
         Raises:
             ValueError: the components hold values that the encoding never writes.
         """
+
+
+def tensor_of(values: NDArray[Any]) -> Tensor:
+    """Return a tensor of the values, in the array's memory unless that is strided or read-only."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
 def flat_rows(values: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range, flat_rows, within
+from coursepack.data.encodings.base import Component, check_range, flat_rows, tensor_of, within
 from coursepack.kernels import DenseRows
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Dense:
     ) -> dict[str, NDArray[Any]]:
         """Round to the stored type, half to even."""
         dtype: torch.dtype = getattr(torch, self.name)
-        exact = torch.from_numpy(np.ascontiguousarray(values))
+        exact = tensor_of(values)
         rounded = exact.to(dtype, copy=True)
         limit = torch.finfo(dtype).max
         low, high = exact.aminmax() if exact.numel() else (0.0, 0.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range
+from coursepack.data.encodings.base import Component, check_range, tensor_of
 from coursepack.data.encodings.int8 import LIMIT, rounded
 from coursepack.data.encodings.topk import check_topk, kept_classes, log_masses
 from coursepack.errors import RecipeError
@@ -77,7 +77,7 @@ class PackedTopK:
         """Keep the k largest logits; a label that is to be kept and is not there replaces the smallest."""
         self.components(values.shape[1:])
         check_range(values, ~(np.abs(values) <= LIMIT), samples, self.name, LIMIT)
-        logits = torch.from_numpy(np.ascontiguousarray(values))
+        logits = tensor_of(values)
         ids = kept_classes(logits, self.k, labels if self.label else None).sort(1).values
         gaps = (logits.amax(1, keepdim=True).double() - logits.gather(1, ids)).numpy()
         span = rounded(gaps.max(1, initial=0), np.inf)
@@ -119,7 +119,7 @@ class PackedTopK:
         least = -np.sort(-values, axis=1)[:, self.k - 1]
         lowest = np.sort(kept, axis=1)[:, 1 if self.label else 0]
         chosen = lowest >= least - 2 * tolerance[:, 0]
-        logits = torch.from_numpy(np.ascontiguousarray(values))
+        logits = tensor_of(values)
         masses = log_masses(logits, torch.from_numpy(ids), PACKED_TAIL_TEMPERATURES).numpy()
         # The mass changes with the dropped logits and with the row's maximum.
         bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * tolerance

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from coursepack.data.encodings.base import Component, check_range, within
+from coursepack.data.encodings.base import Component, check_range, tensor_of, within
 from coursepack.errors import RecipeError
 from coursepack.kernels import TopKRows
 from coursepack.kernels.rows import TAIL_TEMPERATURES
@@ -69,7 +69,7 @@ class TopK:
         """Keep the k largest logits; if the label is not among them, it replaces the smallest."""
         lost = np.abs(values) > _LIMIT
         check_range(values, lost, samples, self.name, _LIMIT)
-        logits = torch.from_numpy(np.ascontiguousarray(values))
+        logits = tensor_of(values)
         ids = kept_classes(logits, self.k, labels)
         dtype = self.components(values.shape[1:])["ids"].dtype
         return {
@@ -98,7 +98,7 @@ class TopK:
         second_lowest = np.sort(kept, axis=1)[:, 1]
         chosen: NDArray[np.bool_] = second_lowest >= least - 2 * tolerance[:, 0]
         distinct: NDArray[np.bool_] = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
-        logits = torch.from_numpy(np.ascontiguousarray(values))
+        logits = tensor_of(values)
         masses = log_masses(logits, torch.from_numpy(ids), TAIL_TEMPERATURES).numpy()
         # The mass changes with the dropped logits and with the row's maximum.
         bound = 2.0**-11 * np.abs(masses) + 2.0**-25 + 2 * tolerance
