@@ -132,15 +132,6 @@ class Parts:
             writer.commit()
             return time.perf_counter() - started
 
-    def side_by_side(self) -> None:
-        """Do all three at the same time, in threads that hand nothing to each other."""
-        threads = [threading.Thread(target=part) for part in (self.render, self.write)]
-        for thread in threads:
-            thread.start()
-        self.forward()
-        for thread in threads:
-            thread.join()
-
 
 def slow_add(self: BlockFiles, values: Mapping[str, NDArray[np.float32]]) -> None:
     """Add rows of a block after one and a half times the time of a forward pass."""

@@ -5,11 +5,10 @@
 A throughput is that of writing a store from rendered pixels, from the first batch to the last commit, over
 that of forward passes alone, which alternate with it in this process. The simulated device is a teacher that
 sleeps 10 ms for a batch without holding the interpreter. Its parts (rendering all views, running the teacher
-on rendered batches, encoding and writing all outputs with their records) are timed alone, side by side in
-threads that hand nothing to each other, and together in the pipeline. The times side by side and together
-are divided by the longest of the three in the same round. Memory is peak anonymous memory
+on rendered batches, encoding and writing all outputs with their records) are timed alone and together in the
+pipeline, whose time is divided by the longest of the three in the same round. Memory is peak anonymous memory
 (RssAnon) above that of a process that has written a small store, the median of three processes. A full run
-takes about 30 minutes on two idle cores.
+takes about 35 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -149,7 +148,6 @@ def simulation(size: Size) -> list[Row]:
             "render": parts.render,
             "forward": parts.forward,
             "write": parts.write,
-            "side by side": parts.side_by_side,
             "together": partial(written, job),
         }
         config = {
@@ -169,15 +167,8 @@ def simulation(size: Size) -> list[Row]:
             times = [
                 row(title(part), [1000 * s for s in values], "ms", config) for part, values in seconds.items()
             ]
-            shares = {
-                which: [each / part for each, part in zip(seconds[which], longest, strict=True)]
-                for which in ("side by side", "together")
-            }
-            return [
-                *times,
-                row(title("side by side / longest part"), shares["side by side"], "ratio", config),
-                row(title("time / longest part"), shares["together"], "ratio", config, "<= 1.1"),
-            ]
+            shares = [each / part for each, part in zip(seconds["together"], longest, strict=True)]
+            return [*times, row(title("time / longest part"), shares, "ratio", config, "<= 1.1")]
 
         with Threads(1):  # threads that wait for the next operation would take the cores of other parts
             found += measure(variants, rounds, rows_of, patience=size.patience)
