@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ CODE_BITS = 6
 LARGEST_CODE = (1 << CODE_BITS) - 1
 PACKED_TAIL_TEMPERATURES = (1.0, 4.0)
 """Temperatures at which `PackedTopKRows` stores the mass of the dropped classes."""
-_ONE = np.ones(1, dtype=np.float32)
+_ONE = torch.ones(1)
 
 
 def low_bits(classes: int, kept: int) -> int:
@@ -144,14 +143,18 @@ class PackedTopKRows:
     def _decode_cpu(self, temperature: Tensor | None, out: Tensor) -> Tensor:
         from coursepack.kernels.cpu.jit_packed import packed_decode
 
-        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).contiguous().numpy()
+        entries, scale = self.entries.contiguous(), self.scale.contiguous()
+        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).contiguous()
         sound = packed_decode(
-            self.entries.contiguous().numpy(),
-            self.scale.contiguous().numpy().view(np.uint16),
+            entries.data_ptr(),
+            scale.data_ptr(),
+            inverse.data_ptr(),
+            0 if temperature is None else 1,
+            out.data_ptr(),
+            *out.shape,
+            entries.shape[1],
             self.kept,
             self.low_bits,
-            inverse,
-            out.numpy(),
         )
         if not sound:
             self.check()

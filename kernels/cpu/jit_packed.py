@@ -49,9 +49,11 @@ def field(start: int, size: int, position: int, width: int) -> int:
     return (word >> (position - 8 * byte)) & ((int64(1) << width) - 1)
 
 
-@njit
-def place(start: int, size: int, kept: int, classes: int, low: int, table: int, out: int) -> float:
-    """Write `table[code]` to `out` at every kept class; return the sum, or NaN if the ids are not sound.
+@njit(forceinline=True)
+def place(
+    start: int, size: int, kept: int, classes: int, low: int, table: int, out: int
+) -> tuple[bool, float]:
+    """Write `table[code]` to `out` at every kept class; return whether the ids are sound, and the sum.
 
     Without `out`, an address of 0, only the ids are checked.
     """
@@ -64,7 +66,7 @@ def place(start: int, size: int, kept: int, classes: int, low: int, table: int, 
             index = (first + trailing_zeros(word) - found) << low
             index |= field(start, size, lows, low)
             if found == kept or index <= previous or index >= classes:
-                return np.nan
+                return False, total
             if out:
                 value = load(table, field(start, size, codes, CODE_BITS))
                 store(out, index, value)
@@ -74,7 +76,7 @@ def place(start: int, size: int, kept: int, classes: int, low: int, table: int, 
             lows += low
             codes += CODE_BITS
             word &= word - 1
-    return total if found == kept else np.nan
+    return found == kept, total
 
 
 @njit
@@ -123,8 +125,8 @@ def read_packed(
     write_table(top, scale_at(teacher, n, 1), table)
     fill(out, 0, classes, float32(top + excess_at(teacher, n, classes - kept, temperature)))
     fill(out, classes, length, float32(-np.inf))
-    total = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, table, out)
-    return top if total == total else float32(np.nan)
+    sound, _ = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, table, out)
+    return top if sound else float32(np.nan)
 
 
 @njit
@@ -139,14 +141,14 @@ def packed_exponentials(
     rest = exp2(float32(excess_at(teacher, n, dropped, temperature) * factor))
     fill(out, 0, classes, rest)
     fill(out, classes, length, float32(0))
-    total = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, spare, out)
-    return total + dropped * float64(rest)
+    sound, total = place(teacher.values + n * size, size, kept, classes, teacher.low_bits, spare, out)
+    return total + dropped * float64(rest) if sound else np.nan
 
 
 @njit
 def is_sound(start: int, size: int, kept: int, classes: int, low: int) -> bool:
     """Return whether a row has `kept` ascending class ids below C."""
-    return place(start, size, kept, classes, low, 0, 0) == 0
+    return place(start, size, kept, classes, low, 0, 0)[0]
 
 
 @jit
@@ -161,32 +163,44 @@ def packed_bad_row(entries: np.ndarray, kept: int, classes: int, low: int) -> in
 
 @jit
 def packed_decode(
-    entries: np.ndarray, scale: np.ndarray, kept: int, low: int, inverse: np.ndarray, out: np.ndarray
+    entries: int,
+    scale: int,
+    inverse: int,
+    step: int,
+    out: int,
+    rows: int,
+    classes: int,
+    size: int,
+    kept: int,
+    low: int,
 ) -> bool:
-    """Decode packed top-k rows on the CPU.
+    """Decode packed top-k rows on the CPU. Addresses are of contiguous memory.
 
     Args:
-        entries: `(N, B)` uint8, contiguous.
-        scale: `(N, 4)` uint16, bits of float16: top logit, range, log masses of the dropped classes at T = 1
-            and 4.
+        entries: address of `(N, B)` uint8.
+        scale: address of `(N, 4)` float16: top logit, range, log masses of dropped classes at T = 1 and 4.
+        inverse: address of 1/T, float32.
+        step: 1 if each row has its own temperature, 0 if all have the first.
+        out: address of `(N, C)` float32.
+        rows: N.
+        classes: C.
+        size: B.
         kept: k.
         low: `packed.low_bits`.
-        inverse: 1/T of each row `(N,)` float32, or `(1,)` for all rows.
-        out: `(N, C)` float32, contiguous.
 
     Returns:
-        False if a row may have no sound class ids.
+        False if a row has no sound class ids.
     """
-    classes, size = out.shape[1], entries.shape[1]
     table = np.empty(CODES, np.float32)
-    source, target, values = int64(entries.ctypes.data), int64(out.ctypes.data), int64(table.ctypes.data)
-    sound = True
-    for n in range(out.shape[0]):
-        top, row = from_half(scale[n, 0]), target + 4 * n * classes
-        write_table(top, from_half(scale[n, 1]), values)
-        temperature = float64(1) / inverse[n if len(inverse) > 1 else 0]
-        rest = excess(classes - kept, from_half(scale[n, 2]), from_half(scale[n, 3]), temperature)
-        fill(row, 0, classes, top + rest)
-        total = place(source + n * size, size, kept, classes, low, values, row)
-        sound = sound and total == total
-    return sound
+    values = int64(table.ctypes.data)
+    all_sound = True
+    for n in range(rows):
+        row, own = out + 4 * n * classes, 4 * n
+        top = from_half(load_uint16(scale, own))
+        write_table(top, from_half(load_uint16(scale, own + 1)), values)
+        first, second = from_half(load_uint16(scale, own + 2)), from_half(load_uint16(scale, own + 3))
+        temperature = float64(1) / load(inverse, n * step)
+        fill(row, 0, classes, float32(top + excess(classes - kept, first, second, temperature)))
+        sound, _ = place(entries + n * size, size, kept, classes, low, values, row)
+        all_sound = all_sound and sound
+    return all_sound
