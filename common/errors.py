@@ -12,6 +12,8 @@ import copyreg
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from coursepack.canonical import cut
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -59,7 +61,9 @@ class UnknownName(CoursepackError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        super().__init__(f"unknown {kind} {name!r}.{suggestion(name, known)} Known: {', '.join(known)}.")
+        super().__init__(
+            f"unknown {kind} {cut(repr(name))}.{suggestion(name, known)} Known: {', '.join(known)}."
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors travel between processes, and the arguments above are not kept.

@@ -344,6 +344,8 @@ def test_byte_size(count, text):
         (UnknownName("view", "digit", ["none", "digits"]),
          "Error: unknown view 'digit'. Did you mean 'digits'? Known: none, digits.\n"),
         (UnknownName("view", "zzz", ["none"]), "Error: unknown view 'zzz'. Known: none.\n"),
+        (UnknownName("view", "z" * 9999, ["none"]),
+         f"Error: unknown view '{'z' * 199}.... Known: none.\n"),
     ],
 )  # fmt: skip
 def test_commands_turn_errors_into_text(error, text):

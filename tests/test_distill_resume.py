@@ -17,6 +17,7 @@ from stopping import RUN, Stopped, interrupted
 
 from coursepack.config import write_yaml
 from coursepack.data.store import load_manifest
+from coursepack.distill.recipe import resolve_objective
 from coursepack.distill.runs.folder import load_run, load_runs
 from coursepack.distill.runs.train import train
 from coursepack.distill.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
@@ -420,6 +421,10 @@ def test_killed_processes_train_the_same_students(tmp_path, stores, tapped, mapp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_kills(tmp_path, stores, tapped, mapped_store, name):
+    recipe = recipes(stores, tapped, mapped_store)[name]
     longer = {"epochs": 12, "patience": None}
-    recipe = recipes(stores, tapped, mapped_store)[name].model_copy(update=longer)
+    if name == "sequence":
+        phases = PHASES | {"fusion": {"epochs": [4, 4], "label_epochs": 4}}
+        longer["objective"] = resolve_objective("pro-kd", phases, "here")
+    recipe = recipe.model_copy(update=longer)
     kill_and_resume(tmp_path, recipe, kills=12, seed=1)

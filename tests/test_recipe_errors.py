@@ -213,3 +213,10 @@ def test_wrong_names_in_recipe_files_are_refused_without_torch_and_in_the_same_w
     command = [sys.executable, "-c", ALL_REFUSED]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "".join(expected))
+
+
+@pytest.mark.parametrize("method", [[], {}, ["kd"], 3])
+def test_a_method_that_is_no_text_is_refused_beside_an_objective(method):
+    values = {"student": "digits-small", "source": "digits", "view": "digits", "method": method}
+    with pytest.raises(RecipeError, match="method"):
+        resolve_recipe(values | {"objective": {"soft_weight": 1}}, "here")

@@ -86,6 +86,6 @@ def _check_fields(values: dict[str, Any], where: str) -> None:
     Fields of the objective are checked together with the method's defaults, which they may replace in part.
     """
     changes, method = values.get("objective"), values.get("method", _usual_method(values))
-    if isinstance(changes, dict) and method in METHODS:
+    if isinstance(changes, dict) and isinstance(method, str) and method in METHODS:
         changes = objective_values(method, changes, classes=1)
     check_given(TrainRecipe, values if changes is None else {**values, "objective": changes}, where)
