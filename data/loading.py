@@ -53,7 +53,8 @@ class Renderer:
         workers: int | None = None,
         start_method: str | None = None,
         pin: bool = False,
-        background: bool | None = None,
+        background: bool = False,
+        inline: bool = False,
     ) -> None:
         """Create the renderer. Workers start with the first batch and stay alive for all epochs.
 
@@ -67,9 +68,10 @@ class Renderer:
             start_method: how processes start: `fork`, `spawn` or `forkserver`. Defaults to `spawn` for
                 sources in buckets, whose client hangs in forks, else to the platform's method.
             pin: return pixels in pinned memory, for asynchronous copies to a GPU.
-            background: where there are no processes, render in a thread (True) or in the one that asks for
-                the next batch (False). By default in a thread if the view changes pixels after geometry and
-                color, else at the first use of the pixels.
+            background: render images in memory in a thread even if the view does not change pixels, instead
+                of at their first use.
+            inline: where there are no processes, render in the thread that asks for the next batch, which is
+                one of the caller's for this purpose.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -78,13 +80,13 @@ class Renderer:
         )
         self.sizes = tuple(sizes)
         self._pin = pin
-        changes_pixels = bool(recipe.pixel_ops or recipe.mix)
+        self._inline = inline
         self._uses_thread = (
             self.workers == 0
+            and not inline
             and recipe.pipeline is None
-            and (changes_pixels if background is None else background)
+            and (background or bool(recipe.pixel_ops or recipe.mix))
         )
-        self._renders_at_once = background is False
         self._is_in_memory = _is_in_memory(source)
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._requests = _Requests()
@@ -108,7 +110,7 @@ class Renderer:
             return self._by_workers(batches)
         if self._uses_thread:
             return self._by_thread(batches)
-        return (self._fill(batch) if self._renders_at_once else batch for batch in batches)
+        return (self._fill(batch) if self._inline else batch for batch in batches)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Call a function that reads the source, and return its future result.

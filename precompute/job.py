@@ -70,7 +70,7 @@ class Job:
     def renderer(self) -> Renderer:
         """Return a renderer of the views at the teacher's input size."""
         size = self.runner.network.preprocessing.size
-        return Renderer(self.source, self.recipe, [size], workers=self.workers, background=False)
+        return Renderer(self.source, self.recipe, [size], workers=self.workers, inline=True)
 
     def plan(self) -> StorePlan:
         """Return the plan of the store: its identity, arrays, tables and labels.

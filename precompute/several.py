@@ -99,7 +99,7 @@ def _run_pass(
         first, turn = jobs[0], threading.Lock()
         with (
             progress_of(writers, quiet=quiet, all_ranks=all_ranks) as meter,
-            Renderer(first.source, first.recipe, sizes, workers=first.workers, background=False) as renderer,
+            Renderer(first.source, first.recipe, sizes, workers=first.workers, inline=True) as renderer,
         ):
             groups = in_turn(_groups(writers, first.views_per_load), turn)
             with closing(write_groups(jobs, writers, renderer, groups, meter)) as finished:

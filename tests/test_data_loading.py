@@ -413,3 +413,22 @@ def test_images_in_memory_are_rendered_ahead_where_that_is_asked_for(sources, al
         found = renderer.ahead(batches(sources["digits"], PRESETS["digits"], ORDER, views=[3], batch_size=4))
         expected = [(sample, 3) for sample in ORDER.tolist()]
         assert_rows(found, expected, lambda *key: alone("digits", "digits", *key), ahead=True)
+
+
+@pytest.mark.parametrize(("name", "preset"), [("digits", "digits"), ("folder", "cifar-strong")])
+def test_inline_rendering_happens_in_the_thread_that_takes_the_batch(
+    sources, alone, monkeypatch, name, preset
+):
+    threads, render_all = [], Batch.render_all
+
+    def noting(self, sizes):
+        threads.append(threading.current_thread())
+        return render_all(self, sizes)
+
+    monkeypatch.setattr(Batch, "render_all", noting)
+    recipe = PRESETS[preset]
+    with Renderer(sources[name], recipe, [SIZE], workers=0, inline=True) as renderer:
+        found = renderer.ahead(batches(sources[name], recipe, ORDER, views=[3], batch_size=4))
+        expected = [(sample, 3) for sample in ORDER.tolist()]
+        assert_rows(found, expected, lambda *key: alone(name, preset, *key), ahead=True)
+    assert set(threads) == {threading.main_thread()}
