@@ -182,6 +182,7 @@ def main():
             if name != "write":
                 STEPS[name](folder / "few.zarr", few, reading)
     start = status("RssAnon")
+    threading.stack_size(1 << 20)  # the limit counts whole stacks, 8 MB by default, used or not
     resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + facts["limit"],) * 2)
     path, grown = folder / "s.zarr", {}
     for name in facts["steps"]:
