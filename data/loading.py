@@ -117,7 +117,7 @@ class Renderer:
 
         It runs in a thread of its own beside worker processes and for images in memory. A source that loads
         samples in this process is used by one thread at a time: the function runs in the thread that
-        renders, or at once where batches are rendered at their first use.
+        renders, or at once where the renderer has no thread.
         """
         if self.workers or self._is_in_memory:
             return self._thread("read").submit(work)

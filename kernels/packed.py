@@ -144,12 +144,13 @@ class PackedTopKRows:
         from coursepack.kernels.cpu.jit_packed import packed_decode
 
         entries, scale = self.entries.contiguous(), self.scale.contiguous()
-        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).contiguous()
+        # The compiled function reads as many temperatures as there are rows.
+        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).expand(len(out))
         sound = packed_decode(
             entries.data_ptr(),
             scale.data_ptr(),
             inverse.data_ptr(),
-            0 if temperature is None else 1,
+            0 if temperature is None else inverse.stride(0),
             out.data_ptr(),
             *out.shape,
             entries.shape[1],

@@ -191,13 +191,13 @@ class TopKRows:
         from coursepack.kernels.cpu.jit_decode import topk_decode
 
         rows = len(self.ids)
-        inverse = torch.ones(rows) if temperature is None else 1 / temperature.to(torch.float32)
+        inverse = torch.ones(1) if temperature is None else 1 / temperature.to(torch.float32)
         knots = np.array([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], dtype=np.float32)
         bad = topk_decode(
             self.ids.numpy(),
             self.values.float().numpy(),
             self.tail.float().numpy(),
-            inverse.numpy(),
+            inverse.expand(rows).numpy(),  # The compiled function does not check bounds.
             knots,
             out.numpy(),
         )

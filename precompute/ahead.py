@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from coursepack.kernels.cpu.threads import use_threads
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOT, LOT_SECONDS = 4, 0.1
-"""Maximum number of items that are handed over together, and seconds after which fewer are.
+"""Number of items for which the thread that uses them is woken, and seconds after which it looks for fewer.
 
 A thread that is woken competes with the one that woke it, for cores and for the interpreter.
 """
@@ -34,8 +32,8 @@ class _End:
 class Ahead(Generic[T]):
     """Items of a generator that a thread advances; an error in it is raised after the items before it.
 
-    Items that come quickly are handed over several at a time. A context manager: leaving it ends the thread
-    after its current item.
+    Items that come quickly are used several at a time. A context manager: leaving it ends the thread after
+    its current item.
     """
 
     def __init__(self, name: str, items: Generator[T], most: int, threads: int) -> None:
@@ -52,21 +50,32 @@ class Ahead(Generic[T]):
         self._free = threading.Semaphore(most)
         """Counts the items that may still be begun."""
         self._stopped = threading.Event()
-        self._queue: SimpleQueue[deque[T] | _End] = SimpleQueue()
-        self._lot: deque[T] = deque()
-        """Items that are not handed over yet."""
-        self._handed_over = time.monotonic()
+        self._made: deque[T | _End] = deque()
+        self._wake = threading.Event()
+        """Set when there are items enough to use."""
         self._thread = threading.Thread(target=self._run, name=f"coursepack-{name}", daemon=True)
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the items; they count as in use until one that was handed over later is requested."""
-        while not isinstance(lot := self._queue.get(), _End):
-            count = len(lot)
-            while lot:
-                yield lot.popleft()
-            self._free.release(count)
-        if lot.error is not None:
-            raise lot.error
+        """Yield the items; each counts as in use until the next one is requested, or a few later."""
+        used = 0
+        while not isinstance(item := self._next(), _End):
+            yield item
+            used += 1
+            if used >= self._lot or not self._made:
+                self._free.release(used)
+                used = 0
+        if item.error is not None:
+            raise item.error
+
+    def _next(self) -> T | _End:
+        while not self._made:
+            self._wake.wait(LOT_SECONDS)
+            self._wake.clear()
+        return self._made.popleft()
+
+    @property
+    def _lot(self) -> int:
+        return min(LOT, self._most // 2)
 
     def allow(self, more: int) -> None:
         """Raise the maximum number of items."""
@@ -80,10 +89,10 @@ class Ahead(Generic[T]):
         return self._stopped.is_set()
 
     def stop(self) -> None:
-        """End the thread after its current item, and the iteration after the items that it has."""
+        """End the thread after its current item, and the iteration after the items that were made."""
         self._stopped.set()
         self._free.release()
-        self._queue.put(_End())
+        self._end(_End())
 
     def _run(self) -> None:
         end = _End()
@@ -92,28 +101,25 @@ class Ahead(Generic[T]):
             with closing(self._items) as items:
                 while self._may_begin():
                     try:
-                        self._lot.append(next(items))
+                        self._made.append(next(items))
                     except StopIteration:
                         break
-                    waited = time.monotonic() - self._handed_over
-                    if len(self._lot) >= min(LOT, self._most // 2) or waited > LOT_SECONDS:
-                        self._hand_over()
+                    if len(self._made) >= self._lot:
+                        self._wake.set()
         except BaseException as error:
             end = _End(error)
-        self._hand_over()
-        self._queue.put(end)
+        self._end(end)
 
     def _may_begin(self) -> bool:
         """Wait until one more item may exist; returns False after `stop`."""
         if not self._free.acquire(blocking=False):
-            self._hand_over()
+            self._wake.set()
             self._free.acquire()
         return not self.is_stopped
 
-    def _hand_over(self) -> None:
-        if self._lot:
-            self._queue.put(self._lot)
-        self._lot, self._handed_over = deque(), time.monotonic()
+    def _end(self, end: _End) -> None:
+        self._made.append(end)
+        self._wake.set()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contracts_encodings as contract
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -464,3 +465,13 @@ def test_topk_is_for_logits_of_enough_classes(row_shape, spec):
 )
 def test_topk_falls_back_where_it_is_not_smaller(spec, classes, stored):
     assert smaller_encoding(parse_encoding(spec), (classes,)).name == stored
+
+
+@pytest.mark.parametrize("spec", ["topk:3", "topk16:3"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_sparse_rows_take_one_temperature_or_one_for_each_row(spec, shape):
+    rows = contract.read(spec, contract.encode(spec, normal((5, 40))), (40,))
+    each = rows.decode(torch.full((5,), 2.0))
+    assert torch.equal(rows.decode(torch.full(shape, 2.0)), each)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        rows.decode(torch.full((4,), 2.0))

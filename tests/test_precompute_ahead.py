@@ -13,7 +13,7 @@ PATIENCE = 60
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 64])
-@pytest.mark.parametrize("seconds", [0, 3600])
+@pytest.mark.parametrize("seconds", [0.001, 3600])
 def test_all_items_come_in_order_and_no_more_exist_than_may(monkeypatch, most, seconds):
     monkeypatch.setattr(ahead, "LOT_SECONDS", seconds)
     made, used, largest = 0, 0, 0
@@ -35,23 +35,31 @@ def test_all_items_come_in_order_and_no_more_exist_than_may(monkeypatch, most, s
 
 def test_quick_items_wake_the_other_thread_once_a_lot(monkeypatch):
     monkeypatch.setattr(ahead, "LOT_SECONDS", 3600)
-    enough, made = threading.Event(), []
+    waiting, used = threading.Event(), threading.Event()
+
+    class Wake(threading.Event):
+        def wait(self, timeout=None):
+            waiting.set()
+            return super().wait(timeout)
 
     def items():
+        assert waiting.wait(PATIENCE)
         for item in range(2 * LOT):
-            made.append(item)
-            if len(made) == 2 * LOT:
-                enough.set()
+            if item == LOT - 1:
+                assert not used.wait(0.2), "an item is used before there are enough"
             yield item
 
-    with Ahead("test", items(), 2 * LOT, 1) as found:
-        assert enough.wait(PATIENCE)
-        assert found._queue.qsize() <= 3  # two lots and the end
-        assert list(found) == made
+    quick = Ahead("test", items(), 2 * LOT, 1)
+    quick._wake = Wake()
+    with quick as found:
+        for item in found:
+            used.set()
+    assert item == 2 * LOT - 1
 
 
-def test_slow_items_are_handed_over_at_once(monkeypatch):
-    monkeypatch.setattr(ahead, "LOT_SECONDS", 0)
+def test_items_are_used_though_the_next_does_not_come(monkeypatch):
+    """A generator may wait until what it gave before is used."""
+    monkeypatch.setattr(ahead, "LOT_SECONDS", 0.01)
     received = threading.Event()
 
     def items():
@@ -64,7 +72,17 @@ def test_slow_items_are_handed_over_at_once(monkeypatch):
             received.set()
 
 
-@pytest.mark.parametrize("seconds", [0, 3600])
+def test_an_item_is_used_when_no_more_may_be_begun(monkeypatch):
+    monkeypatch.setattr(ahead, "LOT_SECONDS", 3600)
+    with Ahead("test", iter_of(7), 1, 1) as found:
+        assert list(found) == list(range(7))
+
+
+def iter_of(count):
+    yield from range(count)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 3600])
 def test_an_error_comes_after_the_items_before_it(monkeypatch, seconds):
     monkeypatch.setattr(ahead, "LOT_SECONDS", seconds)
 

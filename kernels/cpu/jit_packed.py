@@ -180,7 +180,7 @@ def packed_decode(
         entries: address of `(N, B)` uint8.
         scale: address of `(N, 4)` float16: top logit, range, log masses of dropped classes at T = 1 and 4.
         inverse: address of 1/T, float32.
-        step: 1 if each row has its own temperature, 0 if all have the first.
+        step: number of values from one row's temperature to the next; 0 if all have the first.
         out: address of `(N, C)` float32.
         rows: N.
         classes: C.
