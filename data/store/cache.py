@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from coursepack.data.store.mapping import ShardFile
 from coursepack.data.store.shards import file_checksum, rows_size
 from coursepack.errors import RecipeError, StoreFull
 from coursepack.files import PARTIAL, write_whole
+from coursepack.threads import map_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,11 +81,8 @@ class ShardCache:
                     missing.append((layout, shard))
             needed = sum(shard.size for _, shard in missing)
             self._make_room(needed)
-            with (
-                progress(f"copy from {self._name}", needed, "bytes", delay=SHORT_SECONDS) as meter,
-                ThreadPoolExecutor(IN_FLIGHT) as pool,
-            ):
-                for size in pool.map(self._download, missing):
+            with progress(f"copy from {self._name}", needed, "bytes", delay=SHORT_SECONDS) as meter:
+                for size in map_in_threads(IN_FLIGHT, self._download, missing):
                     meter.advance(size)
         return cached
 

@@ -8,8 +8,6 @@ view's list, so that a copy that goes on can tell which of the files it finds we
 from __future__ import annotations
 
 import errno
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,14 +26,13 @@ from coursepack.data.store.versions import ListReader
 from coursepack.data.store.zarr_metadata import zarr_keys, zarr_metadata
 from coursepack.errors import RecipeError, StoreBusy, StoreDamaged, StoreFull, StoreMismatch
 from coursepack.parsing import MAX_JSON_BYTES, parse_json
+from coursepack.threads import map_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from concurrent.futures import Future
     from pathlib import Path
 
     from coursepack.data.store.contents import FileEntry
-    from coursepack.data.store.layout import ArrayLayout
     from coursepack.data.store.locations.base import Location
     from coursepack.data.store.manifest import Manifest
 
@@ -287,31 +284,23 @@ def _remove_others(work: _Work, found: frozenset[str]) -> None:
 def _copy_files(work: _Work, trusted: frozenset[str]) -> Iterator[int]:
     """Copy the files that are missing, and yield the size of each."""
     layouts = work.part.zarr_arrays()
-    waiting: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        for key, (size, crc) in _missing(work, trusted):
-            layout, _ = layouts[key.rpartition("/")[0]]
-            waiting.append(
-                pool.submit(_copy_file, ShardFile(work.origin, key, size, crc), layout, work.target)
-            )
-            if len(waiting) > IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
+    def copy_file(missing: tuple[str, FileEntry]) -> int:
+        key, (size, crc) = missing
+        layout, _ = layouts[key.rpartition("/")[0]]
+        content = ShardFile(work.origin, key, size, crc).read(layout)
+        try:
+            work.target.put(key, content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreFull(
+                f"the disk of the copy {str(work.target)!r} is full. What is copied is kept: make room and "
+                "run the same command again"
+            ) from error
+        return size
 
-def _copy_file(shard: ShardFile, layout: ArrayLayout, target: Location) -> int:
-    content = shard.read(layout)
-    try:
-        target.put(shard.key, content)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StoreFull(
-            f"the disk of the copy {str(target)!r} is full. What is copied is kept: make room and run the "
-            "same command again"
-        ) from error
-    return shard.size
+    return map_in_threads(IN_FLIGHT, copy_file, _missing(work, trusted))
 
 
 def _commit(work: _Work) -> None:

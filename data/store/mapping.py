@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from coursepack.data.store.shards import (
     stored_checksum,
 )
 from coursepack.errors import StoreDamaged
+from coursepack.threads import map_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 Check = Literal["files", "chunks", "nothing"]
 DOWNLOADS = 2
 """Number of times that a shard is downloaded until it matches its checksum."""
+READERS = 2
+"""Number of shards of an array that are read into memory at a time: one is read while another is verified."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,15 @@ def buffer(size: int, *, pinned: bool) -> NDArray[np.uint8]:
     return np.empty(size, dtype=np.uint8)
 
 
+def _open_shards(
+    shards: list[ShardFile], layout: ArrayLayout, *, resident: bool, whole: bool
+) -> list[Mapped]:
+    open_shard = partial(ShardFile.open, layout=layout, resident=resident, whole=whole)
+    if not resident or len(shards) == 1:
+        return [open_shard(shard) for shard in shards]
+    return list(map_in_threads(READERS, open_shard, shards))
+
+
 class _Component:
     """Shards of one component array of one view."""
 
@@ -227,14 +240,12 @@ class _Component:
             layout.row_shape,
         )
         self._shards, self._resident = shards, resident
-        self._opened: list[Mapped] = []
+        self._opened = _open_shards(shards, layout, resident=resident, whole=whole)
         addresses = []
-        for place, shard in enumerate(shards):
-            opened = shard.open(layout, resident=resident, whole=whole)
-            content = opened.content
+        for place, (opened, shard) in enumerate(zip(self._opened, shards, strict=True)):
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
-            addresses.append(chunk_offsets(content, held, layout, shard.key) + content.ctypes.data)
-            self._opened.append(opened)
+            offsets = chunk_offsets(opened.content, held, layout, shard.key)
+            addresses.append(offsets + opened.content.ctypes.data)
         self.addresses = np.concatenate(addresses)
 
     def chunks_of(self, samples: Samples) -> NDArray[np.int64]:

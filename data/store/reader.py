@@ -234,8 +234,8 @@ class StoreReader:
             opened.check_unchanged()
 
     def _open_quietly(self, array: str, view: int) -> None:
-        # A later read of the view raises the same error.
-        with contextlib.suppress(OSError, MemoryError):
+        # A later read of the view raises the same error. Threads of an interpreter that ends start no others.
+        with contextlib.suppress(OSError, MemoryError, RuntimeError):
             self._opened(array, view)
 
     def _opened(self, array: str, view: int) -> OpenView:
