@@ -13,6 +13,9 @@ Evaluate = Callable[[Tensor, Tensor | None, bool, bool], tuple[Tensor, Tensor | 
 """Function of student logits, weights and a flag for each gradient. Returns the loss, `(N,)` or on the CPU a
 scalar, and its gradients with respect to student logits and weights."""
 
+Gradients = tuple[Tensor | None, Tensor | None, None]
+"""Gradients with respect to student logits, weights, and what has none."""
+
 USED_TWICE = (
     "soft_target_loss keeps its gradient for one backward pass only: call it again for a second backward"
 )
@@ -29,19 +32,26 @@ class SoftTargetLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> Gradients:
         """Return the gradients with respect to student logits `(N, C)` and weights `(N, K)`.
 
         Raises:
             RuntimeError: a second backward pass.
         """
-        if ctx.gradients is None:
-            raise RuntimeError(USED_TWICE)
-        gradients, ctx.gradients = ctx.gradients, None
-        # The common factor of a mean, 1, saves a pass over the gradient.
-        if grad_loss.ndim > 0 or grad_loss.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss.unsqueeze(-1))
-        return gradients[0], gradients[1], None
+        # Marked as not differentiable only where that counts: it would take as long as all else here.
+        return _marked_gradients(ctx, grad_loss) if torch.is_grad_enabled() else _gradients(ctx, grad_loss)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor) -> Gradients:
+    if ctx.gradients is None:
+        raise RuntimeError(USED_TWICE)
+    gradients, ctx.gradients = ctx.gradients, None
+    # The common factor of a mean, 1, saves a pass over the gradient.
+    if grad_loss.ndim > 0 or grad_loss.item() != 1:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_loss.unsqueeze(-1))
+    return gradients[0], gradients[1], None
+
+
+_marked_gradients = once_differentiable(_gradients)

@@ -312,6 +312,48 @@ def test_reduction(loss, reduction, dtype, combine, upstream):
         assert all(map(torch.equal, inside, outside))
 
 
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_kernel_adds_rows_up_in_their_order_in_float64(threads, divergence):
+    rows = 1000  # enough for two threads
+    case = make_case(30, 100, 2, rows, torch.float32)
+    each = soft_target_loss(case.student, case.teachers, divergence=divergence)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):  # threads end in another order
+            for reduction, factor in (("sum", 1.0), ("mean", 1 / rows)):
+                total = soft_target_loss(
+                    case.student, case.teachers, divergence=divergence, reduction=reduction
+                )
+                assert total.item() == np.float32(sum(each.tolist()) * factor)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_row_that_is_not_a_number_makes_the_total_none(reduction):
+    case = make_case(31, 10, 2, 600, torch.float32)
+    case.student[123, 4] = torch.nan
+    assert soft_target_loss(case.student, case.teachers, reduction=reduction).isnan()
+
+
+@pytest.mark.parametrize("loss", [LOSSES[name] for name in ("kernel", "analytic")])
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_gradient_of_a_gradient_is_refused(loss, power):
+    case = make_case(32, 10, 2, 5, torch.float32)
+
+    def gradient(**options):
+        student = case.student.clone().requires_grad_(True)
+        value = loss(student, case.teachers).sum() ** power
+        return torch.autograd.grad(value, student, **options)[0]
+
+    once = gradient(create_graph=True)
+    assert torch.equal(once.detach(), gradient())
+    with pytest.raises(RuntimeError, match="differentiate twice a function"):
+        once.sum().backward()
+
+
 def test_mean_of_no_rows():
     case = make_case(29, 5, 2, 0, torch.float32)
     student = case.student.requires_grad_(True)

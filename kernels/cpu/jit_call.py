@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coursepack.kernels.cpu.jit_base import carray, float64, njit
+from coursepack.kernels.cpu.jit_base import carray, float32, float64, njit
 from coursepack.kernels.cpu.jit_math import (
     address,
     fetch_add,
@@ -17,6 +17,7 @@ from coursepack.kernels.cpu.jit_math import (
     load_float64,
     load_int64,
     pointer,
+    store,
     store_int64,
 )
 from coursepack.kernels.cpu.jit_teacher import ids_are_classes
@@ -82,6 +83,15 @@ def has_bad_value(call: Any, teachers: Any, n: int) -> bool:
     return False
 
 
+@njit
+def added_up(values: int, count: int) -> float:
+    """Return the sum of float32 numbers, added in their order."""
+    total = 0.0
+    for n in range(count):
+        total += float64(load(values, n))
+    return total
+
+
 @njit(inline="always")
 def each_row(data: Any, one_row: Any) -> None:
     """Process chunks of rows until none is left, calling `one_row` for each row. Every thread runs this.
@@ -93,6 +103,7 @@ def each_row(data: Any, one_row: Any) -> None:
     call = carray(data, (1,), CALL)[0]
     teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
     scratch = call.scratch + 4 * call.scratch_stride * fetch_add(call.state + 8)
+    chunks = (call.rows + call.chunk - 1) // call.chunk
     start = fetch_add(call.state) * call.chunk
     while start < call.rows and load_int64(call.state, 2) == 0:
         for n in range(start, start + call.chunk if start + call.chunk < call.rows else call.rows):
@@ -100,4 +111,6 @@ def each_row(data: Any, one_row: Any) -> None:
                 store_int64(call.state, 2, n + 1)
                 return
             one_row(call, teachers, n, scratch)
+        if call.total and fetch_add(call.state + 24) == chunks - 1:
+            store(call.total, 0, float32(call.grad_scale * added_up(call.loss, call.rows)))
         start = fetch_add(call.state) * call.chunk

@@ -197,12 +197,15 @@ def address(typingctx: Any, pointer: Any) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, counter: Any) -> Any:
-    """Atomically add one to the int64 at an address and return its previous value."""
+    """Atomically add one to the int64 at an address and return its previous value.
+
+    What a thread has written before is seen by those that add to the same number later.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
         where = builder.inttoptr(args[0], word.as_pointer())
-        return builder.atomic_rmw("add", where, ir.Constant(word, 1), "monotonic")
+        return builder.atomic_rmw("add", where, ir.Constant(word, 1), "acq_rel")
 
     return types.int64(types.int64), generate
 

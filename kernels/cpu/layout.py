@@ -23,13 +23,14 @@ _CALL = {
     "classes": "q",
     "teachers": "q",
     "chunk": "q",  # rows per chunk
-    "state": "q",  # int64: the next chunk, the next thread, the first bad row + 1
+    "state": "q",  # int64: the next chunk, the next thread, the first bad row + 1, chunks that are done
     "scratch": "q",  # float32, `scratch_stride` for each thread
     "scratch_stride": "q",
     "student": "q",
     "student_stride": "q",
     "student_kind": "q",
     "loss": "q",  # (N,) float32
+    "total": "q",  # float32: the sum of `loss` times `grad_scale`
     "grad": "q",  # (N, C) as the student, contiguous
     "grad_weights": "q",  # (N, K) float32, contiguous
     "labels": "q",  # (N,) int64
@@ -49,7 +50,7 @@ _CALL = {
     "soft_weight": "d",
     "hard_weight": "d",
     "smoothing": "d",
-    "grad_scale": "d",  # factor of `grad`
+    "grad_scale": "d",  # factor of `grad` and `total`
 }
 _TEACHER = {
     "kind": "q",

@@ -19,6 +19,7 @@ from coursepack.kernels.spec import reduced
 from coursepack.kernels.values import check_values, full_weights
 
 if TYPE_CHECKING:
+    from coursepack.kernels.cpu.records import Results
     from coursepack.kernels.spec import LossCall
 
 PARALLEL_FROM = 40_000
@@ -26,7 +27,7 @@ PARALLEL_FROM = 40_000
 LOT = 64
 _LARGEST_KEPT = 1 << 22
 _buffers = threading.local()
-_State = ctypes.c_int64 * 3
+_State = ctypes.c_int64 * 4
 
 
 def work_of(call: LossCall) -> int:
@@ -50,8 +51,9 @@ def evaluate(
     Raises:
         ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
-    loss = torch.empty(call.rows)
-    scale = 1 / max(1, call.rows) if call.spec.reduction == "mean" else 1.0
+    loss, reduction = torch.empty(call.rows), call.spec.reduction
+    total = None if reduction == "none" or call.rows == 0 else torch.empty(())
+    scale = 1 / max(1, call.rows) if reduction == "mean" else 1.0
     student = row_major(student_logits)
     grad = torch.empty(call.rows, call.classes, dtype=student.dtype) if wants_student else None
     grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
@@ -61,15 +63,13 @@ def evaluate(
         call,
         weights,
         student,
-        loss,
-        grad,
-        grad_weights,
+        (loss, total, grad, grad_weights),
         scratch_rows=6 + kept,
         grad_scale=scale,
     )
     if grad_weights is not None and weights is not None:
         grad_weights = grad_weights.mul_(scale).to(weights.dtype)
-    return reduced(loss, call.spec.reduction), grad, grad_weights
+    return reduced(loss, reduction) if total is None else total, grad, grad_weights
 
 
 def mixture(call: LossCall) -> Tensor:
@@ -79,7 +79,7 @@ def mixture(call: LossCall) -> Tensor:
         ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
     out = torch.empty(call.rows, call.classes)
-    _launch("jit_mixture", call, call.wide_weights, None, None, out, None, scratch_rows=3)
+    _launch("jit_mixture", call, call.wide_weights, None, (None, None, out, None), scratch_rows=3)
     return out
 
 
@@ -97,7 +97,7 @@ def statistics(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, T
     numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
     correct = torch.empty(shape, dtype=torch.bool)
     student = None if student_logits is None else row_major(student_logits)
-    _launch("jit_stats", call, None, student, numbers, correct, tops, scratch_rows=3)
+    _launch("jit_stats", call, None, student, (numbers, None, correct, tops), scratch_rows=3)
     return numbers, tops, correct
 
 
@@ -106,9 +106,7 @@ def _launch(
     call: LossCall,
     weights: Tensor | None,
     student: Tensor | None,
-    loss: Tensor | None,
-    grad: Tensor | None,
-    grad_weights: Tensor | None,
+    results: Results,
     *,
     scratch_rows: int,
     grad_scale: float = 1.0,
@@ -122,7 +120,7 @@ def _launch(
         call,
         plain(weights, torch.float64),
         student,
-        (loss, grad, grad_weights),
+        results,
         chunk=max(1, call.rows // (8 * threads)),
         state=ctypes.addressof(state),
         scratch=scratch,

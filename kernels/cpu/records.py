@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from coursepack.kernels.spec import LossCall
 
 _ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
+Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Tensors for what a kernel computes: the fields `loss`, `total`, `grad` and `grad_weights` of `layout`."""
 KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
 
 
@@ -26,7 +28,7 @@ def pack(
     call: LossCall,
     weights: Tensor | None,
     student: Tensor | None,
-    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+    results: Results,
     *,
     scratch: Tensor | None,
     scratch_stride: int,
@@ -40,12 +42,12 @@ def pack(
         call: the checked call.
         weights: `(N, K)` float64 or float32 of any stride, or None for 1/K.
         student: `(N, C)` with contiguous rows.
-        results: tensors for the loss and the gradients with respect to student and weights.
+        results: tensors to write to; None for what is not wanted.
         scratch: float32 scratch memory.
         scratch_stride: number of scratch values per thread.
         chunk: rows per chunk.
-        state: address of three int64 (`layout`).
-        grad_scale: factor of the gradient with respect to the student.
+        state: address of four int64 (`layout`).
+        grad_scale: factor of the total and of the gradient with respect to the student.
 
     Returns:
         The bytes, and objects that must stay alive while the bytes are in use.
@@ -102,8 +104,8 @@ def address(tensor: Tensor | None) -> int:
 
 def row_major(values: Tensor) -> Tensor:
     """Return the values with contiguous rows and no lazy negation."""
-    values = values.detach().resolve_neg()
-    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+    values = _stored(values)
+    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.detach().contiguous()
 
 
 def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -113,7 +115,14 @@ def plain(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def column(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
     """Return the values `(N,)` contiguous and in another dtype."""
-    return None if values is None else values.detach().resolve_neg().to(dtype).contiguous()
+    if values is None or (values.dtype == dtype and values.is_contiguous() and not values.is_neg()):
+        return values
+    return values.detach().resolve_neg().to(dtype).contiguous()
+
+
+def _stored(values: Tensor) -> Tensor:
+    """Return values whose memory holds what they are: no lazy negation."""
+    return values.detach().resolve_neg() if values.is_neg() else values
 
 
 def _labels(labels: Tensor | MixedLabels | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -140,10 +149,10 @@ Fields = tuple[int, ...]
 
 def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
     """Return the tensor to keep alive and the fields of each teacher of `(K, N, C)`."""
-    values = teachers.detach().resolve_neg()
+    values = _stored(teachers)
     step, row, column = values.stride()
     if column != 1 and values.shape[2] != 1:
-        values = values.contiguous()
+        values = values.detach().contiguous()
         step, row, _ = values.stride()
     kind, start, step = KINDS[values.dtype], values.data_ptr(), step * values.element_size()
     rest = (row, 0, 0, 0, 0, 0, 0, 0, 0, 0)
