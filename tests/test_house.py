@@ -16,7 +16,8 @@ COMMON = {
     f"coursepack.{name}"
     for name in (
         *("errors", "allocator", "canonical", "catalog", "commands", "completion", "config", "console"),
-        *("device", "files", "imports", "lazy", "locks", "parsing", "problems", "ray_workers", "unions"),
+        *("device", "files", "imports", "lazy", "locks", "parsing", "problems", "ray_workers", "threads"),
+        "unions",
     )
 }
 ALLOWED = {

@@ -104,7 +104,7 @@ def images_source(count=12):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "exported"])
-def test_stores_find_their_teacher_again_and_do_not_depend_on_the_batch_size(exported, tmp_path, kind):
+def test_stores_find_their_teacher_again_whatever_the_batch_size(exported, tmp_path, kind):
     file = exported.folder / {"onnx": "net.onnx", "exported": "net.pt2"}[kind]
     network = load_teacher(f"{kind}:{file}", TEN, trust_code=True, **PIXELS)
     source, stored = images_source(), []
@@ -113,10 +113,10 @@ def test_stores_find_their_teacher_again_and_do_not_depend_on_the_batch_size(exp
         job = Job(path, source, view_recipe("none"), TeacherRunner(network), 1, encoding="float32")
         run_job(replace(job, batch_size=batch_size), quiet=True)
         stored.append(StoreReader(path).components("logits", 0, np.arange(12))["values"])
-    np.testing.assert_array_equal(stored[0], stored[1])
     with torch.inference_mode():
         expected = exported.module(network.preprocessing(torch.from_numpy(source.images))).numpy()
-    np.testing.assert_allclose(stored[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    for logits in stored:
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     reader = StoreReader(path)
     teacher, origin = reader.manifest.identity["teacher"], reader.manifest.origin
     assert (teacher["network"], origin["weights_file"]) == (kind, f"{kind}:{file}")
