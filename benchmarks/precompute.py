@@ -68,7 +68,7 @@ class Size:
     """Samples of the smallest store whose memory is measured: enough that as many batches wait as may."""
     growths: int = 3
     """Number of ways in which stores grow whose memory is measured."""
-    repeats: int = 3
+    repeats: int = 5
     """Number of times that each memory is measured."""
     patience: float = PATIENCE
 
