@@ -270,7 +270,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo accuracy rows": partial(listed, "demo", r"teacher .*|.*, lr .*"),
     "demo time rows": partial(listed, "demo", r".*epoch.*|teachers, once.*"),
     "store": partial(listed, "store", r"(?!KL ).*"),
-    "store, another machine": partial(listed, "store-epyc", r".*"),
+    "store, another machine": partial(
+        listed, "store-epyc", r"(speed vs memory|four teachers|student step, |int8 gather|topk).*"
+    ),
     "fidelity": partial(
         pivot, "fidelity", r"KL (?P<line>.+) (?P<column>T=\d+)", "logits and rows", None, two_digits
     ),

@@ -197,7 +197,7 @@ class TopKRows:
             self.ids.numpy(),
             self.values.float().numpy(),
             self.tail.float().numpy(),
-            inverse.expand(rows).numpy(),  # The compiled function does not check bounds.
+            inverse.expand(rows).contiguous().numpy(),  # the compiled function does not check bounds
             knots,
             out.numpy(),
         )

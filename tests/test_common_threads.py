@@ -38,7 +38,12 @@ def test_results_come_in_order_and_few_items_are_taken_ahead(count, items):
 
 def test_items_are_worked_on_side_by_side():
     meet = threading.Barrier(3, timeout=PATIENCE)
-    assert sorted(map_in_threads(3, lambda item: meet.wait() < 3 and item, range(6))) == list(range(6))
+
+    def work(item):
+        meet.wait()
+        return item
+
+    assert list(map_in_threads(3, work, range(6))) == list(range(6))
 
 
 def test_after_an_error_no_item_is_begun():
