@@ -59,7 +59,7 @@ class Loop:
         length = -(-classes // native.LOT) * native.LOT
         scratch, start = torch.empty(2 * threads * length), ctypes.addressof(tickets)
         places = (student.data_ptr(), teachers.data_ptr(), grad.data_ptr(), scratch.data_ptr())
-        call = (*places, rows, classes, count, start, start + 8, max(1, rows // (8 * threads)))
+        call = (*places, rows, classes, count, start, start + 8, native.shares(threads))
         run_kernel(self._function.address, struct.pack("10q", *call), threads)
 
 
@@ -82,11 +82,11 @@ def _floor() -> Any:
         return total
 
     @njit
-    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
+    def of_student(row: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
         copy(row, out, classes)
 
     @njit
-    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
+    def of_teacher(row: int, out: int, classes: int, scratch: int) -> None:  # noqa: ARG001  # as in `_exponentials`
         store(out, 0, np.float32(add_up(row, classes // 2)))
 
     return _each_row(of_student, of_teacher)
@@ -97,23 +97,20 @@ def _exponentials() -> Any:
     from coursepack.kernels.cpu.jit_convert import LOT, lots, read_float32, read_half, write_float32
     from coursepack.kernels.cpu.jit_math import store
     from coursepack.kernels.cpu.jit_softmax import exponentials
-    from coursepack.kernels.cpu.jit_teacher import prefetch_row
-    from coursepack.kernels.cpu.layout import FLOAT16
 
     @njit
-    def of_student(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:
-        prefetch_row(FLOAT16, ahead, 0, classes)
+    def of_student(row: int, out: int, classes: int, scratch: int) -> None:
         length = lots(classes + LOT - 1)
         top = read_float32(row, classes, float32(1), float32(0), scratch)
-        exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
+        exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length, out, 4 * classes)
         write_float32(scratch + 4 * length, out, classes)
 
     @njit
-    def of_teacher(row: int, ahead: int, out: int, classes: int, scratch: int) -> None:
-        prefetch_row(FLOAT16, ahead, 0, classes)
+    def of_teacher(row: int, out: int, classes: int, scratch: int) -> None:
         length = lots(classes + LOT - 1)
         top = read_half(row, classes, float32(1), float32(0), scratch)
-        total = exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length)
+        ahead = row + 2 * classes
+        total = exponentials(scratch, top, float32(FACTOR), scratch + 4 * length, length, ahead, 2 * classes)
         store(out, 0, float32(total))
 
     return _each_row(of_student, of_teacher)
@@ -122,24 +119,24 @@ def _exponentials() -> Any:
 def _each_row(of_student: Callable[..., None], of_teacher: Callable[..., None]) -> Any:
     """Compile a loop that calls a function for each row of the student, and one for each of a teacher's."""
     from coursepack.kernels.cpu.jit_base import carray, compiled, types
-    from coursepack.kernels.cpu.jit_math import fetch_add
+    from coursepack.kernels.cpu.jit_call import SMALLEST_CHUNK
+    from coursepack.kernels.cpu.jit_math import fetch_add, load_int64
 
     @compiled(types.void(types.voidptr))
     def run(data: Any) -> None:
-        student, teachers, grad, scratch, rows, classes, count, ticket, thread, chunk = carray(
+        student, teachers, grad, scratch, rows, classes, count, ticket, thread, shares = carray(
             data, (10,), np.int64
         )
-        own = scratch + 8 * fetch_add(thread) * (-(-classes // 64) * 64)
-        start = fetch_add(ticket) * chunk
+        own = scratch + 8 * fetch_add(thread, 1) * (-(-classes // 64) * 64)
+        size = max(SMALLEST_CHUNK, (rows - load_int64(ticket, 0)) // shares)
+        start = fetch_add(ticket, size)
         while start < rows:
-            for n in range(start, min(start + chunk, rows)):
+            for n in range(start, min(start + size, rows)):
                 out = grad + 4 * n * classes
-                row = teachers + 2 * n * classes
-                of_student(student + 4 * n * classes, row, out, classes, own)
-                for _ in range(count):
-                    ahead = row + 2 * rows * classes
-                    of_teacher(row, ahead, out, classes, own)
-                    row = ahead
-            start = fetch_add(ticket) * chunk
+                of_student(student + 4 * n * classes, out, classes, own)
+                for k in range(count):
+                    of_teacher(teachers + 2 * (k * rows + n) * classes, out, classes, own)
+            size = max(SMALLEST_CHUNK, (rows - load_int64(ticket, 0)) // shares)
+            start = fetch_add(ticket, size)
 
     return run

@@ -1,9 +1,8 @@
-"""Choice of the path that computes the fused loss: one table of rules, the first match wins."""
+"""Choice of the path that computes the fused loss."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
 ANALYTIC, OP, KERNEL = "analytic", "op", "kernel"
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes whose memory can be read through its address."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Choice:
 
 def _is_plain(tensor: Tensor) -> bool:
     """True if the memory can be read through its address: no subclass, strided layout."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return type(tensor) in PLAIN and tensor.layout == torch.strided
 
 
 def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
@@ -55,21 +56,6 @@ def _reads(teacher: Tensor | Rows | list[Tensor | Rows]) -> bool:
     if isinstance(teacher, TopKRows):
         return teacher.ids.shape[1] > 0
     return isinstance(teacher, (DenseRows, Int4Rows, Int8Rows, PackedTopKRows))
-
-
-Rule = tuple[str, str, Callable[[Tensor, "LossCall"], bool]]
-"""Path, reason, and condition on the student's logits and the call."""
-
-# The first rule whose condition holds.
-RULES: tuple[Rule, ...] = (
-    (ANALYTIC, "not on the CPU", lambda _, call: call.device.type != "cpu"),
-    (ANALYTIC, "computes in float64", lambda _, call: call.dtype == torch.float64),
-    (ANALYTIC, "no kernel for one of the teachers", lambda _, call: not _reads(call.teachers)),
-    (ANALYTIC, "numba is not installed", lambda *_: not NUMBA_IS_INSTALLED),
-    (OP, "under torch.compile", lambda *_: torch.compiler.is_compiling()),
-    (ANALYTIC, "the student's logits are no plain tensor", lambda student, _: not _is_plain(student)),
-    (KERNEL, "rows on the CPU that the kernel reads", lambda *_: True),
-)
 
 
 def reads_teachers(call: LossCall) -> bool:
@@ -89,11 +75,20 @@ def reads_student(student_logits: Tensor | None) -> bool:
 
 
 def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
-    """Return the path for a call, and the reason."""
-    for path, reason, matches in RULES:
-        if matches(student_logits, call):
-            return path, reason
-    raise AssertionError("the last rule matches every call")
+    """Return the path for a call, and the reason: the first that applies."""
+    if call.device.type != "cpu":
+        return ANALYTIC, "not on the CPU"
+    if call.dtype == torch.float64:
+        return ANALYTIC, "computes in float64"
+    if not _reads(call.teachers):
+        return ANALYTIC, "no kernel for one of the teachers"
+    if not NUMBA_IS_INSTALLED:
+        return ANALYTIC, "numba is not installed"
+    if torch.compiler.is_compiling():
+        return OP, "under torch.compile"
+    if not _is_plain(student_logits):
+        return ANALYTIC, "the student's logits are no plain tensor"
+    return KERNEL, "rows on the CPU that the kernel reads"
 
 
 def describe_call(student_logits: Tensor, call: LossCall) -> Choice:

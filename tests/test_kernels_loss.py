@@ -303,12 +303,12 @@ def test_reduction(loss, reduction, dtype, combine, upstream):
 
     outside = run(getattr(torch, reduction))
     inside = run(lambda value: value, reduction=reduction)
-    # The gradient to half a student is rounded once inside, and twice outside.
+    # The gradient of a mean is rounded once inside, and twice outside.
     tolerance = {"rtol": 2e-2, "atol": 0} if dtype == torch.bfloat16 else {}
     for one, other in zip(inside, outside, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
     assert inside[0].shape == ()
-    if dtype != torch.bfloat16 and upstream == 1:
+    if reduction == "sum" and upstream == 1:
         assert all(map(torch.equal, inside, outside))
 
 

@@ -24,6 +24,8 @@ from coursepack.kernels.cpu.jit_teacher import ids_are_classes
 from coursepack.kernels.cpu.layout import CALL, CALL_BYTES, TEACHER, TOPK
 
 MAX_TEMPERATURE = 100.0
+SMALLEST_CHUNK = 4
+"""Rows of a chunk that are worth the first of them, which nothing has prefetched."""
 
 
 @njit(forceinline=True)
@@ -92,25 +94,36 @@ def added_up(values: int, count: int) -> float:
     return total
 
 
+@njit
+def next_chunk(call: Any) -> int:
+    """Return the number of rows to take next: fewer as fewer are left, so that threads end together."""
+    size = (call.rows - load_int64(call.state, 0)) // call.shares
+    return size if size > SMALLEST_CHUNK else SMALLEST_CHUNK
+
+
 @njit(inline="always")
 def each_row(data: Any, one_row: Any) -> None:
-    """Process chunks of rows until none is left, calling `one_row` for each row. Every thread runs this.
+    """Take chunks of rows until none is left and call `one_row` for each row. Every thread runs this.
 
     Args:
         data: pointer to a CALL record with TEACHER records behind it.
-        one_row: compiled function of the call, the teachers, a row and the thread's scratch memory.
+        one_row: compiled function of the call, the teachers, a row, the row up to which this thread goes on,
+            and the thread's scratch memory.
     """
     call = carray(data, (1,), CALL)[0]
     teachers = carray(pointer(address(data) + CALL_BYTES), (call.teachers,), TEACHER)
-    scratch = call.scratch + 4 * call.scratch_stride * fetch_add(call.state + 8)
-    chunks = (call.rows + call.chunk - 1) // call.chunk
-    start = fetch_add(call.state) * call.chunk
+    scratch = call.scratch + 4 * call.scratch_stride * fetch_add(call.state + 8, 1)
+    size = next_chunk(call)
+    start = fetch_add(call.state, size)
     while start < call.rows and load_int64(call.state, 2) == 0:
-        for n in range(start, start + call.chunk if start + call.chunk < call.rows else call.rows):
+        stop = start + size if start + size < call.rows else call.rows
+        for n in range(start, stop):
             if has_bad_value(call, teachers, n):
                 store_int64(call.state, 2, n + 1)
                 return
-            one_row(call, teachers, n, scratch)
-        if call.total and fetch_add(call.state + 24) == chunks - 1:
+            one_row(call, teachers, n, stop, scratch)
+        count = stop - start
+        if call.total and fetch_add(call.state + 24, count) == call.rows - count:
             store(call.total, 0, float32(call.grad_scale * added_up(call.loss, call.rows)))
-        start = fetch_add(call.state) * call.chunk
+        size = next_chunk(call)
+        start = fetch_add(call.state, size)

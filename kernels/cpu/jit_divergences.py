@@ -13,12 +13,12 @@ from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, ty
 from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
 from coursepack.kernels.cpu.jit_math import SUMS, TINY, divergence_term, load, log, store, wide_vectors
-from coursepack.kernels.cpu.jit_row import row_function
+from coursepack.kernels.cpu.jit_row import grad_row, row_function, student_row
 from coursepack.kernels.cpu.jit_softmax import BLOCK, add_scaled, block_end, dot, exponentials
 from coursepack.kernels.cpu.jit_teacher import (
     factor_of,
     inverse_temperature,
-    prefetch_row,
+    prefetch_start,
     teacher_exponentials,
     teacher_logits,
 )
@@ -176,12 +176,17 @@ def soft_part(
     student, spare, target, kept = scratch, scratch + row, scratch + 2 * row, scratch + 3 * row
     temperature = temperature_at(call, n)
     inverse = inverse_temperature(temperature)
+    ahead, size = student_row(call, n + 1)
+    prefetch_start(ahead, size)
     of_logits = call.divergence == SQUARED_ERROR
-    total = 1.0 if of_logits else exponentials(logits, top, factor_of(inverse), student, length)
+    total = 1.0
+    if not of_logits:
+        ahead, size = grad_row(call, n)
+        total = exponentials(logits, top, factor_of(inverse), student, length, ahead, size)
     inverse32, log_total, scale_q = float32(inverse), float32(math.log(total)), float32(1 / total)
     label = label_at(call.labels, n, call.ignore_index) if not call.second else -1
     squared = factor * temperature * temperature
-    slope = float32(factor * temperature)
+    slope = float32(factor * temperature * call.grad_scale)
     mixes = call.combine == 0
     keeps = call.grad_weights and mixes
     grad_weights = call.grad_weights + 4 * n * call.teachers
@@ -191,22 +196,20 @@ def soft_part(
         values = kept + k * row if keeps else kept
         own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
         weight_sum += weight
-        ahead = teachers[k + 1 if k + 1 < call.teachers else 0]
-        prefetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
-        size = 1.0
+        sum_p = 1.0
         if of_logits:
             teacher_logits(teachers[k], n, label, call.classes, length, own, spare, values)
         else:
-            size = teacher_exponentials(
+            sum_p = teacher_exponentials(
                 teachers[k], n, label, call.classes, length, own, call.smoothing, spare, values
             )
         if mixes:
-            add_scaled(values, float32(weight / size), target, length)
+            add_scaled(values, float32(weight / sum_p), target, length)
             if keeps:
-                store(grad_weights, k, float32(1 / size))
+                store(grad_weights, k, float32(1 / sum_p))
             continue
         each = compare(
-            call, values, student, logits, top, inverse32, log_total, float32(1 / size), scale_q, slope,
+            call, values, student, logits, top, inverse32, log_total, float32(1 / sum_p), scale_q, slope,
             0.0, spare, length,
         )  # fmt: skip
         add_scaled(spare, float32(weight), out, length)

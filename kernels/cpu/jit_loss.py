@@ -16,13 +16,20 @@ from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, ty
 from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
 from coursepack.kernels.cpu.jit_math import load, store
-from coursepack.kernels.cpu.jit_row import row_function
-from coursepack.kernels.cpu.jit_softmax import add_scaled, divergence, dot, exponentials, weight_slopes
+from coursepack.kernels.cpu.jit_row import grad_row, row_function, student_row
+from coursepack.kernels.cpu.jit_softmax import (
+    add_both_scaled,
+    add_scaled,
+    divergence,
+    dot,
+    exponentials,
+    weight_slopes,
+)
 from coursepack.kernels.cpu.jit_teacher import (
+    decode,
     factor_of,
     inverse_temperature,
-    prefetch_row,
-    teacher_exponentials,
+    soften,
 )
 
 
@@ -45,12 +52,12 @@ def soft_part(
     student, spare, mixture, kept = scratch, scratch + row, scratch + 2 * row, scratch + 3 * row
     temperature = temperature_at(call, n)
     inverse = inverse_temperature(temperature)
-    total = exponentials(logits, top, factor_of(inverse), student, length)
+    ahead, size = grad_row(call, n)
+    total = exponentials(logits, top, factor_of(inverse), student, length, ahead, size)
     inverse32, log_total, scale_q = float32(inverse), float32(math.log(total)), float32(1 / total)
     label = label_at(call.labels, n, call.ignore_index) if not call.second else -1
     squared = factor * temperature * temperature
-    slope = float32(factor * temperature)
-    one, zero = float32(1), float32(0)
+    slope = float32(factor * temperature * call.grad_scale)
     mixes = call.combine == 0
     keeps = call.grad_weights and mixes
     grad_weights = call.grad_weights + 4 * n * call.teachers
@@ -58,21 +65,32 @@ def soft_part(
     for k in range(call.teachers):
         weight_sum += weight_at(call, n, k)
     result = 0.0
-    fill(mixture if mixes else out, 0, length, zero)
+    scale_p = float32(1)
+    if keeps or not mixes:
+        fill(mixture if mixes else out, 0, length, float32(0))
+    ahead, size = student_row(call, n + 1)
+    free = out if mixes else mixture
+    own = temperature_at(teachers[0], n)
+    top_p = decode(teachers[0], n, label, call.classes, length, own, free, spare)
     for k in range(call.teachers):
-        probs = kept + k * row if keeps else kept
-        own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
-        ahead = teachers[k + 1 if k + 1 < call.teachers else 0]
-        prefetch_row(ahead.kind, ahead.values, (n + (k + 1) // call.teachers) * ahead.stride, call.classes)
-        size = teacher_exponentials(
-            teachers[k], n, label, call.classes, length, own, call.smoothing, spare, probs
-        )
+        is_first = mixes and not keeps and k == 0
+        probs = kept + k * row if keeps else mixture if is_first else kept
+        weight = weight_at(call, n, k)
+        sum_p = soften(teachers[k], n, label, call.classes, length, own, call.smoothing, top_p, spare, probs)
+        if k + 1 < call.teachers:
+            # Here, because the CPU can begin with it before it knows the sum.
+            own = temperature_at(teachers[k + 1], n)
+            top_p = decode(teachers[k + 1], n, label, call.classes, length, own, free, spare)
         if mixes:
             # The mixture is normalized to a sum of one.
             share = weight / weight_sum if weight_sum > 0 else 0.0
-            add_scaled(probs, float32(share / size), mixture, length)
+            if is_first:
+                scale_p = float32(share / sum_p)
+            else:
+                add_both_scaled(probs, float32(share / sum_p), scale_p, mixture, length)
+                scale_p = float32(1)
             if keeps:
-                store(grad_weights, k, float32(1 / size))
+                store(grad_weights, k, float32(1 / sum_p))
             continue
         each = divergence(
             probs,
@@ -81,13 +99,15 @@ def soft_part(
             top,
             inverse32,
             log_total,
-            float32(1 / size),
+            float32(1 / sum_p),
             scale_q,
             slope,
-            spare,
+            mixture,
             length,
+            ahead,
+            size if k == 0 else 0,
         )
-        add_scaled(spare, float32(weight), out, length)
+        add_scaled(mixture, float32(weight), out, length)
         if weight != 0:
             result += weight * each
         if call.grad_weights:
@@ -96,7 +116,19 @@ def soft_part(
         return squared * result
     sum32 = float32(weight_sum)
     each = divergence(
-        mixture, student, logits, top, inverse32, log_total, one, scale_q, slope * sum32, out, length
+        mixture,
+        student,
+        logits,
+        top,
+        inverse32,
+        log_total,
+        scale_p,
+        scale_q,
+        slope * sum32,
+        out,
+        length,
+        ahead,
+        size,
     )
     if keeps:
         weight_slopes(mixture, sum32, logits, top, inverse32, log_total, spare, length)

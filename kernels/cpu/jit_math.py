@@ -42,14 +42,13 @@ def _unary(result: Any, argument: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @_unary(types.float32, types.float32)
 def power_of_two(builder: Any, shifted: Any) -> Any:
-    """Return 2^n from `1.5 * 2^23 + n`, for n of -127 (which gives 0) to 127."""
-    bits = builder.shl(builder.bitcast(shifted, I32), ir.Constant(I32, 23))
-    return builder.bitcast(builder.add(bits, ir.Constant(I32, 0x3F800000)), F32)
+    """Return 2^n from `1.5 * 2^23 + 127 + n`, for n of -127 (which gives 0) to 127."""
+    return builder.bitcast(builder.shl(builder.bitcast(shifted, I32), ir.Constant(I32, 23)), F32)
 
 
 def _exponent(builder: Any, bits: Any) -> Any:
-    """Exponent of a number whose mantissa is scaled to between sqrt(1/2) and sqrt(2)."""
-    return builder.ashr(builder.sub(bits, ir.Constant(I32, 0x3F3504F3)), ir.Constant(I32, 23))
+    """`2^23 e` of a number `m 2^e` whose m is between sqrt(1/2) and sqrt(2)."""
+    return builder.and_(builder.sub(bits, ir.Constant(I32, 0x3F3504F3)), ir.Constant(I32, -(1 << 23)))
 
 
 @_unary(types.float32, types.uint8)
@@ -66,7 +65,7 @@ def high_code(builder: Any, byte: Any) -> Any:
 
 @_unary(types.float32, types.float32)
 def exponent(builder: Any, value: Any) -> Any:
-    """Return e of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
+    """Return `2^23 e` of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
     return builder.sitofp(_exponent(builder, builder.bitcast(value, I32)), F32)
 
 
@@ -74,8 +73,7 @@ def exponent(builder: Any, value: Any) -> Any:
 def mantissa(builder: Any, value: Any) -> Any:
     """Return m of `value = m 2^e`, m between sqrt(1/2) and sqrt(2)."""
     bits = builder.bitcast(value, I32)
-    shift = builder.shl(_exponent(builder, bits), ir.Constant(I32, 23))
-    return builder.bitcast(builder.sub(bits, shift), F32)
+    return builder.bitcast(builder.sub(bits, _exponent(builder, bits)), F32)
 
 
 def _extreme(name: str, word: Any) -> Any:
@@ -175,6 +173,13 @@ def prefetch(typingctx: Any, start: Any) -> Any:
     return types.void(types.int64), generate
 
 
+@njit(forceinline=True)
+def prefetch_lines(start: int, size: int) -> None:
+    """Prefetch the cache lines of `size` bytes at an address."""
+    for line in range(0, size, 64):
+        prefetch(start + line)
+
+
 @intrinsic
 def pointer(typingctx: Any, start: Any) -> Any:
     """Convert an integer address to a pointer."""
@@ -196,8 +201,8 @@ def address(typingctx: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def fetch_add(typingctx: Any, counter: Any) -> Any:
-    """Atomically add one to the int64 at an address and return its previous value.
+def fetch_add(typingctx: Any, counter: Any, count: Any) -> Any:
+    """Atomically add a count to the int64 at an address and return its previous value.
 
     What a thread has written before is seen by those that add to the same number later.
     """
@@ -205,16 +210,18 @@ def fetch_add(typingctx: Any, counter: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
         where = builder.inttoptr(args[0], word.as_pointer())
-        return builder.atomic_rmw("add", where, ir.Constant(word, 1), "acq_rel")
+        return builder.atomic_rmw("add", where, args[1], "acq_rel")
 
-    return types.int64(types.int64), generate
+    return types.int64(types.int64, types.int64), generate
 
 
-# Nearest integers by adding and taking away: in this range a float32 has no fraction.
-_ROUND = float32(1.5 * 2**23)
+# Nearest integers by adding and taking away: in this range a float32 has no fraction. The lowest bits of the
+# sum are the exponent bits of 2^n.
+_ROUND = float32(1.5 * 2**23 + 127)
 _LOWEST = float32(-127)
 LOG2_E = float32(1.4426950408889634)
-LN_2 = float32(0.6931471805599453)
+LN_2 = float32(0.6931471805599453 * 2**-23)
+"""Logarithm of two over the unit of `exponent`."""
 TINY = float32(1.1754943508222875e-38)
 
 

@@ -12,7 +12,7 @@ from coursepack.kernels.cpu.jit_teacher import teacher_exponentials
 
 
 @njit(inline="always")
-def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
+def one_row(call: Any, teachers: Any, n: int, stop: int, scratch: int) -> None:
     """Compute the mixture of one row."""
     classes = call.classes
     length = lots(classes + LOT - 1)

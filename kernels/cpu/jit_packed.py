@@ -137,7 +137,7 @@ def packed_exponentials(
     size, kept = teacher.stride, teacher.kept
     dropped = classes - kept
     write_table(float32(0), scale_at(teacher, n, 1), out)
-    exponentials(out, float32(0), factor, spare, LOT)
+    exponentials(out, float32(0), factor, spare, LOT, out, 0)
     rest = exp2(float32(excess_at(teacher, n, dropped, temperature) * factor))
     fill(out, 0, classes, rest)
     fill(out, classes, length, float32(0))

@@ -85,8 +85,8 @@ def _entry(sources: int) -> Any:
         )
         count = channels * positions
         size = 2 if kind == FLOAT16 else 4
-        own = scratch + 8 * count * fetch_add(thread)
-        start = fetch_add(ticket) * chunk
+        own = scratch + 8 * count * fetch_add(thread, 1)
+        start = fetch_add(ticket, 1) * chunk
         while start < samples and sources != 0:  # always: a part of the key that numba finds compiled code by
             for n in range(start, start + chunk if start + chunk < samples else samples):
                 place = 4 * n * count
@@ -94,7 +94,7 @@ def _entry(sources: int) -> Any:
                     values + place, rows + size * n * count, out + place, kind, channels, positions, own
                 )
                 store(sums, n, float32(total / count))
-            start = fetch_add(ticket) * chunk
+            start = fetch_add(ticket, 1) * chunk
 
     return run
 

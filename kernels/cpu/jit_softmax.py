@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from coursepack.kernels.cpu.jit_base import float32, njit
 from coursepack.kernels.cpu.jit_convert import lots
-from coursepack.kernels.cpu.jit_math import SUMS, TINY, divergence_term, exp2, load, log, store, wide_vectors
+from coursepack.kernels.cpu.jit_math import (
+    SUMS,
+    TINY,
+    divergence_term,
+    exp2,
+    load,
+    log,
+    prefetch_lines,
+    store,
+    wide_vectors,
+)
 
-BLOCK = 1024
+BLOCK = 256
 """Number of terms summed in float32 before the partial sum is added in float64."""
 
 
@@ -22,12 +32,28 @@ def block_end(start: int, length: int) -> int:
     return start + lots(left if left < BLOCK else BLOCK)
 
 
+@njit(forceinline=True)
+def each_block(size: int, length: int) -> int:
+    """Return the part of `size` bytes to prefetch in every block of `length` terms.
+
+    The CPU has few places for lines on their way from memory. Many prefetches at once fill them, and then
+    every read waits.
+    """
+    return size * BLOCK // length if length > BLOCK else size
+
+
 @njit(fastmath=SUMS)
-def exponentials(logits: int, top: float, factor: float, out: int, length: int) -> float:
-    """Write `2^((logits - top) factor)` to `out` and return the sum."""
+def exponentials(
+    logits: int, top: float, factor: float, out: int, length: int, ahead: int, size: int
+) -> float:
+    """Write `2^((logits - top) factor)` to `out` and return the sum.
+
+    `size` bytes from the address `ahead` on are prefetched meanwhile.
+    """
     wide_vectors()
-    total = 0.0
+    total, share = 0.0, each_block(size, length)
     for start in range(0, length, BLOCK):
+        prefetch_lines(ahead + start // BLOCK * share, share)
         part = float32(0)
         for c in range(start, block_end(start, length)):
             value = exp2((load(logits, c) - top) * factor)
@@ -46,6 +72,14 @@ def add_scaled(values: int, factor: float, out: int, length: int) -> None:
 
 
 @njit(fastmath=SUMS)
+def add_both_scaled(values: int, factor: float, own_factor: float, out: int, length: int) -> None:
+    """Set `out` to `own_factor out + factor values`."""
+    wide_vectors()
+    for c in range(lots(length)):
+        store(out, c, own_factor * load(out, c) + factor * load(values, c))
+
+
+@njit(fastmath=SUMS)
 def divergence(
     p: int,
     q: int,
@@ -58,14 +92,18 @@ def divergence(
     slope: float,
     out: int,
     length: int,
+    ahead: int,
+    size: int,
 ) -> float:
     """Return KL(`scale_p p` || `scale_q q`) and write `slope (scale_q q - scale_p p)` to `out`.
 
-    The log of `scale_q q` is `(logits - top) inverse - log_total`.
+    The log of `scale_q q` is `(logits - top) inverse - log_total`. `size` bytes from the address `ahead` on
+    are prefetched meanwhile.
     """
     wide_vectors()
-    total = 0.0
+    total, share = 0.0, each_block(size, length)
     for start in range(0, length, BLOCK):
+        prefetch_lines(ahead + start // BLOCK * share, share)
         part = float32(0)
         for c in range(start, block_end(start, length)):
             own, other = scale_p * load(p, c), scale_q * load(q, c)

@@ -36,7 +36,7 @@ def first_top(logits: int, top: float, classes: int) -> int:
 
 
 @njit(inline="always")
-def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
+def one_row(call: Any, teachers: Any, n: int, stop: int, scratch: int) -> None:
     """Compute the statistics of every teacher for one row."""
     classes, count = call.classes, call.teachers
     length = lots(classes + LOT - 1)
@@ -50,7 +50,7 @@ def one_row(call: Any, teachers: Any, n: int, scratch: int) -> None:
     for k in range(count):
         index, each = k * call.rows + n, count * call.rows
         top = read_row(teachers[k], n, classes, length, 1.0, probs, logits)
-        total = exponentials(logits, top, float32(LOG2_E), probs, length)
+        total = exponentials(logits, top, float32(LOG2_E), probs, length, logits, 0)
         store_int64(call.grad_weights, index, first_top(logits, top, classes))
         entropy = math.log(total) - moment(probs, logits, top, length) / total
         fill(logits, classes, length, float32(0))

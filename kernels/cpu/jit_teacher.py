@@ -20,7 +20,15 @@ from coursepack.kernels.cpu.jit_convert import (
     write_float32,
 )
 from coursepack.kernels.cpu.jit_int4 import read_int4
-from coursepack.kernels.cpu.jit_math import LOG2_E, exp2, load, load_uint16, load_uint32, prefetch, store
+from coursepack.kernels.cpu.jit_math import (
+    LOG2_E,
+    exp2,
+    load,
+    load_uint16,
+    load_uint32,
+    prefetch_lines,
+    store,
+)
 from coursepack.kernels.cpu.jit_packed import packed_exponentials, read_packed
 from coursepack.kernels.cpu.jit_softmax import exponentials, scale
 from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT4, INT8, NONE, PACKED, SHIFT, SMOOTH, TOPK
@@ -28,7 +36,7 @@ from coursepack.kernels.cpu.layout import FLOAT16, FLOAT32, INT4, INT8, NONE, PA
 LARGEST = 1.0e30
 """Upper bound of 1/T, which keeps products finite. The loss T² D is zero in float32 at such temperatures."""
 FETCHED = 4096
-"""Bytes of a row to prefetch; the CPU prefetches the rest on its own."""
+"""Bytes of a row to prefetch at once; the CPU prefetches the rest on its own."""
 # Values of 1/T at which the mass of dropped classes is known: 0 and the inverse `rows.TAIL_TEMPERATURES`.
 KNOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 
@@ -59,16 +67,30 @@ def read_dense(kind: int, values: int, index: int, classes: int, out: int) -> fl
 
 
 @njit
-def prefetch_row(kind: int, values: int, index: int, classes: int) -> None:
-    """Prefetch the start of a row while another is processed.
+def row_place(kind: int, values: int, index: int, count: int) -> tuple[int, int]:
+    """Return the address and the bytes of a row of `count` elements that starts at an element index."""
+    width = 4 if kind == FLOAT32 else 1 if kind in (INT4, INT8, PACKED) else 2
+    return values + width * index, width * count
+
+
+@njit
+def teacher_row(teacher: Any, n: int, classes: int) -> tuple[int, int]:
+    """Return the address and the bytes of a teacher's row."""
+    count = classes
+    if teacher.kind == INT4:
+        count = (classes + 1) >> 1
+    elif teacher.kind in (TOPK, PACKED):
+        count = teacher.stride
+    return row_place(teacher.kind, teacher.values, n * teacher.stride, count)
+
+
+@njit
+def prefetch_start(start: int, size: int) -> None:
+    """Prefetch the start of a row, where nothing prefetches the row bit by bit.
 
     Rows are far apart, and the CPU detects a sequential read only after a few cache lines.
     """
-    size = 4 if kind == FLOAT32 else 1 if kind in (INT4, INT8, PACKED) else 2
-    start = values + size * index
-    length = size * classes >> (1 if kind == INT4 else 0)
-    for line in range(0, length if length < FETCHED else FETCHED, 64):
-        prefetch(start + line)
+    prefetch_lines(start, size if size < FETCHED else FETCHED)
 
 
 @njit
@@ -158,7 +180,7 @@ def topk_exponentials(
     dropped = classes - kept
     row = teacher.values + 2 * n * teacher.stride
     top = read_half(row, kept, float32(1), float32(0), spare)
-    total = exponentials(spare, top, factor, out, lots(kept + LOT - 1))
+    total = exponentials(spare, top, factor, out, lots(kept + LOT - 1), out, 0)
     write_float32(out, spare, kept)
     rest = exp2(float32((dropped_logit(teacher, n, dropped, top, temperature) - top) * factor))
     fill(out, 0, classes, rest)
@@ -198,11 +220,69 @@ def teacher_logits(
         spare: a row of scratch.
         out: a row for the result.
     """
+    ahead, size = teacher_row(teacher, n + 1, classes)
+    prefetch_start(ahead, size)
     top = read_row(teacher, n, classes, length, temperature, spare, out)
     if teacher.adjustment == SHIFT and label >= 0 and load(out, label) < top:
         swap_with_top(out, label, top, classes)
     fill(out, classes, length, float32(0))
     scale(out, float32(inverse_temperature(temperature)), length)
+
+
+@njit
+def is_expanded(teacher: Any, label: int) -> bool:
+    """True if a row is softened as it is stored and then expanded: top-k rows that need no adjustment."""
+    return teacher.kind in (TOPK, PACKED) and (teacher.adjustment == NONE or label < 0)
+
+
+@njit
+def decode(
+    teacher: Any, n: int, label: int, classes: int, length: int, temperature: float, spare: int, out: int
+) -> float:
+    """Decode a teacher row for `soften` and return its largest value, 0 for a row that needs no decoding.
+
+    Arguments are those of `teacher_exponentials`; `spare` and `out` are rows of scratch.
+    """
+    if is_expanded(teacher, label):
+        return float32(0)
+    return read_row(teacher, n, classes, length, temperature, spare, out)
+
+
+@njit
+def soften(
+    teacher: Any,
+    n: int,
+    label: int,
+    classes: int,
+    length: int,
+    temperature: float,
+    smoothing: float,
+    top: float,
+    logits: int,
+    out: int,
+) -> float:
+    """Do what `teacher_exponentials` does with a row that `decode` has written to `logits`.
+
+    The next row is prefetched meanwhile.
+    """
+    factor = factor_of(inverse_temperature(temperature))
+    ahead, size = teacher_row(teacher, n + 1, classes)
+    if is_expanded(teacher, label):
+        prefetch_start(ahead, size)
+        if teacher.kind == TOPK:
+            return topk_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
+        return packed_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
+    wrong = teacher.adjustment != NONE and label >= 0 and load(logits, label) < top
+    if wrong and teacher.adjustment == SHIFT:
+        swap_with_top(logits, label, top, classes)
+    total = exponentials(logits, top, factor, out, length, ahead, size)
+    if wrong and teacher.adjustment == SMOOTH:
+        fill(out, 0, classes, float32(smoothing / classes))
+        fill(out, classes, length, float32(0))
+        store(out, label, load(out, label) + float32(1 - smoothing))
+        # A row with a NaN stays NaN: its sum of exponentials is NaN.
+        total = 1.0 if total == total else total
+    return total
 
 
 @njit
@@ -230,21 +310,5 @@ def teacher_exponentials(
         logits: a row of scratch to decode to.
         out: a row of scratch for the probabilities.
     """
-    factor = factor_of(inverse_temperature(temperature))
-    adjusts = teacher.adjustment != NONE and label >= 0
-    if teacher.kind == TOPK and not adjusts:
-        return topk_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
-    if teacher.kind == PACKED and not adjusts:
-        return packed_exponentials(teacher, n, classes, length, temperature, factor, logits, out)
-    top = read_row(teacher, n, classes, length, temperature, out, logits)
-    wrong = adjusts and load(logits, label) < top
-    if wrong and teacher.adjustment == SHIFT:
-        swap_with_top(logits, label, top, classes)
-    total = exponentials(logits, top, factor, out, length)
-    if wrong and teacher.adjustment == SMOOTH:
-        fill(out, 0, classes, float32(smoothing / classes))
-        fill(out, classes, length, float32(0))
-        store(out, label, load(out, label) + float32(1 - smoothing))
-        # A row with a NaN stays NaN: its sum of exponentials is NaN.
-        total = 1.0 if total == total else total
-    return total
+    top = decode(teacher, n, label, classes, length, temperature, out, logits)
+    return soften(teacher, n, label, classes, length, temperature, smoothing, top, logits, out)

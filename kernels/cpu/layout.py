@@ -22,8 +22,8 @@ _CALL = {
     "rows": "q",
     "classes": "q",
     "teachers": "q",
-    "chunk": "q",  # rows per chunk
-    "state": "q",  # int64: the next chunk, the next thread, the first bad row + 1, chunks that are done
+    "shares": "q",  # a thread takes this part of the rows that are left
+    "state": "q",  # int64: the next row, the next thread, a bad row + 1, rows that are done
     "scratch": "q",  # float32, `scratch_stride` for each thread
     "scratch_stride": "q",
     "student": "q",

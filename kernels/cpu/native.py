@@ -35,6 +35,11 @@ def work_of(call: LossCall) -> int:
     return call.rows * call.classes * (call.teacher_count + 1)
 
 
+def shares(threads: int) -> int:
+    """Return the field `shares` of `layout`: half of the rows are left when every thread has a chunk."""
+    return 2 * threads if threads > 1 else 1
+
+
 def evaluate(
     call: LossCall, student_logits: Tensor, weights: Tensor | None, wants_student: bool, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -121,7 +126,7 @@ def _launch(
         plain(weights, torch.float64),
         student,
         results,
-        chunk=max(1, call.rows // (8 * threads)),
+        shares=shares(threads),
         state=ctypes.addressof(state),
         scratch=scratch,
         scratch_stride=stride,

@@ -32,7 +32,7 @@ def pack(
     *,
     scratch: Tensor | None,
     scratch_stride: int,
-    chunk: int = 0,
+    shares: int = 1,
     state: int = 0,
     grad_scale: float = 1.0,
 ) -> tuple[bytes, list[object]]:
@@ -45,7 +45,7 @@ def pack(
         results: tensors to write to; None for what is not wanted.
         scratch: float32 scratch memory.
         scratch_stride: number of scratch values per thread.
-        chunk: rows per chunk.
+        shares: a thread takes the rows that are left over this number.
         state: address of four int64 (`layout`).
         grad_scale: factor of the total and of the gradient with respect to the student.
 
@@ -61,7 +61,7 @@ def pack(
             call.rows,
             call.classes,
             call.teacher_count,
-            chunk,
+            shares,
             state,
             address(scratch),
             scratch_stride,
