@@ -23,6 +23,8 @@ CODES = 64
 SQUARES = 63.0**2
 WORD = 8
 """Bytes that are read together."""
+WHOLE = 56
+"""Bits of them that are there wherever in a byte the first is."""
 
 
 @intrinsic
@@ -35,9 +37,19 @@ def trailing_zeros(typingctx: Any, word: Any) -> Any:
     return types.int64(types.int64), generate
 
 
+@intrinsic
+def set_bits(typingctx: Any, word: Any) -> Any:
+    """Return the number of bits of an int64 that are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), generate
+
+
 @njit(forceinline=True)
 def field(start: int, size: int, position: int, width: int) -> int:
-    """Return `width` bits, 32 at most, at a bit position of a row of `size` bytes."""
+    """Return `width` bits, `WHOLE` at most, at a bit position of a row of `size` bytes."""
     byte = position >> 3
     if size >= WORD:
         byte = byte if byte < size - WORD else size - WORD
@@ -60,21 +72,31 @@ def place(
     high = kept + ((classes - 1) >> low)
     lows, codes = high, high + kept * low
     total, found, previous = 0.0, 0, -1
-    for first in range(0, high, 32):
-        word = field(start, size, first, 32 if high - first > 32 else high - first)
+    few_lows, few_codes = WHOLE // low if low else WHOLE, WHOLE // CODE_BITS
+    some_lows, some_codes, mask = int64(0), int64(0), (1 << low) - 1
+    lows_left, codes_left = 0, 0
+    for first in range(0, high, WHOLE):
+        word = field(start, size, first, WHOLE if high - first > WHOLE else high - first)
+        if found + set_bits(word) > kept:
+            return False, total
         while word != 0:
-            index = (first + trailing_zeros(word) - found) << low
-            index |= field(start, size, lows, low)
-            if found == kept or index <= previous or index >= classes:
+            if lows_left == 0:
+                some_lows, lows_left = field(start, size, lows, WHOLE), few_lows
+                lows += low * few_lows
+            index = (first + trailing_zeros(word) - found) << low | some_lows & mask
+            if index <= previous or index >= classes:
                 return False, total
             if out:
-                value = load(table, field(start, size, codes, CODE_BITS))
+                if codes_left == 0:
+                    some_codes, codes_left = field(start, size, codes, WHOLE), few_codes
+                    codes += CODE_BITS * few_codes
+                value = load(table, some_codes & (CODES - 1))
                 store(out, index, value)
+                some_codes, codes_left = some_codes >> CODE_BITS, codes_left - 1
                 total += float64(value)
             previous = index
             found += 1
-            lows += low
-            codes += CODE_BITS
+            some_lows, lows_left = some_lows >> low, lows_left - 1
             word &= word - 1
     return found == kept, total
 
