@@ -29,7 +29,7 @@ from torch import nn
 
 from coursepack.allocator import keep_freed_memory
 from coursepack.data.encodings import parse_encoding
-from coursepack.data.store import StoreReader
+from coursepack.data.store import StoreReader, read_together
 from coursepack.data.store.layout import plan_array, plan_block_rows
 from coursepack.data.store.shards import checksum, shard_checksum, shard_pieces
 from coursepack.files import write_whole
@@ -156,13 +156,14 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     tensors = [torch.from_numpy(values).half() for _ in readers]
     outs = [torch.empty(BATCH, values.shape[1], dtype=torch.float16) for _ in readers]
     shuffle = Shuffle(len(values), size.batches)
+    wanted = [(reader, LOGITS) for reader in readers]
 
     def select(samples: np.ndarray) -> None:
         for tensor, out in zip(tensors, outs, strict=True):
             torch.index_select(tensor, 0, torch.from_numpy(samples), out=out)
 
     variants = {
-        "stores": shuffle.each(lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers]),
+        "stores": shuffle.each(partial(read_together, wanted, 0)),
         "tensors": shuffle.each(select),
     }
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
@@ -187,7 +188,7 @@ def student_step(readers: list[StoreReader], values: np.ndarray, size: Size) -> 
     held = [torch.from_numpy(values).half() for _ in readers]
 
     fetch: dict[str, Callable[[np.ndarray], list[Any]]] = {
-        "stores": lambda samples: [reader.rows(LOGITS, 0, samples) for reader in readers],
+        "stores": partial(read_together, [(reader, LOGITS) for reader in readers], 0),
         "memory": lambda samples: [tensor[torch.from_numpy(samples)] for tensor in held],
     }
     fetching: Seconds = {name: [] for name in fetch}

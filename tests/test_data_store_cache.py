@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers import RowStore, copy_to, write_rows
 
 from coursepack.data.sources.cache import cache_folder
-from coursepack.data.store import StoreReader
+from coursepack.data.store import StoreReader, read_together
 from coursepack.data.store.cache import FOLDER, LIMIT_VARIABLE, open_caches, parse_bytes
 from coursepack.data.store.locations import open_location
 from coursepack.distill.cli import main as distill
@@ -130,6 +130,21 @@ def test_a_damaged_shard_is_downloaded_again(address, folder, s3_server, reading
     s3_server.requests.clear()
     check(reader_of(address, reading), rows, (0,))
     assert downloads(s3_server) == 1
+
+
+@on_s3
+@pytest.mark.integration
+def test_a_damaged_shard_is_downloaded_again_for_stores_read_together(address, folder, tmp_path):
+    rows = write_rows(address, RowStore(views=1))
+    write_rows(tmp_path / "local.zarr", rows)
+    local = StoreReader(tmp_path / "local.zarr")
+    for damage in (False, True):
+        if damage:
+            path = cached(folder)[1]
+            path.write_bytes(path.read_bytes()[:-5])
+        wanted = [(local, "logits"), (reader_of(address), "logits")]
+        for found in read_together(wanted, 0, EVERYTHING):
+            assert np.array_equal(found.decode().numpy(), rows.stored("logits", 0))
 
 
 @pytest.mark.integration

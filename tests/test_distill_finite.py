@@ -121,7 +121,11 @@ def test_stored_targets_that_are_not_finite_are_named(tmp_path, sound, monkeypat
         found.values[torch.from_numpy(np.isin(samples, ids))] = float("nan")
         return found
 
+    def together(wanted, view, samples):
+        return [poisoned(reader, array, view, samples) for reader, array in wanted]
+
     monkeypatch.setattr(StoreReader, "rows", poisoned)
+    monkeypatch.setattr("coursepack.distill.targets.stores.read_together", together)
     recipe = make_recipe([sound, sound], method=method)
     text = r"holds logits that are not finite for 2 samples of view 0 \(7, 1200\): no student can learn"
     with pytest.raises(NonFiniteOutput, match=text):

@@ -26,6 +26,7 @@ from coursepack.data.store.manifest import Manifest as Manifest
 from coursepack.data.store.opening import load_manifest as load_manifest
 from coursepack.data.store.planning import StorePlan as StorePlan
 from coursepack.data.store.reader import StoreReader as StoreReader
+from coursepack.data.store.reader import read_together as read_together
 from coursepack.data.store.writer import StoreWriter as StoreWriter
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "StoreReport",
     "StoreWriter",
     "load_manifest",
+    "read_together",
     "verify",
 ]

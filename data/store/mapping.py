@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from coursepack.data.store.gather import ALIGNMENT, copy_rows
 from coursepack.data.store.layout import ArrayLayout
 from coursepack.data.store.shards import (
     CHECKSUM_BYTES,
@@ -22,7 +23,7 @@ from coursepack.errors import StoreDamaged
 from coursepack.threads import map_in_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -125,58 +126,34 @@ class OpenView:
         Raises:
             StoreDamaged: a file is missing, has another size, or does not match its checksum.
         """
-        from coursepack.data.store.jit_gather import ALIGNMENT, gather_rows
-
-        self._alignment, self._gather_rows = ALIGNMENT, gather_rows
-        self._rows, self._pinned = rows, pinned
-        self._parts: list[_Component] = []
-        addresses: list[NDArray[np.int64]] = []
-        first = 0
-        for name, (layout, shards) in components.items():
-            part = _Component(name, layout, first, shards, rows, resident=resident, whole=check == "files")
-            addresses.append(part.addresses)
-            first += len(part.addresses)
-            self._parts.append(part)
-        self._chunks = np.concatenate(addresses)
-        self._table = np.array(
-            [(part.first, part.layout.chunk_rows, part.row_bytes) for part in self._parts],
-            dtype=np.int64,
-        )
-        self._unchecked = {part.name: np.full(len(part.addresses), check == "chunks") for part in self._parts}
+        self.rows, self.pinned = rows, pinned
+        self.parts = [
+            Component(name, layout, shards, rows, resident=resident, whole=check == "files")
+            for name, (layout, shards) in components.items()
+        ]
+        places = [(part.addresses.ctypes.data, part.layout.chunk_rows, part.row_bytes) for part in self.parts]
+        self.table = np.array(places, dtype=np.int64)
+        self._unchecked = {part.name: np.full(len(part.addresses), check == "chunks") for part in self.parts}
         self._trusted = check != "chunks"
 
-    def gather(self, samples: Samples) -> dict[str, NDArray[Any]]:
-        """Return the rows `(n, *row_shape)` of every component.
+    def check(self, samples: Samples) -> None:
+        """Check what has to be checked before these samples are read.
 
         Raises:
-            IndexError: a sample is out of range.
             StoreDamaged: a chunk does not match its checksum on first access, or a file was truncated since
                 it was mapped.
         """
-        samples = np.ascontiguousarray(samples, dtype=np.int64)
-        count = len(samples)
-        for part in self._parts:
+        for part in self.parts:
             part.check_sizes()
         if not self._trusted:
-            self._check_chunks(samples[(samples >= 0) & (samples < self._rows)])
-        sizes = [-(-count * part.row_bytes // self._alignment) * self._alignment for part in self._parts]
-        out = buffer(sum(sizes), pinned=self._pinned)
-        outside = self._gather_rows(self._chunks, self._table, self._rows, samples, out.ctypes.data)
-        if outside >= 0:
-            raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {self._rows - 1}")
-        rows, start = {}, 0
-        for part, size in zip(self._parts, sizes, strict=True):
-            raw = out[start : start + count * part.row_bytes]
-            rows[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
-            start += size
-        return rows
+            self._check_chunks(samples[(samples >= 0) & (samples < self.rows)])
 
     def pieces(self) -> Iterator[NDArray[Any]]:
         """Yield all rows `(n, *row_shape)` of a view of one component, chunk by chunk, without a copy."""
-        (part,) = self._parts
+        (part,) = self.parts
         rows = part.layout.chunk_rows
         for chunk in range(len(part.addresses)):
-            yield part.piece(chunk, min(rows, self._rows - chunk * rows))
+            yield part.piece(chunk, min(rows, self.rows - chunk * rows))
 
     def check_unchanged(self) -> None:
         """Check that mapped files have not been changed since they were opened.
@@ -184,22 +161,54 @@ class OpenView:
         Raises:
             StoreDamaged: a file was changed; names the first such file.
         """
-        for part in self._parts:
+        for part in self.parts:
             part.check_unchanged()
 
     def will_need(self, samples: Samples) -> None:
         """Advise the system to read the chunks of these samples in the background."""
-        for part in self._parts:
+        for part in self.parts:
             for chunk in part.chunks_of(samples):
                 part.advise(int(chunk))
 
     def _check_chunks(self, samples: Samples) -> None:
-        for part in self._parts:
+        for part in self.parts:
             unchecked = self._unchecked[part.name]
             chunks = part.chunks_of(samples)
             for chunk in chunks[unchecked[chunks]]:
                 part.check_chunk(int(chunk))
                 unchecked[chunk] = False
+
+
+def gather(views: Sequence[OpenView], samples: Samples) -> list[dict[str, NDArray[Any]]]:
+    """Return the rows `(n, *row_shape)` of every component of some views, read together.
+
+    Raises:
+        IndexError: a sample is out of range.
+        StoreDamaged: a chunk does not match its checksum on first access, or a file was truncated since it
+            was mapped.
+    """
+    samples = np.ascontiguousarray(samples, dtype=np.int64)
+    count, rows = len(samples), min(view.rows for view in views)
+    for view in views:
+        view.check(samples)
+    parts = [part for view in views for part in view.parts]
+    sizes = [-(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT for part in parts]
+    out = buffer(sum(sizes), pinned=all(view.pinned for view in views))
+    table = views[0].table if len(views) == 1 else np.concatenate([view.table for view in views])
+    outside = copy_rows(table, rows, samples, out)
+    if outside >= 0:
+        raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {rows - 1}")
+    result: list[dict[str, NDArray[Any]]] = []
+    place = iter(sizes)
+    start = 0
+    for view in views:
+        found = {}
+        for part in view.parts:
+            raw = out[start : start + count * part.row_bytes]
+            found[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
+            start += next(place)
+        result.append(found)
+    return result
 
 
 def buffer(size: int, *, pinned: bool) -> NDArray[np.uint8]:
@@ -218,21 +227,20 @@ def _open_shards(
     return list(map_in_threads(READERS, open_shard, shards))
 
 
-class _Component:
+class Component:
     """Shards of one component array of one view."""
 
     def __init__(
         self,
         name: str,
         layout: ArrayLayout,
-        first: int,
         shards: list[ShardFile],
         rows: int,
         *,
         resident: bool,
         whole: bool,
     ) -> None:
-        self.name, self.layout, self.first = name, layout, first
+        self.name, self.layout = name, layout
         # Computed once: gathering a batch takes only tens of microseconds.
         self.dtype, self.row_bytes, self.row_shape = (
             np.dtype(layout.dtype),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from coursepack.canonical import difference_table
 from coursepack.data.batches import Window
-from coursepack.data.store import StoreReader
+from coursepack.data.store import StoreReader, read_together
 from coursepack.data.store.identity import check_complete
 from coursepack.data.store.manifest import LOGITS
 from coursepack.distill.finite import check_rows_finite
@@ -70,11 +70,11 @@ class CachedTargets:
             StoreDamaged: a file does not match its checksum in the manifest.
         """
         indices = range(len(self.readers)) if teachers is None else teachers
-        arrays: dict[tuple[int, str], Tensor | Rows] = {}
-        for index in indices:
-            for name in self.arrays[index]:
-                rows = self.readers[index].rows(name, batch.view, batch.samples)
-                arrays[index, name] = rows.to(self.device, non_blocking=True)
+        wanted = [(index, name) for index in indices for name in self.arrays[index]]
+        found = read_together([(self.readers[i], name) for i, name in wanted], batch.view, batch.samples)
+        arrays: dict[tuple[int, str], Tensor | Rows] = {
+            place: rows.to(self.device, non_blocking=True) for place, rows in zip(wanted, found, strict=True)
+        }
         return targets_of(arrays, indices)
 
     def open(self, view: int, teachers: Sequence[int] | None = None) -> None:
