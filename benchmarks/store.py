@@ -30,6 +30,7 @@ from torch import nn
 from coursepack.allocator import keep_freed_memory
 from coursepack.data.encodings import parse_encoding
 from coursepack.data.store import StoreReader, read_together
+from coursepack.data.store.gather import copy_rows
 from coursepack.data.store.layout import plan_array, plan_block_rows
 from coursepack.data.store.shards import checksum, shard_checksum, shard_pieces
 from coursepack.files import write_whole
@@ -157,6 +158,8 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     outs = [torch.empty(BATCH, values.shape[1], dtype=torch.float16) for _ in readers]
     shuffle = Shuffle(len(values), size.batches)
     wanted = [(reader, LOGITS) for reader in readers]
+    table = np.concatenate([reader._opened(LOGITS, 0).table for reader in readers])
+    whole = np.empty(BATCH * sum(table[:, 2]), dtype=np.uint8)
 
     def select(samples: np.ndarray) -> None:
         for tensor, out in zip(tensors, outs, strict=True):
@@ -165,12 +168,16 @@ def four_teachers(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
     variants = {
         "stores": shuffle.each(partial(read_together, wanted, 0)),
         "tensors": shuffle.each(select),
+        "copy": shuffle.each(lambda samples: copy_rows(table, len(values), samples, whole)),
     }
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
 
     def rows_of(seconds: Seconds) -> list[Row]:
-        each = ratios(seconds, "stores", "tensors")
-        return [row("four teachers / four tensors in memory", each, "ratio", config, "<= 1.05")]
+        both, copied = ratios(seconds, "stores", "tensors"), ratios(seconds, "copy", "tensors")
+        return [
+            row("four teachers / four tensors in memory", both, "ratio", config, "<= 1.05"),
+            row("copying their rows only / four tensors in memory", copied, "ratio", config),
+        ]
 
     with Threads(1):
         rows = measure(variants, size.rounds, rows_of, patience=size.patience)
@@ -242,12 +249,23 @@ def decoding(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
         },
     }
     config = {"rows": len(values), "classes": values.shape[1], "torch threads": 1}
+    stored = torch.zeros(
+        len(values), readers["topk:10"].view_bytes([LOGITS]) // len(values), dtype=torch.uint8
+    )
+
+    def least(samples: np.ndarray) -> None:
+        torch.index_select(stored, 0, torch.from_numpy(samples))
+        out.fill_(0)
+
+    variants["least"] = shuffle.each(least)
 
     def rows_of(seconds: Seconds) -> list[Row]:
         int8, topk, topk16 = (ratios(seconds, name, "memory") for name in readers)
+        limit = ratios(seconds, "least", "memory")
         return [
             row("int8 gather and decode / float32 memory", int8, "ratio", config, "<= 1.1"),
             row("topk:10 to dense / float32 memory", topk, "ratio", config, "<= 0.5"),
+            row("gather of topk:10's bytes and a fill / float32 memory", limit, "ratio", config),
             row("topk16:10 to dense / float32 memory", topk16, "ratio", config),
         ]
 

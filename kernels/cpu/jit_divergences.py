@@ -166,7 +166,7 @@ def target_slopes(
             store(out, c, factor * (load(logits, c) * inverse - load(t, c)))
 
 
-@njit
+@njit(inline="always")
 def soft_part(
     call: Any, teachers: Any, n: int, factor: float, top: float, logits: int, out: int, scratch: int
 ) -> float:

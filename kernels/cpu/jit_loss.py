@@ -39,7 +39,7 @@ def x_log_x(x: float) -> float:
     return x * math.log(x) if x > 0 else 0.0
 
 
-@njit
+@njit(inline="always")
 def soft_part(
     call: Any, teachers: Any, n: int, factor: float, top: float, logits: int, out: int, scratch: int
 ) -> float:
