@@ -91,21 +91,18 @@ def reading(folder: Path, values: np.ndarray, size: Size) -> list[Row]:
             row("memory's speed vs np.memmap[idx]", ratios(seconds, "memmap", "memory"), "x", config),
         ]
 
-    with Threads(1):
-        rows = measure(variants, size.rounds, rows_of, patience=size.patience)
     few = Shuffle(len(values), 1)
     slow = {
         "store": few.each(lambda samples: reader.rows(LOGITS, 0, samples)),
         "zarr": few.each(lambda samples: foreign.oindex[0, np.sort(samples)]),
     }
-    rows += measure(
-        slow,
-        size.few_rounds,
-        lambda seconds: [
-            row("speed vs zarr-python", ratios(seconds, "zarr", "store"), "x", config, ">= 100")
-        ],
-        patience=size.patience,
-    )
+
+    def against_zarr(seconds: Seconds) -> list[Row]:
+        return [row("speed vs zarr-python", ratios(seconds, "zarr", "store"), "x", config, ">= 100")]
+
+    with Threads(1):
+        rows = measure(variants, size.rounds, rows_of, patience=size.patience)
+        rows += measure(slow, size.few_rounds, against_zarr, patience=size.patience)
     return rows + first_epoch(folder, half, size, config)
 
 
