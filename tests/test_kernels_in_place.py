@@ -1,4 +1,4 @@
-"""Gradients written in place: every row as if it were alone, whatever the threads, and nothing beside them."""
+"""Gradients written in place: every row as if it were alone, on any number of threads, and nothing beside."""
 
 from __future__ import annotations
 
