@@ -101,9 +101,11 @@ def test_runs_that_end_in_the_first_phase_are_refused(tmp_path, tapped, name, ph
 def test_only_what_is_declared_is_fetched(tapped, monkeypatch):
     read = []
     kind = type(prepare(make_recipe(tapped), CPU).readers[0])
-    rows = kind.rows
+    rows_of = kind._rows_of
     monkeypatch.setattr(
-        kind, "rows", lambda self, array, *rest: read.append((self.name, array)) or rows(self, array, *rest)
+        kind,
+        "_rows_of",
+        lambda self, array, parts: read.append((self.name, array)) or rows_of(self, array, parts),
     )
 
     def fetched(method, **fields):
