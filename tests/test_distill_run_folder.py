@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,10 +15,11 @@ from builders import CPU, make_recipe
 from click.testing import CliRunner
 
 from coursepack.distill.cli import main as distill
-from coursepack.distill.runs.folder import PROVENANCE_FILE, RunFolder, load_run
+from coursepack.distill.runs.folder import PROVENANCE_FILE, RUN_FILES, RunFolder, load_run
 from coursepack.distill.runs.train import train
 from coursepack.errors import RunBusy, StoreDamaged
 from coursepack.locks import FileLock, Held
+from coursepack.models.build import build_network
 
 FOLDER = sys.modules["coursepack.distill.runs.folder"]
 SMALL = {"limit": 100, "epochs": 2}
@@ -50,6 +52,27 @@ def test_a_damaged_shard_leaves_no_folder(tmp_path, damaged, reading):
     assert not (tmp_path / "runs").exists()
     mend()
     assert command(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("removed", range(len(RUN_FILES)))
+def test_a_kill_while_the_files_of_a_run_are_removed_leaves_one_to_resume(tmp_path, monkeypatch, removed):
+    recipe, unlink, done = make_recipe(**SMALL), Path.unlink, []
+
+    def killed(self, missing_ok=False):
+        if len(done) == removed:
+            raise KeyboardInterrupt
+        done.append(self)
+        unlink(self, missing_ok=missing_ok)
+
+    folder = RunFolder(tmp_path / "o")
+    folder.begin(recipe, {}, build_network("digits-small", 10), overwrite=False)
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.close(keep=False)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    folder._lock.release()
+    train(recipe, tmp_path / "o", device=CPU, resume=True)
+    assert load_run(tmp_path / "o").recipe.limit == SMALL["limit"]
 
 
 def test_a_damaged_shard_leaves_an_overwritten_run_as_it_is(tmp_path, damaged):

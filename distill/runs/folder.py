@@ -162,7 +162,9 @@ class RunFolder:
         if not keep and self._made is not None:
             for name in TRACKING_FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (*(self.path / name for name in RUN_FILES), *partials(self.path)):
+            files = [self.path / name for name in RUN_FILES if name != RECIPE_FILE]
+            # The recipe last: if this process is killed meanwhile, a run is left that can be resumed.
+            for file in (*files, *partials(self.path), self.path / RECIPE_FILE):
                 file.unlink(missing_ok=True)
         self._lock.release()
         if not keep and self._made is not None:
