@@ -64,7 +64,7 @@ def _evaluate(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     count = len(student)
     width = -(-count // LOT) * LOT
     ours, theirs = _distances(student, width), _distances(teacher, width)
-    slopes = torch.zeros(count, width, dtype=torch.float64)
+    slopes = student.new_zeros(count, width)
     held = (*ours, *theirs, slopes)
     total = triangle_sum(count, width, *(matrix.data_ptr() for matrix in held))
     # The slopes with respect to squared distances, of which |x_i - x_j|² has the slope 2 (x_i - x_j).
@@ -75,7 +75,7 @@ def _evaluate(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     one_sided = int(((ours[1] == 0) != (theirs[1] == 0)).sum())
     # Both orders of i and k have the same angle.
     mean = (2 * total + 0.5 * one_sided) / count**3
-    return torch.tensor(mean, dtype=torch.float64), gradient.mul_(4 / count**3)
+    return student.new_tensor(mean), gradient.mul_(4 / count**3)
 
 
 def _distances(points: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _distances(points: Tensor, width: int) -> tuple[Tensor, Tensor]:
     from coursepack.kernels.cpu.jit_angles import write_distances
 
     points = points.contiguous()
-    squares = torch.zeros(len(points), width, dtype=torch.float64)
+    squares = points.new_zeros(len(points), width)
     write_distances(points.data_ptr(), *points.shape, squares.data_ptr(), width)
     return squares, torch.where(squares <= SAME**2, 0.0, (2 * squares).rsqrt())
 

@@ -68,15 +68,13 @@ def reads_teachers(call: LossCall) -> bool:
 def reads_student(student_logits: Tensor | None) -> bool:
     """True if compiled functions can read the student's logits, or there are none."""
     return student_logits is None or (
-        student_logits.device.type == "cpu"
-        and student_logits.dtype in native.KINDS
-        and _is_plain(student_logits)
+        student_logits.is_cpu and student_logits.dtype in native.KINDS and _is_plain(student_logits)
     )
 
 
 def choose(student_logits: Tensor, call: LossCall) -> tuple[str, str]:
     """Return the path for a call, and the reason: the first that applies."""
-    if call.device.type != "cpu":
+    if not student_logits.is_cpu:
         return ANALYTIC, "not on the CPU"
     if call.dtype == torch.float64:
         return ANALYTIC, "computes in float64"

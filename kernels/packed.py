@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coursepack.kernels.rows import check_dtype, check_shape, is_eager_cpu, moved, tail_logit, target
+from coursepack.kernels.rows import ONE, check_dtype, check_shape, is_eager_cpu, moved, tail_logit, target
 
 CODE_BITS = 6
 LARGEST_CODE = (1 << CODE_BITS) - 1
 PACKED_TAIL_TEMPERATURES = (1.0, 4.0)
 """Temperatures at which `PackedTopKRows` stores the mass of the dropped classes."""
-_ONE = torch.ones(1)
 
 
 def low_bits(classes: int, kept: int) -> int:
@@ -145,7 +144,7 @@ class PackedTopKRows:
 
         entries, scale = self.entries.contiguous(), self.scale.contiguous()
         # The compiled function reads as many temperatures as there are rows.
-        inverse = _ONE if temperature is None else (1 / temperature.to(torch.float32)).expand(len(out))
+        inverse = ONE if temperature is None else (1 / temperature.to(torch.float32)).expand(len(out))
         sound = packed_decode(
             entries.data_ptr(),
             scale.data_ptr(),

@@ -147,9 +147,9 @@ def _evaluate(features: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
     # Channels come first in a row: with channels last, or of one position, the order is the same.
     is_transposed = is_last and not features.is_contiguous()
     channels, positions = (shape[0], math.prod(shape[1:])) if is_transposed else (math.prod(shape), 1)
-    loss, errors = torch.empty(samples), torch.empty_like(values)
+    loss, errors = native.floats(samples), torch.empty_like(values)
     threads, _ = usable_threads(features.numel(), PARALLEL_FROM)
-    scratch = torch.empty(2 * threads, channels * positions)
+    scratch = native.floats(2 * threads, channels * positions)
     counters = (ctypes.c_int64 * 2)()
     ticket = ctypes.addressof(counters)
     call = (

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 """Temperatures at which `TopKRows` stores the mass of the dropped classes."""
@@ -191,7 +192,7 @@ class TopKRows:
         from coursepack.kernels.cpu.jit_decode import topk_decode
 
         rows = len(self.ids)
-        inverse = torch.ones(1) if temperature is None else 1 / temperature.to(torch.float32)
+        inverse = ONE if temperature is None else 1 / temperature.to(torch.float32)
         knots = np.array([0.0, *(1 / t for t in reversed(TAIL_TEMPERATURES))], dtype=np.float32)
         bad = topk_decode(
             self.ids.numpy(),

@@ -31,10 +31,10 @@ def test_every_row_is_computed_as_alone_and_nothing_is_written_beside(
     labels = torch.randint(classes, (rows,), generator=generator)
     empty, guards = torch.empty, []
 
-    def guarded(*shape, dtype=None):
+    def guarded(*shape, dtype, device):
         """Memory with a known number on both sides."""
         size = math.prod(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape)
-        held = torch.full((size + 256,), 7.0, dtype=dtype)
+        held = torch.full((size + 256,), 7.0, dtype=dtype, device=device)
         guards.append((held, size))
         return held[128 : 128 + size].view(*shape)
 

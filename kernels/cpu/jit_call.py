@@ -41,6 +41,13 @@ def temperature_at(record: Any, n: int) -> float:
 
 
 @njit(forceinline=True)
+def teacher_temperature_at(call: Any, teacher: Any, n: int) -> float:
+    """Return the temperature of row n of a teacher, which may be that of the call."""
+    has_own = teacher.temperature != 0 or teacher.fixed_temperature != 0
+    return temperature_at(teacher, n) if has_own else temperature_at(call, n)
+
+
+@njit(forceinline=True)
 def label_at(start: int, n: int, ignore_index: int) -> int:
     """Return the n-th label at an address, or -1 if it is ignored or the address is 0."""
     if not start:
@@ -78,7 +85,10 @@ def has_bad_value(call: Any, teachers: Any, n: int) -> bool:
         return True
     for k in range(call.teachers):
         teacher = teachers[k]
-        if not 0 < temperature_at(teacher, n) <= MAX_TEMPERATURE or not weight_at(call, n, k) >= 0:
+        if (
+            not 0 < teacher_temperature_at(call, teacher, n) <= MAX_TEMPERATURE
+            or not weight_at(call, n, k) >= 0
+        ):
             return True
         if row_weight != 0 and teacher.kind == TOPK and not ids_are_classes(teacher, n, call.classes):
             return True

@@ -10,7 +10,13 @@ import math
 from typing import Any
 
 from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, types
-from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
+from coursepack.kernels.cpu.jit_call import (
+    each_row,
+    label_at,
+    teacher_temperature_at,
+    temperature_at,
+    weight_at,
+)
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
 from coursepack.kernels.cpu.jit_math import SUMS, TINY, divergence_term, load, log, store, wide_vectors
 from coursepack.kernels.cpu.jit_row import grad_row, row_function, student_row
@@ -194,7 +200,7 @@ def soft_part(
     fill(target if mixes else out, 0, length, float32(0))
     for k in range(call.teachers):
         values = kept + k * row if keeps else kept
-        own, weight = temperature_at(teachers[k], n), weight_at(call, n, k)
+        own, weight = teacher_temperature_at(call, teachers[k], n), weight_at(call, n, k)
         weight_sum += weight
         sum_p = 1.0
         if of_logits:

@@ -13,7 +13,13 @@ import math
 from typing import Any
 
 from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, types
-from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
+from coursepack.kernels.cpu.jit_call import (
+    each_row,
+    label_at,
+    teacher_temperature_at,
+    temperature_at,
+    weight_at,
+)
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots
 from coursepack.kernels.cpu.jit_math import load, store
 from coursepack.kernels.cpu.jit_row import grad_row, row_function, student_row
@@ -70,7 +76,7 @@ def soft_part(
         fill(mixture if mixes else out, 0, length, float32(0))
     ahead, size = student_row(call, n + 1)
     free = out if mixes else mixture
-    own = temperature_at(teachers[0], n)
+    own = teacher_temperature_at(call, teachers[0], n)
     top_p = decode(teachers[0], n, label, call.classes, length, own, free, spare)
     for k in range(call.teachers):
         is_first = mixes and not keeps and k == 0
@@ -79,7 +85,7 @@ def soft_part(
         sum_p = soften(teachers[k], n, label, call.classes, length, own, call.smoothing, top_p, spare, probs)
         if k + 1 < call.teachers:
             # Here, because the CPU can begin with it before it knows the sum.
-            own = temperature_at(teachers[k + 1], n)
+            own = teacher_temperature_at(call, teachers[k + 1], n)
             top_p = decode(teachers[k + 1], n, label, call.classes, length, own, free, spare)
         if mixes:
             # The mixture is normalized to a sum of one.

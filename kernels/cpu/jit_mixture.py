@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coursepack.kernels.cpu.jit_base import SOURCES, compiled, float32, njit, types
-from coursepack.kernels.cpu.jit_call import each_row, label_at, temperature_at, weight_at
+from coursepack.kernels.cpu.jit_call import each_row, label_at, teacher_temperature_at, weight_at
 from coursepack.kernels.cpu.jit_convert import LOT, fill, lots, write_float32
 from coursepack.kernels.cpu.jit_softmax import add_scaled
 from coursepack.kernels.cpu.jit_teacher import teacher_exponentials
@@ -20,7 +20,7 @@ def one_row(call: Any, teachers: Any, n: int, stop: int, scratch: int) -> None:
     label = label_at(call.labels, n, call.ignore_index)
     fill(mixture, 0, length, float32(0))
     for k in range(call.teachers):
-        own = temperature_at(teachers[k], n)
+        own = teacher_temperature_at(call, teachers[k], n)
         size = teacher_exponentials(teachers[k], n, label, classes, length, own, call.smoothing, spare, probs)
         add_scaled(probs, float32(weight_at(call, n, k) / size), mixture, length)
     write_float32(mixture, call.grad + 4 * n * classes, classes)

@@ -1,15 +1,21 @@
 """Layout of the records that a compiled loss reads: one for the call, one for each teacher.
 
-Every field is a 64-bit integer or float, so a record is packed in one step. An address of 0 means that the
-tensor is absent; strides count elements.
+Every field is a 64-bit integer or float, so the records of a call are packed in one step. Integers come
+first: `struct` keeps one code for neighbours of the same type, and reads a short list of codes faster. An
+address of 0 means that the tensor is absent; strides count elements.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FLOAT32, FLOAT16, BFLOAT16, INT8, TOPK, PACKED, INT4 = range(7)
 """Storage kinds of a row."""
@@ -40,13 +46,13 @@ _CALL = {
     "row_weight": "q",  # (N,) float32
     "temperature": "q",  # float32
     "temperature_stride": "q",
-    "fixed_temperature": "d",  # if there is no tensor
     "weights": "q",
     "weights_row": "q",
     "weights_column": "q",
     "weights_bytes": "q",  # 8: float64, always on the CPU; 4: float32
     "divergence": "q",
     "combine": "q",  # 0 mixture, 1 sum
+    "fixed_temperature": "d",  # if there is no tensor
     "soft_weight": "d",
     "hard_weight": "d",
     "smoothing": "d",
@@ -67,8 +73,8 @@ _TEACHER = {
     "low_bits": "q",  # of packed rows
     "temperature": "q",
     "temperature_stride": "q",
-    "fixed_temperature": "d",
     "adjustment": "q",
+    "fixed_temperature": "d",  # 0 without a tensor: the temperature of the call
 }
 
 
@@ -76,9 +82,22 @@ def _record(fields: dict[str, str]) -> np.dtype[Any]:
     return np.dtype([(name, {"q": np.int64, "d": np.float64}[code]) for name, code in fields.items()])
 
 
+def _format(fields: dict[str, str]) -> str:
+    """Return the format for `struct`, such as `15qd`."""
+    return "".join(f"{len(list(same))}{code}" for code, same in itertools.groupby(fields.values()))
+
+
 CALL, TEACHER = _record(_CALL), _record(_TEACHER)
 CALL_BYTES = CALL.itemsize
-pack_call = struct.Struct("".join(_CALL.values())).pack
-"""Packs the fields of a CALL record, in order, to bytes."""
-pack_teacher = struct.Struct("".join(_TEACHER.values())).pack
-"""Packs the fields of a TEACHER record, in order, to bytes."""
+FIELDS = len(_TEACHER)
+"""Number of fields of a TEACHER record."""
+VALUES, TEMPERATURE, TEMPERATURE_STRIDE, ADJUSTMENT, FIXED_TEMPERATURE = map(
+    list(_TEACHER).index, ("values", "temperature", "temperature_stride", "adjustment", "fixed_temperature")
+)
+"""Places of some of them."""
+
+
+@functools.cache
+def packer(teachers: int) -> Callable[..., bytes]:
+    """Return the function that packs the fields of a CALL record and of some TEACHER records, in order."""
+    return struct.Struct(_format(_CALL) + _format(_TEACHER) * teachers).pack

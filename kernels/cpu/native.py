@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PARALLEL_FROM = 40_000
 """Number of exponentials above which more than one thread is faster."""
 LOT = 64
+CPU = torch.device("cpu")
+_SCALAR = torch.zeros((), dtype=torch.float32, device=CPU)
 _LARGEST_KEPT = 1 << 22
 _buffers = threading.local()
 _State = ctypes.c_int64 * 4
@@ -56,12 +58,15 @@ def evaluate(
     Raises:
         ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
-    loss, reduction = torch.empty(call.rows), call.spec.reduction
-    total = None if reduction == "none" or call.rows == 0 else torch.empty(())
+    reduction = call.spec.reduction
+    total = None if reduction == "none" or call.rows == 0 else torch.empty_like(_SCALAR)
+    loss = floats(call.rows) if total is None else _kept("loss", call.rows)
     scale = 1 / max(1, call.rows) if reduction == "mean" else 1.0
     student = row_major(student_logits)
-    grad = torch.empty(call.rows, call.classes, dtype=student.dtype) if wants_student else None
-    grad_weights = torch.empty(call.rows, call.teacher_count) if wants_weights else None
+    grad = None
+    if wants_student:
+        grad = torch.empty(call.rows, call.classes, dtype=student.dtype, device=CPU)
+    grad_weights = floats(call.rows, call.teacher_count) if wants_weights else None
     kept = call.teacher_count if wants_weights and call.spec.combine == "mixture" else 0
     _launch(
         "jit_loss" if call.spec.divergence == "kl" else "jit_divergences",
@@ -83,7 +88,7 @@ def mixture(call: LossCall) -> Tensor:
     Raises:
         ValueError: an invalid label, class id, temperature or weight; the text names the first.
     """
-    out = torch.empty(call.rows, call.classes)
+    out = floats(call.rows, call.classes)
     _launch("jit_mixture", call, call.wide_weights, None, (None, None, out, None), scratch_rows=3)
     return out
 
@@ -99,8 +104,8 @@ def statistics(student_logits: Tensor | None, call: LossCall) -> tuple[Tensor, T
         ValueError: an invalid label or class id; the text names the first.
     """
     shape = (call.teacher_count, call.rows)
-    numbers, tops = torch.empty(4, *shape), torch.empty(shape, dtype=torch.int64)
-    correct = torch.empty(shape, dtype=torch.bool)
+    numbers, tops = floats(4, *shape), torch.empty(shape, dtype=torch.int64, device=CPU)
+    correct = torch.empty(shape, dtype=torch.bool, device=CPU)
     student = None if student_logits is None else row_major(student_logits)
     _launch("jit_stats", call, None, student, (numbers, None, correct, tops), scratch_rows=3)
     return numbers, tops, correct
@@ -119,7 +124,7 @@ def _launch(
     """Run the compiled function of a module on a call, with `scratch_rows` rows of scratch per thread."""
     threads, _ = usable_threads(work_of(call), PARALLEL_FROM)
     stride = scratch_rows * -(-call.classes // LOT) * LOT
-    scratch = _scratch(threads * stride)
+    scratch = _kept("scratch", threads * stride)
     state = _State()
     data, held = pack(
         call,
@@ -144,15 +149,20 @@ def compiled(module: str) -> int:
     return int(importlib.import_module(f"coursepack.kernels.cpu.{module}").run.address)
 
 
-def _scratch(size: int) -> Tensor:
-    """Return a float32 buffer, kept for the next call in this thread unless it is large."""
-    kept: Tensor | None = getattr(_buffers, "scratch", None)
+def floats(*shape: int) -> Tensor:
+    """Return memory for float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=torch.float32, device=CPU)
+
+
+def _kept(name: str, size: int) -> Tensor:
+    """Return a float32 buffer, kept under its name for the next call in this thread unless it is large."""
+    kept: Tensor | None = getattr(_buffers, name, None)
     if kept is not None and kept.numel() >= size:
         return kept
-    scratch = torch.empty(size)
+    buffer = floats(size)
     if size <= _LARGEST_KEPT:
-        _buffers.scratch = scratch
-    return scratch
+        setattr(_buffers, name, buffer)
+    return buffer
 
 
 def _explain(call: LossCall, row: int) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _ADJUSTMENT_CODES = {name: code for code, name in enumerate(ADJUSTMENTS)}
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Tensors for what a kernel computes: the fields `loss`, `total`, `grad` and `grad_weights` of `layout`."""
+Fields = tuple[int, ...]
+"""First fields of a TEACHER record; those that follow are 0."""
+_EMPTY: Fields = (0,) * layout.FIELDS
 KINDS = {torch.float32: layout.FLOAT32, torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16}
 
 
@@ -54,47 +57,49 @@ def pack(
     """
     spec = call.spec
     first, second, lam = _labels(call.labels)
-    temperature = _temperature(spec.temperature)
-    row_weight, where = column(spec.row_weight), _temperature_fields(temperature)
-    records = [
-        layout.pack_call(
-            call.rows,
-            call.classes,
-            call.teacher_count,
-            shares,
-            state,
-            address(scratch),
-            scratch_stride,
-            address(student),
-            0 if student is None else student.stride(0),
-            0 if student is None else KINDS[student.dtype],
-            *map(address, results),
-            address(first),
-            address(second),
-            address(lam),
-            spec.ignore_index,
-            address(row_weight),
-            *where,
-            address(weights),
-            *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
-            DIVERGENCES.index(spec.divergence),
-            COMBINATIONS.index(spec.combine),
-            spec.soft_weight,
-            spec.hard_weight,
-            spec.smoothing,
-            grad_scale,
-        )
-    ]
-    held: list[object] = [student, weights, first, second, lam, temperature, row_weight]
+    temperature, row_weight = _temperature(spec.temperature), column(spec.row_weight)
+    start, step, fixed = _temperature_fields(temperature)
     parts, each = _stack(call.teachers) if isinstance(call.teachers, Tensor) else _list(call.teachers)
-    for k, fields in enumerate(each):
-        if call.teacher_temperatures is not None:
-            own = _temperature(call.teacher_temperatures[k])
-            where = _temperature_fields(own)
-            held.append(own)
-        records.append(layout.pack_teacher(*fields, *where, _ADJUSTMENT_CODES[call.adjustments[k]]))
-    held.append(parts)
-    return b"".join(records), held
+    if call.adjustments.count("none") != call.teacher_count:
+        each[layout.ADJUSTMENT :: layout.FIELDS] = map(_ADJUSTMENT_CODES.__getitem__, call.adjustments)
+    own = None
+    if call.teacher_temperatures is not None:
+        own = [_temperature(value) for value in call.teacher_temperatures]
+        starts, steps, numbers = zip(*map(_temperature_fields, own), strict=True)
+        each[layout.TEMPERATURE :: layout.FIELDS] = starts
+        each[layout.TEMPERATURE_STRIDE :: layout.FIELDS] = steps
+        each[layout.FIXED_TEMPERATURE :: layout.FIELDS] = numbers
+    data = layout.packer(call.teacher_count)(
+        call.rows,
+        call.classes,
+        call.teacher_count,
+        shares,
+        state,
+        address(scratch),
+        scratch_stride,
+        address(student),
+        0 if student is None else student.stride(0),
+        0 if student is None else KINDS[student.dtype],
+        *map(address, results),
+        address(first),
+        address(second),
+        address(lam),
+        spec.ignore_index,
+        address(row_weight),
+        start,
+        step,
+        address(weights),
+        *((0, 0, 0) if weights is None else (*weights.stride(), weights.element_size())),
+        DIVERGENCES.index(spec.divergence),
+        COMBINATIONS.index(spec.combine),
+        fixed,
+        spec.soft_weight,
+        spec.hard_weight,
+        spec.smoothing,
+        grad_scale,
+        *each,
+    )
+    return data, [student, weights, first, second, lam, temperature, own, row_weight, parts]
 
 
 def address(tensor: Tensor | None) -> int:
@@ -143,37 +148,42 @@ def _temperature_fields(temperature: float | Tensor) -> tuple[int, int, float]:
     return 0, 0, temperature
 
 
-Fields = tuple[int, ...]
-"""Fields of a TEACHER record, from `kind` to `low_bits`."""
-
-
-def _stack(teachers: Tensor) -> tuple[Tensor, list[Fields]]:
-    """Return the tensor to keep alive and the fields of each teacher of `(K, N, C)`."""
+def _stack(teachers: Tensor) -> tuple[Tensor, list[float]]:
+    """Return the tensor to keep alive and the fields of the teachers `(K, N, C)`, but not of temperatures
+    and adjustments.
+    """
     values = _stored(teachers)
     step, row, column = values.stride()
     if column != 1 and values.shape[2] != 1:
         values = values.detach().contiguous()
         step, row, _ = values.stride()
-    kind, start, step = KINDS[values.dtype], values.data_ptr(), step * values.element_size()
-    rest = (row, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    return values, [(kind, start + k * step, *rest) for k in range(values.shape[0])]
+    count, start, step = values.shape[0], values.data_ptr(), step * values.element_size()
+    fields: list[float] = [KINDS[values.dtype], 0, row, *_EMPTY[3:]] * count
+    fields[layout.VALUES :: layout.FIELDS] = [start + k * step for k in range(count)]
+    return values, fields
 
 
-def _list(teachers: list[Tensor | Rows]) -> tuple[list[list[Tensor]], list[Fields]]:
-    """Return the tensors to keep alive and the fields of each teacher."""
-    both = [_teacher(each) for each in teachers]
-    return [parts for parts, _ in both], [fields for _, fields in both]
+def _list(teachers: list[Tensor | Rows]) -> tuple[list[list[Tensor]], list[float]]:
+    """Do what `_stack` does for a list of teachers."""
+    held: list[list[Tensor]] = []
+    fields: list[float] = []
+    for teacher in teachers:
+        parts, own = _teacher(teacher)
+        held.append(parts)
+        fields += own
+        fields += _EMPTY[len(own) :]
+    return held, fields
 
 
 def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
     """Return the tensors of a teacher and its fields."""
     if isinstance(teacher, Int8Rows):
         q, affine = row_major(teacher.q), teacher.affine.contiguous()
-        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
+        fields = (layout.INT8, q.data_ptr(), q.stride(0), affine.data_ptr(), 2)
         return [q, affine], fields
     if isinstance(teacher, Int4Rows):
         q, scale = row_major(teacher.q), teacher.scale.contiguous()
-        return [q, scale], (layout.INT4, q.data_ptr(), q.stride(0), scale.data_ptr(), 2, 0, 0, 0, 0, 0, 0, 0)
+        return [q, scale], (layout.INT4, q.data_ptr(), q.stride(0), scale.data_ptr(), 2)
     if isinstance(teacher, TopKRows):
         ids, values = teacher.ids.contiguous(), teacher.values.contiguous()
         tail, kept = teacher.tail.contiguous(), teacher.ids.shape[1]
@@ -189,7 +199,6 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
             kept,
             tail.data_ptr(),
             tail.shape[1],
-            0,
         )
     if isinstance(teacher, PackedTopKRows):
         entries, scale = teacher.entries.contiguous(), teacher.scale.contiguous()
@@ -198,4 +207,4 @@ def _teacher(teacher: Tensor | Rows) -> tuple[list[Tensor], Fields]:
     dense = teacher.values if isinstance(teacher, DenseRows) else teacher
     assert isinstance(dense, Tensor)
     dense = row_major(dense)
-    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return [dense], (KINDS[dense.dtype], dense.data_ptr(), dense.stride(0))

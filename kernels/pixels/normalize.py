@@ -29,7 +29,7 @@ def normalize(pixels: Tensor, channel: Sequence[int], table: Tensor) -> Tensor:
         from coursepack.kernels.pixels.jit_normalize import look_up
 
         count, height, width, _ = pixels.shape
-        out = torch.empty(count, len(channel), height, width)
+        out = torch.empty(count, len(channel), height, width, dtype=torch.float32, device="cpu")
         look_up(pixels.contiguous().numpy(), np.asarray(channel), table.numpy(), out.numpy())
         return out
     values = table.to(pixels.device)
