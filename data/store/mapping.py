@@ -194,8 +194,7 @@ def gather(views: Sequence[OpenView], samples: Samples) -> list[dict[str, NDArra
     parts = [part for view in views for part in view.parts]
     sizes = [-(-count * part.row_bytes // ALIGNMENT) * ALIGNMENT for part in parts]
     out = buffer(sum(sizes), pinned=all(view.pinned for view in views))
-    table = views[0].table if len(views) == 1 else np.concatenate([view.table for view in views])
-    outside = copy_rows(table, rows, samples, out)
+    outside = copy_rows(_joined([view.table for view in views]), rows, samples, out)
     if outside >= 0:
         raise IndexError(f"sample {samples[outside]} was asked for, expected 0 to {rows - 1}")
     result: list[dict[str, NDArray[Any]]] = []
@@ -204,11 +203,18 @@ def gather(views: Sequence[OpenView], samples: Samples) -> list[dict[str, NDArra
     for view in views:
         found = {}
         for part in view.parts:
-            raw = out[start : start + count * part.row_bytes]
-            found[part.name] = raw.view(part.dtype).reshape(count, *part.row_shape)
+            found[part.name] = np.ndarray((count, *part.row_shape), part.dtype, out, start)
             start += next(place)
         result.append(found)
     return result
+
+
+def _joined(tables: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return tables of `copy_rows` as one."""
+    if len(tables) == 1:
+        return tables[0]
+    # A concatenation would take twice as long.
+    return np.frombuffer(b"".join(table.data for table in tables), np.int64).reshape(-1, 3)
 
 
 def buffer(size: int, *, pinned: bool) -> NDArray[np.uint8]:
@@ -249,6 +255,7 @@ class Component:
         )
         self._shards, self._resident = shards, resident
         self._opened = _open_shards(shards, layout, resident=resident, whole=whole)
+        self._sizes = [(opened.size, shard) for opened, shard in zip(self._opened, shards, strict=True)]
         addresses = []
         for place, (opened, shard) in enumerate(zip(self._opened, shards, strict=True)):
             held = min(layout.shard_rows, rows - place * layout.shard_rows)
@@ -288,8 +295,8 @@ class Component:
         """Check that mapped files were not truncated: accessing missing pages raises SIGBUS."""
         if self._resident:
             return
-        for opened, shard in zip(self._opened, self._shards, strict=True):
-            if (found := opened.size()) < shard.size:
+        for current_size, shard in self._sizes:
+            if (found := current_size()) < shard.size:
                 raise shard.damaged(
                     f"was changed while it was read: it has {found} bytes, expected {shard.size}"
                 )
