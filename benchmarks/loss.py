@@ -196,12 +196,12 @@ def speed(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
 
 
 def encoded(cell: tuple[int, int, int], threads: int, size: Size) -> list[Row]:
-    """Measure teachers as int8, int4 and top-k rows over the same teachers as float16."""
+    """Measure teachers as int8, int4 and top-k rows, as stores give them, over the same as float16 rows."""
     rows, classes, count = cell
     cold = {
         name: Cold(rows, classes, count, size.cold_bytes) for name in ("float16", "int8", "int4", "topk:50")
     }
-    for name in ("int8", "int4", "topk:50"):
+    for name in cold:
         encoding = parse_encoding(name)
         values = cold[name].teachers.float().numpy()
         labels = values.argmax(2)

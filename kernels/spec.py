@@ -174,9 +174,12 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 def _check_names(spec: LossSpec, count: int) -> tuple[str, ...]:
     """Check the names and return the adjustment of each teacher."""
-    _check_name("divergence", spec.divergence, DIVERGENCES)
-    _check_name("combine", spec.combine, COMBINATIONS)
-    _check_name("reduction", spec.reduction, REDUCTIONS)
+    if spec.divergence not in DIVERGENCES:
+        raise _unknown("divergence", spec.divergence, DIVERGENCES)
+    if spec.combine not in COMBINATIONS:
+        raise _unknown("combine", spec.combine, COMBINATIONS)
+    if spec.reduction not in REDUCTIONS:
+        raise _unknown("reduction", spec.reduction, REDUCTIONS)
     adjustments = _adjustments(spec.adjustment, count)
     if spec.divergence == "mse" and "smooth" in adjustments:
         raise ValueError('adjustment "smooth" makes probabilities: it is not defined for divergence "mse"')
@@ -207,9 +210,8 @@ def check_device(name: str, value: Tensor | Rows, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, expected {device} (where the student's logits are)")
 
 
-def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+def _unknown(name: str, value: str, known: tuple[str, ...]) -> ValueError:
+    return ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def _check_detached(name: str, value: Tensor) -> None:
@@ -224,14 +226,12 @@ def _check_rows(name: str, value: Tensor, rows: int, device: torch.device) -> No
 
 
 def _adjustments(adjustment: str | Sequence[str], count: int) -> tuple[str, ...]:
-    if isinstance(adjustment, str):
-        _check_name("adjustment", adjustment, ADJUSTMENTS)
-        return (adjustment,) * count
-    names = tuple(adjustment)
+    names = (adjustment,) * count if isinstance(adjustment, str) else tuple(adjustment)
     if len(names) != count:
         raise ValueError(f"adjustment has {len(names)} entries, expected one per teacher ({count})")
     for name in names:
-        _check_name("adjustment", name, ADJUSTMENTS)
+        if name not in ADJUSTMENTS:
+            raise _unknown("adjustment", name, ADJUSTMENTS)
     return names
 
 
