@@ -11,7 +11,8 @@ import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
-from _harness import measure, row
+import torch
+from _harness import measure, ratios, row
 from _train_place import DEVICE, stepper
 
 from coursepack.distill.losses.base import LossInputs, StudentOutput
@@ -73,12 +74,19 @@ def _variants(setup: Setup) -> dict[str, Callable[[], Any]]:
             tensor.grad = None
         return seconds
 
+    adapted = [(features[pair.layer], each) for pair, each in zip(module.pairs, module.adapters, strict=True)]
+    slopes = [torch.randn_like(adapter(values)) for values, adapter in adapted]
+
+    def adapters_alone() -> None:
+        torch.autograd.backward([adapter(values) for values, adapter in adapted], slopes)
+        for tensor in (*features.values(), *module.parameters()):
+            tensor.grad = None
+
     return {
         "read": lambda: _read(setup, batch),
         "decode": lambda: [decode(rows) for rows in stored],
-        "adapters": lambda: [
-            adapter(features[pair.layer]) for pair, adapter in zip(module.pairs, module.adapters, strict=True)
-        ],
+        "adapters": lambda: [adapter(values) for values, adapter in adapted],
+        "adapters, forward and backward": adapters_alone,
         "forward": lambda: module(inputs),
         "backward": backward,
     }
@@ -103,4 +111,9 @@ def _rows(seconds: Seconds, title: str, config: dict[str, Any]) -> list[Row]:
     shares = [
         sum(own) / plain for *own, plain in zip(*(seconds[name] for name in (*PARTS, "plain")), strict=True)
     ]
-    return [*parts, row(f"hints: {title}, ({' + '.join(PARTS)}) / plain step", shares, "ratio", config)]
+    limits = ratios(seconds, "adapters, forward and backward", "plain")
+    return [
+        *parts,
+        row(f"hints: {title}, ({' + '.join(PARTS)}) / plain step", shares, "ratio", config),
+        row(f"hints: {title}, (adapters, forward and backward) / plain step", limits, "ratio", config),
+    ]
