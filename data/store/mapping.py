@@ -220,7 +220,7 @@ def _joined(tables: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def buffer(size: int, *, pinned: bool) -> NDArray[np.uint8]:
     """Return memory of a size in bytes, page-locked if `pinned`."""
     if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
     return np.empty(size, dtype=np.uint8)
 
 
